@@ -1,0 +1,1 @@
+"""What leaves for the device: preprocess, convert, parity, latency, bundle. Knows nothing of training."""

@@ -1,0 +1,149 @@
+"""nn.Module + Preprocess + labels -> the core form and the image form, each one self-contained ONNX file.
+
+    core = export_core(model, size=224)                                # pixels -> logits, embedding
+    write(core, path, metadata)                                        # atomically, metadata inside
+    write(image_form(core.model, preprocess, temperature), path, metadata)
+
+The exporter leaves up to 200 KB of node metadata with absolute local paths in the file: it is stripped, after the
+layer names it holds have been put aside (a parity failure is told by layer name).
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import helper, shape_inference
+
+from ftkit_export.errors import FtkitError
+from ftkit_export.graph import IR_VERSION, OPSET
+
+LINEAR_OPS = ("Gemm", "MatMul", "Conv")
+
+
+@dataclass(frozen=True)
+class Core:
+    """The core form, and for each of its values the framework module that made it (value name -> module path)."""
+
+    model: onnx.ModelProto
+    layers: Mapping[str, str]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence for an export: exporters log and warn about their own internals, and a user can do nothing about either."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def export_core(model: torch.nn.Module, size: int) -> Core:
+    """model in eval mode on CPU -> core form: `pixels` float32 (N, 3, S, S) -> `logits` (N, classes), `embedding`.
+
+    size: S in pixels. The embedding is what enters the last linear layer, (N, features) float32; where the last layer
+    is a convolution (SqueezeNet) its input is averaged over space. Raises FtkitError when the exporter cannot.
+    """
+    example = torch.zeros(2, 3, size, size)  # two images: torch.export takes a batch of one for a constant
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                model, (example,), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+                input_names=["pixels"], output_names=["logits"], dynamic_shapes=({0: "batch"},),
+            )  # fmt: skip
+    except Exception as error:  # the exporter wraps anything a model's forward may raise
+        raise FtkitError(
+            f"export: expected a model the ONNX exporter can follow, found {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}. Try another backbone, e.g. --set backbone=efficientnet_lite0"
+        ) from error
+    assert program is not None  # dynamo=True without a file name always returns the program
+    proto = program.model_proto
+    layers = _layer_names(proto)
+    _strip(proto)
+    _add_embedding(proto)
+    proto.ir_version = IR_VERSION
+    opset = max(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
+    if opset != OPSET:
+        raise FtkitError(f"export: expected opset {OPSET}, found {opset}. Try the torch version in constraints.txt")
+    onnx.checker.check_model(proto, full_check=True)
+    return Core(proto, layers)
+
+
+def _layer_names(proto: onnx.ModelProto) -> dict[str, str]:
+    """Value name -> module path, from the exporter's name scopes (a printed list such as ['', 'blocks.0', 'add'])."""
+    layers = {}
+    for node in proto.graph.node:
+        scopes = {item.key: item.value for item in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+        path = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
+        for output in node.output:
+            layers[output] = path[-1] if path else ""
+    return layers
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    del proto.metadata_props[:]
+    del proto.functions[:]
+    proto.doc_string = proto.graph.doc_string = ""
+    proto.producer_name, proto.producer_version = "ftkit", ""
+    del proto.graph.metadata_props[:]
+    del proto.graph.value_info[:]
+    for part in (*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
+        part.doc_string = ""
+        del part.metadata_props[:]
+
+
+def _add_embedding(proto: onnx.ModelProto) -> None:
+    graph = proto.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    value = graph.output[0].name
+    while value in makers and makers[value].op_type not in LINEAR_OPS:
+        value = makers[value].input[0]
+    if value not in makers:
+        raise FtkitError("export: expected a linear or convolutional last layer, found none. Try another backbone")
+    source = makers[value].input[0]
+    shapes = {item.name: item for item in shape_inference.infer_shapes(proto).graph.value_info}
+    dims = shapes[source].type.tensor_type.shape.dim
+    if makers[value].op_type == "Conv":
+        axes = helper.make_tensor("embedding_axes", onnx.TensorProto.INT64, [2], [2, 3])
+        graph.initializer.append(axes)
+        last = helper.make_node("ReduceMean", [source, "embedding_axes"], ["embedding"], name="embedding", keepdims=0)
+    else:
+        last = helper.make_node("Identity", [source], ["embedding"], name="embedding")
+    graph.node.append(last)
+    features = dims[1].dim_value
+    output = helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["batch", features])
+    graph.output.append(output)
+    classes = graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", classes]))
+
+
+def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one self-contained file with the metadata properties in it: beside, fsync, rename.
+
+    Raises FtkitError when the model is too large for one protobuf file (2 GB).
+    """
+    del model.metadata_props[:]
+    helper.set_model_props(model, dict(sorted(metadata.items())))
+    if model.ByteSize() >= 2**31:
+        raise FtkitError(f"{path}: expected a model below 2 GB, found {model.ByteSize()} bytes. Try a smaller backbone")
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        file.write(model.SerializeToString(deterministic=True))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

@@ -1,0 +1,44 @@
+"""Every error ftkit raises on purpose, and the exit code each one means.
+
+    FtkitError                2  bad usage or bad input
+    ├── ImageError            2  one image file cannot be decoded
+    ├── ProviderError         2  an ONNX Runtime provider is unknown, absent, or not the one that answered
+    ├── BundleError           2  a bundle is incomplete, altered, or not a bundle
+    └── GateError             1  a gate failed: parity, accuracy, budget, regression
+
+The message is one sentence of the form `WHERE: expected X, found Y. TRY Z`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class FtkitError(Exception):
+    """Bad usage or bad input: the message says where, what was expected, what was found, what to try."""
+
+    exit_code = 2
+
+
+class ImageError(FtkitError):
+    """One image file cannot be decoded."""
+
+
+class ProviderError(FtkitError):
+    """An ONNX Runtime provider is unknown, absent, or not the one that answered."""
+
+
+class BundleError(FtkitError):
+    """A bundle is incomplete, altered, or not a bundle."""
+
+
+class GateError(FtkitError):
+    """A gate failed; the message names the gate, the value and the limit."""
+
+    exit_code = 1
+
+
+def choices(found: object, allowed: Iterable[object]) -> str:
+    """`found 'x'. Try one of: a, b` for a wrong name; `allowed` is any iterable of names."""
+    names = ", ".join(sorted(str(name) for name in allowed))
+    return f"found {str(found)!r}. Try one of: {names}"

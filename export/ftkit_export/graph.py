@@ -1,0 +1,150 @@
+"""The Preprocess as ONNX operators, and the composed image form: uint8 image in, probabilities and embedding out.
+
+    model = image_form(core, preprocess, temperature=1.3)   # core: pixels -> logits, embedding
+
+Resize works on the uint8 NHWC tensor itself and the cast comes after: only so does ONNX Runtime round as Pillow does
+(at most 1 grey level apart on photographs, 2 on noise; casting first leaves borders off by up to 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from ftkit_export.preprocess import Preprocess
+
+OPSET = 18  # opset 18 with IR 8 loads in ONNX Runtime 1.15 and newer; opset 20 with IR 10 is refused by 1.17
+IR_VERSION = 8
+
+
+class _Graph:
+    """Nodes and constants collected under one name prefix, so that composed graphs never clash."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, onnx.TensorProto] = {}
+
+    def const(self, value: Sequence[float] | Sequence[int], dtype: type) -> str:
+        name = f"{self.prefix}const_{len(self.constants)}"
+        self.constants[name] = numpy_helper.from_array(np.array(value, dtype), name)
+        return name
+
+    def ints(self, *values: int) -> str:
+        return self.const(values, np.int64)
+
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: object) -> str:
+        output = output or f"{self.prefix}{kind.lower()}_{len(self.nodes)}"
+        node = helper.make_node(
+            kind, list(inputs), [output], name=f"{self.prefix}{kind}_{len(self.nodes)}", **attributes
+        )
+        self.nodes.append(node)
+        return output
+
+
+def _resized(graph: _Graph, image: str, sizes: str) -> str:
+    return graph.op(
+        "Resize", image, "", "", sizes, mode="linear", antialias=1, exclude_outside=1,
+        coordinate_transformation_mode="half_pixel", axes=[1, 2],
+    )  # fmt: skip
+
+
+def _side(graph: _Graph, image: str, axis: int) -> str:
+    return graph.op("Shape", image, start=axis, end=axis + 1)  # (1,) int64
+
+
+def _square(graph: _Graph, image: str) -> str:
+    """Centre square of (N, H, W, 3)."""
+    height, width = _side(graph, image, 1), _side(graph, image, 2)
+    side, two = graph.op("Min", height, width), graph.ints(2)
+    top = graph.op("Div", graph.op("Sub", height, side), two)
+    left = graph.op("Div", graph.op("Sub", width, side), two)
+    starts = graph.op("Concat", top, left, axis=0)
+    ends = graph.op("Add", starts, side)
+    return graph.op("Slice", image, starts, ends, graph.ints(1, 2))
+
+
+def _letterboxed(graph: _Graph, image: str, resize: int) -> str:
+    """Longest side to `resize`, black around, with the integer rounding of `Preprocess.canvas`."""
+    height, width = _side(graph, image, 1), _side(graph, image, 2)
+    longest = graph.op("Max", height, width)
+    sides = graph.op("Concat", height, width, axis=0)
+    doubled = graph.op("Mul", sides, graph.ints(2 * resize))
+    rounded = graph.op("Div", graph.op("Add", doubled, longest), graph.op("Mul", longest, graph.ints(2)))
+    inner = graph.op("Max", rounded, graph.ints(1))
+    resized = _resized(graph, image, inner)
+    free = graph.op("Sub", graph.ints(resize, resize), inner)
+    before = graph.op("Div", free, graph.ints(2))
+    after = graph.op("Sub", free, before)
+    zero = graph.ints(0)
+    pads = graph.op("Concat", zero, before, zero, zero, after, zero, axis=0)
+    return graph.op("Pad", resized, pads, graph.const(0, np.uint8))
+
+
+def preprocess_nodes(preprocess: Preprocess, image: str, pixels: str, canvas: str = "") -> _Graph:
+    """Nodes from `image` uint8 (N, H, W, 3) RGB to `pixels` float32 (N, 3, S, S); `canvas` names the uint8 crop."""
+    graph = _Graph("preprocess/")
+    size, resize = preprocess.size, preprocess.resize
+    if preprocess.fit == "pad":
+        fitted = _letterboxed(graph, image, resize)
+    else:
+        squared = _square(graph, image) if preprocess.fit == "crop" else image
+        fitted = _resized(graph, squared, graph.ints(resize, resize))
+    start = (resize - size) // 2
+    crop = graph.op("Slice", fitted, graph.ints(start, start), graph.ints(start + size, start + size),
+                    graph.ints(1, 2), output=canvas)  # fmt: skip
+    levels = graph.op("Cast", crop, to=TensorProto.FLOAT)
+    centred = graph.op("Sub", levels, graph.const(preprocess.mean, np.float32))
+    scaled = graph.op("Div", centred, graph.const(preprocess.std, np.float32))
+    graph.op("Transpose", scaled, output=pixels, perm=[0, 3, 1, 2])
+    return graph
+
+
+def pixel_model(preprocess: Preprocess) -> onnx.ModelProto:
+    """The preprocessing alone: `image` uint8 (N, H, W, 3) -> `levels` uint8 (N, S, S, 3), `pixels` float32 (N, 3, S, S).
+
+    For measuring the graph's pixels against Pillow's.
+    """
+    graph = preprocess_nodes(preprocess, "image", "pixels", canvas="levels")
+    size = preprocess.size
+    outputs = [
+        helper.make_tensor_value_info("levels", TensorProto.UINT8, ["batch", size, size, 3]),
+        helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, size, size]),
+    ]
+    return _model(graph.nodes, [_image_input()], outputs, list(graph.constants.values()))
+
+
+def image_form(core: onnx.ModelProto, preprocess: Preprocess, temperature: float) -> onnx.ModelProto:
+    """core (`pixels` -> `logits`, `embedding`) -> `image` uint8 (N, H, W, 3) -> `probabilities`, `embedding`.
+
+    probabilities = softmax(logits / temperature), float32 (N, classes). H and W are free.
+    """
+    before = preprocess_nodes(preprocess, "image", "pixels")
+    after = _Graph("calibration/")
+    scaled = after.op("Div", "logits", after.const(temperature, np.float32))
+    after.op("Softmax", scaled, output="probabilities", axis=-1)
+    logits, embedding = core.graph.output
+    classes = logits.type.tensor_type.shape.dim[1].dim_value
+    outputs = [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", classes]), embedding]
+    constants = [*before.constants.values(), *core.graph.initializer, *after.constants.values()]
+    return _model([*before.nodes, *core.graph.node, *after.nodes], [_image_input()], outputs, constants)
+
+
+def _image_input() -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", 3])
+
+
+def _model(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    constants: Sequence[onnx.TensorProto],
+) -> onnx.ModelProto:
+    graph = helper.make_graph(list(nodes), "ftkit", list(inputs), list(outputs), list(constants))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="ftkit")
+    model.ir_version = IR_VERSION
+    onnx.checker.check_model(model)
+    return model

@@ -1,0 +1,128 @@
+"""How fast, how cold, how big: one model on one provider, measured in a process of its own.
+
+    latency = measure("model.onnx", image="photo.png", provider="cpu", threads=1)
+    latency.p50_ms, latency.p95_ms
+
+Warm-up: at least 20 runs and 1 s. Then at least 200 runs and 10 s (quick: 50 runs and 1 s, and marked so). p99 only
+from 1000 runs on. `python -m ftkit_export.latency MODEL IMAGE ...` is the child process; it prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ftkit_export.errors import FtkitError
+
+WARM_UP_RUNS, WARM_UP_S = 20, 1.0
+RUNS, SECONDS = 200, 10.0
+QUICK_RUNS, QUICK_SECONDS = 50, 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """One measured condition. Times in milliseconds, sizes in bytes; p99_ms is None below 1000 runs."""
+
+    provider: str
+    threads: int
+    batch: int
+    runs: int
+    quick: bool
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float | None
+    import_ms: float
+    session_ms: float
+    first_run_ms: float
+    peak_rss_bytes: int
+    size_bytes: int
+
+
+def measure(
+    model: str | Path, image: str | Path, *, provider: str = "cpu", threads: int = 0, quick: bool = False
+) -> Latency:
+    """Latency of `model` (image form) on one image file, batch 1, in a fresh process.
+
+    threads: 0 = all cores. Raises FtkitError with the child's own words when it fails.
+    """
+    package_root = str(Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-m", "ftkit_export.latency", str(model), str(image)]
+    command += ["--provider", provider, "--threads", str(threads), *(["--quick"] if quick else [])]
+    path = os.pathsep.join([package_root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
+    if done.returncode:
+        raise FtkitError(done.stderr.strip().removeprefix("error: ") or f"latency of {model}: the process ended early")
+    return Latency(**json.loads(done.stdout))
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory of this process so far, in bytes (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _measure_here(model: str, image: str, provider: str, threads: int, quick: bool) -> Latency:
+    started = time.perf_counter()
+    import numpy as np
+
+    from ftkit_export.preprocess import decode
+    from ftkit_export.session import Session, offered
+
+    offered()  # imports ONNX Runtime
+    imported = time.perf_counter()
+    session = Session(model, provider=provider, threads=threads)
+    opened = time.perf_counter()
+    batch = decode(image)[None]
+    before = time.perf_counter()
+    session.run(batch)
+    first = time.perf_counter()
+    count = 0
+    while count < WARM_UP_RUNS or time.perf_counter() - first < WARM_UP_S:
+        session.run(batch)
+        count += 1
+    runs, seconds = (QUICK_RUNS, QUICK_SECONDS) if quick else (RUNS, SECONDS)
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < runs or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        session.run(batch)
+        times.append((time.perf_counter() - start) * 1e3)
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(times, (50, 90, 95, 99)))
+    return Latency(
+        provider=provider, threads=session.threads, batch=1, runs=len(times), quick=quick,
+        p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99 if len(times) >= 1000 else None,
+        import_ms=(imported - started) * 1e3, session_ms=(opened - imported) * 1e3,
+        first_run_ms=(first - before) * 1e3, peak_rss_bytes=peak_rss_bytes(), size_bytes=Path(model).stat().st_size,
+    )  # fmt: skip
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(prog="ftkit_export.latency")
+    parser.add_argument("model")
+    parser.add_argument("image")
+    parser.add_argument("--provider", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    try:
+        latency = _measure_here(options.model, options.image, options.provider, options.threads, options.quick)
+    except FtkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(asdict(latency)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,234 @@
+"""Is the exported file equal to what was trained? Framework in float64 against ONNX Runtime, per provider.
+
+The tolerance is a principle, not a wish. Per input group (photographs, noise and extremes differ by orders of
+magnitude) let f = max|torch32 - torch64| be the framework's own float32 error and s = max|logit|. Logits pass at
+max|ONNX - torch64| <= max(20 f, 1e-5 s); probabilities at that over the temperature; top-1 must be equal outside ties
+(top-2 margin < 2 tolerances). Measured over 30 groups on 6 backbones: worst 8 f, no false alarm.
+CUDA in float32 with TF32 off: 1e-3 s.
+
+    parity = compare(reference, core_path, image_path, photographs, preprocess, temperature, layers, provider="cpu")
+    parity.passed
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from ftkit_export.graph import pixel_model
+from ftkit_export.preprocess import Preprocess
+from ftkit_export.session import Session
+
+Array = np.ndarray[Any, Any]
+
+FLOAT64_IMAGES = 64  # images per group that the float64 reference sees
+RELATIVE = {"cpu": 1e-5, "cuda": 1e-3}  # of s, by provider; any other provider is held to CUDA's
+FLOORS = 20.0
+CHUNK = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One compared quantity: `value` must not exceed `limit`. `floor` is the framework's own float32 error."""
+
+    name: str
+    group: str
+    value: float
+    limit: float
+    floor: float | None = None
+    inputs: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """False also for NaN."""
+        return bool(self.value <= self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """Every check on one provider, and the first diverging layer where one failed."""
+
+    provider: str
+    checks: tuple[Check, ...]
+    first_divergence: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """True when every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def worst(self) -> Check:
+        """The check nearest to, or furthest beyond, its limit."""
+        return max(self.checks, key=lambda check: np.inf if np.isnan(check.value) else check.value / (check.limit or 1))
+
+
+class Reference:
+    """The framework's answers: `model` on CPU in eval mode, in float32, and a float64 copy of it."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.float32 = model.eval()
+        self.float64 = copy.deepcopy(model).double()
+
+    def logits(self, pixels: Array, dtype: torch.dtype) -> Array:
+        """(N, 3, S, S) float32 -> logits (N, classes) in float32 or float64."""
+        model = self.float64 if dtype == torch.float64 else self.float32
+        with torch.inference_mode():
+            parts = [model(torch.from_numpy(pixels[i : i + CHUNK]).to(dtype)) for i in range(0, len(pixels), CHUNK)]
+        return torch.cat(parts).numpy()
+
+
+def softmax(logits: Array) -> Array:
+    """Softmax over the last axis, in the dtype given."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    result: Array = shifted / shifted.sum(-1, keepdims=True)
+    return result
+
+
+def edge_images(size: int) -> dict[str, list[Array]]:
+    """Formula-made uint8 images by group: noise, and the extremes in value and in shape. Same on every machine."""
+    rng = np.random.default_rng(20250101)
+    noise = [rng.integers(0, 256, shape, np.uint8) for shape in [(size, size, 3)] * 4 + [(427, 640, 3)]]
+    checker = np.uint8(255) * (np.indices((size, size)).sum(0) % 2).astype(np.uint8)[..., None].repeat(3, 2)
+    shapes = [(1, 1, 3), (2000, 10, 3), (2, 8000, 3)]
+    odd = [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
+    flat = [np.full((size, size, 3), level, np.uint8) for level in (0, 255)]
+    return {"noise": noise, "extremes": [*flat, checker, *odd]}
+
+
+def tolerance(logits32: Array, logits64: Array, provider: str) -> tuple[float, float]:
+    """(tolerance, floor) for core logits: max(20 f, relative s) on CPU, relative s elsewhere."""
+    floor, scale = float(np.abs(logits32 - logits64).max()), float(np.abs(logits64).max())
+    relative = RELATIVE.get(provider, RELATIVE["cuda"])
+    return max(FLOORS * floor, relative * scale), floor
+
+
+def _run(session: Session, batch: Array, output: int = 0) -> Array:
+    return np.concatenate([session.run(batch[i : i + CHUNK])[output] for i in range(0, len(batch), CHUNK)])
+
+
+def compare(
+    reference: Reference,
+    core: Path,
+    image: Path,
+    photographs: Sequence[Array],
+    preprocess: Preprocess,
+    temperature: float,
+    layers: Mapping[str, str],
+    provider: str = "cpu",
+) -> Parity:
+    """Compare both exported forms with the framework on one provider.
+
+    photographs: held-out images, each (H, W, 3) uint8 of any size. layers: value name -> module path (convert.Core).
+    Raises ProviderError when the provider cannot be proven.
+    """
+    core_session, image_session = Session(core, provider=provider), Session(image, provider=provider)
+    pixel_session = Session(pixel_model(preprocess).SerializeToString(), provider=provider)
+    checks: list[Check] = []
+    for group, images in {"photographs": photographs, **edge_images(preprocess.size)}.items():
+        pixels = preprocess.pixels(np.stack([preprocess.canvas(item) for item in images]))
+        checks += _core_checks(reference, core_session, pixels, group, provider)
+        checks += _image_checks(reference, image_session, pixel_session, images, preprocess, temperature, group)
+    diverging = ""
+    if not all(check.passed for check in checks if check.name.startswith("core")):
+        sample = preprocess.pixels(np.stack([preprocess.canvas(item) for item in photographs[:2]]))
+        diverging = first_divergence(reference, core, sample, layers, provider)
+    return Parity(provider=provider, checks=tuple(checks), first_divergence=diverging)
+
+
+def _core_checks(reference: Reference, session: Session, pixels: Array, group: str, provider: str) -> list[Check]:
+    logits32 = reference.logits(pixels, torch.float32)
+    logits64 = reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
+    limit, floor = tolerance(logits32[: len(logits64)], logits64, provider)
+    found = _run(session, pixels)
+    value = float(np.abs(found[: len(logits64)] - logits64).max())
+    top = np.sort(logits32, -1)
+    clear = top[:, -1] - top[:, -2] >= 2 * limit  # outside ties
+    disagree = int((found.argmax(-1) != logits32.argmax(-1))[clear].sum())
+    return [
+        Check(name="core logits", group=group, value=value, limit=limit, floor=floor, inputs=len(logits64)),
+        Check(name="core top-1 disagreements", group=group, value=disagree, limit=0, inputs=len(pixels)),
+    ]
+
+
+def _image_checks(
+    reference: Reference, session: Session, pixel_session: Session, images: Sequence[Array],
+    preprocess: Preprocess, temperature: float, group: str,
+) -> list[Check]:  # fmt: skip
+    """End to end on odd sizes: the graph's pixels against Pillow's, and its probabilities against float64."""
+    images = images[:FLOAT64_IMAGES]
+    start = (preprocess.resize - preprocess.size) // 2
+    inside = slice(start, start + preprocess.size)
+    off, graph_pixels, found = [], [], []
+    for item in images:
+        levels, pixels = pixel_session.run(item[None])
+        pillow = preprocess.canvas(item)[inside, inside]
+        off.append(np.abs(levels[0].astype(np.int16) - pillow) > (1 if group == "photographs" else 2))
+        graph_pixels.append(pixels)
+        found.append(session.run(item[None])[0])
+    stacked = np.concatenate(graph_pixels)
+    logits32 = reference.logits(stacked, torch.float32)
+    logits64 = reference.logits(stacked, torch.float64)
+    limit, _ = tolerance(logits32, logits64, session.provider)
+    expected = softmax(logits64 / temperature)
+    value = float(np.abs(np.concatenate(found) - expected).max())
+    batches = [np.repeat(images[0][None], size, 0) for size in (2, 7)]
+    spread = max(float(np.abs(session.run(batch)[0] - found[0]).max()) for batch in batches)
+    return [
+        Check(name="share of pixels off", group=group, value=float(np.mean(off)), limit=1e-3, inputs=len(images)),
+        Check(name="probabilities", group=group, value=value, limit=limit / temperature, inputs=len(images)),
+        Check(name="batch 1 against 2 and 7", group=group, value=spread, limit=limit / temperature, inputs=9),
+    ]
+
+
+def first_divergence(reference: Reference, core: Path, pixels: Array, layers: Mapping[str, str], provider: str) -> str:
+    """Name the first layer whose output leaves the tolerance, with both magnitudes. pixels: (N, 3, S, S) float32.
+
+    Every value of the core file is made an output of ONE session (0.06 s) and compared with the module of its layer.
+    """
+    truth = _module_outputs(reference.float64, pixels, torch.float64)
+    floors = _module_outputs(reference.float32, pixels, torch.float32)
+    model = onnx.load(core)
+    last_value = {layers[out]: out for node in model.graph.node for out in node.output if layers.get(out) in truth}
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in last_value.values())
+    found = Session(model.SerializeToString(), provider=provider).run(pixels)
+    for layer, value in zip(last_value, found, strict=True):
+        expected = truth[layer]
+        if expected.shape != value.shape:
+            continue  # the exporter fused or reshaped this module away
+        limit, _ = tolerance(floors[layer], expected, provider)
+        error = float(np.abs(value - expected).max())
+        if not error <= limit:
+            return (
+                f"{layer}: max |difference| {error:.3g} where {limit:.3g} is allowed "
+                f"(its values reach {float(np.abs(expected).max()):.3g})"
+            )
+    return "no single layer: the difference is in the last operations"
+
+
+def _module_outputs(model: torch.nn.Module, pixels: Array, dtype: torch.dtype) -> dict[str, Array]:
+    outputs: dict[str, Array] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+
+            def keep(_module: object, _inputs: object, output: object, name: str = name) -> None:
+                if isinstance(output, torch.Tensor):
+                    outputs[name] = output.detach().clone().numpy()
+
+            hooks.append(module.register_forward_hook(keep))
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(pixels).to(dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs

@@ -1,0 +1,74 @@
+"""Classify images with an exported file: ONNX Runtime, numpy and Pillow, nothing else.
+
+classify = Classifier("bundle")
+answer = classify("photo.jpg")
+answer.label, answer.probability
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftkit_export.errors import BundleError, FtkitError
+from ftkit_export.preprocess import SUFFIXES, decode
+from ftkit_export.session import Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One image's answer. probabilities: class name -> probability, in the model's class order; they sum to 1."""
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+
+class Classifier:
+    """`model`: a bundle folder or its model.onnx. Raises BundleError when it carries no labels, ProviderError as Session."""
+
+    def __init__(self, model: str | Path, *, provider: str = "cpu", threads: int = 0):
+        path = Path(model)
+        if path.is_dir():
+            path = path / "model.onnx"
+        if not path.is_file():
+            raise BundleError(f"{model}: expected a bundle or a model.onnx, found neither. Try `ftkit export RUN`")
+        self.session = Session(path, provider=provider, threads=threads)
+        try:
+            self.labels: list[str] = json.loads(self.session.metadata["labels"])
+        except (KeyError, ValueError):
+            raise BundleError(
+                f"{path}: expected labels in its metadata, found none. Try a file ftkit exported"
+            ) from None
+
+    def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(H, W, 3) uint8 RGB -> (classes,) float32."""
+        return self.session.run(image[None])[0][0]
+
+    def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
+        """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a bad file."""
+        found = self.probabilities(image if isinstance(image, np.ndarray) else decode(image))
+        best = int(found.argmax())
+        named = {label: float(value) for label, value in zip(self.labels, found, strict=True)}
+        return Prediction(label=self.labels[best], probability=float(found[best]), probabilities=named)
+
+
+def image_files(paths: list[str | Path]) -> list[Path]:
+    """Files as given, and every image below the folders given, sorted. Raises FtkitError for a path that is not there."""
+    found: list[Path] = []
+    for item in map(Path, paths):
+        if item.is_dir():
+            inside = sorted(p for p in item.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise FtkitError(f"{item}: expected images in this folder, found none. Try another folder")
+            found += inside
+        elif item.is_file():
+            found.append(item)
+        else:
+            raise FtkitError(f"{item}: expected an image or a folder, found nothing there. Check the path")
+    return found

@@ -1,0 +1,126 @@
+"""Preprocess: the one definition of pixels, from image file to normalised tensor, in numpy and Pillow.
+
+    image = decode("cell.jpg")               # (H, W, 3) uint8 RGB
+    canvas = preprocess.canvas(image)        # (R, R, 3) uint8, what training keeps
+    pixels = preprocess.pixels(canvas[None]) # (1, 3, S, S) float32, what the core form takes
+
+`graph.py` says the same as ONNX operators. This file is copied into every bundle: it needs numpy and Pillow only.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ftkit_export.errors import FtkitError, ImageError
+
+FITS = ("crop", "squash", "pad")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image becomes the network's input.
+
+    size: S, side of the network's input in pixels. resize: R, side of the canvas; R >= S.
+    mean, std: per channel, in grey levels (0..255): pixel = (level - mean) / std.
+    fit: "crop" keeps the centre square, "squash" resizes the whole image, "pad" letterboxes with black.
+    Raises FtkitError when a field makes no sense.
+    """
+
+    size: int = 224
+    resize: int = 256
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    fit: str = "crop"
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise FtkitError(f"preprocess.fit: expected one of {', '.join(FITS)}, found {self.fit!r}. Try crop")
+        if not 8 <= self.size <= self.resize <= 4096:
+            raise FtkitError(
+                f"preprocess: expected 8 <= size <= resize <= 4096, found size {self.size}, resize {self.resize}. "
+                "Try setting both, e.g. --set preprocess.size=224 --set preprocess.resize=256"
+            )
+        if min(self.std) <= 0:
+            raise FtkitError(f"preprocess.std: expected three positive numbers, found {self.std}. Try 58.4,57.1,57.4")
+
+    def canvas(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(H, W, 3) uint8 of any size -> (R, R, 3) uint8: fitted, then resized bilinear with antialiasing.
+
+        Squaring comes first, so an 8000x2 image costs milliseconds, not gigabytes.
+        """
+        height, width = image.shape[:2]
+        side = self.resize
+        if self.fit == "crop":
+            square = min(height, width)
+            top, left = (height - square) // 2, (width - square) // 2
+            image = image[top : top + square, left : left + square]
+        if self.fit != "pad":
+            return _resize(image, side, side)
+        longest = max(height, width)
+        # Integer arithmetic, so that the graph rounds the same way.
+        inner_h, inner_w = (max(1, (2 * n * side + longest) // (2 * longest)) for n in (height, width))
+        out = np.zeros((side, side, 3), np.uint8)
+        top, left = (side - inner_h) // 2, (side - inner_w) // 2
+        out[top : top + inner_h, left : left + inner_w] = _resize(image, inner_h, inner_w)
+        return out
+
+    def pixels(self, canvases: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(N, R, R, 3) uint8 canvases -> (N, 3, S, S) float32: centre crop, then (level - mean) / std."""
+        start = (self.resize - self.size) // 2
+        crop = canvases[:, start : start + self.size, start : start + self.size].astype(np.float32)
+        scaled = (crop - np.float32(self.mean)) / np.float32(self.std)
+        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def _resize(image: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:
+    if image.shape[:2] == (height, width):
+        return np.ascontiguousarray(image)
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+def decode(source: str | Path | bytes) -> np.ndarray[Any, Any]:
+    """An image file (path or bytes) -> (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+
+    16-bit grey keeps its high byte; transparency is laid over white, as viewers show it; CMYK is converted.
+    Raises ImageError naming the file and the reason (truncated, empty, not an image, too large to be honest).
+    """
+    name = "image" if isinstance(source, bytes) else str(source)
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{name}: expected a readable image file, found {error.strerror}. Check the path") from None
+    if not data:
+        raise ImageError(f"{name}: expected an image, found an empty file. Remove or replace it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
+        reason = "no known image format" if "cannot identify" in str(error) else str(error).split("\n")[0]
+        raise ImageError(f"{name}: expected an image, found {reason}. Remove or replace it") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        high_byte = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return Image.fromarray(high_byte).convert("RGB")
+    if image.mode in ("I", "F"):
+        levels = np.asarray(image).astype(np.float64)
+        if levels.max(initial=0) > 255:
+            levels = levels / 257  # 16-bit data in a wider container
+        return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,160 @@
+"""Open a model on a named provider with named threads, or fail: a session never silently runs elsewhere.
+
+    session = Session("model.onnx", provider="cpu", threads=1)
+    probabilities, embedding = session.run(image)
+
+Every provider's options stand in the one table below. ONNX Runtime's telemetry is switched off before it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftkit_export.errors import FtkitError, ProviderError, choices
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once, at import
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One ONNX Runtime execution provider: its registered name, and the options ftkit opens it with."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+PROVIDERS: Mapping[str, Provider] = {
+    "cpu": Provider(name="CPUExecutionProvider"),
+    # HEURISTIC: the default EXHAUSTIVE search costs seconds on the first run of each input shape. TF32 is off: parity.
+    "cuda": Provider(name="CUDAExecutionProvider", options={"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}),
+    "tensorrt": Provider(name="TensorrtExecutionProvider"),
+    "openvino": Provider(name="OpenVINOExecutionProvider"),
+    "coreml": Provider(name="CoreMLExecutionProvider"),
+    "xnnpack": Provider(name="XnnpackExecutionProvider"),
+    "qnn": Provider(name="QNNExecutionProvider"),
+    "directml": Provider(name="DmlExecutionProvider"),
+}
+
+
+def _runtime() -> Any:
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(4)
+    return onnxruntime
+
+
+def offered() -> list[str]:
+    """Short names of the providers the installed ONNX Runtime was built with (built with is not yet: works here)."""
+    available = _runtime().get_available_providers()
+    return [short for short, provider in PROVIDERS.items() if provider.name in available]
+
+
+def parse_providers(text: str) -> list[str]:
+    """ "cpu,cuda" -> ["cpu", "cuda"]. Raises ProviderError with the choices for an unknown name."""
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PROVIDERS:
+            raise ProviderError(f"--providers: expected known providers, {choices(name, PROVIDERS)}")
+    if not names:
+        raise ProviderError("--providers: expected at least one provider, found none. Try cpu")
+    return list(dict.fromkeys(names))
+
+
+def require(provider: str) -> None:
+    """Raises ProviderError when `provider` is unknown, or not part of the installed ONNX Runtime."""
+    if provider not in PROVIDERS:
+        raise ProviderError(f"provider: expected a known provider, {choices(provider, PROVIDERS)}")
+    if provider not in offered():
+        raise ProviderError(
+            f"provider {provider}: expected an ONNX Runtime built with it, found one with "
+            f"{', '.join(offered())}. Try --providers cpu, or `ftkit doctor`"
+        )
+
+
+def missing_library(provider: str) -> str:
+    """Why the provider's shared library does not load here, in the loader's own words; empty when it does load."""
+    import ctypes
+
+    stem = {"cuda": "cuda", "tensorrt": "tensorrt"}.get(provider)
+    if stem is None:
+        return ""
+    folder = Path(_runtime().__file__).parent / "capi"
+    library = next(iter(sorted(folder.glob(f"*onnxruntime_providers_{stem}.*"))), None)
+    if library is None:
+        return f"this ONNX Runtime ships no {stem} library"
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+class Session:
+    """An ONNX Runtime session that is proven to run on the provider asked for.
+
+    model: a path or the serialized bytes. provider: a key of PROVIDERS. threads: intra-op threads, 0 = all cores.
+    spinning: whether idle worker threads spin (lower latency, a busy core). Raises ProviderError when the provider is
+    unknown, absent or not the one that answered, FtkitError when the model does not load.
+    """
+
+    def __init__(self, model: str | Path | bytes, *, provider: str = "cpu", threads: int = 0, spinning: bool = True):
+        require(provider)
+        self.provider, self.threads = provider, threads or os.cpu_count() or 1
+        self._session = self._open(model, spinning)
+        self._prove()
+        self.input_names = [item.name for item in self._session.get_inputs()]
+        self.output_names = [item.name for item in self._session.get_outputs()]
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def _open(self, model: str | Path | bytes, spinning: bool) -> Any:
+        ort, chosen = _runtime(), PROVIDERS[self.provider]
+        if self.provider in ("cuda", "tensorrt") and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN come in torch's own wheels; without them the session would be CPU's
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        where = "model" if isinstance(model, bytes) else str(model)
+        if not isinstance(model, bytes) and not Path(model).is_file():
+            raise FtkitError(f"{where}: expected an ONNX file, found none. Check the path")
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            return ort.InferenceSession(source, options, providers=[(chosen.name, dict(chosen.options))])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            reason = str(error).split("\n")[0]
+            raise FtkitError(
+                f"{where}: expected a model ONNX Runtime can load, found: {reason}. Try `ftkit doctor`"
+            ) from None
+
+    def _prove(self) -> None:
+        active = self._session.get_providers()
+        wanted = PROVIDERS[self.provider].name
+        if active[0] != wanted:
+            why = missing_library(self.provider) or "its device did not answer"
+            raise ProviderError(
+                f"provider {self.provider}: expected a session on {wanted}, found {active[0]}: {why}. "
+                "Try `ftkit doctor`, or --providers cpu"
+            )
+
+    def assignment(self) -> dict[str, int]:
+        """Number of graph nodes on each provider, as ONNX Runtime assigned them; empty when this release cannot tell."""
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return {}
+        counts: Counter[str] = Counter()
+        for part in self._session.get_provider_graph_assignment_info():
+            counts[part.ep_name] += len(part.get_nodes())
+        return dict(counts)
+
+    def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """Inputs in the model's order -> outputs in the model's order."""
+        feed = dict(zip(self.input_names, arrays, strict=True))
+        outputs: list[np.ndarray[Any, Any]] = self._session.run(None, feed)
+        return outputs

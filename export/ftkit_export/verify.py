@@ -1,0 +1,143 @@
+"""Does a bundle still prove itself here? Hashes, then golden vectors, on any machine, without the training framework.
+
+    result = verify("bundle", provider="cpu")
+    result.passed; result.checks
+
+A missing, changed or extra file, or a manifest of a newer schema, is a BundleError that names the file. A golden vector
+out of tolerance, or sealed evidence that failed, is a failed check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ftkit_export.errors import BundleError
+from ftkit_export.preprocess import Preprocess, decode
+from ftkit_export.session import Session
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenCheck:
+    """The worst golden image of one form on one provider: `value` is max |difference| in units of its tolerance."""
+
+    name: str
+    file: str
+    value: float
+    max_abs_error: float
+    images: int
+    top1_equal: int
+
+    @property
+    def passed(self) -> bool:
+        """True when every image is within its tolerance; False also for NaN."""
+        return bool(self.value <= 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What verify found. files: number of files whose hash was compared; evidence: the sealed gates, as text."""
+
+    provider: str
+    files: int
+    checks: tuple[GoldenCheck, ...]
+    failed_gates: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when every golden check passed and no sealed gate had failed."""
+        return not self.failed_gates and all(check.passed for check in self.checks)
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(bundle: str | Path) -> dict[str, Any]:
+    """The manifest of a bundle. Raises BundleError when there is none, or it is of a newer schema."""
+    path = Path(bundle) / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        schema, files = manifest["schema"], manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        raise BundleError(f"{path}: expected a manifest, found unreadable JSON. Export the bundle again") from None
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise BundleError(f"{path}: expected schema {SCHEMA} or older, found {schema}. Try a newer ftkit")
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise BundleError(f"{path}: expected names inside the bundle, found {name!r}. Do not trust this bundle")
+    return manifest
+
+
+def check_files(bundle: Path, files: dict[str, str]) -> None:
+    """Every listed file is there, unchanged, and nothing else is. Raises BundleError naming the first that is not."""
+    present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file() or path.is_symlink()}
+    present.discard(MANIFEST)
+    for name in sorted(set(files) - present):
+        raise BundleError(f"{bundle / name}: expected this file, found it missing. Copy the bundle again")
+    for name in sorted(present - set(files)):
+        raise BundleError(f"{bundle / name}: expected only files the manifest lists, found this one. Remove it")
+    for name, digest in sorted(files.items()):
+        if (bundle / name).is_symlink():
+            raise BundleError(f"{bundle / name}: expected a plain file, found a link. Copy the bundle again")
+        if sha256(bundle / name) != digest:
+            raise BundleError(f"{bundle / name}: expected sha256 {digest[:12]}…, found another. Copy the bundle again")
+
+
+def replay_golden(bundle: Path, manifest: dict[str, Any], provider: str) -> tuple[GoldenCheck, ...]:
+    """Both forms over every golden image on one provider: image form end to end, core form from Pillow's pixels."""
+    entries = json.loads((bundle / "golden" / "golden.json").read_text())["images"]
+    with np.load(bundle / "golden" / "expected.npz", allow_pickle=False) as stored:
+        expected = {name: stored[name] for name in stored.files}
+    images = [decode(bundle / "golden" / entry["file"]) for entry in entries]
+    preprocess = Preprocess(**manifest["preprocess"])
+    image_session = Session(bundle / "model.onnx", provider=provider)
+    core_session = Session(bundle / manifest["core"], provider=provider)
+    found = {
+        "probabilities": [image_session.run(image[None])[0][0] for image in images],
+        "logits": [core_session.run(preprocess.pixels(preprocess.canvas(image)[None]))[0][0] for image in images],
+    }
+    checks = []
+    for name, values in found.items():
+        errors = np.array([np.abs(a - b).max() for a, b in zip(values, expected[name], strict=True)])
+        limits = np.array([entry["tolerance"].get(provider, entry["tolerance"]["cuda"])[name] for entry in entries])
+        worst = int(np.nan_to_num(errors / limits, nan=np.inf).argmax())
+        equal = sum(int(a.argmax() == b.argmax()) for a, b in zip(values, expected[name], strict=True))
+        checks.append(
+            GoldenCheck(
+                name=name,
+                file=entries[worst]["file"],
+                value=float(errors[worst] / limits[worst]),
+                max_abs_error=float(errors[worst]),
+                images=len(entries),
+                top1_equal=equal,
+            )  # fmt: skip
+        )
+    return tuple(checks)
+
+
+def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
+    """Hashes, golden vectors and sealed evidence of `bundle` on `provider` of this machine.
+
+    Raises BundleError for a file that is missing, changed or extra, ProviderError as Session.
+    """
+    folder = Path(bundle)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest["files"])
+    checks = replay_golden(folder, manifest, provider)
+    failed = tuple(
+        f"{gate['name']}: {gate['value']} (limit {gate['limit']})" for gate in manifest["gates"] if not gate["passed"]
+    )
+    return Verification(provider=provider, files=len(manifest["files"]), checks=checks, failed_gates=failed)

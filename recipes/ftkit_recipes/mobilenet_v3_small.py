@@ -1,0 +1,17 @@
+"""MobileNetV3-small: a new head, then the last two blocks. Its weights need a network, or --weights FILE.
+
+    ftkit train photos --recipe mobilenet_v3_small --weights FILE
+
+Accuracy unmeasured: the weights are not to be had offline.
+"""
+
+from dataclasses import replace
+
+from ftkit_recipes.lite0 import recipe as lite0
+
+recipe = replace(lite0, name="mobilenet_v3_small", backbone="mobilenetv3_small_100", preprocess=None)
+
+if __name__ == "__main__":
+    from ftkit.cli import run_recipe
+
+    run_recipe(recipe)

@@ -1,0 +1,24 @@
+"""Staged strategy: ResNet50, a new head for 5 epochs, then the last two blocks for 10 epochs at 1e-4.
+
+    ftkit train photos --recipe staged_resnet50 --weights resnet50.safetensors
+    ftkit train photos --recipe staged_resnet50 --set backbone=efficientnet_lite0      (the same plan, offline)
+
+The accuracy of the ResNet50 itself is unmeasured: its weights need a network. The plan's, on EfficientNet-Lite0, is in
+bench/README.md.
+"""
+
+from ftkit.recipe import Recipe, Stage
+
+recipe = Recipe(
+    name="staged_resnet50",
+    backbone="resnet50",
+    stages=(
+        Stage(train="head", epochs=5, lr=1e-3, optimizer="adam", schedule="constant"),
+        Stage(train="last:2", epochs=10, lr=1e-4, optimizer="adam", schedule="constant"),
+    ),
+)
+
+if __name__ == "__main__":
+    from ftkit.cli import run_recipe
+
+    run_recipe(recipe)

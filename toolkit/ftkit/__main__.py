@@ -1,0 +1,5 @@
+"""`python -m ftkit` is `ftkit`."""
+
+from ftkit.cli import main
+
+main()

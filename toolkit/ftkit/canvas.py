@@ -1,0 +1,180 @@
+"""Decode once: every image becomes a canvas, R x R x 3 uint8, in memory-mapped shards that later runs find again.
+
+    canvases = build(images, preprocess)     # decodes what is not there yet
+    canvases.array(rows)                     # (n, R, R, 3) uint8 for row numbers of canvases.images
+
+A shard's name is the hash of its files' contents and of the canvas part of the preprocess. It is written beside and
+renamed: two runs may build the same one at once, and nobody ever reads a half. Threads, not processes: Pillow decodes
+and resizes outside the interpreter lock, and a canvas need not be pickled home (bench/README.md has both figures).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftkit.intake import Images
+from ftkit_export.errors import FtkitError, ImageError
+from ftkit_export.preprocess import Preprocess, decode
+
+Array = np.ndarray[Any, Any]
+
+SHARD = 512  # images; at 256 x 256 a shard is 100 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canvases:
+    """Decoded images: images.images[i] is row i, and lies in shards[slots[i, 0]][slots[i, 1]].
+
+    bad: (file, reason) of those left out. fingerprint: hash of contents, labels, splits and preprocess.
+    """
+
+    images: Images
+    shards: tuple[Array, ...]
+    slots: Array  # (N, 2) int64
+    bad: tuple[tuple[Path, str], ...]
+    fingerprint: str
+
+    def array(self, rows: Sequence[int] | Array) -> Array:
+        """Row numbers (n,) -> (n, R, R, 3) uint8, in that order."""
+        return np.stack([self.shards[shard][slot] for shard, slot in self.slots[np.asarray(rows)]])
+
+    def rows(self, split: str) -> Array:
+        """Row numbers of a split, (n,) int64."""
+        return np.array([i for i, image in enumerate(self.images.images) if image.split == split], np.int64)
+
+    @property
+    def labels(self) -> Array:
+        """(N,) int64, one a row."""
+        return np.array([image.label for image in self.images.images], np.int64)
+
+
+def cache_folder() -> Path:
+    """$FTKIT_CACHE, else $XDG_CACHE_HOME/ftkit, else ~/.cache/ftkit."""
+    if os.environ.get("FTKIT_CACHE"):
+        return Path(os.environ["FTKIT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftkit"
+
+
+def build(
+    images: Images, preprocess: Preprocess, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Canvases:
+    """Canvases of every readable image; bad files are left out and listed. progress(done, total) counts images.
+
+    Raises FtkitError when no readable image of a class is left to train on, or the cache folder cannot be written.
+    """
+    paths = [image.path for image in images.images]
+    shards: list[Array] = []
+    slots: list[tuple[int, int]] = []
+    bad: list[tuple[Path, str]] = []
+    digests: list[str] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), SHARD):
+            part = paths[start : start + SHARD]
+            found = list(pool.map(_digest, part))
+            array, reasons = _shard(part, found, preprocess, pool, lambda n, s=start: progress(s + n, len(paths)))
+            shards.append(array)
+            for slot, path in enumerate(part):
+                if slot in reasons:
+                    bad.append((path, reasons[slot]))
+                else:
+                    slots.append((len(shards) - 1, slot))
+                    digests.append(found[slot])
+    left = images.without({path for path, _ in bad})
+    _require_every_class(images, left, bad)
+    rows = [f"{digest} {image.label} {image.split}" for digest, image in zip(digests, left.images, strict=True)]
+    text = "\n".join([_canvas_key(preprocess), *images.classes, *rows])
+    return Canvases(
+        images=left, shards=tuple(shards), slots=np.array(slots, np.int64), bad=tuple(bad),
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+    )  # fmt: skip
+
+
+def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path, str]]) -> None:
+    trained = {image.label for image in left.of("train")}
+    for label, name in enumerate(images.classes):
+        if label not in trained:
+            path, reason = bad[0]
+            raise FtkitError(
+                f"{images.root}: expected readable training images of class {name!r}, found none "
+                f"({len(bad)} bad files, e.g. {path}: {reason}). Try replacing them"
+            )
+    for split in ("val", "test"):
+        if not left.of(split):
+            raise FtkitError(
+                f"{images.root}: expected readable {split} images, found none. Try replacing the bad files"
+            )
+
+
+def _canvas_key(preprocess: Preprocess) -> str:
+    return f"canvas-1 {preprocess.fit} {preprocess.resize}"
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+
+
+def _decode(path: Path, preprocess: Preprocess) -> tuple[Array | None, str]:
+    try:
+        return preprocess.canvas(decode(path)), ""
+    except ImageError as error:
+        return None, str(error).removeprefix(f"{path}: ")
+
+
+def _shard(
+    paths: Sequence[Path], digests: Sequence[str], preprocess: Preprocess, pool: ThreadPoolExecutor,
+    progress: Callable[[int], None],
+) -> tuple[Array, dict[int, str]]:  # fmt: skip
+    """One shard (n, R, R, 3) uint8, memory-mapped, and slot -> reason for its bad files (their slots are black)."""
+    key = hashlib.sha256("\n".join([_canvas_key(preprocess), *digests]).encode()).hexdigest()[:32]
+    folder = cache_folder() / "canvases" / key
+    if not folder.is_dir():
+        side = preprocess.resize
+        reasons: dict[int, str] = {}
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+            array = np.lib.format.open_memmap(
+                beside / "canvases.npy", mode="w+", dtype=np.uint8, shape=(len(paths), side, side, 3)
+            )
+            for slot, (canvas, reason) in enumerate(pool.map(lambda path: _decode(path, preprocess), paths)):
+                if canvas is None:
+                    reasons[slot] = reason
+                else:
+                    array[slot] = canvas
+                progress(slot + 1)
+            array.flush()
+            del array
+            (beside / "bad.json").write_text(json.dumps(reasons))
+            publish(beside, folder)
+        except OSError as error:
+            raise FtkitError(
+                f"{folder.parent}: expected room for canvases, found {error.strerror}. Try FTKIT_CACHE=another folder"
+            ) from None
+    progress(len(paths))
+    stored = {int(slot): reason for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
+    return np.load(folder / "canvases.npy", mmap_mode="r"), stored
+
+
+def publish(beside: Path, folder: Path) -> None:
+    """Rename a finished folder into place; if another run was first, its equal copy stays and ours goes."""
+    try:
+        beside.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        for path in beside.iterdir():
+            path.unlink()
+        beside.rmdir()

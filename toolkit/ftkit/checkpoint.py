@@ -1,0 +1,127 @@
+"""The run folder: run.json, metrics.jsonl, model.safetensors, report.html. Data only, no pickle, each file atomic.
+
+folder = create(out)
+append(folder, {...})            # one line of metrics.jsonl
+finish(folder, model, {...})     # weights, then run.json: a run without run.json is not finished
+run = open_run(folder)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import ftkit
+from ftkit.backbones import Backbone, build
+from ftkit.recipe import Recipe, restore, restore_preprocess
+from ftkit_export.errors import FtkitError
+from ftkit_export.preprocess import Preprocess
+
+RUN, METRICS, WEIGHTS = "run.json", "metrics.jsonl", "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run, as read from disk. data: run.json whole."""
+
+    folder: Path
+    recipe: Recipe
+    preprocess: Preprocess
+    classes: tuple[str, ...]
+    temperature: float
+    data: Mapping[str, Any]
+
+    def backbone(self) -> Backbone:
+        """The trained model, in eval mode on the CPU."""
+        backbone = build(self.recipe.backbone, len(self.classes), "none")
+        state = safetensors.torch.load_file(self.folder / WEIGHTS)
+        backbone.model.load_state_dict(state)
+        return backbone
+
+
+def next_free(base: Path) -> Path:
+    """runs/lite0-1, runs/lite0-2, ...: the first that does not exist."""
+    number = 1
+    while base.with_name(f"{base.name}-{number}").exists():
+        number += 1
+    return base.with_name(f"{base.name}-{number}")
+
+
+def create(out: Path) -> Path:
+    """A new run folder. Raises FtkitError when something is there already, or it cannot be made."""
+    if out.exists():
+        raise FtkitError(f"{out}: expected a new folder, found one there already. Try another --out, or remove it")
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        raise FtkitError(f"{out}: expected a place to write to, found {error.strerror}. Try another --out") from None
+    return out
+
+
+def append(folder: Path, line: Mapping[str, object]) -> None:
+    """Append one JSON line to metrics.jsonl."""
+    with (folder / METRICS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, one an epoch."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, fsync, rename: a reader sees the old file or the new one, never a half."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def finish(folder: Path, model: nn.Module, data: Mapping[str, Any]) -> None:
+    """Write the chosen weights, then run.json."""
+    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_atomically(folder / WEIGHTS, safetensors.torch.save(state))
+    write_atomically(folder / RUN, (json.dumps(data, indent=1) + "\n").encode())
+
+
+def environment() -> dict[str, str]:
+    """Versions that decide what a run computes."""
+    versions = {
+        "ftkit": ftkit.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "timm": timm.__version__, "onnxruntime": onnxruntime.__version__,
+        "system": f"{platform.system()} {platform.machine()}", "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        versions["gpu"] = torch.cuda.get_device_name()
+    return versions
+
+
+def open_run(folder: str | Path) -> Run:
+    """Read a finished run. Raises FtkitError when it is none, or was not finished."""
+    path = Path(folder)
+    if not (path / RUN).is_file() or not (path / WEIGHTS).is_file():
+        unfinished = (path / METRICS).is_file()
+        found = "one that was not finished" if unfinished else "none"
+        raise FtkitError(f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found {found}. Try `ftkit train DATA`")
+    try:
+        data = json.loads((path / RUN).read_text())
+        return Run(
+            folder=path, recipe=restore(data["recipe"]), preprocess=restore_preprocess(data["preprocess"]),
+            classes=tuple(data["classes"]), temperature=float(data["temperature"]), data=data,
+        )  # fmt: skip
+    except (ValueError, KeyError) as error:
+        raise FtkitError(f"{path / RUN}: expected a run of this ftkit, found {error!r}. Train again") from None

@@ -1,0 +1,225 @@
+"""The command line: each command parses, calls one function, prints. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ftkit import __version__
+from ftkit_export.errors import FtkitError
+
+if TYPE_CHECKING:
+    from ftkit.recipe import Recipe
+
+
+class _Group(click.Group):
+    """Turns FtkitError into one line on standard error and its exit code; FTKIT_DEBUG=1 shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FtkitError as error:
+            if os.environ.get("FTKIT_DEBUG") == "1":
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            if os.environ.get("FTKIT_DEBUG") == "1" or isinstance(error, BrokenPipeError):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            click.echo(f"error: {where}expected to read and write, found: {error.strerror or error}. "
+                       "Check the path and the free disk", err=True)  # fmt: skip
+            ctx.exit(2)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ftkit")
+def main() -> None:
+    """Turn a folder of images into a model file that is proven to work on a device."""
+
+
+SET = click.option(
+    "--set", "settings", multiple=True, metavar="A.B=C", help="Change a field of the recipe. Repeatable."
+)
+PROVIDERS = click.option("--providers", default="cpu", show_default=True, metavar="A,B", help="e.g. cpu,cuda")
+
+
+@main.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--recipe", "name", default="lite0", show_default=True, metavar="NAME|FILE.py")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="RUN", help="Run folder. [default: runs/NAME-1, -2, ...]"
+)
+@SET
+@click.option("--weights", metavar="FILE", help="Backbone weights: .safetensors or .pth; none = untrained.")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--seed", default=0, show_default=True)
+def train(
+    data: Path, name: str, out: Path | None, settings: tuple[str, ...], weights: str | None, device: str, seed: int
+) -> None:
+    """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
+    from ftkit.checkpoint import next_free
+    from ftkit.recipe import load, override
+    from ftkit.train import train as run_training
+
+    recipe = override(load(name), [*([f"weights={weights}"] if weights else []), *settings])
+    run = run_training(recipe, data, out or next_free(Path("runs") / recipe.name), seed=seed, device=device)
+    click.echo(f"run: {run}\nnext: ftkit export {run}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="BUNDLE", help="Bundle folder. [default: RUN-bundle]")
+@click.option("--set", "settings", multiple=True, metavar="export.B=C", help="Change a gate or budget. Repeatable.")
+@PROVIDERS
+@click.option("--data", type=click.Path(path_type=Path), help="Where the run's images are now, if they moved.")
+@click.option("--quick", is_flag=True, help="Shorter latency runs, marked as such in the evidence.")
+def export(
+    run: Path, out: Path | None, settings: tuple[str, ...], providers: str, data: Path | None, quick: bool
+) -> None:
+    """Export RUN to ONNX, prove the file, and seal a bundle. Exit 1 when a gate fails."""
+    from ftkit.checkpoint import open_run
+    from ftkit.pipeline import export as run_export
+    from ftkit.recipe import override
+    from ftkit_export.session import parse_providers
+
+    names = parse_providers(providers)
+    opened = open_run(run)
+    for setting in settings:
+        if not setting.startswith("export."):
+            raise FtkitError(
+                f"--set {setting}: expected a field of export, found another. Try export.max_accuracy_drop"
+            )
+    limits = override(opened.recipe, settings).export
+    target = out or run.with_name(run.resolve().name + "-bundle")
+    done = run_export(opened, target, settings=limits, providers=names, data=data, quick=quick)
+    for gate in done.gates:
+        click.echo(f"{'ok    ' if gate.passed else 'FAILED'}  {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}")
+    click.echo(f"bundle: {done.folder}")
+    if not done.passed:
+        failed = next(gate for gate in done.gates if not gate.passed)
+        click.echo(f"error: gate {failed.name}: expected at most {failed.limit:.4g}, found {failed.value:.4g}. "
+                   f"Read {done.folder}/report.html", err=True)  # fmt: skip
+        sys.exit(1)
+    click.echo(f"next: ftkit verify {done.folder}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@PROVIDERS
+def verify(bundle: Path, providers: str) -> None:
+    """Hashes, golden vectors and sealed evidence of BUNDLE on this machine. Exit 1 when one fails."""
+    from ftkit_export.session import parse_providers
+    from ftkit_export.verify import verify as run_verify
+
+    passed = True
+    for provider in parse_providers(providers):
+        result = run_verify(bundle, provider)
+        passed = passed and result.passed
+        click.echo(f"{provider}: {result.files} files unchanged")
+        for check in result.checks:
+            click.echo(f"{provider}: {check.name} of {check.images} golden images: {'ok' if check.passed else 'FAILED'}, "
+                       f"worst {check.file} at {check.value:.2f} of its tolerance")  # fmt: skip
+        for gate in result.failed_gates:
+            click.echo(f"sealed gate FAILED: {gate}")
+    click.echo("verified" if passed else "NOT verified")
+    sys.exit(0 if passed else 1)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--provider", default="cpu", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, all probabilities.")
+def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool) -> None:
+    """Class and probability of IMAGES (files or folders)."""
+    from ftkit_export.errors import ImageError
+    from ftkit_export.predict import Classifier, image_files
+
+    files = image_files(list(images))
+    classify = Classifier(bundle, provider=provider)
+    bad = 0
+    for path in files:
+        try:
+            answer = classify(path)
+        except ImageError as error:
+            bad += 1
+            click.echo(f"error: {error}", err=True)
+            continue
+        if as_json:
+            click.echo(json.dumps({"image": str(path), "label": answer.label, "probabilities": answer.probabilities}))
+        else:
+            click.echo(f"{path}  {answer.label}  {answer.probability:.3f}")
+    sys.exit(2 if bad else 0)
+
+
+@main.command()
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes, or print one as resolved, with its backbone's blocks."""
+    from ftkit import recipe as recipes_
+
+    if name is None:
+        for each in recipes_.names():
+            doc = (recipes_.load_module(each).__doc__ or "").strip().splitlines()[0]
+            click.echo(f"{each:<20} {doc}")
+        return
+    from ftkit.backbones import blocks, build
+
+    loaded = recipes_.load(name)
+    click.echo((recipes_.load_module(name).__doc__ or "").strip() + "\n")
+    click.echo(json.dumps(recipes_.resolve(loaded), indent=1))
+    listed = blocks(build(loaded.backbone, 2, "none"))
+    click.echo(f"\nlast:1 to last:{len(listed)} count these blocks from the end:")
+    click.echo("  " + " ".join(listed))
+
+
+@main.command()
+def doctor() -> None:
+    """Say which providers really open a session here, and why the others do not."""
+    from ftkit.doctor import examine
+
+    for line in examine():
+        click.echo(line)
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+def demo(out: Path) -> None:
+    """The whole story on real photographs, offline: data, train, export, verify, predict."""
+    from ftkit.demo import run_demo
+
+    run_demo(out)
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """Train, export and validate one recipe: what `python -m ftkit_recipes.NAME DATA` does."""
+    from ftkit.checkpoint import next_free
+    from ftkit.recipe import override
+
+    @click.command(help=f"Train {recipe.name} on DATA, export it, verify the bundle.")
+    @click.argument("data", type=click.Path(path_type=Path))
+    @click.option("--out", type=click.Path(path_type=Path), help="Run folder; the bundle is OUT-bundle.")
+    @SET
+    @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
+    @click.option("--seed", default=0)
+    @PROVIDERS
+    @click.option("--quick", is_flag=True, help="Shorter latency runs.")
+    def whole(
+        data: Path, out: Path | None, settings: tuple[str, ...], device: str, seed: int, providers: str, quick: bool
+    ) -> None:
+        from ftkit.train import train as run_training
+
+        run = out or next_free(Path("runs") / recipe.name)
+        run_training(override(recipe, settings), data, run, seed=seed, device=device)
+        bundle = run.with_name(run.name + "-bundle")
+        context = click.get_current_context()
+        context.invoke(export, run=run, out=bundle, settings=(), providers=providers, data=None, quick=quick)
+        context.invoke(verify, bundle=bundle, providers=providers)
+
+    _Group(commands={"whole": whole}).main(["whole", *sys.argv[1:]], prog_name=f"python -m ftkit_recipes.{recipe.name}")

@@ -1,0 +1,105 @@
+"""`ftkit demo`: real photographs of solar cells, then exactly what a user would run, then one table.
+
+The photographs come from the package elpv-dataset (Deitsch et al., Solar Energy 185, 2019): 300 x 300 grey
+electroluminescence images of solar cells, monocrystalline or polycrystalline, sound or defect.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from importlib import resources, util
+from pathlib import Path
+
+from ftkit import terminal
+from ftkit_export.errors import FtkitError
+
+GROUP = 60  # consecutive cells: one module, roughly
+NOTICE = (
+    "The photographs are the ELPV data set by ZAE Bayern (Buerhop-Lutz et al. 2018; Deitsch et al. 2019),\n"
+    "licensed CC BY-NC-SA 4.0: not for commercial use. A model trained on them is for trying ftkit out."
+)
+# A solar cell has no upright side, so a flipped one is as real as the original.
+SETTINGS = ("--set", "augment.vflip=true")
+
+
+def write_elpv(out: Path, *, split: bool) -> int:
+    """Write the photographs with a certain label as class folders; returns their number.
+
+    out: folder to make. split=True: out/{train,val,test}/CLASS, whole runs of 60 consecutive cells in one split
+    (70 / 10 / 20 %); False: out/CLASS. Raises FtkitError when the package is not installed.
+    """
+    if util.find_spec("elpv_dataset") is None:
+        raise FtkitError(
+            "demo: expected the package elpv-dataset, found it not installed. Try `pip install 'ftkit[demo]'`"
+        )
+    source = resources.files("elpv_dataset") / "data"
+    count = 0
+    for line in (source / "labels.csv").read_text().splitlines():
+        name, probability, kind = line.split()
+        if float(probability) not in (0.0, 1.0):
+            continue  # the experts were not certain
+        label = f"{kind}-{'defect' if float(probability) else 'ok'}"
+        # "cell0123.png"; 7 is coprime to 10, so the splits take modules from all over the set
+        module = (int(Path(name).stem[4:]) - 1) // GROUP
+        part = {0: "test", 1: "test", 2: "val"}.get(module * 7 % 10, "train") if split else ""
+        folder = out / part / label
+        folder.mkdir(parents=True, exist_ok=True)
+        with resources.as_file(source / name) as path:
+            shutil.copyfile(path, folder / path.name)
+        count += 1
+    return count
+
+
+def run_demo(out: Path) -> None:
+    """Make the data, run the user's commands, end with one table. Raises FtkitError when a step fails."""
+    if out.exists():
+        raise FtkitError(f"{out}: expected a new folder, found one there already. Try --out another, or remove it")
+    started = time.perf_counter()
+    data, run, bundle = out / "photos", out / "run", out / "bundle"
+    terminal.say(NOTICE)
+    count = write_elpv(data, split=True)
+    terminal.say(
+        f"{count} photographs written to {data}; runs of {GROUP} consecutive cells (about one module) kept together"
+    )
+    _step("train", str(data), "--out", str(run), *SETTINGS)
+    _step("export", str(run), "--out", str(bundle), "--quick")
+    _step("verify", str(bundle))
+    shown = [next(iter(sorted(folder.iterdir()))) for folder in sorted((data / "test").iterdir())]
+    _step("predict", str(bundle), *map(str, shown))
+    terminal.say()
+    terminal.say(_summary(bundle))
+    terminal.say()
+    terminal.say(
+        f"report  {bundle / 'report.html'}\nmodel   {bundle / 'model.onnx'}\ndevice  python {bundle}/device/classify.py --self-check"
+    )
+    terminal.say(f"done in {terminal.clock(time.perf_counter() - started)}")
+
+
+def _step(*arguments: str) -> None:
+    terminal.say(f"\n$ ftkit {' '.join(arguments)}")
+    done = subprocess.run([sys.executable, "-m", "ftkit", *arguments], check=False)
+    if done.returncode:
+        raise FtkitError(
+            f"demo: expected `ftkit {arguments[0]}` to succeed, found exit code {done.returncode}. See above"
+        )
+
+
+def _summary(bundle: Path) -> str:
+    evidence = json.loads((bundle / "manifest.json").read_text())["evidence"]
+    accuracy = evidence["accuracy"]["file"]
+    rows = [("what", "measured")]
+    interval = f"[{accuracy['accuracy_low']:.3f}, {accuracy['accuracy_high']:.3f}]"
+    rows.append(("accuracy", f"{accuracy['accuracy']:.3f} {interval} on {accuracy['images']} held-out photographs"))
+    for item in evidence["parity"]:
+        logits = max((c for c in item["checks"] if c["floor"] is not None), key=lambda c: c["value"] / c["limit"])
+        rows.append(("parity", f"{'passed' if item['passed'] else 'FAILED'} on {item['provider']}: logits within "
+                     f"{logits['value'] / logits['floor']:.1f} x the framework's own float32 error"))  # fmt: skip
+    for item in evidence["latency"]:
+        rows.append(("latency", f"p50 {item['p50_ms']:.1f} ms, p95 {item['p95_ms']:.1f} ms on {item['provider']}, "
+                     f"{item['threads']} thread{'s' if item['threads'] > 1 else ''}"))  # fmt: skip
+    rows.append(("size", f"{evidence['latency'][0]['size_bytes'] / 1e6:.1f} MB"))
+    return terminal.table(rows)

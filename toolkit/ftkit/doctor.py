@@ -1,0 +1,61 @@
+"""What works on this machine, and why the rest does not.
+
+for line in examine(): print(line)
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+
+from ftkit.canvas import cache_folder
+from ftkit_export.errors import FtkitError
+from ftkit_export.graph import pixel_model
+from ftkit_export.preprocess import Preprocess
+from ftkit_export.session import PROVIDERS, Session, offered
+
+PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "pillow")
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+
+
+def examine() -> list[str]:
+    """One line a finding. Each provider is tried by opening a real session and running it."""
+    lines = [f"{name} {_version(name)}" for name in PACKAGES]
+    runtimes = [name for name in RUNTIMES if _version(name) != "absent"]
+    lines += [f"{name} {_version(name)}" for name in runtimes]
+    if len(runtimes) > 1:
+        lines.append(f"error: {' and '.join(runtimes)} install the same module: keep one of them")
+    lines.append(_torch_gpu())
+    lines += [_provider(name) for name in PROVIDERS]
+    lines.append(f"{os.cpu_count()} cores; cache at {cache_folder()}")
+    return lines
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _torch_gpu() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"training: on {torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+    built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without CUDA"
+    return f"training: on the CPU ({built}; no GPU answers)"
+
+
+def _provider(name: str) -> str:
+    if name not in offered():
+        return f"provider {name:<9} absent: this ONNX Runtime was built without it"
+    try:
+        import numpy as np
+
+        preprocess = Preprocess(size=8, resize=8)
+        session = Session(pixel_model(preprocess).SerializeToString(), provider=name)
+        session.run(np.zeros((1, 8, 8, 3), np.uint8))
+    except FtkitError as error:
+        return f"provider {name:<9} does not open: {error}"
+    return f"provider {name:<9} works"

@@ -1,0 +1,189 @@
+"""DATA -> Images: which files, which class, which split.
+
+    images = read("photos")            # photos/CLASS/*.jpg, photos/{train,val,test}/CLASS/*, or photos.csv
+    images.classes, images.of("train")
+
+A CSV has the columns path,label[,split][,group]; its paths are relative to the CSV. With no val split one is made from
+train, and with no test split one is too: stratified by class, seeded, whole groups kept on one side.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ftkit_export.errors import FtkitError
+from ftkit_export.preprocess import SUFFIXES
+
+SPLITS = ("train", "val", "test")
+VAL_SHARE = 0.15
+TEST_SHARE = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """One labelled file. label: index into Images.classes. group: images that must stay on one side of a split."""
+
+    path: Path
+    label: int
+    split: str
+    group: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """A labelled set. classes are in natural order (2 before 10); made: the splits that ftkit cut itself."""
+
+    root: Path
+    classes: tuple[str, ...]
+    images: tuple[Image, ...]
+    made: tuple[str, ...] = ()
+
+    def of(self, split: str) -> tuple[Image, ...]:
+        """The images of one split, in order of path."""
+        return tuple(image for image in self.images if image.split == split)
+
+    def without(self, bad: set[Path]) -> Images:
+        """The same set less some files."""
+        return replace(self, images=tuple(image for image in self.images if image.path not in bad))
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """Sort key that counts as people do: class2 before class10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", text) if part]
+
+
+def read(data: str | Path, seed: int = 0) -> Images:
+    """Read a class folder, a split folder or a CSV. Raises FtkitError naming what is missing and what to try."""
+    root = Path(data)
+    if not root.exists():
+        raise FtkitError(f"{root}: expected a folder of images or a CSV, found nothing there. Check the path")
+    rows = _from_csv(root) if root.is_file() else _from_folder(root)
+    if not rows:
+        raise FtkitError(f"{root}: expected images as {root}/CLASS/IMAGE.jpg, found none. Try a folder a class")
+    classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
+    if len(classes) < 2:
+        raise FtkitError(
+            f"{root}: expected at least two classes, found one ({classes[0]}). Try a folder for each class, "
+            "e.g. ok/ and defect/"
+        )
+    index = {label: number for number, label in enumerate(classes)}
+    images = sorted(
+        (Image(path=path, label=index[label], split=split, group=group) for path, label, split, group in rows),
+        key=lambda image: natural(image.path.as_posix()),
+    )
+    return _with_splits(Images(root=root, classes=classes, images=tuple(images)), seed)
+
+
+Row = tuple[Path, str, str, str]  # path, label, split or "", group or ""
+
+
+def _from_folder(root: Path) -> list[Row]:
+    top = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    if any(path.name in ("train", "training") for path in top):
+        folders = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+        rows = []
+        for split_folder in top:
+            split = folders.get(split_folder.name, split_folder.name)
+            if split not in SPLITS:
+                raise FtkitError(
+                    f"{split_folder}: expected train, val and test beside each other, found {split_folder.name!r}. "
+                    "Try moving it out of the data folder"
+                )
+            rows += [(path, label, split, "") for path, label in _class_folders(split_folder)]
+        return rows
+    return [(path, label, "", "") for path, label in _class_folders(root)]
+
+
+def _class_folders(root: Path) -> list[tuple[Path, str]]:
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    return [
+        (path, folder.name)
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    ]
+
+
+def _from_csv(path: Path) -> list[Row]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = [column.strip() for column in reader.fieldnames or ()]
+            table = [{str(k).strip(): (v or "").strip() for k, v in line.items() if k} for line in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise FtkitError(f"{path}: expected a CSV in UTF-8, found {error}. Try path,label[,split][,group]") from None
+    for column in ("path", "label"):
+        if column not in columns:
+            raise FtkitError(
+                f"{path}: expected a column {column!r}, found {', '.join(columns) or 'none'}. Try path,label"
+            )
+    rows = []
+    for number, line in enumerate(table, start=2):
+        image = path.parent / line["path"]
+        if not line["path"] or not image.is_file():
+            raise FtkitError(f"{path} line {number}: expected an image at {image}, found none. Check the path column")
+        if not line["label"]:
+            raise FtkitError(f"{path} line {number}: expected a label, found none. Fill in the label column")
+        split = line.get("split", "")
+        if split and split not in SPLITS:
+            raise FtkitError(f"{path} line {number}: expected split train, val or test, found {split!r}. Correct it")
+        rows.append((image, line["label"], split, line.get("group", "")))
+    return rows
+
+
+def _with_splits(images: Images, seed: int) -> Images:
+    """Fill in the splits that are missing: an image without one is train until val and test are cut from it."""
+    given = {image.split for image in images.images}
+    items = [image if image.split else replace(image, split="train") for image in images.images]
+    if "train" not in {image.split for image in items}:
+        raise FtkitError(f"{images.root}: expected a train split, found {', '.join(sorted(given))}. Try adding train/")
+    made = []
+    for split, share in (("test", TEST_SHARE), ("val", VAL_SHARE)):
+        if split not in given:
+            items = _cut(items, split, share, seed)
+            made.append(split)
+    result = replace(images, images=tuple(items), made=tuple(made))
+    counts = Counter(image.label for image in result.of("train"))
+    for label, name in enumerate(images.classes):
+        if counts[label] == 0:
+            raise FtkitError(f"{images.root}: expected training images of class {name!r}, found none. Try adding some")
+    for split in ("val", "test"):
+        if not result.of(split):
+            raise FtkitError(
+                f"{images.root}: expected enough images for a {split} split, found {len(items)} in all. "
+                "Try at least 4 images a class"
+            )
+    return result
+
+
+def _cut(items: Sequence[Image], split: str, share: float, seed: int) -> list[Image]:
+    """Move about `share` of train to `split`, class by class; whole groups go together; every class keeps an image."""
+    rng = random.Random(f"{seed}/{split}")
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, image in enumerate(items):
+        if image.split == "train":
+            groups[image.group or f"\0{number}"].append(number)
+    left = Counter(image.label for image in items if image.split == "train")
+    wanted = {label: round(count * share) if count > 1 else 0 for label, count in left.items()}
+    for label, count in left.items():
+        if count >= 4 and wanted[label] == 0:
+            wanted[label] = 1
+    order = sorted(groups)
+    rng.shuffle(order)
+    result = list(items)
+    for name in order:
+        members = Counter(items[number].label for number in groups[name])
+        gain = sum(min(count, max(0, wanted[label])) for label, count in members.items())
+        if gain * 2 < members.total() or any(left[label] <= count for label, count in members.items()):
+            continue  # more than half of this group is not wanted, or a class would lose its last image
+        for number in groups[name]:
+            result[number] = replace(items[number], split=split)
+        wanted = {label: count - members.get(label, 0) for label, count in wanted.items()}
+        left.subtract(members)
+    return result

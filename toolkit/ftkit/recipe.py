@@ -1,0 +1,239 @@
+"""Recipe: the whole plan as frozen dataclasses. One name `recipe` per file; a variant is `dataclasses.replace`.
+
+    recipe = load("lite0")                                     # by entry-point name or by file
+    recipe = override(recipe, ["stages.1.lr=1e-4"])            # what --set does
+
+`resolve` turns a recipe into plain JSON for run.json and `restore` reads it back: only `ftkit train` executes a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ftkit_export.errors import FtkitError, choices
+from ftkit_export.preprocess import Preprocess
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("constant", "cosine", "onecycle")
+CACHES = ("auto", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """Random changes to a training view, per sample. Flips only where a flipped object is still the same class.
+
+    scale: smallest share of the canvas's area a crop may keep (1.0 = the evaluation crop). rotate: degrees either way.
+    brightness, contrast: relative, either way. All off by default: what is allowed is the recipe's to say.
+    """
+
+    hflip: bool = False
+    vflip: bool = False
+    scale: float = 1.0
+    rotate: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage: what trains, for how long, how fast.
+
+    train: "head", "last:N" (the last N of the backbone's blocks and all that follows), or "all".
+    lr: peak learning rate. warmup: share of the steps it rises over. ema: decay of the averaged weights, 0 = off.
+    views: random views of each image that a cached stage draws from; view 0 is the evaluation crop.
+    batchnorm: whether the BatchNorm statistics of the trained part go on moving.
+    """
+
+    train: str = "head"
+    epochs: int = 5
+    lr: float = 1e-3
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    views: int = 1
+    batchnorm: bool = True
+    cache: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("cache", self.cache, CACHES)
+        for name in ("epochs", "batch_size", "views"):
+            if getattr(self, name) < 1:
+                raise FtkitError(f"stage.{name}: expected at least 1, found {getattr(self, name)}. Try 1 or more")
+        if not self.lr > 0:
+            raise FtkitError(f"stage.lr: expected a positive rate, found {self.lr}. Try 1e-3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Gates and budgets of the exported file; None = not gated.
+
+    max_accuracy_drop: how far the file may fall below the framework on the test photographs, in shares (0.01 = 1 point).
+    p95_ms: milliseconds at one thread, image form, on this machine. size_mb: megabytes (1e6 bytes).
+    """
+
+    max_accuracy_drop: float = 0.01
+    p95_ms: float | None = None
+    size_mb: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole plan. preprocess = None takes the backbone's own; weights: "pretrained", "none", or a file."""
+
+    name: str
+    backbone: str
+    stages: tuple[Stage, ...]
+    weights: str = "pretrained"
+    preprocess: Preprocess | None = None
+    augment: Augment = field(default_factory=Augment)
+    export: Export = field(default_factory=Export)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise FtkitError("recipe.stages: expected at least one stage, found none. Try stages=(Stage(),)")
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise FtkitError(f"stage.{name}: expected a known value, {choices(value, allowed)}")
+
+
+def names() -> list[str]:
+    """Names of the installed recipes, from the entry-point group `ftkit.recipes`."""
+    return sorted(point.name for point in metadata.entry_points(group="ftkit.recipes"))
+
+
+def load(name: str) -> Recipe:
+    """A recipe by entry-point name or by file path. Raises FtkitError with the choices, or with why it does not import."""
+    module = load_module(name)
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise FtkitError(f"recipe {name}: expected a name `recipe` of type Recipe in it, found none. Try ftkit recipes")
+    return recipe
+
+
+def load_module(name: str) -> types.ModuleType:
+    """The module that holds a recipe (its docstring says what was measured)."""
+    try:
+        return _import_file(Path(name)) if name.endswith(".py") else _import_entry_point(name)
+    except FtkitError:
+        raise
+    except Exception as error:  # a recipe file may raise anything
+        raise FtkitError(
+            f"recipe {name}: expected a module that imports, found {type(error).__name__}: {error}. Correct the file"
+        ) from error
+
+
+def _import_file(path: Path) -> types.ModuleType:
+    if not path.is_file():
+        raise FtkitError(f"recipe {path}: expected a file, found none. Check the path, or try `ftkit recipes`")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader  # a .py file always has both
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_entry_point(name: str) -> types.ModuleType:
+    for point in metadata.entry_points(group="ftkit.recipes"):
+        if point.name == name:
+            module: types.ModuleType = point.load()
+            return module
+    raise FtkitError(f"recipe: expected a known name or a .py file, {choices(name, names())}")
+
+
+def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Apply "a.b=c" settings in order. Raises FtkitError with the field's choices for a typo."""
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise FtkitError(f"--set {setting}: expected NAME=VALUE, found no '='. Try --set stages.0.lr=1e-3")
+        recipe = _replace(recipe, path.strip().split("."), text.strip(), setting)
+    return recipe
+
+
+def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
+    name, rest = path[0], path[1:]
+    if isinstance(node, tuple):
+        if not name.isdigit() or int(name) >= len(node):
+            raise FtkitError(f"--set {setting}: expected an index, {choices(name, range(len(node)))}")
+        at = int(name)
+        value = _replace(node[at], rest, text, setting) if rest else _missing(setting)
+        return (*node[:at], value, *node[at + 1 :])
+    hints = typing.get_type_hints(type(node))
+    if name not in hints:
+        raise FtkitError(f"--set {setting}: expected a field, {choices(name, hints)}")
+    if not rest:
+        return dataclasses.replace(node, **{name: _parse(text, hints[name], setting)})
+    child = getattr(node, name)
+    if child is None and name == "preprocess":
+        child = Preprocess()
+    if not (dataclasses.is_dataclass(child) or isinstance(child, tuple)):
+        raise FtkitError(f"--set {setting}: expected {name} to have fields, found a plain value. Try {name}=VALUE")
+    return dataclasses.replace(node, **{name: _replace(child, rest, text, setting)})
+
+
+def _missing(setting: str) -> Any:
+    raise FtkitError(f"--set {setting}: expected a field after the index, found none. Try --set stages.0.lr=1e-3")
+
+
+def _parse(text: str, hint: Any, setting: str) -> Any:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType] or [hint]
+    if text.lower() == "none" and types.NoneType in typing.get_args(hint):
+        return None
+    kind = hint if typing.get_origin(hint) is tuple else kinds[0]
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind in (int, float, str):
+            return kind(text)
+        if typing.get_origin(kind) is tuple and float in typing.get_args(kind):
+            values = tuple(float(part) for part in text.strip("()[]").split(","))
+            if len(values) == len(typing.get_args(kind)):
+                return values
+    except (ValueError, KeyError):
+        pass
+    wanted = getattr(kind, "__name__", "value") if typing.get_origin(kind) is None else str(kind)
+    raise FtkitError(f"--set {setting}: expected {wanted}, found {text!r}. Try `ftkit recipes NAME` for its fields")
+
+
+def resolve(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON data."""
+    return dataclasses.asdict(recipe)
+
+
+def restore(data: dict[str, Any]) -> Recipe:
+    """The recipe back from `resolve`'s data. Raises FtkitError when fields are unknown (a newer ftkit wrote them)."""
+    try:
+        return Recipe(
+            **{
+                **data,
+                "stages": tuple(Stage(**stage) for stage in data["stages"]),
+                "preprocess": data["preprocess"] and restore_preprocess(data["preprocess"]),
+                "augment": Augment(**data["augment"]),
+                "export": Export(**data["export"]),
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise FtkitError(
+            f"run.json: expected a recipe of this ftkit, found {error}. Try the ftkit that made it"
+        ) from None
+
+
+def restore_preprocess(data: dict[str, Any]) -> Preprocess:
+    """Preprocess back from JSON, where tuples became lists."""
+    return Preprocess(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})

@@ -1,0 +1,181 @@
+"""One self-contained report.html: verdict first, then curves, confusion, parity, latency. No network, no script.
+
+write_report(Path("report.html"), run_data, manifest, epochs)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ftkit.checkpoint import write_atomically
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1a1c1e; --faint: #5c6166; --paper: #fff; --line: #d8dce0;
+  --good: #0b6b3a; --bad: #b3261e; --one: #1f5fa8; --two: #b45309; --cell: 31, 95, 168; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --faint: #a8aeb4; --paper: #16181a; --line: #3a3f44;
+  --good: #6fd39a; --bad: #ff8a80; --one: #7db4f0; --two: #f0b067; --cell: 125, 180, 240; } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem }
+p, figcaption { color: var(--faint); margin: .3rem 0 } figure { margin: 0 }
+.good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
+td.n, th.n { text-align: right } td.cell { text-align: center; padding: .35rem .6rem }
+svg { width: 100%; height: auto; display: block } svg text { fill: var(--faint); font: 12px system-ui, sans-serif }
+@media print { body { max-width: none } h2 { break-after: avoid } }
+"""
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return escape(str(value))
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Header and rows; numbers are set right; a cell that is already markup comes as a 1-tuple."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"<td>{value[0]}</td>"
+        return (
+            f'<td class="n">{_number(value)}</td>' if isinstance(value, int | float) else f"<td>{_number(value)}</td>"
+        )
+
+    numeric = [bool(rows) and isinstance(value, int | float) for value in (rows[0] if rows else head)]
+    top = "".join(
+        f'<th{" class=n" if n else ""} scope="col">{escape(h)}</th>' for h, n in zip(head, numeric, strict=True)
+    )
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _verdict(passed: bool) -> tuple[str]:
+    return ('<span class="good">passed</span>' if passed else '<span class="bad">failed</span>',)
+
+
+def _curves(epochs: Sequence[Mapping[str, Any]]) -> str:
+    """Loss above, accuracies below, a band a stage; drawn as SVG."""
+    width, height, left = 860, 170, 44
+    span = max(1, len(epochs) - 1)
+
+    def x(index: float) -> float:
+        return left + (width - left - 10) * index / span
+
+    def plot(title: str, series: Sequence[tuple[str, str, Sequence[float]]]) -> str:
+        values = [value for _, _, points in series for value in points if value == value]
+        low, high = min(values), max(values)
+        room = (high - low) or 1.0
+
+        def y(value: float) -> float:
+            return 12 + (height - 40) * (high - value) / room
+
+        parts = []
+        stages = [row["stage"] for row in epochs]
+        for stage in sorted(set(stages)):
+            begin = stages.index(stage)
+            if begin:
+                parts.append(f'<line x1="{x(begin - .5):.1f}" x2="{x(begin - .5):.1f}" y1="4" y2="{height - 24}" '
+                             'stroke="var(--line)" stroke-dasharray="4 4"/>')  # fmt: skip
+            parts.append(
+                f'<text x="{x(max(begin - 0.5, 0)) + 4:.1f}" y="{height - 8}">{escape(epochs[begin]["train"])}</text>'
+            )
+        for value in (low, high):
+            parts.append(f'<text x="0" y="{y(value) + 4:.1f}">{value:.3g}</text>')
+        for index, (name, colour, points) in enumerate(series):
+            path = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(points))
+            parts.append(f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="2"/>')
+            parts += [
+                f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="2.5" fill="var({colour})"/>' for i, v in enumerate(points)
+            ]
+            parts.append(
+                f'<text x="{width - 150}" y="{16 + 16 * index}" style="fill:var({colour})">{escape(name)}</text>'
+            )
+        return (f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+                f"<figcaption>{escape(title)}</figcaption></figure>")  # fmt: skip
+
+    loss = [("training loss", "--one", [row["loss"] for row in epochs])]
+    accuracy = [
+        ("train accuracy", "--one", [row["train_accuracy"] for row in epochs]),
+        ("val accuracy", "--two", [row["val_accuracy"] for row in epochs]),
+    ]
+    return plot("Training loss by epoch", loss) + plot("Accuracy by epoch", accuracy)
+
+
+def _confusion(metrics: Mapping[str, Any]) -> str:
+    names = metrics["classes"]
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    rows = ""
+    for name, counts in zip(names, metrics["confusion"], strict=True):
+        whole = sum(counts) or 1
+        cells = "".join(
+            f'<td class="cell" style="background:rgba(var(--cell),{0.55 * count / whole:.2f})">{count}</td>'
+            for count in counts
+        )
+        rows += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    return (f'<div class="scroll"><table><caption><p>Rows: the true class. Columns: what the file said.</p></caption>'
+            f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>")  # fmt: skip
+
+
+def write_report(
+    path: Path, run: Mapping[str, Any], manifest: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write the report of one export. run: run.json; manifest: as sealed, less its file hashes; epochs: metrics.jsonl."""
+    evidence = manifest["evidence"]
+    file_metrics, framework = evidence["accuracy"]["file"], evidence["accuracy"]["framework"]
+    passed = all(gate["passed"] for gate in manifest["gates"])
+    gates = [(g["name"], g["value"], g["limit"], _verdict(g["passed"])) for g in manifest["gates"]]
+    parity = [
+        (c["name"], c["group"], item["provider"], c["inputs"], c["value"], c["limit"], _verdict(c["passed"]))
+        for item in evidence["parity"] for c in item["checks"]
+    ]  # fmt: skip
+    latency = [
+        (f'{i["provider"]}, {i["threads"]} thread{"s" if i["threads"] > 1 else ""}', i["p50_ms"], i["p95_ms"], i["runs"],
+         i["first_run_ms"], i["session_ms"], i["peak_rss_bytes"] / 1e6, "quick" if i["quick"] else "full")
+        for i in evidence["latency"]
+    ]  # fmt: skip
+    classes = [
+        (name, recall, precision)
+        for name, recall, precision in zip(
+            file_metrics["classes"], file_metrics["recall"], file_metrics["precision"], strict=True
+        )
+    ]
+    accuracy = [
+        (who, m["images"], m["accuracy"], f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}", m["nll"], m["ece"])
+        for who, m in (("exported file", file_metrics), ("framework", framework))
+    ]
+    stages = [
+        (s["train"], s["epochs"], s["best_epoch"], s["val_accuracy"], s["seconds"], "kept" if s["kept"] else "left out")
+        for s in run["stages"]
+    ]
+    facts = [*manifest["machine"].items(), *run["environment"].items(), ("seed", str(run["seed"])), ("run", manifest["run"]),
+             ("data", manifest["data_fingerprint"])]  # fmt: skip
+    word = '<span class="good">All gates passed</span>' if passed else '<span class="bad">A gate failed</span>'
+    body = [
+        f"<h1>{escape(manifest['name'])}: {word}</h1>",
+        f"<p>{escape(manifest['backbone'])} over {len(manifest['labels'])} classes; chosen variant {manifest['chosen']}; "
+        f"{file_metrics['accuracy']:.1%} of {file_metrics['images']} held-out photographs right.</p>",
+        "<h2>Gates</h2>", _table(("gate", "value", "limit", "verdict"), gates),
+        "<h2>Accuracy on held-out photographs</h2>",
+        _table(("of the", "images", "accuracy", "95 % interval", "NLL", "ECE"), accuracy),
+        "<h2>By class</h2>", _table(("class", "recall", "precision"), classes), _confusion(file_metrics),
+        "<h2>Training</h2>", _curves(epochs),
+        _table(("stage", "epochs", "best epoch", "val accuracy", "seconds", "verdict"), stages),
+        "<h2>Parity with the framework</h2>",
+        _table(("compared", "inputs from", "provider", "inputs", "worst", "limit", "verdict"), parity),
+        "<h2>Latency, one photograph at a time</h2>",
+        _table(("provider", "p50 ms", "p95 ms", "runs", "first run ms", "session ms", "peak MB", "protocol"), latency),
+        "<h2>Where and with what</h2>", _table(("what", "value"), [(k, str(v)) for k, v in facts]),
+    ]  # fmt: skip
+    title = escape(f"ftkit: {manifest['name']}")
+    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{STYLE}</style></head>'
+            f"<body><main>{''.join(body)}</main></body></html>\n")  # fmt: skip
+    write_atomically(path, page.encode())

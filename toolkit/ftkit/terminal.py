@@ -1,0 +1,46 @@
+"""What ftkit prints: lines on standard output, and progress bars on standard error while something takes long.
+
+with bar("decoding") as step:      # nothing is drawn when standard error is no terminal
+    step(done, total)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Step = Callable[[int, int], None]
+
+
+def say(text: str = "") -> None:
+    """One line (or several) on standard output, at once."""
+    print(text, flush=True)
+
+
+@contextmanager
+def bar(label: str) -> Iterator[Step]:
+    """A progress bar that goes when done: `step(done, total)` moves it."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def clock(seconds: float) -> str:
+    """75.2 -> "1:15"."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Rows of equal length, columns aligned left, two spaces apart; the first row is the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
