@@ -39,7 +39,7 @@ class Core:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence for an export: exporters log and warn about their own internals, and a user can do nothing about either."""
+    """Silence for an export: exporters log and warn about their own internals, which no user can act on."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
     try:

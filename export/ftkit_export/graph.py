@@ -9,6 +9,7 @@ Resize works on the uint8 NHWC tensor itself and the cast comes after: only so d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ class _Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
-    def const(self, value: Sequence[float] | Sequence[int], dtype: type) -> str:
+    def const(self, value: float | Sequence[float] | Sequence[int], dtype: type) -> str:
         name = f"{self.prefix}const_{len(self.constants)}"
         self.constants[name] = numpy_helper.from_array(np.array(value, dtype), name)
         return name
@@ -36,7 +37,7 @@ class _Graph:
     def ints(self, *values: int) -> str:
         return self.const(values, np.int64)
 
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         output = output or f"{self.prefix}{kind.lower()}_{len(self.nodes)}"
         node = helper.make_node(
             kind, list(inputs), [output], name=f"{self.prefix}{kind}_{len(self.nodes)}", **attributes
@@ -104,7 +105,7 @@ def preprocess_nodes(preprocess: Preprocess, image: str, pixels: str, canvas: st
 
 
 def pixel_model(preprocess: Preprocess) -> onnx.ModelProto:
-    """The preprocessing alone: `image` uint8 (N, H, W, 3) -> `levels` uint8 (N, S, S, 3), `pixels` float32 (N, 3, S, S).
+    """The preprocessing alone: `image` uint8 (N, H, W, 3) -> `levels` uint8 (N, S, S, 3), `pixels` (N, 3, S, S).
 
     For measuring the graph's pixels against Pillow's.
     """

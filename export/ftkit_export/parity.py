@@ -196,11 +196,11 @@ def first_divergence(reference: Reference, core: Path, pixels: Array, layers: Ma
     truth = _module_outputs(reference.float64, pixels, torch.float64)
     floors = _module_outputs(reference.float32, pixels, torch.float32)
     model = onnx.load(core)
-    last_value = {layers[out]: out for node in model.graph.node for out in node.output if layers.get(out) in truth}
+    makers = _last_values(model, layers, set(truth))
     del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in last_value.values())
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in makers)
     found = Session(model.SerializeToString(), provider=provider).run(pixels)
-    for layer, value in zip(last_value, found, strict=True):
+    for layer, value in zip(makers.values(), found, strict=True):
         expected = truth[layer]
         if expected.shape != value.shape:
             continue  # the exporter fused or reshaped this module away
@@ -212,6 +212,22 @@ def first_divergence(reference: Reference, core: Path, pixels: Array, layers: Ma
                 f"(its values reach {float(np.abs(expected).max()):.3g})"
             )
     return "no single layer: the difference is in the last operations"
+
+
+def _last_values(model: onnx.ModelProto, layers: Mapping[str, str], modules: set[str]) -> dict[str, str]:
+    """Value -> the module whose output it is, in graph order: the last value made inside that module."""
+    last: dict[str, str] = {}
+    for node in model.graph.node:
+        for value in node.output:
+            path = layers.get(value, "")
+            while path:
+                last[path] = value
+                path = path.rpartition(".")[0]
+    order = {value: number for number, node in enumerate(model.graph.node) for value in node.output}
+    found: dict[str, str] = {}
+    for module in sorted(modules & set(last), key=len):  # the innermost module that ends with this value names it
+        found[last[module]] = module
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
 def _module_outputs(model: torch.nn.Module, pixels: Array, dtype: torch.dtype) -> dict[str, Array]:

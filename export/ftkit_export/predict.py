@@ -30,7 +30,7 @@ class Prediction:
 
 
 class Classifier:
-    """`model`: a bundle folder or its model.onnx. Raises BundleError when it carries no labels, ProviderError as Session."""
+    """model: a bundle folder or its model.onnx. Raises BundleError when it has no labels, ProviderError as Session."""
 
     def __init__(self, model: str | Path, *, provider: str = "cpu", threads: int = 0):
         path = Path(model)
@@ -48,7 +48,8 @@ class Classifier:
 
     def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
-        return self.session.run(image[None])[0][0]
+        found: np.ndarray[Any, Any] = self.session.run(image[None])[0][0]
+        return found
 
     def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
         """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a bad file."""
@@ -59,7 +60,7 @@ class Classifier:
 
 
 def image_files(paths: list[str | Path]) -> list[Path]:
-    """Files as given, and every image below the folders given, sorted. Raises FtkitError for a path that is not there."""
+    """Files as given, and every image below the folders given, sorted. Raises FtkitError for a missing path."""
     found: list[Path] = []
     for item in map(Path, paths):
         if item.is_dir():

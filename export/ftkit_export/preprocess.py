@@ -76,7 +76,7 @@ class Preprocess:
         """(N, R, R, 3) uint8 canvases -> (N, 3, S, S) float32: centre crop, then (level - mean) / std."""
         start = (self.resize - self.size) // 2
         crop = canvases[:, start : start + self.size, start : start + self.size].astype(np.float32)
-        scaled = (crop - np.float32(self.mean)) / np.float32(self.std)
+        scaled = (crop - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
 
 

@@ -127,25 +127,33 @@ class Session:
             raise FtkitError(f"{where}: expected an ONNX file, found none. Check the path")
         source = model if isinstance(model, bytes) else str(model)
         try:
-            return ort.InferenceSession(source, options, providers=[(chosen.name, dict(chosen.options))])
+            # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the CPU
+            return ort.InferenceSession(
+                source, options, providers=[(chosen.name, dict(chosen.options))], enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             reason = str(error).split("\n")[0]
+            if missing := missing_library(self.provider):
+                raise ProviderError(self._not_proven(f"none: {missing}")) from None
             raise FtkitError(
                 f"{where}: expected a model ONNX Runtime can load, found: {reason}. Try `ftkit doctor`"
             ) from None
 
     def _prove(self) -> None:
-        active = self._session.get_providers()
-        wanted = PROVIDERS[self.provider].name
-        if active[0] != wanted:
+        active = self._session.get_providers()[0]
+        if active != PROVIDERS[self.provider].name:
             why = missing_library(self.provider) or "its device did not answer"
-            raise ProviderError(
-                f"provider {self.provider}: expected a session on {wanted}, found {active[0]}: {why}. "
-                "Try `ftkit doctor`, or --providers cpu"
-            )
+            raise ProviderError(self._not_proven(f"{active}: {why}"))
+
+    def _not_proven(self, found: str) -> str:
+        wanted = PROVIDERS[self.provider].name
+        return (
+            f"provider {self.provider}: expected a session on {wanted}, found {found}. "
+            "Try `ftkit doctor`, or --providers cpu"
+        )
 
     def assignment(self) -> dict[str, int]:
-        """Number of graph nodes on each provider, as ONNX Runtime assigned them; empty when this release cannot tell."""
+        """Number of graph nodes on each provider, as ONNX Runtime assigned them; empty where it cannot tell."""
         if not hasattr(self._session, "get_provider_graph_assignment_info"):
             return {}
         counts: Counter[str] = Counter()

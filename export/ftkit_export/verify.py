@@ -123,7 +123,7 @@ def replay_golden(bundle: Path, manifest: dict[str, Any], provider: str) -> tupl
                 max_abs_error=float(errors[worst]),
                 images=len(entries),
                 top1_equal=equal,
-            )  # fmt: skip
+            )
         )
     return tuple(checks)
 

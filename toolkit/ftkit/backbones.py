@@ -24,7 +24,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from ftkit_export.errors import FtkitError, choices
@@ -102,15 +102,18 @@ def _preprocess(model: nn.Module, name: str, library: str) -> Preprocess:
 
 
 def _head_name(model: nn.Module) -> str:
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if hasattr(model, "get_classifier"):
-        last = model.get_classifier()
-        names = [name for name, module in model.named_modules() if module is last]
-        if names and isinstance(last, nn.Linear | nn.Conv2d):
-            return names[0]
-    if linear:
-        return linear[-1]
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][-1]  # SqueezeNet
+    """Module name of the layer that makes the logits: the library's own word first, else the last linear layer."""
+    modules: list[tuple[str, nn.Module]] = list(model.named_modules())
+    classifier: Any = getattr(model, "get_classifier", None)
+    declared = classifier() if classifier else None
+    for name, module in modules:
+        if module is declared and isinstance(module, nn.Linear | nn.Conv2d):
+            return name
+    for kind in (nn.Linear, nn.Conv2d):  # SqueezeNet ends in a convolution
+        for name, module in reversed(modules):
+            if isinstance(module, kind):
+                return name
+    raise FtkitError("backbone: expected a linear last layer, found none. Try another backbone")
 
 
 def _new_head(old: nn.Module, classes: int) -> nn.Module:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def build(
         for start in range(0, len(paths), SHARD):
             part = paths[start : start + SHARD]
             found = list(pool.map(_digest, part))
-            array, reasons = _shard(part, found, preprocess, pool, lambda n, s=start: progress(s + n, len(paths)))
+            step = partial(_advance, progress, start, len(paths))
+            array, reasons = _shard(part, found, preprocess, pool, step)
             shards.append(array)
             for slot, path in enumerate(part):
                 if slot in reasons:
@@ -97,6 +99,10 @@ def build(
         images=left, shards=tuple(shards), slots=np.array(slots, np.int64), bad=tuple(bad),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )  # fmt: skip
+
+
+def _advance(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path, str]]) -> None:

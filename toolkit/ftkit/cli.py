@@ -123,7 +123,8 @@ def verify(bundle: Path, providers: str) -> None:
         passed = passed and result.passed
         click.echo(f"{provider}: {result.files} files unchanged")
         for check in result.checks:
-            click.echo(f"{provider}: {check.name} of {check.images} golden images: {'ok' if check.passed else 'FAILED'}, "
+            verdict = "ok" if check.passed else "FAILED"
+            click.echo(f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
                        f"worst {check.file} at {check.value:.2f} of its tolerance")  # fmt: skip
         for gate in result.failed_gates:
             click.echo(f"sealed gate FAILED: {gate}")

@@ -73,9 +73,8 @@ def run_demo(out: Path) -> None:
     terminal.say()
     terminal.say(_summary(bundle))
     terminal.say()
-    terminal.say(
-        f"report  {bundle / 'report.html'}\nmodel   {bundle / 'model.onnx'}\ndevice  python {bundle}/device/classify.py --self-check"
-    )
+    terminal.say(f"report  {bundle / 'report.html'}\nmodel   {bundle / 'model.onnx'}")
+    terminal.say(f"device  python {bundle / 'device' / 'classify.py'} --self-check")
     terminal.say(f"done in {terminal.clock(time.perf_counter() - started)}")
 
 

@@ -81,8 +81,8 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(values / log_t.exp(), targets)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's stub
+    optimizer.step(closure)
     return float(log_t.detach().exp().clamp(0.05, 20))

@@ -1,4 +1,4 @@
-"""What a stage trains on: cached activations and the suffix where freezing allows, live canvases and the model elsewhere.
+"""What a stage trains on: cached activations where freezing allows, live canvases elsewhere.
 
     feeds = Feeds(backbone, recipe, canvases, ...)
     feed = feeds.stage(2)
@@ -60,7 +60,7 @@ def under(names: Sequence[str]) -> Callable[[str], bool]:
 
 
 def set_mode(model: nn.Module, names: Sequence[str], batchnorm: bool) -> None:
-    """Everything frozen in eval mode and without gradients; the modules named train (BatchNorm's statistics on wish)."""
+    """Everything frozen is in eval mode without gradients; the modules named train (BatchNorm's statistics on wish)."""
     model.eval().requires_grad_(False)
     for name in names:
         module = model.get_submodule(name)

@@ -21,7 +21,7 @@ from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import SUFFIXES
 
 SPLITS = ("train", "val", "test")
-VAL_SHARE = 0.15
+VAL_SHARE = 0.1
 TEST_SHARE = 0.15
 
 

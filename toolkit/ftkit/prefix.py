@@ -113,7 +113,7 @@ def frozen_part(graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]]) -> fx.
 
 
 def trained_part(graph: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModule:
-    """The values of one cut, in graph order -> logits. Parameters are the model's own, so training it trains the model."""
+    """The values of one cut, in graph order -> logits. Parameters are the model's own: to train it trains the model."""
     needed = _needed([node for node in graph.graph.nodes if node.op == "output"], given=cut)
     copied = fx.Graph()
     made: dict[fx.Node, fx.Node] = {node: copied.placeholder(f"cut_{number}") for number, node in enumerate(cut)}

@@ -81,7 +81,7 @@ class Stage:
 class Export:
     """Gates and budgets of the exported file; None = not gated.
 
-    max_accuracy_drop: how far the file may fall below the framework on the test photographs, in shares (0.01 = 1 point).
+    max_accuracy_drop: how far the file may fall below the framework on the test split, in shares (0.01 = 1 point).
     p95_ms: milliseconds at one thread, image form, on this machine. size_mb: megabytes (1e6 bytes).
     """
 
@@ -118,7 +118,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """A recipe by entry-point name or by file path. Raises FtkitError with the choices, or with why it does not import."""
+    """A recipe by entry-point name or file path. Raises FtkitError with the choices, or with why it does not import."""
     module = load_module(name)
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
@@ -236,4 +236,5 @@ def restore(data: dict[str, Any]) -> Recipe:
 
 def restore_preprocess(data: dict[str, Any]) -> Preprocess:
     """Preprocess back from JSON, where tuples became lists."""
-    return Preprocess(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return Preprocess(**fields)

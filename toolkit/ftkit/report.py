@@ -98,8 +98,8 @@ def _curves(epochs: Sequence[Mapping[str, Any]]) -> str:
             parts.append(
                 f'<text x="{width - 150}" y="{16 + 16 * index}" style="fill:var({colour})">{escape(name)}</text>'
             )
-        return (f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-                f"<figcaption>{escape(title)}</figcaption></figure>")  # fmt: skip
+        head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+        return f"<figure>{head}{''.join(parts)}</svg><figcaption>{escape(title)}</figcaption></figure>"
 
     loss = [("training loss", "--one", [row["loss"] for row in epochs])]
     accuracy = [
@@ -127,7 +127,10 @@ def _confusion(metrics: Mapping[str, Any]) -> str:
 def write_report(
     path: Path, run: Mapping[str, Any], manifest: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Write the report of one export. run: run.json; manifest: as sealed, less its file hashes; epochs: metrics.jsonl."""
+    """Write the report of one export.
+
+    run: run.json; manifest: as sealed, less its file hashes; epochs: the lines of metrics.jsonl.
+    """
     evidence = manifest["evidence"]
     file_metrics, framework = evidence["accuracy"]["file"], evidence["accuracy"]["framework"]
     passed = all(gate["passed"] for gate in manifest["gates"])
@@ -137,10 +140,14 @@ def write_report(
         for item in evidence["parity"] for c in item["checks"]
     ]  # fmt: skip
     latency = [
-        (f'{i["provider"]}, {i["threads"]} thread{"s" if i["threads"] > 1 else ""}', i["p50_ms"], i["p95_ms"], i["runs"],
-         i["first_run_ms"], i["session_ms"], i["peak_rss_bytes"] / 1e6, "quick" if i["quick"] else "full")
-        for i in evidence["latency"]
-    ]  # fmt: skip
+        (
+            f"{item['provider']}, {item['threads']} thread{'s' if item['threads'] > 1 else ''}",
+            *(item[key] for key in ("p50_ms", "p95_ms", "runs", "first_run_ms", "session_ms")),
+            item["peak_rss_bytes"] / 1e6,
+            "quick" if item["quick"] else "full",
+        )
+        for item in evidence["latency"]
+    ]
     classes = [
         (name, recall, precision)
         for name, recall, precision in zip(
@@ -152,22 +159,23 @@ def write_report(
         for who, m in (("exported file", file_metrics), ("framework", framework))
     ]
     stages = [
-        (s["train"], s["epochs"], s["best_epoch"], s["val_accuracy"], s["seconds"], "kept" if s["kept"] else "left out")
+        (s["train"], s["epochs"], s["val_accuracy"], s["seconds"], "kept" if s["kept"] else "left out")
         for s in run["stages"]
     ]
-    facts = [*manifest["machine"].items(), *run["environment"].items(), ("seed", str(run["seed"])), ("run", manifest["run"]),
-             ("data", manifest["data_fingerprint"])]  # fmt: skip
+    facts = [*manifest["machine"].items(), *run["environment"].items(), ("seed", str(run["seed"])),
+             ("run", manifest["run"]), ("data", manifest["data_fingerprint"])]  # fmt: skip
     word = '<span class="good">All gates passed</span>' if passed else '<span class="bad">A gate failed</span>'
     body = [
         f"<h1>{escape(manifest['name'])}: {word}</h1>",
-        f"<p>{escape(manifest['backbone'])} over {len(manifest['labels'])} classes; chosen variant {manifest['chosen']}; "
+        f"<p>{escape(manifest['backbone'])} over {len(manifest['labels'])} classes; "
+        f"chosen variant {manifest['chosen']}; "
         f"{file_metrics['accuracy']:.1%} of {file_metrics['images']} held-out photographs right.</p>",
         "<h2>Gates</h2>", _table(("gate", "value", "limit", "verdict"), gates),
         "<h2>Accuracy on held-out photographs</h2>",
         _table(("of the", "images", "accuracy", "95 % interval", "NLL", "ECE"), accuracy),
         "<h2>By class</h2>", _table(("class", "recall", "precision"), classes), _confusion(file_metrics),
         "<h2>Training</h2>", _curves(epochs),
-        _table(("stage", "epochs", "best epoch", "val accuracy", "seconds", "verdict"), stages),
+        _table(("stage", "epochs", "val accuracy", "seconds", "verdict"), stages),
         "<h2>Parity with the framework</h2>",
         _table(("compared", "inputs from", "provider", "inputs", "worst", "limit", "verdict"), parity),
         "<h2>Latency, one photograph at a time</h2>",

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from ftkit import checkpoint, terminal
 from ftkit.augment import evaluation
 from ftkit.backbones import Backbone, build, fingerprint, trainable
-from ftkit.cache import channels_last
+from ftkit.cache import CHUNK, runner
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
 from ftkit.evaluate import Metrics, evaluate, fit_temperature
@@ -40,11 +41,10 @@ EVAL_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What one stage came to. val_accuracy and val_nll are those of best_epoch; kept: whether it became the model."""
+    """What one stage came to. val_accuracy, val_nll: after its last epoch; kept: whether it became the model."""
 
     train: str
     epochs: int
-    best_epoch: int
     val_accuracy: float
     val_nll: float
     seconds: float
@@ -107,22 +107,6 @@ def _average(mean: State, state: State, decay: float) -> None:
     torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
 
 
-@torch.inference_mode()
-def _validate(feed: Feed, labels: torch.Tensor) -> Array:
-    """Logits (N, classes) float32 of the val split."""
-    parts = [
-        feed.eval_net(*feed.val(np.arange(i, min(i + EVAL_BATCH, len(labels)))))
-        for i in range(0, len(labels), EVAL_BATCH)
-    ]
-    return torch.cat(parts).float().cpu().numpy()
-
-
-def _score(logits: Array, labels: Array) -> tuple[float, float]:
-    """(accuracy, -NLL): higher is better."""
-    values, targets = torch.from_numpy(logits), torch.from_numpy(labels)
-    return float((values.argmax(1) == targets).float().mean()), -float(F.cross_entropy(values, targets))
-
-
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Array]:
     """Shuffled positions in full batches; the rest is dropped unless it is all there is."""
     order = torch.randperm(count, generator=generator).numpy()
@@ -134,13 +118,14 @@ def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Arra
 def train_stage(
     number: int, recipe: Recipe, backbone: Backbone, feeds: Feeds, folder: Path, seed: int, best: tuple[float, float]
 ) -> tuple[StageResult, tuple[float, float]]:
-    """Train one stage; leave the model at its best epoch, or as it was when no epoch beats `best` (accuracy, -NLL).
+    """Train one stage; leave the model as it then is, or as it was when that does not beat `best` (accuracy, -NLL).
 
-    Raises FtkitError when something frozen moved.
+    The last epoch is the stage's result, not the luckiest on a small val split. Returns the outcome and the score of
+    what was kept. Raises FtkitError when something frozen moved.
     """
     started, stage, model = time.perf_counter(), recipe.stages[number], backbone.model
     feed, names = feeds.stage(number), feeds.trained[number]
-    frozen_before = _frozen_fingerprint(model, names)
+    frozen = _frozen_fingerprint(model, names)
     terminal.say(f"{stage.train}: {feed.how}")
     labels = torch.from_numpy(feeds.canvases.labels).to(feeds.device)
     train_labels = labels[torch.from_numpy(feeds.canvases.rows("train"))]
@@ -148,58 +133,74 @@ def train_stage(
     optimizer = make_optimizer(model, stage, backbone.head)
     generator = torch.Generator().manual_seed(seed * 1009 + number)
     torch.manual_seed(seed * 1009 + number)  # dropout draws from the global generator
-    before, result, best_epoch = _clone(_trained_state(model, names)), best, 0
-    kept, mean = before, _clone(before)
-    step, total = 0, stage.epochs * max(1, len(train_labels) // stage.batch_size)
+    before = _clone(_trained_state(model, names))
+    mean = _clone(before) if stage.ema else None
+    score = (0.0, -math.inf)
     for epoch in range(1, stage.epochs + 1):
-        begun, seen = time.perf_counter(), 0
-        losses, hits = torch.zeros((), device=feeds.device), torch.zeros((), device=feeds.device)
-        with terminal.bar(f"{stage.train} {epoch}/{stage.epochs}") as progress:
-            for positions in _batches(len(train_labels), stage.batch_size, generator):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(step, total, stage)
-                targets = train_labels[torch.from_numpy(positions)]
-                logits = feed.net(*feed.train(positions, generator))
-                loss = F.cross_entropy(logits, targets, label_smoothing=stage.label_smoothing)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]  # torch's stub
-                optimizer.step()
-                step += 1
-                if stage.ema:
-                    _average(mean, _trained_state(model, names), min(stage.ema, (1 + step) / (10 + step)))
-                losses += loss.detach() * len(positions)
-                hits += (logits.detach().argmax(1) == targets).sum()
-                seen += len(positions)
-                progress(seen, len(train_labels))
-        loss_sum, right = float(losses), int(hits)
-        if not math.isfinite(loss_sum):
-            terminal.say(f"{stage.train}: the loss is no longer finite; the last good weights are kept. Try a lower lr")
+        begun = time.perf_counter()
+        loss, accuracy, lr = _train_epoch(epoch, stage, model, feed, train_labels, optimizer, generator, mean, names)
+        if not math.isfinite(loss):
+            terminal.say(f"{stage.train}: the loss is no longer finite; the weights before it are kept. Try a lower lr")
+            score = (0.0, -math.inf)
             break
-        current = _clone(_trained_state(model, names))
-        if stage.ema:
-            model.load_state_dict(mean, strict=False)
-        trained_modes = [module.training for module in model.modules()]
-        model.eval()
-        score = _score(_validate(feed, val_labels), val_labels.cpu().numpy())
-        for module, mode in zip(model.modules(), trained_modes, strict=True):
-            module.training = mode
-        if score > result:
-            result, best_epoch, kept = score, epoch, _clone(_trained_state(model, names))
-        if stage.ema:
-            model.load_state_dict(current, strict=False)
-        seconds = time.perf_counter() - begun
-        _report_epoch(folder, number, stage, epoch, loss_sum / seen, right / seen, score, rate(step - 1, total, stage),
-                      seen / seconds, seconds * (stage.epochs - epoch))  # fmt: skip
-    model.load_state_dict(kept, strict=False)
-    if _frozen_fingerprint(model, names) != frozen_before:
+        score = _validate(model, feed, val_labels, mean)
+        _report_epoch(folder, number, stage, epoch, loss, accuracy, score, lr,
+                      len(train_labels), time.perf_counter() - begun)  # fmt: skip
+    better = score > best
+    model.load_state_dict((mean or {}) if better else before, strict=False)
+    if _frozen_fingerprint(model, names) != frozen:
         raise FtkitError(
             f"stage {stage.train}: expected frozen weights to stay, found them changed. Please report this"
         )
     outcome = StageResult(
-        train=stage.train, epochs=stage.epochs, best_epoch=best_epoch, val_accuracy=result[0], val_nll=-result[1],
-        seconds=time.perf_counter() - started, how=feed.how, kept=best_epoch > 0,
+        train=stage.train, epochs=stage.epochs, val_accuracy=score[0], val_nll=-score[1],
+        seconds=time.perf_counter() - started, how=feed.how, kept=better,
     )  # fmt: skip
-    return outcome, result
+    return outcome, max(score, best)
+
+
+def _train_epoch(
+    epoch: int, stage: Stage, model: nn.Module, feed: Feed, labels: torch.Tensor, optimizer: torch.optim.Optimizer,
+    generator: torch.Generator, mean: State | None, names: tuple[str, ...],
+) -> tuple[float, float, float]:  # fmt: skip
+    """One pass over the train split -> (mean loss, accuracy, last rate). Moves the averaged weights `mean`."""
+    per_epoch = max(1, len(labels) // stage.batch_size)
+    step, total, seen = (epoch - 1) * per_epoch, stage.epochs * per_epoch, 0
+    losses, hits = torch.zeros((), device=labels.device), torch.zeros((), device=labels.device)
+    with terminal.bar(f"{stage.train} {epoch}/{stage.epochs}") as progress:
+        for positions in _batches(len(labels), stage.batch_size, generator):
+            lr = rate(step, total, stage)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            targets = labels[torch.from_numpy(positions)]
+            logits = feed.net(*feed.train(positions, generator))
+            loss = F.cross_entropy(logits, targets, label_smoothing=stage.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            if mean is not None:
+                _average(mean, _trained_state(model, names), min(stage.ema, (1 + step) / (10 + step)))
+            losses += loss.detach() * len(positions)
+            hits += (logits.detach().argmax(1) == targets).sum()
+            seen += len(positions)
+            progress(seen, len(labels))
+    return float(losses) / seen, float(hits) / seen, lr
+
+
+@torch.inference_mode()
+def _validate(model: nn.Module, feed: Feed, labels: torch.Tensor, mean: State | None) -> tuple[float, float]:
+    """(accuracy, -NLL) on the val split, of the averaged weights where there are any; the model is left as it was."""
+    modes = [module.training for module in model.modules()]
+    own = {name: value.clone() for name, value in model.state_dict().items() if name in (mean or {})}
+    model.eval().load_state_dict(mean or {}, strict=False)
+    starts = range(0, len(labels), EVAL_BATCH)
+    logits = torch.cat([feed.eval_net(*feed.val(np.arange(i, min(i + EVAL_BATCH, len(labels))))) for i in starts])
+    model.load_state_dict(own, strict=False)
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return float(accuracy), -float(F.cross_entropy(logits.float(), labels))
 
 
 def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
@@ -213,15 +214,15 @@ def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
 
 def _report_epoch(
     folder: Path, number: int, stage: Stage, epoch: int, loss: float, accuracy: float, score: tuple[float, float],
-    lr: float, speed: float, left: float,
+    lr: float, images: int, seconds: float,
 ) -> None:  # fmt: skip
     terminal.say(
-        f"{stage.train:<8} {epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {score[0]:.3f}  {lr:.1e} {speed:>7.0f} "
-        f"{terminal.clock(left):>6}"
+        f"{stage.train:<8} {epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {score[0]:.3f}  {lr:.1e} "
+        f"{images / seconds:>7.0f} {terminal.clock(seconds * (stage.epochs - epoch)):>6}"
     )
     checkpoint.append(folder, {
         "stage": number, "train": stage.train, "epoch": epoch, "loss": loss, "train_accuracy": accuracy,
-        "val_accuracy": score[0], "val_nll": -score[1], "lr": lr, "images_per_s": speed,
+        "val_accuracy": score[0], "val_nll": -score[1], "lr": lr, "images_per_s": images / seconds,
     })  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def train(recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device:
     with terminal.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress)
     _say_data(canvases)
-    backbone.model.to(target, memory_format=torch.channels_last)
+    backbone.model.to(target).to(memory_format=torch.channels_last)
     feeds = Feeds(backbone, recipe, canvases, preprocess, seed, target)
     terminal.say(f"{recipe.name}: {recipe.backbone}, weights {backbone.weights}, on {target.type}")
     terminal.say(HEADER)
@@ -250,7 +251,7 @@ def train(recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device:
         outcome, best = train_stage(number, recipe, backbone, feeds, out, seed, best)
         stages.append(outcome)
         if not outcome.kept:
-            terminal.say(f"{outcome.train}: no epoch beat the stage before; its weights are left out")
+            terminal.say(f"{outcome.train}: no better than before on val; its weights are left out")
     backbone.model.cpu().eval()
     temperature, metrics = _judge(backbone.model, canvases, preprocess)
     checkpoint.finish(out, backbone.model, {
@@ -259,12 +260,14 @@ def train(recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device:
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
         "weights": backbone.weights, "model_fingerprint": fingerprint(backbone.model),
-        "stages": [asdict(stage) for stage in stages], "metrics": {key: asdict(value) for key, value in metrics.items()},
+        "stages": [asdict(stage) for stage in stages],
+        "metrics": {split: asdict(value) for split, value in metrics.items()},
         "seconds": time.perf_counter() - started, "environment": checkpoint.environment(),
     })  # fmt: skip
     test = metrics["test"]
     terminal.say(
-        f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on {test.images} images; "
+        f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on {test.images} "
+        "images; "
         f"trained in {terminal.clock(time.perf_counter() - started)}"
     )
     return out
@@ -282,17 +285,17 @@ def _say_data(canvases: Canvases) -> None:
 
 
 def _judge(model: nn.Module, canvases: Canvases, preprocess: Preprocess) -> tuple[float, dict[str, Metrics]]:
-    """Temperature from val; then val and, once, test, by live float32 passes of the chosen model on the CPU."""
+    """Temperature from val; then val and, once, test, by the chosen model in float32 on the CPU."""
     logits = {}
     for split in ("val", "test"):
         rows = canvases.rows(split)
+        pixels = partial(_evaluation_pixels, canvases, preprocess, rows)
+        run = runner(model, pixels(0))
         with terminal.bar(f"evaluating {split}") as progress:
             parts = []
-            for start in range(0, len(rows), EVAL_BATCH):
-                batch = torch.from_numpy(canvases.array(rows[start : start + EVAL_BATCH]))
-                with torch.inference_mode():
-                    parts.append(model(channels_last(evaluation(batch, preprocess))).numpy())
-                progress(start + len(batch), len(rows))
+            for start in range(0, len(rows), CHUNK):
+                parts.append(run(pixels(start))[0])
+                progress(start + len(parts[-1]), len(rows))
         logits[split] = np.concatenate(parts)
     labels = {split: canvases.labels[canvases.rows(split)] for split in logits}
     temperature = fit_temperature(logits["val"], labels["val"])
@@ -300,3 +303,7 @@ def _judge(model: nn.Module, canvases: Canvases, preprocess: Preprocess) -> tupl
     return temperature, {
         split: evaluate(softmax(logits[split] / temperature), labels[split], classes) for split in logits
     }
+
+
+def _evaluation_pixels(canvases: Canvases, preprocess: Preprocess, rows: Array, start: int) -> torch.Tensor:
+    return evaluation(torch.from_numpy(canvases.array(rows[start : start + CHUNK])), preprocess)

@@ -1,0 +1,71 @@
+"""One small real run and one bundle of it, shared by every test: real photographs, real weights, the real commands."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before anything of ftkit is imported: tests never touch the user's cache.
+os.environ["FTKIT_CACHE"] = tempfile.mkdtemp(prefix="ftkit-test-cache-")
+
+import pytest
+from click.testing import CliRunner, Result
+from elpv_dataset import __file__ as elpv_file
+
+from ftkit.cli import main
+
+PER_CLASS = 30
+TINY = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=6", "stages.1.epochs=2", "stages.1.train=last:1",
+        "stages.0.views=2", "stages.1.views=2", "stages.1.batch_size=16")  # fmt: skip
+
+
+def ftkit(*arguments: object) -> Result:
+    """Run the real command line in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def settings(*changes: str) -> list[str]:
+    """--set for each change."""
+    return [part for change in changes for part in ("--set", change)]
+
+
+@pytest.fixture(scope="session")
+def elpv() -> list[tuple[Path, str]]:
+    """Every ELPV photograph with a certain label, and its class."""
+    folder = Path(elpv_file).parent / "data"
+    rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
+    return [
+        (folder / name, f"{kind}-{'defect' if float(share) else 'ok'}")
+        for name, share, kind in rows
+        if float(share) in (0.0, 1.0)
+    ]
+
+
+@pytest.fixture(scope="session")
+def photos(elpv: list[tuple[Path, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class folder of 4 x 30 photographs, in a path with a space."""
+    root = tmp_path_factory.mktemp("my photos") / "solar cells"
+    for label in sorted({label for _, label in elpv}):
+        folder = root / label
+        folder.mkdir(parents=True)
+        for path in [path for path, its in elpv if its == label][:PER_CLASS]:
+            (folder / path.name).write_bytes(path.read_bytes())
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the default recipe at 96 pixels."""
+    out = tmp_path_factory.mktemp("runs") / "small run"
+    result = ftkit("train", photos, "--out", out, *settings(*TINY))
+    assert result.exit_code == 0, result.output
+    (out / "trace.txt").write_text(result.stdout)
+    return out
+
+
+@pytest.fixture(scope="session")
+def bundle(run: Path) -> Path:
+    """The run's bundle."""
+    out = run.parent / "small bundle"
+    result = ftkit("export", run, "--out", out, "--quick")
+    assert result.exit_code == 0, result.output
+    return out

@@ -1,0 +1,196 @@
+"""The bundle of a real run: what is in it, that it proves itself, and that no change goes unseen."""
+
+import json
+import shutil
+import subprocess
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ftkit
+from onnx import numpy_helper
+
+from ftkit_export.predict import Classifier
+from ftkit_export.session import Session
+from ftkit_export.verify import verify
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle that a test may spoil."""
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def test_the_file_takes_images_of_any_size_and_gives_probabilities_and_embedding(bundle: Path) -> None:
+    session = Session(bundle / "model.onnx")
+    for height, width in ((1, 1), (37, 300), (96, 96)):
+        probabilities, embedding = session.run(np.full((2, height, width, 3), 90, np.uint8))
+        assert probabilities.shape == (2, 4)
+        assert embedding.shape == (2, 1280)
+        assert np.abs(probabilities.sum(1) - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "variants/fp32-core.onnx"])
+def test_the_file_is_one_opset_18_ir_8_labelled_and_without_local_paths(bundle: Path, file: str) -> None:
+    raw = (bundle / file).read_bytes()
+    model = onnx.load_from_string(raw)
+    assert (model.ir_version, [item.version for item in model.opset_import]) == (8, [18])
+    assert not any(item.external_data for item in model.graph.initializer)
+    for leak in (str(Path.home()), str(Path(__file__).parents[2]), str(bundle.parent), "site-packages", ".py"):
+        assert leak.encode() not in raw
+    properties = {item.key: item.value for item in model.metadata_props}
+    assert json.loads(properties["labels"]) == ["mono-defect", "mono-ok", "poly-defect", "poly-ok"]
+    assert json.loads(properties["preprocess"])["size"] == 96
+    assert float(properties["temperature"]) > 0
+
+
+def test_no_file_of_the_bundle_names_a_local_path(bundle: Path, photos: Path) -> None:
+    for path in bundle.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert str(photos).encode() not in content, path
+            assert str(bundle.parent).encode() not in content, path
+
+
+def test_the_manifest_carries_the_evidence(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["verdict"] == "passed"
+    assert all(gate["passed"] for gate in manifest["gates"])
+    checks = manifest["evidence"]["parity"][0]["checks"]
+    assert {check["group"] for check in checks} == {"photographs", "noise", "extremes"}
+    assert {item["threads"] for item in manifest["evidence"]["latency"]} >= {1}
+    assert manifest["evidence"]["accuracy"]["file"]["images"] == 16
+    listed = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert listed - {"manifest.json"} == set(manifest["files"])
+
+
+def test_the_test_data_set_is_what_the_model_answers(bundle: Path) -> None:
+    folder = bundle / "test_data_set_0"
+    image, probabilities, embedding = (
+        numpy_helper.to_array(onnx.load_tensor(folder / name)) for name in ("input_0.pb", "output_0.pb", "output_1.pb")
+    )
+    found = Session(bundle / "model.onnx").run(image)
+    assert np.abs(found[0] - probabilities).max() < 1e-4
+    assert np.abs(found[1] - embedding).max() < 1e-2 * np.abs(embedding).max()
+
+
+def test_verify_passes_here(bundle: Path) -> None:
+    result = verify(bundle)
+    assert result.passed
+    assert {check.name: check.images for check in result.checks} == {"probabilities": 27, "logits": 27}
+
+
+def _files(bundle: Path) -> Iterator[str]:
+    yield from json.loads((bundle / "manifest.json").read_text())["files"]
+
+
+def test_a_changed_byte_in_any_file_is_named(copy: Path) -> None:
+    for name in _files(copy):
+        original = (copy / name).read_bytes()
+        spoiled = bytearray(original or b"x")
+        spoiled[len(spoiled) // 2] ^= 1
+        (copy / name).write_bytes(spoiled)
+        result = ftkit("verify", copy)
+        assert result.exit_code == 2
+        assert f"{copy / name}: expected sha256" in result.stderr
+        (copy / name).write_bytes(original)
+    assert ftkit("verify", copy).exit_code == 0
+
+
+def test_a_missing_and_an_extra_file_are_named(copy: Path) -> None:
+    (copy / "labels.txt").rename(copy / "names.txt")
+    result = ftkit("verify", copy)
+    assert (result.exit_code, "labels.txt: expected this file, found it missing" in result.stderr) == (2, True)
+    shutil.copy(copy / "names.txt", copy / "labels.txt")
+    result = ftkit("verify", copy)
+    assert (result.exit_code, "names.txt: expected only files the manifest lists" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 99}, "expected schema 1 or older, found 99"),
+        ({"files": {"../outside": "0"}}, "expected names inside the bundle"),
+    ],
+)
+def test_a_manifest_not_to_be_trusted_is_refused(copy: Path, change: dict[str, object], said: str) -> None:
+    path = copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    result = ftkit("verify", copy)
+    assert (result.exit_code, said in result.stderr) == (2, True)
+
+
+def test_a_wrong_golden_answer_is_a_failed_gate_even_with_matching_hashes(copy: Path) -> None:
+    from ftkit_export.verify import sha256
+
+    path = copy / "golden" / "expected.npz"
+    with np.load(path) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    arrays["logits"][3] += 0.01
+    np.savez(path, **arrays)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["golden/expected.npz"] = sha256(path)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    result = ftkit("verify", copy)
+    assert result.exit_code == 1
+    assert "logits of 27 golden images: FAILED, worst 03.png" in result.stdout
+    assert "NOT verified" in result.stdout
+
+
+def test_predict_says_what_the_classifier_says(bundle: Path, photos: Path) -> None:
+    image = next(iter(sorted((photos / "poly-ok").iterdir())))
+    answer = Classifier(bundle)(image)
+    result = ftkit("predict", bundle, image, "--json")
+    assert result.exit_code == 0
+    line = json.loads(result.stdout)
+    assert line["label"] == answer.label
+    assert line["probabilities"] == pytest.approx(answer.probabilities)
+    assert len(ftkit("predict", bundle, photos).stdout.splitlines()) == 120
+
+
+def test_predict_goes_on_past_a_bad_image_and_exits_2(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"junk")
+    good = next(iter((photos / "mono-ok").iterdir()))
+    result = ftkit("predict", bundle, bad, good)
+    assert result.exit_code == 2
+    assert "bad.png: expected an image" in result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_the_device_runner_needs_numpy_onnxruntime_and_pillow_only(bundle: Path, photos: Path, tmp_path: Path) -> None:
+    """In a fresh environment that has nothing else, and not the training machine's Python path."""
+    venv.create(tmp_path / "device", with_pip=True)
+    python = tmp_path / "device" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*install, "numpy", "onnxruntime", "pillow"], check=True, capture_output=True)
+    copied = shutil.copytree(bundle, tmp_path / "on the device")
+    runner = copied / "device" / "classify.py"
+    check = subprocess.run([python, runner, "--self-check"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert check.returncode == 0, check.stderr
+    assert "self-check passed" in check.stdout
+    assert "p95" in check.stdout
+    image = next(iter(sorted((photos / "mono-ok").iterdir())))
+    one = subprocess.run([python, runner, image, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(one.stdout)["probabilities"] == pytest.approx(Classifier(bundle)(image).probabilities, abs=1e-5)
+    assert verify(copied).passed, "running the runner must leave nothing behind in the sealed bundle"
+    (copied / "model.onnx").write_bytes(b"junk")
+    broken = subprocess.run([python, runner, "--self-check"], capture_output=True, text=True, check=False)
+    assert broken.returncode == 2
+    assert "model.onnx: expected sha256" in broken.stderr
+
+
+def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    result = ftkit("export", run, "--out", out, "--quick", "--set", "export.size_mb=1", "--set", "export.p95_ms=9999")
+    assert result.exit_code == 1
+    assert not out.exists()
+    assert "error: gate size in MB: expected at most 1, found 1" in result.stderr
+    manifest = json.loads((tmp_path / "bundle.failed" / "manifest.json").read_text())
+    assert manifest["verdict"] == "failed"
+    verified = ftkit("verify", tmp_path / "bundle.failed")
+    assert (verified.exit_code, "sealed gate FAILED: size in MB" in verified.stdout) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.failed"], "nothing half-built is left"

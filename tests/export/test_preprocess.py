@@ -1,0 +1,118 @@
+"""Right pixels from every kind of file, and the same pixels from the graph."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ftkit_export.errors import FtkitError, ImageError
+from ftkit_export.graph import pixel_model
+from ftkit_export.parity import edge_images
+from ftkit_export.preprocess import FITS, Preprocess, decode
+from ftkit_export.session import Session
+
+RED_BLUE = np.zeros((20, 30, 3), np.uint8)
+RED_BLUE[:, :15, 0], RED_BLUE[:, 15:, 2] = 200, 200
+
+
+def _saved(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_rgba_is_laid_over_white() -> None:
+    rgba = np.dstack([RED_BLUE, np.full((20, 30), 255, np.uint8)])
+    rgba[:10, :, 3] = 0
+    found = decode(_saved(Image.fromarray(rgba), "PNG"))
+    assert (found[:10] == 255).all()
+    assert (found[10:] == RED_BLUE[10:]).all()
+
+
+def test_palette_image_gets_its_colours() -> None:
+    assert (decode(_saved(Image.fromarray(RED_BLUE).quantize(4), "PNG")) == RED_BLUE).all()
+
+
+def test_palette_image_with_a_transparent_colour_is_laid_over_white() -> None:
+    image = Image.fromarray(RED_BLUE).quantize(4)
+    index = image.getpixel((0, 0))
+    found = decode(_saved(image, "PNG", transparency=index))
+    assert (found[:, :15] == 255).all()
+    assert (found[:, 15:] == RED_BLUE[:, 15:]).all()
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
+    levels = np.linspace(0, 65535, 300).astype(np.uint16).reshape(10, 30)
+    found = decode(_saved(Image.fromarray(levels), "PNG"))
+    assert (found == (levels >> 8).astype(np.uint8)[..., None]).all()
+
+
+def test_cmyk_jpeg_becomes_rgb() -> None:
+    found = decode(_saved(Image.fromarray(RED_BLUE).convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(found[:, :10].mean((0, 1)) - (200, 0, 0)).max() < 12
+    assert np.abs(found[:, 20:].mean((0, 1)) - (0, 0, 200)).max() < 12
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    found = decode(_saved(Image.fromarray(RED_BLUE), "PNG", exif=exif))
+    assert (found == np.rot90(RED_BLUE, -1)).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"not an image at all", "no known image format"),
+        (_saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "PNG")[:3000], ""),
+    ],
+    ids=["zero-byte", "text", "truncated"],
+)
+def test_a_bad_file_is_named_with_its_reason(content: bytes, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad one.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"bad one\.png: expected an image, found ") as caught:
+        decode(path)
+    assert reason in str(caught.value)
+
+
+def test_an_image_too_large_to_be_honest_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="decompression bomb"):
+        decode(_saved(Image.fromarray(RED_BLUE), "PNG"))
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_the_graph_gives_pillows_pixels(fit: str, elpv: list[tuple[Path, str]]) -> None:
+    """At most 1 grey level apart on photographs, 2 on noise, from 1x1 to 8000x2, alone and in a batch."""
+    preprocess = Preprocess(size=96, resize=110, fit=fit)
+    session = Session(pixel_model(preprocess).SerializeToString())
+    photographs = [decode(path)[: 300 - 40 * (i % 3)] for i, (path, _) in enumerate(elpv[:6])]
+    for group, images in {"photographs": photographs, **edge_images(96)}.items():
+        for image in images:
+            levels, pixels = session.run(np.stack([image, image]))
+            canvas = preprocess.canvas(image)
+            assert canvas.shape == (110, 110, 3)
+            off = np.abs(levels[1].astype(int) - canvas[7:103, 7:103])
+            assert off.max() <= (1 if group == "photographs" else 2)
+            expected = preprocess.pixels(canvas[None])
+            assert np.abs(pixels[1] - expected[0]).max() <= off.max() / min(preprocess.std) + 1e-5
+
+
+def test_pad_keeps_the_whole_image_and_crop_its_centre() -> None:
+    image = np.zeros((10, 40, 3), np.uint8)
+    image[:, :5] = 255  # only at the left end
+    sizes = {"size": 40, "resize": 40}
+    assert Preprocess(fit="crop", **sizes).canvas(image).max() == 0
+    padded = Preprocess(fit="pad", **sizes).canvas(image)
+    assert (padded[15:25, :5] == 255).all()
+    assert padded[:15].max() == padded[25:].max() == 0
+
+
+@pytest.mark.parametrize("fields", [{"fit": "stretch"}, {"size": 300}, {"std": (1.0, 0.0, 1.0)}])
+def test_a_senseless_preprocess_is_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(FtkitError, match="preprocess"):
+        Preprocess(**fields)

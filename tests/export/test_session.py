@@ -1,0 +1,59 @@
+"""A session runs on the provider asked for, or there is none."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ftkit_export.errors import FtkitError, ProviderError
+from ftkit_export.graph import pixel_model
+from ftkit_export.preprocess import Preprocess
+from ftkit_export.session import Session, offered, parse_providers
+
+MODEL = pixel_model(Preprocess(size=8, resize=8)).SerializeToString()
+
+
+def _cuda_works() -> bool:
+    try:
+        Session(MODEL, provider="cuda")
+    except FtkitError:
+        return False
+    return True
+
+
+def test_every_node_runs_on_the_cpu_when_asked() -> None:
+    session = Session(MODEL, provider="cpu", threads=1)
+    assert list(session.assignment()) == ["CPUExecutionProvider"]
+    assert session.run(np.zeros((2, 5, 9, 3), np.uint8))[0].shape == (2, 8, 8, 3)
+
+
+@pytest.mark.skipif("cuda" not in offered() or _cuda_works(), reason="needs an ONNX Runtime for CUDA and no GPU")
+def test_cuda_asked_for_and_cpu_got_is_an_error_that_names_the_library() -> None:
+    with pytest.raises(ProviderError, match=r"expected a session on CUDAExecutionProvider, found CPU.*\.so"):
+        Session(MODEL, provider="cuda")
+
+
+def test_an_absent_provider_is_refused_with_what_there_is() -> None:
+    with pytest.raises(ProviderError, match=r"coreml.*found one with.*cpu"):
+        Session(MODEL, provider="coreml")
+
+
+def test_an_unknown_provider_is_answered_with_the_choices() -> None:
+    with pytest.raises(ProviderError, match=r"'gpu'\. Try one of: coreml, cpu, cuda"):
+        parse_providers("cpu,gpu")
+    assert parse_providers("cpu, cuda,cpu") == ["cpu", "cuda"]
+
+
+def test_bytes_that_are_no_model_are_refused() -> None:
+    with pytest.raises(FtkitError, match="expected a model ONNX Runtime can load"):
+        Session(b"junk")
+
+
+def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
+    code = (
+        "import ftkit_export.session as s, os, sys;"
+        "assert 'onnxruntime' not in sys.modules; s.offered(); print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

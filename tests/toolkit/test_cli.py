@@ -1,0 +1,60 @@
+"""The face: help is light, doctor tells the truth, a recipe module runs whole, the demo's data keep modules apart."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY, ftkit, settings
+
+from ftkit.demo import GROUP, write_elpv
+from ftkit_export.errors import FtkitError
+from ftkit_export.verify import verify
+
+
+def test_every_command_explains_itself_within_100_columns() -> None:
+    for command in ((), ("train",), ("export",), ("verify",), ("predict",), ("recipes",), ("doctor",), ("demo",)):
+        result = ftkit(*command, "--help")
+        assert result.exit_code == 0
+        assert "Usage:" in result.stdout
+        assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_doctor_says_which_providers_open_a_session_and_why_not() -> None:
+    lines = ftkit("doctor").stdout.splitlines()
+    assert "provider cpu       works" in lines
+    others = [line for line in lines if line.startswith("provider ") and not line.endswith("works")]
+    assert others
+    assert all("absent: " in line or "does not open: " in line for line in others)
+
+
+def test_the_demo_keeps_runs_of_cells_on_one_side(tmp_path: Path) -> None:
+    assert write_elpv(tmp_path, split=True) == 2223
+    sides: dict[int, set[str]] = {}
+    for path in tmp_path.rglob("*.png"):
+        sides.setdefault((int(path.stem[4:]) - 1) // GROUP, set()).add(path.parts[-3])
+    assert all(len(splits) == 1 for splits in sides.values())
+    classes = {split: len(list((tmp_path / split).iterdir())) for split in ("train", "val", "test")}
+    assert classes == {"train": 4, "val": 4, "test": 4}
+
+
+def test_a_recipe_module_trains_exports_and_verifies(photos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ftkit_recipes.gentle", str(photos), "--out", str(tmp_path / "run"), "--quick"]
+    changes = ("preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=1")
+    done = subprocess.run([*command, *settings(*changes)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "verified"
+    assert verify(tmp_path / "run-bundle").passed
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FTKIT_DEBUG", "1")
+    assert isinstance(ftkit("train", tmp_path / "none").exception, FtkitError)
+
+
+def test_a_full_disk_is_one_sentence(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FTKIT_CACHE", "/dev/full")
+    result = ftkit("train", photos, "--out", tmp_path / "run", *settings(*TINY))
+    assert result.exit_code == 2
+    assert "expected room for canvases" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1

@@ -1,0 +1,170 @@
+"""Class folders, split folders and CSVs; honest splits; bad input in one clear sentence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ftkit
+from PIL import Image
+
+from ftkit.canvas import build
+from ftkit.intake import read
+from ftkit_export.errors import FtkitError
+from ftkit_export.preprocess import Preprocess
+
+PREPROCESS = Preprocess(size=16, resize=16)
+
+
+def _image(path: Path, shade: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((20, 20, 3), shade % 256, np.uint8)).save(path)
+    return path
+
+
+def _folder(root: Path, **counts: int) -> Path:
+    for label, count in counts.items():
+        for number in range(count):
+            _image(root / label / f"{number}.png", shade=number)
+    return root
+
+
+def test_classes_and_files_stand_in_natural_order(tmp_path: Path) -> None:
+    images = read(_folder(tmp_path, class10=5, class2=5, class1=5))
+    assert images.classes == ("class1", "class2", "class10")
+    firsts = [image.path.name for image in images.images if image.label == 0]
+    assert firsts == sorted(firsts, key=lambda name: int(name.split(".")[0]))
+
+
+def test_splits_made_here_are_stratified_seeded_and_disjoint(tmp_path: Path) -> None:
+    _folder(tmp_path, a=40, b=20)
+    images = read(tmp_path, seed=1)
+    assert images.made == ("test", "val")
+    for split, share in (("test", 0.15), ("val", 0.1)):
+        for label, count in ((0, 40), (1, 20)):
+            assert sum(image.label == label for image in images.of(split)) == pytest.approx(count * share, abs=1.01)
+    assert read(tmp_path, seed=1) == images
+    assert read(tmp_path, seed=2) != images
+    assert sum(len(images.of(split)) for split in ("train", "val", "test")) == 60
+
+
+def test_a_split_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    for split, count in (("train", 4), ("val", 2), ("test", 3)):
+        _folder(tmp_path / split, a=count, b=count)
+    images = read(tmp_path)
+    assert images.made == ()
+    assert [len(images.of(split)) for split in ("train", "val", "test")] == [8, 4, 6]
+
+
+def test_a_csv_keeps_groups_on_one_side(tmp_path: Path) -> None:
+    lines = ["path,label,group"]
+    for number in range(60):
+        _image(tmp_path / "x" / f"{number}.png", number)
+        lines.append(f"x/{number}.png,{'ab'[number % 2]},module{number // 6}")
+    (tmp_path / "set.csv").write_text("\n".join(lines))
+    images = read(tmp_path / "set.csv")
+    sides: dict[str, set[str]] = {}
+    for image in images.images:
+        sides.setdefault(image.group, set()).add(image.split)
+    assert len(sides) == 10
+    assert all(len(splits) == 1 for splits in sides.values())
+    assert {image.split for image in images.images} == {"train", "val", "test"}
+
+
+def test_bad_files_are_left_out_named_and_counted(tmp_path: Path) -> None:
+    _folder(tmp_path, a=12, b=12)
+    good = (tmp_path / "a" / "0.png").read_bytes()
+    bad = {"cut.png": good[: len(good) // 2], "empty.jpg": b"", "text.png": b"hello"}
+    for name, content in bad.items():
+        (tmp_path / "a" / name).write_bytes(content)
+    canvases = build(read(tmp_path), PREPROCESS)
+    assert sorted(path.name for path, _ in canvases.bad) == sorted(bad)
+    assert all("expected an image" in reason for _, reason in canvases.bad)
+    assert len(canvases.images.images) == 24
+    rows = np.arange(24)
+    shades = [int(Path(image.path).stem) for image in canvases.images.images]
+    assert (canvases.array(rows)[:, 8, 8, 0] == shades).all(), "each row is still its own image"
+    again = build(read(tmp_path), PREPROCESS)
+    assert (again.fingerprint, again.bad) == (canvases.fingerprint, canvases.bad)
+
+
+def test_the_fingerprint_follows_a_files_content(tmp_path: Path) -> None:
+    _folder(tmp_path, a=8, b=8)
+    before = build(read(tmp_path), PREPROCESS).fingerprint
+    _image(tmp_path / "a" / "3.png", 77)
+    assert build(read(tmp_path), PREPROCESS).fingerprint != before
+
+
+def test_a_class_without_a_readable_image_is_named(tmp_path: Path) -> None:
+    _folder(tmp_path, a=8)
+    (tmp_path / "b").mkdir()
+    for number in range(8):
+        (tmp_path / "b" / f"{number}.png").write_bytes(b"junk")
+    with pytest.raises(FtkitError, match=r"training images of class 'b', found none .8 bad files"):
+        build(read(tmp_path), PREPROCESS)
+
+
+def _missing(root: Path) -> Path:
+    return root / "nowhere"
+
+
+def _empty(root: Path) -> Path:
+    return root
+
+
+def _one_class(root: Path) -> Path:
+    return _folder(root, only=5)
+
+
+def _one_image(root: Path) -> Path:
+    return _folder(root, a=1, b=1)
+
+
+def _csv(text: str) -> "object":
+    def make(root: Path) -> Path:
+        _image(root / "a.png")
+        (root / "set.csv").write_text(text)
+        return root / "set.csv"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_missing, "found nothing there"),
+        (_empty, "found none. Try a folder a class"),
+        (_one_class, "expected at least two classes, found one (only)"),
+        (_one_image, "expected enough images for a val split"),
+        (_csv("path,label\na.png,x\ngone.png,y\n"), "set.csv line 3: expected an image at"),
+        (_csv("file,label\na.png,x\n"), "expected a column 'path', found file, label"),
+        (_csv("path,class\na.png,x\n"), "expected a column 'label', found path, class"),
+        (_csv("path,label,split\na.png,x,training\n"), "expected split train, val or test, found 'training'"),
+        (_csv("path,label\na.png,\n"), "expected a label, found none"),
+    ],
+    ids=[
+        "missing",
+        "empty",
+        "one class",
+        "one image",
+        "csv file",
+        "csv path",
+        "csv label",
+        "csv split",
+        "csv no label",
+    ],
+)
+def test_bad_data_is_told_in_one_sentence_with_exit_2(make: object, said: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    root = tmp_path / "data"
+    root.mkdir()
+    result = ftkit("train", make(root), "--out", out)  # type: ignore[operator]
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
+def test_a_class_with_one_image_trains_with_it(tmp_path: Path) -> None:
+    images = read(_folder(tmp_path, many=20, one=1))
+    assert [image.split for image in images.images if image.label == 1] == ["train"]

@@ -1,0 +1,125 @@
+"""The cut changes nothing: prefix, then suffix, is the model; and what is frozen runs once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ftkit.backbones import build, trainable
+from ftkit.canvas import build as build_canvases
+from ftkit.feed import Feeds, set_mode, under
+from ftkit.intake import read
+from ftkit.prefix import frontier, frozen_part, trace, trained_part
+from ftkit.recipe import Recipe, Stage
+from ftkit_export.preprocess import Preprocess
+
+BACKBONES = ("efficientnet_lite0", "mobilenetv3_small_100", "resnet18", "squeezenet1_0")
+PREPROCESS = Preprocess(size=64, resize=64)
+
+
+@pytest.mark.parametrize("train", ["head", "last:2"])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_prefix_then_suffix_is_the_model(name: str, train: str) -> None:
+    torch.manual_seed(0)
+    backbone = build(name, 5, "none")
+    graph = trace(backbone.model)
+    assert graph is not None
+    cut = frontier(graph, under(trainable(backbone, train)))
+    assert cut
+    prefix, suffix = frozen_part(graph, [cut]), trained_part(graph, cut)
+    pixels = torch.randn(3, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(suffix(*prefix(pixels)), backbone.model(pixels))
+    inside = under(trainable(backbone, train))
+    frozen = {name for name, _ in prefix.named_parameters()}
+    assert frozen == {name for name, _ in backbone.model.named_parameters() if not inside(name)}
+
+
+def test_training_the_suffix_trains_the_model() -> None:
+    backbone = build("resnet18", 3, "none")
+    set_mode(backbone.model, trainable(backbone, "head"), batchnorm=True)
+    graph = trace(backbone.model)
+    assert graph is not None
+    suffix = trained_part(graph, frontier(graph, under(("fc",))))
+    before = backbone.model.fc.weight.clone()
+    suffix(torch.ones(2, 512)).sum().backward()
+    torch.optim.SGD([p for p in backbone.model.parameters() if p.requires_grad], 0.1).step()
+    assert not torch.equal(backbone.model.fc.weight, before)
+
+
+def test_frozen_modules_are_in_eval_mode_and_the_rest_trains() -> None:
+    backbone = build("resnet18", 3, "none")
+    set_mode(backbone.model, trainable(backbone, "last:1"), batchnorm=True)
+    assert not backbone.model.layer3[0].bn1.training
+    assert backbone.model.layer4[0].bn1.training
+    set_mode(backbone.model, trainable(backbone, "last:1"), batchnorm=False)
+    assert not backbone.model.layer4[0].bn1.training
+    assert backbone.model.layer4[0].bn1.weight.requires_grad
+
+
+@pytest.fixture(scope="module")
+def feeds(photos: Path) -> Feeds:
+    torch.manual_seed(0)
+    recipe = Recipe(
+        name="x",
+        backbone="resnet18",
+        stages=(Stage(train="head", views=2), Stage(train="last:1", views=2), Stage(train="all"), Stage(train="head")),
+    )
+    canvases = build_canvases(read(photos), PREPROCESS)
+    return Feeds(build("resnet18", 4, "none"), recipe, canvases, PREPROCESS, seed=0, device=torch.device("cpu"))
+
+
+def test_one_pass_serves_head_and_last_blocks(feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ftkit.feed
+
+    passes: list[object] = []
+    real = ftkit.feed.fill
+    monkeypatch.setattr(ftkit.feed, "fill", lambda *a, **k: (passes.append(a), real(*a, **k))[1])
+    assert "computed once" in feeds.stage(0).how
+    second = feeds.stage(1)
+    assert "frozen prefix" in second.how
+    assert len(passes) == 1
+    assert feeds.stage(2).how == "live: nothing is frozen"
+
+
+def test_cached_logits_are_the_live_ones(feeds: Feeds) -> None:
+    """Float16 activations move the logits by less than a thousandth of their size."""
+    feed = feeds.stage(1)
+    feeds.backbone.model.eval()
+    rows = feeds.canvases.rows("val")
+    pixels = torch.from_numpy(PREPROCESS.pixels(feeds.canvases.array(rows)))
+    with torch.inference_mode():
+        live = feeds.backbone.model(pixels)
+        cached = feed.eval_net(*feed.val(np.arange(len(rows))))
+    assert float((live - cached).abs().max()) < 1e-3 * float(live.abs().max())
+
+
+def test_a_second_run_finds_the_first_ones_activations(feeds: Feeds) -> None:
+    feeds.stage(0)
+    again = Feeds(feeds.backbone, feeds.recipe, feeds.canvases, PREPROCESS, 0, torch.device("cpu"))
+    assert "found in the cache" in again.stage(0).how
+
+
+def test_a_head_stage_after_a_deeper_one_gets_a_prefix_of_its_own(feeds: Feeds) -> None:
+    """Once the body has trained, the shared activations are stale."""
+    feeds.stage(0)
+    with torch.no_grad():
+        feeds.backbone.model.layer1[0].conv1.weight.mul_(1.5)
+    feed = feeds.stage(3)
+    assert "computed once" in feed.how
+    rows = feeds.canvases.rows("val")
+    feeds.backbone.model.eval()
+    with torch.inference_mode():
+        live = feeds.backbone.model(torch.from_numpy(PREPROCESS.pixels(feeds.canvases.array(rows))))
+        cached = feed.eval_net(*feed.val(np.arange(len(rows))))
+    assert float((live - cached).abs().max()) < 1e-3 * float(live.abs().max())
+
+
+def test_a_cache_larger_than_the_disk_is_not_begun(feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    import ftkit.cache
+
+    monkeypatch.setattr(ftkit.cache, "DISK_SHARE", 0.0)
+    fresh = Feeds(feeds.backbone, feeds.recipe, feeds.canvases, PREPROCESS, 99, torch.device("cpu"))
+    assert "live: its cache would take" in fresh.stage(0).how

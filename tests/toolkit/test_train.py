@@ -1,0 +1,174 @@
+"""A run: its trace, its folder, its choices, the same again with the same seed."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, ftkit, settings
+
+from ftkit.backbones import build
+from ftkit.checkpoint import open_run
+from ftkit.recipe import Stage
+from ftkit.train import make_optimizer, rate
+
+LINE = re.compile(r"^(head|last:1) +(\d+)/(\d+) +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +\d\.\de[+-]\d\d +\d+ +\d+:\d\d$")
+
+
+def test_the_trace_has_a_line_an_epoch_within_80_columns(run: Path) -> None:
+    lines = (run / "trace.txt").read_text().splitlines()
+    found = [(match[1], match[2]) for match in map(LINE.match, lines) if match]
+    assert found == [("head", str(n)) for n in range(1, 7)] + [("last:1", "1"), ("last:1", "2")]
+    assert all(len(line) <= 80 for line in lines if LINE.match(line))
+
+
+def test_the_run_folder_holds_data_only(run: Path, photos: Path) -> None:
+    data = json.loads((run / "run.json").read_text())
+    assert data["classes"] == ["mono-defect", "mono-ok", "poly-defect", "poly-ok"]
+    assert data["splits"] == {"train": 92, "val": 12, "test": 16}
+    assert data["metrics"]["test"]["images"] == 16
+    assert sum(map(sum, data["metrics"]["test"]["confusion"])) == 16
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["epoch"]) for line in epochs] == [(0, n) for n in range(1, 7)] + [(1, 1), (1, 2)]
+    assert open_run(run).backbone().model.classifier.out_features == 4
+
+
+def test_training_learns(run: Path) -> None:
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert epochs[5]["loss"] < epochs[0]["loss"]
+    assert epochs[5]["train_accuracy"] > 0.6
+
+
+def test_the_best_stage_by_validation_is_kept(run: Path) -> None:
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    scores = [(stage["val_accuracy"], -stage["val_nll"]) for stage in stages]
+    assert stages[0]["kept"]
+    assert stages[1]["kept"] == (scores[1] > scores[0])
+    val = json.loads((run / "run.json").read_text())["metrics"]["val"]
+    assert val["accuracy"] == pytest.approx(max(scores)[0])
+
+
+def test_the_frozen_part_is_the_pretrained_one_bit_for_bit(run: Path) -> None:
+    trained = safetensors.torch.load_file(run / "model.safetensors")
+    pretrained = build("efficientnet_lite0", 4).model.state_dict()
+    frozen = [name for name in pretrained if name.startswith(("conv_stem", "bn1", "blocks.0", "blocks.5"))]
+    assert len(frozen) > 40
+    assert all(torch.equal(trained[name], pretrained[name]) for name in frozen)
+
+
+def test_the_same_seed_gives_the_same_weights(photos: Path, run: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    assert ftkit("train", photos, "--out", again, *settings(*TINY)).exit_code == 0
+    first, second = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (run, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_live_training_works_where_nothing_can_be_cached(photos: Path, tmp_path: Path) -> None:
+    """A torchvision backbone, all of it training, from scratch, with every augmentation on."""
+    changes = ["backbone=squeezenet1_1", "weights=none", "preprocess.size=64", "preprocess.resize=72", "augment.scale=0.6", "augment.rotate=10", "augment.brightness=0.2", "augment.contrast=0.2", "stages.0.cache=off", "stages.0.epochs=1", "stages.0.optimizer=sgd", "stages.1.train=all", "stages.1.epochs=1", "stages.1.ema=0"]
+    result = ftkit("train", photos, "--out", tmp_path / "run", *settings(*changes))
+    assert result.exit_code == 0, result.output
+    assert "head: live: cache = off" in result.stdout
+    assert "all: live: nothing is frozen" in result.stdout
+
+
+def test_a_loss_that_explodes_leaves_the_weights_before_it(photos: Path, tmp_path: Path) -> None:
+    result = ftkit(
+        "train", photos, "--out", tmp_path / "run", *settings(*TINY, "stages.1.lr=1e30", "stages.1.epochs=3")
+    )
+    assert result.exit_code == 0, result.output
+    stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
+    assert [stage["kept"] for stage in stages] == [True, False]
+    state = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point())
+
+
+def test_weights_that_would_need_a_network_name_the_file_and_two_ways(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftkit.backbones.HUBS", {"timm": "hub.invalid", "torchvision": "hub.invalid"})
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for backbone, file in (
+        ("resnet50", "resnet50.a1_in1k/model.safetensors"),
+        ("shufflenet_v2_x1_0", "shufflenetv2_x1"),
+    ):
+        result = ftkit("train", photos, "--recipe", "staged_resnet50", "--set", f"backbone={backbone}")
+        assert result.exit_code == 2
+        assert file in result.stderr
+        assert "Try --weights FILE" in result.stderr
+        assert "or " in result.stderr.split("Try --weights FILE")[1]
+
+
+def test_weights_come_from_a_file_and_must_fit(photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    donor = build("resnet18", 1000, "none").model
+    torch.save({"state_dict": donor.state_dict()}, tmp_path / "donor.pth")
+    model = build("resnet18", 4, str(tmp_path / "donor.pth")).model
+    assert torch.equal(model.layer4[1].conv2.weight, donor.layer4[1].conv2.weight)
+    result = ftkit("train", photos, "--recipe", "lite0", "--weights", tmp_path / "donor.pth")
+    assert result.exit_code == 2
+    assert "expected those of efficientnet_lite0" in result.stderr
+    (tmp_path / "code.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    assert "expected .safetensors, or a .pth of plain tensors" in ftkit(
+        "train", photos, "--weights", tmp_path / "code.pth"
+    ).stderr  # fmt: skip
+
+
+def test_an_existing_run_folder_is_never_written_into(photos: Path, run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    result = ftkit("train", photos, "--out", run)
+    assert result.exit_code == 2
+    assert "expected a new folder" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
+
+
+def test_export_of_something_that_is_no_run_says_so(photos: Path, tmp_path: Path) -> None:
+    result = ftkit("export", photos)
+    assert result.exit_code == 2
+    assert "expected a run (with run.json and model.safetensors), found none" in result.stderr
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "found one that was not finished" in ftkit("export", tmp_path).stderr
+
+
+def test_export_refuses_images_that_changed_since(run: Path, photos: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    next(iter(sorted(copy.rglob("*.png")))).unlink()
+    result = ftkit("export", run, "--out", tmp_path / "bundle", "--data", copy)
+    assert result.exit_code == 2
+    assert "expected the images this run was trained on, found others" in result.stderr
+
+
+@pytest.mark.parametrize("provider", ["gpu", "coreml"])
+def test_export_with_a_provider_that_is_not_here_exits_2(run: Path, provider: str, tmp_path: Path) -> None:
+    result = ftkit("export", run, "--out", tmp_path / "bundle", "--providers", f"cpu,{provider}")
+    assert result.exit_code == 2
+    assert "cpu" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_rate_rises_falls_and_stays() -> None:
+    cosine = Stage(lr=1.0, schedule="cosine", warmup=0.1)
+    rates = [rate(step, 100, cosine) for step in range(100)]
+    assert rates[0] == 0.1
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+    assert {rate(step, 100, Stage(lr=0.3, schedule="constant")) for step in range(100)} == {0.3}
+    assert rate(19, 100, Stage(lr=1.0, schedule="onecycle")) == 1.0
+
+
+def test_every_parameter_that_trains_is_in_one_named_group() -> None:
+    model = build("resnet18", 3, "none").model
+    model.requires_grad_(False)
+    for part in (model.layer4, model.fc):
+        part.requires_grad_(True)
+    optimizer = make_optimizer(model, Stage(weight_decay=0.1), "fc")
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert set(groups) == {"blocks", "blocks without decay", "head", "head without decay"}
+    assert groups["blocks without decay"]["weight_decay"] == 0
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
