@@ -58,11 +58,13 @@ def test_four_cached_views_show_all_four_orientations() -> None:
         assert torch.equal(view_pixels(canvases, whole, augment, 0, view, 0), expected[view])
 
 
-def test_scale_rotation_and_colour_change_every_sample_and_stay_in_range() -> None:
+def test_scale_rotation_and_colour_change_the_samples_and_stay_in_range() -> None:
     plain = _augment()
     for fields in ({"scale": 0.5}, {"rotate": 30.0}, {"brightness": 0.3}, {"contrast": 0.3}):
         changed = _augment(**fields)
-        assert bool(((changed - plain).abs().flatten(1).amax(1) > 1).all()), fields
+        moved = (changed - plain).abs().flatten(1).amax(1)
+        assert float((moved > 1).float().mean()) > 0.9, fields  # a draw may fall next to no change
+        assert len(moved.unique()) > 40, fields  # each sample has its own draw
         assert float(changed.min()) >= 0
         assert float(changed.max()) <= 255
 

@@ -67,7 +67,12 @@ def test_the_same_seed_gives_the_same_weights(photos: Path, run: Path, tmp_path:
 
 def test_live_training_works_where_nothing_can_be_cached(photos: Path, tmp_path: Path) -> None:
     """A torchvision backbone, all of it training, from scratch, with every augmentation on."""
-    changes = ["backbone=squeezenet1_1", "weights=none", "preprocess.size=64", "preprocess.resize=72", "augment.scale=0.6", "augment.rotate=10", "augment.brightness=0.2", "augment.contrast=0.2", "stages.0.cache=off", "stages.0.epochs=1", "stages.0.optimizer=sgd", "stages.1.train=all", "stages.1.epochs=1", "stages.1.ema=0"]
+    changes = [
+        *("backbone=squeezenet1_1", "weights=none", "preprocess.size=64", "preprocess.resize=72"),
+        *("augment.scale=0.6", "augment.rotate=10", "augment.brightness=0.2", "augment.contrast=0.2"),
+        *("stages.0.cache=off", "stages.0.epochs=1", "stages.0.optimizer=sgd"),
+        *("stages.1.train=all", "stages.1.epochs=1", "stages.1.ema=0"),
+    ]
     result = ftkit("train", photos, "--out", tmp_path / "run", *settings(*changes))
     assert result.exit_code == 0, result.output
     assert "head: live: cache = off" in result.stdout

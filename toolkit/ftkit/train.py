@@ -102,9 +102,9 @@ def _clone(state: State) -> State:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def _average(mean: State, state: State, decay: float) -> None:
-    pairs = [(mean[name], value) for name, value in state.items() if value.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
+def _average(mean: State, current: State, decay: float) -> None:
+    floating = [name for name, value in current.items() if value.is_floating_point()]
+    torch._foreach_lerp_([mean[name] for name in floating], [current[name] for name in floating], 1 - decay)
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Array]:
@@ -133,12 +133,13 @@ def train_stage(
     optimizer = make_optimizer(model, stage, backbone.head)
     generator = torch.Generator().manual_seed(seed * 1009 + number)
     torch.manual_seed(seed * 1009 + number)  # dropout draws from the global generator
-    before = _clone(_trained_state(model, names))
+    current = _trained_state(model, names)  # the model's own tensors: they follow it
+    before = _clone(current)
     mean = _clone(before) if stage.ema else None
     score = (0.0, -math.inf)
     for epoch in range(1, stage.epochs + 1):
         begun = time.perf_counter()
-        loss, accuracy, lr = _train_epoch(epoch, stage, model, feed, train_labels, optimizer, generator, mean, names)
+        loss, accuracy, lr = _train_epoch(epoch, stage, model, feed, train_labels, optimizer, generator, current, mean)
         if not math.isfinite(loss):
             terminal.say(f"{stage.train}: the loss is no longer finite; the weights before it are kept. Try a lower lr")
             score = (0.0, -math.inf)
@@ -161,7 +162,7 @@ def train_stage(
 
 def _train_epoch(
     epoch: int, stage: Stage, model: nn.Module, feed: Feed, labels: torch.Tensor, optimizer: torch.optim.Optimizer,
-    generator: torch.Generator, mean: State | None, names: tuple[str, ...],
+    generator: torch.Generator, current: State, mean: State | None,
 ) -> tuple[float, float, float]:  # fmt: skip
     """One pass over the train split -> (mean loss, accuracy, last rate). Moves the averaged weights `mean`."""
     per_epoch = max(1, len(labels) // stage.batch_size)
@@ -180,7 +181,7 @@ def _train_epoch(
             optimizer.step()
             step += 1
             if mean is not None:
-                _average(mean, _trained_state(model, names), min(stage.ema, (1 + step) / (10 + step)))
+                _average(mean, current, min(stage.ema, (1 + step) / (10 + step)))
             losses += loss.detach() * len(positions)
             hits += (logits.detach().argmax(1) == targets).sum()
             seen += len(positions)
