@@ -46,8 +46,8 @@ class Gate:
 
 
 def begin(out: Path) -> Path:
-    """A fresh folder beside `out` to build in. Raises FtkitError when `out` exists or cannot be made."""
-    if out.exists():
+    """A fresh folder beside `out` to build in. Raises FtkitError when `out` holds anything or cannot be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FtkitError(f"{out}: expected a new folder, found one there already. Try another --out, or remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ max|ONNX - torch64| <= max(20 f, 1e-5 s); probabilities at that over the tempera
 (top-2 margin < 2 tolerances). Measured over 30 groups on 6 backbones: worst 8 f, no false alarm.
 CUDA in float32 with TF32 off: 1e-3 s.
 
-    parity = compare(reference, core_path, image_path, photographs, preprocess, temperature, layers, provider="cpu")
+    parity = compare(reference, core_path, image_path, canvases, photographs, preprocess, temperature, layers)
     parity.passed
 """
 
@@ -24,7 +24,7 @@ import torch
 
 from ftkit_export.graph import pixel_model
 from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import Session
+from ftkit_export.session import PROVIDERS, Session
 
 Array = np.ndarray[Any, Any]
 
@@ -118,6 +118,7 @@ def compare(
     reference: Reference,
     core: Path,
     image: Path,
+    canvases: Array,
     photographs: Sequence[Array],
     preprocess: Preprocess,
     temperature: float,
@@ -126,20 +127,23 @@ def compare(
 ) -> Parity:
     """Compare both exported forms with the framework on one provider.
 
-    photographs: held-out images, each (H, W, 3) uint8 of any size. layers: value name -> module path (convert.Core).
+    canvases: (N, R, R, 3) uint8 of held-out photographs, for the core form. photographs: some of them as decoded, each
+    (H, W, 3) uint8, for the image form. layers: value name -> module path (convert.Core).
     Raises ProviderError when the provider cannot be proven.
     """
     core_session, image_session = Session(core, provider=provider), Session(image, provider=provider)
     pixel_session = Session(pixel_model(preprocess).SerializeToString(), provider=provider)
     checks: list[Check] = []
     for group, images in {"photographs": photographs, **edge_images(preprocess.size)}.items():
-        pixels = preprocess.pixels(np.stack([preprocess.canvas(item) for item in images]))
+        drawn = canvases if group == "photographs" else np.stack([preprocess.canvas(item) for item in images])
+        pixels = preprocess.pixels(drawn)
         checks += _core_checks(reference, core_session, pixels, group, provider)
         checks += _image_checks(reference, image_session, pixel_session, images, preprocess, temperature, group)
+    elsewhere = sum(n for name, n in core_session.assignment().items() if name != PROVIDERS[provider].name)
+    checks.append(Check(name="core nodes on another provider", group="graph", value=elsewhere, limit=0))
     diverging = ""
-    if not all(check.passed for check in checks if check.name.startswith("core")):
-        sample = preprocess.pixels(np.stack([preprocess.canvas(item) for item in photographs[:2]]))
-        diverging = first_divergence(reference, core, sample, layers, provider)
+    if not all(check.passed for check in checks if check.name.startswith("core logits")):
+        diverging = first_divergence(reference, core, preprocess.pixels(canvases[:2]), layers, provider)
     return Parity(provider=provider, checks=tuple(checks), first_divergence=diverging)
 
 
@@ -163,7 +167,6 @@ def _image_checks(
     preprocess: Preprocess, temperature: float, group: str,
 ) -> list[Check]:  # fmt: skip
     """End to end on odd sizes: the graph's pixels against Pillow's, and its probabilities against float64."""
-    images = images[:FLOAT64_IMAGES]
     start = (preprocess.resize - preprocess.size) // 2
     inside = slice(start, start + preprocess.size)
     off, graph_pixels, found = [], [], []

@@ -60,7 +60,7 @@ def test_the_manifest_carries_the_evidence(bundle: Path) -> None:
     assert manifest["verdict"] == "passed"
     assert all(gate["passed"] for gate in manifest["gates"])
     checks = manifest["evidence"]["parity"][0]["checks"]
-    assert {check["group"] for check in checks} == {"photographs", "noise", "extremes"}
+    assert {check["group"] for check in checks} == {"photographs", "noise", "extremes", "graph"}
     assert {item["threads"] for item in manifest["evidence"]["latency"]} >= {1}
     assert manifest["evidence"]["accuracy"]["file"]["images"] == 16
     listed = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}

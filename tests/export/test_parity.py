@@ -36,8 +36,9 @@ def _compare(
         spoil(proto)
     write(proto, folder / "core.onnx", {})
     write(image_form(proto, preprocess, temperature), folder / "model.onnx", {})
-    return compare(Reference(model), folder / "core.onnx", folder / "model.onnx", PHOTOGRAPHS, PREPROCESS, TEMPERATURE,
-                   core.layers)  # fmt: skip
+    canvases = np.stack([PREPROCESS.canvas(image) for image in PHOTOGRAPHS])
+    return compare(Reference(model), folder / "core.onnx", folder / "model.onnx", canvases, PHOTOGRAPHS, PREPROCESS,
+                   TEMPERATURE, core.layers)  # fmt: skip
 
 
 def _failed(parity: Parity) -> set[str]:

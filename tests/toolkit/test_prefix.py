@@ -123,3 +123,19 @@ def test_a_cache_larger_than_the_disk_is_not_begun(feeds: Feeds, monkeypatch: py
     monkeypatch.setattr(ftkit.cache, "DISK_SHARE", 0.0)
     fresh = Feeds(feeds.backbone, feeds.recipe, feeds.canvases, PREPROCESS, 99, torch.device("cpu"))
     assert "live: its cache would take" in fresh.stage(0).how
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "mobilenetv3_small_100", "resnet18"])
+def test_on_a_cpu_the_prefix_runs_in_onnx_runtime(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ftkit.cache
+
+    backbone = build(name, 4, "none")
+    graph = trace(backbone.model)
+    assert graph is not None
+    prefix = frozen_part(graph, [frontier(graph, under(trainable(backbone, train))) for train in ("head", "last:2")])
+    pixels = torch.randn(8, 3, 64, 64)
+    run = ftkit.cache.runner(prefix, pixels)
+    expected = [value.detach().numpy() for value in prefix(pixels)]
+    monkeypatch.setattr(prefix, "forward", None)  # from here on only ONNX Runtime can answer
+    found = run(pixels)
+    assert all(np.abs(a - b).max() < 1e-4 * np.abs(b).max() for a, b in zip(found, expected, strict=True))

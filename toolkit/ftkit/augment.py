@@ -68,6 +68,8 @@ def augmented(
 def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor) -> torch.Tensor:
     """A crop of S x S at a random place of the canvas, per sample -> (N, 3, S, S) float32 grey levels."""
     size, room = preprocess.size, preprocess.resize - preprocess.size
+    if room == 0:
+        return canvases.permute(0, 3, 1, 2).float()
     top, left = ((draw[row] * (room + 1)).long().clamp(max=room) for row in (4, 5))
     span = torch.arange(size, device=canvases.device)
     sample = torch.arange(len(canvases), device=canvases.device)[:, None, None]

@@ -60,11 +60,11 @@ def next_free(base: Path) -> Path:
 
 
 def create(out: Path) -> Path:
-    """A new run folder. Raises FtkitError when something is there already, or it cannot be made."""
-    if out.exists():
+    """A new run folder. Raises FtkitError when `out` holds anything already, or cannot be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FtkitError(f"{out}: expected a new folder, found one there already. Try another --out, or remove it")
     try:
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FtkitError(f"{out}: expected a place to write to, found {error.strerror}. Try another --out") from None
     return out

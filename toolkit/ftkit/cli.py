@@ -28,6 +28,9 @@ class _Group(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("stopped: nothing that was finished is lost", err=True)
+            ctx.exit(130)
         except OSError as error:
             if os.environ.get("FTKIT_DEBUG") == "1" or isinstance(error, BrokenPipeError):
                 raise

@@ -33,7 +33,7 @@ from ftkit_export.errors import FtkitError
 from ftkit_export.golden import write_golden
 from ftkit_export.graph import IR_VERSION, OPSET, image_form
 from ftkit_export.latency import Latency, measure
-from ftkit_export.parity import Parity, Reference, compare
+from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
 from ftkit_export.session import require
@@ -41,6 +41,7 @@ from ftkit_export.session import require
 Array = np.ndarray[Any, Any]
 
 PARITY_IMAGES = 256  # held-out photographs that parity sees; float64 sees the first 64
+DECODED_BYTES = 500_000_000
 CORE = "variants/fp32-core.onnx"
 
 
@@ -115,8 +116,8 @@ def _build(
     run: Run, model: nn.Module, canvases: Canvases, folder: Path, out: Path, limits: Export,
     providers: Sequence[str], quick: bool,
 ) -> Exported:  # fmt: skip
-    terminal.say("converting to ONNX")
-    core = export_core(model, run.preprocess.size)
+    with terminal.bar("converting to ONNX"):
+        core = export_core(model, run.preprocess.size)
     (folder / "variants").mkdir()
     labelled = metadata(run)
     write(core.model, folder / CORE, labelled)
@@ -124,20 +125,21 @@ def _build(
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in run.classes), encoding="utf-8")
 
     test = canvases.images.of("test")
-    photographs = [decode(image.path) for image in _spread(test, PARITY_IMAGES)]
+    rows = _spread(canvases.rows("test"), PARITY_IMAGES)
+    photographs = _decoded([canvases.images.images[row].path for row in rows])
     reference = Reference(model)
     parity = []
     for provider in providers:
-        terminal.say(f"parity on {provider}: {len(photographs)} held-out photographs, noise, extremes, odd sizes")
-        parity.append(compare(reference, folder / CORE, folder / "model.onnx", photographs, run.preprocess,
-                              run.temperature, core.layers, provider))  # fmt: skip
-        _say_parity(parity[-1])
+        with terminal.bar(f"parity on {provider}"):
+            parity.append(compare(reference, folder / CORE, folder / "model.onnx", canvases.array(rows), photographs,
+                                  run.preprocess, run.temperature, core.layers, provider))  # fmt: skip
+        _say_parity(parity[-1], len(rows))
     write_golden(folder, reference, photographs, run.preprocess, run.temperature)
     bundles.add_runner(folder)
 
     file_metrics = _file_accuracy(folder, test, run.classes)
-    terminal.say(f"accuracy of the file on {len(test)} held-out photographs: {file_metrics.accuracy:.4f}, "
-                 f"framework {run.data['metrics']['test']['accuracy']:.4f}")  # fmt: skip
+    terminal.say(f"accuracy of the file on {len(test)} held-out photographs: {file_metrics.accuracy:.4f} "
+                 f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
     latency = _latencies(folder, providers, quick)
     gates = _judge(limits, run, parity, file_metrics, latency)
     manifest = _manifest(run, parity, file_metrics, latency, limits)
@@ -149,16 +151,27 @@ def _build(
     )
 
 
-def _spread(images: Sequence[Image], count: int) -> list[Image]:
-    """At most `count`, evenly over the whole: files lie in order of class."""
-    picks = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int))
-    return [images[pick] for pick in picks]
+def _spread(rows: Array, count: int) -> Array:
+    """At most `count`, from all over the set and mixed: rows lie in order of class."""
+    picks = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
+    return np.random.default_rng(0).permutation(rows[picks])
 
 
-def _say_parity(parity: Parity) -> None:
+def _decoded(paths: Sequence[Path]) -> list[Array]:
+    """The first images, as the device will decode them: as many as float64 sees, within a bound on memory."""
+    found: list[Array] = []
+    for path in paths[:FLOAT64_IMAGES]:
+        found.append(decode(path))
+        if sum(image.nbytes for image in found) > DECODED_BYTES:
+            break
+    return found
+
+
+def _say_parity(parity: Parity, photographs: int) -> None:
     worst = parity.worst
-    terminal.say(f"parity on {parity.provider}: {'passed' if parity.passed else 'FAILED'}, nearest to its limit: "
-                 f"{worst.name} of {worst.group} ({worst.value:.2g} of {worst.limit:.2g})")  # fmt: skip
+    terminal.say(f"parity on {parity.provider} over {photographs} held-out photographs, noise and odd sizes: "
+                 f"{'passed' if parity.passed else 'FAILED'}")  # fmt: skip
+    terminal.say(f"  nearest to its limit: {worst.name}, {worst.group}: {worst.value:.2g} of {worst.limit:.2g}")
     if parity.first_divergence:
         terminal.say(f"first diverging layer: {parity.first_divergence}")
 
@@ -180,9 +193,11 @@ def _latencies(folder: Path, providers: Sequence[str], quick: bool) -> list[Late
     latencies = []
     for provider in providers:
         for count in threads if provider == "cpu" else threads[:1]:
-            terminal.say(f"latency on {provider}, {count} thread{'s' if count > 1 else ''}")
-            latencies.append(measure(folder / "model.onnx", folder / "golden" / "00.png", provider=provider,
-                                     threads=count, quick=quick))  # fmt: skip
+            with terminal.bar(f"latency on {provider}, {count} threads"):
+                latencies.append(measure(folder / "model.onnx", folder / "golden" / "00.png", provider=provider,
+                                         threads=count, quick=quick))  # fmt: skip
+            last = latencies[-1]
+            terminal.say(f"latency on {provider}, {count} threads: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
     return latencies
 
 

@@ -1,0 +1,42 @@
+"""Parity of the exported fp32 core form, in units of the framework's own float32 error.
+
+pytest bench/test_parity.py        (the figures are in the table's extra_info: --benchmark-json FILE)
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from elpv_dataset import __file__ as elpv_file
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from ftkit.backbones import build
+from ftkit_export.convert import export_core, write
+from ftkit_export.graph import image_form
+from ftkit_export.parity import Parity, Reference, compare
+from ftkit_export.preprocess import decode
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [("efficientnet_lite0", "pretrained"), ("mobilenetv3_small_100", "none"), ("resnet18", "none")]
+)
+def test_parity_on_cpu(benchmark: BenchmarkFixture, tmp_path: Path, name: str, weights: str) -> None:
+    torch.manual_seed(0)
+    backbone = build(name, 4, weights)
+    preprocess = backbone.preprocess
+    core = export_core(backbone.model, preprocess.size)
+    write(core.model, tmp_path / "core.onnx", {})
+    write(image_form(core.model, preprocess, 1.0), tmp_path / "model.onnx", {})
+    files = sorted((Path(elpv_file).parent / "data" / "images").glob("*.png"))[::11]
+    photographs = [decode(path) for path in files]
+    canvases = np.stack([preprocess.canvas(image) for image in photographs])
+    arguments = (Reference(backbone.model), tmp_path / "core.onnx", tmp_path / "model.onnx", canvases, photographs[:64],
+                 preprocess, 1.0, core.layers)  # fmt: skip
+    parity: Parity = benchmark.pedantic(compare, args=arguments, rounds=1)
+    for check in parity.checks:
+        if check.floor:
+            units = check.value / check.floor
+            benchmark.extra_info[check.group] = f"{units:.2f} f (max |difference| {check.value:.2e})"
+            print(f"{name}, {check.group}: {units:.2f} f, f = {check.floor:.2e}, max |difference| {check.value:.2e}")
+    assert parity.passed, parity.worst

@@ -1,0 +1,41 @@
+"""Whole-process times of what a person waits for: `ftkit --help`, and `ftkit predict` on one photograph.
+
+pytest bench/test_startup.py
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from ftkit.backbones import build
+from ftkit_export.convert import export_core, write
+from ftkit_export.graph import image_form
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """EfficientNet-Lite0 in the image form, as a bundle holds it."""
+    backbone = build("efficientnet_lite0", 4)
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    core = export_core(backbone.model, 224)
+    write(image_form(core.model, backbone.preprocess, 1.0), path, {"labels": '["a", "b", "c", "d"]'})
+    return path
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "ftkit", *arguments], check=True, capture_output=True)
+
+
+def test_help(benchmark: BenchmarkFixture) -> None:
+    benchmark.pedantic(_run, args=("--help",), rounds=15, warmup_rounds=2)
+
+
+def test_predict_one_photograph(benchmark: BenchmarkFixture, model: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(photo)
+    benchmark.pedantic(_run, args=("predict", str(model), str(photo)), rounds=15, warmup_rounds=2)
