@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ftkit.backbones import build, trainable
+from ftkit.cache import runner
 from ftkit.canvas import build as build_canvases
 from ftkit.feed import Feeds, set_mode, under
 from ftkit.intake import read
@@ -126,16 +127,15 @@ def test_a_cache_larger_than_the_disk_is_not_begun(feeds: Feeds, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "mobilenetv3_small_100", "resnet18"])
-def test_on_a_cpu_the_prefix_runs_in_onnx_runtime(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ftkit.cache
-
+def test_on_a_cpu_the_prefix_runs_in_onnx_runtime(name: str) -> None:
     backbone = build(name, 4, "none")
     graph = trace(backbone.model)
     assert graph is not None
     prefix = frozen_part(graph, [frontier(graph, under(trainable(backbone, train))) for train in ("head", "last:2")])
     pixels = torch.randn(8, 3, 64, 64)
-    run = ftkit.cache.runner(prefix, pixels)
+    run = runner(prefix, pixels)
     expected = [value.detach().numpy() for value in prefix(pixels)]
-    monkeypatch.setattr(prefix, "forward", None)  # from here on only ONNX Runtime can answer
+    assert not any(module.training for module in prefix.modules()), "exporting leaves the modes alone"
+    prefix.forward = None  # from here on only ONNX Runtime can answer
     found = run(pixels)
     assert all(np.abs(a - b).max() < 1e-4 * np.abs(b).max() for a, b in zip(found, expected, strict=True))

@@ -185,7 +185,9 @@ def runner(net: torch.nn.Module, example: torch.Tensor) -> Callable[[torch.Tenso
 def _onnx_bytes(net: torch.nn.Module, example: torch.Tensor) -> bytes:
     """By the TorchScript exporter: 0.8 s where the dynamo one takes 10 s for lite0. The file never leaves this run."""
     buffer = io.BytesIO()
-    plain = torch.nn.Sequential(net)  # the exporter takes a GraphModule's own `graph` for one of its own
+    # A Sequential, since the exporter takes a GraphModule's `graph` for its own; in eval mode, since it gives the mode
+    # that it finds to every module inside.
+    plain = torch.nn.Sequential(net).eval()
     with quiet():
         torch.onnx.export(
             plain, (example[:2],), buffer,  # type: ignore[arg-type]  # a buffer works; the stub knows paths only
