@@ -69,7 +69,7 @@ def _loaders(data: Path) -> tuple[DataLoader, DataLoader]:
 
 
 def tutorial(data: Path, seed: int) -> tuple[float, float, list[float]]:
-    """(last test accuracy, training seconds, test accuracy by epoch); evaluation is not counted as training."""
+    """(last test accuracy, training seconds, test accuracy of the last five epochs); evaluating is not counted."""
     torch.manual_seed(seed)
     training, test = _loaders(data)
     backbone = build("efficientnet_lite0", 4)
@@ -77,13 +77,16 @@ def tutorial(data: Path, seed: int) -> tuple[float, float, list[float]]:
     for stage, epochs, lr in (("head", 5, 1e-3), ("last:2", 10, 1e-4)):
         set_mode(model, trainable(backbone, stage), batchnorm=True)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
-        for _ in range(epochs):
+        for epoch in range(epochs):
             begun = time.perf_counter()
             for images, labels in training:
                 optimizer.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
                 optimizer.step()
             seconds += time.perf_counter() - begun
+            print(f"  tutorial {stage} {epoch + 1}/{epochs}: {seconds:.0f} s of training", flush=True)
+            if stage == "head" or epoch < epochs - 5:
+                continue
             modes = [module.training for module in model.modules()]
             model.eval()
             with torch.inference_mode():
@@ -91,7 +94,7 @@ def tutorial(data: Path, seed: int) -> tuple[float, float, list[float]]:
             for module, mode in zip(model.modules(), modes, strict=True):
                 module.training = mode
             curve.append(right / len(test.dataset))
-            print(f"  tutorial epoch {len(curve)}: {curve[-1]:.4f} after {seconds:.0f} s of training", flush=True)
+            print(f"  test accuracy {curve[-1]:.4f}", flush=True)
     return curve[-1], seconds, curve
 
 

@@ -64,12 +64,16 @@ def measure(
 
 def peak_rss_bytes() -> int:
     """Highest resident memory of this process so far, in bytes (0 where the system does not tell)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # not ru_maxrss, which on Linux a child inherits from the process that started it
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
 def _measure_here(model: str, image: str, provider: str, threads: int, quick: bool) -> Latency:

@@ -50,6 +50,11 @@ def _runtime() -> Any:
     return onnxruntime
 
 
+def cores() -> int:
+    """Cores this process may use: fewer than the machine has when it is pinned (taskset, a container's cpuset)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def offered() -> list[str]:
     """Short names of the providers the installed ONNX Runtime was built with (built with is not yet: works here)."""
     available = _runtime().get_available_providers()
@@ -106,7 +111,7 @@ class Session:
 
     def __init__(self, model: str | Path | bytes, *, provider: str = "cpu", threads: int = 0, spinning: bool = True):
         require(provider)
-        self.provider, self.threads = provider, threads or os.cpu_count() or 1
+        self.provider, self.threads = provider, threads or cores()
         self._session = self._open(model, spinning)
         self._prove()
         self.input_names = [item.name for item in self._session.get_inputs()]

@@ -17,7 +17,13 @@ def test_a_recipe_says_its_command_and_what_was_measured(name: str) -> None:
 
 def test_gentle_is_a_frozen_base_and_a_new_head_with_adam_at_1e_4_for_5_epochs() -> None:
     (stage,) = load("gentle").stages
-    assert (stage.train, stage.optimizer, stage.lr, stage.epochs, stage.schedule) == ("head", "adam", 1e-4, 5, "constant")
+    assert (stage.train, stage.optimizer, stage.lr, stage.epochs, stage.schedule) == (
+        "head",
+        "adam",
+        1e-4,
+        5,
+        "constant",
+    )
 
 
 def test_staged_resnet50_is_5_epochs_of_head_then_10_of_two_blocks_at_1e_4() -> None:
@@ -31,5 +37,7 @@ def test_the_staged_plan_runs_offline_on_another_backbone(photos: Path, tmp_path
     small = ("backbone=efficientnet_lite0", "preprocess.size=64", "preprocess.resize=64")
     result = ftkit("train", photos, "--recipe", "staged_resnet50", "--out", tmp_path / "run", *settings(*small))
     assert result.exit_code == 0, result.output
-    epochs = [line.split()[:2] for line in result.stdout.splitlines() if line[:6] in ("head  ", "last:2") and "/" in line]
+    epochs = [
+        line.split()[:2] for line in result.stdout.splitlines() if line[:6] in ("head  ", "last:2") and "/" in line
+    ]
     assert epochs[:15] == [["head", f"{n}/5"] for n in range(1, 6)] + [["last:2", f"{n}/10"] for n in range(1, 11)]

@@ -23,6 +23,12 @@ def test_metrics_agree_with_scikit_learn() -> None:
     assert found.nll == pytest.approx(log_loss(LABELS, probabilities))
 
 
+def test_a_class_without_images_has_no_recall_rather_than_nan() -> None:
+    found = evaluate(softmax(LOGITS), np.minimum(LABELS, 1), ("a", "b", "c"))
+    assert found.recall[2] is None
+    assert found.precision[2] == 0
+
+
 def test_wilson_interval_of_textbook_cases() -> None:
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)

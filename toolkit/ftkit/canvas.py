@@ -26,6 +26,7 @@ import numpy as np
 from ftkit.intake import Images
 from ftkit_export.errors import FtkitError, ImageError
 from ftkit_export.preprocess import Preprocess, decode
+from ftkit_export.session import cores
 
 Array = np.ndarray[Any, Any]
 
@@ -78,7 +79,7 @@ def build(
     slots: list[tuple[int, int]] = []
     bad: list[tuple[Path, str]] = []
     digests: list[str] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for start in range(0, len(paths), SHARD):
             part = paths[start : start + SHARD]
             found = list(pool.map(_digest, part))

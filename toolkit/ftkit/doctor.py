@@ -5,14 +5,13 @@ for line in examine(): print(line)
 
 from __future__ import annotations
 
-import os
 from importlib import metadata
 
 from ftkit.canvas import cache_folder
 from ftkit_export.errors import FtkitError
 from ftkit_export.graph import pixel_model
 from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import PROVIDERS, Session, offered
+from ftkit_export.session import PROVIDERS, Session, cores, offered
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "pillow")
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
@@ -27,7 +26,7 @@ def examine() -> list[str]:
         lines.append(f"error: {' and '.join(runtimes)} install the same module: keep one of them")
     lines.append(_torch_gpu())
     lines += [_provider(name) for name in PROVIDERS]
-    lines.append(f"{os.cpu_count()} cores; cache at {cache_folder()}")
+    lines.append(f"{cores()} cores; cache at {cache_folder()}")
     return lines
 
 

@@ -22,7 +22,10 @@ Z95 = 1.959964
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Of one split. Shares in 0..1; confusion[i][j] counts class i called j; recall and precision per class."""
+    """Of one split. Shares in 0..1; confusion[i][j] counts class i called j.
+
+    recall and precision are per class: None where the class has no images, or was never the answer.
+    """
 
     images: int
     accuracy: float
@@ -31,8 +34,8 @@ class Metrics:
     nll: float
     ece: float
     classes: tuple[str, ...]
-    recall: tuple[float, ...]
-    precision: tuple[float, ...]
+    recall: tuple[float | None, ...]
+    precision: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
 
 
@@ -55,21 +58,24 @@ def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
 
 
 def evaluate(probabilities: Array, labels: Array, classes: Sequence[str]) -> Metrics:
-    """probabilities (N, classes), labels (N,) int -> Metrics. A class without images has recall NaN."""
+    """probabilities (N, classes), labels (N,) int -> Metrics."""
     found = probabilities.argmax(1)
     confusion = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(confusion, (labels, found), 1)
     right = int(confusion.trace())
     low, high = wilson(right, len(labels))
-    with np.errstate(invalid="ignore"):
-        recall, precision = confusion.diagonal() / confusion.sum(1), confusion.diagonal() / confusion.sum(0)
     chosen = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), 1e-12)
     return Metrics(
         images=len(labels), accuracy=right / len(labels), accuracy_low=low, accuracy_high=high,
         nll=float(-np.log(chosen).mean()), ece=ece(probabilities, labels), classes=tuple(classes),
-        recall=tuple(map(float, recall)), precision=tuple(map(float, precision)),
+        recall=_shares(confusion, 1), precision=_shares(confusion, 0),
         confusion=tuple(tuple(map(int, row)) for row in confusion),
     )  # fmt: skip
+
+
+def _shares(confusion: Array, axis: int) -> tuple[float | None, ...]:
+    pairs = zip(confusion.diagonal(), confusion.sum(axis), strict=True)
+    return tuple(float(right / count) if count else None for right, count in pairs)
 
 
 def fit_temperature(logits: Array, labels: Array) -> float:

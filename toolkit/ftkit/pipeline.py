@@ -7,7 +7,6 @@ verdict.folder, verdict.passed
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from ftkit_export.latency import Latency, measure
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
-from ftkit_export.session import require
+from ftkit_export.session import cores, require
 
 Array = np.ndarray[Any, Any]
 
@@ -189,7 +188,7 @@ def _file_accuracy(folder: Path, images: Sequence[Image], classes: Sequence[str]
 
 def _latencies(folder: Path, providers: Sequence[str], quick: bool) -> list[Latency]:
     """p50 and p95 on the first golden photograph, one thread and all, each in a fresh process."""
-    threads = sorted({1, os.cpu_count() or 1})
+    threads = sorted({1, cores()})
     latencies = []
     for provider in providers:
         for count in threads if provider == "cpu" else threads[:1]:

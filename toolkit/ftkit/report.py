@@ -89,24 +89,25 @@ def _curves(epochs: Sequence[Mapping[str, Any]]) -> str:
             )
         for value in (low, high):
             parts.append(f'<text x="0" y="{y(value) + 4:.1f}">{value:.3g}</text>')
-        for index, (name, colour, points) in enumerate(series):
+        legend = []
+        for name, colour, points in series:
             path = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(points))
             parts.append(f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="2"/>')
-            parts += [
+            dots = [
                 f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="2.5" fill="var({colour})"/>' for i, v in enumerate(points)
             ]
-            parts.append(
-                f'<text x="{width - 150}" y="{16 + 16 * index}" style="fill:var({colour})">{escape(name)}</text>'
-            )
+            parts += dots
+            legend.append(f'<span style="color:var({colour})">{escape(name)}</span>')
         head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-        return f"<figure>{head}{''.join(parts)}</svg><figcaption>{escape(title)}</figcaption></figure>"
+        caption = f"{escape(title)}: {', '.join(legend)}"
+        return f"<figure>{head}{''.join(parts)}</svg><figcaption>{caption}</figcaption></figure>"
 
     loss = [("training loss", "--one", [row["loss"] for row in epochs])]
     accuracy = [
         ("train accuracy", "--one", [row["train_accuracy"] for row in epochs]),
         ("val accuracy", "--two", [row["val_accuracy"] for row in epochs]),
     ]
-    return plot("Training loss by epoch", loss) + plot("Accuracy by epoch", accuracy)
+    return plot("By epoch", loss) + plot("By epoch", accuracy)
 
 
 def _confusion(metrics: Mapping[str, Any]) -> str:
