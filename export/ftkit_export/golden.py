@@ -1,7 +1,7 @@
 """Golden vectors: real images and formula-made ones, with the framework's float64 answers and a tolerance each.
 
 BUNDLE/golden/NN.png          lossless RGB images
-BUNDLE/golden/expected.npz    logits (core form, Pillow's pixels), probabilities (image form), embedding; all float64
+BUNDLE/golden/expected.npz    float64: logits (core form, Pillow's pixels); probabilities, embedding (image form)
 BUNDLE/golden/golden.json     for each image its group and the tolerance of logits and of probabilities
 BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, as onnxruntime_perf_test and onnx's own runner read them
 """
@@ -44,8 +44,8 @@ def write_golden(
     for group, images in {"photographs": list(photographs[:PHOTOGRAPHS]), **edge_images(preprocess.size)}.items():
         pillow = preprocess.pixels(np.stack([preprocess.canvas(item) for item in images]))
         graph = np.concatenate([pixel_session.run(item[None])[1] for item in images])
-        logits64, embedding = _with_embedding(reference, pillow)
-        graph64 = reference.logits(graph, torch.float64)
+        logits64 = reference.logits(pillow, torch.float64)
+        graph64, embedding = _with_embedding(reference, graph)
         limits = {name: tolerance(reference.logits(pillow, torch.float32), logits64, name)[0] for name in RELATIVE}
         resizers = 2 * np.abs(softmax(logits64 / temperature) - softmax(graph64 / temperature)).max()
         for item in images:

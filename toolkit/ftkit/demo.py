@@ -15,6 +15,7 @@ from importlib import resources, util
 from pathlib import Path
 
 from ftkit import terminal
+from ftkit.intake import read
 from ftkit_export.errors import FtkitError
 
 GROUP = 60  # consecutive cells: one module, roughly
@@ -29,29 +30,30 @@ SETTINGS = ("--set", "augment.vflip=true")
 def write_elpv(out: Path, *, split: bool) -> int:
     """Write the photographs with a certain label as class folders; returns their number.
 
-    out: folder to make. split=True: out/{train,val,test}/CLASS, whole runs of 60 consecutive cells in one split
-    (70 / 10 / 20 %); False: out/CLASS. Raises FtkitError when the package is not installed.
+    out: folder to make. split=True: out/{train,val,test}/CLASS as `ftkit train` would split them by group, whole runs
+    of 60 consecutive cells on one side; False: out/CLASS. Raises FtkitError when the package is not installed.
     """
     if util.find_spec("elpv_dataset") is None:
         raise FtkitError(
             "demo: expected the package elpv-dataset, found it not installed. Try `pip install 'ftkit[demo]'`"
         )
-    source = resources.files("elpv_dataset") / "data"
-    count = 0
-    for line in (source / "labels.csv").read_text().splitlines():
-        name, probability, kind = line.split()
-        if float(probability) not in (0.0, 1.0):
-            continue  # the experts were not certain
-        label = f"{kind}-{'defect' if float(probability) else 'ok'}"
-        # "cell0123.png"; 7 is coprime to 10, so the splits take modules from all over the set
-        module = (int(Path(name).stem[4:]) - 1) // GROUP
-        part = {0: "test", 1: "test", 2: "val"}.get(module * 7 % 10, "train") if split else ""
-        folder = out / part / label
-        folder.mkdir(parents=True, exist_ok=True)
-        with resources.as_file(source / name) as path:
-            shutil.copyfile(path, folder / path.name)
-        count += 1
-    return count
+    with resources.as_file(resources.files("elpv_dataset") / "data") as source:
+        lines = ["path,label,group"]
+        for line in (source / "labels.csv").read_text().splitlines():
+            name, probability, kind = line.split()
+            if float(probability) in (0.0, 1.0):  # else the experts were not certain
+                module = (int(Path(name).stem[4:]) - 1) // GROUP  # cell0123.png
+                lines.append(f"{source / name},{kind}-{'defect' if float(probability) else 'ok'},{module}")
+        out.mkdir(parents=True, exist_ok=True)
+        table = out / "photos.csv"
+        table.write_text("\n".join(lines) + "\n")
+        images = read(table)
+        table.unlink()
+        for image in images.images:
+            folder = out / (image.split if split else "") / images.classes[image.label]
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(image.path, folder / image.path.name)
+    return len(images.images)
 
 
 def run_demo(out: Path) -> None:
