@@ -192,11 +192,12 @@ def _latencies(folder: Path, providers: Sequence[str], quick: bool) -> list[Late
     latencies = []
     for provider in providers:
         for count in threads if provider == "cpu" else threads[:1]:
-            with terminal.bar(f"latency on {provider}, {count} threads"):
+            where = f"{provider}, {count} thread{'s' if count > 1 else ''}"
+            with terminal.bar(f"latency on {where}"):
                 latencies.append(measure(folder / "model.onnx", folder / "golden" / "00.png", provider=provider,
                                          threads=count, quick=quick))  # fmt: skip
             last = latencies[-1]
-            terminal.say(f"latency on {provider}, {count} threads: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
+            terminal.say(f"latency on {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
     return latencies
 
 
