@@ -38,8 +38,8 @@ def augmented(
     """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: per-sample crop, flips, rotation, brightness, contrast.
 
     Where the crop neither scales nor turns, pixels are sliced, not resampled. Flips are drawn per sample, or, for a
-    cached view, follow its number, so that few views show every orientation (ELPV, 4 views: 0.5 points better than
-    drawn ones). `generator` lives on the CPU, so that every device draws the same numbers.
+    cached view, follow its number, so that few views show every orientation. `generator` lives on the CPU, so that
+    every device draws the same numbers.
     """
     count, device = len(canvases), canvases.device
     draw = torch.rand(8, count, generator=generator).to(device)

@@ -5,7 +5,7 @@
 
 A shard's name is the hash of its files' contents and of the canvas part of the preprocess. It is written beside and
 renamed: two runs may build the same one at once, and nobody ever reads a half. Threads, not processes: Pillow decodes
-and resizes outside the interpreter lock, and a canvas need not be pickled home (bench/README.md has both figures).
+and resizes outside the interpreter lock, and a canvas need not be pickled home.
 """
 
 from __future__ import annotations
