@@ -77,6 +77,7 @@ def test_one_pass_serves_head_and_last_blocks(feeds: Feeds, monkeypatch: pytest.
     passes: list[object] = []
     real = ftkit.feed.fill
     monkeypatch.setattr(ftkit.feed, "fill", lambda *a, **k: (passes.append(a), real(*a, **k))[1])
+    feeds.share()
     assert "computed once" in feeds.stage(0).how
     second = feeds.stage(1)
     assert "frozen prefix" in second.how
@@ -99,6 +100,7 @@ def test_cached_logits_are_the_live_ones(feeds: Feeds) -> None:
 def test_a_second_run_finds_the_first_ones_activations(feeds: Feeds) -> None:
     feeds.stage(0)
     again = Feeds(feeds.backbone, feeds.recipe, feeds.canvases, PREPROCESS, 0, torch.device("cpu"))
+    again.share()
     assert "found in the cache" in again.stage(0).how
 
 
@@ -123,6 +125,7 @@ def test_a_cache_larger_than_the_disk_is_not_begun(feeds: Feeds, monkeypatch: py
 
     monkeypatch.setattr(ftkit.cache, "DISK_SHARE", 0.0)
     fresh = Feeds(feeds.backbone, feeds.recipe, feeds.canvases, PREPROCESS, 99, torch.device("cpu"))
+    fresh.share()
     assert "live: its cache would take" in fresh.stage(0).how
 
 
@@ -133,7 +136,8 @@ def test_on_a_cpu_the_prefix_runs_in_onnx_runtime(name: str) -> None:
     assert graph is not None
     prefix = frozen_part(graph, [frontier(graph, under(trainable(backbone, train))) for train in ("head", "last:2")])
     pixels = torch.randn(8, 3, 64, 64)
-    run = runner(prefix, pixels)
+    run, how = runner(prefix, pixels)
+    assert how == "onnxruntime"
     expected = [value.detach().numpy() for value in prefix(pixels)]
     assert not any(module.training for module in prefix.modules()), "exporting leaves the modes alone"
     prefix.forward = None  # from here on only ONNX Runtime can answer

@@ -38,16 +38,26 @@ def test_settings_reach_every_level() -> None:
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("stage.0.lr=1", "found 'stage'. Try one of: augment, backbone, export, name, preprocess, stages, weights"),
-        ("stages.0.learning_rate=1", "Try one of: batch_size, batchnorm, cache, ema, epochs, label_smoothing, lr"),
+        (
+            "stage.0.lr=1",
+            "found 'stage'. Try one of: augment, backbone, export, name, precision, preprocess, stages, weights",
+        ),
+        (
+            "stages.0.learning_rate=1",
+            "Try one of: balance, batch_size, batchnorm, cache, clip, ema, epochs, label_smoothing, layer_decay, lr",
+        ),
         ("stages.7.lr=1", "found '7'. Try one of: 0, 1"),
-        ("stages.0.lr=fast", "expected float, found 'fast'"),
+        ("stages.0.lr=fast", "expected float or auto, found 'fast'"),
         ("stages.0.optimizer=lion", "found 'lion'. Try one of: adam, adamw, sgd"),
         ("stages.0.epochs=0", "expected at least 1, found 0"),
+        ("stages.1.lr=auto", "expected a rate for train='last:2', found auto"),
+        ("stages.0.clip=nan", "stage.clip: expected at least 0, found nan"),
+        ("stages.0.teacher=/nowhere", "/nowhere: expected a run"),
+        ("augment.mixup=-1", "augment.mixup: expected 0 to 10, found -1.0"),
         ("stages.0=1", "expected a field after the index"),
         ("backbone", "found no '='"),
         ("backbone=nonsuch", "expected a timm or torchvision model, found 'nonsuch'"),
-        ("stages.0.train=last:99", "expected head, all, or last:1 to last:7 for efficientnet_lite0, found 'last:99'"),
+        ("stages.0.train=last:99", "expected head, all, last:1 to last:7, first:1 to first:7, or a pattern"),
     ],
 )
 def test_a_typo_is_answered_with_the_choices(setting: str, said: str, photos: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from conftest import TINY, ftkit, settings
 
 from ftkit.backbones import build
 from ftkit.checkpoint import open_run
+from ftkit.optim import make_optimizer, rate
 from ftkit.recipe import Stage
-from ftkit.train import make_optimizer, rate
 
 LINE = re.compile(r"^(head|last:1) +(\d+)/(\d+) +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +\d\.\de[+-]\d\d +\d+ +\d+:\d\d$")
 
@@ -157,21 +157,22 @@ def test_export_with_a_provider_that_is_not_here_exits_2(run: Path, provider: st
 
 def test_the_rate_rises_falls_and_stays() -> None:
     cosine = Stage(lr=1.0, schedule="cosine", warmup=0.1)
-    rates = [rate(step, 100, cosine) for step in range(100)]
+    rates = [rate(step, 100, cosine, 1.0) for step in range(100)]
     assert rates[0] == 0.1
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.001
-    assert {rate(step, 100, Stage(lr=0.3, schedule="constant")) for step in range(100)} == {0.3}
-    assert rate(19, 100, Stage(lr=1.0, schedule="onecycle")) == 1.0
+    assert {rate(step, 100, Stage(schedule="constant"), 0.3) for step in range(100)} == {0.3}
+    assert rate(19, 100, Stage(schedule="onecycle"), 1.0) == 1.0
 
 
 def test_every_parameter_that_trains_is_in_one_named_group() -> None:
-    model = build("resnet18", 3, "none").model
+    backbone = build("resnet18", 3, "none")
+    model = backbone.model
     model.requires_grad_(False)
     for part in (model.layer4, model.fc):
         part.requires_grad_(True)
-    optimizer = make_optimizer(model, Stage(weight_decay=0.1), "fc")
+    optimizer = make_optimizer(backbone, Stage(weight_decay=0.1))
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert set(groups) == {"blocks", "blocks without decay", "head", "head without decay"}
     assert groups["blocks without decay"]["weight_decay"] == 0

@@ -142,25 +142,64 @@ def blocks(backbone: Backbone) -> list[str]:
 
 
 def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
-    """Names of the modules that train for "head", "last:N" or "all". Raises FtkitError for anything else."""
+    """Names of the modules (or parameters that stand alone) that train for a stage's `train`.
+
+    Raises FtkitError with the backbone's blocks for what is none of head, last:N, first:N, all, or a regular expression
+    that some module's name matches.
+    """
+    listed, top = blocks(backbone), [name for name, _ in backbone.model.named_children()]
+    counted = re.fullmatch(r"(last|first):(\d+)", train)
     if train == "head":
         return (backbone.head,)
+    alone = [name for name, _ in backbone.model.named_parameters(recurse=False)]  # a ViT's class token, for one
     if train == "all":
-        return tuple(name for name, _ in backbone.model.named_children())
-    match = re.fullmatch(r"last:(\d+)", train)
-    listed = blocks(backbone)
-    if not match or not 1 <= int(match[1]) <= len(listed):
-        raise FtkitError(
-            f"stage.train: expected head, all, or last:1 to last:{len(listed)} for {backbone.name}, found {train!r}. "
-            f"Its blocks: {', '.join(listed)}"
+        return (*top, *alone)
+    if counted and 1 <= int(counted[2]) <= len(listed):
+        names = (
+            _last(listed, top, int(counted[2]))
+            if counted[1] == "last"
+            else [*alone, *_first(listed, top, int(counted[2]))]
         )
-    chosen = listed[-int(match[1]) :]
-    top = [name for name, _ in backbone.model.named_children()]
-    after = top[top.index(chosen[-1].split(".")[0]) + 1 :]
-    names = [*chosen, *after]
-    if not any(backbone.head == name or backbone.head.startswith(name + ".") for name in names):
-        names.append(backbone.head)
-    return tuple(names)
+        return _with_head(backbone, names)
+    if not counted and (matched := _matching(backbone, train)):
+        return matched
+    raise FtkitError(
+        f"stage.train: expected head, all, last:1 to last:{len(listed)}, first:1 to first:{len(listed)}, or a pattern "
+        f"in module names of {backbone.name}, found {train!r}. Its blocks: {', '.join(listed)}"
+    )
+
+
+def _last(listed: list[str], top: list[str], count: int) -> list[str]:
+    """The last blocks and all that follows them."""
+    chosen = listed[-count:]
+    return [*chosen, *top[top.index(chosen[-1].split(".")[0]) + 1 :]]
+
+
+def _first(listed: list[str], top: list[str], count: int) -> list[str]:
+    """All that comes before the blocks, and the first of them."""
+    return [*top[: top.index(listed[0].split(".")[0])], *listed[:count]]
+
+
+def _with_head(backbone: Backbone, names: list[str]) -> tuple[str, ...]:
+    held = any(backbone.head == name or backbone.head.startswith(name + ".") for name in names)
+    return tuple(names if held else [*names, backbone.head])
+
+
+def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
+    """The outermost modules, and parameters, whose names the pattern is found in."""
+    try:
+        wanted = re.compile(pattern)
+    except re.error:
+        return ()
+    model = backbone.model
+    learning = [name for name, _ in model.named_parameters()]
+    found: list[str] = []
+    for name in [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]:
+        inside = any(name.startswith(outer + ".") for outer in found)
+        holds = any(parameter == name or parameter.startswith(name + ".") for parameter in learning)
+        if name and holds and not inside and wanted.search(name):
+            found.append(name)
+    return tuple(found)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,10 +1,12 @@
-"""Run the frozen prefix once per view over the canvases, and keep what comes out of it.
+"""Run a frozen part once per view over the canvases, and keep what comes out of it.
 
-    activations = fill(prefix, names, canvases, recipe_part..., folder)   # computes, or finds an earlier run's
-    activations.train(view, positions)                                     # tuple of tensors, float32
+    views = Views(canvases, preprocess, augment, count=4, seed=0, device=...)
+    activations = fill(prefix, key, names, views)          # computes, or finds an earlier run's; or says why not
+    activations.train(names, views, positions)             # arrays as kept, by train position
+    check(prefix, names, activations, views)               # a sample against a live pass; "" when equal
 
-On a CPU the prefix runs in ONNX Runtime (a whole lite0 run: 143 s, 194 s with eager PyTorch). Values are
-kept as float16 in memory-mapped files; a sample is compared with a live pass before they are used.
+On a CPU the frozen part runs in ONNX Runtime (a whole lite0 run: 143 s, 194 s with eager PyTorch). Values are kept in
+memory-mapped files, as float16 where their range allows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import nn
 
 from ftkit.augment import augmented, evaluation
-from ftkit.backbones import fingerprint
 from ftkit.canvas import Canvases, cache_folder, publish
 from ftkit.recipe import Augment
+from ftkit.state import seeded
 from ftkit_export.convert import quiet
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import Session
@@ -36,29 +39,65 @@ Array = np.ndarray[Any, Any]
 Tensors = tuple[torch.Tensor, ...]
 
 CHUNK = 8  # images a pass; ONNX Runtime on 2 cores: 188, 180, 162 img/s at 4, 8, 16
-TOLERANCE = 1e-3  # float16 against live, relative to the largest value
+TOLERANCE = {"float16": 1e-3, "float32": 1e-5}  # kept against live, relative to the largest value
+FLOAT16_RANGE = (1e-3, 2e4)  # largest values that float16 keeps with room at both ends
 DISK_SHARE = 0.5  # of the free disk that a cache may take
+ABANDONED = 86_400  # seconds after which a folder beside the cache is what a killed run left
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """`count` seeded views of each train image, and the evaluation crop of each val image, in a fixed order.
+
+    Row item = view * train images + position; the val images follow. View 0 is the evaluation crop.
+    """
+
+    canvases: Canvases
+    preprocess: Preprocess
+    augment: Augment
+    count: int
+    seed: int
+    device: torch.device
+
+    def jobs(self) -> list[tuple[Array, int]]:
+        """(rows, view), in the order of the items."""
+        train, val = self.canvases.rows("train"), self.canvases.rows("val")
+        return [*((train, view) for view in range(self.count)), (val, 0)]
+
+    def pixels(self, rows: Array, view: int, start: int) -> torch.Tensor:
+        """Rows start to start + CHUNK in one view -> (n, 3, S, S) float32. Depends on nothing but its arguments."""
+        canvases = torch.from_numpy(self.canvases.array(rows[start : start + CHUNK])).to(self.device)
+        if view == 0:
+            return evaluation(canvases, self.preprocess)
+        generator = torch.Generator().manual_seed(seeded("view", self.seed, view, start))
+        return augmented(canvases, self.preprocess, self.augment, generator, view)
+
+    @property
+    def key(self) -> str:
+        """What the pixels depend on."""
+        return json.dumps([self.canvases.fingerprint, repr(self.preprocess), repr(self.augment), self.count, self.seed])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Cached values by node name, each (items, ...) float16: all views of the train rows, then the val rows, view 0."""
+    """Kept values by name, each (items, ...): all views of the train images, then the val images.
+
+    kind: dtype and what computed them, e.g. "float16 by onnxruntime". found: an earlier run had computed them.
+    """
 
     arrays: dict[str, Array]
     train_rows: int
     views: int
-    found: bool  # an earlier run had computed them
+    kind: str
+    found: bool
 
-    def train(self, names: Sequence[str], views: Array, positions: Array) -> Tensors:
-        """Train position i in view v -> one tensor a name, float32, channels last where 4-D."""
-        return self._tensors(names, views * self.train_rows + positions)
+    def train(self, names: Sequence[str], views: Array, positions: Array) -> list[Array]:
+        """Train position i in view v -> one array a name, as kept."""
+        return [self.arrays[name][views * self.train_rows + positions] for name in names]
 
-    def val(self, names: Sequence[str], positions: Array) -> Tensors:
-        """Val position -> one tensor a name, float32, channels last where 4-D."""
-        return self._tensors(names, self.views * self.train_rows + positions)
-
-    def _tensors(self, names: Sequence[str], items: Array) -> Tensors:
-        return tuple(channels_last(torch.from_numpy(self.arrays[name][items]).float()) for name in names)
+    def val(self, names: Sequence[str], positions: Array) -> list[Array]:
+        """Val position -> one array a name, as kept."""
+        return [self.arrays[name][self.views * self.train_rows + positions] for name in names]
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
@@ -66,52 +105,32 @@ def channels_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
-def view_pixels(
-    canvases: torch.Tensor, preprocess: Preprocess, augment: Augment, seed: int, view: int, chunk: int
-) -> torch.Tensor:
-    """Pixels of one chunk in one view; view 0 is the evaluation crop. Depends on nothing but its arguments."""
-    if view == 0:
-        return evaluation(canvases, preprocess)
-    generator = torch.Generator().manual_seed((seed * 1009 + view) * 1_000_003 + chunk)
-    return augmented(canvases, preprocess, augment, generator, view)
-
-
 def fill(
-    prefix: fx.GraphModule, names: Sequence[str], canvases: Canvases, *, preprocess: Preprocess, augment: Augment,
-    views: int, seed: int, device: torch.device, progress: Callable[[int, int], None] = lambda done, total: None,
+    prefix: nn.Module, key: str, names: Sequence[str], views: Views,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Activations | str:  # fmt: skip
     """Activations of `prefix` (pixels -> tuple of values, called `names`), or the reason why they cannot be cached.
 
-    A value must be a tensor with one entry an image. Keyed by the prefix's code and weights, the views, the canvases.
+    key: what the prefix computes (code and weights). A value must be a tensor with one entry an image.
     """
-    train, val = canvases.rows("train"), canvases.rows("val")
-    jobs = [(train, view) for view in range(views)] + [(val, 0)]
-    items = sum(len(rows) for rows, _ in jobs)
-
-    def pixels(rows: Array, view: int, start: int) -> torch.Tensor:
-        batch = torch.from_numpy(canvases.array(rows[start : start + CHUNK])).to(device)
-        return view_pixels(batch, preprocess, augment, seed, view, start)
-
+    jobs = views.jobs()
+    train, items = len(jobs[0][0]), sum(len(rows) for rows, _ in jobs)
     with torch.inference_mode():
-        sample = _as_tuple(prefix(pixels(train, 0, 0)))
-    first = min(CHUNK, len(train))
-    if not all(isinstance(value, torch.Tensor) and value.ndim and len(value) == first for value in sample):
+        sample = _as_tuple(prefix(views.pixels(jobs[0][0], 0, 0)))
+    if not all(isinstance(value, torch.Tensor) and value.ndim and len(value) == min(CHUNK, train) for value in sample):
         return "a value that crosses the cut is no tensor with one entry an image"
-    text = json.dumps([
-        "prefix-1", prefix.code, fingerprint(prefix), list(names), canvases.fingerprint, views, seed,
-        repr(augment), repr(preprocess), device.type,
-    ])  # fmt: skip
+    text = json.dumps(["prefix-2", key, list(names), views.key, views.device.type])
     folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
     found = folder.is_dir()
     if not found:
-        needed = items * sum(value[0].numel() * 2 for value in sample)
+        dtypes = [_dtype(value) for value in sample]
+        needed = items * sum(v[0].numel() * np.dtype(d).itemsize for v, d in zip(sample, dtypes, strict=True))
         folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
-        if needed > DISK_SHARE * free:
-            return f"its cache would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free at {folder.parent}"
+        if reason := _make_room(folder.parent, needed):
+            return reason
         beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         try:
-            _compute(prefix, names, sample, jobs, pixels, beside, progress)
+            _compute(prefix, sample, dtypes, views, beside, progress)
             publish(beside, folder)
         except OSError as error:
             return f"its cache could not be written: {error.strerror}"
@@ -119,48 +138,79 @@ def fill(
             shutil.rmtree(beside, ignore_errors=True)
     os.utime(folder)
     arrays = {name: np.load(folder / f"{number}.npy", mmap_mode="r") for number, name in enumerate(names)}
-    view = views - 1
+    kind = (folder / "kind").read_text()
+    return Activations(arrays=arrays, train_rows=train, views=views.count, kind=kind, found=found)
+
+
+def check(prefix: nn.Module, names: Sequence[str], activations: Activations, views: Views) -> str:
+    """Compare the first chunk of the last view with a live pass of `prefix` (pixels -> the values called `names`).
+
+    Returns "" when equal, else what differs and by how much.
+    """
+    view, (rows, _) = views.count - 1, views.jobs()[0]
     with torch.inference_mode():
-        live = _as_tuple(prefix(pixels(train, view, 0)))
+        live = _as_tuple(prefix(channels_last(views.pixels(rows, view, 0))))
     for name, value in zip(names, live, strict=True):
-        start = view * len(train)
-        kept = torch.from_numpy(arrays[name][start : start + first].astype(np.float32))
+        array, start = activations.arrays[name], view * activations.train_rows
+        kept = torch.from_numpy(array[start : start + len(value)].astype(np.float32))
         off = float((kept - value.float().cpu()).abs().max() / value.abs().max().clamp(min=1e-12))
-        if not off <= TOLERANCE:
+        if not off <= TOLERANCE[array.dtype.name]:
             return f"cached {name} differs from a live pass by {off:.1e} of its largest value"
-    return Activations(arrays=arrays, train_rows=len(train), views=views, found=found)
+    return ""
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
+def _dtype(sample: torch.Tensor) -> str:
+    low, high = FLOAT16_RANGE
+    return "float16" if low < float(sample.abs().max()) < high else "float32"
+
+
+def _make_room(folder: Path, needed: int) -> str:
+    """Clear what killed runs left, then the caches unused longest, until `needed` bytes fit; else the reason."""
+    entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries if path.name[0] != "."}
+    for path in entries:
+        if path not in sizes and time.time() - path.stat().st_mtime > ABANDONED:
+            shutil.rmtree(path, ignore_errors=True)
+    free = shutil.disk_usage(folder).free
+    if needed > DISK_SHARE * (free + sum(sizes.values())):
+        return f"its cache would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free at {folder}"
+    for path in sizes:
+        if needed <= DISK_SHARE * shutil.disk_usage(folder).free:
+            break
+        shutil.rmtree(path, ignore_errors=True)  # a run that has it mapped keeps its pages
+    return ""
+
+
 def _compute(
-    prefix: fx.GraphModule, names: Sequence[str], sample: Tensors, jobs: Sequence[tuple[Array, int]],
-    pixels: Callable[[Array, int, int], torch.Tensor], folder: Path, progress: Callable[[int, int], None],
+    prefix: nn.Module, sample: Tensors, dtypes: Sequence[str], views: Views, folder: Path,
+    progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
+    jobs = views.jobs()
     items = sum(len(rows) for rows, _ in jobs)
-    run = runner(prefix, pixels(jobs[0][0], 0, 0))
+    run, how = runner(prefix, views.pixels(jobs[0][0], 0, 0))
     arrays = [
-        np.lib.format.open_memmap(
-            folder / f"{number}.npy", mode="w+", dtype=np.float16, shape=(items, *sample[number].shape[1:])
-        )
-        for number in range(len(names))
+        np.lib.format.open_memmap(folder / f"{number}.npy", mode="w+", dtype=dtype, shape=(items, *value.shape[1:]))
+        for number, (value, dtype) in enumerate(zip(sample, dtypes, strict=True))
     ]
     at = 0
     for rows, view in jobs:
         for start in range(0, len(rows), CHUNK):
-            values = run(pixels(rows, view, start))
+            values = run(views.pixels(rows, view, start))
             for array, value in zip(arrays, values, strict=True):
                 array[at : at + len(value)] = value
             at += len(values[0])
             progress(at, items)
     for array in arrays:
         array.flush()
+    (folder / "kind").write_text(f"{'/'.join(sorted(set(dtypes)))} by {how}")
 
 
-def runner(net: torch.nn.Module, example: torch.Tensor) -> Callable[[torch.Tensor], list[Array]]:
-    """The fastest way to run `net` here: pixels (n, 3, S, S) -> its outputs, float32.
+def runner(net: nn.Module, example: torch.Tensor) -> tuple[Callable[[torch.Tensor], list[Array]], str]:
+    """The fastest way to run `net` here, and its name: pixels (n, 3, S, S) -> its outputs, float32.
 
     ONNX Runtime on a CPU, where its answer to `example` is the framework's to 1e-4 of the largest value; the framework
     itself elsewhere, or where the net does not export.
@@ -171,23 +221,23 @@ def runner(net: torch.nn.Module, example: torch.Tensor) -> Callable[[torch.Tenso
             return [value.float().cpu().numpy() for value in _as_tuple(net(channels_last(pixels)))]
 
     if example.device.type != "cpu":
-        return eager
+        return eager, "torch"
     try:
         session = Session(_onnx_bytes(net, example))
         pairs = zip(session.run(example.numpy()), eager(example), strict=True)
         if all(np.abs(a - b).max() <= 1e-4 * np.abs(b).max() for a, b in pairs):
-            return lambda pixels: session.run(pixels.numpy())
+            return lambda pixels: session.run(pixels.numpy()), "onnxruntime"
     except Exception:  # not every graph exports, and exporters raise anything: the framework's own pass remains
-        return eager
-    return eager
+        return eager, "torch"
+    return eager, "torch"
 
 
-def _onnx_bytes(net: torch.nn.Module, example: torch.Tensor) -> bytes:
+def _onnx_bytes(net: nn.Module, example: torch.Tensor) -> bytes:
     """By the TorchScript exporter: 0.8 s where the dynamo one takes 10 s for lite0. The file never leaves this run."""
     buffer = io.BytesIO()
     # A Sequential, since the exporter takes a GraphModule's `graph` for its own; in eval mode, since it gives the mode
     # that it finds to every module inside.
-    plain = torch.nn.Sequential(net).eval()
+    plain = nn.Sequential(net).eval()
     with quiet():
         torch.onnx.export(
             plain, (example[:2],), buffer,  # type: ignore[arg-type]  # a buffer works; the stub knows paths only

@@ -70,6 +70,11 @@ def create(out: Path) -> Path:
     return out
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether `folder` holds a finished run."""
+    return (folder / RUN).is_file() and (folder / WEIGHTS).is_file()
+
+
 def append(folder: Path, line: Mapping[str, object]) -> None:
     """Append one JSON line to metrics.jsonl."""
     with (folder / METRICS).open("a") as file:
@@ -113,8 +118,8 @@ def environment() -> dict[str, str]:
 def open_run(folder: str | Path) -> Run:
     """Read a finished run. Raises FtkitError when it is none, or was not finished."""
     path = Path(folder)
-    if not (path / RUN).is_file() or not (path / WEIGHTS).is_file():
-        unfinished = (path / METRICS).is_file()
+    if not is_finished(path):
+        unfinished = (path / METRICS).is_file() or (path / "state").is_dir()
         found = "one that was not finished" if unfinished else "none"
         raise FtkitError(f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found {found}. Try `ftkit train DATA`")
     try:

@@ -28,9 +28,9 @@ class _Group(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("stopped: nothing that was finished is lost", err=True)
-            ctx.exit(130)
+        except KeyboardInterrupt as stopped:
+            click.echo(str(stopped) or "stopped: nothing that was finished is lost", err=True)
+            ctx.exit(getattr(stopped, "exit_code", 130))
         except OSError as error:
             if os.environ.get("FTKIT_DEBUG") == "1" or isinstance(error, BrokenPipeError):
                 raise
@@ -62,16 +62,30 @@ PROVIDERS = click.option("--providers", default="cpu", show_default=True, metava
 @click.option("--weights", metavar="FILE", help="Backbone weights: .safetensors or .pth; none = untrained.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--seed", default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known.")
+@click.pass_context
 def train(
-    data: Path, name: str, out: Path | None, settings: tuple[str, ...], weights: str | None, device: str, seed: int
-) -> None:
+    ctx: click.Context, data: Path, name: str, out: Path | None, settings: tuple[str, ...], weights: str | None,
+    device: str, seed: int, resume: bool,
+) -> None:  # fmt: skip
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
+    from ftkit import state
     from ftkit.checkpoint import next_free
-    from ftkit.recipe import load, override
+    from ftkit.recipe import load, override, restore
     from ftkit.train import train as run_training
 
-    recipe = override(load(name), [*([f"weights={weights}"] if weights else []), *settings])
-    run = run_training(recipe, data, out or next_free(Path("runs") / recipe.name), seed=seed, device=device)
+    if resume and out is None:
+        raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
+    said = [name_ for name_ in ("name", "settings", "weights", "seed")
+            if ctx.get_parameter_source(name_) is not click.core.ParameterSource.DEFAULT]  # fmt: skip
+    if resume and out and state.exists(out) and not said:
+        plan = state.plan_of(out)
+        recipe, seed = restore(plan["recipe"]), plan["seed"]
+    else:
+        recipe = override(load(name), [*([f"weights={weights}"] if weights else []), *settings])
+    run = run_training(
+        recipe, data, out or next_free(Path("runs") / recipe.name), seed=seed, device=device, resume=resume
+    )
     click.echo(f"run: {run}\nnext: ftkit export {run}")
 
 

@@ -2,6 +2,8 @@
 
 metrics = evaluate(probabilities, labels, classes)
 temperature = fit_temperature(logits, labels)
+threshold = abstain_threshold(probabilities, labels, precision=0.95)
+similarity = cka(embedding, embedding_before)
 """
 
 from __future__ import annotations
@@ -14,6 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import (
+    confusion_matrix,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 
@@ -24,19 +32,46 @@ Z95 = 1.959964
 class Metrics:
     """Of one split. Shares in 0..1; confusion[i][j] counts class i called j.
 
-    recall and precision are per class: None where the class has no images, or was never the answer.
+    recall and precision are per class: None where the class has no images, or was never the answer. balanced_accuracy
+    and macro_f1 are means over the classes that have images. top5: None below six classes.
     """
 
     images: int
     accuracy: float
     accuracy_low: float
     accuracy_high: float
+    balanced_accuracy: float
+    macro_f1: float
+    top5: float | None
     nll: float
     ece: float
     classes: tuple[str, ...]
     recall: tuple[float | None, ...]
     precision: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abstention:
+    """Answers below the threshold are withheld. precision: share right of the rest; coverage: share of images answered.
+
+    threshold None: the precision wanted was not reached on val at any threshold.
+    """
+
+    wanted: float
+    threshold: float | None
+    precision: float
+    coverage: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """An image the model is wrong about. row: its number in the canvases; probability: of the wrong answer."""
+
+    row: int
+    label: int
+    said: int
+    probability: float
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
@@ -59,23 +94,64 @@ def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
 
 def evaluate(probabilities: Array, labels: Array, classes: Sequence[str]) -> Metrics:
     """probabilities (N, classes), labels (N,) int -> Metrics."""
-    found = probabilities.argmax(1)
-    confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (labels, found), 1)
-    right = int(confusion.trace())
+    found, every = probabilities.argmax(1), np.arange(len(classes))
+    confusion = confusion_matrix(labels, found, labels=every)
+    precision, recall, f1, support = precision_recall_fscore_support(labels, found, labels=every, zero_division=0.0)
+    there, right = support > 0, int(confusion.trace())
     low, high = wilson(right, len(labels))
     chosen = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), 1e-12)
     return Metrics(
         images=len(labels), accuracy=right / len(labels), accuracy_low=low, accuracy_high=high,
+        balanced_accuracy=float(recall[there].mean()), macro_f1=float(f1[there].mean()),
+        top5=float(top_k_accuracy_score(labels, probabilities, k=5, labels=every)) if len(classes) > 5 else None,
         nll=float(-np.log(chosen).mean()), ece=ece(probabilities, labels), classes=tuple(classes),
-        recall=_shares(confusion, 1), precision=_shares(confusion, 0),
+        recall=_where(recall, there), precision=_where(precision, confusion.sum(0) > 0),
         confusion=tuple(tuple(map(int, row)) for row in confusion),
     )  # fmt: skip
 
 
-def _shares(confusion: Array, axis: int) -> tuple[float | None, ...]:
-    pairs = zip(confusion.diagonal(), confusion.sum(axis), strict=True)
-    return tuple(float(right / count) if count else None for right, count in pairs)
+def _where(values: Array, known: Array) -> tuple[float | None, ...]:
+    return tuple(float(value) if sure else None for value, sure in zip(values, known, strict=True))
+
+
+def abstain_threshold(probabilities: Array, labels: Array, precision: float) -> float | None:
+    """The lowest top probability above which at least `precision` of the answers are right; None when there is none."""
+    top, right = probabilities.max(1), probabilities.argmax(1) == labels
+    if not right.any():
+        return None
+    found, _, thresholds = precision_recall_curve(right, top)
+    good = np.flatnonzero(found[:-1] >= precision)
+    return float(thresholds[good[0]]) if len(good) else None
+
+
+def abstention(probabilities: Array, labels: Array, wanted: float, threshold: float | None) -> Abstention:
+    """What a threshold chosen elsewhere comes to on these images."""
+    top, right = probabilities.max(1), probabilities.argmax(1) == labels
+    answered = top >= threshold if threshold is not None else np.zeros(len(top), bool)
+    return Abstention(
+        wanted=wanted, threshold=threshold, coverage=float(answered.mean()),
+        precision=float(right[answered].mean()) if answered.any() else 1.0,
+    )  # fmt: skip
+
+
+def worst_mistakes(probabilities: Array, labels: Array, rows: Array, count: int = 12) -> tuple[Mistake, ...]:
+    """The wrong answers given with the greatest confidence, worst first."""
+    said, top = probabilities.argmax(1), probabilities.max(1)
+    wrong = sorted(np.flatnonzero(said != labels), key=lambda i: -top[i])[:count]
+    return tuple(
+        Mistake(row=int(rows[i]), label=int(labels[i]), said=int(said[i]), probability=float(top[i])) for i in wrong
+    )
+
+
+def cka(one: Array, other: Array) -> float:
+    """Linear centred kernel alignment of two embeddings (N, D1), (N, D2) of the same images, 0..1: 1 when one is a
+    rotation and scaling of the other (Kornblith et al. 2019)."""
+    x, y = (value.astype(np.float64) - value.mean(0, dtype=np.float64) for value in (one, other))
+    if len(x) < x.shape[1]:
+        x, y = x @ x.T, y @ y.T  # Gram matrices of the images: the same numbers, from the smaller side
+        return float((x * y).sum() / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-300))
+    cross = np.linalg.norm(x.T @ y) ** 2
+    return float(cross / max(float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)), 1e-300))
 
 
 def fit_temperature(logits: Array, labels: Array) -> float:

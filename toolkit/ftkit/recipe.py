@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ftkit_export.errors import FtkitError, choices
 from ftkit_export.preprocess import Preprocess
@@ -24,6 +25,7 @@ from ftkit_export.preprocess import Preprocess
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine", "onecycle")
 CACHES = ("auto", "off")
+BALANCES = ("none", "loss", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,9 @@ class Augment:
     """Random changes to a training view, per sample. Flips only where a flipped object is still the same class.
 
     scale: smallest share of the canvas's area a crop may keep (1.0 = the evaluation crop). rotate: degrees either way.
-    brightness, contrast: relative, either way. All off by default: what is allowed is the recipe's to say.
+    brightness, contrast, saturation: relative, either way. erase: chance that a rectangle is blanked (Zhong et al.
+    2020). mixup, cutmix: alpha of the Beta law of two images' shares (Zhang et al. 2018, Yun et al. 2019); they mix
+    pixels, so a cached stage goes without. All off by default: what is allowed is the recipe's to say.
     """
 
     hflip: bool = False
@@ -40,41 +44,74 @@ class Augment:
     rotate: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
+    saturation: float = 0.0
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        _within("augment", self, {
+            "scale": (0.01, 1), "rotate": (0, 180), "brightness": (0, 1), "contrast": (0, 1), "saturation": (0, 1),
+            "erase": (0, 1), "mixup": (0, 10), "cutmix": (0, 10),
+        })  # fmt: skip
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pixels of two images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage: what trains, for how long, how fast.
 
-    train: "head", "last:N" (the last N of the backbone's blocks and all that follows), or "all".
-    lr: peak learning rate. warmup: share of the steps it rises over. ema: decay of the averaged weights, 0 = off.
+    train: "head", "last:N" (the last N of the backbone's blocks and all that follows), "first:N" (all up to the Nth
+    block, and the head), "all", or a regular expression searched for in module names ("attn|head").
+    lr: peak learning rate; "auto" (a cached head stage) tries a fan of rates at once and takes the best on val.
+    warmup: share of the steps it rises over. layer_decay: each block further from the head learns at this multiple of
+    the next one's rate. balance: classes weighted in the loss, or drawn equally often.
+    ema: decay of the averaged weights, 0 = off. clip: largest gradient norm, 0 = off. patience: epochs without a better
+    val score before the stage ends with its best epoch, 0 = all epochs, and the last one counts.
     views: random views of each image that a cached stage draws from; view 0 is the evaluation crop.
     batchnorm: whether the BatchNorm statistics of the trained part go on moving.
+    teacher: folder of a finished run whose answers to the same views are half of what is learned (Hinton et al. 2015).
     """
 
     train: str = "head"
     epochs: int = 5
-    lr: float = 1e-3
+    lr: float | Literal["auto"] = 1e-3
     optimizer: str = "adamw"
     schedule: str = "cosine"
     warmup: float = 0.0
     weight_decay: float = 0.0
+    layer_decay: float = 1.0
     batch_size: int = 32
     label_smoothing: float = 0.0
+    balance: str = "none"
     ema: float = 0.0
+    clip: float = 0.0
+    patience: int = 0
     views: int = 1
     batchnorm: bool = True
     cache: str = "auto"
+    teacher: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("cache", self.cache, CACHES)
-        for name in ("epochs", "batch_size", "views"):
-            if getattr(self, name) < 1:
-                raise FtkitError(f"stage.{name}: expected at least 1, found {getattr(self, name)}. Try 1 or more")
-        if not self.lr > 0:
-            raise FtkitError(f"stage.lr: expected a positive rate, found {self.lr}. Try 1e-3")
+        _one_of("balance", self.balance, BALANCES)
+        _within("stage", self, {
+            "epochs": (1, 100_000), "batch_size": (1, 1 << 20), "views": (1, 1000), "patience": (0, 100_000),
+            "warmup": (0, 1), "weight_decay": (0, math.inf), "layer_decay": (0, 1), "label_smoothing": (0, 0.99),
+            "ema": (0, 0.999999), "clip": (0, math.inf),
+        })  # fmt: skip
+        if self.lr != "auto" and (isinstance(self.lr, str) or not 0 < self.lr < math.inf):
+            raise FtkitError(f"stage.lr: expected a positive rate or auto, found {self.lr}. Try 1e-3")
+        if self.lr == "auto" and self.train != "head":
+            raise FtkitError(
+                f"stage.lr: expected a rate for train={self.train!r}, found auto. auto is for train='head'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,24 +129,37 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole plan. preprocess = None takes the backbone's own; weights: "pretrained", "none", or a file."""
+    """A whole plan. preprocess = None takes the backbone's own; weights: "pretrained", "none", or a file.
+
+    precision: share of answers that shall be right; answers too doubtful for it are withheld (threshold from val).
+    """
 
     name: str
     backbone: str
     stages: tuple[Stage, ...]
     weights: str = "pretrained"
     preprocess: Preprocess | None = None
+    precision: float = 0.95
     augment: Augment = field(default_factory=Augment)
     export: Export = field(default_factory=Export)
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise FtkitError("recipe.stages: expected at least one stage, found none. Try stages=(Stage(),)")
+        _within("recipe", self, {"precision": (0, 1)})
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise FtkitError(f"stage.{name}: expected a known value, {choices(value, allowed)}")
+
+
+def _within(where: str, item: object, bounds: Mapping[str, tuple[float, float]]) -> None:
+    for name, (low, high) in bounds.items():
+        value = getattr(item, name)
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf or high >= 100_000 else f"{low} to {high}"
+            raise FtkitError(f"{where}.{name}: expected {limits}, found {value}. Try a value in that range")
 
 
 def names() -> list[str]:
@@ -192,23 +242,40 @@ def _missing(setting: str) -> Any:
 
 
 def _parse(text: str, hint: Any, setting: str) -> Any:
-    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType] or [hint]
-    if text.lower() == "none" and types.NoneType in typing.get_args(hint):
-        return None
-    kind = hint if typing.get_origin(hint) is tuple else kinds[0]
-    try:
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind in (int, float, str):
-            return kind(text)
-        if typing.get_origin(kind) is tuple and float in typing.get_args(kind):
-            values = tuple(float(part) for part in text.strip("()[]").split(","))
-            if len(values) == len(typing.get_args(kind)):
-                return values
-    except (ValueError, KeyError):
-        pass
-    wanted = getattr(kind, "__name__", "value") if typing.get_origin(kind) is None else str(kind)
+    kinds = (hint,) if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # any text is a str: that comes last
+        try:
+            return _as_kind(text, kind)
+        except (ValueError, KeyError):
+            continue
+    wanted = " or ".join(_word(kind) for kind in kinds)
     raise FtkitError(f"--set {setting}: expected {wanted}, found {text!r}. Try `ftkit recipes NAME` for its fields")
+
+
+def _word(kind: Any) -> str:
+    if kind is types.NoneType:
+        return "none"
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(typing.get_args(kind))
+    return str(kind) if typing.get_origin(kind) else str(kind.__name__)
+
+
+def _as_kind(text: str, kind: Any) -> Any:
+    """`text` as one kind of value; ValueError or KeyError when it is none."""
+    if kind is types.NoneType:
+        return {"none": None}[text.lower()]
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if kind in (int, float):
+        return kind(text)
+    if kind is str:
+        return text
+    if typing.get_origin(kind) is Literal:
+        return {choice: choice for choice in typing.get_args(kind)}[text]
+    values = tuple(float(part) for part in text.strip("()[]").split(","))
+    if len(values) != len(typing.get_args(kind)):
+        raise ValueError(text)
+    return values
 
 
 def resolve(recipe: Recipe) -> dict[str, Any]:

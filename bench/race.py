@@ -1,0 +1,229 @@
+"""Equal work, side by side: ftkit, the tutorial loop, fastai and Lightning, on the same photographs.
+
+    python bench/race.py --seeds 3                     (interleaved; contenders that are not installed are left out:
+    python bench/race.py --who ftkit,tutorial --head 1 --deep 1      pip install fastai lightning)
+
+The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified random split, 1,400 / 156 / 667
+photographs), random horizontal and vertical flips, batches of 32, Adam; head 5 epochs at 1e-3, then the last two block
+groups 10 epochs at 1e-4. Seconds are those of training: loading and decoding included, evaluation on test left out;
+ftkit's are of the whole `ftkit train` from an empty cache, its validation and its report on test included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accuracy import write_random_split
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from ftkit.backbones import build, trainable
+from ftkit.feed import set_mode
+from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.train import train
+from ftkit_export.preprocess import Preprocess
+
+HEAD_LR, DEEP_LR, BATCH = 1e-3, 1e-4, 32
+MEAN, STD = [127 / 255] * 3, [128 / 255] * 3
+Outcome = tuple[float, float]  # test accuracy, seconds
+
+
+def write_three_splits(out: Path) -> None:
+    """out/{train,val,test}/CLASS: every tenth training photograph of each class is val."""
+    write_random_split(out)
+    for folder in sorted((out / "train").iterdir()):
+        (out / "val" / folder.name).mkdir(parents=True)
+        for path in sorted(folder.iterdir())[::10]:
+            path.rename(out / "val" / folder.name / path.name)
+
+
+def _loaders(data: Path) -> tuple[DataLoader, DataLoader]:
+    normalise = [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    flips = [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
+    training = ImageFolder(data / "train", transforms.Compose([*flips, *normalise]))
+    test = ImageFolder(data / "test", transforms.Compose(normalise))
+    return DataLoader(training, BATCH, shuffle=True, num_workers=2), DataLoader(test, 64, num_workers=2)
+
+
+@torch.inference_mode()
+def _accuracy(model: torch.nn.Module, test: DataLoader) -> float:
+    model.eval()
+    return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test) / len(test.dataset)
+
+
+def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """What a newcomer would write: the whole backbone forward at every step."""
+    torch.manual_seed(seed)
+    training, test = _loaders(data)
+    backbone = build("efficientnet_lite0", 4)
+    model, begun = backbone.model, time.perf_counter()
+    for stage, epochs, lr in (("head", head, HEAD_LR), ("last:2", deep, DEEP_LR)):
+        set_mode(model, trainable(backbone, stage), batchnorm=True)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+        for _ in range(epochs):
+            for images, labels in training:
+                optimizer.zero_grad()
+                F.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+    seconds = time.perf_counter() - begun
+    return _accuracy(model, test), seconds
+
+
+def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """fine_tune's two phases with fastai's own loop: frozen at the head, then unfrozen to the last two block groups."""
+    from fastai.vision.all import (
+        Callback,
+        CancelValidException,
+        Dihedral,
+        ImageDataLoaders,
+        Learner,
+        Normalize,
+        Resize,
+        ResizeMethod,
+        params,
+        set_seed,
+    )  # fmt: skip
+
+    class NoValidation(Callback):
+        def before_validate(self) -> None:
+            raise CancelValidException
+
+    set_seed(seed)
+    backbone = build("efficientnet_lite0", 4)
+    model = backbone.model
+    begun = time.perf_counter()
+    normalise = Normalize.from_stats(MEAN, STD)
+    orientations = torch.tensor([0, 1, 2, 4])  # as drawn, mirrored, upside down, both
+    flips = Dihedral(p=1.0, draw=lambda x: orientations[torch.randint(4, (len(x),))])
+    loaders = ImageDataLoaders.from_folder(
+        data, train="train", valid="test", bs=BATCH, num_workers=2, item_tfms=Resize(224, ResizeMethod.Squish),
+        batch_tfms=[flips, normalise],
+    )  # fmt: skip
+    deeper = [model.get_submodule(name) for name in trainable(backbone, "last:2") if name != backbone.head]
+    inside = {id(p) for module in deeper for p in module.parameters()}
+    top = list(model.get_submodule(backbone.head).parameters())
+
+    def split(net: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+        body = [p for p in params(net) if id(p) not in inside and id(p) not in {id(q) for q in top}]
+        return [body, [p for module in deeper for p in params(module)], top]
+
+    learner = Learner(
+        loaders, model, loss_func=F.cross_entropy, splitter=split, train_bn=False, cbs=[NoValidation()]
+    )  # fmt: skip
+    with learner.no_bar(), learner.no_logging():
+        learner.freeze()
+        learner.fit_one_cycle(head, HEAD_LR)
+        learner.freeze_to(-2)
+        learner.fit_one_cycle(deep, DEEP_LR)
+    seconds = time.perf_counter() - begun
+    return _accuracy(model, _loaders(data)[1]), seconds
+
+
+def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """Lightning's Trainer with a BaseFinetuning callback that thaws the last two block groups after the head."""
+    import lightning as pl
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    pl.seed_everything(seed, verbose=False)
+    training, test = _loaders(data)
+    backbone = build("efficientnet_lite0", 4)
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = backbone.model
+
+        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=HEAD_LR)
+
+    class Thaw(BaseFinetuning):
+        def freeze_before_training(self, module: Module) -> None:
+            rest = [m for name, m in module.net.named_children() if name != backbone.head]
+            self.freeze(rest, train_bn=False)
+
+        def finetune_function(self, module: Module, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+            if epoch == head:
+                parts = [module.net.get_submodule(n) for n in trainable(backbone, "last:2") if n != backbone.head]
+                self.unfreeze_and_add_param_group(parts, optimizer, lr=DEEP_LR, train_bn=True)
+                optimizer.param_groups[0]["lr"] = DEEP_LR
+
+    begun = time.perf_counter()
+    trainer = pl.Trainer(
+        max_epochs=head + deep, accelerator="cpu", callbacks=[Thaw()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Module()
+    trainer.fit(module, training)
+    seconds = time.perf_counter() - begun
+    return _accuracy(module.net, test), seconds
+
+
+def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """The same work as a recipe. Four views are the four orientations that two flips have."""
+    grey = (127.0, 127.0, 127.0)
+    stages = [Stage(train="head", epochs=head, lr=HEAD_LR, optimizer="adam", schedule="constant", views=4)]
+    if deep:
+        stages.append(Stage(train="last:2", epochs=deep, lr=DEEP_LR, optimizer="adam", schedule="constant", views=4))
+    recipe = Recipe(
+        name="race", backbone="efficientnet_lite0", augment=Augment(hflip=True, vflip=True), stages=tuple(stages),
+        preprocess=Preprocess(size=224, resize=224, mean=grey, std=(128.0, 128.0, 128.0)),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
+        begun = time.perf_counter()
+        run = train(recipe, data, Path(scratch) / "run", seed=seed)
+        seconds = time.perf_counter() - begun
+        return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
+
+
+CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
+    "ftkit": ftkit, "tutorial": tutorial, "fastai": fastai, "lightning": lightning,
+}  # fmt: skip
+
+
+def main() -> None:
+    """One line a run, then a table: mean accuracy, mean seconds, ratio to ftkit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--who", default=",".join(CONTENDERS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--head", type=int, default=5)
+    parser.add_argument("--deep", type=int, default=10)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    results: dict[str, list[Outcome]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "elpv"
+        write_three_splits(data)
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            for name in options.who.split(","):
+                try:
+                    outcome = CONTENDERS[name](data, seed, options.head, options.deep)
+                except ImportError as error:
+                    print(f"{name}: left out, {error}", flush=True)
+                    continue
+                results.setdefault(name, []).append(outcome)
+                print(f"{name}, seed {seed}: {outcome[0]:.4f} in {outcome[1]:.0f} s", flush=True)
+    ours = statistics.mean(seconds for _, seconds in results["ftkit"]) if "ftkit" in results else None
+    print("\n| who | test accuracy | seconds | ratio |\n|---|---|---|---|")
+    for name, outcomes in results.items():
+        accuracy, seconds = (statistics.mean(values) for values in zip(*outcomes, strict=True))
+        print(f"| {name} | {accuracy:.4f} | {seconds:.0f} | {f'{seconds / ours:.1f}' if ours else ''} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""lr = "auto": heads trained side by side, one a rate, in one pass over cached features; the best names it.
+
+peak = best_rate(stage, backbone, feed, batches, labels, val_labels)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ftkit.backbones import Backbone
+from ftkit.feed import Feed
+from ftkit.optim import rate
+from ftkit.recipe import Stage
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+def features(net: nn.Module, head: nn.Module, inputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters the head when `net` runs, (n, features) float32, and what leaves the net.
+
+    A map that enters a convolutional head is averaged over space.
+    """
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    try:
+        with torch.no_grad():
+            answer = net(*inputs)
+    finally:
+        handle.remove()
+    found = seen[0].float()
+    return (found.mean((2, 3)) if found.ndim == 4 else found.flatten(1)), answer
+
+
+def best_rate(
+    stage: Stage, backbone: Backbone, feed: Feed, batches: Iterable[tuple[np.ndarray, torch.Generator]], total: int,
+    labels: torch.Tensor, val_labels: torch.Tensor,
+) -> float:  # fmt: skip
+    """The rate whose head ends with the lowest NLL on val, all trained for the stage's `total` steps on its batches.
+
+    Ties in accuracy are common on a small val split; the NLL separates rates sooner.
+    """
+    head = backbone.model.get_submodule(backbone.head)
+    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() makes no other
+    weights = [head.weight.detach().flatten(1).clone().requires_grad_() for _ in RATES]
+    biases = [head.bias.detach().clone().requires_grad_() for _ in RATES]  # type: ignore[union-attr]
+    groups = [{"params": [w], "weight_decay": stage.weight_decay} for w in weights]
+    groups += [{"params": [b], "weight_decay": 0.0} for b in biases]
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    if stage.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
+    else:
+        optimizer = kinds[stage.optimizer](groups, lr=1.0)
+
+    def logits_of(found: torch.Tensor) -> torch.Tensor:  # (n, features) -> (rates, n, classes), one product for all
+        flat = F.linear(found, torch.cat(weights), torch.cat(biases))
+        return flat.view(len(found), len(RATES), -1).transpose(0, 1)
+
+    for step, (positions, generator) in enumerate(batches):
+        batch = feed.prepare(feed.fetch(positions, generator), generator)
+        targets = labels[torch.from_numpy(positions)]
+        for group, peak in zip(optimizer.param_groups, RATES * 2, strict=True):
+            group["lr"] = rate(step, total, stage, peak)
+        logits = logits_of(features(feed.net, head, batch.inputs)[0])
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.repeat(len(RATES)), label_smoothing=stage.label_smoothing, reduction="none"
+        ).view(len(RATES), -1)
+        optimizer.zero_grad()
+        losses.mean(1).sum().backward()  # each head's gradient is its own loss's
+        optimizer.step()
+    with torch.no_grad():
+        starts = range(0, len(val_labels), 256)
+        parts = [feed.val(np.arange(start, min(start + 256, len(val_labels)))) for start in starts]
+        found = torch.cat([features(feed.eval_net, head, inputs)[0] for inputs in parts])
+        scores = [float(F.cross_entropy(logits, val_labels)) for logits in logits_of(found)]
+    finite = [score if np.isfinite(score) else np.inf for score in scores]
+    return RATES[int(np.argmin(finite))]

@@ -1,0 +1,91 @@
+"""Judge the chosen weights: temperature and abstain threshold from val; then, once, test.
+
+verdict = judge(backbone, canvases, preprocess, precision=0.95)
+verdict.metrics["test"].accuracy
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ftkit import terminal
+from ftkit.augment import evaluation
+from ftkit.backbones import Backbone
+from ftkit.cache import CHUNK, runner
+from ftkit.canvas import Canvases
+from ftkit.evaluate import (
+    Abstention,
+    Metrics,
+    Mistake,
+    abstain_threshold,
+    abstention,
+    evaluate,
+    fit_temperature,
+    worst_mistakes,
+)  # fmt: skip
+from ftkit.fan import features
+from ftkit_export.parity import softmax
+from ftkit_export.preprocess import Preprocess
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """temperature and abstention's threshold come from val; metrics by split, calibrated; uncalibrated: as at
+    temperature 1, by split: {"nll": .., "ece": ..}; abstention and mistakes: on test."""
+
+    temperature: float
+    metrics: dict[str, Metrics]
+    uncalibrated: dict[str, dict[str, float]]
+    abstention: Abstention
+    mistakes: tuple[Mistake, ...]
+
+
+class _WithEmbedding(nn.Module):
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.model, self.head = backbone.model, backbone.head
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embedding, logits = features(self.model, self.model.get_submodule(self.head), (pixels,))
+        return logits, embedding
+
+
+def answers(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, rows: Array, label: str) -> list[Array]:
+    """[logits (N, classes), embedding (N, features)] of canvas rows, by the model in float32 on the CPU."""
+
+    def pixels(start: int) -> torch.Tensor:
+        return evaluation(torch.from_numpy(canvases.array(rows[start : start + CHUNK])), preprocess)
+
+    run, _ = runner(_WithEmbedding(backbone), pixels(0))
+    parts = []
+    with terminal.bar(label) as progress:
+        for start in range(0, len(rows), CHUNK):
+            parts.append(run(pixels(start)))
+            progress(start + len(parts[-1][0]), len(rows))
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def judge(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precision: float) -> Verdict:
+    """Everything decided on val first; test is looked at once, and decides nothing."""
+    rows = {split: canvases.rows(split) for split in ("val", "test")}
+    labels = {split: canvases.labels[rows[split]] for split in rows}
+    logits = {split: answers(backbone, canvases, preprocess, rows[split], f"evaluating {split}")[0] for split in rows}
+    temperature = fit_temperature(logits["val"], labels["val"])
+    probabilities = {split: softmax(logits[split] / temperature) for split in rows}
+    threshold = abstain_threshold(probabilities["val"], labels["val"], precision)
+    classes = canvases.images.classes
+    plain = {split: evaluate(softmax(logits[split]), labels[split], classes) for split in rows}
+    return Verdict(
+        temperature=temperature,
+        metrics={split: evaluate(probabilities[split], labels[split], classes) for split in rows},
+        uncalibrated={split: {"nll": item.nll, "ece": item.ece} for split, item in plain.items()},
+        abstention=abstention(probabilities["test"], labels["test"], precision, threshold),
+        mistakes=worst_mistakes(probabilities["test"], labels["test"], rows["test"]),
+    )

@@ -1,0 +1,225 @@
+"""The parts of a step: the rate, the optimizer's groups, the loss, its gradients, the averaged weights.
+
+optimizer = make_optimizer(backbone, stage)
+loss, hits = gradients(net, batch, targets, ...)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ftkit.backbones import Backbone, blocks
+from ftkit.recipe import Stage
+
+State = dict[str, torch.Tensor]
+Tensors = tuple[torch.Tensor, ...]
+
+SOFTENING = 2.0  # temperature of what a teacher teaches; Hinton et al. 2015 found 2.5 to 4 best for small students
+TAUGHT = 0.5  # share of the loss that is the teacher's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one step trains on. inputs: what the net takes, each (n, ...).
+
+    teacher: its logits of the same views (n, classes), where there is one. partner, share: with mixed pixels, the
+    position (n,) mixed in, and the share (n,) of the image's own label.
+    """
+
+    inputs: Tensors
+    teacher: torch.Tensor | None = None
+    partner: torch.Tensor | None = None
+    share: torch.Tensor | None = None
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Positions start to stop. partner keeps pointing into the whole batch."""
+        cut: Callable[[torch.Tensor | None], Any] = lambda value: None if value is None else value[start:stop]  # noqa: E731
+        inputs = tuple(value[start:stop] for value in self.inputs)
+        return Batch(inputs=inputs, teacher=cut(self.teacher), partner=cut(self.partner), share=cut(self.share))
+
+
+def rate(step: int, total: int, stage: Stage, peak: float) -> float:
+    """Learning rate at `step` of `total`: a linear rise to `peak` over `warmup`, then the schedule's shape.
+
+    onecycle is a cosine with a rise over at least 20 % of the steps.
+    """
+    warmup = max(stage.warmup, 0.2 if stage.schedule == "onecycle" else 0.0)
+    rise = round(warmup * total)
+    if step < rise:
+        return peak * (step + 1) / rise
+    if stage.schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def make_optimizer(backbone: Backbone, stage: Stage) -> torch.optim.Optimizer:
+    """A fresh optimizer over what requires gradients, in named groups: head and blocks, each with and without decay.
+
+    Vectors (biases, normalisation) take no weight decay. Each group's `scale` multiplies the rate: with layer_decay,
+    decay ** (number of blocks between it and the head), as BEiT does (Bao et al. 2021).
+    """
+    listed = blocks(backbone)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in backbone.model.named_parameters():
+        if parameter.requires_grad:
+            label, depth = _place(name, backbone, listed)
+            decay = stage.weight_decay if parameter.ndim > 1 else 0.0
+            label = label if stage.layer_decay < 1 or label == "head" else "blocks"
+            key = f"{label}{'' if decay else ' without decay'}"
+            fresh = {"name": key, "params": [], "weight_decay": decay, "scale": stage.layer_decay**depth}
+            groups.setdefault(key, fresh)["params"].append(parameter)
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups.values(), lr=1.0, momentum=0.9, nesterov=True)
+    kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups.values(), lr=1.0)  # each step sets the rate
+
+
+def _place(name: str, backbone: Backbone, listed: list[str]) -> tuple[str, int]:
+    """A parameter's group, and how many blocks stand between it and the head."""
+    if name.startswith(backbone.head + "."):
+        return "head", 0
+    for number, block in enumerate(listed):
+        if name.startswith(block + "."):
+            return block, len(listed) - number
+    top = [child for child, _ in backbone.model.named_children()]
+    first = name.split(".")[0]
+    after = first in top and top.index(first) >= top.index(listed[-1].split(".")[0])
+    return ("after the blocks", 0) if after else ("stem", len(listed) + 1)
+
+
+def class_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """(N,) labels -> (classes,) float32 weights, inverse to the class's count; their mean over the images is 1."""
+    counts = torch.bincount(labels, minlength=classes).clamp(min=1).float()
+    return len(labels) / (classes * counts)
+
+
+def loss_of(
+    logits: torch.Tensor, targets: torch.Tensor, others: torch.Tensor, batch: Batch, stage: Stage,
+    weights: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """logits (n, classes), targets (n,), labels of the partners (n,) -> loss an image (n,), float32."""
+    smoothing = stage.label_smoothing
+
+    def hard(labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
+
+    loss = hard(targets)
+    if batch.share is not None:
+        loss = batch.share * loss + (1 - batch.share) * hard(others)
+    if batch.teacher is not None:
+        soft = F.log_softmax(logits / SOFTENING, 1), F.log_softmax(batch.teacher / SOFTENING, 1)
+        taught = F.kl_div(*soft, log_target=True, reduction="none").sum(1) * SOFTENING**2
+        loss = (1 - TAUGHT) * loss + TAUGHT * taught
+    return loss
+
+
+def gradients(
+    net: nn.Module, batch: Batch, targets: torch.Tensor, stage: Stage, weights: torch.Tensor | None, micro: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add one batch's gradients, `micro` images at a time -> (sum of losses, number right), both on the device."""
+    losses, hits = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
+    for start in range(0, len(targets), micro):
+        part, own = batch.part(start, start + micro), targets[start : start + micro]
+        others = own if part.partner is None else targets[part.partner]
+        logits = net(*part.inputs)
+        loss = loss_of(logits, own, others, part, stage, weights).sum()
+        (loss / len(targets)).backward()
+        losses += loss.detach()
+        hits += (logits.detach().argmax(1) == own).sum()
+    return losses, hits
+
+
+def average(mean: State, current: State, decay: float) -> None:
+    """Move `mean` towards `current` by 1 - decay, in place; counters (integers) stay."""
+    floating = [name for name, value in current.items() if value.is_floating_point()]
+    torch._foreach_lerp_([mean[name] for name in floating], [current[name] for name in floating], 1 - decay)
+
+
+class Moving:
+    """Everything that changes while a stage trains: weights, their average, the best epoch's, the optimizer, the tally.
+
+    current: the model's own tensors of the modules named, so they follow it. before: as they were when the stage began.
+    tally: (sum of losses, number right, number seen) of the epoch so far, float64.
+    """
+
+    def __init__(self, model: nn.Module, inside: Callable[[str], bool], stage: Stage, optimizer: torch.optim.Optimizer):
+        self.current = {name: value for name, value in model.state_dict().items() if inside(name)}
+        self.before = _clone(self.current)
+        self.mean = _clone(self.current) if stage.ema else {}
+        self.best: State = {}
+        self.optimizer, self.stage = optimizer, stage
+        self.tally = torch.zeros(3, dtype=torch.float64)
+
+    def step(self, number: int, losses: torch.Tensor, hits: torch.Tensor, count: int) -> None:
+        """Move what the gradients say; the average follows, faster at first; count up."""
+        if self.stage.clip:
+            held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(held, self.stage.clip)
+        self.optimizer.step()
+        if self.mean:
+            average(self.mean, self.current, min(self.stage.ema, (1 + number) / (10 + number)))
+        self.tally = self.tally.to(losses.device)
+        self.tally += torch.stack([losses.double(), hits.double(), torch.full_like(hits, count).double()])
+
+    def epoch(self) -> tuple[float, float]:
+        """(mean loss, accuracy) since the last call."""
+        losses, hits, seen = self.tally.tolist()
+        self.tally = torch.zeros(3, dtype=torch.float64)
+        return losses / seen, hits / seen
+
+    @property
+    def result(self) -> State:
+        """What the stage would leave now: the averaged weights where there are any."""
+        return self.mean or self.current
+
+    def keep_best(self) -> None:
+        """Remember `result` as the best epoch's."""
+        self.best = _clone(self.result)
+
+    def tensors(self) -> State:
+        """All of it under flat names, to be saved."""
+        flat = {"tally": self.tally}
+        for role in ("current", "mean", "best"):
+            flat |= {f"{role}/{name}": value for name, value in getattr(self, role).items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            flat |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in values.items()
+                     if value is not None}  # fmt: skip
+        return flat
+
+    def load(self, flat: State) -> None:
+        """Take up what `tensors` gave, each in the layout it had."""
+        if not flat:
+            return
+        self.tally = flat["tally"]
+        for role in ("current", "mean"):
+            for name, value in getattr(self, role).items():
+                value.copy_(flat[f"{role}/{name}"])
+        named = {name.removeprefix("best/"): value for name, value in flat.items() if name.startswith("best/")}
+        self.best = {name: _like(value, self.current[name]) for name, value in named.items()}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        states: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in flat.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                states.setdefault(int(index), {})[key] = _like(value, parameters[int(index)])
+        self.optimizer.load_state_dict(
+            {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )  # fmt: skip
+
+
+def _clone(state: State) -> State:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _like(saved: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`saved` in the memory layout of `like`: sums over another layout may differ in the last bit."""
+    if saved.shape != like.shape:
+        return saved
+    return torch.empty_like(like, dtype=saved.dtype, requires_grad=False).copy_(saved)

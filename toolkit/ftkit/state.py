@@ -1,0 +1,208 @@
+"""Where an unfinished run stands, in RUN/state, so that it can go on bit for bit.
+
+    state = State(folder=folder, plan=plan)    # a new run
+    state = read(folder, plan)                 # an interrupted one
+    state.save(step=tensors)                   # commits: everything before it is kept, whatever happens next
+
+state.json is the one commit point: tensors are written under new names first, then state.json that names them, then
+the old ones go. Randomness needs no place in it: every draw follows from (seed, stage, step).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from ftkit.checkpoint import METRICS, write_atomically
+from ftkit_export.errors import FtkitError
+
+SAVE_EVERY = 20.0  # seconds; or 50 times what the last save took, so that saving costs 2 % at most
+
+
+@dataclass(kw_only=True)
+class State:
+    """Where a run stands. plan: what it was begun with (recipe, seed, data_fingerprint), never changed.
+
+    stage, epoch, step: done so far (steps and epochs count within the stage). lr: the stage's peak rate.
+    best: (accuracy, -NLL) of what has been kept; stage_best: of the stage's best epoch; waited: epochs since it.
+    stages: outcomes of finished ones. lines: of metrics.jsonl that count. seconds: spent before an interruption, in all
+    and in this stage.
+    circumstances: what the bits depend on (threads, device, cache, ...). files: role -> file in RUN/state.
+    """
+
+    folder: Path
+    plan: dict[str, Any]
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    lr: float | None = None
+    best: tuple[float, float] | None = None
+    stage_best: tuple[float, float] | None = None
+    waited: int = 0
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    lines: int = 0
+    seconds: float = 0.0
+    stage_seconds: float = 0.0
+    circumstances: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._opened = self._stage_opened = self._saved_at = time.monotonic()
+        self._save_seconds = 0.0
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the whole run, interruptions left out."""
+        return self.seconds + time.monotonic() - self._opened
+
+    @property
+    def stage_spent(self) -> float:
+        """Seconds of this stage."""
+        return self.stage_seconds + time.monotonic() - self._stage_opened
+
+    def next_stage(self) -> None:
+        """Stand at the beginning of the next stage."""
+        self.stage, self.epoch, self.step, self.waited = self.stage + 1, 0, 0, 0
+        self.lr = self.stage_best = None
+        self.stage_seconds, self._stage_opened = 0.0, time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+        return time.monotonic() - self._saved_at > max(SAVE_EVERY, 50 * self._save_seconds)
+
+    def save(self, **tensors: Mapping[str, torch.Tensor] | None) -> None:
+        """Commit, with new tensors by role; a role given as None is dropped, a role not given stays as it was."""
+        begun = time.monotonic()
+        place = self.folder / "state"
+        place.mkdir(exist_ok=True)
+        for role, content in tensors.items():
+            self.files.pop(role, None)
+            if content is not None:
+                name = f"{role}-{self.stage}-{self.epoch}-{self.step}.safetensors"
+                plain = {key: value.detach().cpu().contiguous().clone() for key, value in content.items()}
+                write_atomically(place / name, safetensors.torch.save(plain))
+                self.files[role] = name
+        fields = {**asdict(self), "seconds": self.spent, "stage_seconds": self.stage_spent}
+        del fields["folder"]
+        write_atomically(place / "state.json", (json.dumps(fields, indent=1) + "\n").encode())
+        for path in place.iterdir():
+            if path.name not in (*self.files.values(), "state.json"):
+                path.unlink()
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - begun
+
+    def tensors(self, role: str) -> dict[str, torch.Tensor]:
+        """What was saved under `role`, on the CPU; empty when nothing was."""
+        if role not in self.files:
+            return {}
+        return safetensors.torch.load_file(self.folder / "state" / self.files[role])
+
+
+def exists(folder: Path) -> bool:
+    """Whether `folder` holds a run that can go on."""
+    return (folder / "state" / "state.json").is_file()
+
+
+def plan_of(folder: Path) -> dict[str, Any]:
+    """What an interrupted run was begun with. Raises FtkitError when its state cannot be read."""
+    plan: dict[str, Any] = _load(folder)["plan"]
+    return plan
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    path = folder / "state" / "state.json"
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        return {**data, "plan": dict(data["plan"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise FtkitError(f"{path}: expected the state of an unfinished run, found {error!r}. Train again") from None
+
+
+def read(folder: Path, plan: dict[str, Any]) -> State:
+    """The state of an interrupted run; metrics.jsonl is cut back to the lines that count.
+
+    Raises FtkitError when it was begun with another plan, or cannot be read.
+    """
+    data = _load(folder)
+    for name, value in plan.items():
+        if data["plan"].get(name) != json.loads(json.dumps(value)):
+            raise FtkitError(
+                f"{folder}: expected the {name.replace('_', ' ')} this run began with, found another. "
+                "Try --resume with only DATA and --out, or another --out"
+            )
+    try:
+        for key in ("best", "stage_best"):
+            data[key] = data[key] and tuple(data[key])
+        state = State(folder=folder, **data)
+    except (TypeError, KeyError) as error:
+        raise FtkitError(f"{folder}: expected a run of this ftkit, found {error}. Train again") from None
+    metrics = folder / METRICS
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
+    if len(lines) < state.lines:
+        raise FtkitError(f"{metrics}: expected {state.lines} lines, found {len(lines)}. Train again")
+    write_atomically(metrics, b"".join(lines[: state.lines]))
+    return state
+
+
+def seeded(*place: object) -> int:
+    """A seed that follows from its place in the run alone: (seed, stage, step), say."""
+    digest = hashlib.sha256("/".join(map(str, place)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended a run. The message says how to go on; exit_code is the shell's: 128 + the signal."""
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Stop:
+    """Within `with Stop() as stop`, Ctrl-C and SIGTERM raise Stopped; within stop.deferred() the first only sets
+    stop.signal, for the loop to see after its step, and the second raises."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._deferring = False
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._former[number] = signal.signal(number, self._receive)
+            except ValueError:  # not the main thread: its owner keeps the signals
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferring or self.signal:
+            raise Stopped(number)
+        self.signal = number
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals wait for the loop; one that it did not see raises Stopped at the end."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.signal:
+            raise Stopped(self.signal)

@@ -1,0 +1,56 @@
+"""Another run's model as a teacher: it answers to the very pixels the student sees (Beyer et al. 2022: same views).
+
+teacher = load("runs/large", preprocess, classes)      # nn.Module: the student's pixels -> the teacher's logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ftkit.checkpoint import Run, open_run
+from ftkit_export.errors import FtkitError
+from ftkit_export.preprocess import Preprocess
+
+
+class Teacher(nn.Module):
+    """A run's model behind the way from the student's pixels to its own: other normalisation, other size."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, run: Run, student: Preprocess):
+        super().__init__()
+        own = run.preprocess
+        self.model, self.size, self.same_size = run.backbone().model.eval(), own.size, own.size == student.size
+        std = torch.tensor(own.std)
+        self.register_buffer("scale", (torch.tensor(student.std) / std)[:, None, None])
+        self.register_buffer("shift", ((torch.tensor(student.mean) - torch.tensor(own.mean)) / std)[:, None, None])
+        self.key = f"teacher {run.data['model_fingerprint']} {own!r}"
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, S, S) as the student takes them -> logits (n, classes)."""
+        pixels = pixels * self.scale + self.shift
+        if not self.same_size:
+            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", align_corners=False)
+        logits: torch.Tensor = self.model(pixels)
+        return logits
+
+
+def require(folder: str, classes: Sequence[str]) -> Run:
+    """The run to learn from. Raises FtkitError when it is none, or knows other classes."""
+    run = open_run(folder)
+    if run.classes != tuple(classes):
+        raise FtkitError(
+            f"stage.teacher {folder}: expected a run of the classes {', '.join(classes)}, found one of "
+            f"{', '.join(run.classes)}. Try a run trained on these images"
+        )
+    return run
+
+
+def load(folder: str, student: Preprocess, classes: Sequence[str]) -> Teacher:
+    """The teacher for a student with this preprocess. Raises FtkitError as `require` does."""
+    return Teacher(require(folder, classes), student).eval().requires_grad_(False)
