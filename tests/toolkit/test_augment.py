@@ -1,9 +1,10 @@
 """Evaluation pixels are the device's pixels; augmentation does what its fields say, sample by sample."""
 
 import numpy as np
+import pytest
 import torch
 
-from ftkit.augment import augmented, evaluation
+from ftkit.augment import augmented, evaluation, mixed
 from ftkit.recipe import Augment
 from ftkit_export.preprocess import Preprocess
 
@@ -59,13 +60,49 @@ def test_four_cached_views_show_all_four_orientations() -> None:
 
 def test_scale_rotation_and_colour_change_the_samples_and_stay_in_range() -> None:
     plain = _augment()
-    for fields in ({"scale": 0.5}, {"rotate": 30.0}, {"brightness": 0.3}, {"contrast": 0.3}):
+    for fields in ({"scale": 0.5}, {"rotate": 30.0}, {"brightness": 0.3}, {"contrast": 0.3}, {"saturation": 0.5}):
         changed = _augment(**fields)
         moved = (changed - plain).abs().flatten(1).amax(1)
         assert float((moved > 1).float().mean()) > 0.9, fields  # a draw may fall next to no change
         assert len(moved.unique()) > 40, fields  # each sample has its own draw
         assert float(changed.min()) >= 0
         assert float(changed.max()) <= 255
+
+
+def test_erasing_blanks_a_rectangle_in_its_share_of_samples() -> None:
+    plain, erased = _augment(), _augment(erase=0.5)
+    blank = (erased == 0) & (plain != 0)
+    touched = blank.flatten(1).any(1)
+    assert 15 < int(touched.sum()) < 49
+    for sample in blank[touched]:
+        rows, columns = sample.any(0).any(1), sample.any(0).any(0)
+        area = int(rows.sum() * columns.sum())
+        assert int(sample.any(0).sum()) > 0.8 * area, "a rectangle, less what was black before"
+        assert 0.005 * 576 < area < 0.45 * 576
+    assert torch.equal(erased[~touched], plain[~touched])
+
+
+@pytest.mark.parametrize("fields", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_mixed_pixels_hold_the_shares_that_are_told(fields: dict[str, float]) -> None:
+    pixels = torch.arange(1.0, 65.0)[:, None, None, None].expand(64, 3, 24, 24).contiguous()  # image i is all i + 1
+    found, partner, share = mixed(pixels, Augment(**fields), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    assert partner is not None
+    assert share is not None
+    expected = share * pixels[:, 0, 0, 0] + (1 - share) * pixels[partner][:, 0, 0, 0]
+    assert torch.allclose(found.mean((1, 2, 3)), expected, atol=1e-3)
+    assert sorted(partner.tolist()) == list(range(64))
+    assert len(share.unique()) > 15
+    flat = found.flatten(1)
+    pasted = [
+        set(row.unique().tolist()) <= {float(i + 1), float(p + 1)}
+        for i, (row, p) in enumerate(zip(flat, partner, strict=True))
+    ]
+    assert all(pasted) if "mixup" not in fields else not all(pasted)
+
+
+def test_nothing_is_mixed_unless_the_recipe_says_so() -> None:
+    pixels = torch.rand(4, 3, 8, 8)
+    assert mixed(pixels, Augment(hflip=True), torch.Generator()) == (pixels, None, None)
 
 
 def test_the_same_generator_state_gives_the_same_views() -> None:

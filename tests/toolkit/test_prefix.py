@@ -13,28 +13,50 @@ from ftkit.feed import Feeds, set_mode, under
 from ftkit.intake import read
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe, Stage
+from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 
-BACKBONES = ("efficientnet_lite0", "mobilenetv3_small_100", "resnet18", "squeezenet1_0")
+BACKBONES = (
+    "efficientnet_lite0", "efficientnet_b0", "mobilenetv3_small_100", "mobilenetv4_conv_small", "resnet18", "resnet50",
+    "repvit_m0_9", "fastvit_t8", "convnext_nano", "vit_tiny_patch16_224", "tiny_vit_5m_224", "ghostnetv2_100",
+    "regnetx_002", "shufflenet_v2_x1_0", "squeezenet1_1", "mnasnet1_0",
+)  # fmt: skip
 PREPROCESS = Preprocess(size=64, resize=64)
 
 
-@pytest.mark.parametrize("train", ["head", "last:2"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_prefix_then_suffix_is_the_model(name: str, train: str) -> None:
+def test_prefix_then_suffix_is_the_model(name: str) -> None:
     torch.manual_seed(0)
     backbone = build(name, 5, "none")
+    pixels = torch.randn(2, 3, backbone.preprocess.size, backbone.preprocess.size)
+    for train in ("head", "last:2"):
+        inside = under(trainable(backbone, train))
+        graph = trace(backbone.model.eval())
+        assert graph is not None
+        cut = frontier(graph, inside)
+        assert cut
+        prefix, suffix = frozen_part(graph, [cut]), trained_part(graph, cut)
+        with torch.inference_mode():
+            assert torch.equal(suffix(*prefix(pixels)), backbone.model(pixels))
+        frozen = {name for name, _ in prefix.named_parameters()}
+        assert frozen == {name for name, _ in backbone.model.named_parameters() if not inside(name)}
+        set_mode(backbone.model, trainable(backbone, train), batchnorm=True)
+        training = trace(backbone.model)
+        assert training is not None
+        assert [node.name for node in frontier(training, inside)] == [node.name for node in cut]
+
+
+def test_several_tensors_may_cross_the_cut() -> None:
+    backbone = build("ghostnetv2_100", 5, "none")
     graph = trace(backbone.model)
     assert graph is not None
-    cut = frontier(graph, under(trainable(backbone, train)))
-    assert cut
-    prefix, suffix = frozen_part(graph, [cut]), trained_part(graph, cut)
-    pixels = torch.randn(3, 3, 64, 64)
-    with torch.inference_mode():
-        assert torch.equal(suffix(*prefix(pixels)), backbone.model(pixels))
-    inside = under(trainable(backbone, train))
-    frozen = {name for name, _ in prefix.named_parameters()}
-    assert frozen == {name for name, _ in backbone.model.named_parameters() if not inside(name)}
+    assert len(frontier(graph, under(trainable(backbone, "last:2")))) > 1
+
+
+def test_two_headed_backbones_keep_one_head_and_odd_ones_are_refused() -> None:
+    assert build("levit_128s", 5, "none").head == "head.linear"
+    with pytest.raises(FtkitError, match=r"expected logits of shape \(1, 5\) after its head was replaced"):
+        build("crossvit_tiny_240", 5, "none")
 
 
 def test_training_the_suffix_trains_the_model() -> None:

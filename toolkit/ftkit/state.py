@@ -27,7 +27,8 @@ import torch
 from ftkit.checkpoint import METRICS, write_atomically
 from ftkit_export.errors import FtkitError
 
-SAVE_EVERY = 20.0  # seconds; or 50 times what the last save took, so that saving costs 2 % at most
+SAVE_EVERY = 20.0  # seconds
+SAVE_SHARE = 50  # or this many times what the last save took, so that saving costs 2 % at most
 
 
 @dataclass(kw_only=True)
@@ -80,7 +81,7 @@ class State:
     @property
     def due(self) -> bool:
         """Whether enough time has passed since the last save."""
-        return time.monotonic() - self._saved_at > max(SAVE_EVERY, 50 * self._save_seconds)
+        return time.monotonic() - self._saved_at > max(SAVE_EVERY, SAVE_SHARE * self._save_seconds)
 
     def save(self, **tensors: Mapping[str, torch.Tensor] | None) -> None:
         """Commit, with new tensors by role; a role given as None is dropped, a role not given stays as it was."""

@@ -1,0 +1,100 @@
+"""What is kept of the prefix: in a dtype that holds it, equal to a live pass, within its budget."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ftkit import cache
+from ftkit.augment import evaluation
+from ftkit.backbones import build
+from ftkit.cache import Activations, Views, check, fill
+from ftkit.canvas import build as build_canvases
+from ftkit.feed import Feeds
+from ftkit.intake import read
+from ftkit.recipe import Augment, Recipe, Stage
+from ftkit_export.preprocess import Preprocess
+
+PREPROCESS = Preprocess(size=32, resize=40)
+
+
+class Scaled(nn.Module):
+    """Means of image quarters, at a scale."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.scale * nn.functional.adaptive_avg_pool2d(pixels, 2),)
+
+
+@pytest.fixture
+def views(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Views:
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
+    canvases = build_canvases(read(photos), PREPROCESS)
+    return Views(canvases=canvases, preprocess=PREPROCESS, augment=Augment(scale=0.5), count=3, seed=0,
+                 device=torch.device("cpu"))  # fmt: skip
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1.0, "float16"), (1e5, "float32"), (1e-6, "float32")])
+def test_values_are_kept_in_a_dtype_that_holds_them(views: Views, scale: float, dtype: str) -> None:
+    net = Scaled(scale)
+    kept = fill(net, str(scale), ["means"], views)
+    assert isinstance(kept, Activations)
+    assert (kept.arrays["means"].dtype.name, kept.kind) == (dtype, f"{dtype} by onnxruntime")
+    assert check(net, ["means"], kept, views) == ""
+    rows = views.canvases.rows("val")
+    expected = net(evaluation(torch.from_numpy(views.canvases.array(rows)), PREPROCESS))[0].numpy()
+    found = kept.val(["means"], np.arange(len(rows)))[0].astype(np.float32)
+    assert np.abs(found - expected).max() <= cache.TOLERANCE[dtype] * np.abs(expected).max()
+
+
+def test_views_differ_and_are_the_same_again(views: Views) -> None:
+    rows = views.canvases.rows("train")
+    first = views.pixels(rows, 1, 0)
+    assert torch.equal(first, views.pixels(rows, 1, 0))
+    assert not torch.equal(first, views.pixels(rows, 2, 0))
+    assert torch.equal(
+        views.pixels(rows, 0, 0), evaluation(torch.from_numpy(views.canvases.array(rows[:8])), PREPROCESS)
+    )
+
+
+def test_a_cache_that_no_longer_equals_a_live_pass_is_not_used(photos: Path, views: Views) -> None:
+    backbone = build("resnet18", 4, "none")
+    recipe = Recipe(name="x", backbone="resnet18", stages=(Stage(),))
+    feeds = Feeds(backbone, recipe, views.canvases, PREPROCESS, 0, torch.device("cpu"))
+    assert "frozen prefix computed once" in feeds.stage(0).how
+    (file,) = (cache.cache_folder() / "prefix").glob("*/0.npy")
+    array = np.load(file, mmap_mode="r+")
+    array[:8] *= 1.01
+    array.flush()
+    assert "differs from a live pass by" in feeds.stage(0).how
+    assert feeds.stage(0).kind == "live"
+
+
+def test_room_is_made_from_what_killed_runs_left_and_what_is_unused_longest(
+    views: Views, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = cache.cache_folder() / "prefix"
+    for name, age in ((".left", 2 * 86_400), (".being written", 10), ("old", 500), ("new", 100)):
+        folder = prefix / name
+        folder.mkdir(parents=True)
+        (folder / "0.npy").write_bytes(b"x" * 5000)
+        os.utime(folder, (time.time() - age,) * 2)
+    free = [10_000]
+
+    def usage(path: Path) -> object:
+        gone = 2 - sum((prefix / name).exists() for name in ("old", "new"))
+        return type("Usage", (), {"free": free[0] + 5000 * gone})
+
+    monkeypatch.setattr(cache.shutil, "disk_usage", usage)
+    assert cache._make_room(prefix, 6000) == ""
+    assert {path.name for path in prefix.iterdir()} == {".being written", "new"}
+    free[0] = 1000
+    assert "its cache would take" in cache._make_room(prefix, 6_000_000)
+    assert (prefix / "new").exists(), "what cannot help is not removed"

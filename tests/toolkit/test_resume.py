@@ -1,0 +1,137 @@
+"""A run that is killed, interrupted or terminated goes on and ends with the very same weights."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, ftkit, settings
+
+from ftkit import state
+
+# The real command, saving after every step: so that a kill meets a save or the step after it.
+COMMAND = "import ftkit.state as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli import main; main()"
+
+
+def begin(photos: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", COMMAND, "train", str(photos), "--out", str(out), *more]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
+
+
+def steps_done(out: Path) -> int:
+    """Stage * 1000 + step as last saved; -1 before the first save."""
+    try:
+        data = json.loads((out / "state" / "state.json").read_text())
+    except (OSError, ValueError):
+        return -1
+    return int(data["stage"]) * 1000 + int(data["step"])
+
+
+def wait_for(process: subprocess.Popen[str], out: Path, place: int) -> None:
+    while process.poll() is None and steps_done(out) < place:
+        time.sleep(0.005)
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    first, second = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (one, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    lines = [
+        [{**json.loads(line), "images_per_s": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, other)
+    ]
+    assert lines[0] == lines[1]
+    assert not (other / "state").exists()
+
+
+def test_killed_three_times_and_once_asked_to_stop(run: Path, photos: Path, tmp_path: Path) -> None:
+    """SIGKILL in the head stage, SIGKILL and SIGTERM in the second, SIGINT late: each resume goes on from there."""
+    out, chosen = tmp_path / "killed run", settings(*TINY)
+    for place, number in ((4, signal.SIGKILL), (1002, signal.SIGKILL), (1004, signal.SIGTERM), (1006, signal.SIGINT)):
+        process = begin(photos, out, *(["--resume"] if out.exists() else chosen))
+        wait_for(process, out, place)
+        time.sleep(random.Random(place).random() * 0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), errors
+        if number != signal.SIGKILL:
+            assert f"stopped; go on with: ftkit train '{photos}' --out '{out}' --resume" in errors
+        assert "found one that was not finished" in ftkit("export", out).stderr
+    result = ftkit("train", photos, "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    assert_equal_runs(run, out)
+    assert "finished already" in ftkit("train", photos, "--out", out, "--resume").stdout
+
+
+@pytest.fixture(scope="module")
+def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run stopped in its second stage."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    process = begin(photos, out, *settings(*TINY))
+    wait_for(process, out, 1002)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    return out
+
+
+def test_resume_refuses_another_recipe_seed_or_set_of_images(stopped: Path, photos: Path, tmp_path: Path) -> None:
+    fewer = shutil.copytree(photos, tmp_path / "photos")
+    next(iter(sorted(fewer.rglob("*.png")))).unlink()
+    before = (stopped / "state" / "state.json").read_bytes()
+    for data, more, what in (
+        (photos, settings(*TINY, "stages.1.lr=1e-5"), "recipe"),
+        (photos, [*settings(*TINY), "--seed", "1"], "seed"),
+        (fewer, [], "data fingerprint"),
+    ):
+        result = ftkit("train", data, "--out", stopped, "--resume", *more)
+        assert (result.exit_code, f"expected the {what} this run began with" in result.stderr) == (2, True), (
+            result.stderr
+        )
+    assert "expected a new folder" in ftkit("train", photos, "--out", stopped).stderr
+    assert (stopped / "state" / "state.json").read_bytes() == before
+
+
+def test_resume_warns_when_the_bits_may_differ(stopped: Path, photos: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(stopped, tmp_path / "run")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = ftkit("train", photos, "--out", copy, "--resume")
+    finally:
+        torch.set_num_threads(threads)
+    assert result.exit_code == 0
+    if threads != 1:
+        assert f"expected threads {threads} as before the interruption, found 1" in result.stderr
+
+
+def test_resume_begins_a_run_that_is_not_there_and_needs_its_folder(photos: Path, tmp_path: Path) -> None:
+    assert "expected the run to go on with, found no --out" in ftkit("train", photos, "--resume").stderr
+    small = settings(*TINY, "stages.0.epochs=1", "stages.1.epochs=1")
+    assert ftkit("train", photos, "--out", tmp_path / "run", "--resume", *small).exit_code == 0
+
+
+def test_a_disk_that_fills_leaves_the_last_save_and_one_sentence(
+    stopped: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "run")
+    real = state.write_atomically
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name.startswith("step-") or path.name.startswith("base-2"):
+            raise OSError(28, "No space left on device", str(path))
+        real(path, content)
+
+    monkeypatch.setattr(state, "write_atomically", full)
+    result = ftkit("train", photos, "--out", out, "--resume")
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    monkeypatch.undo()
+    assert ftkit("train", photos, "--out", out, "--resume").exit_code == 0

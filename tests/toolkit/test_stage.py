@@ -1,0 +1,239 @@
+"""What a stage's options do: which parts train, at what rate, on what loss; and what stops a stage."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import TINY, ftkit, settings
+from torch import nn
+
+from ftkit import fan, stage
+from ftkit.augment import evaluation
+from ftkit.backbones import build, trainable
+from ftkit.canvas import build as build_canvases
+from ftkit.checkpoint import open_run
+from ftkit.feed import Feeds, ahead
+from ftkit.intake import read
+from ftkit.optim import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
+from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.teacher import Teacher
+from ftkit_export.preprocess import Preprocess
+
+PREPROCESS = Preprocess(size=64, resize=64)
+
+
+def test_first_last_all_and_patterns_name_what_trains() -> None:
+    lite = build("efficientnet_lite0", 3, "none")
+    assert trainable(lite, "first:2") == ("conv_stem", "bn1", "blocks.0", "blocks.1", "classifier")
+    assert trainable(lite, r"blocks\.[56]|head|classifier") == ("blocks.5", "blocks.6", "conv_head", "classifier")
+    assert all(name.endswith("conv_dw") for name in trainable(lite, "conv_dw$"))
+    vit = build("vit_tiny_patch16_224", 3, "none")
+    assert {"cls_token", "pos_embed"} <= set(trainable(vit, "all")) & set(trainable(vit, "first:1"))
+
+
+def test_layer_decay_slows_each_block_further_from_the_head() -> None:
+    backbone = build("resnet18", 3, "none")
+    groups = make_optimizer(backbone, Stage(train="all", layer_decay=0.5)).param_groups
+    scales = {group["name"].removesuffix(" without decay"): group["scale"] for group in groups}
+    assert scales == {"stem": 0.5**5, "layer1": 0.5**4, "layer2": 0.5**3, "layer3": 0.25, "layer4": 0.5, "head": 1.0}
+
+
+def test_class_weights_make_every_class_count_the_same() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 9 + [2])
+    weights = class_weights(labels, 3)
+    assert torch.allclose(torch.bincount(labels) * weights, torch.full((3,), 100 / 3))
+    logits = torch.zeros(100, 3)
+    loss = loss_of(logits, labels, labels, Batch(inputs=()), Stage(), weights)
+    assert float(loss[labels == 1].sum()) == pytest.approx(float(loss[labels == 0].sum()))
+
+
+def test_mixed_images_learn_both_labels_by_share() -> None:
+    logits, own, other = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
+    share = torch.tensor([1.0, 0.25, 0.0, 0.5])
+    found = loss_of(logits, own, other, Batch(inputs=(), share=share), Stage(), None)
+    expected = -(torch.log_softmax(logits, 1) * (share[:, None] * F.one_hot(own, 3)
+                 + (1 - share)[:, None] * F.one_hot(other, 3))).sum(1)  # fmt: skip
+    assert torch.allclose(found, expected)
+
+
+def test_a_teacher_pulls_towards_its_own_answers() -> None:
+    teacher, targets = torch.tensor([[4.0, 1.0, -2.0]]), torch.tensor([2])
+    student = torch.zeros(1, 3, requires_grad=True)
+    loss_of(student, targets, targets, Batch(inputs=(), teacher=teacher), Stage(), None).sum().backward()
+    hard = torch.zeros(1, 3, requires_grad=True)
+    F.cross_entropy(hard, targets).backward()
+    soft = student.grad - 0.5 * hard.grad  # type: ignore[operator]
+    assert float(soft[0, 0]) < 0 < float(soft[0, 2])
+
+
+class _Small(nn.Module):
+    """Runs out of memory above `limit` images at once, as a GPU would."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.linear, self.limit = nn.Linear(6, 3), limit
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > self.limit:
+            raise torch.OutOfMemoryError
+        out: torch.Tensor = self.linear(inputs)
+        return out
+
+
+def test_out_of_memory_halves_the_step_and_the_gradients_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    net, targets = _Small(limit=100), torch.randint(3, (20,))
+    batch = Batch(inputs=(torch.randn(20, 6),), partner=torch.randperm(20), share=torch.rand(20))
+    gradients(net, batch, targets, Stage(), None, 20)
+    whole = net.linear.weight.grad.clone()  # type: ignore[union-attr]
+    net.limit = 6
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    moving = Moving(net, lambda name: True, Stage(), optimizer)
+    _, _, micro = stage._gradients(net, batch, targets, moving, None, 20)
+    assert micro == 5
+    assert "in steps of 5 images that add up" in capsys.readouterr().out
+    assert torch.allclose(net.linear.weight.grad, whole, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_clipping_bounds_a_step_and_the_average_starts_fast() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(4, 2)
+    moving = Moving(net, lambda name: True, Stage(clip=0.1, ema=0.99), torch.optim.SGD(net.parameters(), lr=1.0))
+    (1000 * net(torch.ones(1, 4)).sum()).backward()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    moving.step(1, torch.tensor(0.0), torch.tensor(0.0), 1)
+    moved = torch.cat([(value - before[name]).flatten() for name, value in net.state_dict().items()])
+    assert float(moved.norm()) == pytest.approx(0.1, rel=1e-3)
+    expected = before["weight"].lerp(net.weight.detach(), 1 - 2 / 11)  # decay (1 + 1) / (10 + 1)
+    assert torch.allclose(moving.mean["weight"], expected)
+
+
+def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
+    assert list(ahead(range(7), lambda n: n * n)) == [(n, n * n) for n in range(7)]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead([1, 0, 2], lambda n: 1 // n))
+
+
+def test_auto_takes_the_rate_whose_head_ends_best(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fan, "RATES", (1e-9, 3e-3, 1e3))
+    changes = settings(*TINY, "stages.0.lr=auto", "stages.1.epochs=1")
+    result = ftkit("train", photos, "--out", tmp_path / "run", *changes)
+    assert result.exit_code == 0, result.output
+    assert "head: rate 3e-03, the best of a fan on val" in result.stdout
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"][0]["lr"] == 3e-3
+    live = ftkit("train", photos, "--out", tmp_path / "live", *changes, "--set", "stages.0.cache=off")
+    assert (live.exit_code, "auto expected a cached head stage" in live.stderr) == (2, True)
+
+
+def test_patience_ends_a_stage_with_its_best_epoch(photos: Path, tmp_path: Path) -> None:
+    changes = settings(*TINY, "stages.0.patience=2", "stages.0.epochs=60", "stages.0.lr=0.05", "stages.1.epochs=1",
+                       "stages.1.lr=1e-9", "stages.0.balance=sample", "stages.1.balance=loss")  # fmt: skip
+    result = ftkit("train", photos, "--out", tmp_path / "run", *changes)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    head = [(line["val_accuracy"], -line["val_nll"]) for line in lines if line["stage"] == 0]
+    assert len(head) < 60
+    assert head.index(max(head)) == len(head) - 3, "two epochs after the best, none of them better"
+    ended = json.loads((tmp_path / "run" / "run.json").read_text())["stages"][0]
+    assert (ended["val_accuracy"], -ended["val_nll"]) == pytest.approx(max(head))
+
+
+def test_something_frozen_that_moves_aborts_the_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stage._validate
+
+    def meddling(backbone, *rest):  # type: ignore[no-untyped-def]
+        backbone.model.bn1.running_mean.add_(1e-7)
+        return real(backbone, *rest)
+
+    monkeypatch.setattr(stage, "_validate", meddling)
+    result = ftkit("train", photos, "--out", tmp_path / "run", *settings(*TINY))
+    assert (result.exit_code, "expected frozen weights to stay, found them changed" in result.stderr) == (2, True)
+
+
+def test_a_head_stage_leaves_features_in_place_and_a_deeper_one_moves_them(run: Path) -> None:
+    head, deeper = json.loads((run / "run.json").read_text())["stages"]
+    assert head["drift"] == pytest.approx(1.0, abs=1e-6)
+    assert 0.1 < deeper["drift"] < 0.9999
+
+
+class _Branching(nn.Module):
+    """What torch.fx cannot follow: a decision on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes, self.pretrained_cfg = 1000, {"input_size": (3, 64, 64), "crop_pct": 1.0}
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 1000)
+
+    def get_classifier(self) -> nn.Linear:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x.relu() if x.mean() > 0 else x.abs()
+        out: torch.Tensor = self.fc(x.mean((2, 3)))
+        return out
+
+
+def test_a_backbone_that_cannot_be_traced_trains_live_and_says_so(photos: Path, tmp_path: Path) -> None:
+    def branching_net(pretrained: bool = False, **options: object) -> nn.Module:
+        return _Branching()
+
+    branching_net.__module__ = __name__
+    timm.models.register_model(branching_net)
+    mixing = ("augment.mixup=0.2", "augment.cutmix=1", "augment.erase=0.5", "augment.saturation=0.4")
+    changes = settings(*TINY, *mixing, "backbone=branching_net", "weights=none", "preprocess=none",
+                       "stages.1.train=all", "stages.1.clip=1")  # fmt: skip
+    result = ftkit("train", photos, "--out", tmp_path / "run", *changes)
+    assert result.exit_code == 0, result.output
+    assert "head: live: torch.fx cannot trace this backbone" in result.stdout
+
+
+def test_a_teacher_sees_what_the_student_sees_in_its_own_normalisation(run: Path, photos: Path) -> None:
+    opened = open_run(run)
+    student = Preprocess(size=96, resize=96)  # ImageNet's mean and std; the run's are 127 and 128
+    canvases = build_canvases(read(photos), opened.preprocess)
+    pixels = torch.from_numpy(canvases.array(canvases.rows("val")))
+    with torch.inference_mode():
+        found = Teacher(opened, student)(evaluation(pixels, student))
+        expected = opened.backbone().model(evaluation(pixels, opened.preprocess))
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_student_learns_from_a_run(run: Path, photos: Path, tmp_path: Path) -> None:
+    small = ("backbone=mobilenetv3_small_100", "weights=none", "stages.1.cache=off", f"stages.0.teacher={run}")
+    changes = settings(*TINY, *small, f"stages.1.teacher={run}")
+    result = ftkit("train", photos, "--out", tmp_path / "run", *changes)
+    assert result.exit_code == 0, result.output
+    recipe = Recipe(name="x", backbone="resnet18", augment=Augment(hflip=True),
+                    stages=(Stage(views=2, teacher=str(run)),))  # fmt: skip
+    feeds = Feeds(build("resnet18", 4, "none"), recipe, build_canvases(read(photos), PREPROCESS), PREPROCESS, 0,
+                  torch.device("cpu"))  # fmt: skip
+    feed, generator = feeds.stage(0), torch.Generator().manual_seed(1)
+    positions = np.arange(5)
+    batch = feed.prepare(feed.fetch(positions, generator), generator)
+    views = torch.randint(2, (5,), generator=torch.Generator().manual_seed(1))
+    pixels = torch.cat([feeds._views(2).pixels(feeds.canvases.rows("train"), int(v), 0)[i : i + 1]
+                        for i, v in enumerate(views)])  # fmt: skip
+    with torch.inference_mode():
+        live = Teacher(open_run(run), PREPROCESS)(pixels)
+    assert batch.teacher is not None
+    assert torch.allclose(batch.teacher, live, atol=2e-2)
+
+
+def test_a_teacher_of_other_classes_is_refused_at_once(run: Path, photos: Path, tmp_path: Path) -> None:
+    import shutil
+
+    two = tmp_path / "two"
+    for name in ("mono-ok", "poly-ok"):
+        shutil.copytree(photos / name, two / name)
+    result = ftkit("train", two, "--out", tmp_path / "run", "--set", f"stages.0.teacher={run}")
+    assert (result.exit_code, "expected a run of the classes mono-ok, poly-ok" in result.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
