@@ -16,17 +16,28 @@ from typing import Any
 import numpy as np
 
 from ftkit_export.errors import BundleError, FtkitError
+from ftkit_export.foreign import Foreign
 from ftkit_export.preprocess import SUFFIXES, decode
 from ftkit_export.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One image's answer. probabilities: class name -> probability, in the model's class order; they sum to 1."""
+    """One image's answer. probabilities: class name -> probability, in the model's class order; they sum to 1.
+
+    doubtful: below the threshold at which the wanted precision was reached on val. foreign: unlike the training images.
+    """
 
     label: str
     probability: float
     probabilities: Mapping[str, float]
+    doubtful: bool
+    foreign: bool
+
+    @property
+    def remark(self) -> str:
+        """ "foreign", "doubtful" or nothing, for a line of text."""
+        return "foreign" if self.foreign else "doubtful" if self.doubtful else ""
 
 
 class Classifier:
@@ -46,6 +57,10 @@ class Classifier:
                 f"{path}: expected labels in its metadata, found none. Try a file ftkit exported"
             ) from None
 
+        metadata = self.session.metadata
+        self.threshold = float(metadata.get("abstain_threshold", 0))
+        self.familiar = Foreign.from_text(metadata["out_of_domain"]) if metadata.get("out_of_domain") else None
+
     def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
         found: np.ndarray[Any, Any] = self.session.run(image[None])[0][0]
@@ -53,10 +68,16 @@ class Classifier:
 
     def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
         """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a bad file."""
-        found = self.probabilities(image if isinstance(image, np.ndarray) else decode(image))
+        pixels = image if isinstance(image, np.ndarray) else decode(image)
+        (found,), embedding = self.session.run(pixels[None])
         best = int(found.argmax())
         named = {label: float(value) for label, value in zip(self.labels, found, strict=True)}
-        return Prediction(label=self.labels[best], probability=float(found[best]), probabilities=named)
+        score = self.familiar.score(embedding)[0] if self.familiar else 0.0
+        return Prediction(
+            label=self.labels[best], probability=float(found[best]), probabilities=named,
+            doubtful=bool(found[best] < self.threshold),
+            foreign=bool(self.familiar and score > self.familiar.threshold),
+        )  # fmt: skip
 
 
 def image_files(paths: list[str | Path]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Learning-rate fine-tuning: a frozen ImageNet backbone, a new head, Adam at 1e-4, 5 epochs.
+"""Learning-rate fine-tuning: frozen base, new head, Adam 1e-4.
 
     ftkit train photos --recipe gentle
 

@@ -1,8 +1,8 @@
-"""ResNet18: a new head, then the last two blocks. Its weights need a network, or --weights FILE.
+"""ResNet18: a new head, then the last two blocks.
 
     ftkit train photos --recipe resnet18 --weights FILE
 
-Accuracy unmeasured: the weights are not to be had offline.
+Its weights need a network, or --weights FILE: accuracy unmeasured here, where there was none.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Staged strategy: ResNet50, a new head for 5 epochs, then the last two blocks for 10 epochs at 1e-4.
+"""Staged strategy: ResNet50, a new head, then two blocks at 1e-4.
 
     ftkit train photos --recipe staged_resnet50 --weights resnet50.safetensors
     ftkit train photos --recipe staged_resnet50 --set backbone=efficientnet_lite0      (the same plan, offline)

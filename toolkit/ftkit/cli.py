@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -170,9 +171,9 @@ def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool
             click.echo(f"error: {error}", err=True)
             continue
         if as_json:
-            click.echo(json.dumps({"image": str(path), "label": answer.label, "probabilities": answer.probabilities}))
+            click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer)}))
         else:
-            click.echo(f"{path}  {answer.label}  {answer.probability:.3f}")
+            click.echo(f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip())
     sys.exit(2 if bad else 0)
 
 
@@ -191,8 +192,10 @@ def recipes(name: str | None) -> None:
 
     loaded = recipes_.load(name)
     click.echo((recipes_.load_module(name).__doc__ or "").strip() + "\n")
-    click.echo(json.dumps(recipes_.resolve(loaded), indent=1))
-    listed = blocks(build(loaded.backbone, 2, "none"))
+    backbone = build(loaded.backbone, 2, "none")
+    whole = dataclasses.replace(loaded, preprocess=loaded.preprocess or backbone.preprocess)
+    click.echo(json.dumps(recipes_.resolve(whole), indent=1))
+    listed = blocks(backbone)
     click.echo(f"\nlast:1 to last:{len(listed)} count these blocks from the end:")
     click.echo("  " + " ".join(listed))
 

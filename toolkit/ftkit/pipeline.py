@@ -81,10 +81,14 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
 def metadata(run: Run) -> dict[str, str]:
     """What the file says of itself: labels in order, preprocess, temperature, recipe, and the run's fingerprint."""
     recipe = {key: value for key, value in run.data["recipe"].items() if key != "weights"}  # may be a local path
+    recipe["stages"] = [{**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]]  # so may this be
+    threshold = run.data["abstention"]["threshold"]
     return {
         "labels": json.dumps(list(run.classes), ensure_ascii=False),
         "preprocess": json.dumps(asdict(run.preprocess)),
         "temperature": repr(run.temperature),
+        "abstain_threshold": repr(1.0 if threshold is None else threshold),
+        "out_of_domain": run.data["foreign"],
         "recipe": json.dumps(recipe),
         "run": run.data["model_fingerprint"],
         "ftkit": ftkit.__version__,

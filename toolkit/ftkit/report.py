@@ -125,6 +125,19 @@ def _confusion(metrics: Mapping[str, Any]) -> str:
             f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>")  # fmt: skip
 
 
+def _doubts(run: Mapping[str, Any]) -> str:
+    """Calibration before and after, what withholding doubtful answers brings, and how many images pass as familiar."""
+    after, before, held = run["metrics"]["test"], run["uncalibrated"]["test"], run["abstention"]
+    text = (f"Temperature {run['temperature']:.2f}: NLL {before['nll']:.3f} to {after['nll']:.3f}, "
+            f"ECE {before['ece']:.3f} to {after['ece']:.3f}. ")  # fmt: skip
+    if held["threshold"] is None:
+        text += f"No threshold on val reached a precision of {held['wanted']:.0%}: every answer is marked doubtful. "
+    else:
+        text += (f"Answers below {held['threshold']:.2f} are doubtful; of the other {held['coverage']:.0%}, "
+                 f"{held['precision']:.1%} are right ({held['wanted']:.0%} wanted on val). ")  # fmt: skip
+    return text + f"{run['foreign_kept']:.1%} of these photographs pass as familiar (95 % on val)."
+
+
 def write_report(
     path: Path, run: Mapping[str, Any], manifest: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -156,13 +169,31 @@ def write_report(
         )
     ]
     accuracy = [
-        (who, m["images"], m["accuracy"], f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}", m["nll"], m["ece"])
+        (
+            who,
+            m["images"],
+            m["accuracy"],
+            f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}",
+            m["balanced_accuracy"],
+            m["macro_f1"],
+            m["nll"],
+            m["ece"],
+        )
         for who, m in (("exported file", file_metrics), ("framework", framework))
     ]
     stages = [
-        (s["train"], s["epochs"], s["val_accuracy"], s["seconds"], "kept" if s["kept"] else "left out")
+        (
+            s["train"],
+            s["epochs"],
+            s["lr"],
+            s["val_accuracy"],
+            s["drift"],
+            s["seconds"],
+            "kept" if s["kept"] else "left out",
+        )
         for s in run["stages"]
     ]
+    mistakes = [(m["image"], m["class"], m["said"], m["probability"]) for m in run["mistakes"]]
     facts = [*manifest["machine"].items(), *run["environment"].items(), ("seed", str(run["seed"])),
              ("run", manifest["run"]), ("data", manifest["data_fingerprint"])]  # fmt: skip
     word = '<span class="good">All gates passed</span>' if passed else '<span class="bad">A gate failed</span>'
@@ -173,10 +204,13 @@ def write_report(
         f"{file_metrics['accuracy']:.1%} of {file_metrics['images']} held-out photographs right.</p>",
         "<h2>Gates</h2>", _table(("gate", "value", "limit", "verdict"), gates),
         "<h2>Accuracy on held-out photographs</h2>",
-        _table(("of the", "images", "accuracy", "95 % interval", "NLL", "ECE"), accuracy),
+        _table(("of the", "images", "accuracy", "95 % interval", "balanced", "macro F1", "NLL", "ECE"), accuracy),
+        f"<p>{_doubts(run)}</p>",
         "<h2>By class</h2>", _table(("class", "recall", "precision"), classes), _confusion(file_metrics),
         "<h2>Training</h2>", _curves(epochs),
-        _table(("stage", "epochs", "val accuracy", "seconds", "verdict"), stages),
+        _table(("stage", "epochs", "rate", "val accuracy", "CKA", "seconds", "verdict"), stages),
+        "<p>CKA: likeness of the embedding to the pretrained backbone's, 1 = features unmoved.</p>",
+        "<h2>Worst mistakes</h2>", _table(("image", "is", "said", "probability"), mistakes),
         "<h2>Parity with the framework</h2>",
         _table(("compared", "inputs from", "provider", "inputs", "worst", "limit", "verdict"), parity),
         "<h2>Latency, one photograph at a time</h2>",

@@ -7,11 +7,14 @@ run = train(recipe, "photos", Path("runs/lite0-1"), resume=True)      # after an
 from __future__ import annotations
 
 import ctypes
+import os
 import shlex
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +23,7 @@ from ftkit.backbones import build, fingerprint, trainable
 from ftkit.cache import CHUNK
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
+from ftkit.evaluate import Mistake
 from ftkit.feed import Feeds
 from ftkit.intake import Images, read
 from ftkit.judge import judge
@@ -126,7 +130,7 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
     seconds = run.spent
     checkpoint.finish(run.folder, backbone.model, {
         "schema": 2, "recipe": resolve(work.recipe), "classes": list(images.classes), "preprocess": asdict(preprocess),
-        **asdict(verdict), "seed": work.seed, "data": str(Path(data).resolve()),
+        **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed, "data": str(Path(data).resolve()),
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
         "weights": backbone.weights, "model_fingerprint": fingerprint(backbone.model), "stages": run.stages,
@@ -138,6 +142,18 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
         f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on {test.images} "
         f"images; trained in {terminal.clock(seconds)}"
     )
+
+
+def _named(mistakes: Sequence[Mistake], images: Images, canvases: Canvases) -> list[dict[str, Any]]:
+    """Mistakes with the image's place in the data and the classes' names."""
+    root = images.root if images.root.is_dir() else images.root.parent
+    return [
+        {
+            "image": os.path.relpath(canvases.images.images[item.row].path, root), "class": images.classes[item.label],
+            "said": images.classes[item.said], "probability": item.probability,
+        }
+        for item in mistakes
+    ]  # fmt: skip
 
 
 def _say_data(canvases: Canvases) -> None:

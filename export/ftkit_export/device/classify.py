@@ -5,6 +5,7 @@ python device/classify.py --self-check    replay the golden vectors, then time t
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -58,9 +59,9 @@ def main() -> int:
         for path in image_files(options.images):
             answer = classify(path)
             if options.json:
-                print(json.dumps({"image": str(path), "label": answer.label, "probabilities": answer.probabilities}))
+                print(json.dumps({"image": str(path), **dataclasses.asdict(answer)}))
             else:
-                print(f"{path}  {answer.label}  {answer.probability:.3f}")
+                print(f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip())
     except FtkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

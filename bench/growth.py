@@ -1,0 +1,149 @@
+"""Cost of growth: seconds an epoch and peak memory at 1, 4 and 16 times the images, cached and live; and of canvases.
+
+    python bench/growth.py                 # training
+    python bench/growth.py --canvases      # decoding: images a second beside other decoders, and memory
+
+Photographs: ELPV, listed again and again in a CSV; every listing is decoded, cached and trained on its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from elpv_dataset import __file__ as elpv_file
+
+BASE = 240  # train photographs at 1x
+PREPROCESS = {"size": 224, "resize": 224}
+
+
+def files(count: int) -> list[tuple[Path, str]]:
+    """`count` photographs with their class, over and over."""
+    folder = Path(elpv_file).parent / "data"
+    rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
+    certain = [(folder / name, f"{kind}-{share}") for name, share, kind in rows if float(share) in (0.0, 1.0)]
+    mixed = [certain[i] for i in np.random.default_rng(0).permutation(len(certain))[: BASE + 80]]
+    return [mixed[i % len(mixed)] for i in range(count)]
+
+
+def write_csv(path: Path, times: int) -> None:
+    """BASE x times train rows, 40 val, 40 test."""
+    listed = files(BASE + 80)
+    rows = ["path,label,split"]
+    rows += [f"{file},{label},train" for file, label in listed[:BASE]] * times
+    rows += [f"{file},{label},val" for file, label in listed[BASE : BASE + 40]]
+    rows += [f"{file},{label},test" for file, label in listed[BASE + 40 :]]
+    path.write_text("\n".join(rows) + "\n")
+
+
+def in_process(code: str, **environment: str) -> dict[str, float]:
+    """Run `code` alone; what it prints last as JSON, with its peak memory in MB."""
+    tail = "\nimport json, re\nhigh = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1e3\n"
+    whole = code + tail + "print(json.dumps({**result, 'peak_mb': high}))\n"
+    done = subprocess.run([sys.executable, "-c", whole], env={**os.environ, **environment}, check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def training() -> None:
+    """A table: times, cached or live, seconds an epoch of last:1, seconds in all, peak memory."""
+    print("| images | feed | seconds an epoch | ms an image | seconds in all | peak MB |\n|---|---|---|---|---|---|")
+    for cache in ("auto", "off"):
+        for times in (1, 4, 16):
+            with tempfile.TemporaryDirectory() as scratch:
+                write_csv(Path(scratch) / "data.csv", times)
+                code = f"""
+import json, time
+from pathlib import Path
+from ftkit.recipe import Recipe, Stage
+from ftkit.train import train
+from ftkit_export.preprocess import Preprocess
+recipe = Recipe(name="growth", backbone="efficientnet_lite0", preprocess=Preprocess(size=224, resize=224),
+                stages=(Stage(train="last:1", epochs=2, cache="{cache}"),))
+begun = time.time()
+run = train(recipe, "{scratch}/data.csv", Path("{scratch}/run"))
+lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+result = dict(epoch={BASE * times} / lines[-1]["images_per_s"], whole=time.time() - begun)
+"""
+                found = in_process(code, FTKIT_CACHE=f"{scratch}/cache")
+                print(f"| {BASE * times} | {'cached' if cache == 'auto' else 'live'} | {found['epoch']:.1f} "
+                      f"| {1e3 * found['epoch'] / BASE / times:.1f} "
+                      f"| {found['whole']:.0f} | {found['peak_mb']:.0f} |", flush=True)  # fmt: skip
+
+
+def _one(path: str) -> int:
+    from ftkit_export.preprocess import Preprocess, decode
+
+    return int(Preprocess(**PREPROCESS).canvas(decode(Path(path))).sum())
+
+
+def canvases(count: int = 2000) -> None:
+    """Images a second: one Pillow loop, torchvision's decoder and resize, a pool of processes, ftkit's threads."""
+    import torch
+    from PIL import Image
+    from torchvision.io import ImageReadMode, decode_image, read_file
+    from torchvision.transforms.v2.functional import resize
+
+    paths = [path for path, _ in files(count)]
+
+    def pillow() -> None:
+        for path in paths:
+            np.asarray(Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR))
+
+    def torchvision() -> None:
+        for path in paths:
+            resize(decode_image(read_file(str(path)), ImageReadMode.RGB), [224, 224], antialias=True)
+
+    def processes() -> None:
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_one, map(str, paths), chunksize=32))
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    print("| decoder | images/s | peak MB |\n|---|---|---|")
+    for name, work in (("one Pillow loop", pillow), ("torchvision", torchvision), ("pool of processes", processes)):
+        begun = time.perf_counter()
+        work()
+        print(f"| {name} | {count / (time.perf_counter() - begun):.0f} | |", flush=True)
+    for total in (count, 4 * count):
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / "data.csv").write_text(
+                "path,label,split\n" + "".join(
+                    f"{path},{label},{'val' if i == 1 else 'test' if i == 2 else 'train'}\n"
+                    for i, (path, label) in enumerate(files(total))))  # fmt: skip
+            found = in_process(f"""
+import time
+from ftkit.canvas import build
+from ftkit.intake import read
+from ftkit_export.preprocess import Preprocess
+images = read("{scratch}/data.csv")
+begun = time.perf_counter()
+build(images, Preprocess(size=224, resize=224))
+result = dict(seconds=time.perf_counter() - begun)
+""", FTKIT_CACHE=f"{scratch}/cache")  # fmt: skip
+            print(
+                f"| ftkit, {total} images to disk | {total / found['seconds']:.0f} | {found['peak_mb']:.0f} |",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Training, or canvases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--canvases", action="store_true")
+    if parser.parse_args().canvases:
+        canvases()
+    else:
+        training()
+
+
+if __name__ == "__main__":
+    main()

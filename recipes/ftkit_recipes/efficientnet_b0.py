@@ -1,0 +1,17 @@
+"""EfficientNet-B0: a new head, then the last two blocks.
+
+    ftkit train photos --recipe efficientnet_b0 --weights FILE
+
+Its weights need a network, or --weights FILE: accuracy unmeasured here, where there was none.
+"""
+
+from dataclasses import replace
+
+from ftkit_recipes.lite0 import recipe as lite0
+
+recipe = replace(lite0, name="efficientnet_b0", backbone="efficientnet_b0", preprocess=None)
+
+if __name__ == "__main__":
+    from ftkit.cli import run_recipe
+
+    run_recipe(recipe)
