@@ -69,7 +69,7 @@ def test_a_typo_is_answered_with_the_choices(setting: str, said: str, photos: Pa
 def test_an_unknown_recipe_is_answered_with_the_names(photos: Path) -> None:
     result = ftkit("train", photos, "--recipe", "lite9")
     assert result.exit_code == 2
-    assert "found 'lite9'. Try one of: gentle, lite0" in result.stderr
+    assert "found 'lite9'. Try one of: efficientnet_b0, gentle, lite0" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,23 @@ from ftkit.recipe import Augment
 from ftkit_export.preprocess import Preprocess
 
 
+def _planes(pixels: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, new. Bytes are moved, not floats: a quarter of the traffic."""
+    return pixels.permute(0, 3, 1, 2).contiguous().float()
+
+
 def _normalise(levels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
+    """In place."""
     mean = torch.tensor(preprocess.mean, device=levels.device)[:, None, None]
     std = torch.tensor(preprocess.std, device=levels.device)[:, None, None]
-    return (levels - mean) / std
+    return levels.sub_(mean).div_(std)
 
 
 def evaluation(canvases: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: centre crop and normalise, equal to Preprocess.pixels."""
     start = (preprocess.resize - preprocess.size) // 2
     crop = canvases[:, start : start + preprocess.size, start : start + preprocess.size]
-    return _normalise(crop.permute(0, 3, 1, 2).float(), preprocess).contiguous()
+    return _normalise(_planes(crop), preprocess)
 
 
 def augmented(
@@ -56,7 +62,7 @@ def augmented(
         elif allowed and turn is not None:
             levels = levels.flip(axis) if turn % 2 else levels
             turn //= 2
-    pixels = _normalise(_coloured(levels, augment, draw), preprocess).contiguous()
+    pixels = _normalise(_coloured(levels, augment, draw).contiguous(), preprocess)
     if augment.erase:
         # Zero is the mean colour: what a backbone is least surprised by.
         pixels = pixels * ~_rectangles(preprocess.size, draw[9:13], draw[13] < augment.erase)
@@ -123,12 +129,12 @@ def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor)
     """A crop of S x S at a random place of the canvas, per sample -> (N, 3, S, S) float32 grey levels."""
     size, room = preprocess.size, preprocess.resize - preprocess.size
     if room == 0:
-        return canvases.permute(0, 3, 1, 2).float()
+        return _planes(canvases)
     top, left = ((draw[row] * (room + 1)).long().clamp(max=room) for row in (4, 5))
     span = torch.arange(size, device=canvases.device)
     sample = torch.arange(len(canvases), device=canvases.device)[:, None, None]
     crop = canvases[sample, (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]]
-    return crop.permute(0, 3, 1, 2).float()
+    return _planes(crop)
 
 
 def _resample(canvases: torch.Tensor, preprocess: Preprocess, augment: Augment, draw: torch.Tensor) -> torch.Tensor:
@@ -141,5 +147,5 @@ def _resample(canvases: torch.Tensor, preprocess: Preprocess, augment: Augment, 
     shift_x, shift_y = ((1 - side) * (2 * draw[row] - 1) for row in (4, 5))
     theta = torch.stack([torch.stack([cos, -sin, shift_x], -1), torch.stack([sin, cos, shift_y], -1)], 1)
     grid = F.affine_grid(theta, [len(canvases), 3, preprocess.size, preprocess.size], align_corners=False)
-    levels = canvases.permute(0, 3, 1, 2).float()
+    levels = _planes(canvases)
     return F.grid_sample(levels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

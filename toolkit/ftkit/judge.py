@@ -35,7 +35,7 @@ from ftkit_export.preprocess import Preprocess
 
 Array = np.ndarray[Any, Any]
 
-FOREIGN_IMAGES = 512  # 256, 512 and 1,398 training images caught foreign ones equally well
+FOREIGN_IMAGES = 256  # 256, 512 and 1,398 training images caught foreign ones equally well
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,28 +63,32 @@ class _WithEmbedding(nn.Module):
         return logits, embedding
 
 
-def answers(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, rows: Array, label: str) -> list[Array]:
-    """[logits (N, classes), embedding (N, features)] of canvas rows, by the model in float32 on the CPU."""
+class Answers:
+    """The model in float32 on the CPU, made ready once: answers(rows) -> [logits (N, classes), embedding (N, D)]."""
 
-    def pixels(start: int) -> torch.Tensor:
-        return evaluation(torch.from_numpy(canvases.array(rows[start : start + CHUNK])), preprocess)
+    def __init__(self, backbone: Backbone, canvases: Canvases, preprocess: Preprocess):
+        self._canvases, self._preprocess = canvases, preprocess
+        self._run, _ = runner(_WithEmbedding(backbone), self._pixels(np.arange(min(CHUNK, len(canvases.slots)))))
 
-    run, _ = runner(_WithEmbedding(backbone), pixels(0))
-    parts = []
-    with terminal.bar(label) as progress:
-        for start in range(0, len(rows), CHUNK):
-            parts.append(run(pixels(start)))
-            progress(start + len(parts[-1][0]), len(rows))
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+    def _pixels(self, rows: Array) -> torch.Tensor:
+        return evaluation(torch.from_numpy(self._canvases.array(rows)), self._preprocess)
+
+    def __call__(self, rows: Array, label: str) -> list[Array]:
+        parts = []
+        with terminal.bar(label) as progress:
+            for start in range(0, len(rows), CHUNK):
+                parts.append(self._run(self._pixels(rows[start : start + CHUNK])))
+                progress(start + len(parts[-1][0]), len(rows))
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
 def judge(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precision: float) -> Verdict:
     """Everything decided on val first; test is looked at once, and decides nothing."""
-    rows = {split: canvases.rows(split) for split in ("val", "test")}
+    answers, rows = Answers(backbone, canvases, preprocess), {split: canvases.rows(split) for split in ("val", "test")}
     labels = {split: canvases.labels[rows[split]] for split in rows}
-    found = {split: answers(backbone, canvases, preprocess, rows[split], f"evaluating {split}") for split in rows}
+    found = {split: answers(rows[split], f"evaluating {split}") for split in rows}
     logits = {split: found[split][0] for split in rows}
-    foreign = _foreign(backbone, canvases, preprocess, found["val"][1])
+    foreign = _foreign(answers, canvases, found["val"][1])
     temperature = fit_temperature(logits["val"], labels["val"])
     probabilities = {split: softmax(logits[split] / temperature) for split in rows}
     threshold = abstain_threshold(probabilities["val"], labels["val"], precision)
@@ -101,9 +105,9 @@ def judge(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precis
     )
 
 
-def _foreign(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, val: Array) -> Foreign:
+def _foreign(answers: Answers, canvases: Canvases, val: Array) -> Foreign:
     """Out-of-domain statistics from training images, spread over the classes, and the threshold from val."""
     rows = canvases.rows("train")
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(FOREIGN_IMAGES, len(rows))).round().astype(int))]
-    _, embedding = answers(backbone, canvases, preprocess, rows, "what is familiar")
+    _, embedding = answers(rows, "what is familiar")
     return fit(embedding, canvases.labels[rows], val)

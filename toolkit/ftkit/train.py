@@ -130,7 +130,8 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
     seconds = run.spent
     checkpoint.finish(run.folder, backbone.model, {
         "schema": 2, "recipe": resolve(work.recipe), "classes": list(images.classes), "preprocess": asdict(preprocess),
-        **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed, "data": str(Path(data).resolve()),
+        **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
+        "data": str(Path(data).resolve()),
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
         "weights": backbone.weights, "model_fingerprint": fingerprint(backbone.model), "stages": run.stages,
