@@ -1,4 +1,4 @@
-"""Equal work, side by side: ftkit, the tutorial loop, fastai and Lightning, on the same photographs.
+"""Equal work, side by side: ftkit, its floor, the tutorial loop, fastai and Lightning, on the same photographs.
 
     python bench/race.py --seeds 3                     (interleaved; contenders that are not installed are left out:
     python bench/race.py --who ftkit,tutorial --head 1 --deep 1      pip install fastai lightning)
@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accuracy import write_random_split
@@ -29,7 +30,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from ftkit.backbones import build, trainable
-from ftkit.feed import set_mode
+from ftkit.cache import CHUNK, Views, runner
+from ftkit.canvas import build as build_canvases
+from ftkit.feed import set_mode, under
+from ftkit.intake import read
+from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.train import train
 from ftkit_export.preprocess import Preprocess
@@ -190,8 +195,42 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 
 
+def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """What cannot be saved: one pass of the prefix for each view, and the suffix's steps, all on resident tensors."""
+    torch.manual_seed(seed)
+    preprocess = Preprocess(size=224, resize=224, mean=(127.0,) * 3, std=(128.0,) * 3)
+    canvases, backbone = build_canvases(read(data), preprocess), build("efficientnet_lite0", 4)
+    model, names = backbone.model.to(memory_format=torch.channels_last), trainable(backbone, "last:2")
+    views = Views(canvases=canvases, preprocess=preprocess, augment=Augment(hflip=True, vflip=True), count=4, seed=seed,
+                  device=torch.device("cpu"))  # fmt: skip
+    rows = canvases.rows("train")
+    chunks = [views.pixels(rows, view, start) for view in range(4) for start in range(0, len(rows), CHUNK)]
+    graph = trace(model)
+    assert graph is not None
+    run, _ = runner(frozen_part(graph, [frontier(graph, under(names))]), chunks[0])
+    begun = time.perf_counter()
+    outputs = [run(chunk)[0] for chunk in chunks]
+    seconds = time.perf_counter() - begun
+    resident = torch.from_numpy(np.concatenate(outputs)[: len(rows)])
+    del chunks, outputs
+    batches = [resident[start : start + BATCH].contiguous(memory_format=torch.channels_last)
+               for start in range(0, len(rows) - BATCH + 1, BATCH)]  # fmt: skip
+    set_mode(model, names, batchnorm=True)
+    graph = trace(model)
+    assert graph is not None
+    suffix, targets = trained_part(graph, frontier(graph, under(names))), torch.zeros(BATCH, dtype=torch.long)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-9)
+    begun = time.perf_counter()
+    for _ in range(deep):
+        for batch in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(suffix(batch), targets).backward()
+            optimizer.step()
+    return float("nan"), seconds + time.perf_counter() - begun
+
+
 CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
-    "ftkit": ftkit, "tutorial": tutorial, "fastai": fastai, "lightning": lightning,
+    "ftkit": ftkit, "floor": floor, "tutorial": tutorial, "fastai": fastai, "lightning": lightning,
 }  # fmt: skip
 
 

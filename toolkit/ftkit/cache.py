@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import nn
 
 from ftkit.augment import augmented, evaluation
-from ftkit.canvas import Canvases, cache_folder, publish
+from ftkit.canvas import Canvases, cache_folder, clear_abandoned, publish
 from ftkit.recipe import Augment
 from ftkit.state import seeded
 from ftkit_export.convert import quiet
@@ -42,7 +41,6 @@ CHUNK = 8  # images a pass; ONNX Runtime on 2 cores: 188, 180, 162 img/s at 4, 8
 TOLERANCE = {"float16": 1e-3, "float32": 1e-5}  # kept against live, relative to the largest value
 FLOAT16_RANGE = (1e-3, 2e4)  # largest values that float16 keeps with room at both ends
 DISK_SHARE = 0.5  # of the free disk that a cache may take
-ABANDONED = 86_400  # seconds after which a folder beside the cache is what a killed run left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +168,9 @@ def _dtype(sample: torch.Tensor) -> str:
 
 def _make_room(folder: Path, needed: int) -> str:
     """Clear what killed runs left, then the caches unused longest, until `needed` bytes fit; else the reason."""
+    clear_abandoned(folder)
     entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries if path.name[0] != "."}
-    for path in entries:
-        if path not in sizes and time.time() - path.stat().st_mtime > ABANDONED:
-            shutil.rmtree(path, ignore_errors=True)
     free = shutil.disk_usage(folder).free
     if needed > DISK_SHARE * (free + sum(sizes.values())):
         return f"its cache would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free at {folder}"

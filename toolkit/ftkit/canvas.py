@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ from ftkit_export.session import cores
 Array = np.ndarray[Any, Any]
 
 SHARD = 512  # images; at 256 x 256 a shard is 100 MB
+ABANDONED = 86_400  # seconds after which a hidden folder in the cache is what a killed run left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,7 @@ def _shard(
         reasons: dict[int, str] = {}
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            clear_abandoned(folder.parent)
             beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
             array = np.lib.format.open_memmap(
                 beside / "canvases.npy", mode="w+", dtype=np.uint8, shape=(len(paths), side, side, 3)
@@ -179,6 +183,13 @@ def _shard(
     progress(len(paths))
     stored = {int(slot): reason for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
     return np.load(folder / "canvases.npy", mmap_mode="r"), stored
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove what killed runs left half written in a cache folder."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") and time.time() - path.stat().st_mtime > ABANDONED:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(beside: Path, folder: Path) -> None:

@@ -62,7 +62,8 @@ def next_free(base: Path) -> Path:
 def create(out: Path) -> Path:
     """A new run folder. Raises FtkitError when `out` holds anything already, or cannot be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FtkitError(f"{out}: expected a new folder, found one there already. Try another --out, or remove it")
+        way = "--resume" if (out / "state").is_dir() else "another --out"
+        raise FtkitError(f"{out}: expected a new folder, found one there already. Try {way}, or remove it")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,9 +77,11 @@ def is_finished(folder: Path) -> bool:
 
 
 def append(folder: Path, line: Mapping[str, object]) -> None:
-    """Append one JSON line to metrics.jsonl."""
+    """Append one JSON line to metrics.jsonl, for good: a state saved later counts on it."""
     with (folder / METRICS).open("a") as file:
         file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

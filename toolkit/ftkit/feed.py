@@ -165,8 +165,8 @@ class Feeds:
         return Feed(
             net=trained_part(training, suffix), eval_net=trained_part(cut.graph, cut.nodes), fetch=fetch,
             prepare=prepare, val=lambda positions: self._tensors(activations.val(cut.names, positions)),
-            how=f"frozen prefix {origin}: {stage.views} views x {len(rows)} images; {share:.0%} of the weights train"
-            f"{unmixed}", kind=activations.kind,
+            how=f"frozen prefix {origin}: {stage.views} views x {len(rows)}, {activations.kind.split()[0]}; "
+            f"{share:.0%} trains{unmixed}", kind=activations.kind,
         )  # fmt: skip
 
     def _tensors(self, arrays: Sequence[Array]) -> Tensors:

@@ -53,7 +53,9 @@ class Verdict:
     foreign_kept: float
 
 
-class _WithEmbedding(nn.Module):
+class WithEmbedding(nn.Module):
+    """pixels (n, 3, S, S) -> logits (n, classes), embedding (n, D)."""
+
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.model, self.head = backbone.model, backbone.head
@@ -68,7 +70,7 @@ class Answers:
 
     def __init__(self, backbone: Backbone, canvases: Canvases, preprocess: Preprocess):
         self._canvases, self._preprocess = canvases, preprocess
-        self._run, _ = runner(_WithEmbedding(backbone), self._pixels(np.arange(min(CHUNK, len(canvases.slots)))))
+        self._run, _ = runner(WithEmbedding(backbone), self._pixels(np.arange(min(CHUNK, len(canvases.slots)))))
 
     def _pixels(self, rows: Array) -> torch.Tensor:
         return evaluation(torch.from_numpy(self._canvases.array(rows)), self._preprocess)

@@ -118,7 +118,7 @@ def train_stage(work: Work, number: int) -> StageResult:
                 )
                 break
             score, _ = _validate(backbone, feed, work.labels["val"], moving.result)
-            speed = len(jobs) * stage.batch_size / (time.perf_counter() - begun)
+            speed = max(1, len(jobs)) * stage.batch_size / (time.perf_counter() - begun)
             _report_epoch(work, number, loss, accuracy, score, rate(run.step - 1, total, stage, run.lr), speed)
             if stage.patience and _out_of_patience(run, stage, moving, score):
                 terminal.say(f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts")
