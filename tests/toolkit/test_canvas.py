@@ -1,6 +1,7 @@
 """Canvases on disk: whole or not there, shared by runs, read in any order."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from ftkit import canvas
 from ftkit.intake import read
+from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess, decode
 
 PREPROCESS = Preprocess(size=64, resize=72)
@@ -18,6 +20,7 @@ BUILD = """
 import sys
 from ftkit.canvas import build
 from ftkit.intake import read
+from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 canvases = build(read(sys.argv[1]), Preprocess(size=64, resize=72))
 print(int(canvases.array(range(len(canvases.slots))).astype("int64").sum()))
@@ -35,6 +38,7 @@ def test_rows_come_in_the_order_asked_for_from_many_shards(
 ) -> None:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(canvas, "SHARD", 7)
+    monkeypatch.setattr(canvas, "FEWEST", 5)  # the last shard, of one image, too goes to the processes
     canvases = canvas.build(read(photos), PREPROCESS)
     assert len(canvases.shards) == 18
     rows = np.random.default_rng(0).permutation(len(canvases.slots))[:40]
@@ -56,7 +60,7 @@ def test_a_killed_build_leaves_nothing_a_reader_could_take_for_a_shard(photos: P
     while process.poll() is None and not list(tmp_path.glob("canvases/.*/canvases.npy")):
         time.sleep(0.001)
     process.kill()
-    process.wait()
+    process.communicate()
     left = list((tmp_path / "canvases").iterdir())
     assert all(path.name.startswith(".") for path in left)
     for path in left:
@@ -64,3 +68,36 @@ def test_a_killed_build_leaves_nothing_a_reader_could_take_for_a_shard(photos: P
     again, first = start(photos, tmp_path), start(photos, tmp_path / "elsewhere")
     assert again.communicate(timeout=120)[0] == first.communicate(timeout=120)[0]
     assert not [path for path in (tmp_path / "canvases").iterdir() if path.name.startswith(".")], "cleared away"
+
+
+def test_an_image_that_kills_its_decoder_is_named(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real processes, but a decoder that dies at one file, as a crash in a C library would make it."""
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(canvas, "FEWEST", 8)
+    victim = sorted(photos.rglob("*.png"))[17]
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, ftkit_export.preprocess as p\n"
+        "real = p.decode\n"
+        f"p.decode = lambda path: os._exit(11) if str(path) == {str(victim)!r} else real(path)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(FtkitError, match="found that its process ended with code 11") as caught:
+        canvas.build(read(photos), PREPROCESS)
+    assert str(victim) in str(caught.value)
+    assert not list((tmp_path / "cache" / "canvases").iterdir()), "nothing half done stays"
+
+
+def test_a_disk_without_room_is_told_before_anything_is_decoded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(FtkitError, match="expected room for canvases, found File too large"):
+            canvas.build(read(photos), PREPROCESS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "canvases").iterdir())

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from ftkit.augment import augmented, evaluation
-from ftkit.canvas import Canvases, cache_folder, clear_abandoned, publish
+from ftkit.canvas import Canvases, cache_folder, clear_abandoned, publish, reserve
 from ftkit.recipe import Augment
 from ftkit.state import seeded
 from ftkit_export.convert import quiet
@@ -192,6 +192,8 @@ def _compute(
         np.lib.format.open_memmap(folder / f"{number}.npy", mode="w+", dtype=dtype, shape=(items, *value.shape[1:]))
         for number, (value, dtype) in enumerate(zip(sample, dtypes, strict=True))
     ]
+    for number in range(len(arrays)):
+        reserve(folder / f"{number}.npy")
     at = 0
     for rows, view in jobs:
         for start in range(0, len(rows), CHUNK):

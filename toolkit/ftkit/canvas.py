@@ -4,8 +4,9 @@
     canvases.array(rows)                     # (n, R, R, 3) uint8 for row numbers of canvases.images
 
 A shard's name is the hash of its files' contents and of the canvas part of the preprocess. It is written beside and
-renamed: two runs may build the same one at once, and nobody ever reads a half. Threads, not processes: Pillow decodes
-and resizes outside the interpreter lock, and a canvas need not be pickled home.
+renamed: two runs may build the same one at once, and nobody ever reads a half. Processes decode, a part each, straight
+into the memory-mapped shard: no canvas is pickled home. They are plain `python -m ftkit.canvas`, so that a caller needs
+no main guard and a fork meets no threads.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from ftkit.intake import Images
+from ftkit.recipe import restore_preprocess
 from ftkit_export.errors import FtkitError, ImageError
 from ftkit_export.preprocess import Preprocess, decode
 from ftkit_export.session import cores
@@ -33,6 +37,7 @@ from ftkit_export.session import cores
 Array = np.ndarray[Any, Any]
 
 SHARD = 512  # images; at 256 x 256 a shard is 100 MB
+FEWEST = 128  # images that processes are started for; starting takes 0.3 s
 ABANDONED = 86_400  # seconds after which a hidden folder in the cache is what a killed run left
 
 
@@ -88,12 +93,12 @@ def build(
     slots: list[tuple[int, int]] = []
     bad: list[tuple[Path, str]] = []
     digests: list[str] = []
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool, _Decoders(preprocess) as decoders:
         for start in range(0, len(paths), SHARD):
             part = paths[start : start + SHARD]
             found = list(pool.map(_digest, part))
             step = partial(_advance, progress, start, len(paths))
-            array, reasons = _shard(part, found, preprocess, pool, step)
+            array, reasons = _shard(part, found, preprocess, decoders, step)
             shards.append(array)
             for slot, path in enumerate(part):
                 if slot in reasons:
@@ -142,47 +147,112 @@ def _digest(path: Path) -> str:
         return f"unreadable: {error.strerror}"
 
 
-def _decode(path: Path, preprocess: Preprocess) -> tuple[Array | None, str]:
-    try:
-        return preprocess.canvas(decode(path)), ""
-    except ImageError as error:
-        return None, str(error).removeprefix(f"{path}: ")
-
-
 def _shard(
-    paths: Sequence[Path], digests: Sequence[str], preprocess: Preprocess, pool: ThreadPoolExecutor,
+    paths: Sequence[Path], digests: Sequence[str], preprocess: Preprocess, decoders: _Decoders,
     progress: Callable[[int], None],
 ) -> tuple[Array, dict[int, str]]:  # fmt: skip
     """One shard (n, R, R, 3) uint8, memory-mapped, and slot -> reason for its bad files (their slots are black)."""
     key = hashlib.sha256("\n".join([_canvas_key(preprocess), *digests]).encode()).hexdigest()[:32]
     folder = cache_folder() / "canvases" / key
     if not folder.is_dir():
-        side = preprocess.resize
-        reasons: dict[int, str] = {}
+        side, beside = preprocess.resize, None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             clear_abandoned(folder.parent)
             beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-            array = np.lib.format.open_memmap(
-                beside / "canvases.npy", mode="w+", dtype=np.uint8, shape=(len(paths), side, side, 3)
-            )
-            for slot, (canvas, reason) in enumerate(pool.map(lambda path: _decode(path, preprocess), paths)):
-                if canvas is None:
-                    reasons[slot] = reason
-                else:
-                    array[slot] = canvas
-                progress(slot + 1)
-            array.flush()
-            del array
+            file = beside / "canvases.npy"
+            np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(paths), side, side, 3)).flush()
+            reserve(file)
+            reasons = decoders.decode(file, paths, progress)
             (beside / "bad.json").write_text(json.dumps(reasons))
             publish(beside, folder)
         except OSError as error:
             raise FtkitError(
                 f"{folder.parent}: expected room for canvases, found {error.strerror}. Try FTKIT_CACHE=another folder"
             ) from None
+        finally:
+            if beside is not None:
+                shutil.rmtree(beside, ignore_errors=True)  # gone when published
     progress(len(paths))
     stored = {int(slot): reason for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
     return np.load(folder / "canvases.npy", mmap_mode="r"), stored
+
+
+class _Decoders:
+    """Processes that decode, started when a shard first needs them, ended with the `with` block."""
+
+    def __init__(self, preprocess: Preprocess):
+        self._preprocess = preprocess
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> _Decoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+
+    def decode(self, file: Path, paths: Sequence[Path], progress: Callable[[int], None]) -> dict[int, str]:
+        """Decode `paths` into the shard's file -> slot: reason for the bad ones. A few are decoded in this process.
+
+        Raises FtkitError, naming the image, when a process ends without a word (a decoder crashed, memory ran out).
+        """
+        reasons: dict[int, str] = {}
+        for done, (slot, reason) in enumerate(self._answers(file, paths), start=1):
+            if reason:
+                reasons[slot] = reason
+            progress(done)
+        return reasons
+
+    def _answers(self, file: Path, paths: Sequence[Path]) -> Iterator[tuple[int, str]]:
+        if not self._processes and (len(paths) < FEWEST or cores() < 2):
+            yield from decode_into(file, enumerate(paths), self._preprocess)
+            return
+        while len(self._processes) < cores():
+            self._processes.append(_start())
+        count = len(self._processes)
+        for number, process in enumerate(self._processes):
+            items = [(slot, str(paths[slot])) for slot in range(number, len(paths), count)]
+            assert process.stdin
+            process.stdin.write(json.dumps({"file": str(file), "preprocess": asdict(self._preprocess), "items": items}))
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for slot, path in enumerate(paths):
+            process = self._processes[slot % count]  # each tells of its images in order
+            assert process.stdout
+            line = process.stdout.readline()
+            if not line:
+                raise FtkitError(
+                    f"{path}: expected to decode it, found that its process ended with code {process.wait()}. "
+                    "Try removing that file, or check the free memory"
+                )
+            yield slot, json.loads(line)
+
+
+def _start() -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen([sys.executable, "-P", "-m", "ftkit.canvas"], env=environment, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+
+
+def decode_into(file: Path, items: Iterable[tuple[int, Path]], preprocess: Preprocess) -> Iterator[tuple[int, str]]:
+    """Decode (slot, path) into the shard's file; yields (slot, "" or why not) for each, in order."""
+    array = np.load(file, mmap_mode="r+")
+    for slot, path in items:
+        try:
+            array[slot] = preprocess.canvas(decode(path))
+            yield slot, ""
+        except ImageError as error:
+            yield slot, str(error).removeprefix(f"{path}: ")
+    array.flush()
+
+
+def reserve(file: Path) -> None:
+    """Claim the disk a sparse file will need: a full disk is then an OSError here, not a SIGBUS at some later page."""
+    if hasattr(os, "posix_fallocate"):
+        with file.open("r+b") as handle:
+            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
 
 
 def clear_abandoned(folder: Path) -> None:
@@ -202,3 +272,16 @@ def publish(beside: Path, folder: Path) -> None:
         for path in beside.iterdir():
             path.unlink()
         beside.rmdir()
+
+
+def _work() -> None:
+    """A decoding process's whole life: a job a line on standard input, a line an image on standard output."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        items = ((slot, Path(path)) for slot, path in job["items"])
+        for _, reason in decode_into(Path(job["file"]), items, restore_preprocess(job["preprocess"])):
+            print(json.dumps(reason), flush=True)
+
+
+if __name__ == "__main__":
+    _work()

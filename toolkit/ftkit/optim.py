@@ -21,7 +21,9 @@ from ftkit.recipe import Stage
 State = dict[str, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
 
-SOFTENING = 2.0  # temperature of what a teacher teaches; Hinton et al. 2015 found 2.5 to 4 best for small students
+SOFTENING = (
+    3.0  # temperature of what a teacher teaches: 2.5 to 4 served small students best (Hinton et al. 2015, section 3)
+)
 TAUGHT = 0.5  # share of the loss that is the teacher's
 
 
@@ -40,7 +42,10 @@ class Batch:
 
     def part(self, start: int, stop: int) -> Batch:
         """Positions start to stop. partner keeps pointing into the whole batch."""
-        cut: Callable[[torch.Tensor | None], Any] = lambda value: None if value is None else value[start:stop]  # noqa: E731
+
+        def cut(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else value[start:stop]
+
         inputs = tuple(value[start:stop] for value in self.inputs)
         return Batch(inputs=inputs, teacher=cut(self.teacher), partner=cut(self.partner), share=cut(self.share))
 
