@@ -23,6 +23,7 @@ from ftkit.canvas import build as build_canvases
 from ftkit.checkpoint import Run
 from ftkit.evaluate import Metrics, evaluate
 from ftkit.intake import Image, read
+from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Export
 from ftkit.report import write_report
 from ftkit_export import bundle as bundles
@@ -106,6 +107,7 @@ def export(
     """
     for name in providers:
         require(name)
+    keep_freed_memory()
     canvases = held_out(run, data)
     backbone = run.backbone()
     folder = bundles.begin(out)

@@ -6,7 +6,6 @@ run = train(recipe, "photos", Path("runs/lite0-1"), resume=True)      # after an
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from ftkit.evaluate import Mistake
 from ftkit.feed import Feeds
 from ftkit.intake import Images, read
 from ftkit.judge import judge
+from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Recipe, resolve
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
@@ -43,17 +43,6 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise FtkitError("--device cuda: expected a GPU torch can use, found none. Try --device cpu, or `ftkit doctor`")
     return torch.device(name)
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc to keep what it frees: a training step otherwise returns its tensors to the kernel and faults them in
-    again, page by page (7 % of a lite0 step on 2 cores)."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        for name, value in ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20)):  # mmap threshold, trim threshold, top pad
-            libc.mallopt(name, value)
-    except (OSError, AttributeError):  # another C library
-        return
 
 
 def train(
@@ -98,7 +87,7 @@ def _train(
     plan = {"recipe": resolve(recipe), "seed": seed, "data_fingerprint": canvases.fingerprint}
     run = state.read(out, plan) if going_on else state.State(folder=out, plan=plan)
     run.seconds += time.perf_counter() - begun
-    _keep_freed_memory()
+    keep_freed_memory()
     backbone.model.to(device).to(memory_format=torch.channels_last)
     feeds = Feeds(backbone, recipe, canvases, preprocess, seed, device)
     feeds.share()

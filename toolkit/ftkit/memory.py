@@ -1,0 +1,21 @@
+"""Keep freed memory in the process.
+
+keep_freed_memory()      # once, before heavy work
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+THRESHOLDS = ((-3, 32 << 20), (-1, 2**31 - 1), (-2, 64 << 20))  # mallopt: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what it frees: PyTorch's tensors otherwise go back to the kernel at every step and are faulted
+    in again, page by page (7 % of a lite0 step on 2 cores). Nothing happens with another C library."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        for name, value in THRESHOLDS:
+            libc.mallopt(name, value)
+    except (OSError, AttributeError):
+        return
