@@ -84,6 +84,7 @@ def _train(
     with terminal.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress)
     _say_data(canvases)
+    terminal.say(f"{recipe.name}: {recipe.backbone} on {device.type}\nweights: {backbone.weights}")
     plan = {"recipe": resolve(recipe), "seed": seed, "data_fingerprint": canvases.fingerprint}
     run = state.read(out, plan) if going_on else state.State(folder=out, plan=plan)
     run.seconds += time.perf_counter() - begun
@@ -94,7 +95,6 @@ def _train(
     if base := run.tensors("base"):
         backbone.model.load_state_dict(base)
     run.save()
-    terminal.say(f"{recipe.name}: {recipe.backbone}, weights {backbone.weights}, on {device.type}")
     if going_on:
         terminal.say(f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next")
     compare_circumstances(run, {
@@ -149,7 +149,7 @@ def _named(mistakes: Sequence[Mistake], images: Images, canvases: Canvases) -> l
 def _say_data(canvases: Canvases) -> None:
     images = canvases.images
     counts = ", ".join(f"{len(images.of(split))} {split}" for split in ("train", "val", "test"))
-    made = f" ({' and '.join(images.made)} split made here)" if images.made else ""
+    made = f" ({' and '.join(images.made)} made here)" if images.made else ""
     terminal.say(f"{len(images.images)} images of {len(images.classes)} classes: {counts}{made}")
     for path, reason in canvases.bad[:5]:
         terminal.say(f"left out {path}: {reason}")
