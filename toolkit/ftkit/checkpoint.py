@@ -30,6 +30,7 @@ from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 
 RUN, METRICS, WEIGHTS = "run.json", "metrics.jsonl", "model.safetensors"
+SCHEMA = 2  # of run.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,8 @@ def open_run(folder: str | Path) -> Run:
         raise FtkitError(f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found {found}. Try `ftkit train DATA`")
     try:
         data = json.loads((path / RUN).read_text())
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
         return Run(
             folder=path, recipe=restore(data["recipe"]), preprocess=restore_preprocess(data["preprocess"]),
             classes=tuple(data["classes"]), temperature=float(data["temperature"]), data=data,
