@@ -118,7 +118,8 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
     verdict = judge(backbone, canvases, preprocess, work.recipe.precision)
     seconds = run.spent
     checkpoint.finish(run.folder, backbone.model, {
-        "schema": checkpoint.SCHEMA, "recipe": resolve(work.recipe), "classes": list(images.classes), "preprocess": asdict(preprocess),
+        "schema": checkpoint.SCHEMA, "recipe": resolve(work.recipe), "classes": list(images.classes),
+        "preprocess": asdict(preprocess),
         **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
         "data": str(Path(data).resolve()),
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
