@@ -84,6 +84,7 @@ def train_stage(work: Work, number: int) -> StageResult:
     FtkitError when something frozen moved, Stopped after a signal.
     """
     stage, run, backbone, labels = work.recipe.stages[number], work.state, work.backbone, work.labels["train"]
+    run.begin_stage()
     feed, names = work.feeds.stage(number), work.feeds.trained[number]
     terminal.say(f"{stage.train}: {feed.how}")
     compare_circumstances(run, {f"stage {number}": feed.kind})

@@ -72,11 +72,16 @@ class State:
         """Seconds of this stage."""
         return self.stage_seconds + time.monotonic() - self._stage_opened
 
+    def begin_stage(self) -> None:
+        """The stage's clock runs from here."""
+        self._stage_opened = time.monotonic()
+
     def next_stage(self) -> None:
         """Stand at the beginning of the next stage."""
         self.stage, self.epoch, self.step, self.waited = self.stage + 1, 0, 0, 0
         self.lr = self.stage_best = None
-        self.stage_seconds, self._stage_opened = 0.0, time.monotonic()
+        self.stage_seconds = 0.0
+        self.begin_stage()
 
     @property
     def due(self) -> bool:
