@@ -185,7 +185,9 @@ def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
         for epoch in range(stage.epochs):
             order = _order(work, number, epoch)
             for step in range(per_epoch):
-                generator = torch.Generator().manual_seed(seeded("fan", work.seed, number, epoch * per_epoch + step))
+                place = seeded("fan", work.seed, number, epoch * per_epoch + step)
+                torch.manual_seed(place)  # dropout before the head draws from the global generator
+                generator = torch.Generator().manual_seed(place)
                 yield order[step * stage.batch_size : (step + 1) * stage.batch_size], generator
 
     found = best_rate(
