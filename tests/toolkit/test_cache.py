@@ -54,6 +54,24 @@ def test_values_are_kept_in_a_dtype_that_holds_them(views: Views, scale: float, 
     assert np.abs(found - expected).max() <= cache.TOLERANCE[dtype] * np.abs(expected).max()
 
 
+def test_an_image_beyond_the_samples_range_brings_the_wider_dtype(views: Views) -> None:
+    class Spiky(Scaled):
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor]:
+            (values,) = super().forward(pixels)
+            darkest = pixels.mean((1, 2, 3))[:, None, None, None] < self.scale
+            return (torch.where(darkest, values * 1e7, values),)
+
+    rows = views.canvases.rows("train")
+    means = [float(view.mean()) for start in range(0, len(rows), 8) for view in views.pixels(rows, 1, start)]
+    first = [float(view.mean()) for view in views.pixels(rows, 0, 0)]
+    limit = (sorted(means)[0] + min(m for m in [*sorted(means)[1:], *first] if m > sorted(means)[0])) / 2
+    net = Spiky(limit)  # one view of one image, not in the sample, is far larger than the rest
+    kept = fill(net, "spiky", ["means"], views)
+    assert isinstance(kept, Activations)
+    assert kept.arrays["means"].dtype == np.float32
+    assert np.isfinite(kept.arrays["means"]).all()
+
+
 def test_views_differ_and_are_the_same_again(views: Views) -> None:
     rows = views.canvases.rows("train")
     first = views.pixels(rows, 1, 0)

@@ -112,32 +112,44 @@ def fill(
     key: what the prefix computes (code and weights). A value must be a tensor with one entry an image.
     """
     jobs = views.jobs()
-    train, items = len(jobs[0][0]), sum(len(rows) for rows, _ in jobs)
+    train = len(jobs[0][0])
     with torch.inference_mode():
         sample = _as_tuple(prefix(views.pixels(jobs[0][0], 0, 0)))
     if not all(isinstance(value, torch.Tensor) and value.ndim and len(value) == min(CHUNK, train) for value in sample):
         return "a value that crosses the cut is no tensor with one entry an image"
     text = json.dumps(["prefix-2", key, list(names), views.key, views.device.type])
     folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
-    found = folder.is_dir()
-    if not found:
-        dtypes = [_dtype(value) for value in sample]
+    try:
+        found = folder.is_dir()
+        if not found and (reason := _write(prefix, sample, views, folder, progress)):
+            return reason
+        os.utime(folder)
+        arrays = {name: np.load(folder / f"{number}.npy", mmap_mode="r") for number, name in enumerate(names)}
+        kind = (folder / "kind").read_text()
+    except OSError as error:
+        return f"its cache could not be kept: {error.strerror}"
+    return Activations(arrays=arrays, train_rows=train, views=views.count, kind=kind, found=found)
+
+
+def _write(prefix: nn.Module, sample: Tensors, views: Views, folder: Path, progress: Callable[[int, int], None]) -> str:
+    """Compute into a folder beside and publish it; or the reason why it does not fit. Raises OSError."""
+    items = sum(len(rows) for rows, _ in views.jobs())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for dtypes in ([_dtype(value) for value in sample], ["float32"] * len(sample)):
         needed = items * sum(v[0].numel() * np.dtype(d).itemsize for v, d in zip(sample, dtypes, strict=True))
-        folder.parent.mkdir(parents=True, exist_ok=True)
         if reason := _make_room(folder.parent, needed):
             return reason
         beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         try:
-            _compute(prefix, sample, dtypes, views, beside, progress)
+            with np.errstate(over="raise"):
+                _compute(prefix, sample, dtypes, views, beside, progress)
             publish(beside, folder)
-        except OSError as error:
-            return f"its cache could not be written: {error.strerror}"
+            return ""
+        except FloatingPointError:  # an image beyond the sample's range does not fit float16
+            continue
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    os.utime(folder)
-    arrays = {name: np.load(folder / f"{number}.npy", mmap_mode="r") for number, name in enumerate(names)}
-    kind = (folder / "kind").read_text()
-    return Activations(arrays=arrays, train_rows=train, views=views.count, kind=kind, found=found)
+    return "its values are too large for float32"
 
 
 def check(prefix: nn.Module, names: Sequence[str], activations: Activations, views: Views) -> str:
@@ -169,8 +181,8 @@ def _dtype(sample: torch.Tensor) -> str:
 def _make_room(folder: Path, needed: int) -> str:
     """Clear what killed runs left, then the caches unused longest, until `needed` bytes fit; else the reason."""
     clear_abandoned(folder)
-    entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries if path.name[0] != "."}
+    entries = sorted((path.stat().st_mtime, path) for path in folder.glob("[!.]*"))
+    sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for _, path in entries}
     free = shutil.disk_usage(folder).free
     if needed > DISK_SHARE * (free + sum(sizes.values())):
         return f"its cache would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free at {folder}"

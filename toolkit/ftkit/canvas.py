@@ -11,6 +11,7 @@ no main guard and a fork meets no threads.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ Array = np.ndarray[Any, Any]
 
 SHARD = 512  # images; at 256 x 256 a shard is 100 MB
 FEWEST = 128  # images that processes are started for; starting takes 0.3 s
+IMAGES_EACH = 32  # of a shard, at least, for a process to be worth its start
 ABANDONED = 86_400  # seconds after which a hidden folder in the cache is what a killed run left
 
 
@@ -209,7 +211,7 @@ class _Decoders:
         if not self._processes and (len(paths) < FEWEST or cores() < 2):
             yield from decode_into(file, enumerate(paths), self._preprocess)
             return
-        while len(self._processes) < cores():
+        while len(self._processes) < min(cores(), max(2, len(paths) // IMAGES_EACH)):
             self._processes.append(_start())
         count = len(self._processes)
         for number, process in enumerate(self._processes):
@@ -232,8 +234,11 @@ class _Decoders:
 
 def _start() -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen([sys.executable, "-P", "-m", "ftkit.canvas"], env=environment, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "ftkit.canvas"], env=environment, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for this process, which ends them: not a decoder that died
+    )  # fmt: skip
 
 
 def decode_into(file: Path, items: Iterable[tuple[int, Path]], preprocess: Preprocess) -> Iterator[tuple[int, str]]:
@@ -257,9 +262,10 @@ def reserve(file: Path) -> None:
 
 def clear_abandoned(folder: Path) -> None:
     """Remove what killed runs left half written in a cache folder."""
-    for path in folder.iterdir():
-        if path.name.startswith(".") and time.time() - path.stat().st_mtime > ABANDONED:
-            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):  # another run may just have published it
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(beside: Path, folder: Path) -> None:
