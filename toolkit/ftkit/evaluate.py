@@ -60,7 +60,7 @@ class Abstention:
 
     wanted: float
     threshold: float | None
-    precision: float
+    precision: float | None
     coverage: float
 
 
@@ -130,7 +130,7 @@ def abstention(probabilities: Array, labels: Array, wanted: float, threshold: fl
     answered = top >= threshold if threshold is not None else np.zeros(len(top), bool)
     return Abstention(
         wanted=wanted, threshold=threshold, coverage=float(answered.mean()),
-        precision=float(right[answered].mean()) if answered.any() else 1.0,
+        precision=float(right[answered].mean()) if answered.any() else None,
     )  # fmt: skip
 
 

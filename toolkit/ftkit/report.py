@@ -133,8 +133,9 @@ def _doubts(run: Mapping[str, Any]) -> str:
     if held["threshold"] is None:
         text += f"No threshold on val reached a precision of {held['wanted']:.0%}: every answer is marked doubtful. "
     else:
-        text += (f"Answers below {held['threshold']:.2f} are doubtful; of the other {held['coverage']:.0%}, "
-                 f"{held['precision']:.1%} are right ({held['wanted']:.0%} wanted on val). ")  # fmt: skip
+        right = "" if held["precision"] is None else f", of which {held['precision']:.1%} are right"
+        text += (f"Answers below {held['threshold']:.2f} are doubtful ({held['wanted']:.0%} wanted on val); the other "
+                 f"{held['coverage']:.0%} are not{right}. ")  # fmt: skip
     return text + f"{run['foreign_kept']:.1%} of these photographs pass as familiar (95 % on val)."
 
 
