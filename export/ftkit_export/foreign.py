@@ -21,8 +21,9 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """means (classes, D) and directions (K, D) float16; weights (K,): what each direction's variance takes off a
-    distance in units of the rest's; threshold: the score that `kept` of the val images stay below."""
+    """means (classes, D) and directions (K, D) float16, of the embedding scaled to length 1. rest: variance of every
+    direction but those; weights (K,) float32: 1 / rest - 1 / (the direction's own variance). threshold: the score that
+    `kept` of the val images stay below."""
 
     means: Array
     directions: Array
@@ -33,11 +34,11 @@ class Foreign:
 
     def score(self, embedding: Array) -> Array:
         """(N, D) -> (N,) float32: squared distance to the nearest class mean, 1 a dimension for what is familiar."""
-        unit = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
-        apart = unit[:, None].astype(np.float32) - self.means[None].astype(np.float32)
-        along = apart @ self.directions.T.astype(np.float32)
-        squares = (apart**2).sum(-1) / self.rest - (along**2 * self.weights).sum(-1)
-        found: Array = squares.min(1) / apart.shape[-1]
+        means, axes = self.means.astype(np.float64), self.directions.astype(np.float64).T
+        unit = _unit(embedding)
+        along, mean_along = unit @ axes, means @ axes
+        squares = _squares(unit, means, np.ones(unit.shape[1])) / self.rest - _squares(along, mean_along, self.weights)
+        found: Array = (squares.min(1) / unit.shape[1]).astype(np.float32)
         return found
 
     def to_text(self) -> str:
@@ -60,12 +61,24 @@ class Foreign:
         return Foreign(**data)
 
 
+def _unit(embedding: Array) -> Array:
+    wide = embedding.astype(np.float64)
+    unit: Array = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def _squares(one: Array, other: Array, weights: Array) -> Array:
+    """(N, D), (M, D), (D,) -> (N, M): weighted squared distances, by products of matrices (N x M x D never exists)."""
+    squares: Array = (one**2 @ weights)[:, None] + (other**2 @ weights)[None] - 2 * (one * weights) @ other.T
+    return squares
+
+
 def fit(embedding: Array, labels: Array, val: Array, *, directions: int = 16, kept: float = 0.95) -> Foreign:
     """embedding (N, D) with labels (N,) of training images, val (M, D) for the threshold -> Foreign.
 
     Small sets have fewer directions: at most a quarter of N.
     """
-    unit = embedding.astype(np.float64) / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
+    unit = _unit(embedding)
     present = np.unique(labels)
     means = np.stack([unit[labels == label].mean(0) for label in present])
     apart = unit - means[np.searchsorted(present, labels)]

@@ -36,6 +36,7 @@ from ftkit_export.preprocess import Preprocess
 Array = np.ndarray[Any, Any]
 
 FOREIGN_IMAGES = 256  # 256, 512 and 1,398 training images caught foreign ones equally well
+FOREIGN_EACH = 10  # of each class at least: its mean must stand on more than one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,15 @@ def judge(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precis
 def _foreign(answers: Answers, canvases: Canvases, val: Array) -> Foreign:
     """Out-of-domain statistics from training images, spread over the classes, and the threshold from val."""
     rows = canvases.rows("train")
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(FOREIGN_IMAGES, len(rows))).round().astype(int))]
+    labels = canvases.labels[rows]
+    present = np.unique(labels)
+    each = max(FOREIGN_EACH, -(-FOREIGN_IMAGES // len(present)))
+    rows = np.concatenate([_spread(rows[labels == label], each) for label in present])
     _, embedding = answers(rows, "what is familiar")
     return fit(embedding, canvases.labels[rows], val)
+
+
+def _spread(rows: Array, count: int) -> Array:
+    """At most `count` of them, evenly."""
+    picks: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+    return picks
