@@ -1,60 +1,79 @@
-"""Golden vectors: real images and formula-made ones, with the framework's float64 answers and a tolerance each.
+"""Golden vectors: real images and formula-made ones, with the answers each variant must give and a tolerance each.
 
 BUNDLE/golden/NN.png          lossless RGB images
-BUNDLE/golden/expected.npz    float64: logits (core form, Pillow's pixels); probabilities, embedding (image form)
-BUNDLE/golden/golden.json     for each image its group and the tolerance of logits and of probabilities
+BUNDLE/golden/expected.npz    logits (core form, Pillow's pixels), probabilities and embedding (image form), float64
+BUNDLE/golden/golden.json     for each image its group, and per variant the tolerance of logits and of probabilities
+BUNDLE/golden/raw/            a few of them as flat files for C and C++ (index.txt says how to read them)
 BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, as onnxruntime_perf_test and onnx's own runner read them
+
+fp32 is held to the framework in float64. int8 and fp16 are held to their own answers on the machine that decided on
+them: how far those are from float64 is the accuracy decision's business; instruction sets differ by a rounding step.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from onnx import numpy_helper
 from PIL import Image
 
 from ftkit_export.graph import pixel_model
 from ftkit_export.parity import RELATIVE, Reference, edge_images, softmax, tolerance
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.session import Session
 
 Array = np.ndarray[Any, Any]
 
 PHOTOGRAPHS = 16
+STEP = 0.05  # of int8's and fp16's own largest logit, and of a probability: several rounding steps
+RAW = {"photographs": 4, "noise": 0, "extremes": 4}  # images a group for C and C++: the small ones
 
 
 def write_golden(
-    bundle: Path, reference: Reference, photographs: Sequence[Array], preprocess: Preprocess, temperature: float
-) -> None:
+    bundle: Path, reference: Reference, photographs: Sequence[Array], preprocess: Preprocess, temperature: float,
+    files: Mapping[str, tuple[Path, Path]], input_format: str = "rgb",
+) -> None:  # fmt: skip
     """Write golden/ and test_data_set_0/ into `bundle`.
 
-    photographs: held-out images (H, W, 3) uint8; the first 16 are kept. The probabilities' tolerance adds twice what
-    the two legitimate resizers (Pillow's and the graph's, at most 1 grey level apart) make of the same image.
+    photographs: held-out images (H, W, 3) uint8; the first 16 are kept; none leaves the formula-made ones. files:
+    variant -> (image form, core form). The tolerance of fp32's probabilities adds twice what the two legitimate
+    resizers (Pillow's and the graph's, at most 1 grey level apart) make of the same image.
     """
     folder = bundle / "golden"
     folder.mkdir()
-    pixel_session = Session(pixel_model(preprocess).SerializeToString())
-    entries: list[dict[str, object]] = []
+    groups = {"photographs": list(photographs[:PHOTOGRAPHS]), **edge_images(preprocess.size)}
+    groups = {group: images for group, images in groups.items() if images}
+    sessions = {name: tuple(Session(path) for path in pair) for name, pair in files.items() if name != "fp32"}
+    pixel_session = Session(pixel_model(preprocess, input_format).SerializeToString())
+    entries: list[dict[str, Any]] = []
     expected: dict[str, list[Array]] = {"logits": [], "probabilities": [], "embedding": []}
-    for group, images in {"photographs": list(photographs[:PHOTOGRAPHS]), **edge_images(preprocess.size)}.items():
-        pillow = preprocess.pixels(np.stack([preprocess.canvas(item) for item in images]))
-        graph = np.concatenate([pixel_session.run(item[None])[1] for item in images])
+    for group, images in groups.items():
+        frames = [to_frame(item, input_format) for item in images]
+        pillow = preprocess.pixels(np.stack([preprocess.canvas(from_frame(item, input_format)) for item in frames]))
+        graph = np.concatenate([pixel_session.run(item[None])[1] for item in frames])
         logits64 = reference.logits(pillow, torch.float64)
         graph64, embedding = _with_embedding(reference, graph)
         limits = {name: tolerance(reference.logits(pillow, torch.float32), logits64, name)[0] for name in RELATIVE}
         resizers = 2 * np.abs(softmax(logits64 / temperature) - softmax(graph64 / temperature)).max()
+        allowed: dict[str, Any] = {"fp32": {
+            key: {"logits": limit, "probabilities": limit / temperature + float(resizers)}
+            for key, limit in limits.items()
+        }}  # fmt: skip
+        for name, (image_session, core_session) in sessions.items():
+            logits = np.concatenate([core_session.run(item[None])[0] for item in pillow]).astype(np.float64)
+            own = np.concatenate([image_session.run(item[None])[0] for item in frames]).astype(np.float64)
+            expected.setdefault(f"{name}/logits", []).append(logits)
+            expected.setdefault(f"{name}/probabilities", []).append(own)
+            allowed[name] = {"any": {"logits": STEP * float(np.abs(logits).max()), "probabilities": STEP}}
         for item in images:
             name = f"{len(entries):02d}.png"
             Image.fromarray(item).save(folder / name, optimize=True)
-            allowed = {
-                key: {"logits": limit, "probabilities": limit / temperature + float(resizers)}
-                for key, limit in limits.items()
-            }
             entries.append({"file": name, "group": group, "tolerance": allowed})
         expected["logits"].append(logits64)
         expected["embedding"].append(embedding)
@@ -62,7 +81,41 @@ def write_golden(
     arrays = {key: np.concatenate(parts) for key, parts in expected.items()}
     np.savez(folder / "expected.npz", **arrays)  # type: ignore[arg-type]  # numpy's stub mistakes ** for a flag
     (folder / "golden.json").write_text(json.dumps({"images": entries}, indent=1) + "\n")
-    _write_test_data(bundle / "test_data_set_0", photographs[0], arrays)
+
+
+def write_flat(bundle: Path, chosen: str, preprocess: Preprocess, temperature: float, input_format: str) -> None:
+    """Write golden/raw/ and test_data_set_0/ from golden/, for the variant that became model.onnx.
+
+    golden/raw/index.txt: a line `images classes size channels tolerance_of_logits`, then a line an image: file, rows,
+    columns, tolerance of its probabilities. NN.raw: the frame's bytes. pixels.f32 (images, 3, size, size), logits.f32
+    and probabilities.f32 (images, classes): little-endian float32; the logits are those of the fp32 core form.
+    """
+    folder, raw = bundle / "golden", bundle / "golden" / "raw"
+    entries = json.loads((folder / "golden.json").read_text())["images"]
+    with np.load(folder / "expected.npz", allow_pickle=False) as stored:
+        logits, embedding = stored["logits"], stored["embedding"]
+        probabilities = stored["probabilities" if chosen == "fp32" else f"{chosen}/probabilities"]
+    groups = [entry["group"] for entry in entries]
+    picks = [i for i, group in enumerate(groups) if i - groups.index(group) < RAW[group]]
+    raw.mkdir()
+    frames, lines = [], []
+    for row in picks:
+        frame = to_frame(np.asarray(Image.open(folder / entries[row]["file"])), input_format)
+        frames.append(frame)
+        allowed = entries[row]["tolerance"][chosen]
+        limit = allowed.get("cpu", allowed.get("any"))["probabilities"]
+        (raw / f"{row:02d}.raw").write_bytes(frame.tobytes())
+        lines.append(f"{row:02d}.raw {frame.shape[0]} {frame.shape[1]} {limit:.6g}")
+    pixels = preprocess.pixels(np.stack([preprocess.canvas(from_frame(frame, input_format)) for frame in frames]))
+    limit = max(entries[row]["tolerance"]["fp32"]["cpu"]["logits"] for row in picks)
+    head = f"{len(picks)} {logits.shape[1]} {preprocess.size} {frames[0].shape[2]} {limit:.6g}"
+    (raw / "index.txt").write_text("\n".join([head, *lines]) + "\n")
+    for name, array in (("pixels", pixels), ("logits", logits[picks]), ("probabilities", probabilities[picks])):
+        (raw / f"{name}.f32").write_bytes(array.astype("<f4").tobytes())
+    answers = probabilities[picks[0]], embedding[picks[0]]
+    if chosen != "fp32":
+        (answers,) = zip(*Session(bundle / "model.onnx").run(frames[0][None]), strict=True)
+    _write_test_data(bundle / "test_data_set_0", frames[0], *answers)
 
 
 def _with_embedding(reference: Reference, pixels: Array) -> tuple[Array, Array]:
@@ -78,12 +131,13 @@ def _with_embedding(reference: Reference, pixels: Array) -> tuple[Array, Array]:
     return logits, (embedding.mean((2, 3)) if embedding.ndim == 4 else embedding).numpy()
 
 
-def _write_test_data(folder: Path, image: Array, expected: dict[str, Array]) -> None:
+def _write_test_data(folder: Path, frame: Array, probabilities: Array, embedding: Array) -> None:
     folder.mkdir()
     tensors = {
-        "input_0.pb": (image[None], "image"),
-        "output_0.pb": (expected["probabilities"][:1].astype(np.float32), "probabilities"),
-        "output_1.pb": (expected["embedding"][:1].astype(np.float32), "embedding"),
+        "input_0.pb": (frame[None], "image"),
+        "output_0.pb": (probabilities[None].astype(np.float32), "probabilities"),
+        "output_1.pb": (embedding[None].astype(np.float32), "embedding"),
     }
     for file, (array, name) in tensors.items():
-        (folder / file).write_bytes(numpy_helper.from_array(array, name).SerializeToString())
+        tensor: onnx.TensorProto = numpy_helper.from_array(array, name)
+        (folder / file).write_bytes(tensor.SerializeToString())

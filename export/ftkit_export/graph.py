@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.preprocess import CHROMA, LUMA, Preprocess
 
 OPSET = 18  # opset 18 with IR 8 loads in ONNX Runtime 1.15 and newer; opset 20 with IR 10 is refused by 1.17
 IR_VERSION = 8
@@ -29,7 +29,7 @@ class _Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
 
-    def const(self, value: float | Sequence[float] | Sequence[int], dtype: type) -> str:
+    def const(self, value: float | Sequence[Any], dtype: type) -> str:
         name = f"{self.prefix}const_{len(self.constants)}"
         self.constants[name] = numpy_helper.from_array(np.array(value, dtype), name)
         return name
@@ -85,9 +85,40 @@ def _letterboxed(graph: _Graph, image: str, resize: int) -> str:
     return graph.op("Pad", resized, pads, graph.const(0, np.uint8))
 
 
-def preprocess_nodes(preprocess: Preprocess, image: str, pixels: str, canvas: str = "") -> _Graph:
-    """Nodes from `image` uint8 (N, H, W, 3) RGB to `pixels` float32 (N, 3, S, S); `canvas` names the uint8 crop."""
+def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
+    """A camera's frame (preprocess.to_frame) -> (N, H, W, 3) uint8 RGB."""
+    if input_format == "bgr":
+        return graph.op("Gather", frame, graph.ints(2, 1, 0), axis=3)
+    if input_format == "grey":
+        return graph.op("Concat", frame, frame, frame, axis=3)
+    if input_format != "nv12":
+        return frame
+    rows, width = _side(graph, frame, 1), _side(graph, frame, 2)
+    third, two, one = graph.op("Div", rows, graph.ints(3)), graph.ints(2), graph.ints(1)
+    height = graph.op("Mul", third, two)
+    start, end, axis = graph.ints(0), graph.ints(2**62), graph.ints(1)
+    batch, half = _side(graph, frame, 0), graph.op("Div", width, two)
+    levels = graph.op("Cast", frame, to=TensorProto.FLOAT)
+    luma = graph.op("Sub", graph.op("Slice", levels, start, height, axis), graph.const(16, np.float32))
+    chroma = graph.op("Sub", graph.op("Slice", levels, height, end, axis), graph.const(128, np.float32))
+    pairs = graph.op("Reshape", chroma, graph.op("Concat", batch, third, one, half, one, two, axis=0))
+    twice = graph.op("Expand", pairs, graph.op("Concat", batch, third, two, half, two, two, axis=0))
+    whole = graph.op("Reshape", twice, graph.op("Concat", batch, height, width, two, axis=0))
+    matrix = [[LUMA] * 3, *zip(*CHROMA, strict=True)]  # (3, 3): from Y, U, V to R, G, B
+    mixed = graph.op("MatMul", graph.op("Concat", luma, whole, axis=3), graph.const(matrix, np.float32))
+    bounded = graph.op("Clip", graph.op("Round", mixed), graph.const(0, np.float32), graph.const(255, np.float32))
+    return graph.op("Cast", bounded, to=TensorProto.UINT8)
+
+
+def preprocess_nodes(
+    preprocess: Preprocess, image: str, pixels: str, canvas: str = "", input_format: str = "rgb"
+) -> _Graph:
+    """Nodes from `image`, a frame uint8 (N, H, W, 3), to `pixels` float32 (N, 3, S, S); `canvas` names the uint8 crop.
+
+    Frames of another input_format have the shape that preprocess.to_frame says.
+    """
     graph = _Graph("preprocess/")
+    image = _rgb(graph, image, input_format)
     size, resize = preprocess.size, preprocess.resize
     if preprocess.fit == "pad":
         fitted = _letterboxed(graph, image, resize)
@@ -104,26 +135,29 @@ def preprocess_nodes(preprocess: Preprocess, image: str, pixels: str, canvas: st
     return graph
 
 
-def pixel_model(preprocess: Preprocess) -> onnx.ModelProto:
+def pixel_model(preprocess: Preprocess, input_format: str = "rgb") -> onnx.ModelProto:
     """The preprocessing alone: `image` uint8 (N, H, W, 3) -> `levels` uint8 (N, S, S, 3), `pixels` (N, 3, S, S).
 
     For measuring the graph's pixels against Pillow's.
     """
-    graph = preprocess_nodes(preprocess, "image", "pixels", canvas="levels")
+    graph = preprocess_nodes(preprocess, "image", "pixels", "levels", input_format)
     size = preprocess.size
     outputs = [
         helper.make_tensor_value_info("levels", TensorProto.UINT8, ["batch", size, size, 3]),
         helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, size, size]),
     ]
-    return _model(graph.nodes, [_image_input()], outputs, list(graph.constants.values()))
+    return _model(graph.nodes, [_image_input(input_format)], outputs, list(graph.constants.values()))
 
 
-def image_form(core: onnx.ModelProto, preprocess: Preprocess, temperature: float) -> onnx.ModelProto:
+def image_form(
+    core: onnx.ModelProto, preprocess: Preprocess, temperature: float, input_format: str = "rgb"
+) -> onnx.ModelProto:
     """core (`pixels` -> `logits`, `embedding`) -> `image` uint8 (N, H, W, 3) -> `probabilities`, `embedding`.
 
-    probabilities = softmax(logits / temperature), float32 (N, classes). H and W are free.
+    probabilities = softmax(logits / temperature), float32 (N, classes). H and W are free. Frames of another
+    input_format have the shape that preprocess.to_frame says, and are converted inside.
     """
-    before = preprocess_nodes(preprocess, "image", "pixels")
+    before = preprocess_nodes(preprocess, "image", "pixels", input_format=input_format)
     after = _Graph("calibration/")
     scaled = after.op("Div", "logits", after.const(temperature, np.float32))
     after.op("Softmax", scaled, output="probabilities", axis=-1)
@@ -131,11 +165,12 @@ def image_form(core: onnx.ModelProto, preprocess: Preprocess, temperature: float
     classes = logits.type.tensor_type.shape.dim[1].dim_value
     outputs = [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", classes]), embedding]
     constants = [*before.constants.values(), *core.graph.initializer, *after.constants.values()]
-    return _model([*before.nodes, *core.graph.node, *after.nodes], [_image_input()], outputs, constants)
+    return _model([*before.nodes, *core.graph.node, *after.nodes], [_image_input(input_format)], outputs, constants)
 
 
-def _image_input() -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", 3])
+def _image_input(input_format: str) -> onnx.ValueInfoProto:
+    channels = 3 if input_format in ("rgb", "bgr") else 1
+    return helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", channels])
 
 
 def _model(

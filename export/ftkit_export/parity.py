@@ -23,14 +23,16 @@ import onnx
 import torch
 
 from ftkit_export.graph import pixel_model
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.session import PROVIDERS, Session
 
 Array = np.ndarray[Any, Any]
 
 FLOAT64_IMAGES = 64  # images per group that the float64 reference sees
 RELATIVE = {"cpu": 1e-5, "cuda": 1e-3}  # of s, by provider; any other provider is held to CUDA's
+IMAGE_FORM_IMAGES = 16  # end to end; the core form has shown the network equal on four times as many
 FLOORS = 20.0
+AGREEMENT = {"tf32": (0.9999, 0.999), "fp16": (0.999, 0.99)}  # least cosine of the logits, least share of equal top-1
 CHUNK = 32
 
 
@@ -124,6 +126,7 @@ def compare(
     temperature: float,
     layers: Mapping[str, str],
     provider: str = "cpu",
+    input_format: str = "rgb",
 ) -> Parity:
     """Compare both exported forms with the framework on one provider.
 
@@ -132,13 +135,15 @@ def compare(
     Raises ProviderError when the provider cannot be proven.
     """
     core_session, image_session = Session(core, provider=provider), Session(image, provider=provider)
-    pixel_session = Session(pixel_model(preprocess).SerializeToString(), provider=provider)
+    pixel_session = Session(pixel_model(preprocess, input_format).SerializeToString(), provider=provider)
     checks: list[Check] = []
     for group, images in {"photographs": photographs, **edge_images(preprocess.size)}.items():
         drawn = canvases if group == "photographs" else np.stack([preprocess.canvas(item) for item in images])
         pixels = preprocess.pixels(drawn)
         checks += _core_checks(reference, core_session, pixels, group, provider)
-        checks += _image_checks(reference, image_session, pixel_session, images, preprocess, temperature, group)
+        frames = [to_frame(item, input_format) for item in images]
+        pillow = [preprocess.canvas(from_frame(frame, input_format)) for frame in frames]
+        checks += _image_checks(reference, image_session, pixel_session, frames, pillow, preprocess, temperature, group)
     elsewhere = sum(n for name, n in core_session.assignment().items() if name != PROVIDERS[provider].name)
     checks.append(Check(name="core nodes on another provider", group="graph", value=elsewhere, limit=0))
     diverging = ""
@@ -163,31 +168,46 @@ def _core_checks(reference: Reference, session: Session, pixels: Array, group: s
 
 
 def _image_checks(
-    reference: Reference, session: Session, pixel_session: Session, images: Sequence[Array],
-    preprocess: Preprocess, temperature: float, group: str,
+    reference: Reference, session: Session, pixel_session: Session, frames: Sequence[Array],
+    pillow: Sequence[Array], preprocess: Preprocess, temperature: float, group: str,
 ) -> list[Check]:  # fmt: skip
-    """End to end on odd sizes: the graph's pixels against Pillow's, and its probabilities against float64."""
+    """End to end on odd sizes: the graph's pixels against Pillow's canvases, its probabilities against float64."""
     start = (preprocess.resize - preprocess.size) // 2
     inside = slice(start, start + preprocess.size)
     off, graph_pixels, found = [], [], []
-    for item in images:
-        levels, pixels = pixel_session.run(item[None])
-        pillow = preprocess.canvas(item)[inside, inside]
-        off.append(np.abs(levels[0].astype(np.int16) - pillow) > (1 if group == "photographs" else 2))
+    for frame, canvas in zip(frames, pillow, strict=True):
+        levels, pixels = pixel_session.run(frame[None])
+        off.append(np.abs(levels[0].astype(np.int16) - canvas[inside, inside]) > (1 if group == "photographs" else 2))
         graph_pixels.append(pixels)
-        found.append(session.run(item[None])[0])
-    stacked = np.concatenate(graph_pixels)
+        found.append(session.run(frame[None])[0])
+    stacked = np.concatenate(graph_pixels[:IMAGE_FORM_IMAGES])
     logits32 = reference.logits(stacked, torch.float32)
     logits64 = reference.logits(stacked, torch.float64)
     limit, _ = tolerance(logits32, logits64, session.provider)
     expected = softmax(logits64 / temperature)
-    value = float(np.abs(np.concatenate(found) - expected).max())
-    batches = [np.repeat(images[0][None], size, 0) for size in (2, 7)]
+    value = float(np.abs(np.concatenate(found[: len(stacked)]) - expected).max())
+    batches = [np.repeat(frames[0][None], size, 0) for size in (2, 7)]
     spread = max(float(np.abs(session.run(batch)[0] - found[0]).max()) for batch in batches)
     return [
-        Check(name="share of pixels off", group=group, value=float(np.mean(off)), limit=1e-3, inputs=len(images)),
-        Check(name="probabilities", group=group, value=value, limit=limit / temperature, inputs=len(images)),
+        Check(name="share of pixels off", group=group, value=float(np.mean(off)), limit=1e-3, inputs=len(frames)),
+        Check(name="probabilities", group=group, value=value, limit=limit / temperature, inputs=len(stacked)),
         Check(name="batch 1 against 2 and 7", group=group, value=spread, limit=limit / temperature, inputs=9),
+    ]
+
+
+def agreement(expected: Array, found: Array, precision: str, group: str) -> list[Check]:
+    """Checks of a lower precision (a key of AGREEMENT) on the same inputs: logits (N, classes) against float32's."""
+    cosine, share = AGREEMENT[precision]
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+    with np.errstate(invalid="ignore"):  # infinite values: the check fails as NaN
+        worst = float((1 - (expected * found).sum(1) / np.maximum(lengths, 1e-30)).max())
+    broken = int((np.isfinite(expected) & ~np.isfinite(found)).sum())
+    other = float((expected.argmax(1) != found.argmax(1)).mean())
+    return [
+        Check(name=f"{precision} new NaN or Inf", group=group, value=broken, limit=0, inputs=len(found)),
+        Check(name=f"{precision} 1 - cosine of logits", group=group, value=worst, limit=1 - cosine, inputs=len(found)),
+        Check(name=f"{precision} top-1 changed", group=group, value=other, limit=1 - share, inputs=len(found)),
     ]
 
 

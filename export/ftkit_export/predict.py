@@ -17,7 +17,7 @@ import numpy as np
 
 from ftkit_export.errors import BundleError, FtkitError
 from ftkit_export.foreign import Foreign
-from ftkit_export.preprocess import SUFFIXES, decode
+from ftkit_export.preprocess import SUFFIXES, decode, to_frame
 from ftkit_export.session import Session
 
 
@@ -58,18 +58,23 @@ class Classifier:
             ) from None
 
         metadata = self.session.metadata
+        self.input_format = metadata.get("input_format", "rgb")
         self.threshold = float(metadata.get("abstain_threshold", 0))
         self.familiar = Foreign.from_text(metadata["out_of_domain"]) if metadata.get("out_of_domain") else None
 
     def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
-        found: np.ndarray[Any, Any] = self.session.run(image[None])[0][0]
+        found: np.ndarray[Any, Any] = self.session.run(to_frame(image, self.input_format)[None])[0][0]
         return found
 
     def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
         """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a bad file."""
         pixels = image if isinstance(image, np.ndarray) else decode(image)
-        (found,), embedding = self.session.run(pixels[None])
+        return self.frame(to_frame(pixels, self.input_format))
+
+    def frame(self, frame: np.ndarray[Any, Any]) -> Prediction:
+        """A camera's frame as the model takes it (preprocess.to_frame; RGB unless exported otherwise)."""
+        (found,), embedding = self.session.run(frame[None])
         best = int(found.argmax())
         named = {label: float(value) for label, value in zip(self.labels, found, strict=True)}
         score = self.familiar.score(embedding)[0] if self.familiar else 0.0

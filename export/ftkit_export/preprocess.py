@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from ftkit_export.errors import FtkitError, ImageError
 
 FITS = ("crop", "squash", "pad")
+INPUT_FORMATS = ("rgb", "bgr", "grey", "nv12")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
@@ -85,6 +86,52 @@ def _resize(image: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[
         return np.ascontiguousarray(image)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized)
+
+
+# BT.601, limited range, as cameras deliver NV12: R, G, B = 1.164 (Y - 16) + these times (U - 128, V - 128).
+LUMA = 255 / 219
+CHROMA = ((0.0, 1.596027), (-0.391762, -0.812968), (2.017232, 0.0))
+
+
+def to_frame(image: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, Any]:
+    """(H, W, 3) uint8 RGB -> the frame a camera of that format would deliver, uint8.
+
+    rgb, bgr: (H, W, 3). grey: (H, W, 1). nv12: (H * 3 / 2, W, 1), the luma plane, then rows of U and V by turns, with
+    H and W made even by repeating the last row and column.
+    """
+    if input_format == "bgr":
+        return np.ascontiguousarray(image[..., ::-1])
+    if input_format == "grey":
+        return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    if input_format != "nv12":
+        return image
+    even = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge").astype(np.float64)
+    luma, blue, red = (even @ weights for weights in np.linalg.inv(_nv12_matrix()))
+    halved = [plane.reshape(plane.shape[0] // 2, 2, plane.shape[1] // 2, 2).mean((1, 3)) + 128 for plane in (blue, red)]
+    chroma = np.stack(halved, -1).reshape(len(halved[0]), -1)
+    frame = np.concatenate([luma + 16, chroma]).round().clip(0, 255).astype(np.uint8)
+    return frame[..., None]
+
+
+def from_frame(frame: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, Any]:
+    """The inverse of `to_frame` as a device sees it: a frame, uint8 -> (H, W, 3) uint8 RGB."""
+    if input_format == "bgr":
+        return np.ascontiguousarray(frame[..., ::-1])
+    if input_format == "grey":
+        return np.repeat(frame, 3, -1)
+    if input_format != "nv12":
+        return frame
+    height, width = frame.shape[0] * 2 // 3, frame.shape[1]
+    luma = frame[:height, :, 0].astype(np.float32) - 16
+    chroma = frame[height:, :, 0].astype(np.float32).reshape(height // 2, width // 2, 2) - 128
+    whole = np.concatenate([luma[..., None], chroma.repeat(2, 0).repeat(2, 1)], -1)
+    rgb = whole @ _nv12_matrix().astype(np.float32).T
+    rounded: np.ndarray[Any, Any] = rgb.round().clip(0, 255).astype(np.uint8)
+    return rounded
+
+
+def _nv12_matrix() -> np.ndarray[Any, Any]:
+    return np.array([[LUMA, *row] for row in CHROMA])
 
 
 def decode(source: str | Path | bytes) -> np.ndarray[Any, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ftkit_export.errors import FtkitError, ProviderError, choices
+from ftkit_export.onnxfile import inspect
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once, at import
 
@@ -106,7 +107,8 @@ class Session:
 
     model: a path or the serialized bytes. provider: a key of PROVIDERS. threads: intra-op threads, 0 = all cores.
     spinning: whether idle worker threads spin (lower latency, a busy core). Raises ProviderError when the provider is
-    unknown, absent or not the one that answered, FtkitError when the model does not load.
+    unknown, absent or not the one that answered, BundleError when the file refers to anything outside it, FtkitError
+    when it does not load.
     """
 
     def __init__(self, model: str | Path | bytes, *, provider: str = "cpu", threads: int = 0, spinning: bool = True):
@@ -130,6 +132,8 @@ class Session:
         where = "model" if isinstance(model, bytes) else str(model)
         if not isinstance(model, bytes) and not Path(model).is_file():
             raise FtkitError(f"{where}: expected an ONNX file, found none. Check the path")
+        if not isinstance(model, bytes):
+            inspect(model)  # a file may come from elsewhere
         source = model if isinstance(model, bytes) else str(model)
         try:
             # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the CPU

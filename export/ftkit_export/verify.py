@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from ftkit_export.errors import BundleError
-from ftkit_export.preprocess import Preprocess, decode
+from ftkit_export.preprocess import Preprocess, decode, from_frame, to_frame
 from ftkit_export.session import Session
 
-SCHEMA = 1
+Array = np.ndarray[Any, Any]
+
+SCHEMA = 2
 MANIFEST = "manifest.json"
 
 
@@ -73,8 +75,10 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
         schema, files = manifest["schema"], manifest["files"]
     except (ValueError, KeyError, TypeError):
         raise BundleError(f"{path}: expected a manifest, found unreadable JSON. Export the bundle again") from None
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise BundleError(f"{path}: expected schema {SCHEMA} or older, found {schema}. Try a newer ftkit")
+    if not isinstance(schema, int) or schema != SCHEMA:
+        older = isinstance(schema, int) and schema < SCHEMA
+        cure = "Export the run again" if older else "Try a newer ftkit"
+        raise BundleError(f"{path}: expected schema {SCHEMA}, found {schema}. {cure}")
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise BundleError(f"{path}: expected names inside the bundle, found {name!r}. Do not trust this bundle")
@@ -97,35 +101,39 @@ def check_files(bundle: Path, files: dict[str, str]) -> None:
 
 
 def replay_golden(bundle: Path, manifest: dict[str, Any], provider: str) -> tuple[GoldenCheck, ...]:
-    """Both forms over every golden image on one provider: image form end to end, core form from Pillow's pixels."""
+    """Both forms of every variant over every golden image: image form end to end, core form from Pillow's pixels."""
     entries = json.loads((bundle / "golden" / "golden.json").read_text())["images"]
     with np.load(bundle / "golden" / "expected.npz", allow_pickle=False) as stored:
         expected = {name: stored[name] for name in stored.files}
-    images = [decode(bundle / "golden" / entry["file"]) for entry in entries]
-    preprocess = Preprocess(**manifest["preprocess"])
-    image_session = Session(bundle / "model.onnx", provider=provider)
-    core_session = Session(bundle / manifest["core"], provider=provider)
-    found = {
-        "probabilities": [image_session.run(image[None])[0][0] for image in images],
-        "logits": [core_session.run(preprocess.pixels(preprocess.canvas(image)[None]))[0][0] for image in images],
-    }
+    input_format, preprocess = manifest["input_format"], Preprocess(**manifest["preprocess"])
+    frames = [to_frame(decode(bundle / "golden" / entry["file"]), input_format) for entry in entries]
+    pixels = [preprocess.pixels(preprocess.canvas(from_frame(frame, input_format))[None]) for frame in frames]
     checks = []
-    for name, values in found.items():
-        errors = np.array([np.abs(a - b).max() for a, b in zip(values, expected[name], strict=True)])
-        limits = np.array([entry["tolerance"].get(provider, entry["tolerance"]["cuda"])[name] for entry in entries])
-        worst = int(np.nan_to_num(errors / limits, nan=np.inf).argmax())
-        equal = sum(int(a.argmax() == b.argmax()) for a, b in zip(values, expected[name], strict=True))
-        checks.append(
-            GoldenCheck(
-                name=name,
-                file=entries[worst]["file"],
-                value=float(errors[worst] / limits[worst]),
-                max_abs_error=float(errors[worst]),
-                images=len(entries),
-                top1_equal=equal,
-            )
-        )
+    for variant, files in manifest["variants"].items():
+        for form, file, inputs in (
+            ("probabilities", files["file"], [frame[None] for frame in frames]), ("logits", files["core"], pixels),
+        ):  # fmt: skip
+            session = Session(bundle / file, provider=provider)
+            found = [session.run(item)[0][0] for item in inputs]
+            key = form if variant == "fp32" else f"{variant}/{form}"
+            limits = [_limit(entry["tolerance"][variant], provider)[form] for entry in entries]
+            checks.append(_compare(f"{variant} {form}", entries, found, expected[key], np.array(limits)))
     return tuple(checks)
+
+
+def _limit(tolerance: dict[str, Any], provider: str) -> dict[str, float]:
+    found: dict[str, float] = tolerance.get("any") or tolerance.get(provider) or tolerance["cuda"]
+    return found
+
+
+def _compare(
+    name: str, entries: list[dict[str, Any]], found: list[Array], expected: Array, limits: Array
+) -> GoldenCheck:
+    errors = np.array([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
+    worst = int(np.nan_to_num(errors / limits, nan=np.inf).argmax())
+    equal = sum(int(a.argmax() == b.argmax()) for a, b in zip(found, expected, strict=True))
+    return GoldenCheck(name=name, file=entries[worst]["file"], value=float(errors[worst] / limits[worst]),
+                       max_abs_error=float(errors[worst]), images=len(entries), top1_equal=equal)  # fmt: skip
 
 
 def verify(bundle: str | Path, provider: str = "cpu") -> Verification:

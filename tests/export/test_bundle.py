@@ -82,7 +82,11 @@ def test_the_test_data_set_is_what_the_model_answers(bundle: Path) -> None:
 def test_verify_passes_here(bundle: Path) -> None:
     result = verify(bundle)
     assert result.passed
-    assert {check.name: check.images for check in result.checks} == {"probabilities": 27, "logits": 27}
+    variants = json.loads((bundle / "manifest.json").read_text())["variants"]
+    assert {check.name for check in result.checks} == {
+        f"{v} {f}" for v in variants for f in ("probabilities", "logits")
+    }
+    assert {check.images for check in result.checks} == {27}
 
 
 def _files(bundle: Path) -> Iterator[str]:
@@ -114,7 +118,7 @@ def test_a_missing_and_an_extra_file_are_named(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema": 99}, "expected schema 1 or older, found 99"),
+        ({"schema": 99}, "expected schema 2, found 99. Try a newer ftkit"),
         ({"files": {"../outside": "0"}}, "expected names inside the bundle"),
     ],
 )
@@ -190,9 +194,9 @@ def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> 
     result = ftkit("export", run, "--out", out, "--quick", "--set", "export.size_mb=1", "--set", "export.p95_ms=9999")
     assert result.exit_code == 1
     assert not out.exists()
-    assert "error: gate size in MB: expected at most 1, found 1" in result.stderr
+    assert "expected at most 1, found 1" in result.stderr
     manifest = json.loads((tmp_path / "bundle.failed" / "manifest.json").read_text())
     assert manifest["verdict"] == "failed"
     verified = ftkit("verify", tmp_path / "bundle.failed")
-    assert (verified.exit_code, "sealed gate FAILED: size in MB" in verified.stdout) == (1, True)
+    assert (verified.exit_code, "sealed gate FAILED: size in MB (" in verified.stdout) == (1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.failed"], "nothing half-built is left"

@@ -97,11 +97,17 @@ def train(
 @PROVIDERS
 @click.option("--data", type=click.Path(path_type=Path), help="Where the run's images are now, if they moved.")
 @click.option("--quick", is_flag=True, help="Shorter latency runs, marked as such in the evidence.")
+@click.option("--target", help="Where the file shall run: auto, x86-vnni, x86, arm64, cuda, web. [default: auto]")
+@click.option("--latency", type=click.Path(path_type=Path), metavar="FILE",
+              help="What `device/classify.py --bench` printed on the target.")  # fmt: skip
+@click.option("--input-format", help="The device's frames: rgb, bgr, grey, nv12. [default: rgb]")
 def export(
-    run: Path, out: Path | None, settings: tuple[str, ...], providers: str, data: Path | None, quick: bool
-) -> None:
+    run: Path, out: Path | None, settings: tuple[str, ...], providers: str, data: Path | None, quick: bool,
+    target: str | None = None, latency: Path | None = None, input_format: str | None = None,
+) -> None:  # fmt: skip
     """Export RUN to ONNX, prove the file, and seal a bundle. Exit 1 when a gate fails."""
     from ftkit.checkpoint import open_run
+    from ftkit.pipeline import Extras, read_measured
     from ftkit.pipeline import export as run_export
     from ftkit.recipe import override
     from ftkit_export.session import parse_providers
@@ -113,9 +119,12 @@ def export(
             raise FtkitError(
                 f"--set {setting}: expected a field of export, found another. Try export.max_accuracy_drop"
             )
+    named = {"target": target, "input_format": input_format}
+    settings = (*settings, *(f"export.{key}={value}" for key, value in named.items() if value))
     limits = override(opened.recipe, settings).export
-    target = out or run.with_name(run.resolve().name + "-bundle")
-    done = run_export(opened, target, settings=limits, providers=names, data=data, quick=quick)
+    where = out or run.with_name(run.resolve().name + "-bundle")
+    extras = Extras(measured=read_measured(latency, opened) if latency else {})
+    done = run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
     for gate in done.gates:
         click.echo(f"{'ok    ' if gate.passed else 'FAILED'}  {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}")
     click.echo(f"bundle: {done.folder}")

@@ -90,7 +90,8 @@ def _step(*arguments: str) -> None:
 
 
 def _summary(bundle: Path) -> str:
-    evidence = json.loads((bundle / "manifest.json").read_text())["evidence"]
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    evidence = manifest["evidence"]
     accuracy = evidence["accuracy"]["file"]
     rows = [("what", "measured")]
     interval = f"[{accuracy['accuracy_low']:.3f}, {accuracy['accuracy_high']:.3f}]"
@@ -99,8 +100,9 @@ def _summary(bundle: Path) -> str:
         logits = max((c for c in item["checks"] if c["floor"] is not None), key=lambda c: c["value"] / c["limit"])
         rows.append(("parity", f"{'passed' if item['passed'] else 'FAILED'} on {item['provider']}: logits within "
                      f"{logits['value'] / logits['floor']:.1f} x the framework's own float32 error"))  # fmt: skip
-    for item in evidence["latency"]:
+    rows.append(("chosen", f"{manifest['chosen']} for {manifest['target']}"))
+    for item in (item for item in evidence["latency"] if item["variant"] == manifest["chosen"]):
         rows.append(("latency", f"p50 {item['p50_ms']:.1f} ms, p95 {item['p95_ms']:.1f} ms on {item['provider']}, "
                      f"{item['threads']} thread{'s' if item['threads'] > 1 else ''}"))  # fmt: skip
-    rows.append(("size", f"{evidence['latency'][0]['size_bytes'] / 1e6:.1f} MB"))
+    rows.append(("size", f"{item['size_bytes'] / 1e6:.1f} MB"))
     return terminal.table(rows)

@@ -8,52 +8,63 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from torch import nn
 
 import ftkit
-from ftkit import checkpoint, terminal
+from ftkit import checkpoint, terminal, variants
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
 from ftkit.checkpoint import Run
 from ftkit.evaluate import Metrics, evaluate
-from ftkit.intake import Image, read
+from ftkit.intake import read
 from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Export
 from ftkit.report import write_report
 from ftkit_export import bundle as bundles
-from ftkit_export.bundle import OLDEST_ONNXRUNTIME, Gate
+from ftkit_export.bundle import Gate
 from ftkit_export.convert import export_core, write
+from ftkit_export.decision import Paired, Row, choose, paired
 from ftkit_export.errors import FtkitError
-from ftkit_export.golden import write_golden
-from ftkit_export.graph import IR_VERSION, OPSET, image_form
+from ftkit_export.golden import write_flat, write_golden
+from ftkit_export.graph import IR_VERSION, OPSET
 from ftkit_export.latency import Latency, measure
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
 from ftkit_export.session import cores, require
+from ftkit_export.targets import unshippable
 
 Array = np.ndarray[Any, Any]
 
 PARITY_IMAGES = 256  # held-out photographs that parity sees; float64 sees the first 64
 DECODED_BYTES = 500_000_000
-CORE = "variants/fp32-core.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """What an export may be asked for beside the bundle. measured: latencies from the target device, by variant."""
+
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export came to. folder: BUNDLE, or BUNDLE.failed when a gate failed."""
+    """What an export came to. folder: BUNDLE, or BUNDLE.failed when a gate failed. rows: the decision table."""
 
     folder: Path
     gates: tuple[Gate, ...]
     parity: tuple[Parity, ...]
     latency: tuple[Latency, ...]
     file_metrics: Metrics
+    rows: tuple[Row, ...]
+    chosen: str
 
     @property
     def passed(self) -> bool:
@@ -96,11 +107,27 @@ def metadata(run: Run) -> dict[str, str]:
     }
 
 
+def read_measured(path: Path, run: Run) -> dict[str, Any]:
+    """Variant -> figures, from what `device/classify.py --bench` printed on the target.
+
+    Raises FtkitError when the file is none, or of another run.
+    """
+    try:
+        data = json.loads(path.read_text())
+        found, of = {name: dict(item) for name, item in data["raced"].items()}, data["run"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise FtkitError(f"{path}: expected what `device/classify.py --bench` prints, found something else. "
+                         "Run it on the device and keep its output") from None  # fmt: skip
+    if of != run.data["model_fingerprint"]:
+        raise FtkitError(f"{path}: expected latencies of this run, found those of another. Measure its own bundle")
+    return found
+
+
 def export(
     run: Run, out: Path, *, settings: Export | None = None, providers: Sequence[str] = ("cpu",),
-    data: str | Path | None = None, quick: bool = False,
+    data: str | Path | None = None, quick: bool = False, extras: Extras | None = None,
 ) -> Exported:  # fmt: skip
-    """Export `run`, prove the file on each provider, judge the gates, seal the bundle.
+    """Export `run`, decide on its variants, prove the file on each provider, judge the gates, seal the bundle.
 
     settings: gates and budgets, the recipe's by default. quick: shorter latency runs, marked so in the evidence.
     Raises ProviderError when a provider is not here, FtkitError when `out` exists or the images have changed.
@@ -112,48 +139,85 @@ def export(
     backbone = run.backbone()
     folder = bundles.begin(out)
     try:
-        return _build(run, backbone.model, canvases, folder, out, settings or run.recipe.export, providers, quick)
+        return _build(run, backbone.model, canvases, folder, out, settings or run.recipe.export, providers, quick,
+                      extras or Extras())  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # moved away when sealed; a half-built one when not
 
 
 def _build(
     run: Run, model: nn.Module, canvases: Canvases, folder: Path, out: Path, limits: Export,
-    providers: Sequence[str], quick: bool,
+    providers: Sequence[str], quick: bool, extras: Extras,
 ) -> Exported:  # fmt: skip
     with terminal.bar("converting to ONNX"):
         core = export_core(model, run.preprocess.size)
-    (folder / "variants").mkdir()
-    labelled = metadata(run)
-    write(core.model, folder / CORE, labelled)
-    write(image_form(core.model, run.preprocess, run.temperature), folder / "model.onnx", labelled)
+    rows = _spread(canvases.rows("test"), PARITY_IMAGES)
+    files = [canvases.images.images[row].path for row in rows]
+    reference, photographs = Reference(model), _decoded(files)
+    context = variants.Context(
+        canvases=canvases, preprocess=run.preprocess, temperature=run.temperature, limits=limits, photograph=files[0],
+        target_name=variants.resolve_target(limits.target, providers), measured=extras.measured,
+        metadata={**metadata(run), "input_format": limits.input_format},
+    )  # fmt: skip
+    made = variants.make(core.model, context)
+    terminal.say(variants.as_table(made.rows))
+    paths = _write_variants(folder, made, context)
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in run.classes), encoding="utf-8")
 
-    test = canvases.images.of("test")
-    rows = _spread(canvases.rows("test"), PARITY_IMAGES)
-    photographs = _decoded([canvases.images.images[row].path for row in rows])
-    reference = Reference(model)
     parity = []
     for provider in providers:
         with terminal.bar(f"parity on {provider}"):
-            parity.append(compare(reference, folder / CORE, folder / "model.onnx", canvases.array(rows), photographs,
-                                  run.preprocess, run.temperature, core.layers, provider))  # fmt: skip
+            parity.append(compare(reference, *paths["fp32"][::-1], canvases.array(rows), photographs, run.preprocess,
+                                  run.temperature, core.layers, provider, limits.input_format))  # fmt: skip
         _say_parity(parity[-1], len(rows))
-    write_golden(folder, reference, photographs, run.preprocess, run.temperature)
+    latency = _latencies(paths, files[0], providers, quick)
+    shipped = [replace(row, p50_ms=latency[name][0].p50_ms, p95_ms=latency[name][0].p95_ms,
+                       peak_rss_bytes=latency[name][0].peak_rss_bytes)
+               for name, (row, _) in made.shipped.items()]  # fmt: skip
+    chosen, missed = choose(shipped, limits.p95_ms, limits.size_mb, limits.memory_mb)
+    terminal.say(f"chosen: {chosen.name}" + (f", the nearest; it misses {missed}" if missed else ""))
+    golden = photographs if limits.golden == "images" else []
+    with terminal.bar("golden vectors"):
+        write_golden(folder, reference, golden, run.preprocess, run.temperature, paths, limits.input_format)
+        paths[chosen.name][0].rename(folder / "model.onnx")
+        write_flat(folder, chosen.name, run.preprocess, run.temperature, limits.input_format)
+    paths[chosen.name] = (folder / "model.onnx", paths[chosen.name][1])
     bundles.add_runner(folder)
 
-    file_metrics = _file_accuracy(folder, test, run.classes)
-    terminal.say(f"accuracy of the file on {len(test)} held-out photographs: {file_metrics.accuracy:.4f} "
+    file_metrics, against = _file_accuracy(folder, core.model, context, run.classes)
+    terminal.say(f"accuracy of the file on {file_metrics.images} held-out photographs: {file_metrics.accuracy:.4f} "
                  f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
-    latency = _latencies(folder, providers, quick)
-    gates = _judge(limits, run, parity, file_metrics, latency)
-    manifest = _manifest(run, parity, file_metrics, latency, limits)
+    gates = _judge(limits, run, parity, chosen, file_metrics, against)
+    manifest = {
+        **_manifest(run, parity, file_metrics, against, latency, context, made, chosen),
+        "variants": {
+            name: {form: path.relative_to(folder).as_posix() for form, path in zip(("file", "core"), pair, strict=True)}
+            for name, pair in paths.items()
+        },
+    }  # fmt: skip
     write_report(folder / "report.html", run.data, {**manifest, "gates": [gate.as_dict() for gate in gates]},
                  checkpoint.read_metrics(run.folder))  # fmt: skip
     final = bundles.seal(folder, out, manifest, gates)
     return Exported(
-        folder=final, gates=tuple(gates), parity=tuple(parity), latency=tuple(latency), file_metrics=file_metrics
-    )
+        folder=final, gates=tuple(gates), parity=tuple(parity), latency=tuple(latency[chosen.name]),
+        file_metrics=file_metrics, rows=made.rows, chosen=chosen.name,
+    )  # fmt: skip
+
+
+def _write_variants(folder: Path, made: variants.Variants, context: variants.Context) -> dict[str, tuple[Path, Path]]:
+    """Variant -> (image form, core form), written and fit to load on the target's oldest ONNX Runtime."""
+    (folder / "variants").mkdir()
+    paths = {}
+    for name, (row, core) in made.shipped.items():
+        image, plain = folder / "variants" / f"{name}.onnx", folder / "variants" / f"{name}-core.onnx"
+        labelled = {**context.metadata, "precision": name, "kept_in_float": json.dumps(row.kept)}
+        write(context.image_form(core), image, labelled)
+        write(core, plain, labelled)
+        for path in (image, plain):
+            if why := unshippable(path, context.target):
+                raise FtkitError(f"{path.name}: {why}, for target {context.target_name}. Try another backbone")
+        paths[name] = (image, plain)
+    return paths
 
 
 def _spread(rows: Array, count: int) -> Array:
@@ -181,34 +245,43 @@ def _say_parity(parity: Parity, photographs: int) -> None:
         terminal.say(f"first diverging layer: {parity.first_divergence}")
 
 
-def _file_accuracy(folder: Path, images: Sequence[Image], classes: Sequence[str]) -> Metrics:
-    """File bytes -> probabilities on every held-out photograph, as a device would."""
-    classify = Classifier(folder)
-    found = []
+def _file_accuracy(
+    folder: Path, core: onnx.ModelProto, context: variants.Context, classes: Sequence[str]
+) -> tuple[Metrics, Paired]:
+    """File bytes -> probabilities on every held-out photograph, as a device would; and paired with fp32's core form."""
+    classify, rows = Classifier(folder), context.canvases.rows("test")
+    found, labels = [], context.canvases.labels[rows]
     with terminal.bar("accuracy of the file") as progress:
-        for number, image in enumerate(images, start=1):
-            found.append(classify.probabilities(decode(image.path)))
-            progress(number, len(images))
-    return evaluate(np.stack(found), np.array([image.label for image in images]), classes)
+        for number, row in enumerate(rows, start=1):
+            found.append(classify.probabilities(decode(context.canvases.images.images[row].path)))
+            progress(number, len(rows))
+    with terminal.bar("fp32 on test"):
+        logits = variants.answers(core, context, rows)
+    probabilities = np.stack(found)
+    against = paired(logits.argmax(1) == labels, probabilities.argmax(1) == labels)
+    return evaluate(probabilities, labels, classes), against
 
 
-def _latencies(folder: Path, providers: Sequence[str], quick: bool) -> list[Latency]:
-    """p50 and p95 on the first golden photograph, one thread and all, each in a fresh process."""
+def _latencies(
+    paths: Mapping[str, tuple[Path, Path]], photograph: Path, providers: Sequence[str], quick: bool
+) -> dict[str, list[Latency]]:
+    """Variant -> p50, p95, memory on a photograph, each in a fresh process; the first is one thread on the CPU or, for
+    want of it, the first provider."""
     threads = sorted({1, cores()})
-    latencies = []
-    for provider in providers:
-        for count in threads if provider == "cpu" else threads[:1]:
-            where = f"{provider}, {count} thread{'s' if count > 1 else ''}"
-            with terminal.bar(f"latency on {where}"):
-                latencies.append(measure(folder / "model.onnx", folder / "golden" / "00.png", provider=provider,
-                                         threads=count, quick=quick))  # fmt: skip
-            last = latencies[-1]
-            terminal.say(f"latency on {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
-    return latencies
+    found: dict[str, list[Latency]] = {name: [] for name in paths}
+    for name, (image, _) in paths.items():
+        for provider in sorted(providers, key=lambda provider: provider != "cpu"):
+            for count in threads if provider == "cpu" else threads[:1]:
+                where = f"{name} on {provider}, {count} thread{'s' if count > 1 else ''}"
+                with terminal.bar(f"latency of {where}"):
+                    last = measure(image, photograph, provider=provider, threads=count, quick=quick)
+                found[name].append(last)
+                terminal.say(f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
+    return found
 
 
 def _judge(
-    limits: Export, run: Run, parity: Sequence[Parity], file_metrics: Metrics, latency: Sequence[Latency]
+    limits: Export, run: Run, parity: Sequence[Parity], chosen: Row, file_metrics: Metrics, against: Paired
 ) -> list[Gate]:
     """Every gate of the export, in one place."""
     gates = []
@@ -217,33 +290,44 @@ def _judge(
         label = f"parity on {item.provider} ({worst.name}, {worst.group})"
         gates.append(Gate(name=label, value=worst.value, limit=worst.limit))
     drop = run.data["metrics"]["test"]["accuracy"] - file_metrics.accuracy
-    gates.append(Gate(name="accuracy drop of the file", value=drop, limit=limits.max_accuracy_drop))
-    if limits.p95_ms is not None:
-        gates.append(Gate(name="p95 ms, one thread", value=latency[0].p95_ms, limit=limits.p95_ms))
-    if limits.size_mb is not None:
-        gates.append(Gate(name="size in MB", value=latency[0].size_bytes / 1e6, limit=limits.size_mb))
+    if chosen.name == "fp32":
+        gates.append(Gate(name="accuracy drop of the file", value=drop, limit=limits.max_accuracy_drop))
+    else:  # accepted on val with confidence; on test, a drop within what chance allows is no contradiction
+        gates.append(Gate(name=f"accuracy drop of the file ({chosen.name}, lower 95 % bound)", value=against.low,
+                          limit=limits.max_accuracy_drop))  # fmt: skip
+    for name, value, limit in (
+        ("p95 ms, one thread", chosen.p95_ms, limits.p95_ms),
+        ("size in MB", chosen.size_bytes / 1e6, limits.size_mb),
+        ("memory in MB", (chosen.peak_rss_bytes or 0) / 1e6, limits.memory_mb),
+    ):
+        if limit is not None and value is not None:
+            gates.append(Gate(name=f"{name} ({chosen.name})", value=value, limit=limit))
     return gates
 
 
 def _manifest(
-    run: Run, parity: Sequence[Parity], file_metrics: Metrics, latency: Sequence[Latency], limits: Export
-) -> dict[str, Any]:
+    run: Run, parity: Sequence[Parity], file_metrics: Metrics, against: Paired,
+    latency: Mapping[str, Sequence[Latency]], context: variants.Context, made: variants.Variants, chosen: Row,
+) -> dict[str, Any]:  # fmt: skip
+    target = context.target
     return {
         "ftkit": ftkit.__version__,
         "name": run.recipe.name,
         "backbone": run.recipe.backbone,
         "labels": list(run.classes),
         "preprocess": asdict(run.preprocess),
+        "input_format": context.limits.input_format,
         "temperature": run.temperature,
-        "chosen": "fp32",
-        "core": CORE,
+        "target": context.target_name,
+        "chosen": chosen.name,
         "opset": OPSET,
         "ir": IR_VERSION,
-        "oldest_onnxruntime": OLDEST_ONNXRUNTIME,
+        "oldest_onnxruntime": target.oldest,
         "run": run.data["model_fingerprint"],
         "data_fingerprint": run.data["data_fingerprint"],
-        "limits": asdict(limits),
+        "limits": asdict(context.limits),
         "evidence": {
+            "decision": [{**asdict(row), "shippable": row.shippable} for row in made.rows],
             "parity": [
                 {
                     "provider": item.provider, "passed": item.passed, "first_divergence": item.first_divergence,
@@ -251,8 +335,9 @@ def _manifest(
                 }
                 for item in parity
             ],
-            "accuracy": {"framework": run.data["metrics"]["test"], "file": asdict(file_metrics)},
-            "latency": [asdict(item) for item in latency],
+            "accuracy": {"framework": run.data["metrics"]["test"], "file": asdict(file_metrics),
+                         "against_fp32": asdict(against)},
+            "latency": [{"variant": name, **asdict(item)} for name, items in latency.items() for item in items],
         },
         "machine": bundles.machine(),
     }  # fmt: skip

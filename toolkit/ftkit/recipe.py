@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftkit_export.errors import FtkitError, choices
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.preprocess import INPUT_FORMATS, Preprocess
+from ftkit_export.targets import TARGETS
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine", "onecycle")
@@ -116,15 +117,42 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Gates and budgets of the exported file; None = not gated.
+    """Variants, gates and budgets of the exported file; a budget of None is not gated.
 
-    max_accuracy_drop: how far the file may fall below the framework on the test split, in shares (0.01 = 1 point).
-    p95_ms: milliseconds at one thread, image form, on this machine. size_mb: megabytes (1e6 bytes).
+    max_accuracy_drop: how far the file may fall below the framework, in shares (0.01 = 1 point): fp32 on test; int8 and
+    fp16 on val, with confidence. p95_ms: milliseconds at one thread, image form, on this machine. size_mb: megabytes
+    (1e6 bytes). memory_mb: highest resident memory of a process that runs the file.
+    target: where the file shall run (ftkit_export.targets); "auto" = this machine. variants: "auto" = what the target
+    has beside fp32, decided by measurement; "fp32" = none. calibration: minmax, percentile or entropy over so many
+    training images. qat_epochs: fake-quantized epochs, as a last stage, when no int8 form holds the accuracy.
+    input_format: what the device's frames are: rgb, bgr, grey or nv12. golden: "images" keeps a few held-out images in
+    the bundle, "synthetic" only formula-made ones.
     """
 
     max_accuracy_drop: float = 0.01
     p95_ms: float | None = None
     size_mb: float | None = None
+    memory_mb: float | None = None
+    target: str = "auto"
+    variants: str = "auto"
+    calibration: str = "minmax"
+    calibration_images: int = 128
+    qat_epochs: int = 0
+    input_format: str = "rgb"
+    golden: str = "images"
+
+    def __post_init__(self) -> None:
+        _one_of("target", self.target, ("auto", *TARGETS), "export")
+        _one_of("variants", self.variants, ("auto", "fp32"), "export")
+        _one_of("calibration", self.calibration, ("minmax", "percentile", "entropy"), "export")
+        _one_of("input_format", self.input_format, INPUT_FORMATS, "export")
+        _one_of("golden", self.golden, ("images", "synthetic"), "export")
+        _within("export", self, {
+            "max_accuracy_drop": (0, 1), "calibration_images": (8, 100_000), "qat_epochs": (0, 1000),
+        })  # fmt: skip
+        for name in ("p95_ms", "size_mb", "memory_mb"):
+            if getattr(self, name) is not None:
+                _within("export", self, {name: (0, math.inf)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +177,9 @@ class Recipe:
         _within("recipe", self, {"precision": (0, 1)})
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+def _one_of(name: str, value: str, allowed: Sequence[str], where: str = "stage") -> None:
     if value not in allowed:
-        raise FtkitError(f"stage.{name}: expected a known value, {choices(value, allowed)}")
+        raise FtkitError(f"{where}.{name}: expected a known value, {choices(value, allowed)}")
 
 
 def _within(where: str, item: object, bounds: Mapping[str, tuple[float, float]]) -> None:

@@ -57,6 +57,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _interval(paired: Mapping[str, Any] | None) -> str:
+    return f"{100 * paired['low']:+.2f} to {100 * paired['high']:+.2f}" if paired else ""
+
+
 def _verdict(passed: bool) -> tuple[str]:
     return ('<span class="good">passed</span>' if passed else '<span class="bad">failed</span>',)
 
@@ -156,6 +160,7 @@ def write_report(
     ]  # fmt: skip
     latency = [
         (
+            item["variant"],
             f"{item['provider']}, {item['threads']} thread{'s' if item['threads'] > 1 else ''}",
             *(item[key] for key in ("p50_ms", "p95_ms", "runs", "first_run_ms", "session_ms")),
             item["peak_rss_bytes"] / 1e6,
@@ -163,6 +168,14 @@ def write_report(
         )
         for item in evidence["latency"]
     ]
+    decision = [
+        (
+            row["name"], row["accuracy"], row["paired"] and 100 * row["paired"]["drop"], _interval(row["paired"]),
+            row["ratio"], row["p50_ms"], row["size_bytes"] / 1e6, f"{row['in_8_bits']} of {row['heavy']}",
+            row["verdict"], row["reason"],
+        )
+        for row in evidence["decision"]
+    ]  # fmt: skip
     classes = [
         (name, recall, precision)
         for name, recall, precision in zip(
@@ -212,10 +225,16 @@ def write_report(
         _table(("stage", "epochs", "rate", "val accuracy", "CKA", "seconds", "verdict"), stages),
         "<p>CKA: likeness of the embedding to the pretrained backbone's, 1 = features unmoved.</p>",
         "<h2>Worst mistakes</h2>", _table(("image", "is", "said", "probability"), mistakes),
+        f"<h2>Variants: {escape(manifest['chosen'])} for {escape(manifest['target'])}</h2>",
+        _table(("variant", "val accuracy", "drop, points", "95 % bounds", "time", "p50 ms", "MB", "in 8 bits",
+                "verdict", "because"), decision),
+        "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. In "
+        "8 bits: convolutions and matrix products.</p>",
         "<h2>Parity with the framework</h2>",
         _table(("compared", "inputs from", "provider", "inputs", "worst", "limit", "verdict"), parity),
         "<h2>Latency, one photograph at a time</h2>",
-        _table(("provider", "p50 ms", "p95 ms", "runs", "first run ms", "session ms", "peak MB", "protocol"), latency),
+        _table(("variant", "provider", "p50 ms", "p95 ms", "runs", "first run ms", "session ms", "peak MB",
+                "protocol"), latency),
         "<h2>Where and with what</h2>", _table(("what", "value"), [(k, str(v)) for k, v in facts]),
     ]  # fmt: skip
     title = escape(f"ftkit: {manifest['name']}")

@@ -1,0 +1,153 @@
+"""What an ONNX file refers to, read from its bytes without loading it: a file from elsewhere is not trusted.
+
+    found = inspect("model.onnx")        # BundleError: external data, unknown domains, not a model
+
+Only the wire format of the few fields that can do harm is read (onnx.proto), so a device needs no onnx package, and
+weights are skipped, not parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftkit_export.errors import BundleError
+
+DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's operators, and those built into every ONNX Runtime
+MODEL_FIELDS = {"ir": 1, "graph": 7, "opset": 8, "function": 25}
+DEEPEST = 32  # graphs within graphs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """ir: IR version; opset: of the default domain; nodes: operator type -> count, subgraphs included."""
+
+    ir: int
+    opset: int
+    nodes: dict[str, int]
+
+
+def inspect(path: str | Path) -> Inspected:
+    """Read the file's structure. Raises BundleError naming the file and what is not allowed in it."""
+    where = Path(path)
+    try:
+        return _inspect(memoryview(where.read_bytes()))
+    except _RefusedError as refused:
+        raise BundleError(f"{where}: {refused}") from None
+    except (ValueError, IndexError, UnicodeDecodeError):
+        raise BundleError(f"{where}: expected an ONNX model, found other bytes. Export it again") from None
+
+
+class _RefusedError(Exception):
+    pass
+
+
+def _inspect(data: memoryview) -> Inspected:
+    ir, opset, nodes = 0, 0, dict[str, int]()
+    for field, value in _fields(data):
+        if field == MODEL_FIELDS["ir"] and isinstance(value, int):
+            ir = value
+        elif field == MODEL_FIELDS["opset"] and isinstance(value, memoryview):
+            domain, version = "", 0
+            for inner, item in _fields(value):
+                if inner == 1:
+                    domain = _text(item)
+                elif inner == 2 and isinstance(item, int):
+                    version = item
+            _known(domain)
+            if domain in ("", "ai.onnx"):
+                opset = version
+        elif field == MODEL_FIELDS["graph"]:
+            _graph(value, nodes, 0)
+        elif field == MODEL_FIELDS["function"]:
+            raise _RefusedError("expected plain operators, found functions of the file's own. Do not trust this file")
+    if not ir or not nodes:
+        raise ValueError
+    return Inspected(ir=ir, opset=opset, nodes=nodes)
+
+
+def _graph(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
+    if depth > DEEPEST:
+        raise _RefusedError(f"expected graphs nested at most {DEEPEST} deep, found more. Do not trust this file")
+    for field, value in _fields(data):
+        if field == 1:
+            _node(value, nodes, depth)
+        elif field == 5:
+            _tensor(value)
+        elif field == 15:  # a sparse initializer: values and indices
+            for inner, item in _fields(value):
+                if inner in (1, 2):
+                    _tensor(item)
+
+
+def _node(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
+    for field, value in _fields(data):
+        if field == 4:
+            name = _text(value)
+            nodes[name] = nodes.get(name, 0) + 1
+        elif field == 7:
+            _known(_text(value))
+        elif field == 5:
+            for inner, item in _fields(value):
+                if inner in (5, 10):
+                    _tensor(item)
+                elif inner in (6, 11):
+                    _graph(item, nodes, depth + 1)
+
+
+def _tensor(data: memoryview | int) -> None:
+    for field, value in _fields(data):
+        if field == 13 or (field == 14 and value == 1):
+            named = ""
+            if field == 13:
+                pair = {inner: _text(item) for inner, item in _fields(value)}
+                named = f" at {pair.get(2, '')!r}" if pair.get(1) == "location" else ""
+            raise _RefusedError(f"expected its weights inside the file, found them outside{named}. Do not trust it")
+
+
+def _known(domain: str) -> None:
+    if domain not in DOMAINS:
+        raise _RefusedError(f"expected standard operators, found the domain {domain!r}. Do not trust this file")
+
+
+def _text(value: memoryview | int) -> str:
+    if isinstance(value, int):
+        raise ValueError
+    return bytes(value).decode()
+
+
+def _fields(data: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
+    """Protobuf's wire format: (field number, bytes or integer). Raises ValueError for what is none."""
+    if isinstance(data, int):
+        raise ValueError
+    at, end = 0, len(data)
+    while at < end:
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            number, at = _varint(data, at)
+            yield key >> 3, number
+            continue
+        if kind == 2:
+            size, at = _varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError
+        if at + size > end:
+            raise ValueError
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError

@@ -1,0 +1,66 @@
+"""Where the file shall run, and whether a file can run there.
+
+    target = TARGETS["x86-vnni"]
+    why = unshippable("int8.onnx", target)       # "" or the reason
+
+Integer types per target: on x86, unsigned activations with signed weights, one scale a channel; without VNNI such
+products saturate in 16 bits, so weights keep 7 bits (reduce_range); on ARM both are signed. CUDA takes float16.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from ftkit_export.errors import BundleError
+from ftkit_export.onnxfile import inspect
+
+LARGEST = 2**31  # bytes of one protobuf file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """variants: precisions tried beside fp32. activations: "uint8" or "int8". oldest: the ONNX Runtime that must still
+    load the file, which sets opset and IR (1.15 and 1.17 refuse opset 20 with IR 10; measured)."""
+
+    provider: str = "cpu"
+    variants: tuple[str, ...] = ("int8",)
+    activations: str = "uint8"
+    reduce_range: bool = False
+    oldest: str = "1.15"
+    opset: int = 18
+    ir: int = 8
+
+
+TARGETS: dict[str, Target] = {
+    "x86-vnni": Target(),
+    "x86": Target(reduce_range=True),
+    "arm64": Target(activations="int8"),
+    "cuda": Target(provider="cuda", variants=("fp16",)),
+    "web": Target(oldest="1.17"),
+}
+
+
+def here() -> str:
+    """Name of the target that this machine's processor is."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return "arm64"
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.is_file() else ""
+    return "x86-vnni" if "vnni" in flags else "x86"
+
+
+def unshippable(model: Path, target: Target) -> str:
+    """Why `model` cannot run on the target's oldest ONNX Runtime as one file; empty when it can."""
+    try:
+        found = inspect(model)
+    except BundleError as error:
+        return str(error).split(": ", 1)[1]
+    if found.opset > target.opset:
+        return f"expected opset {target.opset} at most, found {found.opset}"
+    if found.ir > target.ir:
+        return f"expected IR {target.ir} at most, found {found.ir}"
+    if model.stat().st_size >= LARGEST:
+        return f"expected a file below 2 GB, found {model.stat().st_size} bytes"
+    return ""

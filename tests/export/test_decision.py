@@ -1,0 +1,75 @@
+"""The int8 decision: a bound that holds its level, and the fastest variant that meets every budget."""
+
+import math
+
+import numpy as np
+import pytest
+
+from ftkit_export.decision import Row, bounds, choose, judge, paired
+
+
+@pytest.mark.parametrize(("images", "better"), [(300, 0.0), (300, 0.02), (667, 0.003), (667, 0.03)])
+def test_a_drop_at_the_limit_is_accepted_at_most_once_in_twenty(images: int, better: float) -> None:
+    """Exactly, over all outcomes of the multinomial law with a true drop of 1 point."""
+
+    def pmf(k: int, n: int, p: float) -> float:
+        if p == 0:
+            return float(k == 0)
+        log = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+        return math.exp(log + k * math.log(p) + (n - k) * math.log1p(-p))
+
+    worse, accepted = 0.01 + better, 0.0
+    for c in range(60):
+        if (chance := pmf(c, images, better)) > 1e-8:
+            accepted += chance * sum(
+                pmf(b, images - c, worse / (1 - better)) for b in range(80) if bounds(b, c, images)[1] <= 0.01
+            )
+    assert 0.02 < accepted < 0.0525
+
+
+def test_bounds_turn_around_with_the_roles_and_close_in_with_images() -> None:
+    assert bounds(7, 3, 400) == pytest.approx(tuple(-x for x in bounds(3, 7, 400)[::-1]), abs=1e-9)
+    assert bounds(70, 30, 4000)[1] < bounds(7, 3, 400)[1]
+    assert bounds(0, 0, 0) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "images", "verdict"),
+    [(0, 0, 300, "accepted"), (0, 0, 200, "inconclusive"), (5, 5, 5000, "accepted"), (40, 5, 800, "refused")],
+)
+def test_the_verdict_follows_the_bounds(worse: int, better: int, images: int, verdict: str) -> None:
+    reference = np.arange(images) < images - better
+    candidate = np.arange(images) >= worse
+    found = paired(reference, candidate)
+    assert (found.worse, found.better) == (worse, better)
+    assert found.verdict(0.01) == verdict
+
+
+def test_the_images_that_would_settle_it_do() -> None:
+    assert 250 < paired(np.ones(100, bool), np.ones(100, bool)).images_to_settle(0.01) <= 300
+    found = paired(np.arange(200) > 1, np.arange(200) < 198)
+    more = found.images_to_settle(0.01)
+    assert bounds(round(0.01 * more), round(0.01 * more), more)[1] == pytest.approx(0.01, rel=0.1)
+
+
+def test_speed_must_be_proven_and_real() -> None:
+    found = paired(np.ones(500, bool), np.ones(500, bool))
+    assert judge(found, 0.01, 0.7)[0] == "accepted"
+    assert judge(found, 0.01, None)[0] == "unproven on target"
+    assert judge(found, 0.01, 1.02)[0] == "refused"
+
+
+def _row(name: str, verdict: str, p50: float, size: int) -> Row:
+    return Row(name=name, verdict=verdict, reason="", accuracy=0.9, p50_ms=p50, p95_ms=p50 + 1, size_bytes=size,
+               peak_rss_bytes=90_000_000)  # fmt: skip
+
+
+def test_the_fastest_that_meets_every_budget_wins_and_the_nearest_miss_is_named() -> None:
+    fp32, int8 = _row("fp32", "reference", 10, 13_000_000), _row("int8", "accepted", 6, 4_000_000)
+    refused = _row("fp16", "refused", 1, 1)
+    assert choose([fp32, int8, refused], None, None, None) == (int8, "")
+    assert choose([fp32, refused], None, None, None) == (fp32, "")
+    assert choose([fp32, int8], 12, 20, 100) == (int8, "")
+    row, missed = choose([fp32, int8], 5, 3, None)
+    assert (row, missed) == (int8, "p95 ms 7, limit 5")
+    assert choose([fp32], 12, 20, 80)[1] == "memory in MB 90, limit 80"

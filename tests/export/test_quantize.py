@@ -1,0 +1,183 @@
+"""int8 and fp16 forms of a trained model: what is asked for is delivered, loads everywhere promised, and is ranked."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from ftkit_export.convert import write
+from ftkit_export.errors import FtkitError
+from ftkit_export.graph import image_form
+from ftkit_export.parity import agreement
+from ftkit_export.preprocess import Preprocess, decode
+from ftkit_export.quantize import calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
+from ftkit_export.session import Session
+from ftkit_export.targets import TARGETS, here, unshippable
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass
+class Trained:
+    core: onnx.ModelProto
+    preprocess: Preprocess
+    pixels: Array
+    logits: Array
+    ranges: Any
+
+
+@pytest.fixture(scope="module")
+def trained(bundle: Path, photos: Path) -> Trained:
+    core = onnx.load(bundle / "variants" / "fp32-core.onnx")
+    preprocess = Preprocess(**json.loads((bundle / "manifest.json").read_text())["preprocess"])
+    images = [decode(path) for path in sorted(photos.rglob("*.png"))[::4]]
+    pixels = preprocess.pixels(np.stack([preprocess.canvas(image) for image in images]))
+    logits = Session(core.SerializeToString()).run(pixels)[0]
+    return Trained(core, preprocess, pixels, logits, calibrate(core, iter(np.split(pixels, 3)), preprocess))
+
+
+def _run(model: onnx.ModelProto, pixels: Array) -> Array:
+    found: Array = Session(model.SerializeToString()).run(pixels)[0]
+    return found
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, Array]:
+    return {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+
+
+def test_8_bits_are_delivered_one_scale_a_channel_and_still_agree(trained: Trained) -> None:
+    model = int8(trained.core, trained.ranges, TARGETS[here()])
+    assert quantized_nodes(model) == len(heavy_nodes(trained.core)) == 50
+    assert quantized_nodes(trained.core) == 0
+    assert model.ByteSize() < 0.32 * trained.core.ByteSize()
+    constants = _constants(model)
+    weights = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and constants.get(n.input[0]) is not None]
+    convolution = [constants[n.input[1]] for n in weights if constants[n.input[0]].ndim == 4]
+    assert len(convolution) == 49
+    assert all(scale.ndim == 1 and len(scale) > 1 for scale in convolution)
+    assert sqnr(trained.logits, _run(model, trained.pixels)) > 3
+
+
+def test_the_networks_input_is_exact_where_one_scale_serves_all_channels(trained: Trained) -> None:
+    model, constants = int8(trained.core, trained.ranges, TARGETS["x86-vnni"]), None
+    constants = _constants(model)
+    node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "pixels")
+    scale, zero = float(constants[node.input[1]]), int(constants[node.input[2]])
+    levels = (np.arange(256, dtype=np.float32) - trained.preprocess.mean[0]) / trained.preprocess.std[0]
+    again = (np.clip(np.round(levels / scale) + zero, 0, 255) - zero) * scale
+    assert np.abs(again - levels).max() < 1e-6
+
+
+def test_types_follow_the_target(trained: Trained) -> None:
+    for name, kind, widest in (("arm64", np.int8, 127), ("x86", np.uint8, 64), ("x86-vnni", np.uint8, 127)):
+        constants = _constants(int8(trained.core, trained.ranges, TARGETS[name]))
+        assert (
+            max(np.abs(w.astype(int)).max() for w in constants.values() if w.dtype == np.int8 and w.ndim == 4) == widest
+        )
+        zeros = {w.dtype.type for key, w in constants.items() if key.endswith("zero_point") and w.ndim == 0}
+        assert kind in zeros
+        assert (kind is np.uint8) == (np.uint8 in zeros)
+
+
+def test_the_operators_ranked_first_are_those_worth_keeping(trained: Trained) -> None:
+    target = TARGETS[here()]
+    order = rank(trained.core, trained.ranges, target, trained.pixels[:4])
+    assert sorted(name for name, _ in order) == sorted(heavy_nodes(trained.core))
+    names = [name for name, _ in order]
+    worst, least = (int8(trained.core, trained.ranges, target, keep=keep) for keep in (names[:12], names[-12:]))
+    assert quantized_nodes(worst) == quantized_nodes(least) == 38
+    found = [sqnr(trained.logits, _run(model, trained.pixels)) for model in (worst, least)]
+    assert found[0] > found[1] + 1
+
+
+def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) -> None:
+    model, kept = half(trained.core, trained.ranges)
+    assert not kept
+    assert {item.type.tensor_type.elem_type for item in (*model.graph.input, *model.graph.output)} == {
+        onnx.TensorProto.FLOAT
+    }
+    assert model.ByteSize() < 0.55 * trained.core.ByteSize()
+    assert all(check.passed for check in agreement(trained.logits, _run(model, trained.pixels), "fp16", "photographs"))
+
+    wide = copy.deepcopy(trained.core)  # a layer whose values leave float16 and come back: scale up, then down
+    first = next(node for node in wide.graph.node if node.op_type == "Conv")
+    for name, factor in (("up", 1e6), ("down", 1e-6)):
+        wide.graph.initializer.append(numpy_helper.from_array(np.float32(factor), f"{name}_factor"))
+    after, value = list(wide.graph.node).index(first) + 1, first.output[0]
+    first.output[0] = "before"
+    wide.graph.node.insert(after, helper.make_node("Mul", ["before", "up_factor"], ["high"], name="up"))
+    wide.graph.node.insert(after + 1, helper.make_node("Mul", ["high", "down_factor"], [value], name="down"))
+    ranges = calibrate(wide, iter([trained.pixels[:8]]), trained.preprocess)
+    model, kept = half(wide, ranges)
+    assert {"up", "down"} <= set(kept)
+    assert all(check.passed for check in agreement(trained.logits, _run(model, trained.pixels), "fp16", "photographs"))
+    narrow = copy.deepcopy(ranges)
+    for name in narrow.data:  # as if nobody had looked at the ranges
+        narrow.data[name] = type(narrow.data[name])(lowest=np.float32(-1), highest=np.float32(1))
+    blind, _ = half(wide, narrow)
+    weights = next(item for item in blind.graph.initializer if item.name == "up_factor")
+    assert weights.data_type == onnx.TensorProto.FLOAT, "a weight beyond float16 is seen without calibration"
+
+
+def test_values_that_are_no_numbers_fail_agreement() -> None:
+    expected = np.array([[1.0, 2.0], [3.0, 1.0]])
+    found = expected.copy()
+    found[1, 0] = np.inf
+    failed = {check.name for check in agreement(expected, found, "fp16", "any") if not check.passed}
+    assert "fp16 new NaN or Inf" in failed
+
+
+def test_every_target_loads_in_its_oldest_onnxruntime(trained: Trained, tmp_path: Path) -> None:
+    """Both forms of every variant, in fresh environments with that very version."""
+    files: dict[str, list[str]] = {}
+    for name, target in TARGETS.items():
+        cores = {"fp32": trained.core}
+        if "int8" in target.variants:
+            cores["int8"] = int8(trained.core, trained.ranges, target)
+        if "fp16" in target.variants:
+            cores["fp16"] = half(trained.core, trained.ranges)[0]
+        for precision, core in cores.items():
+            path = tmp_path / f"{name}-{precision}.onnx"
+            write(image_form(core, trained.preprocess, 1.0), path, {})
+            assert unshippable(path, target) == ""
+            files.setdefault(target.oldest, []).append(str(path))
+    code = (
+        "import sys, numpy, onnxruntime as ort\n"
+        "for file in sys.argv[1:]:\n"
+        "    s = ort.InferenceSession(file, providers=['CPUExecutionProvider'])\n"
+        "    p, e = s.run(None, {'image': numpy.full((2, 50, 70, 3), 90, numpy.uint8)})\n"
+        "    print(ort.__version__, p.shape, numpy.isfinite(p).all())\n"
+    )
+    for version, paths in files.items():
+        venv.create(tmp_path / version, with_pip=True)
+        python = tmp_path / version / "bin" / "python"
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*install, f"onnxruntime=={version}.*", "numpy<2"], check=True, capture_output=True)
+        done = subprocess.run([python, "-c", code, *paths], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("(2, 4) True") == len(paths)
+        assert done.stdout.startswith(version)
+
+
+@pytest.mark.parametrize(("change", "said"), [("opset", "expected opset 18 at most, found 20"), ("ir", "IR 8 at most")])
+def test_a_file_too_new_for_the_target_is_unshippable(trained: Trained, tmp_path: Path, change: str, said: str) -> None:
+    model = copy.deepcopy(trained.core)
+    if change == "opset":
+        model.opset_import[0].version = 20
+    else:
+        model.ir_version = 10
+    write(model, tmp_path / "new.onnx", {})
+    assert said in unshippable(tmp_path / "new.onnx", TARGETS["arm64"])
+
+
+def test_an_unknown_calibration_is_refused(trained: Trained) -> None:
+    with pytest.raises(FtkitError, match="expected one of minmax, percentile, entropy, found 'best'"):
+        calibrate(trained.core, iter([]), trained.preprocess, "best")

@@ -1,0 +1,230 @@
+"""The variants of one exported model, and the measured decision which of them may ship.
+
+    variants = make(core, context)                # fp32 first; int8 or fp16 as the target has it
+    variants.rows, variants.shipped               # the decision table; what may go into the bundle
+
+int8 climbs a ladder: everything in 8 bits, then the operators that suffer most back in float, until the accuracy on val
+is held with confidence. A form that is not faster than fp32 is refused before any of that.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ftkit import terminal
+from ftkit.canvas import Canvases
+from ftkit.recipe import Export
+from ftkit_export.convert import write
+from ftkit_export.decision import Row, judge, paired
+from ftkit_export.graph import image_form
+from ftkit_export.latency import Raced, race
+from ftkit_export.parity import Check, agreement
+from ftkit_export.preprocess import Preprocess
+from ftkit_export.quantize import RANK_IMAGES, calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
+from ftkit_export.session import Session, offered
+from ftkit_export.targets import TARGETS, Target, here
+
+Array = np.ndarray[Any, Any]
+
+RUNGS = (0, 4, 8, 16)  # operators put back into float, the most damaged first
+BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a decision rests on. photograph: a real image file for the latency; metadata: what every file carries;
+    measured: variant name -> figures from the target device, for a target that is not this machine."""
+
+    canvases: Canvases
+    preprocess: Preprocess
+    temperature: float
+    limits: Export
+    target_name: str
+    photograph: Path
+    metadata: Mapping[str, str]
+    measured: Mapping[str, Any]
+
+    @property
+    def target(self) -> Target:
+        """The target's facts."""
+        return TARGETS[self.target_name]
+
+    @property
+    def here(self) -> bool:
+        """Whether this machine is the target, so that its latencies count."""
+        return self.target_name == here() or (self.target.provider != "cpu" and self.target.provider in offered())
+
+    def image_form(self, core: onnx.ModelProto) -> onnx.ModelProto:
+        """The file a device gets, of a core form."""
+        return image_form(core, self.preprocess, self.temperature, self.limits.input_format)
+
+    def pixels(self, rows: Array) -> Array:
+        """(n,) rows -> (n, 3, S, S) float32, the core form's input."""
+        return self.preprocess.pixels(self.canvases.array(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A core form to be judged. right: whether each val image is answered right; kept: operators left in float;
+    checks: of its own, beside accuracy (float16)."""
+
+    name: str
+    core: onnx.ModelProto
+    right: Array
+    sqnr_db: float | None = None
+    kept: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variants:
+    """rows: the decision table, fp32 first. shipped: variant name -> its row and core form, one a precision."""
+
+    rows: tuple[Row, ...]
+    shipped: Mapping[str, tuple[Row, onnx.ModelProto]]
+
+
+def resolve_target(name: str, providers: Sequence[str]) -> str:
+    """ "auto" -> cuda when its provider is asked for, else this machine's processor."""
+    if name != "auto":
+        return name
+    return "cuda" if "cuda" in providers else here()
+
+
+def make(core: onnx.ModelProto, context: Context) -> Variants:
+    """fp32, then what the target has beside it, each with its verdict."""
+    rows = context.canvases.rows("val")
+    labels = context.canvases.labels[rows]
+    with terminal.bar("fp32 on val"):
+        logits = answers(core, context, rows)
+    fp32 = Candidate(name="fp32", core=core, right=logits.argmax(1) == labels)
+    found = [fp32]
+    wanted = context.target.variants if context.limits.variants == "auto" else ()
+    if "int8" in wanted:
+        found += _ladder(fp32, context, logits, labels)
+    if "fp16" in wanted:
+        found.append(_half(fp32, context, logits, labels))
+    times = _times(found, context)
+    judged = [(_row(item, fp32, times.get(item.name), context), item) for item in found]
+    shipped = {"fp32": (judged[0][0], core)}
+    for precision in wanted:
+        rivals = [pair for pair in judged[1:] if pair[0].name.startswith(precision)]
+        row, best = min(rivals, key=lambda pair: _preference(pair[0]))
+        if row.verdict != "refused":
+            shipped[precision] = (replace(row, name=precision), best.core)
+    return Variants(rows=tuple(row for row, _ in judged), shipped=shipped)
+
+
+def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str = "cpu") -> Array:
+    """Logits (N, classes) of a core form over these rows of the canvases."""
+    session = Session(core.SerializeToString(), provider=provider)
+    return np.concatenate([session.run(context.pixels(rows[i : i + BATCH]))[0] for i in range(0, len(rows), BATCH)])
+
+
+def _calibration(context: Context) -> Array:
+    """Training rows, spread over the set (rows lie in order of class), mixed."""
+    rows = context.canvases.rows("train")
+    picks = np.unique(np.linspace(0, len(rows) - 1, min(context.limits.calibration_images, len(rows))).astype(int))
+    return np.random.default_rng(0).permutation(rows[picks])
+
+
+def _ranges(core: onnx.ModelProto, context: Context) -> Any:
+    rows = _calibration(context)
+    batches = (context.pixels(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
+    with terminal.bar("calibrating"):
+        return calibrate(core, batches, context.preprocess, context.limits.calibration)
+
+
+def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
+    """Rungs until one is accepted for its accuracy, or none is left; the first only, when 8 bits are no faster."""
+    ranges, rows, order = _ranges(fp32.core, context), context.canvases.rows("val"), list[str]()
+    for count in RUNGS:
+        if count and not order:
+            with terminal.bar("ranking operators"):
+                sample = context.pixels(_calibration(context)[:RANK_IMAGES])
+                order = [name for name, _ in rank(fp32.core, ranges, context.target, sample)]
+        if count and count >= len(order):
+            return
+        name = f"int8, {count} in float" if count else "int8"
+        with terminal.bar(name):
+            model = int8(fp32.core, ranges, context.target, keep=order[:count])
+            found = answers(model, context, rows)
+        rung = Candidate(name=name, core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found),
+                         kept=tuple(order[:count]))  # fmt: skip
+        yield rung
+        if paired(fp32.right, rung.right).verdict(context.limits.max_accuracy_drop) == "accepted":
+            return
+        if not count and context.here and _times([fp32, rung], context)[name].ratio_low >= 1:
+            return
+
+
+def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Candidate:
+    """float16 on the target's provider where it is to be had, else on the CPU, whose verdict is then unproven."""
+    model, kept = half(fp32.core, _ranges(fp32.core, context))
+    rows, provider = context.canvases.rows("val"), context.target.provider if context.here else "cpu"
+    with terminal.bar("fp16 on val"):
+        found = answers(model, context, rows, provider)
+    checks = agreement(logits, found, "fp16", f"val images on {provider}")
+    return Candidate(name="fp16", core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found),
+                     kept=tuple(kept), checks=tuple(checks))  # fmt: skip
+
+
+def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
+    """Image forms of all, run in turn on one thread on a real photograph; what the target measured when not here."""
+    if not context.here:
+        return {name: Raced(**item) for name, item in context.measured.items()}
+    if len(candidates) == 1:
+        return {}
+    with tempfile.TemporaryDirectory() as scratch, terminal.bar(f"latency of {len(candidates)} variants"):
+        files = []
+        for number, item in enumerate(candidates):
+            files.append(Path(scratch) / f"{number}.onnx")
+            write(context.image_form(item.core), files[-1], context.metadata)
+        found = race(files, context.photograph, provider=context.target.provider)
+    return {item.name: times for item, times in zip(candidates, found, strict=True)}
+
+
+def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context) -> Row:
+    limit, compared = context.limits.max_accuracy_drop, None if item is fp32 else paired(fp32.right, item.right)
+    verdict, reason = "reference", "what the others are compared with"
+    if compared:
+        verdict, reason = judge(compared, limit, times.ratio_high if times else None)
+        failed = [check for check in item.checks if not check.passed]
+        if failed:
+            verdict, reason = "refused", f"{failed[0].name}: {failed[0].value:.3g}, limit {failed[0].limit:.3g}"
+    return Row(
+        name=item.name, verdict=verdict, reason=reason, accuracy=float(item.right.mean()), paired=compared,
+        sqnr_db=item.sqnr_db, in_8_bits=quantized_nodes(item.core), heavy=len(heavy_nodes(item.core)), kept=item.kept,
+        ratio=times.ratio if times else None, ratio_high=times.ratio_high if times else None,
+        p50_ms=times.p50_ms if times else None, p95_ms=times.p95_ms if times else None,
+        size_bytes=context.image_form(item.core).ByteSize(),
+    )  # fmt: skip
+
+
+def _preference(row: Row) -> tuple[int, float]:
+    """Accepted first, the fastest of them; then the least that the accuracy may have dropped."""
+    if row.verdict == "accepted":
+        return 0, row.ratio or 1.0
+    return (2 if row.verdict == "refused" else 1), row.paired.high if row.paired else 1.0
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """The decision table, within 80 columns; below it why the last of each precision may not ship."""
+    lines = [("variant", "val acc.", "drop, points [95 %]", "time", "p50 ms", "MB", "verdict")]
+    for row in rows:
+        drop = row.paired
+        lines.append((
+            row.name, f"{row.accuracy:.4f}",
+            f"{drop.drop * 100:+.2f} [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]" if drop else "",
+            f"{row.ratio:.2f}x" if row.ratio else "", f"{row.p50_ms:.1f}" if row.p50_ms else "",
+            f"{row.size_bytes / 1e6:.1f}", row.verdict,
+        ))  # fmt: skip
+    reasons = {row.name.split(",")[0]: f"{row.name}: {row.reason}" for row in rows if not row.shippable}
+    return "\n".join([terminal.table(lines), *reasons.values()])
