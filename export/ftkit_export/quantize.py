@@ -157,6 +157,7 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
     Kept: operators whose calibrated values come within a factor 2 of float16's largest, and those that onnxruntime's
     converter blocks. The embedding and the logits leave in float32.
     """
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     limit = LARGEST_HALF / 2
@@ -173,6 +174,7 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
             disable_shape_infer=True,
         )  # fmt: skip
     _join_casts(model)
+    ONNXModel(model).topological_sort()
     del model.graph.value_info[:]
     model.ir_version = core.ir_version
     return model, keep
