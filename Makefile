@@ -9,7 +9,13 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/ftkit demo
 
+# Compilers that the runners' tests use; without them those tests are skipped, and say so.
+PACKAGES := cmake g++ gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static
+
 test: $(STAMP)
+	command -v cmake g++ aarch64-linux-gnu-gcc qemu-aarch64-static >/dev/null || { [ "$$(id -u)" = 0 ] && \
+	    command -v apt-get >/dev/null && apt-get update -q && apt-get install -y -q --no-install-recommends $(PACKAGES); } \
+	    || echo "note: without $(PACKAGES), the tests of the C and C++ runners are skipped"
 	$(BIN)/python -m pytest
 
 check: $(STAMP)

@@ -9,6 +9,8 @@ os.environ["FTKIT_CACHE"] = tempfile.mkdtemp(prefix="ftkit-test-cache-")
 
 import pytest
 from click.testing import CliRunner, Result
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from elpv_dataset import __file__ as elpv_file
 
 from ftkit.cli import main
@@ -63,9 +65,20 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(run: Path) -> Path:
-    """The run's bundle."""
+def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An Ed25519 key pair in PEM: private, public."""
+    folder, private = tmp_path_factory.mktemp("keys"), Ed25519PrivateKey.generate()
+    pem = serialization.Encoding.PEM
+    plain, info = serialization.NoEncryption(), serialization.PublicFormat.SubjectPublicKeyInfo
+    (folder / "key.pem").write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    (folder / "pub.pem").write_bytes(private.public_key().public_bytes(pem, info))
+    return folder / "key.pem", folder / "pub.pem"
+
+
+@pytest.fixture(scope="session")
+def bundle(run: Path, keys: tuple[Path, Path]) -> Path:
+    """The run's bundle, with everything an export can add."""
     out = run.parent / "small bundle"
-    result = ftkit("export", run, "--out", out, "--quick")
+    result = ftkit("export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--zip", "--sign", keys[0])
     assert result.exit_code == 0, result.output
     return out

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ftkit_export.archive import sign
 from ftkit_export.errors import FtkitError
 from ftkit_export.verify import MANIFEST, SCHEMA, sha256
 
@@ -56,40 +56,23 @@ def begin(out: Path) -> Path:
         raise FtkitError(f"{out}: expected a place to write to, found {error.strerror}. Try another --out") from None
 
 
-def add_runner(folder: Path) -> None:
-    """Copy the Python runner into device/: classify.py and the part of this package that it imports."""
+def add_runners(folder: Path) -> None:
+    """Copy the runners into device/: classify.py with the part of this package that it imports, and cpp/."""
     here = Path(__file__).parent
     package = folder / "device" / "ftkit_export"
     package.mkdir(parents=True)
     for name in RUNNER_FILES:
         shutil.copyfile(here / name, package / name)
     shutil.copyfile(here / "device" / "classify.py", folder / "device" / "classify.py")
+    shutil.copytree(here / "device" / "cpp", folder / "device" / "cpp")
 
 
-def machine() -> dict[str, object]:
-    """What the evidence was measured on: processor, cores, system, Python, ONNX Runtime."""
-    import onnxruntime
-
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-    }
-
-
-def seal(folder: Path, out: Path, manifest: Mapping[str, object], gates: Sequence[Gate]) -> Path:
+def seal(
+    folder: Path, out: Path, manifest: Mapping[str, object], gates: Sequence[Gate], key: Path | None = None
+) -> Path:
     """Write the manifest with every file's hash, and move the folder to `out`, or to `out`.failed when a gate failed.
 
-    Returns where it went. An older `out`.failed is replaced.
+    key: an Ed25519 private key that signs the manifest. Returns where it went. An older `out`.failed is replaced.
     """
     passed = all(gate.passed for gate in gates)
     files = {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
@@ -105,6 +88,8 @@ def seal(folder: Path, out: Path, manifest: Mapping[str, object], gates: Sequenc
         file.write(json.dumps(whole, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    if key:
+        sign(folder, key)
     final = out if passed else out.with_name(out.name + ".failed")
     if final.exists() and not passed:
         shutil.rmtree(final)

@@ -11,11 +11,12 @@ layer names it holds have been put aside (a parity failure is told by layer name
 from __future__ import annotations
 
 import ast
+import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from onnx import helper, shape_inference
 
 from ftkit_export.errors import FtkitError
 from ftkit_export.graph import IR_VERSION, OPSET
+from ftkit_export.targets import TARGETS, Target
 
+QUIETED = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "ort_format_model.utils")
 LINEAR_OPS = ("Gemm", "MatMul", "Conv")
 
 
@@ -40,7 +43,7 @@ class Core:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence for an export: exporters log and warn about their own internals, which no user can act on."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    loggers = [logging.getLogger(name) for name in QUIETED]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -130,6 +133,23 @@ def _add_embedding(proto: onnx.ModelProto) -> None:
     graph.output.append(output)
     classes = graph.output[0].type.tensor_type.shape.dim[1].dim_value
     graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", classes]))
+
+
+def write_ort(model: Path, folder: Path, target: Target) -> None:
+    """model.ort, which ONNX Runtime's minimal builds read, and required_operators.config, the operators such a build
+    needs. Optimised for the target's processor at load time, not here: one file serves every machine of the target."""
+    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
+
+    folder.mkdir(parents=True)
+    with quiet(), redirect_stdout(io.StringIO()):
+        convert_onnx_models_to_ort(model, output_dir=folder, optimization_styles=[OptimizationStyle.Runtime],
+                                   target_platform="arm" if target is TARGETS["arm64"] else "amd64")  # fmt: skip
+    for path in folder.iterdir():
+        name = "model.ort" if path.suffix == ".ort" else "required_operators.config"
+        path.rename(folder / name)
+    config = folder / "required_operators.config"
+    lines = config.read_text().splitlines(keepends=True)
+    config.write_text("".join(line for line in lines if not line.startswith("#")))  # comments hold local paths
 
 
 def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:

@@ -12,8 +12,10 @@ from 1000 runs on. `python -m ftkit_export.latency IMAGE MODEL...` is the child 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -97,6 +99,27 @@ def _in_child(
         )
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
+
+
+def machine() -> dict[str, object]:
+    """What the evidence was measured on: processor, cores, system, Python, ONNX Runtime; fingerprint: of all these."""
+    import onnxruntime
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    facts: dict[str, object] = {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "onnxruntime": onnxruntime.__version__,
+    }
+    return {**facts, "fingerprint": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}
 
 
 def peak_rss_bytes() -> int:

@@ -25,6 +25,8 @@ Array = np.ndarray[Any, Any]
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"  # over the manifest, so not in it
+EVIDENCE = "evidence"  # what other machines added to a copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,8 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
         older = isinstance(schema, int) and schema < SCHEMA
         cure = "Export the run again" if older else "Try a newer ftkit"
         raise BundleError(f"{path}: expected schema {SCHEMA}, found {schema}. {cure}")
-    for name in files:
+    named = [file for files in manifest.get("variants", {}).values() for file in (files["file"], files["core"])]
+    for name in (*files, *named):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise BundleError(f"{path}: expected names inside the bundle, found {name!r}. Do not trust this bundle")
     return manifest
@@ -88,7 +91,8 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
 def check_files(bundle: Path, files: dict[str, str]) -> None:
     """Every listed file is there, unchanged, and nothing else is. Raises BundleError naming the first that is not."""
     present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file() or path.is_symlink()}
-    present.discard(MANIFEST)
+    present -= {MANIFEST, SIGNATURE}
+    present = {name for name in present if not (name.startswith(f"{EVIDENCE}/") and name.endswith(".json"))}
     for name in sorted(set(files) - present):
         raise BundleError(f"{bundle / name}: expected this file, found it missing. Copy the bundle again")
     for name in sorted(present - set(files)):

@@ -101,9 +101,15 @@ def train(
 @click.option("--latency", type=click.Path(path_type=Path), metavar="FILE",
               help="What `device/classify.py --bench` printed on the target.")  # fmt: skip
 @click.option("--input-format", help="The device's frames: rgb, bgr, grey, nv12. [default: rgb]")
+@click.option("--c", "c", is_flag=True, help="Plain C sources too, in device/c.")
+@click.option("--ort", is_flag=True, help="ONNX Runtime's own format too, in device/ort.")
+@click.option("--handoff", is_flag=True, help="What TensorRT, OpenVINO, Hailo, RKNN compilers need, in handoff/.")
+@click.option("--zip", "zipped", is_flag=True, help="BUNDLE.zip too.")
+@click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM).")
 def export(
     run: Path, out: Path | None, settings: tuple[str, ...], providers: str, data: Path | None, quick: bool,
-    target: str | None = None, latency: Path | None = None, input_format: str | None = None,
+    target: str | None = None, latency: Path | None = None, input_format: str | None = None, c: bool = False,
+    ort: bool = False, handoff: bool = False, zipped: bool = False, sign: Path | None = None,
 ) -> None:  # fmt: skip
     """Export RUN to ONNX, prove the file, and seal a bundle. Exit 1 when a gate fails."""
     from ftkit.checkpoint import open_run
@@ -123,7 +129,8 @@ def export(
     settings = (*settings, *(f"export.{key}={value}" for key, value in named.items() if value))
     limits = override(opened.recipe, settings).export
     where = out or run.with_name(run.resolve().name + "-bundle")
-    extras = Extras(measured=read_measured(latency, opened) if latency else {})
+    extras = Extras(measured=read_measured(latency, opened) if latency else {}, c=c, ort=ort, handoff=handoff,
+                    zipped=zipped, sign=sign)  # fmt: skip
     done = run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
     for gate in done.gates:
         click.echo(f"{'ok    ' if gate.passed else 'FAILED'}  {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}")
@@ -139,24 +146,53 @@ def export(
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @PROVIDERS
-def verify(bundle: Path, providers: str) -> None:
-    """Hashes, golden vectors and sealed evidence of BUNDLE on this machine. Exit 1 when one fails."""
+@click.option("--key", type=click.Path(path_type=Path), metavar="PUB", help="Public key that must have signed it.")
+@click.option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz",
+              help="What another compiler made of handoff/inputs.npy: `logits`.")  # fmt: skip
+@click.option(
+    "--add-to", type=click.Path(path_type=Path), metavar="COPY", help="A copy of BUNDLE that gets the evidence."
+)
+def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None, add_to: Path | None) -> None:
+    """Hashes, golden vectors and sealed evidence of BUNDLE (a folder or a zip) on this machine.
+
+    Exit 1 when one fails, 3 when --outputs settles nothing.
+    """
+    from ftkit_export import archive
+    from ftkit_export.handoff import judge_outputs
+    from ftkit_export.latency import machine
     from ftkit_export.session import parse_providers
+    from ftkit_export.verify import read_manifest
     from ftkit_export.verify import verify as run_verify
 
-    passed = True
-    for provider in parse_providers(providers):
-        result = run_verify(bundle, provider)
-        passed = passed and result.passed
-        click.echo(f"{provider}: {result.files} files unchanged")
-        for check in result.checks:
-            verdict = "ok" if check.passed else "FAILED"
-            click.echo(f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
-                       f"worst {check.file} at {check.value:.2f} of its tolerance")  # fmt: skip
-        for gate in result.failed_gates:
-            click.echo(f"sealed gate FAILED: {gate}")
-    click.echo("verified" if passed else "NOT verified")
-    sys.exit(0 if passed else 1)
+    code = 0
+    with archive.opened(bundle) as folder:
+        if key:
+            archive.check_signature(folder, key)
+            click.echo(f"signed with {key.name}")
+        for provider in parse_providers(providers):
+            result = run_verify(folder, provider)
+            code = code if result.passed else 1
+            click.echo(f"{provider}: {result.files} files unchanged")
+            for check in result.checks:
+                verdict = "ok" if check.passed else "FAILED"
+                click.echo(f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
+                           f"worst {check.file} at {check.value:.2f} of its tolerance")  # fmt: skip
+            for gate in result.failed_gates:
+                click.echo(f"sealed gate FAILED: {gate}")
+            if add_to:
+                evidence = {"machine": machine(), "passed": result.passed, **dataclasses.asdict(result)}
+                name = f"{provider}-{machine()['fingerprint']}"
+                click.echo(f"evidence: {archive.add_evidence(folder, add_to, name, json.dumps(evidence, indent=1))}")
+        if outputs:
+            judged = judge_outputs(folder, outputs, read_manifest(folder)["limits"]["max_accuracy_drop"])
+            drop = judged.paired
+            click.echo(f"outputs: accuracy {judged.accuracy:.4f}, fp32 {judged.accuracy_fp32:.4f} on {drop.images} val "
+                       f"images; drop {drop.drop * 100:+.2f} points [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]; "
+                       f"least cosine {judged.cosine:.5f}, top-1 changed {judged.top1_changed}\n"
+                       f"outputs: {judged.verdict}")  # fmt: skip
+            code = code or {"accepted": 0, "refused": 1}.get(judged.verdict, 3)
+    click.echo({0: "verified", 3: "inconclusive"}.get(code, "NOT verified"))
+    sys.exit(code)
 
 
 @main.command()
@@ -250,6 +286,6 @@ def run_recipe(recipe: Recipe) -> None:
         bundle = run.with_name(run.name + "-bundle")
         context = click.get_current_context()
         context.invoke(export, run=run, out=bundle, settings=(), providers=providers, data=None, quick=quick)
-        context.invoke(verify, bundle=bundle, providers=providers)
+        context.invoke(verify, bundle=bundle, providers=providers, key=None, outputs=None, add_to=None)
 
     _Group(commands={"whole": whole}).main(["whole", *sys.argv[1:]], prog_name=f"python -m ftkit_recipes.{recipe.name}")

@@ -21,20 +21,22 @@ import ftkit
 from ftkit import checkpoint, terminal, variants
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
+from ftkit.card import model_card
 from ftkit.checkpoint import Run
 from ftkit.evaluate import Metrics, evaluate
 from ftkit.intake import read
 from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Export
 from ftkit.report import write_report
+from ftkit_export import archive, handoff, plain_c
 from ftkit_export import bundle as bundles
 from ftkit_export.bundle import Gate
-from ftkit_export.convert import export_core, write
+from ftkit_export.convert import export_core, write, write_ort
 from ftkit_export.decision import Paired, Row, choose, paired
 from ftkit_export.errors import FtkitError
 from ftkit_export.golden import write_flat, write_golden
 from ftkit_export.graph import IR_VERSION, OPSET
-from ftkit_export.latency import Latency, measure
+from ftkit_export.latency import Latency, machine, measure
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
@@ -49,9 +51,15 @@ DECODED_BYTES = 500_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What an export may be asked for beside the bundle. measured: latencies from the target device, by variant."""
+    """What an export may be asked for. measured: latencies from the target device, by variant. c: plain C sources.
+    ort: ONNX Runtime's own format. handoff: what other compilers need. zipped: BUNDLE.zip too. sign: an Ed25519 key."""
 
     measured: Mapping[str, Any] = field(default_factory=dict)
+    c: bool = False
+    ort: bool = False
+    handoff: bool = False
+    zipped: bool = False
+    sign: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +142,7 @@ def export(
     """
     for name in providers:
         require(name)
+    _require_extras(extras or Extras(), settings or run.recipe.export)
     keep_freed_memory()
     canvases = held_out(run, data)
     backbone = run.backbone()
@@ -182,7 +191,8 @@ def _build(
         paths[chosen.name][0].rename(folder / "model.onnx")
         write_flat(folder, chosen.name, run.preprocess, run.temperature, limits.input_format)
     paths[chosen.name] = (folder / "model.onnx", paths[chosen.name][1])
-    bundles.add_runner(folder)
+    bundles.add_runners(folder)
+    _add_extras(folder, core.model, context, run.classes, extras)
 
     file_metrics, against = _file_accuracy(folder, core.model, context, run.classes)
     terminal.say(f"accuracy of the file on {file_metrics.images} held-out photographs: {file_metrics.accuracy:.4f} "
@@ -197,7 +207,10 @@ def _build(
     }  # fmt: skip
     write_report(folder / "report.html", run.data, {**manifest, "gates": [gate.as_dict() for gate in gates]},
                  checkpoint.read_metrics(run.folder))  # fmt: skip
-    final = bundles.seal(folder, out, manifest, gates)
+    (folder / "MODEL_CARD.md").write_text(model_card(run.data, manifest), encoding="utf-8")
+    final = bundles.seal(folder, out, manifest, gates, extras.sign)
+    if extras.zipped:
+        archive.pack(final, final.with_name(final.name + ".zip"))
     return Exported(
         folder=final, gates=tuple(gates), parity=tuple(parity), latency=tuple(latency[chosen.name]),
         file_metrics=file_metrics, rows=made.rows, chosen=chosen.name,
@@ -218,6 +231,36 @@ def _write_variants(folder: Path, made: variants.Variants, context: variants.Con
                 raise FtkitError(f"{path.name}: {why}, for target {context.target_name}. Try another backbone")
         paths[name] = (image, plain)
     return paths
+
+
+def _require_extras(extras: Extras, limits: Export) -> None:
+    """Raises FtkitError for what could only fail at the end."""
+    if extras.sign:
+        archive.require_key(extras.sign)
+    if extras.c:
+        plain_c.require()
+    if extras.handoff and limits.golden == "synthetic":
+        raise FtkitError("--handoff: expected that images may leave, found golden=synthetic. Leave out one of them")
+
+
+def _add_extras(
+    folder: Path, core: onnx.ModelProto, context: variants.Context, classes: Sequence[str], extras: Extras
+) -> None:
+    if extras.c:
+        with terminal.bar("plain C"):
+            plain_c.write_c(folder / "device" / "c", core, context.preprocess, classes, temperature=context.temperature,
+                            threshold=float(context.metadata["abstain_threshold"]),
+                            input_format=context.limits.input_format)  # fmt: skip
+    if extras.ort:
+        with terminal.bar("ORT format"):
+            write_ort(folder / "model.onnx", folder / "device" / "ort", context.target)
+    if extras.handoff:
+        rows = context.canvases.rows("val")[:: max(1, -(-len(context.canvases.rows("val")) // handoff.IMAGES))]
+        with terminal.bar("hand-off"):
+            handoff.write_handoff(
+                folder / "handoff", plain_c.static(core), context.pixels(variants.calibration_rows(context)[:32]),
+                context.pixels(rows), variants.answers(core, context, rows), context.canvases.labels[rows],
+            )  # fmt: skip
 
 
 def _spread(rows: Array, count: int) -> Array:
@@ -339,5 +382,5 @@ def _manifest(
                          "against_fp32": asdict(against)},
             "latency": [{"variant": name, **asdict(item)} for name, items in latency.items() for item in items],
         },
-        "machine": bundles.machine(),
+        "machine": machine(),
     }  # fmt: skip

@@ -10,6 +10,7 @@ is held with confidence. A form that is not faster than fp32 is refused before a
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str 
     return np.concatenate([session.run(context.pixels(rows[i : i + BATCH]))[0] for i in range(0, len(rows), BATCH)])
 
 
-def _calibration(context: Context) -> Array:
+def calibration_rows(context: Context) -> Array:
     """Training rows, spread over the set (rows lie in order of class), mixed."""
     rows = context.canvases.rows("train")
     picks = np.unique(np.linspace(0, len(rows) - 1, min(context.limits.calibration_images, len(rows))).astype(int))
@@ -136,7 +137,7 @@ def _calibration(context: Context) -> Array:
 
 
 def _ranges(core: onnx.ModelProto, context: Context) -> Any:
-    rows = _calibration(context)
+    rows = calibration_rows(context)
     batches = (context.pixels(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
     with terminal.bar("calibrating"):
         return calibrate(core, batches, context.preprocess, context.limits.calibration)
@@ -148,7 +149,7 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
     for count in RUNGS:
         if count and not order:
             with terminal.bar("ranking operators"):
-                sample = context.pixels(_calibration(context)[:RANK_IMAGES])
+                sample = context.pixels(calibration_rows(context)[:RANK_IMAGES])
                 order = [name for name, _ in rank(fp32.core, ranges, context.target, sample)]
         if count and count >= len(order):
             return
@@ -227,4 +228,5 @@ def as_table(rows: Sequence[Row]) -> str:
             f"{row.size_bytes / 1e6:.1f}", row.verdict,
         ))  # fmt: skip
     reasons = {row.name.split(",")[0]: f"{row.name}: {row.reason}" for row in rows if not row.shippable}
-    return "\n".join([terminal.table(lines), *reasons.values()])
+    wrapped = [textwrap.fill(reason, 80, subsequent_indent="  ") for reason in reasons.values()]
+    return "\n".join([terminal.table(lines), *wrapped])

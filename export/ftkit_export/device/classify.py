@@ -1,7 +1,9 @@
 """Classify images on a device, or prove that the model works there. Needs numpy, onnxruntime and Pillow only.
 
-python device/classify.py IMAGE...        class and probability of each image
-python device/classify.py --self-check    replay the golden vectors, then time the model; exit 0 or 1
+python device/classify.py IMAGE...                   class and probability of each image
+python device/classify.py --raw ROWS COLUMNS FILE... the same of raw frames, as the model was exported for
+python device/classify.py --self-check               replay the golden vectors, then time the model; exit 0 or 1
+python device/classify.py --bench > device.json      every variant's latency here, for `ftkit export --latency`
 """
 
 import argparse
@@ -9,14 +11,17 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 sys.dont_write_bytecode = True  # the bundle is sealed: nothing may appear in it
 
 from ftkit_export.errors import FtkitError  # noqa: E402  # after the line above on purpose
-from ftkit_export.latency import measure  # noqa: E402
+from ftkit_export.latency import machine, measure, race  # noqa: E402
 from ftkit_export.predict import Classifier, image_files  # noqa: E402
 from ftkit_export.session import PROVIDERS  # noqa: E402
-from ftkit_export.verify import verify  # noqa: E402
+from ftkit_export.verify import check_files, read_manifest, verify  # noqa: E402
 
 BUNDLE = Path(__file__).resolve().parents[1]
 
@@ -41,30 +46,62 @@ def self_check(provider: str, threads: int) -> int:
     return 0 if result.passed else 1
 
 
+def bench(provider: str, threads: int) -> None:
+    """Print JSON: all variants run in turn on the first golden image, one thread unless told otherwise."""
+    manifest = read_manifest(BUNDLE)
+    check_files(BUNDLE, manifest["files"])
+    files = {name: BUNDLE / manifest["variants"][name]["file"] for name in manifest["variants"]}
+    found = race(list(files.values()), BUNDLE / "golden" / "00.png", provider=provider, threads=threads or 1)
+    raced = {name: dataclasses.asdict(item) for name, item in zip(files, found, strict=True)}
+    sha = {name: manifest["files"][manifest["variants"][name]["file"]] for name in files}
+    print(
+        json.dumps({"run": manifest["run"], "machine": machine(), "provider": provider, "sha256": sha, "raced": raced})
+    )
+
+
+def raw_frame(path: Path, rows: int, columns: int, channels: int) -> np.ndarray[Any, Any]:
+    """A file of bytes -> (rows, columns, channels) uint8."""
+    data = np.fromfile(path, np.uint8)
+    if rows < 1 or columns < 1 or data.size != rows * columns * channels:
+        raise FtkitError(
+            f"{path}: expected {rows * columns * channels} bytes, found {data.size}. Check rows and columns"
+        )
+    return data.reshape(rows, columns, channels)
+
+
 def main() -> int:
     """Parse, run, print; exit code 0 done, 1 a check failed, 2 bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files or folders")
     parser.add_argument("--self-check", action="store_true", help="replay the golden vectors and time the model")
+    parser.add_argument("--bench", action="store_true", help="race all variants, print JSON")
+    parser.add_argument("--raw", nargs=2, type=int, metavar=("ROWS", "COLUMNS"), help="the files are raw frames")
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
-    if not options.images and not options.self_check:
-        parser.error("give images, or --self-check")
+    if not (options.images or options.self_check or options.bench):
+        parser.error("give images, --self-check or --bench")
     try:
         if options.self_check:
             return self_check(options.provider, options.threads)
+        if options.bench:
+            bench(options.provider, options.threads)
+            return 0
         classify = Classifier(BUNDLE, provider=options.provider, threads=options.threads)
-        for path in image_files(options.images):
-            answer = classify(path)
+        channels = 3 if classify.input_format in ("rgb", "bgr") else 1
+        for path in map(Path, options.images) if options.raw else image_files(options.images):
+            if options.raw:
+                answer = classify.frame(raw_frame(path, options.raw[0], options.raw[1], channels))
+            else:
+                answer = classify(path)
             if options.json:
                 print(json.dumps({"image": str(path), **dataclasses.asdict(answer)}))
             else:
                 print(f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip())
-    except FtkitError as error:
+    except (FtkitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return getattr(error, "exit_code", 2)
     return 0
 
 

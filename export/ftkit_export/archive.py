@@ -1,0 +1,153 @@
+"""A bundle as one file, and signed: written the same each time, opened without trust.
+
+    pack(bundle, Path("bundle.zip"))
+    with opened(Path("bundle.zip")) as bundle: ...        # a folder; a zip is unpacked into a temporary one
+    sign(bundle, Path("key.pem")); check_signature(bundle, Path("key.pub.pem"))
+
+The signature is Ed25519 (RFC 8032) over manifest.json, which holds the hash of every other file.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ftkit_export.errors import BundleError, FtkitError
+from ftkit_export.verify import MANIFEST, SIGNATURE
+
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip can hold: no file's own date makes two archives differ
+LARGEST = 4 << 30  # bytes unpacked
+MOST_FILES = 10_000
+
+
+def pack(bundle: Path, out: Path) -> None:
+    """Write `bundle` as a zip: names sorted, dates fixed, under its folder's name. Appears whole or not at all."""
+    beside = out.with_name(out.name + ".tmp")
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
+            info = zipfile.ZipInfo((PurePosixPath(bundle.name) / path.relative_to(bundle).as_posix()).as_posix(), EPOCH)
+            info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            archive.writestr(info, path.read_bytes())
+    beside.replace(out)
+
+
+@contextmanager
+def opened(bundle: Path) -> Iterator[Path]:
+    """A bundle's folder, or the folder in a zip, unpacked for as long as the block runs.
+
+    Raises BundleError for a zip that would write outside, holds links, or unpacks to more than 4 GB or 10,000 files.
+    """
+    if not bundle.is_file():
+        yield bundle
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        _unpack(bundle, Path(scratch))
+        manifests = [path.parent for path in Path(scratch).glob(f"**/{MANIFEST}")]
+        if len(manifests) != 1:
+            raise BundleError(f"{bundle}: expected one bundle in it, found {len(manifests)}. Try `ftkit export --zip`")
+        yield manifests[0]
+
+
+def _unpack(source: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = archive.infolist()
+            if len(entries) > MOST_FILES or sum(entry.file_size for entry in entries) > LARGEST:
+                raise BundleError(f"{source}: expected at most 4 GB and 10,000 files, found more. Do not trust it")
+            for entry in entries:
+                name = PurePosixPath(entry.filename)
+                if name.is_absolute() or ".." in name.parts or "\\" in entry.filename or ":" in entry.filename:
+                    raise BundleError(f"{source}: expected names inside it, found {entry.filename!r}. Do not trust it")
+                if stat.S_ISLNK(entry.external_attr >> 16):
+                    raise BundleError(
+                        f"{source}: expected plain files, found the link {entry.filename!r}. Do not trust it"
+                    )
+                if entry.is_dir():
+                    continue
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(entry) as found, path.open("xb") as file:
+                    _copy(found, file, entry.file_size, f"{source}: {entry.filename}")
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        raise BundleError(f"{source}: expected a zipped bundle, found: {error}. Copy it again") from None
+
+
+def _copy(found: Any, file: Any, size: int, where: str) -> None:
+    """No more than the size that the archive's directory promised, whatever the stream holds."""
+    left = size
+    while block := found.read(min(1 << 20, left + 1)):
+        left -= len(block)
+        if left < 0:
+            raise BundleError(f"{where}: expected {size} bytes as promised, found more. Do not trust it")
+        file.write(block)
+
+
+def sign(bundle: Path, key: Path) -> None:
+    """Write manifest.sig. key: a PEM file with an Ed25519 private key (`openssl genpkey -algorithm ed25519`)."""
+    private = _load(key, "load_pem_private_key", "Ed25519PrivateKey", "private")
+    (bundle / SIGNATURE).write_bytes(private.sign((bundle / MANIFEST).read_bytes()))
+
+
+def check_signature(bundle: Path, key: Path) -> None:
+    """Raises BundleError when the bundle is not signed, or not with the other half of this public key (PEM)."""
+    from cryptography.exceptions import InvalidSignature
+
+    public, path = _load(key, "load_pem_public_key", "Ed25519PublicKey", "public"), bundle / SIGNATURE
+    if not path.is_file():
+        raise BundleError(f"{path}: expected a signature, found none. Ask for a bundle made with --sign")
+    try:
+        public.verify(path.read_bytes(), (bundle / MANIFEST).read_bytes())
+    except InvalidSignature:
+        raise BundleError(
+            f"{path}: expected a signature by {key.name}, found another. Do not trust this bundle"
+        ) from None
+
+
+def require_key(key: Path) -> None:
+    """Raises FtkitError when `key` cannot sign: before an export, not after."""
+    _load(key, "load_pem_private_key", "Ed25519PrivateKey", "private")
+
+
+def _load(key: Path, loader: str, kind: str, half: str) -> Any:
+    try:
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError:
+        raise FtkitError(
+            f"{key}: expected the package cryptography, found none. Try `pip install 'ftkit[sign]'`"
+        ) from None
+    try:
+        data = key.read_bytes()
+        found = (getattr(serialization, loader)(data, None) if half == "private"
+                 else getattr(serialization, loader)(data))  # fmt: skip
+        if not isinstance(found, getattr(ed25519, kind)):
+            raise ValueError
+    except (OSError, ValueError, TypeError):
+        raise FtkitError(
+            f"{key}: expected an Ed25519 {half} key in PEM without a password, found none. "
+            "Try `openssl genpkey -algorithm ed25519 -out key.pem`"
+        ) from None
+    return found
+
+
+def add_evidence(bundle: Path, copy: Path, name: str, evidence: str) -> Path:
+    """Write evidence/NAME.json into `copy`, a copy of `bundle` that is made when missing; returns the file.
+
+    The sealed files stay as they are. Raises BundleError when `copy` is something else.
+    """
+    if copy.resolve() == bundle.resolve():
+        raise BundleError(f"{copy}: expected a copy, found the sealed bundle itself. Try another folder")
+    if not copy.exists():
+        shutil.copytree(bundle, copy)
+    elif not (copy / MANIFEST).is_file() or (copy / MANIFEST).read_bytes() != (bundle / MANIFEST).read_bytes():
+        raise BundleError(f"{copy}: expected a copy of {bundle}, found something else. Try a new folder")
+    path = copy / "evidence" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(evidence)
+    return path

@@ -1,0 +1,180 @@
+// Classify images with model.onnx, or prove that it works here. ONNX Runtime and C++17, nothing else.
+//
+//   classify IMAGE.ppm...                 class and probability of each image (binary PPM, any size)
+//   classify --raw ROWS COLUMNS FILE...   the same of raw frames, in the format the model was exported for
+//   classify --self-check                 replay the golden frames, time the model; exit 0 or 1
+//
+// --bundle DIR: where model.onnx is (default: two folders above this source). Exit codes: 0 done, 1 a check failed,
+// 2 bad input. The model holds all preprocessing: a frame goes in as bytes.
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fs = std::filesystem;
+
+struct Frame {
+  int64_t rows = 0, columns = 0, channels = 0;
+  std::vector<uint8_t> bytes;
+};
+
+static std::vector<uint8_t> read_bytes(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error(path.string() + ": expected a readable file, found none. Check the path");
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+static Frame read_raw(const fs::path& path, int64_t rows, int64_t columns, int64_t channels) {
+  Frame frame{rows, columns, channels, read_bytes(path)};
+  if (rows < 1 || columns < 1 || frame.bytes.size() != size_t(rows * columns * channels))
+    throw std::runtime_error(path.string() + ": expected " + std::to_string(rows * columns * channels) +
+                             " bytes, found " + std::to_string(frame.bytes.size()) + ". Check rows and columns");
+  return frame;
+}
+
+// Binary PPM (P6, 8 bits a channel), comments allowed.
+static Frame read_ppm(const fs::path& path) {
+  const auto data = read_bytes(path);
+  size_t at = 2;
+  auto number = [&]() -> int64_t {
+    while (at < data.size() && (std::isspace(data[at]) || data[at] == '#'))
+      if (data[at++] == '#')
+        while (at < data.size() && data[at] != '\n') ++at;
+    int64_t value = 0;
+    for (; at < data.size() && std::isdigit(data[at]) && value < (1 << 20); ++at) value = value * 10 + data[at] - '0';
+    return value;
+  };
+  const bool ppm = data.size() > 2 && data[0] == 'P' && data[1] == '6';
+  const int64_t columns = ppm ? number() : 0, rows = ppm ? number() : 0, deepest = ppm ? number() : 0;
+  ++at;
+  if (rows < 1 || columns < 1 || deepest != 255 || data.size() < at || data.size() - at < size_t(rows * columns * 3))
+    throw std::runtime_error(path.string() + ": expected a whole binary PPM of 8 bits, found none. Convert it first");
+  return {rows, columns, 3, {data.begin() + at, data.begin() + at + rows * columns * 3}};
+}
+
+class Model {
+ public:
+  explicit Model(const fs::path& bundle)
+      : session_(environment_, (bundle / "model.onnx").c_str(), options()), channels(image_channels()) {
+    std::ifstream names(bundle / "labels.txt");
+    for (std::string line; std::getline(names, line);) labels.push_back(line);
+    threshold = std::stod(metadata("abstain_threshold", "0"));
+    format = metadata("input_format", "rgb");
+  }
+
+  std::vector<float> run(Frame& frame) {
+    const int64_t shape[] = {1, frame.rows, frame.columns, frame.channels};
+    auto input = Ort::Value::CreateTensor<uint8_t>(memory_, frame.bytes.data(), frame.bytes.size(), shape, 4);
+    const char *in[] = {"image"}, *out[] = {"probabilities"};
+    auto found = session_.Run(Ort::RunOptions{nullptr}, in, &input, 1, out, 1);
+    const float* values = found[0].GetTensorData<float>();
+    return {values, values + found[0].GetTensorTypeAndShapeInfo().GetElementCount()};
+  }
+
+ private:
+  static Ort::SessionOptions options() {
+    Ort::SessionOptions made;
+    made.SetIntraOpNumThreads(1);
+    return made;
+  }
+  int64_t image_channels() { return session_.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape().at(3); }
+  std::string metadata(const char* key, const char* otherwise) {
+    Ort::AllocatorWithDefaultOptions allocator;
+    auto found = session_.GetModelMetadata().LookupCustomMetadataMapAllocated(key, allocator);
+    return found ? found.get() : otherwise;
+  }
+
+  Ort::Env environment_{ORT_LOGGING_LEVEL_ERROR, "classify"};
+  Ort::Session session_;
+  Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+
+ public:
+  int64_t channels;
+  std::vector<std::string> labels;
+  double threshold = 0;
+  std::string format;
+};
+
+static void print_answer(const std::string& name, Model& model, Frame frame) {
+  const auto found = model.run(frame);
+  const size_t best = std::max_element(found.begin(), found.end()) - found.begin();
+  std::printf("%s  %s  %.3f%s\n", name.c_str(), model.labels.at(best).c_str(), found[best],
+              found[best] < model.threshold ? "  doubtful" : "");
+}
+
+static int self_check(Model& model, const fs::path& bundle) {
+  const fs::path folder = bundle / "golden" / "raw";
+  std::ifstream index(folder / "index.txt");
+  size_t images = 0, classes = 0;
+  int64_t size = 0, channels = 0;
+  double ignored = 0;
+  if (!(index >> images >> classes >> size >> channels >> ignored))
+    throw std::runtime_error((folder / "index.txt").string() + ": expected golden frames, found none");
+  const auto bytes = read_bytes(folder / "probabilities.f32");
+  if (bytes.size() != images * classes * sizeof(float)) throw std::runtime_error("golden frames are incomplete");
+  const float* expected = reinterpret_cast<const float*>(bytes.data());
+  double worst = 0;
+  Frame first;
+  for (size_t i = 0; i < images; ++i) {
+    std::string file;
+    int64_t rows = 0, columns = 0;
+    double limit = 0;
+    if (!(index >> file >> rows >> columns >> limit)) throw std::runtime_error("golden frames are incomplete");
+    Frame frame = read_raw(folder / file, rows, columns, channels);
+    const auto found = model.run(frame);
+    for (size_t c = 0; c < classes; ++c) {
+      const double apart = std::fabs(double(found.at(c)) - expected[i * classes + c]) / limit;
+      worst = std::isnan(apart) ? INFINITY : std::max(worst, apart);
+    }
+    if (i == 0) first = frame;
+  }
+  std::vector<double> times;
+  for (int run = 0; run < 70; ++run) {
+    const auto begun = std::chrono::steady_clock::now();
+    model.run(first);
+    const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begun;
+    if (run >= 20) times.push_back(took.count());
+  }
+  std::sort(times.begin(), times.end());
+  const bool passed = worst <= 1;
+  std::printf("probabilities %s: %zu golden frames, worst at %.2f of its tolerance\n", passed ? "ok" : "FAILED", images, worst);
+  std::printf("latency       p50 %.1f ms, p95 %.1f ms (1 thread)\n", times[25], times[47]);
+  std::printf("self-check %s\n", passed ? "passed" : "FAILED");
+  return passed ? 0 : 1;
+}
+
+int main(int count, char** arguments) {
+  fs::path bundle = fs::path(__FILE__).parent_path().parent_path().parent_path();
+  std::vector<std::string> files;
+  bool check = false;
+  int64_t rows = 0, columns = 0;
+  try {
+    for (int i = 1; i < count; ++i) {
+      const std::string word = arguments[i];
+      if (word == "--bundle" && i + 1 < count) bundle = arguments[++i];
+      else if (word == "--self-check") check = true;
+      else if (word == "--raw" && i + 2 < count) { rows = std::stoll(arguments[++i]); columns = std::stoll(arguments[++i]); }
+      else if (word.rfind("--", 0) == 0) throw std::runtime_error(word + ": expected --bundle, --raw or --self-check");
+      else files.push_back(word);
+    }
+    if (files.empty() && !check) throw std::runtime_error("expected images or --self-check, found neither");
+    Model model(bundle);
+    if (check) return self_check(model, bundle);
+    if (!rows && model.format != "rgb")
+      throw std::runtime_error("expected raw " + model.format + " frames, found images. Try --raw ROWS COLUMNS FILE");
+    for (const auto& file : files)
+      print_answer(file, model, rows ? read_raw(file, rows, columns, model.channels) : read_ppm(file));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return 2;
+  }
+  return 0;
+}

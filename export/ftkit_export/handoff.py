@@ -1,0 +1,77 @@
+"""For compilers that are not ONNX Runtime (TensorRT, OpenVINO, Hailo, RKNN): what they need, and a judgement after.
+
+BUNDLE/handoff/core.onnx          the fp32 core form with a fixed batch of 1: pixels (1, 3, S, S) -> logits, embedding
+BUNDLE/handoff/calibration/*.npy  training images as it wants them, float32 (1, 3, S, S)
+BUNDLE/handoff/inputs.npy         val images, float32 (n, 3, S, S): run them through what the compiler made
+BUNDLE/handoff/expected.npz       what fp32 answers, and the labels
+
+    judged = judge_outputs(bundle, "outputs.npz")      # `logits` (n, classes), in the order of inputs.npy
+    judged.verdict                                     # accepted, refused, inconclusive
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftkit_export.decision import Paired, Verdict, paired
+from ftkit_export.errors import BundleError, FtkitError
+
+Array = np.ndarray[Any, Any]
+
+IMAGES = 256  # val images at most: 0.6 MB each at 224 pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Another compiler's answers beside fp32's: accuracy paired on val, least cosine of the logits, top-1 changed."""
+
+    paired: Paired
+    accuracy: float
+    accuracy_fp32: float
+    cosine: float
+    top1_changed: int
+    verdict: Verdict
+
+
+def write_handoff(
+    folder: Path, static_core: Any, calibration: Array, inputs: Array, logits: Array, labels: Array
+) -> None:
+    """calibration (m, 3, S, S), inputs (n, 3, S, S) float32; logits (n, classes) of fp32; labels (n,)."""
+    import onnx
+
+    (folder / "calibration").mkdir(parents=True)
+    onnx.save(static_core, folder / "core.onnx")
+    for number, item in enumerate(calibration):
+        np.save(folder / "calibration" / f"{number:03d}.npy", item[None])
+    np.save(folder / "inputs.npy", inputs)
+    np.savez(folder / "expected.npz", logits=logits, labels=labels)
+
+
+def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
+    """outputs: .npz with `logits`. Raises BundleError without a hand-off, FtkitError for outputs that do not fit."""
+    path = bundle / "handoff" / "expected.npz"
+    if not path.is_file():
+        raise BundleError(f"{path}: expected a hand-off in this bundle, found none. Try `ftkit export RUN --handoff`")
+    with np.load(path, allow_pickle=False) as stored:
+        expected, labels = stored["logits"].astype(np.float64), stored["labels"]
+    try:
+        with np.load(outputs, allow_pickle=False) as stored:
+            found = np.asarray(stored["logits"], np.float64).reshape(len(stored["logits"]), -1)
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        raise FtkitError(f"{outputs}: expected an .npz with an array `logits`, found none. Try numpy.savez") from None
+    if found.shape != expected.shape:
+        raise FtkitError(f"{outputs}: expected logits of shape {expected.shape}, in the order of handoff/inputs.npy, "
+                         f"found {found.shape}. Run every input")  # fmt: skip
+    right, answered = expected.argmax(1) == labels, found.argmax(1) == labels
+    compared = paired(right, answered & np.isfinite(found).all(1))
+    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+    return Judged(
+        paired=compared, accuracy=float(answered.mean()), accuracy_fp32=float(right.mean()),
+        cosine=float(((expected * found).sum(1) / np.maximum(lengths, 1e-30)).min()),
+        top1_changed=int((expected.argmax(1) != found.argmax(1)).sum()), verdict=compared.verdict(limit),
+    )  # fmt: skip

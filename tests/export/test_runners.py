@@ -1,0 +1,155 @@
+"""Every runner is built from the bundle alone and proves itself: C++, plain C (arm64 too), ORT format, OpenVINO."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+from conftest import ftkit
+from PIL import Image
+
+from ftkit_export.predict import Classifier
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    missing = [name for name in programs if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed here: {', '.join(missing)}")
+
+
+def run_(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def photo(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A photograph as PPM, enlarged to an odd shape."""
+    path = tmp_path_factory.mktemp("ppm") / "photo.ppm"
+    with Image.open(next(iter(sorted((photos / "poly-ok").iterdir())))) as image:
+        image.convert("RGB").resize((640, 427)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ONNX Runtime's headers from Debian's next release, its library from the installed wheel."""
+    root = tmp_path_factory.mktemp("sdk")
+    for name in ("parts", "lists/partial", "cache/archives/partial", "lib"):
+        (root / name).mkdir(parents=True)
+    sources = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("debian*")]
+    for path in filter(Path.is_file, sources):
+        kind = path.suffix if path.suffix in (".list", ".sources") else ".list"
+        (root / "parts" / f"{path.stem}{kind}").write_text(path.read_text().replace("bookworm", "trixie"))
+    options = ["-o", "Dir::Etc::sourcelist=/dev/null", "-o", f"Dir::Etc::sourceparts={root}/parts",
+               "-o", f"Dir::State::lists={root}/lists", "-o", f"Dir::Cache={root}/cache",
+               "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User="]  # fmt: skip
+    run_("apt-get", *options, "update")
+    fetched = run_("apt-get", *options, "download", "libonnxruntime-dev", cwd=root)
+    if not list(root.glob("*.deb")):
+        pytest.skip(f"ONNX Runtime's headers are not to be had: {fetched.stderr[-200:]}")
+    run_("dpkg", "-x", next(root.glob("*.deb")), root)
+    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (root / "lib" / name).symlink_to(library)
+    return root
+
+
+@needs("cmake", "g++", "apt-get")
+def test_the_cpp_runner(bundle: Path, photo: Path, sdk: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "the bundle"))
+    configured = run_("cmake", "-S", copy / "device" / "cpp", "-B", tmp_path / "build", f"-DONNXRUNTIME_ROOT={sdk}")
+    assert configured.returncode == 0, configured.stderr
+    built = run_("cmake", "--build", tmp_path / "build")
+    assert (built.returncode, "warning" in built.stderr) == (0, False), built.stderr
+    program = tmp_path / "build" / "classify"
+    check = run_(program, "--self-check")
+    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), check.stdout + check.stderr
+
+    answer = Classifier(bundle)(photo)
+    assert f"{photo}  {answer.label}  {answer.probability:.3f}" in run_(program, photo).stdout
+    (tmp_path / "frame").write_bytes(np.asarray(Image.open(photo)).tobytes())
+    assert f"{answer.label}  {answer.probability:.3f}" in run_(program, "--raw", 427, 640, tmp_path / "frame").stdout
+    (tmp_path / "cut.ppm").write_bytes(photo.read_bytes()[:5000])
+    for bad, said in ((["--raw", 5, 5, photo], "expected 75 bytes"), ([tmp_path / "cut.ppm"], "a whole binary PPM"),
+                      (["--bundle", tmp_path, photo], "model.onnx"), (["--what"], "expected --bundle")):  # fmt: skip
+        found = run_(program, *bad)
+        assert (found.returncode, said in found.stderr) == (2, True), found.stderr
+    golden = copy / "golden" / "raw" / "probabilities.f32"
+    golden.write_bytes(np.roll(np.fromfile(golden, "<f4"), 1).tobytes())
+    assert run_(program, "--self-check").returncode == 1
+
+
+@needs("make", "cc")
+def test_the_plain_c_runner(bundle: Path, photo: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "the bundle"))
+    folder = copy / "device" / "c"
+    built = run_("make", "-C", folder, "CFLAGS=-O3 -march=native -Wall -Wextra -Wno-unused")
+    assert built.returncode == 0, built.stderr
+    assert not re.search(r"classify\.c:\d+.*warning", built.stderr), built.stderr
+    program = folder / "classify"
+    check = run_(program, "--self-check")
+    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), check.stdout + check.stderr
+    assert re.search(r"memory +\d+ MB", check.stdout)
+
+    fp32 = json.loads((bundle / "manifest.json").read_text())["variants"]["fp32"]["file"]
+    answer = Classifier(bundle / fp32)(photo)
+    found = re.search(rf"{answer.label}  ([\d.]+)", run_(program, photo).stdout)
+    assert found
+    assert float(found[1]) == pytest.approx(answer.probability, abs=5e-3)
+    (tmp_path / "cut.ppm").write_bytes(photo.read_bytes()[:5000])
+    for bad, said in ((["--raw", 5, 5, photo], "another number of bytes"), ([tmp_path / "cut.ppm"], "binary PPM"),
+                      ([tmp_path / "none.ppm"], "a readable file"), ([], "images or --self-check")):  # fmt: skip
+        refused = run_(program, *bad)
+        assert (refused.returncode, said in refused.stderr) == (2, True), refused.stderr
+    golden = copy / "golden" / "raw" / "logits.f32"
+    golden.write_bytes((np.fromfile(golden, "<f4") + np.float32(0.01)).tobytes())
+    failed = run_(program, "--self-check")
+    assert (failed.returncode, "logits        FAILED" in failed.stdout) == (1, True)
+
+
+@needs("aarch64-linux-gnu-gcc", "qemu-aarch64-static")
+def test_the_plain_c_runner_on_arm64(bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle / "device" / "c", tmp_path / "c"))
+    built = run_("make", "-C", folder, "CC=aarch64-linux-gnu-gcc -static", "CFLAGS=-O3")
+    assert built.returncode == 0, built.stderr
+    check = run_("qemu-aarch64-static", folder / "classify", "--golden", bundle / "golden" / "raw", "--self-check")
+    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), check.stdout + check.stderr
+
+
+def test_the_ort_format_answers_as_the_model_does(bundle: Path, photo: Path) -> None:
+    folder = bundle / "device" / "ort"
+    image = np.asarray(Image.open(photo))[None]
+    session = onnxruntime.InferenceSession(str(folder / "model.ort"), providers=["CPUExecutionProvider"])
+    expected = Classifier(bundle).probabilities(image[0])
+    assert np.abs(session.run(["probabilities"], {"image": image})[0][0] - expected).max() < 1e-4
+    config = (folder / "required_operators.config").read_text()
+    assert re.search(r"ai\.onnx;13;.*Softmax", config)
+    assert re.search(r"ai\.onnx;18;.*Resize", config)
+
+
+def test_another_compilers_outputs_are_judged(bundle: Path, tmp_path: Path) -> None:
+    """OpenVINO compiles the hand-off; shuffled answers are refused; answers that do not fit are bad input."""
+    model = openvino.Core().compile_model(
+        str(bundle / "handoff" / "core.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    inputs = np.load(bundle / "handoff" / "inputs.npy")
+    calibration = sorted((bundle / "handoff" / "calibration").iterdir())
+    assert np.load(calibration[0]).shape == (1, *inputs.shape[1:])
+    logits = np.concatenate([model(item[None])[0] for item in inputs])
+    np.savez(tmp_path / "openvino.npz", logits=logits)
+    result = ftkit("verify", bundle, "--outputs", tmp_path / "openvino.npz")
+    assert result.exit_code == 3, "a dozen val images settle nothing, and it says so"
+    assert "outputs: inconclusive" in result.stdout
+    assert "least cosine 1.00000, top-1 changed 0" in result.stdout
+    np.savez(tmp_path / "shuffled.npz", logits=np.roll(logits, 1, axis=1))
+    result = ftkit("verify", bundle, "--outputs", tmp_path / "shuffled.npz")
+    assert (result.exit_code, "outputs: refused" in result.stdout) == (1, True)
+    np.savez(tmp_path / "short.npz", logits=logits[:3])
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    for name, said in (("short", "expected logits of shape"), ("junk", "expected an .npz with an array `logits`")):
+        result = ftkit("verify", bundle, "--outputs", tmp_path / f"{name}.npz")
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
