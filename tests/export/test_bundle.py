@@ -66,7 +66,7 @@ def test_the_manifest_carries_the_evidence(bundle: Path) -> None:
         assert item["peak_rss_bytes"] < 500e6, "of the measuring process, not of the one that started it"
     assert manifest["evidence"]["accuracy"]["file"]["images"] == 16
     listed = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    assert listed - {"manifest.json"} == set(manifest["files"])
+    assert listed - {"manifest.json", "manifest.sig"} == set(manifest["files"])
 
 
 def test_the_test_data_set_is_what_the_model_answers(bundle: Path) -> None:

@@ -197,7 +197,7 @@ def _build(
     file_metrics, against = _file_accuracy(folder, core.model, context, run.classes)
     terminal.say(f"accuracy of the file on {file_metrics.images} held-out photographs: {file_metrics.accuracy:.4f} "
                  f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
-    gates = _judge(limits, run, parity, chosen, file_metrics, against)
+    gates = _judge(limits, run, parity, chosen, file_metrics, against, _out_of_order(folder, run.classes))
     manifest = {
         **_manifest(run, parity, file_metrics, against, latency, context, made, chosen),
         "variants": {
@@ -305,6 +305,17 @@ def _file_accuracy(
     return evaluate(probabilities, labels, classes), against
 
 
+def _out_of_order(folder: Path, classes: Sequence[str]) -> int:
+    """Classes that the file's metadata or labels.txt (which runners without a JSON reader use) has elsewhere."""
+    written = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    said = Classifier(folder).labels
+    return sum(
+        found != list(classes)[place : place + 1]
+        for place in range(max(len(classes), len(written), len(said)))
+        for found in (written[place : place + 1], said[place : place + 1])
+    )
+
+
 def _latencies(
     paths: Mapping[str, tuple[Path, Path]], photograph: Path, providers: Sequence[str], quick: bool
 ) -> dict[str, list[Latency]]:
@@ -324,14 +335,16 @@ def _latencies(
 
 
 def _judge(
-    limits: Export, run: Run, parity: Sequence[Parity], chosen: Row, file_metrics: Metrics, against: Paired
-) -> list[Gate]:
+    limits: Export, run: Run, parity: Sequence[Parity], chosen: Row, file_metrics: Metrics, against: Paired,
+    out_of_order: int,
+) -> list[Gate]:  # fmt: skip
     """Every gate of the export, in one place."""
     gates = []
     for item in parity:
         worst = item.worst
         label = f"parity on {item.provider} ({worst.name}, {worst.group})"
         gates.append(Gate(name=label, value=worst.value, limit=worst.limit))
+    gates.append(Gate(name="labels out of order", value=out_of_order, limit=0))
     drop = run.data["metrics"]["test"]["accuracy"] - file_metrics.accuracy
     if chosen.name == "fp32":
         gates.append(Gate(name="accuracy drop of the file", value=drop, limit=limits.max_accuracy_drop))

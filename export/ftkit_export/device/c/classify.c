@@ -178,7 +178,7 @@ static void answer(const char *name, Image image) {
 static int earlier(const void *a, const void *b) { return (*(double *)a > *(double *)b) - (*(double *)a < *(double *)b); }
 
 static int self_check(const char *folder) {
-  char path[8192], file[256];
+  char path[9000], file[256];
   size_t size, expected_size;
   int images = 0, classes = 0, side = 0, channels = 0, rows, columns;
   double limit = 0, ignored, worst = 0, off = 0;

@@ -1,0 +1,354 @@
+"""Planted faults, each through the whole export: caught, by which gate, at which place. And no false alarm.
+
+ftkit train photos --out RUN && python bench/faults.py RUN            (16 exports, about 10 minutes on 2 cores)
+python bench/faults.py --backbones                                    (the recipes' backbones, random weights)
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from sklearn.datasets import load_sample_images
+from sklearn.linear_model import LogisticRegression
+
+from ftkit import pipeline, variants
+from ftkit.backbones import build
+from ftkit.canvas import build as build_canvases
+from ftkit.checkpoint import Run, open_run
+from ftkit.intake import read
+from ftkit.judge import Answers
+from ftkit.recipe import Export, load, names
+from ftkit_export import archive, convert, graph, quantize, session
+from ftkit_export.convert import export_core
+from ftkit_export.errors import FtkitError
+from ftkit_export.parity import Reference, compare
+from ftkit_export.preprocess import Preprocess
+from ftkit_export.verify import verify
+
+Edit = Callable[[onnx.ModelProto], None]
+
+
+@dataclass
+class Fault:
+    """plant: patches to hold while exporting. expected: words the verdict must have. limits: what is asked for."""
+
+    name: str
+    plant: Callable[[ExitStack], None]
+    expected: tuple[str, ...]
+    limits: Export
+    variant: str = ""
+
+
+def image_forms(change: Callable[..., onnx.ModelProto]) -> Callable[[ExitStack], None]:
+    """Build every image form by `change(real, core, preprocess, temperature, input_format)`."""
+    real = graph.image_form
+    return lambda stack: stack.enter_context(patch.object(variants, "image_form", lambda *args: change(real, *args)))
+
+
+def edited(edit: Edit) -> Callable[[ExitStack], None]:
+    """Change the core form after it has been exported."""
+
+    def exported(model: torch.nn.Module, size: int) -> convert.Core:
+        core = export_core(model, size)
+        edit(core.model)
+        return core
+
+    return lambda stack: stack.enter_context(patch.object(pipeline, "export_core", exported))
+
+
+def scaled(proto: onnx.ModelProto) -> None:
+    node = [node for node in proto.graph.node if node.op_type == "Conv"][20]
+    weight = next(item for item in proto.graph.initializer if item.name == node.input[1])
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+
+
+def training_mode(stack: ExitStack) -> None:
+    def exported(model: torch.nn.Module, size: int) -> convert.Core:
+        noisy = copy.deepcopy(model)
+        for module in noisy.modules():  # what a BatchNorm left in training mode does to one layer's statistics
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 0.1
+                module.train()
+        with torch.no_grad():
+            noisy(torch.randn(8, 3, size, size))
+        return export_core(noisy.eval(), size)
+
+    stack.enter_context(patch.object(pipeline, "export_core", exported))
+
+
+def wrong_axis(real: Any, *args: Any) -> onnx.ModelProto:
+    model = real(*args)
+    for node in model.graph.node:
+        if node.op_type == "Softmax":
+            node.attribute[0].i = 0
+    return model
+
+
+def nearest(stack: ExitStack) -> None:
+    def resized(made: Any, image: str, sizes: str) -> str:
+        return made.op(
+            "Resize", image, "", "", sizes, mode="nearest", coordinate_transformation_mode="half_pixel", axes=[1, 2]
+        )
+
+    stack.enter_context(patch.object(graph, "_resized", resized))
+
+
+def shifted(stack: ExitStack) -> None:
+    real = graph._square
+
+    def square(made: Any, image: str) -> str:
+        shape = real(made, image)
+        return made.op("Slice", shape, made.ints(8, 8), made.ints(2**31, 2**31), made.ints(1, 2))
+
+    stack.enter_context(patch.object(graph, "_square", square))
+
+
+def rotated(stack: ExitStack) -> None:
+    real = pipeline.metadata
+
+    def metadata(run: Run) -> dict[str, str]:
+        labels = json.loads(real(run)["labels"])
+        return {**real(run), "labels": json.dumps([*labels[1:], labels[0]])}
+
+    stack.enter_context(patch.object(pipeline, "metadata", metadata))
+
+
+def per_tensor(stack: ExitStack) -> None:
+    from onnxruntime.quantization import qdq_quantizer
+
+    real = qdq_quantizer.QDQQuantizer
+    stack.enter_context(
+        patch.object(qdq_quantizer, "QDQQuantizer", lambda model, per_channel, *rest: real(model, False, *rest))
+    )
+
+
+def noise_calibration(stack: ExitStack) -> None:
+    real = variants.calibrate
+    rng = np.random.default_rng(0)
+
+    def calibrate(core: onnx.ModelProto, batches: Iterator[Any], preprocess: Preprocess, method: str) -> Any:
+        return real(
+            core, (rng.normal(size=item.shape).astype(np.float32) * 0.05 for item in batches), preprocess, method
+        )
+
+    stack.enter_context(patch.object(variants, "calibrate", calibrate))
+
+
+def overflow(stack: ExitStack) -> None:
+    """A layer whose values leave float16, and a converter that does not look at the ranges."""
+
+    def widen(proto: onnx.ModelProto) -> None:
+        first = next(node for node in proto.graph.node if node.op_type == "Conv")
+        for name, factor in (("up", 3e4), ("down", 1 / 3e4)):
+            proto.graph.initializer.append(numpy_helper.from_array(np.float32(factor), f"{name}_factor"))
+        after, value = list(proto.graph.node).index(first) + 1, first.output[0]
+        first.output[0] = "before"
+        proto.graph.node.insert(after, helper.make_node("Mul", ["before", "up_factor"], ["high"], name="up"))
+        proto.graph.node.insert(after + 1, helper.make_node("Clip", ["high", "", ""], ["held"], name="held"))
+        proto.graph.node.insert(after + 2, helper.make_node("Mul", ["held", "down_factor"], [value], name="down"))
+
+    edited(widen)(stack)
+    stack.enter_context(patch.object(quantize, "LARGEST_HALF", 1e30))
+
+
+def cpu_as_cuda(stack: ExitStack) -> None:
+    real = session.Session._open
+
+    def opened(self: session.Session, model: Any, spinning: bool) -> Any:
+        with patch.object(self, "provider", "cpu"):
+            return real(self, model, spinning)
+
+    stack.enter_context(patch.object(session.Session, "_open", opened))
+
+
+def logistic_head(run: Run) -> Run:
+    """The run with its head refitted by a logistic regression that nothing restrains: large weights that cancel."""
+    canvases, backbone = build_canvases(read(run.data["data"], run.data["seed"]), run.preprocess), run.backbone()
+    rows = canvases.rows("train")
+    _, embedding = Answers(backbone, canvases, run.preprocess)(rows, "features")
+    fitted = LogisticRegression(C=1e3, max_iter=2000).fit(embedding, canvases.labels[rows])
+    head = backbone.model.get_submodule(backbone.head)
+    assert isinstance(head, torch.nn.Linear)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(fitted.coef_))
+        head.bias.copy_(torch.from_numpy(fitted.intercept_))
+    rows = canvases.rows("test")
+    logits, _ = Answers(backbone, canvases, run.preprocess)(rows, "test")
+    data = copy.deepcopy(run.data)
+    data["metrics"]["test"]["accuracy"] = float((logits.argmax(1) == canvases.labels[rows]).mean())
+    changed = replace(run, data=data)
+    object.__setattr__(changed, "backbone", lambda: backbone)
+    return changed
+
+
+def mean_off(real: Any, core: onnx.ModelProto, preprocess: Preprocess, *rest: Any) -> onnx.ModelProto:
+    return real(core, replace(preprocess, mean=(preprocess.mean[0] - 4, *preprocess.mean[1:])), *rest)
+
+
+def declared_rgb(
+    real: Any, core: onnx.ModelProto, preprocess: Preprocess, temperature: float, _: str
+) -> onnx.ModelProto:
+    return real(core, preprocess, temperature, "bgr")
+
+
+def channels_swapped(proto: onnx.ModelProto) -> None:
+    """The network itself sees blue first."""
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([2, 1, 0]), "swapped"))
+    for node in proto.graph.node:
+        node.input[:] = ["flipped" if name == "pixels" else name for name in node.input]
+    proto.graph.node.insert(0, helper.make_node("Gather", ["pixels", "swapped"], ["flipped"], axis=1))
+
+
+FP32, INT8, FP16 = Export(variants="fp32"), Export(), Export(target="cuda")
+FAULTS = [
+    Fault("wrong mean", image_forms(mean_off), ("parity", "probabilities"), FP32),
+    Fault("BGR for RGB", edited(channels_swapped), ("parity", "core logits"), FP32),
+    Fault("nearest for antialiased resize", nearest, ("parity", "share of pixels off"), FP32),
+    Fault("crop off by 8 pixels", shifted, ("parity", "share of pixels off"), FP32),
+    Fault("labels rotated by one", rotated, ("labels out of order",), FP32),
+    Fault("one convolution x 1.01", edited(scaled), ("parity", "core logits", "layer"), FP32),
+    Fault("BatchNorm left in training mode", training_mode, ("parity", "core logits", "layer"), FP32),
+    Fault("softmax over the wrong axis", image_forms(wrong_axis), ("parity", "probabilities"), FP32),
+    Fault("a frame declared RGB that is BGR", image_forms(declared_rgb), ("parity", "probabilities, noise"), FP32),
+    Fault("per-tensor int8", per_tensor, ("refused", "accuracy drop"), INT8, "int8"),
+    Fault("calibration on noise", noise_calibration, ("refused", "accuracy drop"), INT8, "int8"),
+    Fault("fp16 overflow", overflow, ("refused", "fp16"), FP16, "fp16"),
+]
+
+
+def verdict(run: Run, fault: Fault, folder: Path) -> str:
+    """What the export said, in one line: the failed gate and place, or the refused variant and its reason."""
+    said = io.StringIO()
+    with ExitStack() as stack, redirect_stdout(said):
+        fault.plant(stack)
+        done = pipeline.export(run, folder, settings=fault.limits, quick=True)
+    if fault.variant:
+        row = next(row for row in done.rows if row.name == fault.variant)
+        return f"{row.verdict}: {row.reason}; chosen: {done.chosen}"
+    failed = [gate for gate in done.gates if not gate.passed]
+    place = "".join(f"; layer {item.first_divergence}" for item in done.parity if item.first_divergence)
+    return "; ".join(f"gate {gate.name}: {gate.value:.3g}, limit {gate.limit:.3g}" for gate in failed) + place
+
+
+@contextmanager
+def refused() -> Iterator[list[str]]:
+    """Collects the sentence of an FtkitError."""
+    said: list[str] = []
+    try:
+        yield said
+    except FtkitError as error:
+        said.append(str(error))
+
+
+def flipped(sealed: Path) -> tuple[int, int]:
+    """(files whose one flipped byte was named, files)."""
+    caught = 0
+    files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
+    for path in files:
+        original = path.read_bytes()
+        spoiled = bytearray(original)
+        spoiled[len(spoiled) // 2] ^= 1
+        path.write_bytes(spoiled)
+        with refused() as said:
+            verify(sealed)
+            if path.name.startswith("manifest"):  # a flip in the seal itself is for the signature
+                archive.check_signature(sealed, sealed.parent / "pub.pem")
+        caught += bool(said)
+        path.write_bytes(original)
+    return caught, len(files)
+
+
+def planted(run: Run) -> tuple[int, int]:
+    """Run every fault; print one row each; (caught, all)."""
+    caught = 0
+    print("| fault | caught by |\n|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def row(name: str, said: str, expected: tuple[str, ...]) -> None:
+            nonlocal caught
+            good = all(word in said for word in expected)
+            caught += good
+            print(f"| {name} | {said if good else 'MISSED: ' + said} |", flush=True)
+
+        for number, fault in enumerate(FAULTS):
+            row(fault.name, verdict(run, fault, Path(scratch) / str(number)), fault.expected)
+        head = Fault("head by logistic regression", lambda stack: None, ("refused", "accuracy drop"), INT8, "int8")
+        row(head.name, verdict(logistic_head(run), head, Path(scratch) / "head"), head.expected)
+        with refused() as said, ExitStack() as stack:
+            cpu_as_cuda(stack)
+            pipeline.export(
+                run, Path(scratch) / "cuda", settings=Export(variants="fp32"), providers=["cuda"], quick=True
+            )
+        row("CPU session under a CUDA name", "".join(said), ("provider cuda", "CPUExecutionProvider"))
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        key, pem = Ed25519PrivateKey.generate(), serialization.Encoding.PEM
+        (Path(scratch) / "key.pem").write_bytes(
+            key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        )
+        (Path(scratch) / "pub.pem").write_bytes(
+            key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        )
+        with redirect_stdout(io.StringIO()):
+            done = pipeline.export(
+                run, Path(scratch) / "whole", quick=True, extras=pipeline.Extras(sign=Path(scratch) / "key.pem")
+            )
+        named, files = flipped(done.folder)
+        row("a byte flipped in each file of the bundle", f"{named} of {files} named", (f"{files} of {files}",))
+        print(f"\nwithout a fault: {'passed' if done.passed else 'FALSE ALARM'}, int8 "
+              + "; ".join(f"{item.name} {item.verdict}" for item in done.rows[1:]))  # fmt: skip
+    return caught, len(FAULTS) + 3
+
+
+def backbones() -> None:
+    """Parity of every recipe's backbone with random weights, on photographs and the edge inputs."""
+    photographs = [image[y : y + 200, x : x + 300] for image in load_sample_images().images
+                   for y in range(0, 220, 60) for x in range(0, 340, 90)]  # fmt: skip
+    print("| recipe | backbone | worst check | value / limit | verdict |\n|---|---|---|---|---|")
+    for name in names():
+        recipe = load(name)
+        torch.manual_seed(0)
+        backbone = build(recipe.backbone, 5, "none")
+        preprocess = recipe.preprocess or backbone.preprocess
+        core = export_core(backbone.model.eval(), preprocess.size)
+        with tempfile.TemporaryDirectory() as scratch:
+            paths = Path(scratch) / "core.onnx", Path(scratch) / "model.onnx"
+            convert.write(core.model, paths[0], {})
+            convert.write(graph.image_form(core.model, preprocess, 1.0), paths[1], {})
+            canvases = np.stack([preprocess.canvas(image) for image in photographs])
+            found = compare(Reference(backbone.model), *paths, canvases, photographs, preprocess, 1.0, core.layers)
+        worst = found.worst
+        print(f"| {name} | {recipe.backbone} | {worst.name}, {worst.group} | {worst.value / (worst.limit or 1):.2f} | "
+              f"{'passed' if found.passed else 'FALSE ALARM'} |", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """One of the two tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--backbones", action="store_true")
+    options = parser.parse_args()
+    if options.backbones:
+        return backbones()
+    caught, of = planted(open_run(options.run))
+    print(f"{caught} of {of} caught; machine {json.dumps(pipeline.machine())}")
+    return None
+
+
+if __name__ == "__main__":
+    main()
