@@ -111,8 +111,12 @@ def shifted(stack: ExitStack) -> None:
     real = graph._square
 
     def square(made: Any, image: str) -> str:
-        shape = real(made, image)
-        return made.op("Slice", shape, made.ints(8, 8), made.ints(2**31, 2**31), made.ints(1, 2))
+        square = real(made, image)
+        side = made.op("Shape", square, start=1, end=2)
+        start = made.op("Min", made.ints(8), made.op("Sub", side, made.ints(1)))
+        return made.op(
+            "Slice", square, made.op("Concat", start, start, axis=0), made.ints(2**31, 2**31), made.ints(1, 2)
+        )
 
     stack.enter_context(patch.object(graph, "_square", square))
 

@@ -78,7 +78,7 @@ def measure(
 def race(
     models: Sequence[str | Path], image: str | Path, *, provider: str = "cpu", threads: int = 1, rounds: int = ROUNDS
 ) -> list[Raced]:
-    """Models (image form) run in turn on one image file in one fresh process, so that noise meets all alike.
+    """Models (of one form) run in turn on one image file in one fresh process, so that noise meets all alike.
 
     The order turns from round to round. Raises FtkitError with the child's own words when it fails.
     """
@@ -136,18 +136,27 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
+def _batch(session: Any, image: str) -> Any:
+    """The image as the file wants it: a frame for the image form, normalised pixels for the core form."""
+    from ftkit_export.preprocess import Preprocess, decode, to_frame
+
+    if session.input_names[0] != "pixels":
+        return to_frame(decode(image), session.metadata.get("input_format", "rgb"))[None]
+    preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
+    return preprocess.pixels(preprocess.canvas(decode(image))[None])
+
+
 def _measure_here(model: str, image: str, provider: str, threads: int, quick: bool) -> Latency:
     started = time.perf_counter()
     import numpy as np
 
-    from ftkit_export.preprocess import decode, to_frame
     from ftkit_export.session import Session, offered
 
     offered()  # imports ONNX Runtime
     imported = time.perf_counter()
     session = Session(model, provider=provider, threads=threads)
     opened = time.perf_counter()
-    batch = to_frame(decode(image), session.metadata.get("input_format", "rgb"))[None]
+    batch = _batch(session, image)
     before = time.perf_counter()
     session.run(batch)
     first = time.perf_counter()
@@ -174,11 +183,10 @@ def _measure_here(model: str, image: str, provider: str, threads: int, quick: bo
 def _race_here(models: Sequence[str], image: str, provider: str, threads: int, rounds: int) -> list[Raced]:
     import numpy as np
 
-    from ftkit_export.preprocess import decode, to_frame
     from ftkit_export.session import Session
 
     sessions = [Session(model, provider=provider, threads=threads) for model in models]
-    batch = to_frame(decode(image), sessions[0].metadata.get("input_format", "rgb"))[None]
+    batch = _batch(sessions[0], image)
     begun = time.perf_counter()
     count = 0
     while count < WARM_UP_RUNS or time.perf_counter() - begun < WARM_UP_S:

@@ -137,18 +137,20 @@ def compare(
     core_session, image_session = Session(core, provider=provider), Session(image, provider=provider)
     pixel_session = Session(pixel_model(preprocess, input_format).SerializeToString(), provider=provider)
     checks: list[Check] = []
+    failing = None  # pixels of the first group whose logits differ: a fault may not show on another
     for group, images in {"photographs": photographs, **edge_images(preprocess.size)}.items():
         drawn = canvases if group == "photographs" else np.stack([preprocess.canvas(item) for item in images])
         pixels = preprocess.pixels(drawn)
-        checks += _core_checks(reference, core_session, pixels, group, provider)
+        found = _core_checks(reference, core_session, pixels, group, provider)
+        if failing is None and not all(check.passed for check in found):
+            failing = pixels[:2]
+        checks += found
         frames = [to_frame(item, input_format) for item in images]
         pillow = [preprocess.canvas(from_frame(frame, input_format)) for frame in frames]
         checks += _image_checks(reference, image_session, pixel_session, frames, pillow, preprocess, temperature, group)
     elsewhere = sum(n for name, n in core_session.assignment().items() if name != PROVIDERS[provider].name)
     checks.append(Check(name="core nodes on another provider", group="graph", value=elsewhere, limit=0))
-    diverging = ""
-    if not all(check.passed for check in checks if check.name.startswith("core logits")):
-        diverging = first_divergence(reference, core, preprocess.pixels(canvases[:2]), layers, provider)
+    diverging = "" if failing is None else first_divergence(reference, core, failing, layers, provider)
     return Parity(provider=provider, checks=tuple(checks), first_divergence=diverging)
 
 

@@ -171,7 +171,12 @@ class Session:
         return dict(counts)
 
     def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """Inputs in the model's order -> outputs in the model's order."""
+        """Inputs in the model's order -> outputs in the model's order. Raises FtkitError when the model cannot run."""
         feed = dict(zip(self.input_names, arrays, strict=True))
-        outputs: list[np.ndarray[Any, Any]] = self._session.run(None, feed)
+        try:
+            outputs: list[np.ndarray[Any, Any]] = self._session.run(None, feed)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in feed.items())
+            reason = str(error).split("\n")[0]
+            raise FtkitError(f"model: expected to run on {shapes}, found: {reason}. Check the input's shape") from None
         return outputs

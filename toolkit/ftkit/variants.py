@@ -152,7 +152,7 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
                 sample = context.pixels(calibration_rows(context)[:RANK_IMAGES])
                 order = [name for name, _ in rank(fp32.core, ranges, context.target, sample)]
         if count and count >= len(order):
-            return
+            break
         name = f"int8, {count} in float" if count else "int8"
         with terminal.bar(name):
             model = int8(fp32.core, ranges, context.target, keep=order[:count])
@@ -160,10 +160,29 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
         rung = Candidate(name=name, core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found),
                          kept=tuple(order[:count]))  # fmt: skip
         yield rung
-        if paired(fp32.right, rung.right).verdict(context.limits.max_accuracy_drop) == "accepted":
+        if _held(fp32, rung, context):
             return
         if not count and context.here and _times([fp32, rung], context)[name].ratio_low >= 1:
             return
+    if context.limits.qat_epochs:
+        yield _trained(fp32, ranges, context, logits, labels)
+
+
+def _held(fp32: Candidate, rung: Candidate, context: Context) -> bool:
+    return paired(fp32.right, rung.right).verdict(context.limits.max_accuracy_drop) == "accepted"
+
+
+def _trained(fp32: Candidate, ranges: Any, context: Context, logits: Array, labels: Array) -> Candidate:
+    """Everything in 8 bits, after a quantization-aware stage on the training images."""
+    from ftkit.qat import fine_tune
+
+    rows = context.canvases.rows("train")
+    core = fine_tune(fp32.core, int8(fp32.core, ranges, context.target), lambda picks: context.pixels(rows[picks]),
+                     context.canvases.labels[rows], answers(fp32.core, context, rows),
+                     epochs=context.limits.qat_epochs)  # fmt: skip
+    model = int8(core, ranges, context.target)
+    found = answers(model, context, context.canvases.rows("val"))
+    return Candidate(name="int8, trained", core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found))
 
 
 def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Candidate:

@@ -1,0 +1,148 @@
+"""The exported file in figures: int8's whole front, the file a user would otherwise ship, preprocessing in the graph.
+
+    ftkit train photos --out RUN && python bench/export.py RUN            (about 4 minutes on 2 cores)
+
+Front: core form, one thread, runs taken in turn, accuracy paired with fp32 on val and test together (no decision is
+taken here; `ftkit export` decides on val alone).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from ftkit.canvas import Canvases
+from ftkit.checkpoint import Run, open_run
+from ftkit.pipeline import held_out, metadata
+from ftkit.recipe import Export
+from ftkit.variants import Context, answers, calibration_rows
+from ftkit_export.convert import export_core, quiet, write
+from ftkit_export.decision import paired
+from ftkit_export.graph import pixel_model
+from ftkit_export.latency import machine, race
+from ftkit_export.preprocess import Preprocess
+from ftkit_export.quantize import RANK_IMAGES, calibrate, int8, quantized_nodes, rank
+from ftkit_export.session import Session
+from ftkit_export.targets import TARGETS, here
+
+KEPT = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
+
+
+def front(context: Context, core: onnx.ModelProto, folder: Path) -> None:
+    """int8 with the most damaged operators kept in float, one row each."""
+    canvases = context.canvases
+    rows = np.concatenate([canvases.rows("val"), canvases.rows("test")])
+    labels, calibration = canvases.labels[rows], calibration_rows(context)
+    batches = (context.pixels(calibration[i : i + 8]) for i in range(0, len(calibration), 8))
+    ranges = calibrate(core, batches, context.preprocess)
+    order = [name for name, _ in rank(core, ranges, context.target, context.pixels(calibration[:RANK_IMAGES]))]
+    forms = {count: int8(core, ranges, context.target, keep=order[:count]) for count in KEPT}
+    files = [folder / "fp32.onnx", *(folder / f"{count}.onnx" for count in KEPT)]
+    for path, form in zip(files, [core, *forms.values()], strict=True):
+        write(form, path, context.metadata)
+    times = race(files, context.photograph, rounds=200)
+    right = answers(core, context, rows).argmax(1) == labels
+    print("| kept in float | in 8 bits | time of fp32's [95 %] | drop, points [one-sided 95 %] | size | verdict |")
+    print("|---|---|---|---|---|---|")
+    print(f"| fp32 | 0 | 1, p50 {times[0].p50_ms:.2f} ms | accuracy {right.mean():.4f} of {len(rows)} | 1 | |")
+    whole = files[0].stat().st_size
+    for (count, form), raced, path in zip(forms.items(), times[1:], files[1:], strict=True):
+        found, share = paired(right, answers(form, context, rows).argmax(1) == labels), path.stat().st_size / whole
+        print(f"| {count} | {quantized_nodes(form)} "
+              f"| {raced.ratio:.3f} [{raced.ratio_low:.3f}, {raced.ratio_high:.3f}] "
+              f"| {found.drop * 100:+.2f} [{found.low * 100:+.2f}, {found.high * 100:+.2f}] "
+              f"| {share:.2f} | {found.verdict(0.01)} |", flush=True)  # fmt: skip
+
+
+def plain(run: Run, context: Context, core: onnx.ModelProto, folder: Path) -> None:
+    """What `torch.onnx.export(model, example, file)` writes, beside the core form."""
+    model = run.backbone().model
+    with quiet():
+        torch.onnx.export(model, (torch.zeros(1, 3, run.preprocess.size, run.preprocess.size),),
+                          str(folder / "plain.onnx"), verbose=False)  # fmt: skip
+    plain_model = onnx.load(folder / "plain.onnx")
+    plain_model.graph.input[0].name, old = "pixels", plain_model.graph.input[0].name
+    for node in plain_model.graph.node:
+        node.input[:] = ["pixels" if name == old else name for name in node.input]
+    write(plain_model, folder / "plain.onnx", context.metadata)
+    write(core, folder / "core.onnx", context.metadata)
+    for threads in (1, 2):
+        ours, other = race(
+            [folder / "core.onnx", folder / "plain.onnx"], context.photograph, threads=threads, rounds=200
+        )
+        print(f"plain torch.onnx.export, {threads} threads: p50 {other.p50_ms:.2f} ms, core form {ours.p50_ms:.2f} ms, "
+              f"ratio {other.ratio:.3f} [{other.ratio_low:.3f}, {other.ratio_high:.3f}]", flush=True)  # fmt: skip
+
+
+def _median_ratio(one: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+    """(ms of one, ms of other, median ratio), run in turn."""
+    times: list[tuple[float, float]] = []
+    for number in range(rounds + 3):
+        pair = [0.0, 0.0]
+        for which in (0, 1) if number % 2 else (1, 0):
+            begun = time.perf_counter()
+            (one, other)[which]()
+            pair[which] = (time.perf_counter() - begun) * 1e3
+        times.append((pair[0], pair[1]))
+    kept = times[3:]
+    return (statistics.median(a for a, _ in kept), statistics.median(b for _, b in kept),
+            statistics.median(a / b for a, b in kept))  # fmt: skip
+
+
+def pixels(context: Context, canvases: Canvases, run: Run, core: onnx.ModelProto) -> None:
+    """Preprocessing inside the graph against Pillow and numpy, and what its rounding changes."""
+    photograph = Image.fromarray(load_sample_image("china.jpg"))
+    for name, preprocess in (("this run's", run.preprocess), ("ImageNet's 256 to 224", Preprocess())):
+        session = Session(pixel_model(preprocess).SerializeToString(), threads=1)
+        for size in ((640, 427), (4000, 3000)):
+            image = np.asarray(photograph.resize(size))
+            ours, pillow, ratio = _median_ratio(
+                lambda session=session, image=image: session.run(image[None]),
+                lambda preprocess=preprocess, image=image: preprocess.pixels(preprocess.canvas(image)[None]), 60,
+            )  # fmt: skip
+            print(f"pixels of {size[0]}x{size[1]}, {name}: graph {ours:.2f} ms, Pillow + numpy {pillow:.2f} ms, "
+                  f"ratio {ratio:.2f}", flush=True)  # fmt: skip
+    images = [canvases.images.images[row].path for row in canvases.rows("test")]
+    session = Session(pixel_model(run.preprocess).SerializeToString())
+    start = (run.preprocess.resize - run.preprocess.size) // 2
+    inside = slice(start, start + run.preprocess.size)
+    core_session, off, same = Session(core.SerializeToString()), [], 0
+    for path in images:
+        image = np.asarray(Image.open(path).convert("RGB"))
+        canvas = run.preprocess.canvas(image)
+        levels, graph_pixels = session.run(image[None])
+        off.append(float((np.abs(levels[0].astype(int) - canvas[inside, inside]) > 1).mean()))
+        pair = [core_session.run(item)[0][0].argmax() for item in (graph_pixels, run.preprocess.pixels(canvas[None]))]
+        same += int(pair[0] == pair[1])
+    print(f"test split: {100 * (1 - statistics.mean(off)):.4f} % of values within 1 grey level, "
+          f"top-1 equal on {same} of {len(images)}")  # fmt: skip
+
+
+def main() -> None:
+    """All of it for one run."""
+    run = open_run(sys.argv[1])
+    canvases = held_out(run, None)
+    core = export_core(run.backbone().model, run.preprocess.size).model
+    photograph = canvases.images.images[canvases.rows("test")[0]].path
+    context = Context(canvases=canvases, preprocess=run.preprocess, temperature=run.temperature, limits=Export(),
+                      target_name=here(), photograph=photograph, metadata=metadata(run), measured={})  # fmt: skip
+    assert TARGETS[here()].provider == "cpu"
+    print(machine())
+    with tempfile.TemporaryDirectory() as scratch:
+        front(context, core, Path(scratch))
+        plain(run, context, core, Path(scratch))
+    pixels(context, canvases, run, core)
+
+
+if __name__ == "__main__":
+    main()

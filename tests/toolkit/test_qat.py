@@ -1,0 +1,69 @@
+"""The quantization-aware stage: it simulates the very graph that is shipped, and makes its answers better."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ftkit, settings
+from onnx import helper
+
+from ftkit.qat import Simulated, fine_tune
+from ftkit_export.errors import FtkitError
+from ftkit_export.preprocess import Preprocess, decode
+from ftkit_export.quantize import calibrate, int8, quantized_nodes, sqnr
+from ftkit_export.session import Session
+from ftkit_export.targets import TARGETS
+
+
+@pytest.mark.parametrize("target", ["x86-vnni", "x86", "arm64"])
+def test_training_simulates_the_shipped_graph_and_brings_it_nearer(bundle: Path, photos: Path, target: str) -> None:
+    core, preprocess = (
+        onnx.load(bundle / "variants" / "fp32-core.onnx"),
+        Preprocess(size=96, resize=96, mean=(127,) * 3, std=(128,) * 3),
+    )
+    images = [preprocess.canvas(decode(path)) for path in sorted(photos.rglob("*.png"))[::2]]
+    pixels = preprocess.pixels(np.stack(images))
+    teacher = Session(core.SerializeToString()).run(pixels)[0]
+    ranges = calibrate(core, iter([pixels[:16], pixels[16:32]]), preprocess)
+    quantized = int8(core, ranges, TARGETS[target])
+    shipped = Session(quantized.SerializeToString()).run(pixels)[0]
+    with torch.inference_mode():
+        simulated = Simulated(core, quantized)(torch.from_numpy(pixels)).numpy()
+    if target != "x86-vnni":  # its kernels may round differently here; the graph is the same
+        assert sqnr(teacher, simulated) > 3
+    else:
+        assert sqnr(shipped, simulated) > sqnr(teacher, shipped) + 6
+
+    trained = fine_tune(core, quantized, lambda rows: pixels[rows], teacher.argmax(1), teacher, epochs=3, rate=1e-4)
+    again = int8(trained, ranges, TARGETS[target])
+    assert quantized_nodes(again) == quantized_nodes(quantized)
+    with torch.inference_mode():
+        after = Simulated(trained, again)(torch.from_numpy(pixels)).numpy()
+
+    def loss(logits: np.ndarray) -> float:
+        found = torch.from_numpy(logits)
+        return float(torch.nn.functional.cross_entropy(found, torch.from_numpy(teacher).softmax(1)))
+
+    assert loss(after) < loss(simulated)
+
+
+def test_an_operator_that_cannot_be_trained_through_is_named(bundle: Path) -> None:
+    core = onnx.load(bundle / "variants" / "fp32-core.onnx")
+    odd = onnx.load(bundle / "variants" / "fp32-core.onnx")
+    odd.graph.node.append(helper.make_node("Erf", ["logits"], ["erf"]))
+    with pytest.raises(FtkitError, match="expected operators it can train through, found Erf"):
+        Simulated(core, odd)
+
+
+def test_the_stage_is_the_last_rung_and_goes_through_the_same_decision(run: Path, tmp_path: Path) -> None:
+    asked = settings("export.qat_epochs=1", "export.golden=synthetic", "export.input_format=nv12")
+    result = ftkit("export", run, "--out", tmp_path / "bundle", "--quick", *asked)
+    assert result.exit_code == 0, result.output
+    assert "quantization-aware stage  1/1  loss" in result.stdout
+    assert "int8, trained" in result.stdout
+    assert not [
+        path for path in (tmp_path / "bundle" / "golden").iterdir() if "photographs" in path.read_text("latin1")
+    ]
+    assert ftkit("verify", tmp_path / "bundle").exit_code == 0
