@@ -35,6 +35,7 @@ from ftkit.recipe import Export, load, names
 from ftkit_export import archive, convert, graph, quantize, session
 from ftkit_export.convert import export_core
 from ftkit_export.errors import FtkitError
+from ftkit_export.latency import machine
 from ftkit_export.parity import Reference, compare
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.verify import verify
@@ -350,7 +351,7 @@ def main() -> None:
     if options.backbones:
         return backbones()
     caught, of = planted(open_run(options.run))
-    print(f"{caught} of {of} caught; machine {json.dumps(pipeline.machine())}")
+    print(f"{caught} of {of} caught; machine {json.dumps(machine())}")
     return None
 
 

@@ -24,10 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accuracy import write_random_split
+from accuracy import loaders, write_random_split
 from torch.utils.data import DataLoader
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
 from ftkit.backbones import build, trainable
 from ftkit.cache import CHUNK, Views, runner
@@ -53,14 +51,6 @@ def write_three_splits(out: Path) -> None:
             path.rename(out / "val" / folder.name / path.name)
 
 
-def _loaders(data: Path) -> tuple[DataLoader, DataLoader]:
-    normalise = [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    flips = [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
-    training = ImageFolder(data / "train", transforms.Compose([*flips, *normalise]))
-    test = ImageFolder(data / "test", transforms.Compose(normalise))
-    return DataLoader(training, BATCH, shuffle=True, num_workers=2), DataLoader(test, 64, num_workers=2)
-
-
 @torch.inference_mode()
 def _accuracy(model: torch.nn.Module, test: DataLoader) -> float:
     model.eval()
@@ -70,7 +60,7 @@ def _accuracy(model: torch.nn.Module, test: DataLoader) -> float:
 def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
     """What a newcomer would write: the whole backbone forward at every step."""
     torch.manual_seed(seed)
-    training, test = _loaders(data)
+    training, test = loaders(data, BATCH)
     backbone = build("efficientnet_lite0", 4)
     model, begun = backbone.model, time.perf_counter()
     for stage, epochs, lr in (("head", head, HEAD_LR), ("last:2", deep, DEEP_LR)):
@@ -132,7 +122,7 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
         learner.freeze_to(-2)
         learner.fit_one_cycle(deep, DEEP_LR)
     seconds = time.perf_counter() - begun
-    return _accuracy(model, _loaders(data)[1]), seconds
+    return _accuracy(model, loaders(data, BATCH)[1]), seconds
 
 
 def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
@@ -141,7 +131,7 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
     from lightning.pytorch.callbacks import BaseFinetuning
 
     pl.seed_everything(seed, verbose=False)
-    training, test = _loaders(data)
+    training, test = loaders(data, BATCH)
     backbone = build("efficientnet_lite0", 4)
 
     class Module(pl.LightningModule):

@@ -107,6 +107,9 @@ def check_files(bundle: Path, files: dict[str, str]) -> None:
 def replay_golden(bundle: Path, manifest: dict[str, Any], provider: str) -> tuple[GoldenCheck, ...]:
     """Both forms of every variant over every golden image: image form end to end, core form from Pillow's pixels."""
     entries = json.loads((bundle / "golden" / "golden.json").read_text())["images"]
+    for entry in entries:
+        if f"golden/{entry['file']}" not in manifest["files"]:
+            raise BundleError(f"{bundle}: expected golden images of its own, found {entry['file']!r}. Do not trust it")
     with np.load(bundle / "golden" / "expected.npz", allow_pickle=False) as stored:
         expected = {name: stored[name] for name in stored.files}
     input_format, preprocess = manifest["input_format"], Preprocess(**manifest["preprocess"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from onnx import numpy_helper
 
 from ftkit_export.predict import Classifier
 from ftkit_export.session import Session
+from ftkit_export.targets import here
 from ftkit_export.verify import verify
 
 
@@ -200,3 +202,45 @@ def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> 
     verified = ftkit("verify", tmp_path / "bundle.failed")
     assert (verified.exit_code, "sealed gate FAILED: size in MB (" in verified.stdout) == (1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.failed"], "nothing half-built is left"
+
+
+def test_the_same_run_gives_the_same_bytes_but_for_timings(
+    run: Path, bundle: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / bundle.name
+    result = ftkit("export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--sign", keys[0])
+    assert result.exit_code == 0, result.output
+    chosen = [json.loads((folder / "manifest.json").read_text())["chosen"] for folder in (bundle, out)]
+    assert chosen[0] == chosen[1]
+    names = [{p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} for folder in (bundle, out)]
+    assert names[0] == names[1]
+    timed = {"manifest.json", "manifest.sig", "report.html", "MODEL_CARD.md"}
+    assert [
+        name for name in sorted(names[0] - timed) if (bundle / name).read_bytes() != (out / name).read_bytes()
+    ] == []
+
+
+def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path, bundle: Path, tmp_path: Path) -> None:
+    """Without them int8 is unproven or undecided, never shipped; those of another run are refused."""
+    runner = bundle / "device" / "classify.py"
+    done = subprocess.run([sys.executable, runner, "--bench"], capture_output=True, text=True, check=True)
+    measured = json.loads(done.stdout)
+    assert set(measured["raced"]) == set(json.loads((bundle / "manifest.json").read_text())["variants"])
+    assert measured["raced"]["fp32"]["ratio"] == 1
+    measured["raced"]["int8"] = {**measured["raced"]["fp32"], "p50_ms": 0.1, "ratio": 0.5, "ratio_high": 0.6}
+    (tmp_path / "device.json").write_text(json.dumps(measured))
+    other = "x86" if here() == "arm64" else "arm64"
+    told = ["--quick", "--target", other, "--set", "export.max_accuracy_drop=0.9"]
+    result = ftkit("export", run, "--out", tmp_path / "unproven", *told)
+    assert result.exit_code == 0, result.output
+    assert "unproven on target" in result.stdout
+    assert "chosen: fp32" in result.stdout
+    result = ftkit("export", run, "--out", tmp_path / "proven", *told, "--latency", tmp_path / "device.json")
+    assert "0.50x" in result.stdout
+    assert "chosen: int8" in result.stdout, result.stdout
+    manifest = json.loads((tmp_path / "proven" / "manifest.json").read_text())
+    assert (manifest["chosen"], manifest["target"]) == ("int8", other)
+    assert verify(tmp_path / "proven").passed
+    (tmp_path / "device.json").write_text(json.dumps({**measured, "run": "another"}))
+    result = ftkit("export", run, "--out", tmp_path / "x", *told, "--latency", tmp_path / "device.json")
+    assert (result.exit_code, "expected latencies of this run" in result.stderr) == (2, True)

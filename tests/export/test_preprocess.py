@@ -10,7 +10,7 @@ from PIL import Image
 from ftkit_export.errors import FtkitError, ImageError
 from ftkit_export.graph import pixel_model
 from ftkit_export.parity import edge_images
-from ftkit_export.preprocess import FITS, Preprocess, decode
+from ftkit_export.preprocess import FITS, INPUT_FORMATS, Preprocess, decode, from_frame, to_frame
 from ftkit_export.session import Session
 
 RED_BLUE = np.zeros((20, 30, 3), np.uint8)
@@ -116,3 +116,28 @@ def test_pad_keeps_the_whole_image_and_crop_its_centre() -> None:
 def test_a_senseless_preprocess_is_refused(fields: dict[str, object]) -> None:
     with pytest.raises(FtkitError, match="preprocess"):
         Preprocess(**fields)
+
+
+@pytest.mark.parametrize("input_format", INPUT_FORMATS)
+def test_the_graph_takes_a_cameras_frames_as_numpy_does(input_format: str) -> None:
+    preprocess, rng = Preprocess(size=64, resize=70), np.random.default_rng(0)
+    session = Session(pixel_model(preprocess, input_format).SerializeToString())
+    for shape in ((90, 120, 3), (33, 41, 3), (1, 1, 3)):
+        image = rng.integers(0, 256, shape, np.uint8)
+        frame = to_frame(image, input_format)
+        levels, _ = session.run(np.stack([frame, frame]))
+        expected = preprocess.canvas(from_frame(frame, input_format))[3:67, 3:67]
+        assert (np.abs(levels[1].astype(int) - expected) > 2).mean() <= 1e-3
+
+
+def test_frames_keep_the_picture() -> None:
+    """White, grey and pure colours survive the way through each format that can hold them."""
+    colours = np.array([[255, 255, 255], [128, 128, 128], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    image = colours.repeat(4, 0).reshape(5, 4, 3).repeat(4, 0)
+    assert np.array_equal(from_frame(to_frame(image, "bgr"), "bgr"), image)
+    assert np.abs(from_frame(to_frame(image, "nv12"), "nv12").astype(int) - image).max() <= 3
+    assert np.abs(from_frame(to_frame(image, "grey"), "grey")[:8].astype(int) - image[:8]).max() == 0
+    assert to_frame(image, "nv12").shape == (30, 4, 1)
+    red = to_frame(image[8:12], "nv12")[..., 0]  # BT.601: Y 81, U 90, V 240
+    assert np.abs(red[0, 0].astype(int) - 81) <= 1
+    assert np.abs(red[4, :2].astype(int) - [90, 240]).max() <= 1

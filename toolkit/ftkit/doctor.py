@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from importlib import metadata
 
+import numpy as np
+
 from ftkit.canvas import cache_folder
 from ftkit_export.errors import FtkitError
 from ftkit_export.graph import pixel_model
@@ -49,12 +51,15 @@ def _torch_gpu() -> str:
 def _provider(name: str) -> str:
     if name not in offered():
         return f"provider {name:<9} absent: this ONNX Runtime was built without it"
-    try:
-        import numpy as np
+    why = does_not_open(name)
+    return f"provider {name:<9} does not open: {why}" if why else f"provider {name:<9} works"
 
-        preprocess = Preprocess(size=8, resize=8)
-        session = Session(pixel_model(preprocess).SerializeToString(), provider=name)
+
+def does_not_open(provider: str) -> str:
+    """Why a small model does not run on this provider here; empty when it does."""
+    try:
+        session = Session(pixel_model(Preprocess(size=8, resize=8)).SerializeToString(), provider=provider)
         session.run(np.zeros((1, 8, 8, 3), np.uint8))
     except FtkitError as error:
-        return f"provider {name:<9} does not open: {error}"
-    return f"provider {name:<9} works"
+        return str(error)
+    return ""

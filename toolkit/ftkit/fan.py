@@ -12,28 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftkit.backbones import Backbone
+from ftkit.backbones import Backbone, features
 from ftkit.feed import Feed
 from ftkit.optim import rate
 from ftkit.recipe import Stage
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-
-
-def features(net: nn.Module, head: nn.Module, inputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What enters the head when `net` runs, (n, features) float32, and what leaves the net.
-
-    A map that enters a convolutional head is averaged over space.
-    """
-    seen: list[torch.Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    try:
-        with torch.no_grad():
-            answer = net(*inputs)
-    finally:
-        handle.remove()
-    found = seen[0].float()
-    return (found.mean((2, 3)) if found.ndim == 4 else found.flatten(1)), answer
 
 
 def best_rate(

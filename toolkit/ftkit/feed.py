@@ -23,13 +23,14 @@ from torch import fx, nn
 
 from ftkit import terminal
 from ftkit.augment import augmented, evaluation, mixed
-from ftkit.backbones import Backbone, fingerprint, trainable
+from ftkit.backbones import Backbone, trainable
 from ftkit.cache import Activations, Tensors, Views, channels_last, check, fill
 from ftkit.canvas import Canvases
 from ftkit.optim import Batch
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe
 from ftkit.teacher import Teacher, load
+from ftkit.weights import fingerprint
 from ftkit_export.preprocess import Preprocess
 
 Array = np.ndarray[Any, Any]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ftkit import terminal
 from ftkit.augment import evaluation
-from ftkit.backbones import Backbone
+from ftkit.backbones import Backbone, features
 from ftkit.cache import CHUNK, runner
 from ftkit.canvas import Canvases
 from ftkit.evaluate import (
@@ -28,7 +28,6 @@ from ftkit.evaluate import (
     fit_temperature,
     worst_mistakes,
 )  # fmt: skip
-from ftkit.fan import features
 from ftkit_export.foreign import Foreign, fit
 from ftkit_export.parity import softmax
 from ftkit_export.preprocess import Preprocess

@@ -1,7 +1,6 @@
 """Recipe: the whole plan as frozen dataclasses. One name `recipe` per file; a variant is `dataclasses.replace`.
 
     recipe = load("lite0")                                     # by entry-point name or by file
-    recipe = override(recipe, ["stages.1.lr=1e-4"])            # what --set does
 
 `resolve` turns a recipe into plain JSON for run.json and `restore` reads it back: only `ftkit train` executes a file.
 """
@@ -12,7 +11,6 @@ import dataclasses
 import importlib.util
 import math
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -232,78 +230,6 @@ def _import_entry_point(name: str) -> types.ModuleType:
             module: types.ModuleType = point.load()
             return module
     raise FtkitError(f"recipe: expected a known name or a .py file, {choices(name, names())}")
-
-
-def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply "a.b=c" settings in order. Raises FtkitError with the field's choices for a typo."""
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        if not equals:
-            raise FtkitError(f"--set {setting}: expected NAME=VALUE, found no '='. Try --set stages.0.lr=1e-3")
-        recipe = _replace(recipe, path.strip().split("."), text.strip(), setting)
-    return recipe
-
-
-def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
-    name, rest = path[0], path[1:]
-    if isinstance(node, tuple):
-        if not name.isdigit() or int(name) >= len(node):
-            raise FtkitError(f"--set {setting}: expected an index, {choices(name, range(len(node)))}")
-        at = int(name)
-        value = _replace(node[at], rest, text, setting) if rest else _missing(setting)
-        return (*node[:at], value, *node[at + 1 :])
-    hints = typing.get_type_hints(type(node))
-    if name not in hints:
-        raise FtkitError(f"--set {setting}: expected a field, {choices(name, hints)}")
-    if not rest:
-        return dataclasses.replace(node, **{name: _parse(text, hints[name], setting)})
-    child = getattr(node, name)
-    if child is None and name == "preprocess":
-        child = Preprocess()
-    if not (dataclasses.is_dataclass(child) or isinstance(child, tuple)):
-        raise FtkitError(f"--set {setting}: expected {name} to have fields, found a plain value. Try {name}=VALUE")
-    return dataclasses.replace(node, **{name: _replace(child, rest, text, setting)})
-
-
-def _missing(setting: str) -> Any:
-    raise FtkitError(f"--set {setting}: expected a field after the index, found none. Try --set stages.0.lr=1e-3")
-
-
-def _parse(text: str, hint: Any, setting: str) -> Any:
-    kinds = (hint,) if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
-    for kind in sorted(kinds, key=lambda kind: kind is str):  # any text is a str: that comes last
-        try:
-            return _as_kind(text, kind)
-        except (ValueError, KeyError):
-            continue
-    wanted = " or ".join(_word(kind) for kind in kinds)
-    raise FtkitError(f"--set {setting}: expected {wanted}, found {text!r}. Try `ftkit recipes NAME` for its fields")
-
-
-def _word(kind: Any) -> str:
-    if kind is types.NoneType:
-        return "none"
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(typing.get_args(kind))
-    return str(kind) if typing.get_origin(kind) else str(kind.__name__)
-
-
-def _as_kind(text: str, kind: Any) -> Any:
-    """`text` as one kind of value; ValueError or KeyError when it is none."""
-    if kind is types.NoneType:
-        return {"none": None}[text.lower()]
-    if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    if kind in (int, float):
-        return kind(text)
-    if kind is str:
-        return text
-    if typing.get_origin(kind) is Literal:
-        return {choice: choice for choice in typing.get_args(kind)}[text]
-    values = tuple(float(part) for part in text.strip("()[]").split(","))
-    if len(values) != len(typing.get_args(kind)):
-        raise ValueError(text)
-    return values
 
 
 def resolve(recipe: Recipe) -> dict[str, Any]:

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftkit import checkpoint, terminal
-from ftkit.backbones import Backbone, fingerprint
+from ftkit.backbones import Backbone, features
 from ftkit.evaluate import cka
-from ftkit.fan import best_rate, features
+from ftkit.fan import best_rate
 from ftkit.feed import Feed, Feeds, ahead, under
 from ftkit.optim import Batch, Moving, class_weights, gradients, make_optimizer, rate
 from ftkit.recipe import Recipe, Stage
 from ftkit.state import State, Stop, Stopped, seeded
+from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
 
 Array = np.ndarray[Any, Any]

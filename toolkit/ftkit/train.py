@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ftkit import checkpoint, state, teacher, terminal
-from ftkit.backbones import build, fingerprint, trainable
+from ftkit.backbones import build, trainable
 from ftkit.cache import CHUNK
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
@@ -30,6 +30,7 @@ from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Recipe, resolve
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
+from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 

@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import onnx
 
 from ftkit import terminal
 from ftkit.canvas import Canvases
+from ftkit.doctor import does_not_open
 from ftkit.recipe import Export
 from ftkit_export.convert import write
 from ftkit_export.decision import Row, judge, paired
@@ -29,7 +31,7 @@ from ftkit_export.latency import Raced, race
 from ftkit_export.parity import Check, agreement
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.quantize import RANK_IMAGES, calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
-from ftkit_export.session import Session, offered
+from ftkit_export.session import Session
 from ftkit_export.targets import TARGETS, Target, here
 
 Array = np.ndarray[Any, Any]
@@ -57,10 +59,11 @@ class Context:
         """The target's facts."""
         return TARGETS[self.target_name]
 
-    @property
+    @cached_property
     def here(self) -> bool:
         """Whether this machine is the target, so that its latencies count."""
-        return self.target_name == here() or (self.target.provider != "cpu" and self.target.provider in offered())
+        provider = self.target.provider
+        return self.target_name == here() if provider == "cpu" else not does_not_open(provider)
 
     def image_form(self, core: onnx.ModelProto) -> onnx.ModelProto:
         """The file a device gets, of a core form."""
@@ -236,7 +239,7 @@ def _preference(row: Row) -> tuple[int, float]:
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """The decision table, within 80 columns; below it why the last of each precision may not ship."""
+    """The decision table, within 80 columns; below it why the best of a precision may not ship."""
     lines = [("variant", "val acc.", "drop, points [95 %]", "time", "p50 ms", "MB", "verdict")]
     for row in rows:
         drop = row.paired
@@ -246,6 +249,8 @@ def as_table(rows: Sequence[Row]) -> str:
             f"{row.ratio:.2f}x" if row.ratio else "", f"{row.p50_ms:.1f}" if row.p50_ms else "",
             f"{row.size_bytes / 1e6:.1f}", row.verdict,
         ))  # fmt: skip
-    reasons = {row.name.split(",")[0]: f"{row.name}: {row.reason}" for row in rows if not row.shippable}
-    wrapped = [textwrap.fill(reason, 80, subsequent_indent="  ") for reason in reasons.values()]
+    best = [min((row for row in rows if row.name.startswith(precision)), key=_preference)
+            for precision in dict.fromkeys(row.name.split(",")[0] for row in rows[1:])]  # fmt: skip
+    wrapped = [textwrap.fill(f"{row.name}: {row.reason}", 80, subsequent_indent="  ")
+               for row in best if not row.shippable]  # fmt: skip
     return "\n".join([terminal.table(lines), *wrapped])

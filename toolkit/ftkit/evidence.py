@@ -1,0 +1,141 @@
+"""What an export measures on the finished files, and the one place where its gates are judged.
+
+metrics, against = file_accuracy(folder, core, context, classes)
+found = latencies(paths, photograph, providers, quick)
+gates = judge(limits, run, parity, chosen, metrics, against, out_of_order(folder, classes))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+import ftkit
+from ftkit import terminal, variants
+from ftkit.checkpoint import Run
+from ftkit.evaluate import Metrics, evaluate
+from ftkit.recipe import Export
+from ftkit_export.bundle import Gate
+from ftkit_export.decision import Paired, Row, paired
+from ftkit_export.graph import IR_VERSION, OPSET
+from ftkit_export.latency import Latency, machine, measure
+from ftkit_export.parity import Parity
+from ftkit_export.predict import Classifier
+from ftkit_export.preprocess import decode
+from ftkit_export.session import cores
+
+
+def file_accuracy(
+    folder: Path, core: onnx.ModelProto, context: variants.Context, classes: Sequence[str]
+) -> tuple[Metrics, Paired]:
+    """File bytes -> probabilities on every held-out photograph, as a device would; and paired with fp32's core form."""
+    classify, rows = Classifier(folder), context.canvases.rows("test")
+    found, labels = [], context.canvases.labels[rows]
+    with terminal.bar("accuracy of the file") as progress:
+        for number, row in enumerate(rows, start=1):
+            found.append(classify.probabilities(decode(context.canvases.images.images[row].path)))
+            progress(number, len(rows))
+    with terminal.bar("fp32 on test"):
+        logits = variants.answers(core, context, rows)
+    probabilities = np.stack(found)
+    against = paired(logits.argmax(1) == labels, probabilities.argmax(1) == labels)
+    return evaluate(probabilities, labels, classes), against
+
+
+def out_of_order(folder: Path, classes: Sequence[str]) -> int:
+    """Classes that the file's metadata or labels.txt (which runners without a JSON reader use) has elsewhere."""
+    written = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    said = Classifier(folder).labels
+    return sum(
+        found != list(classes)[place : place + 1]
+        for place in range(max(len(classes), len(written), len(said)))
+        for found in (written[place : place + 1], said[place : place + 1])
+    )
+
+
+def latencies(
+    paths: Mapping[str, tuple[Path, Path]], photograph: Path, providers: Sequence[str], quick: bool
+) -> dict[str, list[Latency]]:
+    """Variant -> p50, p95, memory on a photograph, each in a fresh process; the first is one thread on the CPU or, for
+    want of it, the first provider."""
+    threads = sorted({1, cores()})
+    found: dict[str, list[Latency]] = {name: [] for name in paths}
+    for name, (image, _) in paths.items():
+        for provider in sorted(providers, key=lambda provider: provider != "cpu"):
+            for count in threads if provider == "cpu" else threads[:1]:
+                where = f"{name} on {provider}, {count} thread{'s' if count > 1 else ''}"
+                with terminal.bar(f"latency of {where}"):
+                    last = measure(image, photograph, provider=provider, threads=count, quick=quick)
+                found[name].append(last)
+                terminal.say(f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
+    return found
+
+
+def judge(
+    limits: Export, run: Run, parity: Sequence[Parity], chosen: Row, file_metrics: Metrics, against: Paired,
+    out_of_order: int,
+) -> list[Gate]:  # fmt: skip
+    """Every gate of the export, in one place."""
+    gates = []
+    for item in parity:
+        worst = item.worst
+        label = f"parity on {item.provider} ({worst.name}, {worst.group})"
+        gates.append(Gate(name=label, value=worst.value, limit=worst.limit))
+    gates.append(Gate(name="labels out of order", value=out_of_order, limit=0))
+    drop = run.data["metrics"]["test"]["accuracy"] - file_metrics.accuracy
+    if chosen.name == "fp32":
+        gates.append(Gate(name="accuracy drop of the file", value=drop, limit=limits.max_accuracy_drop))
+    else:  # accepted on val with confidence; on test, a drop within what chance allows is no contradiction
+        gates.append(Gate(name=f"accuracy drop of the file ({chosen.name}, lower 95 % bound)", value=against.low,
+                          limit=limits.max_accuracy_drop))  # fmt: skip
+    for name, value, limit in (
+        ("p95 ms, one thread", chosen.p95_ms, limits.p95_ms),
+        ("size in MB", chosen.size_bytes / 1e6, limits.size_mb),
+        ("memory in MB", (chosen.peak_rss_bytes or 0) / 1e6, limits.memory_mb),
+    ):
+        if limit is not None and value is not None:
+            gates.append(Gate(name=f"{name} ({chosen.name})", value=value, limit=limit))
+    return gates
+
+
+def manifest(
+    run: Run, parity: Sequence[Parity], file_metrics: Metrics, against: Paired,
+    latency: Mapping[str, Sequence[Latency]], context: variants.Context, made: variants.Variants, chosen: Row,
+) -> dict[str, Any]:  # fmt: skip
+    target = context.target
+    return {
+        "ftkit": ftkit.__version__,
+        "name": run.recipe.name,
+        "backbone": run.recipe.backbone,
+        "labels": list(run.classes),
+        "preprocess": asdict(run.preprocess),
+        "input_format": context.limits.input_format,
+        "temperature": run.temperature,
+        "target": context.target_name,
+        "chosen": chosen.name,
+        "opset": OPSET,
+        "ir": IR_VERSION,
+        "oldest_onnxruntime": target.oldest,
+        "run": run.data["model_fingerprint"],
+        "data_fingerprint": run.data["data_fingerprint"],
+        "limits": asdict(context.limits),
+        "evidence": {
+            "decision": [{**asdict(row), "shippable": row.shippable} for row in made.rows],
+            "parity": [
+                {
+                    "provider": item.provider, "passed": item.passed, "first_divergence": item.first_divergence,
+                    "checks": [{**asdict(check), "passed": check.passed} for check in item.checks],
+                }
+                for item in parity
+            ],
+            "accuracy": {"framework": run.data["metrics"]["test"], "file": asdict(file_metrics),
+                         "against_fp32": asdict(against)},
+            "latency": [{"variant": name, **asdict(item)} for name, items in latency.items() for item in items],
+        },
+        "machine": machine(),
+    }  # fmt: skip
