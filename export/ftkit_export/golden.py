@@ -58,8 +58,9 @@ def write_golden(
         pillow = preprocess.pixels(np.stack([preprocess.canvas(from_frame(item, input_format)) for item in frames]))
         graph = np.concatenate([pixel_session.run(item[None])[1] for item in frames])
         logits64 = reference.logits(pillow, torch.float64)
-        graph64, embedding = _with_embedding(reference, graph)
-        limits = {name: tolerance(reference.logits(pillow, torch.float32), logits64, name)[0] for name in RELATIVE}
+        graph64, embedding = reference.answers(graph, torch.float64)
+        logits32 = reference.logits(pillow, torch.float32)
+        limits = {name: tolerance(logits32, logits64, name)[0] for name in RELATIVE}
         resizers = 2 * np.abs(softmax(logits64 / temperature) - softmax(graph64 / temperature)).max()
         allowed: dict[str, Any] = {"fp32": {
             key: {"logits": limit, "probabilities": limit / temperature + float(resizers)}
@@ -116,19 +117,6 @@ def write_flat(bundle: Path, chosen: str, preprocess: Preprocess, temperature: f
     if chosen != "fp32":
         (answers,) = zip(*Session(bundle / "model.onnx").run(frames[0][None]), strict=True)
     _write_test_data(bundle / "test_data_set_0", frames[0], *answers)
-
-
-def _with_embedding(reference: Reference, pixels: Array) -> tuple[Array, Array]:
-    """float64 logits (N, classes), and what enters the last linear layer (N, features)."""
-    seen: list[torch.Tensor] = []
-    linear = [m for m in reference.float64.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][-1]
-    hook = linear.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
-    try:
-        logits = reference.logits(pixels, torch.float64)
-    finally:
-        hook.remove()
-    embedding = torch.cat(seen)
-    return logits, (embedding.mean((2, 3)) if embedding.ndim == 4 else embedding).numpy()
 
 
 def _write_test_data(folder: Path, frame: Array, probabilities: Array, embedding: Array) -> None:

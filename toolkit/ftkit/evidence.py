@@ -1,6 +1,6 @@
 """What an export measures on the finished files, and the one place where its gates are judged.
 
-metrics, against = file_accuracy(folder, core, context, classes)
+metrics, against = file_accuracy(folder, chosen, core, context, classes)
 found = latencies(paths, photograph, providers, quick)
 gates = judge(limits, run, parity, chosen, metrics, against, out_of_order(folder, classes))
 """
@@ -31,18 +31,20 @@ from ftkit_export.session import cores
 
 
 def file_accuracy(
-    folder: Path, core: onnx.ModelProto, context: variants.Context, classes: Sequence[str]
-) -> tuple[Metrics, Paired]:
-    """File bytes -> probabilities on every held-out photograph, as a device would; and paired with fp32's core form."""
+    folder: Path, chosen: str, core: onnx.ModelProto, context: variants.Context, classes: Sequence[str]
+) -> tuple[Metrics, Paired | None]:
+    """File bytes -> probabilities on every held-out photograph, as a device would. Other variants are paired with fp32."""
     classify, rows = Classifier(folder), context.canvases.rows("test")
     found, labels = [], context.canvases.labels[rows]
     with terminal.bar("accuracy of the file") as progress:
         for number, row in enumerate(rows, start=1):
             found.append(classify.probabilities(decode(context.canvases.images.images[row].path)))
             progress(number, len(rows))
+    probabilities = np.stack(found)
+    if chosen == "fp32":
+        return evaluate(probabilities, labels, classes), None
     with terminal.bar("fp32 on test"):
         logits = variants.answers(core, context, rows)
-    probabilities = np.stack(found)
     against = paired(logits.argmax(1) == labels, probabilities.argmax(1) == labels)
     return evaluate(probabilities, labels, classes), against
 
@@ -77,7 +79,7 @@ def latencies(
 
 
 def judge(
-    limits: Export, run: Run, parity: Sequence[Parity], chosen: Row, file_metrics: Metrics, against: Paired,
+    limits: Export, run: Run, parity: Sequence[Parity], chosen: Row, file_metrics: Metrics, against: Paired | None,
     out_of_order: int,
 ) -> list[Gate]:  # fmt: skip
     """Every gate of the export, in one place."""
@@ -88,7 +90,7 @@ def judge(
         gates.append(Gate(name=label, value=worst.value, limit=worst.limit))
     gates.append(Gate(name="labels out of order", value=out_of_order, limit=0))
     drop = run.data["metrics"]["test"]["accuracy"] - file_metrics.accuracy
-    if chosen.name == "fp32":
+    if against is None:
         gates.append(Gate(name="accuracy drop of the file", value=drop, limit=limits.max_accuracy_drop))
     else:  # accepted on val with confidence; on test, a drop within what chance allows is no contradiction
         gates.append(Gate(name=f"accuracy drop of the file ({chosen.name}, lower 95 % bound)", value=against.low,
@@ -104,7 +106,7 @@ def judge(
 
 
 def manifest(
-    run: Run, parity: Sequence[Parity], file_metrics: Metrics, against: Paired,
+    run: Run, parity: Sequence[Parity], file_metrics: Metrics, against: Paired | None,
     latency: Mapping[str, Sequence[Latency]], context: variants.Context, made: variants.Variants, chosen: Row,
 ) -> dict[str, Any]:  # fmt: skip
     target = context.target
@@ -134,7 +136,7 @@ def manifest(
                 for item in parity
             ],
             "accuracy": {"framework": run.data["metrics"]["test"], "file": asdict(file_metrics),
-                         "against_fp32": asdict(against)},
+                         "against_fp32": against and asdict(against)},
             "latency": [{"variant": name, **asdict(item)} for name, items in latency.items() for item in items],
         },
         "machine": machine(),

@@ -192,7 +192,7 @@ def _build(
     bundles.add_runners(folder)
     _add_extras(folder, core.model, context, run.classes, extras)
 
-    file_metrics, against = evidence.file_accuracy(folder, core.model, context, run.classes)
+    file_metrics, against = evidence.file_accuracy(folder, chosen.name, core.model, context, run.classes)
     terminal.say(f"accuracy of the file on {file_metrics.images} held-out photographs: {file_metrics.accuracy:.4f} "
                  f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
     gates = evidence.judge(

@@ -143,17 +143,56 @@ def _doubts(run: Mapping[str, Any]) -> str:
     return text + f"{run['foreign_kept']:.1%} of these photographs pass as familiar (95 % on val)."
 
 
-def write_report(
-    path: Path, run: Mapping[str, Any], manifest: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write the report of one export.
+def _accuracy(run: Mapping[str, Any], evidence: Mapping[str, Any]) -> str:
+    found = evidence["accuracy"]["file"]
+    rows = [
+        (who, m["images"], m["accuracy"], f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}",
+         m["balanced_accuracy"], m["macro_f1"], m["nll"], m["ece"])
+        for who, m in (("exported file", found), ("framework", evidence["accuracy"]["framework"]))
+    ]  # fmt: skip
+    classes = list(zip(found["classes"], found["recall"], found["precision"], strict=True))
+    return "".join([
+        "<h2>Accuracy on held-out photographs</h2>",
+        _table(("of the", "images", "accuracy", "95 % interval", "balanced", "macro F1", "NLL", "ECE"), rows),
+        f"<p>{_doubts(run)}</p>",
+        "<h2>By class</h2>", _table(("class", "recall", "precision"), classes), _confusion(found),
+    ])  # fmt: skip
 
-    run: run.json; manifest: as sealed, less its file hashes; epochs: the lines of metrics.jsonl.
-    """
-    evidence = manifest["evidence"]
-    file_metrics, framework = evidence["accuracy"]["file"], evidence["accuracy"]["framework"]
-    passed = all(gate["passed"] for gate in manifest["gates"])
-    gates = [(g["name"], g["value"], g["limit"], _verdict(g["passed"])) for g in manifest["gates"]]
+
+def _training(run: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> str:
+    stages = [
+        (*(s[key] for key in ("train", "epochs", "lr", "val_accuracy", "drift", "seconds")),
+         "kept" if s["kept"] else "left out")
+        for s in run["stages"]
+    ]  # fmt: skip
+    mistakes = [(m["image"], m["class"], m["said"], m["probability"]) for m in run["mistakes"]]
+    return "".join([
+        "<h2>Training</h2>", _curves(epochs),
+        _table(("stage", "epochs", "rate", "val accuracy", "CKA", "seconds", "verdict"), stages),
+        "<p>CKA: likeness of the embedding to the pretrained backbone's, 1 = features unmoved.</p>",
+        "<h2>Worst mistakes</h2>", _table(("image", "is", "said", "probability"), mistakes),
+    ])  # fmt: skip
+
+
+def _variants(manifest: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            row["name"], row["accuracy"], row["paired"] and 100 * row["paired"]["drop"], _interval(row["paired"]),
+            row["ratio"], row["p50_ms"], row["size_bytes"] / 1e6, f"{row['in_8_bits']} of {row['heavy']}",
+            row["verdict"], row["reason"],
+        )
+        for row in manifest["evidence"]["decision"]
+    ]  # fmt: skip
+    return "".join([
+        f"<h2>Variants: {escape(manifest['chosen'])} for {escape(manifest['target'])}</h2>",
+        _table(("variant", "val accuracy", "drop, points", "95 % bounds", "time", "p50 ms", "MB", "in 8 bits",
+                "verdict", "because"), rows),
+        "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. In "
+        "8 bits: convolutions and matrix products.</p>",
+    ])  # fmt: skip
+
+
+def _parity_and_latency(evidence: Mapping[str, Any]) -> str:
     parity = [
         (c["name"], c["group"], item["provider"], c["inputs"], c["value"], c["limit"], _verdict(c["passed"]))
         for item in evidence["parity"] for c in item["checks"]
@@ -168,73 +207,35 @@ def write_report(
         )
         for item in evidence["latency"]
     ]
-    decision = [
-        (
-            row["name"], row["accuracy"], row["paired"] and 100 * row["paired"]["drop"], _interval(row["paired"]),
-            row["ratio"], row["p50_ms"], row["size_bytes"] / 1e6, f"{row['in_8_bits']} of {row['heavy']}",
-            row["verdict"], row["reason"],
-        )
-        for row in evidence["decision"]
-    ]  # fmt: skip
-    classes = [
-        (name, recall, precision)
-        for name, recall, precision in zip(
-            file_metrics["classes"], file_metrics["recall"], file_metrics["precision"], strict=True
-        )
-    ]
-    accuracy = [
-        (
-            who,
-            m["images"],
-            m["accuracy"],
-            f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}",
-            m["balanced_accuracy"],
-            m["macro_f1"],
-            m["nll"],
-            m["ece"],
-        )
-        for who, m in (("exported file", file_metrics), ("framework", framework))
-    ]
-    stages = [
-        (
-            s["train"],
-            s["epochs"],
-            s["lr"],
-            s["val_accuracy"],
-            s["drift"],
-            s["seconds"],
-            "kept" if s["kept"] else "left out",
-        )
-        for s in run["stages"]
-    ]
-    mistakes = [(m["image"], m["class"], m["said"], m["probability"]) for m in run["mistakes"]]
-    facts = [*manifest["machine"].items(), *run["environment"].items(), ("seed", str(run["seed"])),
-             ("run", manifest["run"]), ("data", manifest["data_fingerprint"])]  # fmt: skip
-    word = '<span class="good">All gates passed</span>' if passed else '<span class="bad">A gate failed</span>'
-    body = [
-        f"<h1>{escape(manifest['name'])}: {word}</h1>",
-        f"<p>{escape(manifest['backbone'])} over {len(manifest['labels'])} classes; "
-        f"chosen variant {manifest['chosen']}; "
-        f"{file_metrics['accuracy']:.1%} of {file_metrics['images']} held-out photographs right.</p>",
-        "<h2>Gates</h2>", _table(("gate", "value", "limit", "verdict"), gates),
-        "<h2>Accuracy on held-out photographs</h2>",
-        _table(("of the", "images", "accuracy", "95 % interval", "balanced", "macro F1", "NLL", "ECE"), accuracy),
-        f"<p>{_doubts(run)}</p>",
-        "<h2>By class</h2>", _table(("class", "recall", "precision"), classes), _confusion(file_metrics),
-        "<h2>Training</h2>", _curves(epochs),
-        _table(("stage", "epochs", "rate", "val accuracy", "CKA", "seconds", "verdict"), stages),
-        "<p>CKA: likeness of the embedding to the pretrained backbone's, 1 = features unmoved.</p>",
-        "<h2>Worst mistakes</h2>", _table(("image", "is", "said", "probability"), mistakes),
-        f"<h2>Variants: {escape(manifest['chosen'])} for {escape(manifest['target'])}</h2>",
-        _table(("variant", "val accuracy", "drop, points", "95 % bounds", "time", "p50 ms", "MB", "in 8 bits",
-                "verdict", "because"), decision),
-        "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. In "
-        "8 bits: convolutions and matrix products.</p>",
+    return "".join([
         "<h2>Parity with the framework</h2>",
         _table(("compared", "inputs from", "provider", "inputs", "worst", "limit", "verdict"), parity),
         "<h2>Latency, one photograph at a time</h2>",
         _table(("variant", "provider", "p50 ms", "p95 ms", "runs", "first run ms", "session ms", "peak MB",
                 "protocol"), latency),
+    ])  # fmt: skip
+
+
+def write_report(
+    path: Path, run: Mapping[str, Any], manifest: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write the report of one export.
+
+    run: run.json; manifest: as sealed, less its file hashes; epochs: the lines of metrics.jsonl.
+    """
+    evidence, found = manifest["evidence"], manifest["evidence"]["accuracy"]["file"]
+    gates = [(g["name"], g["value"], g["limit"], _verdict(g["passed"])) for g in manifest["gates"]]
+    passed = all(gate["passed"] for gate in manifest["gates"])
+    word = '<span class="good">All gates passed</span>' if passed else '<span class="bad">A gate failed</span>'
+    facts = [*manifest["machine"].items(), *run["environment"].items(), ("seed", str(run["seed"])),
+             ("run", manifest["run"]), ("data", manifest["data_fingerprint"])]  # fmt: skip
+    body = [
+        f"<h1>{escape(manifest['name'])}: {word}</h1>",
+        f"<p>{escape(manifest['backbone'])} over {len(manifest['labels'])} classes; "
+        f"chosen variant {manifest['chosen']}; "
+        f"{found['accuracy']:.1%} of {found['images']} held-out photographs right.</p>",
+        "<h2>Gates</h2>", _table(("gate", "value", "limit", "verdict"), gates),
+        _accuracy(run, evidence), _training(run, epochs), _variants(manifest), _parity_and_latency(evidence),
         "<h2>Where and with what</h2>", _table(("what", "value"), [(k, str(v)) for k, v in facts]),
     ]  # fmt: skip
     title = escape(f"ftkit: {manifest['name']}")
