@@ -33,7 +33,7 @@ from ftkit_export.session import cores
 def file_accuracy(
     folder: Path, chosen: str, core: onnx.ModelProto, context: variants.Context, classes: Sequence[str]
 ) -> tuple[Metrics, Paired | None]:
-    """File bytes -> probabilities on every held-out photograph, as a device would. Other variants are paired with fp32."""
+    """File bytes -> probabilities on every held-out photograph, as a device would; others paired with fp32."""
     classify, rows = Classifier(folder), context.canvases.rows("test")
     found, labels = [], context.canvases.labels[rows]
     with terminal.bar("accuracy of the file") as progress:
