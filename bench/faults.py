@@ -24,6 +24,7 @@ import torch
 from onnx import helper, numpy_helper
 from sklearn.datasets import load_sample_images
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from ftkit import pipeline, variants
 from ftkit.backbones import build
@@ -146,9 +147,7 @@ def noise_calibration(stack: ExitStack) -> None:
     rng = np.random.default_rng(0)
 
     def calibrate(core: onnx.ModelProto, batches: Iterator[Any], preprocess: Preprocess, method: str) -> Any:
-        return real(
-            core, (rng.normal(size=item.shape).astype(np.float32) * 1e-3 for item in batches), preprocess, method
-        )
+        return real(core, (rng.normal(size=item.shape).astype(np.float32) for item in batches), preprocess, method)
 
     stack.enter_context(patch.object(variants, "calibrate", calibrate))
 
@@ -181,16 +180,19 @@ def cpu_as_cuda(stack: ExitStack) -> None:
 
 
 def logistic_head(run: Run) -> Run:
-    """The run with its head refitted by a logistic regression that nothing restrains: large weights that cancel."""
-    canvases, backbone = build_canvases(read(run.data["data"], run.data["seed"]), run.preprocess), run.backbone()
+    """The pretrained backbone with a head by logistic regression on its features: large weights that cancel."""
+    canvases = build_canvases(read(run.data["data"], run.data["seed"]), run.preprocess)
+    backbone = build(run.recipe.backbone, len(run.classes))
     rows = canvases.rows("train")
     _, embedding = Answers(backbone, canvases, run.preprocess)(rows, "features")
-    fitted = LogisticRegression(C=1e3, max_iter=2000).fit(embedding, canvases.labels[rows])
+    scaler = StandardScaler().fit(embedding)
+    fitted = LogisticRegression(max_iter=3000).fit(scaler.transform(embedding), canvases.labels[rows])
     head = backbone.model.get_submodule(backbone.head)
     assert isinstance(head, torch.nn.Linear)
+    weight = fitted.coef_ / scaler.scale_
     with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(fitted.coef_))
-        head.bias.copy_(torch.from_numpy(fitted.intercept_))
+        head.weight.copy_(torch.from_numpy(weight))
+        head.bias.copy_(torch.from_numpy(fitted.intercept_ - weight @ scaler.mean_))
     rows = canvases.rows("test")
     logits, _ = Answers(backbone, canvases, run.preprocess)(rows, "test")
     data = copy.deepcopy(run.data)
@@ -230,7 +232,7 @@ FAULTS = [
     Fault("softmax over the wrong axis", image_forms(wrong_axis), ("parity", "probabilities"), FP32),
     Fault("a frame declared RGB that is BGR", image_forms(declared_rgb), ("parity", "probabilities, noise"), FP32),
     Fault("per-tensor int8", per_tensor, ("refused", "accuracy drop"), INT8, "int8"),
-    Fault("calibration on noise", noise_calibration, ("refused", "accuracy drop"), INT8, "int8"),
+    Fault("calibration on noise", noise_calibration, ("accuracy drop", "chosen: fp32"), INT8, "int8"),
     Fault("fp16 overflow", overflow, ("refused", "fp16"), FP16, "fp16"),
 ]
 

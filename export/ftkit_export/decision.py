@@ -5,7 +5,8 @@
     found.verdict(limit=0.01)                            # accepted, refused, inconclusive
 
 Bounds of a paired difference of proportions by Tango's score method (Statistics in Medicine 17, 1998), which holds its
-level where few images, or none, change sides.
+level where few images, or none, change sides. Where several candidates are looked at until one is accepted, the bounds
+hold for all of them together (Bonferroni): else four looks would accept a bad one up to four times as often.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +22,13 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 Verdict = Literal["accepted", "refused", "inconclusive", "unproven on target"]
 
-Z = 1.6448536269514722  # one-sided 95 %
+LEVEL = 0.05  # chance of accepting, or refusing, against the truth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """images compared; worse: right before and wrong now; better: the other way. drop, low, high in shares."""
+    """images compared; worse: right before and wrong now; better: the other way. drop, low, high in shares; looks: how
+    many such comparisons the bounds hold for together."""
 
     images: int
     worse: int
@@ -33,6 +36,7 @@ class Paired:
     drop: float
     low: float
     high: float
+    looks: int = 1
 
     def verdict(self, limit: float) -> Verdict:
         """accepted: at most `limit` is lost, with 95 % confidence; refused: more is, with the same; else neither."""
@@ -41,22 +45,28 @@ class Paired:
         return "refused" if self.low > limit else "inconclusive"
 
     def images_to_settle(self, limit: float) -> int:
-        """Images that would settle it, at this share of changed sides; with none changed: about 2.7 / limit."""
+        """Images that would settle it, at this share of changed sides; one look and none changed: about 2.7 / limit."""
+        z = _z(self.looks)
         share = (self.worse + self.better) / max(1, self.images)
         gap = max(abs(limit - self.drop), limit / 10)
-        return math.ceil(max(Z * Z * (1 - limit) / limit, Z * Z * share / gap**2))
+        return math.ceil(max(z * z * (1 - limit) / limit, z * z * share / gap**2))
 
 
-def paired(reference: Array, candidate: Array) -> Paired:
+def _z(looks: int) -> float:
+    return NormalDist().inv_cdf(1 - LEVEL / looks)
+
+
+def paired(reference: Array, candidate: Array, looks: int = 1) -> Paired:
     """Two boolean arrays (N,), whether each image was answered right, in the same order."""
     worse, better = int((reference & ~candidate).sum()), int((~reference & candidate).sum())
     images = len(reference)
-    low, high = bounds(worse, better, images)
-    return Paired(images=images, worse=worse, better=better, drop=(worse - better) / max(1, images), low=low, high=high)
+    low, high = bounds(worse, better, images, looks)
+    return Paired(images=images, worse=worse, better=better, drop=(worse - better) / max(1, images), low=low, high=high,
+                  looks=looks)  # fmt: skip
 
 
-def bounds(worse: int, better: int, images: int) -> tuple[float, float]:
-    """One-sided 95 % bounds of the true drop: where Tango's score statistic reaches -1.645 and 1.645."""
+def bounds(worse: int, better: int, images: int, looks: int = 1) -> tuple[float, float]:
+    """One-sided 95 % bounds of the true drop: where Tango's score statistic reaches the normal quantile."""
     if images == 0:
         return -1.0, 1.0
 
@@ -75,7 +85,7 @@ def bounds(worse: int, better: int, images: int) -> tuple[float, float]:
         return (low + high) / 2
 
     drop = (worse - better) / images
-    return solve(Z, -1.0, drop), solve(-Z, drop, 1.0)
+    return solve(_z(looks), -1.0, drop), solve(-_z(looks), drop, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,13 @@ def test_a_drop_at_the_limit_is_accepted_at_most_once_in_twenty(images: int, bet
     assert 0.02 < accepted < 0.0525
 
 
+def test_four_looks_are_four_times_as_strict() -> None:
+    """With nothing changed: one look is content with 268 images, four want 498."""
+    looks = {n: [bounds(0, 0, images, n)[1] <= 0.01 for images in (267, 268, 497, 498)] for n in (1, 4)}
+    assert looks == {1: [False, True, True, True], 4: [False, False, False, True]}
+    assert paired(np.ones(100, bool), np.ones(100, bool), 4).images_to_settle(0.01) == 498
+
+
 def test_bounds_turn_around_with_the_roles_and_close_in_with_images() -> None:
     assert bounds(7, 3, 400) == pytest.approx(tuple(-x for x in bounds(3, 7, 400)[::-1]), abs=1e-9)
     assert bounds(70, 30, 4000)[1] < bounds(7, 3, 400)[1]

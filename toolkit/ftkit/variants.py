@@ -25,7 +25,7 @@ from ftkit.canvas import Canvases
 from ftkit.doctor import does_not_open
 from ftkit.recipe import Export
 from ftkit_export.convert import write
-from ftkit_export.decision import Row, judge, paired
+from ftkit_export.decision import Paired, Row, judge, paired
 from ftkit_export.graph import image_form
 from ftkit_export.latency import Raced, race
 from ftkit_export.parity import Check, agreement
@@ -172,7 +172,13 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
 
 
 def _held(fp32: Candidate, rung: Candidate, context: Context) -> bool:
-    return paired(fp32.right, rung.right).verdict(context.limits.max_accuracy_drop) == "accepted"
+    return _compared(fp32, rung, context).verdict(context.limits.max_accuracy_drop) == "accepted"
+
+
+def _compared(fp32: Candidate, rung: Candidate, context: Context) -> Paired:
+    """Bounds that hold for every rung there may be: the ladder is climbed until one is accepted."""
+    looks = len(RUNGS) + bool(context.limits.qat_epochs) if rung.name.startswith("int8") else 1
+    return paired(fp32.right, rung.right, looks)
 
 
 def _trained(fp32: Candidate, ranges: Any, context: Context, logits: Array, labels: Array) -> Candidate:
@@ -215,7 +221,7 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
 
 
 def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context) -> Row:
-    limit, compared = context.limits.max_accuracy_drop, None if item is fp32 else paired(fp32.right, item.right)
+    limit, compared = context.limits.max_accuracy_drop, None if item is fp32 else _compared(fp32, item, context)
     verdict, reason = "reference", "what the others are compared with"
     if compared:
         verdict, reason = judge(compared, limit, times.ratio_high if times else None)
