@@ -31,11 +31,11 @@ from ftkit.report import write_report
 from ftkit_export import archive, handoff, plain_c
 from ftkit_export import bundle as bundles
 from ftkit_export.bundle import Gate
-from ftkit_export.convert import export_core, write, write_ort
+from ftkit_export.convert import export_core, write_ort
 from ftkit_export.decision import Row, choose
 from ftkit_export.errors import FtkitError
 from ftkit_export.golden import write_flat, write_golden
-from ftkit_export.latency import Latency
+from ftkit_export.latency import Latency, Raced
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.preprocess import decode
 from ftkit_export.session import require
@@ -114,19 +114,20 @@ def metadata(run: Run) -> dict[str, str]:
 
 
 def read_measured(path: Path, run: Run) -> dict[str, Any]:
-    """Variant -> figures, from what `device/classify.py --bench` printed on the target.
+    """What `device/classify.py --bench` printed on the target.
 
     Raises FtkitError when the file is none, or of another run.
     """
     try:
         data = json.loads(path.read_text())
-        found, of = {name: dict(item) for name, item in data["raced"].items()}, data["run"]
+        figures = {name: (Raced(**item), data["sha256"][name]) for name, item in data["raced"].items()}
+        of = data["run"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise FtkitError(f"{path}: expected what `device/classify.py --bench` prints, found something else. "
                          "Run it on the device and keep its output") from None  # fmt: skip
     if of != run.data["model_fingerprint"]:
         raise FtkitError(f"{path}: expected latencies of this run, found those of another. Measure its own bundle")
-    return found
+    return {**data, "raced": {name: asdict(item) for name, (item, _) in figures.items()}}
 
 
 def export(
@@ -223,9 +224,8 @@ def _write_variants(folder: Path, made: variants.Variants, context: variants.Con
     paths = {}
     for name, (row, core) in made.shipped.items():
         image, plain = folder / "variants" / f"{name}.onnx", folder / "variants" / f"{name}-core.onnx"
-        labelled = {**context.metadata, "precision": name, "kept_in_float": json.dumps(row.kept)}
-        write(context.image_form(core), image, labelled)
-        write(core, plain, labelled)
+        context.write(core, image, name, row.kept, plain=False)
+        context.write(core, plain, name, row.kept, plain=True)
         for path in (image, plain):
             if why := unshippable(path, context.target):
                 raise FtkitError(f"{path.name}: {why}, for target {context.target_name}. Try another backbone")

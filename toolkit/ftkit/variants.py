@@ -9,6 +9,7 @@ is held with confidence. A form that is not faster than fp32 is refused before a
 
 from __future__ import annotations
 
+import json
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from ftkit_export.preprocess import Preprocess
 from ftkit_export.quantize import RANK_IMAGES, calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
 from ftkit_export.session import Session
 from ftkit_export.targets import TARGETS, Target, here
+from ftkit_export.verify import sha256
 
 Array = np.ndarray[Any, Any]
 
@@ -43,7 +45,7 @@ BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kep
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a decision rests on. photograph: a real image file for the latency; metadata: what every file carries;
-    measured: variant name -> figures from the target device, for a target that is not this machine."""
+    measured: for a target that is not this machine, what `device/classify.py --bench` printed there, or nothing."""
 
     canvases: Canvases
     preprocess: Preprocess
@@ -69,6 +71,11 @@ class Context:
         """The file a device gets, of a core form."""
         return image_form(core, self.preprocess, self.temperature, self.limits.input_format)
 
+    def write(self, core: onnx.ModelProto, path: Path, precision: str, kept: Sequence[str], *, plain: bool) -> None:
+        """Write a variant's image form, or (plain) its core form, with all that its file says of itself."""
+        labelled = {**self.metadata, "precision": precision, "kept_in_float": json.dumps(kept)}
+        write(core if plain else self.image_form(core), path, labelled)
+
     def pixels(self, rows: Array) -> Array:
         """(n,) rows -> (n, 3, S, S) float32, the core form's input."""
         return self.preprocess.pixels(self.canvases.array(rows))
@@ -85,6 +92,11 @@ class Candidate:
     sqnr_db: float | None = None
     kept: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
+
+    @property
+    def precision(self) -> str:
+        """fp32, int8 or fp16."""
+        return self.name.split(",")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,17 +219,21 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
 def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
     """Image forms of all, run in turn on one thread on a real photograph; what the target measured when not here."""
-    if not context.here:
-        return {name: Raced(**item) for name, item in context.measured.items()}
-    if len(candidates) == 1:
+    if len(candidates) == 1 or not (context.here or context.measured):
         return {}
     with tempfile.TemporaryDirectory() as scratch, terminal.bar(f"latency of {len(candidates)} variants"):
-        files = []
-        for number, item in enumerate(candidates):
-            files.append(Path(scratch) / f"{number}.onnx")
-            write(context.image_form(item.core), files[-1], context.metadata)
-        found = race(files, context.photograph, provider=context.target.provider)
-    return {item.name: times for item, times in zip(candidates, found, strict=True)}
+        files = [Path(scratch) / f"{number}.onnx" for number in range(len(candidates))]
+        for path, item in zip(files, candidates, strict=True):
+            context.write(item.core, path, item.precision, item.kept, plain=False)
+        if context.here:
+            found = race(files, context.photograph, provider=context.target.provider)
+            return {item.name: times for item, times in zip(candidates, found, strict=True)}
+        known = context.measured["sha256"]  # of the very files that ran there
+        return {
+            item.name: Raced(**context.measured["raced"][item.precision])
+            for path, item in zip(files, candidates, strict=True)
+            if known.get(item.precision) == sha256(path)
+        }
 
 
 def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context) -> Row:
