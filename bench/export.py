@@ -1,6 +1,7 @@
 """The exported file in figures: int8's whole front, the file a user would otherwise ship, preprocessing in the graph.
 
-    ftkit train photos --out RUN && python bench/export.py RUN            (about 4 minutes on 2 cores)
+    ftkit train photos --out RUN && python bench/export.py RUN            (about 2 minutes on 2 cores)
+    python bench/export.py RUN --qat 1                                    (and a quantization-aware stage of 1 epoch)
 
 Front: core form, one thread, runs taken in turn, accuracy paired with fp32 on val and test together (no decision is
 taken here; `ftkit export` decides on val alone).
@@ -8,12 +9,13 @@ taken here; `ftkit export` decides on val alone).
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +26,7 @@ from sklearn.datasets import load_sample_image
 from ftkit.canvas import Canvases
 from ftkit.checkpoint import Run, open_run
 from ftkit.pipeline import held_out, metadata
+from ftkit.qat import fine_tune
 from ftkit.recipe import Export
 from ftkit.variants import Context, answers, calibration_rows
 from ftkit_export.convert import export_core, quiet, write
@@ -38,7 +41,16 @@ from ftkit_export.targets import TARGETS, here
 KEPT = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 
 
-def front(context: Context, core: onnx.ModelProto, folder: Path) -> None:
+def trained(context: Context, core: onnx.ModelProto, ranges: Any, epochs: int) -> onnx.ModelProto:
+    """Everything in 8 bits, after so many fake-quantized epochs on the training images."""
+    rows, begun = context.canvases.rows("train"), time.perf_counter()
+    adapted = fine_tune(core, int8(core, ranges, context.target), lambda picks: context.pixels(rows[picks]),
+                        context.canvases.labels[rows], answers(core, context, rows), epochs=epochs)  # fmt: skip
+    print(f"quantization-aware stage: {len(rows)} images, {epochs} epochs, {time.perf_counter() - begun:.0f} s")
+    return int8(adapted, ranges, context.target)
+
+
+def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) -> None:
     """int8 with the most damaged operators kept in float, one row each."""
     canvases = context.canvases
     rows = np.concatenate([canvases.rows("val"), canvases.rows("test")])
@@ -46,8 +58,10 @@ def front(context: Context, core: onnx.ModelProto, folder: Path) -> None:
     batches = (context.pixels(calibration[i : i + 8]) for i in range(0, len(calibration), 8))
     ranges = calibrate(core, batches, context.preprocess)
     order = [name for name, _ in rank(core, ranges, context.target, context.pixels(calibration[:RANK_IMAGES]))]
-    forms = {count: int8(core, ranges, context.target, keep=order[:count]) for count in KEPT}
-    files = [folder / "fp32.onnx", *(folder / f"{count}.onnx" for count in KEPT)]
+    forms = {str(count): int8(core, ranges, context.target, keep=order[:count]) for count in KEPT}
+    if epochs:
+        forms["0, trained"] = trained(context, core, ranges, epochs)
+    files = [folder / "fp32.onnx", *(folder / f"{name}.onnx" for name in forms)]
     for path, form in zip(files, [core, *forms.values()], strict=True):
         write(form, path, context.metadata)
     times = race(files, context.photograph, rounds=200)
@@ -130,7 +144,11 @@ def pixels(context: Context, canvases: Canvases, run: Run, core: onnx.ModelProto
 
 def main() -> None:
     """All of it for one run."""
-    run = open_run(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("--qat", type=int, default=0, metavar="EPOCHS")
+    options = parser.parse_args()
+    run = open_run(options.run)
     canvases = held_out(run, None)
     core = export_core(run.backbone().model, run.preprocess.size).model
     photograph = canvases.images.images[canvases.rows("test")[0]].path
@@ -139,7 +157,7 @@ def main() -> None:
     assert TARGETS[here()].provider == "cpu"
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
-        front(context, core, Path(scratch))
+        front(context, core, Path(scratch), options.qat)
         plain(run, context, core, Path(scratch))
     pixels(context, canvases, run, core)
 

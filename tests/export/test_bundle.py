@@ -228,14 +228,19 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path,
     assert result.exit_code == 0, result.output
     assert "unproven on target" in result.stdout
     assert "chosen: fp32" in result.stdout
+    asked = [*told, "--set", "export.p95_ms=9999", "--set", "export.variants=fp32"]
+    gated = ftkit("export", run, "--out", tmp_path / "gated", *asked)
+    assert (gated.exit_code, "not measured on the target: try --latency" in gated.stderr) == (1, True), gated.output
     runner = tmp_path / "unproven" / "device" / "classify.py"
     measured = json.loads(subprocess.run([sys.executable, runner, "--bench"], capture_output=True, check=True).stdout)
     assert measured["raced"]["fp32"]["ratio"] == 1
-    measured["raced"]["int8"] |= {"ratio": 0.5, "ratio_high": 0.6}  # as a device with fast 8-bit kernels would say
+    fast = {"ratio": 0.5, "ratio_high": 0.6, "p50_ms": measured["raced"]["fp32"]["p50_ms"] / 2}
+    measured["raced"]["int8"] |= fast  # as a device with fast 8-bit kernels would say
     (tmp_path / "device.json").write_text(json.dumps(measured))
     result = ftkit("export", run, "--out", tmp_path / "proven", *told, "--latency", tmp_path / "device.json")
     assert "0.50x" in result.stdout, result.output
-    assert '"unproven on target"' not in (tmp_path / "proven" / "manifest.json").read_text()
+    assert "chosen: int8" in result.stdout, "by the device's time, whatever this machine's"
+    assert verify(tmp_path / "proven").passed
     measured["sha256"]["int8"] = "0" * 64
     (tmp_path / "device.json").write_text(json.dumps(measured))
     result = ftkit("export", run, "--out", tmp_path / "other", *told, "--latency", tmp_path / "device.json")

@@ -7,6 +7,7 @@ gates = judge(limits, run, parity, chosen, metrics, against, out_of_order(folder
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -98,10 +99,11 @@ def judge(
     for name, value, limit in (
         ("p95 ms, one thread", chosen.p95_ms, limits.p95_ms),
         ("size in MB", chosen.size_bytes / 1e6, limits.size_mb),
-        ("memory in MB", (chosen.peak_rss_bytes or 0) / 1e6, limits.memory_mb),
+        ("memory in MB", (chosen.peak_rss_bytes or math.nan) / 1e6, limits.memory_mb),
     ):
-        if limit is not None and value is not None:
-            gates.append(Gate(name=f"{name} ({chosen.name})", value=value, limit=limit))
+        if limit is not None:
+            where = chosen.name if value is not None else f"{chosen.name}, not measured on the target: try --latency"
+            gates.append(Gate(name=f"{name} ({where})", value=math.nan if value is None else value, limit=limit))
     return gates
 
 
