@@ -9,10 +9,12 @@ The signature is Ed25519 (RFC 8032) over manifest.json, which holds the hash of 
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -74,7 +76,7 @@ def _unpack(source: Path, folder: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as found, path.open("xb") as file:
                     _copy(found, file, entry.file_size, f"{source}: {entry.filename}")
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError, EOFError, OSError) as error:
         raise BundleError(f"{source}: expected a zipped bundle, found: {error}. Copy it again") from None
 
 

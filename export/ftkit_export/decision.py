@@ -129,7 +129,10 @@ def judge(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdic
         more = f"; about {found.images_to_settle(limit)} val images would settle it" * (verdict == "inconclusive")
         return verdict, f"accuracy drop {points} on {found.images} images, limit {limit * 100:.2f}{more}"
     if ratio_high is None:
-        return "unproven on target", f"accuracy drop {points}; no latency from the target. Try --latency FILE"
+        return (
+            "unproven on target",
+            f"accuracy drop {points}; its latency on the target is unknown. Try --latency FILE",
+        )
     return "accepted", f"accuracy drop {points}; latency at most {ratio_high:.2f} of fp32's"
 
 

@@ -12,6 +12,7 @@ BUNDLE/handoff/expected.npz       what fp32 answers, and the labels
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
     try:
         with np.load(outputs, allow_pickle=False) as stored:
             found = np.asarray(stored["logits"], np.float64).reshape(len(stored["logits"]), -1)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile):
         raise FtkitError(f"{outputs}: expected an .npz with an array `logits`, found none. Try numpy.savez") from None
     if found.shape != expected.shape:
         raise FtkitError(f"{outputs}: expected logits of shape {expected.shape}, in the order of handoff/inputs.npy, "

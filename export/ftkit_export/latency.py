@@ -89,7 +89,7 @@ def _in_child(
     models: Sequence[str | Path], image: str | Path, provider: str, threads: int, more: Sequence[str]
 ) -> list[dict[str, Any]]:
     package_root = str(Path(__file__).resolve().parents[1])
-    command = [sys.executable, "-m", "ftkit_export.latency", str(image), *map(str, models)]
+    command = [sys.executable, "-B", "-m", "ftkit_export.latency", str(image), *map(str, models)]
     command += ["--provider", provider, "--threads", str(threads), *more]
     path = os.pathsep.join([package_root, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)

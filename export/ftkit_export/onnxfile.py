@@ -75,10 +75,8 @@ def _graph(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
             _node(value, nodes, depth)
         elif field == 5:
             _tensor(value)
-        elif field == 15:  # a sparse initializer: values and indices
-            for inner, item in _fields(value):
-                if inner in (1, 2):
-                    _tensor(item)
+        elif field == 15:
+            _sparse(value)
 
 
 def _node(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
@@ -92,13 +90,22 @@ def _node(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
             for inner, item in _fields(value):
                 if inner in (5, 10):
                     _tensor(item)
+                elif inner in (22, 23):
+                    _sparse(item)
                 elif inner in (6, 11):
                     _graph(item, nodes, depth + 1)
 
 
+def _sparse(data: memoryview | int) -> None:
+    """A sparse tensor: values and indices."""
+    for inner, item in _fields(data):
+        if inner in (1, 2):
+            _tensor(item)
+
+
 def _tensor(data: memoryview | int) -> None:
     for field, value in _fields(data):
-        if field == 13 or (field == 14 and value == 1):
+        if field == 13 or (field == 14 and value != 0):
             named = ""
             if field == 13:
                 pair = {inner: _text(item) for inner, item in _fields(value)}
@@ -124,6 +131,8 @@ def _fields(data: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
     at, end = 0, len(data)
     while at < end:
         key, at = _varint(data, at)
+        if key >= 1 << 32:  # other readers would cut it short, and see another field
+            raise ValueError
         kind = key & 7
         if kind == 0:
             number, at = _varint(data, at)

@@ -81,11 +81,29 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
         older = isinstance(schema, int) and schema < SCHEMA
         cure = "Export the run again" if older else "Try a newer ftkit"
         raise BundleError(f"{path}: expected schema {SCHEMA}, found {schema}. {cure}")
-    named = [file for files in manifest.get("variants", {}).values() for file in (files["file"], files["core"])]
+    named = _variant_files(path, manifest)
     for name in (*files, *named):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise BundleError(f"{path}: expected names inside the bundle, found {name!r}. Do not trust this bundle")
     return manifest
+
+
+def _variant_files(path: Path, manifest: dict[str, Any]) -> list[str]:
+    """Files of every variant. Raises BundleError for a manifest that would prove nothing."""
+    try:
+        named = [pair[form] for pair in manifest["variants"].values() for form in ("file", "core")]
+        whole = (
+            manifest["variants"][manifest["chosen"]]["file"] == "model.onnx"
+            and {"input_format", "preprocess", "limits", "run"} <= set(manifest)
+            and set(named) <= set(manifest["files"].keys())
+            and [gate["passed"] for gate in manifest["gates"]] != []
+        )
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise BundleError(f"{path}: expected gates, variants and the files they name, found a manifest without. "
+                          "Export the bundle again")  # fmt: skip
+    return named
 
 
 def check_files(bundle: Path, files: dict[str, str]) -> None:

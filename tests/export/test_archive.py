@@ -52,6 +52,14 @@ def test_links_bombs_and_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError), opened(path):
         pass
 
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("b/manifest.json", "{}" * 500)
+    whole = path.read_bytes()
+    for place in range(46, 52):  # in the deflated stream
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with pytest.raises(BundleError), opened(path):
+            pass
+
     for number, content in enumerate((b"junk", b"")):
         path.write_bytes(content)
         result = ftkit("verify", path)
@@ -78,7 +86,7 @@ def test_a_signature_holds_for_its_key_and_its_manifest_only(
     assert (result.exit_code, "expected an Ed25519 public key in PEM" in result.stderr) == (2, True)
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     path = copy / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chosen": "fp16"}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "name": "another"}))
     assert ftkit("verify", copy).exit_code == 0, "hashes alone do not protect the manifest"
     result = ftkit("verify", copy, "--key", keys[1])
     assert (result.exit_code, "expected a signature by pub.pem, found another" in result.stderr) == (2, True)

@@ -1,6 +1,7 @@
 """The bundle of a real run: what is in it, that it proves itself, and that no change goes unseen."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,11 @@ def test_a_missing_and_an_extra_file_are_named(copy: Path) -> None:
     ("change", "said"),
     [
         ({"schema": 99}, "expected schema 2, found 99. Try a newer ftkit"),
-        ({"files": {"../outside": "0"}}, "expected names inside the bundle"),
+        ({"files": {"../outside": "0"}}, "expected gates, variants and the files they name"),
+        ({"variants": {}}, "expected gates, variants and the files they name"),
+        ({"gates": []}, "expected gates, variants and the files they name"),
+        ({"files": []}, "expected gates, variants and the files they name"),
+        ({"chosen": "fp64"}, "expected gates, variants and the files they name"),
     ],
 )
 def test_a_manifest_not_to_be_trusted_is_refused(copy: Path, change: dict[str, object], said: str) -> None:
@@ -191,9 +196,29 @@ def test_the_device_runner_needs_numpy_onnxruntime_and_pillow_only(bundle: Path,
     assert "model.onnx: expected sha256" in broken.stderr
 
 
+def test_checking_itself_leaves_nothing_in_the_sealed_bundle(copy: Path) -> None:
+    """Also where Python writes bytecode, as it does by default."""
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    for what in ("--self-check", "--bench", "--self-check"):
+        done = subprocess.run([sys.executable, copy / "device" / "classify.py", what], env=clean, capture_output=True,
+                              text=True, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert verify(copy).passed
+
+
+def test_a_name_that_leads_outside_the_bundle_is_refused(copy: Path) -> None:
+    path = copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../outside"] = "0"
+    path.write_text(json.dumps(manifest))
+    result = ftkit("verify", copy)
+    assert (result.exit_code, "expected names inside the bundle" in result.stderr) == (2, True)
+
+
 def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    result = ftkit("export", run, "--out", out, "--quick", "--set", "export.size_mb=1", "--set", "export.p95_ms=9999")
+    result = ftkit("export", run, "--out", out, "--quick", "--set", "export.size_mb=1", "--set", "export.p95_ms=9999",
+                   "--set", "export.variants=fp32")  # fmt: skip
     assert result.exit_code == 1
     assert not out.exists()
     assert "expected at most 1, found 1" in result.stderr
@@ -215,39 +240,48 @@ def test_the_same_run_gives_the_same_bytes_but_for_timings(
     names = [{p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} for folder in (bundle, out)]
     assert names[0] == names[1]
     timed = {"manifest.json", "manifest.sig", "report.html", "MODEL_CARD.md"}
+    timed.add("device/ort/model.ort")  # onnxruntime's converter writes hashed maps in another order each time
     assert [
         name for name in sorted(names[0] - timed) if (bundle / name).read_bytes() != (out / name).read_bytes()
     ] == []
 
 
 def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path, tmp_path: Path) -> None:
-    """Without them int8 is unproven, never shipped; they count for the very file that ran there, and for this run."""
-    other = "x86" if here() == "arm64" else "arm64"
-    told = ["--quick", "--target", other, "--set", "export.max_accuracy_drop=0.9"]
-    result = ftkit("export", run, "--out", tmp_path / "unproven", *told)
-    assert result.exit_code == 0, result.output
-    assert "unproven on target" in result.stdout
-    assert "chosen: fp32" in result.stdout
-    asked = [*told, "--set", "export.p95_ms=9999", "--set", "export.variants=fp32"]
-    gated = ftkit("export", run, "--out", tmp_path / "gated", *asked)
-    assert (gated.exit_code, "not measured on the target: try --latency" in gated.stderr) == (1, True), gated.output
-    runner = tmp_path / "unproven" / "device" / "classify.py"
+    """They count for the very file that ran there, for this run, this target and one thread; else nothing is proven."""
+    other, latency = ("x86" if here() == "arm64" else "arm64"), tmp_path / "device.json"
+    told = ["--quick", "--target", other, "--latency", latency, "--set", "export.max_accuracy_drop=0.9"]
+    raced = {"p50_ms": 9.0, "p95_ms": 9.5, "ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6}
+    of = json.loads((run / "run.json").read_text())["model_fingerprint"]
+    measured = {
+        "run": of,
+        "provider": "cpu",
+        "threads": 1,
+        "target": other,
+        "sha256": {"int8": "0"},
+        "raced": {"int8": raced},
+    }
+    latency.write_text(json.dumps(measured))
+    result = ftkit("export", run, "--out", tmp_path / "unproven", *told, "--set", "export.p95_ms=9999")
+    assert result.exit_code == 1, result.output
+    assert "unproven on target" in result.stdout, "another file's latency proves nothing"
+    assert "not measured on the target: try --latency" in result.stderr
+    runner = tmp_path / "unproven.failed" / "device" / "classify.py"
     measured = json.loads(subprocess.run([sys.executable, runner, "--bench"], capture_output=True, check=True).stdout)
-    assert measured["raced"]["fp32"]["ratio"] == 1
+    assert (measured["raced"]["fp32"]["ratio"], measured["target"], measured["threads"]) == (1, here(), 1)
+    latency.write_text(json.dumps(measured))
+    result = ftkit("export", run, "--out", tmp_path / "x", *told)
+    assert (result.exit_code, f"expected latencies of ('cpu', 1, '{other}')" in result.stderr) == (2, True)
     fast = {"ratio": 0.5, "ratio_high": 0.6, "p50_ms": measured["raced"]["fp32"]["p50_ms"] / 2}
     measured["raced"]["int8"] |= fast  # as a device with fast 8-bit kernels would say
-    (tmp_path / "device.json").write_text(json.dumps(measured))
-    result = ftkit("export", run, "--out", tmp_path / "proven", *told, "--latency", tmp_path / "device.json")
+    latency.write_text(json.dumps({**measured, "target": other}))
+    result = ftkit("export", run, "--out", tmp_path / "proven", *told)
     assert "0.50x" in result.stdout, result.output
     assert "chosen: int8" in result.stdout, "by the device's time, whatever this machine's"
     assert verify(tmp_path / "proven").passed
-    measured["sha256"]["int8"] = "0" * 64
-    (tmp_path / "device.json").write_text(json.dumps(measured))
-    result = ftkit("export", run, "--out", tmp_path / "other", *told, "--latency", tmp_path / "device.json")
-    assert "unproven on target" in result.stdout, "another file's latency proves nothing"
-    (tmp_path / "device.json").write_text(json.dumps({**measured, "run": "another"}))
-    result = ftkit("export", run, "--out", tmp_path / "x", *told, "--latency", tmp_path / "device.json")
-    assert (result.exit_code, "expected latencies of this run" in result.stderr) == (2, True)
-    (tmp_path / "device.json").write_text("[]")
-    result = ftkit("export", run, "--out", tmp_path / "x", *told, "--latency", tmp_path / "device.json")
-    assert (result.exit_code, "expected what `device/classify.py --bench` prints" in result.stderr) == (2, True)
+    for content, said in (
+        (json.dumps({**measured, "target": other, "run": "another"}), "expected latencies of this run"),
+        ("[]", "expected what `device/classify.py --bench` prints"),
+    ):
+        latency.write_text(content)
+        result = ftkit("export", run, "--out", tmp_path / "x", *told)
+        assert (result.exit_code, said in result.stderr) == (2, True)

@@ -54,6 +54,27 @@ def test_external_data_within_a_subgraph_and_an_attribute_is_found(tmp_path: Pat
         inspect(path)
 
 
+def test_external_data_of_a_sparse_constant_is_found(tmp_path: Path) -> None:
+    sparse = onnx.SparseTensorProto(values=_model(location="/etc/passwd").graph.initializer[0], dims=[8])
+    node = helper.make_node("Constant", [], ["y"], sparse_value=sparse)
+    graph = helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8])])
+    path = tmp_path / "m.onnx"
+    path.write_bytes(helper.make_model(graph, ir_version=8).SerializeToString())
+    with pytest.raises(BundleError, match="found them outside at '/etc/passwd'"):
+        inspect(path)
+
+
+def test_a_tag_that_other_readers_would_cut_short_is_refused(tmp_path: Path) -> None:
+    raw = _model(location="../x").SerializeToString()
+    assert raw.count(b"\x6a") >= 1  # field 13, bytes
+    inner = _model(location="../x").graph.initializer[0].SerializeToString()
+    disguised = inner.replace(b"\x6a", b"\xea\x80\x80\x80\x10", 1)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"\x08\x08\x3a" + bytes([len(disguised) + 2]) + b"\x2a" + bytes([len(disguised)]) + disguised)
+    with pytest.raises(BundleError, match="expected an ONNX model, found other bytes"):
+        inspect(path)
+
+
 def test_an_unknown_domain_and_functions_of_its_own_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(_model(domain="evil.ops").SerializeToString())

@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ftkit, settings
 from onnx import helper
 
@@ -37,17 +38,19 @@ def test_training_simulates_the_shipped_graph_and_brings_it_nearer(bundle: Path,
     else:
         assert sqnr(shipped, simulated) > sqnr(teacher, shipped) + 6
 
-    trained = fine_tune(core, quantized, lambda rows: pixels[rows], teacher.argmax(1), teacher, epochs=3, rate=1e-4)
+    trained = fine_tune(core, quantized, lambda rows: pixels[rows], teacher.argmax(1), teacher, epochs=3)
     again = int8(trained, ranges, TARGETS[target])
     assert quantized_nodes(again) == quantized_nodes(quantized)
     with torch.inference_mode():
         after = Simulated(trained, again)(torch.from_numpy(pixels)).numpy()
 
     def loss(logits: np.ndarray) -> float:
-        found = torch.from_numpy(logits)
-        return float(torch.nn.functional.cross_entropy(found, torch.from_numpy(teacher).softmax(1)))
+        """What the stage minimises: half the labels, half fp32's answers."""
+        found, wanted = torch.from_numpy(logits), torch.from_numpy(teacher)
+        soft = F.kl_div(found.log_softmax(1), wanted.softmax(1), reduction="batchmean")
+        return float(0.5 * F.cross_entropy(found, wanted.argmax(1)) + 0.5 * soft)
 
-    assert loss(after) < loss(simulated)
+    assert loss(after) < 0.9 * loss(simulated)
 
 
 def test_an_operator_that_cannot_be_trained_through_is_named(bundle: Path) -> None:

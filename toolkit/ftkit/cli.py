@@ -117,6 +117,7 @@ def export(
     from ftkit.override import override
     from ftkit.pipeline import Extras, read_measured
     from ftkit.pipeline import export as run_export
+    from ftkit.variants import resolve_target
     from ftkit_export.session import parse_providers
 
     names = parse_providers(providers)
@@ -129,8 +130,9 @@ def export(
     named = {"target": target, "input_format": input_format}
     settings = (*settings, *(f"export.{key}={value}" for key, value in named.items() if value))
     limits = override(opened.recipe, settings).export
-    where = out or run.with_name(run.resolve().name + "-bundle")
-    extras = Extras(measured=read_measured(latency, opened) if latency else {}, c=c, ort=ort, handoff=handoff,
+    where = out or run.resolve().with_name(run.resolve().name + "-bundle")
+    measured = read_measured(latency, opened, resolve_target(limits.target, names)) if latency else {}
+    extras = Extras(measured=measured, c=c, ort=ort, handoff=handoff,
                     zipped=zipped, sign=sign)  # fmt: skip
     done = run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
     for gate in done.gates:
@@ -284,7 +286,7 @@ def run_recipe(recipe: Recipe) -> None:
 
         run = out or next_free(Path("runs") / recipe.name)
         run_training(override(recipe, settings), data, run, seed=seed, device=device)
-        bundle = run.with_name(run.name + "-bundle")
+        bundle = run.resolve().with_name(run.resolve().name + "-bundle")
         context = click.get_current_context()
         context.invoke(export, run=run, out=bundle, settings=(), providers=providers, data=None, quick=quick)
         context.invoke(verify, bundle=bundle, providers=providers, key=None, outputs=None, add_to=None)

@@ -39,7 +39,7 @@ from ftkit_export.latency import Latency, Raced
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.preprocess import decode
 from ftkit_export.session import require
-from ftkit_export.targets import unshippable
+from ftkit_export.targets import TARGETS, unshippable
 
 Array = np.ndarray[Any, Any]
 
@@ -113,18 +113,22 @@ def metadata(run: Run) -> dict[str, str]:
     }
 
 
-def read_measured(path: Path, run: Run) -> dict[str, Any]:
+def read_measured(path: Path, run: Run, target: str) -> dict[str, Any]:
     """What `device/classify.py --bench` printed on the target.
 
-    Raises FtkitError when the file is none, or of another run.
+    Raises FtkitError when the file is none, of another run, or not of this target on one thread.
     """
     try:
         data = json.loads(path.read_text())
         figures = {name: (Raced(**item), data["sha256"][name]) for name, item in data["raced"].items()}
-        of = data["run"]
+        of, where = data["run"], (data["provider"], data["threads"], data["target"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise FtkitError(f"{path}: expected what `device/classify.py --bench` prints, found something else. "
                          "Run it on the device and keep its output") from None  # fmt: skip
+    wanted = (TARGETS[target].provider, 1, target)
+    if where[:2] != wanted[:2] or (wanted[0] == "cpu" and where[2] != target):
+        raise FtkitError(f"{path}: expected latencies of {wanted}, found those of {where} (provider, threads, target). "
+                         "Run `device/classify.py --bench` on the target, on one thread")  # fmt: skip
     if of != run.data["model_fingerprint"]:
         raise FtkitError(f"{path}: expected latencies of this run, found those of another. Measure its own bundle")
     return {**data, "raced": {name: asdict(item) for name, (item, _) in figures.items()}}
@@ -179,7 +183,7 @@ def _build(
                                   run.temperature, core.layers, provider, limits.input_format))  # fmt: skip
         _say_parity(parity[-1], len(rows))
     latency = evidence.latencies(paths, files[0], providers, quick)
-    shipped = [_measured(row, latency[name][0], context) for name, (row, _) in made.shipped.items()]
+    shipped = [_measured(row, latency[name], context) for name, (row, _) in made.shipped.items()]
     chosen, missed = choose(shipped, limits.p95_ms, limits.size_mb, limits.memory_mb)
     terminal.say(f"chosen: {chosen.name}" + (f", the nearest; it misses {missed}" if missed else ""))
     golden = photographs if limits.golden == "images" else []
@@ -231,10 +235,14 @@ def _write_variants(folder: Path, made: variants.Variants, context: variants.Con
     return paths
 
 
-def _measured(row: Row, latency: Latency, context: variants.Context) -> Row:
-    """The row with the full measurement where this machine is the target; memory is much the same on all."""
-    row = replace(row, peak_rss_bytes=latency.peak_rss_bytes)
-    return replace(row, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms) if context.here else row
+def _measured(row: Row, latency: Sequence[Latency], context: variants.Context) -> Row:
+    """The row with the file's size and memory, and the full measurement on the target's provider, one thread, where
+    this machine is the target: else the times of the race, or the target's own, stand."""
+    row = replace(row, size_bytes=latency[0].size_bytes, peak_rss_bytes=latency[0].peak_rss_bytes)
+    for item in latency:
+        if context.here and item.provider == context.target.provider and item.threads == 1:
+            return replace(row, p50_ms=item.p50_ms, p95_ms=item.p95_ms)
+    return row
 
 
 def _require_extras(extras: Extras, limits: Export) -> None:

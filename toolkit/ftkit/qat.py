@@ -67,7 +67,8 @@ def _reshape(x: Values, a: dict[str, Any]) -> Any:
 
 def _max_pool(x: Values, a: dict[str, Any]) -> torch.Tensor:
     padded = F.pad(x[0], _pads(a, 2), value=-torch.inf)
-    return F.max_pool2d(padded, tuple(a["kernel_shape"]), tuple(a.get("strides", a["kernel_shape"])))
+    return F.max_pool2d(padded, tuple(a["kernel_shape"]), tuple(a.get("strides", [1, 1])), 0,
+                        tuple(a.get("dilations", [1, 1])), bool(a.get("ceil_mode", 0)))  # fmt: skip
 
 
 OPERATORS: dict[str, Callable[[Values, dict[str, Any]], Any]] = {
@@ -112,6 +113,7 @@ class Simulated(nn.Module):
         }
         floats = {item.name: numpy_helper.to_array(item) for item in core.graph.initializer}
         unknown = {node.op_type for node, _ in self.nodes} - set(OPERATORS) - {"QuantizeLinear", "DequantizeLinear"}
+        unknown |= {node.op_type for node, a in self.nodes if a.get("auto_pad", b"NOTSET") != b"NOTSET"}
         if unknown:
             raise FtkitError(f"export.qat_epochs: expected operators it can train through, found {', '.join(unknown)}. "
                              "Try --set export.qat_epochs=0")  # fmt: skip

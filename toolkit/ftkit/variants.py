@@ -219,7 +219,7 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
 def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
     """Image forms of all, run in turn on one thread on a real photograph; what the target measured when not here."""
-    if len(candidates) == 1 or not (context.here or context.measured):
+    if (context.here and len(candidates) == 1) or not (context.here or context.measured):
         return {}
     with tempfile.TemporaryDirectory() as scratch, terminal.bar(f"latency of {len(candidates)} variants"):
         files = [Path(scratch) / f"{number}.onnx" for number in range(len(candidates))]

@@ -21,6 +21,7 @@ from ftkit_export.errors import FtkitError  # noqa: E402  # after the line above
 from ftkit_export.latency import machine, measure, race  # noqa: E402
 from ftkit_export.predict import Classifier, image_files  # noqa: E402
 from ftkit_export.session import PROVIDERS  # noqa: E402
+from ftkit_export.targets import here  # noqa: E402
 from ftkit_export.verify import check_files, read_manifest, verify  # noqa: E402
 
 BUNDLE = Path(__file__).resolve().parents[1]
@@ -54,9 +55,8 @@ def bench(provider: str, threads: int) -> None:
     found = race(list(files.values()), BUNDLE / "golden" / "00.png", provider=provider, threads=threads or 1)
     raced = {name: dataclasses.asdict(item) for name, item in zip(files, found, strict=True)}
     sha = {name: manifest["files"][manifest["variants"][name]["file"]] for name in files}
-    print(
-        json.dumps({"run": manifest["run"], "machine": machine(), "provider": provider, "sha256": sha, "raced": raced})
-    )
+    facts = {"run": manifest["run"], "machine": machine(), "target": here(), "provider": provider}
+    print(json.dumps({**facts, "threads": threads or 1, "sha256": sha, "raced": raced}))
 
 
 def raw_frame(path: Path, rows: int, columns: int, channels: int) -> np.ndarray[Any, Any]:

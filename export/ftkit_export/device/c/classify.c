@@ -19,6 +19,7 @@
 _Bool model_load(const char *path);
 void model(const float pixels[1][3][SIZE][SIZE], float logits[1][CLASSES], float embedding[1][FEATURES]);
 
+enum { CHANNELS = FORMAT == RGB || FORMAT == BGR ? 3 : 1 }; /* of a frame */
 typedef struct { int rows, columns; uint8_t *rgb; } Image;
 
 static void fail(const char *where, const char *what) {
@@ -65,6 +66,14 @@ static Image from_frame(const uint8_t *frame, int rows, int columns) {
   return image;
 }
 
+/* A frame's sides must make sense before they are multiplied: 32-bit processors are welcome. */
+static void require_frame(const char *path, int rows, int columns) {
+  if (rows < 1 || columns < 1 || rows > 16384 || columns > 16384)
+    fail(path, "expected sides of 1 to 16384 pixels, found others");
+  if (FORMAT == NV12 && (rows % 3 || columns % 2))
+    fail(path, "expected NV12 with even sides (rows = height * 3 / 2), found others. Check rows and columns");
+}
+
 static int ppm_number(const uint8_t *data, size_t size, size_t *at) {
   while (*at < size && (data[*at] == ' ' || (data[*at] >= 9 && data[*at] <= 13) || data[*at] == '#'))
     if (data[(*at)++] == '#') while (*at < size && data[*at] != '\n') ++*at;
@@ -84,6 +93,8 @@ static Image read_ppm(const char *path) {
     deepest = ppm_number(data, size, &at);
   }
   ++at;
+  if (image.rows < 1 || image.columns < 1 || image.rows > 16384 || image.columns > 16384)
+    fail(path, "expected a whole binary PPM of at most 16384 pixels a side, found none. Convert it first");
   size_t bytes = (size_t)image.rows * image.columns * 3;
   if (!bytes || deepest != 255 || size < at || size - at < bytes)
     fail(path, "expected a whole binary PPM of 8 bits, found none. Convert it first");
@@ -185,7 +196,7 @@ static int self_check(const char *folder) {
   snprintf(path, sizeof path, "%s/index.txt", folder);
   FILE *index = fopen(path, "r");
   if (!index || fscanf(index, "%d %d %d %d %lf", &images, &classes, &side, &channels, &limit) != 5 || classes != CLASSES
-      || side != SIZE)
+      || side != SIZE || images < 1 || images > 1000 || channels != CHANNELS)
     fail(path, "expected the golden vectors of this model, found none. Try --golden BUNDLE/golden/raw");
   snprintf(path, sizeof path, "%s/pixels.f32", folder);
   float *golden = (float *)read_file(path, &size);
@@ -203,6 +214,7 @@ static int self_check(const char *folder) {
     if (fscanf(index, "%255s %d %d %lf", file, &rows, &columns, &ignored) != 4) fail(folder, "index.txt is cut short");
     snprintf(path, sizeof path, "%s/%s", folder, file);
     uint8_t *frame = read_file(path, &size);
+    require_frame(path, rows, columns);
     if (size != (size_t)rows * columns * channels) fail(path, "expected a whole frame, found it cut short");
     Image image = from_frame(frame, rows, columns);
     preprocess(image, pixels);
@@ -213,7 +225,7 @@ static int self_check(const char *folder) {
     free(image.rgb);
     free(frame);
   }
-  double times[25], spent = 0;
+  double times[28], spent = 0;
   int runs = 0;
   for (int run = -3; run < 25 && spent < 1e4; ++run) {
     struct timespec begun, ended;
@@ -252,9 +264,10 @@ int main(int count, char **arguments) {
     else if (arguments[i][0] == '-') fail(arguments[i], "expected --raw, --golden or --self-check");
     else if (!rows) { answer(arguments[i], read_ppm(arguments[i])); done = 1; }
     else {
-      size_t size, wanted = (size_t)rows * columns * (FORMAT == RGB || FORMAT == BGR ? 3 : 1);
+      require_frame(arguments[i], rows, columns);
+      size_t size, wanted = (size_t)rows * columns * CHANNELS;
       uint8_t *frame = read_file(arguments[i], &size);
-      if (rows < 1 || columns < 1 || size != wanted) fail(arguments[i], "expected another number of bytes. Check rows and columns");
+      if (size != wanted) fail(arguments[i], "expected another number of bytes. Check rows and columns");
       answer(arguments[i], from_frame(frame, rows, columns));
       free(frame);
       done = 1;

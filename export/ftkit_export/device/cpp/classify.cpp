@@ -34,7 +34,7 @@ static std::vector<uint8_t> read_bytes(const fs::path& path) {
 
 static Frame read_raw(const fs::path& path, int64_t rows, int64_t columns, int64_t channels) {
   Frame frame{rows, columns, channels, read_bytes(path)};
-  if (rows < 1 || columns < 1 || frame.bytes.size() != size_t(rows * columns * channels))
+  if (rows < 1 || columns < 1 || rows > 65535 || columns > 65535 || frame.bytes.size() != size_t(rows * columns * channels))
     throw std::runtime_error(path.string() + ": expected " + std::to_string(rows * columns * channels) +
                              " bytes, found " + std::to_string(frame.bytes.size()) + ". Check rows and columns");
   return frame;
@@ -55,7 +55,7 @@ static Frame read_ppm(const fs::path& path) {
   const bool ppm = data.size() > 2 && data[0] == 'P' && data[1] == '6';
   const int64_t columns = ppm ? number() : 0, rows = ppm ? number() : 0, deepest = ppm ? number() : 0;
   ++at;
-  if (rows < 1 || columns < 1 || deepest != 255 || data.size() < at || data.size() - at < size_t(rows * columns * 3))
+  if (rows < 1 || columns < 1 || rows > 65535 || columns > 65535 || deepest != 255 || data.size() < at || data.size() - at < size_t(rows * columns * 3))
     throw std::runtime_error(path.string() + ": expected a whole binary PPM of 8 bits, found none. Convert it first");
   return {rows, columns, 3, {data.begin() + at, data.begin() + at + rows * columns * 3}};
 }
@@ -116,7 +116,8 @@ static int self_check(Model& model, const fs::path& bundle) {
   size_t images = 0, classes = 0;
   int64_t size = 0, channels = 0;
   double ignored = 0;
-  if (!(index >> images >> classes >> size >> channels >> ignored))
+  if (!(index >> images >> classes >> size >> channels >> ignored) || images < 1 || images > 1000 || classes < 1 ||
+      classes > 1000000)
     throw std::runtime_error((folder / "index.txt").string() + ": expected golden frames, found none");
   const auto bytes = read_bytes(folder / "probabilities.f32");
   if (bytes.size() != images * classes * sizeof(float)) throw std::runtime_error("golden frames are incomplete");
