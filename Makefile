@@ -13,9 +13,12 @@ demo: $(STAMP)
 PACKAGES := cmake g++ gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static
 
 test: $(STAMP)
-	command -v cmake g++ aarch64-linux-gnu-gcc qemu-aarch64-static >/dev/null || { [ "$$(id -u)" = 0 ] && \
-	    command -v apt-get >/dev/null && apt-get update -q && apt-get install -y -q --no-install-recommends $(PACKAGES); } \
-	    || echo "note: without $(PACKAGES), the tests of the C and C++ runners are skipped"
+	@for tool in cmake g++ aarch64-linux-gnu-gcc qemu-aarch64-static; do \
+	    command -v $$tool >/dev/null && continue; \
+	    { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q && \
+	        apt-get install -y -q --no-install-recommends $(PACKAGES); } \
+	        || echo "note: without $$tool, some tests of the C and C++ runners are skipped"; \
+	done
 	$(BIN)/python -m pytest
 
 check: $(STAMP)
