@@ -81,4 +81,5 @@ def bundle(run: Path, keys: tuple[Path, Path]) -> Path:
     out = run.parent / "small bundle"
     result = ftkit("export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--zip", "--sign", keys[0])
     assert result.exit_code == 0, result.output
+    (out.parent / "export.txt").write_text(result.stdout)
     return out

@@ -1,6 +1,6 @@
 """int8 and fp16 variants of the core form, and which of its operators suffer most from 8 bits.
 
-    ranges = calibrate(core, batches)                          # smallest and largest value of every tensor
+    ranges = calibrate(core, batches, preprocess)              # smallest and largest value of every tensor
     order = rank(core, ranges, target, pixels)                 # operators, most damage first
     model = int8(core, ranges, target, keep=order[:4])         # the first four stay in float
     quantized_nodes(model)                                     # proof that 8 bits were delivered
@@ -41,7 +41,7 @@ RANK_IMAGES = 8
 def calibrate(core: onnx.ModelProto, batches: Iterable[Array], preprocess: Preprocess, method: str = "minmax") -> Any:
     """Ranges of every tensor over `batches` of pixels (n, 3, S, S), one after the other: they are streamed.
 
-    Returns onnxruntime's TensorsData. Raises FtkitError for an unknown method or no batch.
+    Returns onnxruntime's TensorsData. Raises FtkitError for an unknown method.
     """
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, create_calibrator
 

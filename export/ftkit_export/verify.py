@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,7 +49,7 @@ class GoldenCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What verify found. files: number of files whose hash was compared; evidence: the sealed gates, as text."""
+    """What verify found. files: how many hashes were compared; failed_gates: sealed gates that had failed, as text."""
 
     provider: str
     files: int
@@ -68,7 +69,7 @@ def sha256(path: Path) -> str:
 
 
 def read_manifest(bundle: str | Path) -> dict[str, Any]:
-    """The manifest of a bundle. Raises BundleError when there is none, or it is of a newer schema."""
+    """The manifest of a bundle. Raises BundleError for none, another schema, or one that proves nothing."""
     path = Path(bundle) / MANIFEST
     if not path.is_file():
         raise BundleError(f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`")
@@ -169,7 +170,11 @@ def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
     folder = Path(bundle)
     manifest = read_manifest(folder)
     check_files(folder, manifest["files"])
-    checks = replay_golden(folder, manifest, provider)
+    try:
+        checks = replay_golden(folder, manifest, provider)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{folder}: expected golden vectors that fit its manifest, found others ({error}). "
+                          "Do not trust this bundle") from None  # fmt: skip
     failed = tuple(
         f"{gate['name']}: {gate['value']} (limit {gate['limit']})" for gate in manifest["gates"] if not gate["passed"]
     )

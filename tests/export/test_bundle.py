@@ -15,6 +15,8 @@ import pytest
 from conftest import ftkit
 from onnx import numpy_helper
 
+from ftkit.variants import as_table
+from ftkit_export.decision import Row, paired
 from ftkit_export.predict import Classifier
 from ftkit_export.session import Session
 from ftkit_export.targets import here
@@ -70,6 +72,21 @@ def test_the_manifest_carries_the_evidence(bundle: Path) -> None:
     assert manifest["evidence"]["accuracy"]["file"]["images"] == 16
     listed = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     assert listed - {"manifest.json", "manifest.sig"} == set(manifest["files"])
+
+
+def test_the_decision_is_printed_within_80_columns_with_all_it_rests_on(bundle: Path) -> None:
+    evidence = json.loads((bundle / "manifest.json").read_text())["evidence"]["decision"]
+    lines = (bundle.parent / "export.txt").read_text().splitlines()
+    table = lines[: next(number for number, line in enumerate(lines) if line.startswith("parity"))]
+    assert max(map(len, table)) <= 80
+    assert table[0].split() == ["variant", "val", "drop,", "points", "[95", "%]", "time", "p50/p95", "MB", "verdict"]
+    for row, line in zip(evidence, table[1:], strict=False):
+        assert line.startswith(row["name"])
+        assert line.endswith(row["verdict"])
+        assert f"{row['p50_ms']:.1f}/{row['p95_ms']:.1f}" in line
+    wide = Row(name="int8, 16 float", verdict="inconclusive", reason="r", accuracy=0.5, ratio=1.5, p50_ms=12.34,
+               p95_ms=56.78, size_bytes=98_700_000, paired=paired(np.ones(40, bool), np.arange(40) > 20))  # fmt: skip
+    assert max(map(len, as_table([wide, wide]).splitlines())) <= 80
 
 
 def test_the_test_data_set_is_what_the_model_answers(bundle: Path) -> None:

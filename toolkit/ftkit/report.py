@@ -178,14 +178,14 @@ def _variants(manifest: Mapping[str, Any]) -> str:
     rows = [
         (
             row["name"], row["accuracy"], row["paired"] and 100 * row["paired"]["drop"], _interval(row["paired"]),
-            row["ratio"], row["p50_ms"], row["size_bytes"] / 1e6, f"{row['in_8_bits']} of {row['heavy']}",
-            row["verdict"],
+            row["ratio"], row["p50_ms"], row["p95_ms"], row["size_bytes"] / 1e6,
+            f"{row['in_8_bits']} of {row['heavy']}", row["verdict"],
         )
         for row in manifest["evidence"]["decision"]
     ]  # fmt: skip
     return "".join([
         f"<h2>Variants: {escape(manifest['chosen'])} for {escape(manifest['target'])}</h2>",
-        _table(("variant", "val accuracy", "drop, points", "95 % bounds", "time", "p50 ms", "MB", "in 8 bits",
+        _table(("variant", "val accuracy", "drop, points", "95 % bounds", "time", "p50 ms", "p95 ms", "MB", "in 8 bits",
                 "verdict"), rows),
         "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. In "
         "8 bits: convolutions and matrix products.</p>",

@@ -168,7 +168,7 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
                 order = [name for name, _ in rank(fp32.core, ranges, context.target, sample)]
         if count and count >= len(order):
             break
-        name = f"int8, {count} in float" if count else "int8"
+        name = f"int8, {count} float" if count else "int8"
         with terminal.bar(name):
             model = int8(fp32.core, ranges, context.target, keep=order[:count])
             found = answers(model, context, rows)
@@ -261,15 +261,16 @@ def _preference(row: Row) -> tuple[int, float]:
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """The decision table, within 80 columns; below it why the best of a precision may not ship."""
-    lines = [("variant", "val acc.", "drop, points [95 %]", "time", "p50 ms", "MB", "verdict")]
+    """The decision table within 80 columns, times in ms on one thread; below it why a precision's best may not ship."""
+    lines = [("variant", "val", "drop, points [95 %]", "time", "p50/p95", "MB", "verdict")]
     for row in rows:
         drop = row.paired
         lines.append((
-            row.name, f"{row.accuracy:.4f}",
-            f"{drop.drop * 100:+.2f} [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]" if drop else "",
-            f"{row.ratio:.2f}x" if row.ratio else "", f"{row.p50_ms:.1f}" if row.p50_ms else "",
-            f"{row.size_bytes / 1e6:.1f}", row.verdict,
+            row.name, f"{row.accuracy:.3f}",
+            f"{drop.drop * 100:+.1f} [{drop.low * 100:+.1f},{drop.high * 100:+.1f}]" if drop else "",
+            f"{row.ratio:.2f}x" if row.ratio else "",
+            f"{row.p50_ms:.1f}/{row.p95_ms:.1f}" if row.p50_ms and row.p95_ms else "",
+            f"{row.size_bytes / 1e6:.1f}", row.verdict.removesuffix(" on target"),
         ))  # fmt: skip
     best = [min((row for row in rows if row.name.startswith(precision)), key=_preference)
             for precision in dict.fromkeys(row.name.split(",")[0] for row in rows[1:])]  # fmt: skip
