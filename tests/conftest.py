@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from elpv_dataset import __file__ as elpv_file
 
 from ftkit.cli import main
+from ftkit.demo import NOTICE
 
 PER_CLASS = 30
 TINY = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=6", "stages.1.epochs=2", "stages.1.train=last:1",
@@ -51,6 +52,7 @@ def photos(elpv: list[tuple[Path, str]], tmp_path_factory: pytest.TempPathFactor
         folder.mkdir(parents=True)
         for path in [path for path, its in elpv if its == label][:PER_CLASS]:
             (folder / path.name).write_bytes(path.read_bytes())
+    (root / "LICENSE.txt").write_text(NOTICE)
     return root
 
 

@@ -72,6 +72,9 @@ def test_the_manifest_carries_the_evidence(bundle: Path) -> None:
     assert manifest["evidence"]["accuracy"]["file"]["images"] == 16
     listed = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     assert listed - {"manifest.json", "manifest.sig"} == set(manifest["files"])
+    assert "CC BY-NC-SA" in (bundle / "golden" / "LICENSE.txt").read_text(), (
+        "the photographs' licence travels with them"
+    )
 
 
 def test_the_decision_is_printed_within_80_columns_with_all_it_rests_on(bundle: Path) -> None:

@@ -53,6 +53,7 @@ def write_elpv(out: Path, *, split: bool) -> int:
             folder = out / (image.split if split else "") / images.classes[image.label]
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(image.path, folder / image.path.name)
+    (out / "LICENSE.txt").write_text(NOTICE + "\n")
     return len(images.images)
 
 

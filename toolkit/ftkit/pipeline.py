@@ -191,6 +191,8 @@ def _build(
         write_golden(folder, reference, golden, run.preprocess, run.temperature, paths, limits.input_format)
         paths[chosen.name][0].rename(folder / "model.onnx")
         write_flat(folder, chosen.name, run.preprocess, run.temperature, limits.input_format)
+    for licence in canvases.images.root.glob("LICEN[CS]E*") if golden else ():  # travels with the images
+        shutil.copyfile(licence, folder / "golden" / licence.name)
     paths[chosen.name] = (folder / "model.onnx", paths[chosen.name][1])
     bundles.add_runners(folder)
     _add_extras(folder, core.model, context, run.classes, extras)
