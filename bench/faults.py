@@ -22,7 +22,6 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
-from sklearn.datasets import load_sample_images
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -32,12 +31,11 @@ from ftkit.canvas import build as build_canvases
 from ftkit.checkpoint import Run, open_run
 from ftkit.intake import read
 from ftkit.judge import Answers
-from ftkit.recipe import Export, load, names
+from ftkit.recipe import Export
 from ftkit_export import archive, convert, graph, quantize, session
 from ftkit_export.convert import export_core
 from ftkit_export.errors import FtkitError
 from ftkit_export.latency import machine
-from ftkit_export.parity import Reference, compare
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.verify import verify
 
@@ -324,40 +322,14 @@ def planted(run: Run, only: str) -> tuple[int, int]:
     return caught, len(FAULTS) + 3
 
 
-def backbones() -> None:
-    """Parity of every recipe's backbone with random weights, on photographs and the edge inputs."""
-    photographs = [image[y : y + 200, x : x + 300] for image in load_sample_images().images
-                   for y in range(0, 220, 60) for x in range(0, 340, 90)]  # fmt: skip
-    print("| recipe | backbone | worst check | value / limit | verdict |\n|---|---|---|---|---|")
-    for name in names():
-        recipe = load(name)
-        torch.manual_seed(0)
-        backbone = build(recipe.backbone, 5, "none")
-        preprocess = recipe.preprocess or backbone.preprocess
-        core = export_core(backbone.model.eval(), preprocess.size)
-        with tempfile.TemporaryDirectory() as scratch:
-            paths = Path(scratch) / "core.onnx", Path(scratch) / "model.onnx"
-            convert.write(core.model, paths[0], {})
-            convert.write(graph.image_form(core.model, preprocess, 1.0), paths[1], {})
-            canvases = np.stack([preprocess.canvas(image) for image in photographs])
-            found = compare(Reference(backbone.model), *paths, canvases, photographs, preprocess, 1.0, core.layers)
-        worst = found.worst
-        print(f"| {name} | {recipe.backbone} | {worst.name}, {worst.group} | {worst.value / (worst.limit or 1):.2f} | "
-              f"{'passed' if found.passed else 'FALSE ALARM'} |", flush=True)  # fmt: skip
-
-
 def main() -> None:
-    """One of the two tables."""
+    """The table for one run, and how many were caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?")
+    parser.add_argument("run")
     parser.add_argument("--only", default="", help="faults with this in their name")
-    parser.add_argument("--backbones", action="store_true")
     options = parser.parse_args()
-    if options.backbones:
-        return backbones()
     caught, of = planted(open_run(options.run), options.only)
     print(f"{caught} of {of} caught; machine {json.dumps(machine())}")
-    return None
 
 
 if __name__ == "__main__":
