@@ -283,7 +283,7 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path,
     latency.write_text(json.dumps(measured))
     result = ftkit("export", run, "--out", tmp_path / "unproven", *told, "--set", "export.p95_ms=9999")
     assert result.exit_code == 1, result.output
-    assert "unproven on target" in result.stdout, "another file's latency proves nothing"
+    assert "unproven" in result.stdout, "another file's latency proves nothing"
     assert "not measured on the target: try --latency" in result.stderr
     runner = tmp_path / "unproven.failed" / "device" / "classify.py"
     measured = json.loads(subprocess.run([sys.executable, runner, "--bench"], capture_output=True, check=True).stdout)
