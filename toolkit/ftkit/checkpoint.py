@@ -8,7 +8,6 @@ run = open_run(folder)
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from torch import nn
 
 import ftkit
 from ftkit.backbones import Backbone, build
+from ftkit.files import write_atomically
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
@@ -89,27 +89,6 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, one an epoch."""
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, fsync, rename: a reader sees the old file or the new one, never a half.
-
-    Raises FtkitError, naming the file, when the disk is full; what was there stays.
-    """
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise FtkitError(
-            f"{path}: expected to write {len(content) / 1e6:.1f} MB, found {error.strerror}. Free some disk; a run "
-            "then goes on with --resume"
-        ) from None
 
 
 def finish(folder: Path, model: nn.Module, data: Mapping[str, Any]) -> None:

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ftkit import __version__
+from ftkit.cli_measure import bench, evaluate, report
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ def train(
 @click.option("--target", help="Where the file shall run: auto, x86-vnni, x86, arm64, cuda, web. [default: auto]")
 @click.option("--latency", type=click.Path(path_type=Path), metavar="FILE",
               help="What `device/classify.py --bench` printed on the target.")  # fmt: skip
+@click.option("--on", "device", metavar="USER@HOST", help="Let that device's own latency choose the variant (ssh).")
 @click.option("--input-format", help="The device's frames: rgb, bgr, grey, nv12. [default: rgb]")
 @click.option("--c", "c", is_flag=True, help="Plain C sources too, in device/c.")
 @click.option("--ort", is_flag=True, help="ONNX Runtime's own format too, in device/ort.")
@@ -111,12 +114,14 @@ def export(
     run: Path, out: Path | None, settings: tuple[str, ...], providers: str, data: Path | None, quick: bool,
     target: str | None = None, latency: Path | None = None, input_format: str | None = None, c: bool = False,
     ort: bool = False, handoff: bool = False, zipped: bool = False, sign: Path | None = None,
+    device: str | None = None,
 ) -> None:  # fmt: skip
     """Export RUN to ONNX, prove the file, and seal a bundle. Exit 1 when a gate fails."""
     from ftkit.checkpoint import open_run
     from ftkit.override import override
     from ftkit.pipeline import Extras, read_measured
     from ftkit.pipeline import export as run_export
+    from ftkit.remote import Device
     from ftkit.variants import resolve_target
     from ftkit_export.session import parse_providers
 
@@ -127,14 +132,17 @@ def export(
             raise FtkitError(
                 f"--set {setting}: expected a field of export, found another. Try export.max_accuracy_drop"
             )
-    named = {"target": target, "input_format": input_format}
-    settings = (*settings, *(f"export.{key}={value}" for key, value in named.items() if value))
-    limits = override(opened.recipe, settings).export
+    if device and latency:
+        raise FtkitError("--on, --latency: expected one source of the device's times, found two. Leave out --latency")
     where = out or run.resolve().with_name(run.resolve().name + "-bundle")
-    measured = read_measured(latency, opened, resolve_target(limits.target, names)) if latency else {}
-    extras = Extras(measured=measured, c=c, ort=ort, handoff=handoff,
-                    zipped=zipped, sign=sign)  # fmt: skip
-    done = run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
+    with Device.reached(device) if device else nullcontext() as reached:
+        named = {"target": target or (reached.target if reached else None), "input_format": input_format}
+        settings = (*settings, *(f"export.{key}={value}" for key, value in named.items() if value))
+        limits = override(opened.recipe, settings).export
+        measured = read_measured(latency, opened, resolve_target(limits.target, names)) if latency else {}
+        extras = Extras(measured=measured, device=reached, c=c, ort=ort, handoff=handoff,
+                        zipped=zipped, sign=sign)  # fmt: skip
+        done = run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
     for gate in done.gates:
         click.echo(f"{'ok    ' if gate.passed else 'FAILED'}  {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}")
     click.echo(f"bundle: {done.folder}")
@@ -264,6 +272,10 @@ def demo(out: Path) -> None:
     from ftkit.demo import run_demo
 
     run_demo(out)
+
+
+for command in (evaluate, bench, report):
+    main.add_command(command)
 
 
 def run_recipe(recipe: Recipe) -> None:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from sklearn.metrics import (
     confusion_matrix,
     precision_recall_curve,
@@ -156,6 +154,9 @@ def cka(one: Array, other: Array) -> float:
 
 def fit_temperature(logits: Array, labels: Array) -> float:
     """The T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), within 0.05 .. 20."""
+    import torch  # here: `ftkit eval` needs the rest of this file on machines without it
+    import torch.nn.functional as F
+
     values, targets = torch.from_numpy(logits).double(), torch.from_numpy(labels)
     log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")

@@ -24,7 +24,7 @@ from ftkit.recipe import Export
 from ftkit_export.bundle import Gate
 from ftkit_export.decision import Paired, Row, paired
 from ftkit_export.graph import IR_VERSION, OPSET
-from ftkit_export.latency import Latency, machine, measure
+from ftkit_export.latency import Condition, Latency, machine, measure
 from ftkit_export.parity import Parity
 from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
@@ -73,7 +73,8 @@ def latencies(
             for count in threads if provider == "cpu" else threads[:1]:
                 where = f"{name} on {provider}, {count} thread{'s' if count > 1 else ''}"
                 with terminal.bar(f"latency of {where}"):
-                    last = measure(image, photograph, provider=provider, threads=count, quick=quick)
+                    condition = Condition(model=str(image), provider=provider, threads=count)
+                    last = measure(condition, photograph, quick=quick)
                 found[name].append(last)
                 terminal.say(f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
     return found
@@ -139,6 +140,7 @@ def manifest(
             ],
             "accuracy": {"framework": run.data["metrics"]["test"], "file": asdict(file_metrics),
                          "against_fp32": against and asdict(against)},
+            "decided_on": context.device.machine if context.device else context.measured.get("machine", machine()),
             "latency": [{"variant": name, **asdict(item)} for name, items in latency.items() for item in items],
         },
         "machine": machine(),

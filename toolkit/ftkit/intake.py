@@ -61,11 +61,7 @@ def natural(text: str) -> list[tuple[int, int, str]]:
 def read(data: str | Path, seed: int = 0) -> Images:
     """Read a class folder, a split folder or a CSV. Raises FtkitError naming what is missing and what to try."""
     root = Path(data)
-    if not root.exists():
-        raise FtkitError(f"{root}: expected a folder of images or a CSV, found nothing there. Check the path")
-    rows = _from_csv(root) if root.is_file() else _from_folder(root)
-    if not rows:
-        raise FtkitError(f"{root}: expected images as {root}/CLASS/IMAGE.jpg, found none. Try a folder a class")
+    rows = _rows(root)
     classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
     if len(classes) < 2:
         raise FtkitError(
@@ -81,6 +77,26 @@ def read(data: str | Path, seed: int = 0) -> Images:
 
 
 Row = tuple[Path, str, str, str]  # path, label, split or "", group or ""
+
+
+def labelled(data: str | Path) -> list[tuple[Path, str]]:
+    """Images with the names of their classes, to be judged and not trained on: the test split where one is given, else
+    all of them. Raises FtkitError as read, but asks for no more than one image."""
+    root = Path(data)
+    rows = _rows(root)
+    chosen = [row for row in rows if row[2] == "test"] or [row for row in rows if not row[2]]
+    if not chosen:
+        raise FtkitError(f"{root}: expected a test split, found train and val only. Try a folder of held-out images")
+    return sorted(((path, label) for path, label, _, _ in chosen), key=lambda row: natural(row[0].as_posix()))
+
+
+def _rows(root: Path) -> list[Row]:
+    if not root.exists():
+        raise FtkitError(f"{root}: expected a folder of images or a CSV, found nothing there. Check the path")
+    rows = _from_csv(root) if root.is_file() else _from_folder(root)
+    if not rows:
+        raise FtkitError(f"{root}: expected images as {root}/CLASS/IMAGE.jpg, found none. Try a folder a class")
+    return rows
 
 
 def _from_folder(root: Path) -> list[Row]:

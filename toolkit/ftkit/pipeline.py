@@ -27,6 +27,7 @@ from ftkit.evaluate import Metrics
 from ftkit.intake import read
 from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Export
+from ftkit.remote import Device
 from ftkit.report import write_report
 from ftkit_export import archive, handoff, plain_c
 from ftkit_export import bundle as bundles
@@ -49,10 +50,12 @@ DECODED_BYTES = 500_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What an export may be asked for. measured: latencies from the target device, by variant. c: plain C sources.
-    ort: ONNX Runtime's own format. handoff: what other compilers need. zipped: BUNDLE.zip too. sign: an Ed25519 key."""
+    """What an export may be asked for. measured: latencies from the target device, by variant. device: the target, over
+    ssh. c: plain C sources. ort: ONNX Runtime's own format. handoff: what other compilers need. zipped: BUNDLE.zip too.
+    sign: an Ed25519 key."""
 
     measured: Mapping[str, Any] = field(default_factory=dict)
+    device: Device | None = None
     c: bool = False
     ort: bool = False
     handoff: bool = False
@@ -169,7 +172,7 @@ def _build(
     context = variants.Context(
         canvases=canvases, preprocess=run.preprocess, temperature=run.temperature, limits=limits, photograph=files[0],
         target_name=variants.resolve_target(limits.target, providers), measured=extras.measured,
-        metadata={**metadata(run), "input_format": limits.input_format},
+        device=extras.device, metadata={**metadata(run), "input_format": limits.input_format},
     )  # fmt: skip
     made = variants.make(core.model, context)
     terminal.say(variants.as_table(made.rows))

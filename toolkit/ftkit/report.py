@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ftkit.checkpoint import write_atomically
+from ftkit.files import write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1c1e; --faint: #5c6166; --paper: #fff; --line: #d8dce0;
@@ -27,6 +27,7 @@ p, figcaption { color: var(--faint); margin: .3rem 0 } figure { margin: 0 }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
 td.n, th.n { text-align: right } td.cell { text-align: center; padding: .35rem .6rem }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--faint); font: 12px system-ui, sans-serif }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem 2rem; margin-top: 1rem }
 @media print { body { max-width: none } h2 { break-after: avoid } }
 """
 
@@ -193,6 +194,24 @@ def _variants(manifest: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def _histogram(item: Mapping[str, Any]) -> str:
+    """One measured condition's runs, fastest to 99th percentile, as SVG."""
+    counts, width, height = item["histogram"], 420, 90
+    step, most = width / len(counts), max(counts)
+    bars = "".join(
+        f'<rect x="{number * step:.1f}" y="{(height - 18) * (1 - count / most):.1f}" width="{step - 1:.1f}" '
+        f'height="{(height - 18) * count / most:.1f}" fill="var(--one)"/>'
+        for number, count in enumerate(counts)
+        if count
+    )
+    where = f"{item['variant']} on {item['provider']}, {item['threads']} thread{'s' if item['threads'] > 1 else ''}"
+    title = f"{where}: {item['runs']} runs, p50 {item['p50_ms']:.2f} ms"
+    return (f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{bars}'
+            f'<text x="0" y="{height - 4}">{item["low_ms"]:.2f} ms</text>'
+            f'<text x="{width}" y="{height - 4}" text-anchor="end">{item["high_ms"]:.2f} ms</text></svg>'
+            f"<figcaption>{escape(title)}</figcaption></figure>")  # fmt: skip
+
+
 def _parity_and_latency(evidence: Mapping[str, Any]) -> str:
     parity = [
         (c["name"], c["group"], item["provider"], c["inputs"], c["value"], c["limit"], _verdict(c["passed"]))
@@ -214,6 +233,7 @@ def _parity_and_latency(evidence: Mapping[str, Any]) -> str:
         "<h2>Latency, one photograph at a time</h2>",
         _table(("variant", "provider", "p50 ms", "p95 ms", "runs", "first run ms", "session ms", "peak MB",
                 "protocol"), latency),
+        f'<div class="grid">{"".join(map(_histogram, evidence["latency"]))}</div>',
     ])  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ftkit.checkpoint import METRICS, write_atomically
+from ftkit.checkpoint import METRICS
+from ftkit.files import write_atomically
 from ftkit_export.errors import FtkitError
 
 SAVE_EVERY = 20.0  # seconds

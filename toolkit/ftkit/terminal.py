@@ -42,6 +42,18 @@ def _drawn(label: str) -> Iterator[Step]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
+@contextmanager
+def note() -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what goes on now and goes when done; nothing where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield status.update
+
+
 def clock(seconds: float) -> str:
     """75.2 -> "1:15"."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

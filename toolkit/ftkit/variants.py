@@ -25,6 +25,7 @@ from ftkit import terminal
 from ftkit.canvas import Canvases
 from ftkit.doctor import does_not_open
 from ftkit.recipe import Export
+from ftkit.remote import Device
 from ftkit_export.convert import write
 from ftkit_export.decision import Paired, Row, judge, paired
 from ftkit_export.graph import image_form
@@ -45,7 +46,8 @@ BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kep
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What a decision rests on. photograph: a real image file for the latency; metadata: what every file carries;
-    measured: for a target that is not this machine, what `device/classify.py --bench` printed there, or nothing."""
+    measured: for a target that is not this machine, what `device/classify.py --bench` printed there, or nothing.
+    device: the target itself, reached over ssh."""
 
     canvases: Canvases
     preprocess: Preprocess
@@ -55,6 +57,7 @@ class Context:
     photograph: Path
     metadata: Mapping[str, str]
     measured: Mapping[str, Any]
+    device: Device | None = None
 
     @property
     def target(self) -> Target:
@@ -64,8 +67,16 @@ class Context:
     @cached_property
     def here(self) -> bool:
         """Whether this machine is the target, so that its latencies count."""
+        if self.device:
+            return False
         provider = self.target.provider
         return self.target_name == here() if provider == "cpu" else not does_not_open(provider)
+
+    def race(self, files: Sequence[Path]) -> list[Raced] | None:
+        """Image forms run in turn on the target, one thread; None where it is neither this machine nor reached."""
+        if self.device:
+            return self.device.race(files, self.photograph, provider=self.target.provider)
+        return race(files, self.photograph, provider=self.target.provider) if self.here else None
 
     def image_form(self, core: onnx.ModelProto) -> onnx.ModelProto:
         """The file a device gets, of a core form."""
@@ -177,7 +188,7 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
         yield rung
         if _held(fp32, rung, context):
             return
-        if not count and context.here and _times([fp32, rung], context)[name].ratio_low >= 1:
+        if not count and (context.here or context.device) and _times([fp32, rung], context)[name].ratio_low >= 1:
             return
     if context.limits.qat_epochs:
         yield _trained(fp32, ranges, context, logits, labels)
@@ -219,14 +230,14 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
 def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
     """Image forms of all, run in turn on one thread on a real photograph; what the target measured when not here."""
-    if (context.here and len(candidates) == 1) or not (context.here or context.measured):
+    reached = context.here or context.device
+    if (context.here and len(candidates) == 1) or not (reached or context.measured):
         return {}
     with tempfile.TemporaryDirectory() as scratch, terminal.bar(f"latency of {len(candidates)} variants"):
         files = [Path(scratch) / f"{number}.onnx" for number in range(len(candidates))]
         for path, item in zip(files, candidates, strict=True):
             context.write(item.core, path, item.precision, item.kept, plain=False)
-        if context.here:
-            found = race(files, context.photograph, provider=context.target.provider)
+        if found := context.race(files):
             return {item.name: times for item, times in zip(candidates, found, strict=True)}
         known = context.measured["sha256"]  # of the very files that ran there
         return {

@@ -3,7 +3,7 @@
 python device/classify.py IMAGE...                   class and probability of each image
 python device/classify.py --raw ROWS COLUMNS FILE... the same of raw frames, as the model was exported for
 python device/classify.py --self-check               replay the golden vectors, then time the model; exit 0 or 1
-python device/classify.py --bench > device.json      every variant's latency here, for `ftkit export --latency`
+python device/classify.py --bench > device.json      every variant's latency here, as `ftkit bench --json` writes it
 """
 
 import argparse
@@ -17,12 +17,12 @@ import numpy as np
 
 sys.dont_write_bytecode = True  # the bundle is sealed: nothing may appear in it
 
-from ftkit_export.errors import FtkitError  # noqa: E402  # after the line above on purpose
-from ftkit_export.latency import machine, measure, race  # noqa: E402
+from ftkit_export.bench import bench  # noqa: E402  # after the line above on purpose
+from ftkit_export.errors import FtkitError  # noqa: E402
+from ftkit_export.latency import Condition, measure  # noqa: E402
 from ftkit_export.predict import Classifier, image_files  # noqa: E402
 from ftkit_export.session import PROVIDERS  # noqa: E402
-from ftkit_export.targets import here  # noqa: E402
-from ftkit_export.verify import check_files, read_manifest, verify  # noqa: E402
+from ftkit_export.verify import verify  # noqa: E402
 
 BUNDLE = Path(__file__).resolve().parents[1]
 
@@ -39,24 +39,14 @@ def self_check(provider: str, threads: int) -> int:
     for gate in result.failed_gates:
         print(f"sealed gate  FAILED: {gate}")
     golden = BUNDLE / "golden" / "00.png"
-    latency = measure(BUNDLE / "model.onnx", golden, provider=provider, threads=threads, quick=True)
+    latency = measure(
+        Condition(model=str(BUNDLE / "model.onnx"), provider=provider, threads=threads), golden, quick=True
+    )
     print(
         f"latency      p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms ({provider}, {latency.threads} threads)"
     )
     print("self-check passed" if result.passed else "self-check FAILED")
     return 0 if result.passed else 1
-
-
-def bench(provider: str, threads: int) -> None:
-    """Print JSON: all variants run in turn on the first golden image, one thread unless told otherwise."""
-    manifest = read_manifest(BUNDLE)
-    check_files(BUNDLE, manifest["files"])
-    files = {name: BUNDLE / manifest["variants"][name]["file"] for name in manifest["variants"]}
-    found = race(list(files.values()), BUNDLE / "golden" / "00.png", provider=provider, threads=threads or 1)
-    raced = {name: dataclasses.asdict(item) for name, item in zip(files, found, strict=True)}
-    sha = {name: manifest["files"][manifest["variants"][name]["file"]] for name in files}
-    facts = {"run": manifest["run"], "machine": machine(), "target": here(), "provider": provider}
-    print(json.dumps({**facts, "threads": threads or 1, "sha256": sha, "raced": raced}))
 
 
 def raw_frame(path: Path, rows: int, columns: int, channels: int) -> np.ndarray[Any, Any]:
@@ -74,7 +64,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files or folders")
     parser.add_argument("--self-check", action="store_true", help="replay the golden vectors and time the model")
-    parser.add_argument("--bench", action="store_true", help="race all variants, print JSON")
+    parser.add_argument("--bench", action="store_true", help="measure all variants, print JSON")
+    parser.add_argument("--quick", action="store_true", help="shorter runs with --bench, marked as such")
     parser.add_argument("--raw", nargs=2, type=int, metavar=("ROWS", "COLUMNS"), help="the files are raw frames")
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
@@ -86,7 +77,8 @@ def main() -> int:
         if options.self_check:
             return self_check(options.provider, options.threads)
         if options.bench:
-            bench(options.provider, options.threads)
+            threads = [options.threads] if options.threads else []
+            print(json.dumps(bench(BUNDLE, providers=[options.provider], threads=threads, quick=options.quick)))
             return 0
         classify = Classifier(BUNDLE, provider=options.provider, threads=options.threads)
         channels = 3 if classify.input_format in ("rgb", "bgr") else 1

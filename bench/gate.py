@@ -1,0 +1,233 @@
+"""Does the regression gate flake, does it sleep? Against pytest-benchmark's rule, min-of-N and a Mann-Whitney test.
+
+    python bench/gate.py --what aa --trials 100          the same model twice; a noisy neighbour in every second trial
+    python bench/gate.py --what slow --trials 40         the candidate slowed by 3, 5, 10, 20 %
+    python bench/gate.py --what slow --trials 20 --threads 2 --percent 10
+    python bench/gate.py --what real                     regressions as they happen
+    python bench/gate.py --what cost                     ftkit's latency against a bare loop
+
+Model: efficientnet_lite0 (random weights), core form, 128 pixels, CPU. The neighbour: a busy loop pinned to the first
+core, on and off for 0.1 to 1 s. The slowdown: a spin after each of the candidate's runs, of so many per cent of their
+median. The others get what pytest-benchmark collects by default: runs for one second, in a fresh process a side, one
+after the other; all three judge those same samples. Each trial is a line of JSON in --log; the table is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftkit_export.latency import Condition, machine
+from ftkit_export.regression import PROCESSES, ROUNDS, SECONDS, Sample, Verdict, compare, decide, sample
+from ftkit_export.timing import in_turn, opened, runner
+
+LIMIT = 0.05
+THEIRS_S = 1.0  # pytest-benchmark's --benchmark-max-time
+
+
+def build(folder: Path, size: int, quantized: bool = False) -> Path:
+    """efficientnet_lite0 as a core form, in 8 bits if asked."""
+    import torch
+
+    from ftkit.backbones import build as backbone
+    from ftkit_export.convert import export_core, write
+    from ftkit_export.quantize import calibrate, int8
+    from ftkit_export.targets import TARGETS, here
+
+    torch.manual_seed(0)
+    made = backbone("efficientnet_lite0", 4, "none")
+    core, path = export_core(made.model, size).model, folder / f"{size}{'-int8' if quantized else ''}.onnx"
+    if quantized:
+        pixels = np.random.default_rng(0).standard_normal((8, 3, size, size), np.float32)
+        core = int8(core, calibrate(core, iter([pixels]), made.preprocess), TARGETS[here()])
+    write(core, path, {})
+    return path
+
+
+def _neighbour(seed: int) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    rng = random.Random(seed)
+    while True:
+        end = time.perf_counter() + rng.uniform(0.1, 1)
+        while time.perf_counter() < end:
+            pass
+        time.sleep(rng.uniform(0.1, 1))
+
+
+@contextmanager
+def neighbour(seed: int, there: bool) -> Iterator[None]:
+    """A busy loop on the first core, on and off, while the block runs."""
+    if not there:
+        yield
+        return
+    process = multiprocessing.get_context("spawn").Process(target=_neighbour, args=(seed,), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def slowed(condition: Condition, percent: float) -> Callable[[], object]:
+    """The model's call, with a spin of so many per cent of its own median (of the last nine runs) after it."""
+    call, last = runner(opened(condition, shared=True), condition, None), deque[float](maxlen=9)
+
+    def run() -> None:
+        start = time.perf_counter()
+        call()
+        last.append(time.perf_counter() - start)
+        end = start + last[-1] + statistics.median(last) * percent / 100
+        while time.perf_counter() < end:
+            pass
+
+    return run if percent else call
+
+
+def child(job: dict[str, Any]) -> list[list[float]]:
+    """In a process of its own: pairs for ftkit's gate, or one side's runs for the others."""
+    condition, percent = Condition(**job["condition"]), job["percent"]
+    if job["what"] == "pairs":
+        calls = [slowed(condition, percent if place == job["place"] else 0) for place in range(3)]
+        return [list(map(float, row)) for row in in_turn(calls, ROUNDS, warm_up=(10, 0), seconds=10)]
+    call, times, begun = slowed(condition, percent), [], time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begun < THEIRS_S:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return [times]
+
+
+def ask(what: str, condition: Condition, percent: float, place: int = 0) -> list[list[float]]:
+    """child(), in a fresh process."""
+    job = json.dumps({"what": what, "condition": asdict(condition), "percent": percent, "place": place})
+    done = subprocess.run([sys.executable, __file__, "--child", job], capture_output=True, text=True, check=True)
+    found: list[list[float]] = json.loads(done.stdout)
+    return found
+
+
+def others(condition: Condition, percent: float) -> dict[str, bool]:
+    """Whether each of the other rules calls it a regression."""
+    from scipy.stats import mannwhitneyu
+
+    (then,), (now,) = ask("runs", condition, 0), ask("runs", condition, percent)
+    return {
+        "pytest-benchmark median:5%": statistics.median(now) / statistics.median(then) > 1 + LIMIT,
+        "min-of-N, 5%": min(now) / min(then) > 1 + LIMIT,
+        "Mann-Whitney, p < 0.05": float(mannwhitneyu(now, then, alternative="greater").pvalue) < 0.05,
+    }
+
+
+def trial(condition: Condition, percent: float, number: int, log: Path) -> None:
+    """One comparison by every rule, with the neighbour in every second one."""
+    noisy, turns = number % 2 == 1, itertools.cycle(range(3))
+
+    def draw() -> Sample:
+        place = next(turns)
+        times = np.array(ask("pairs", condition, percent, place))
+        return sample(times[:, place], *np.delete(times, place, axis=1).T)
+
+    with neighbour(number, noisy):
+        found = decide("latency", draw, seconds=SECONDS)
+        line = {"percent": percent, "threads": condition.threads, "noisy": noisy, **asdict(found),
+                "others": others(condition, percent)}  # fmt: skip
+    with log.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(f"{percent:g} %, {'noise' if noisy else 'quiet'}: {found.verdict} {found.ratio:.3f} "
+          f"[{found.low:.3f}, {found.high:.3f}], margin {found.margin:.3f}, {found.processes} processes, "
+          f"{found.seconds:.0f} s; {line['others']}", flush=True)  # fmt: skip
+
+
+def table(log: Path) -> None:
+    """What the log holds, a row a slowdown: failed / inconclusive / passed by ftkit, share caught by the others."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    names = list(lines[0]["others"])
+    print(f"\n| slower by | threads | neighbour | trials | ftkit: failed | inconclusive | passed | seconds each | "
+          f"{' | '.join(names)} |\n|{'---|' * (8 + len(names))}")  # fmt: skip
+    for key in sorted({(line["threads"], line["percent"], line["noisy"]) for line in lines}):
+        rows = [line for line in lines if (line["threads"], line["percent"], line["noisy"]) == key]
+        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in ("failed", "inconclusive", "passed")]
+        caught = [f"{sum(row['others'][name] for row in rows)}" for name in names]
+        seconds = statistics.mean(row["seconds"] for row in rows)
+        print(f"| {key[1]:g} % | {key[0]} | {'on and off' if key[2] else 'none'} | {len(rows)} | "
+              f"{' | '.join(map(str, counts))} | {seconds:.0f} | {' | '.join(caught)} |")  # fmt: skip
+
+
+def real(folder: Path) -> None:
+    """Regressions as they happen, by the gate as a user calls it."""
+    plain = Condition(model=str(build(folder, 224)), threads=1)
+    cases: dict[str, tuple[Condition, Condition]] = {
+        "int8 to fp32": (plain, replace(plain, model=str(build(folder, 224, quantized=True)))),
+        "2 threads to 1": (plain, replace(plain, threads=2)),
+        "graph optimisation off": (replace(plain, optimised=False), plain),
+        "224 to 256 pixels": (replace(plain, model=str(build(folder, 256))), plain),
+        "nothing": (plain, plain),
+    }
+    print("| change | verdict | ratio | 95 % interval | A/A spread | seconds |\n|---|---|---|---|---|---|")
+    for name, (candidate, baseline) in cases.items():
+        found: Verdict = compare(candidate, baseline)
+        print(f"| {name} | {found.verdict} | {found.ratio:.3f} | {found.low:.3f} to {found.high:.3f} | "
+              f"{found.spread:.1%} | {found.seconds:.0f} |", flush=True)  # fmt: skip
+
+
+def cost(folder: Path) -> None:
+    """A bare loop of onnxruntime's run against ftkit's call, in turn in one process; median of paired ratios."""
+    import onnxruntime
+
+    for size in (128, 224):
+        condition = Condition(model=str(build(folder, size)), threads=1)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        bare = onnxruntime.InferenceSession(condition.model, options, providers=["CPUExecutionProvider"])
+        feed = {"pixels": np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)}
+        call = runner(opened(condition), condition, None)
+        times = in_turn([lambda bare=bare, feed=feed: bare.run(None, feed), call], 600, warm_up=(50, 1), seconds=60)
+        p50 = np.median(times, axis=0)
+        ratios = times[:, 1] / times[:, 0]
+        print(f"{size} px: bare {p50[0]:.3f} ms, ftkit {p50[1]:.3f} ms, paired ratio {np.median(ratios):.4f}")
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=["aa", "slow", "real", "cost"], default="aa")
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--percent", type=float, nargs="*", default=[3, 5, 10, 20])
+    parser.add_argument("--log", type=Path, default=Path("gate.jsonl"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(json.loads(options.child))))
+        return
+    print(f"{machine()}; at least {PROCESSES} processes of {ROUNDS} rounds")
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.what in ("real", "cost"):
+            {"real": real, "cost": cost}[options.what](Path(scratch))
+            return
+        condition = Condition(model=str(build(Path(scratch), 128)), threads=options.threads)
+        for percent in [0] if options.what == "aa" else options.percent:
+            for number in range(options.trials):
+                trial(condition, percent, number, options.log)
+    table(options.log)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Latency of an exported model under pytest-benchmark, and whether it is slower than the one before.
+
+    pytest bench/test_latency.py --bundle BUNDLE --benchmark-json out.json
+    pytest bench/test_latency.py --bundle NEW --against OLD
+
+pytest-benchmark's own table is of runs in this process; extra_info holds ftkit's figures from fresh processes.
+"""
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from ftkit.pytest_plugin import Measured
+from ftkit_export.bench import conditions, find
+from ftkit_export.latency import Condition
+from ftkit_export.session import cores
+from ftkit_export.timing import opened, runner
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each variant and number of threads."""
+    if "condition" in metafunc.fixturenames:
+        where = metafunc.config.getoption("--bundle")
+        files = find(where).files if where else {}
+        cases = {
+            f"{name}-{item.threads}{'' if item.spinning else '-nospin'}": item
+            for name, path in files.items()
+            for item in conditions(path, ["cpu"], sorted({1, cores()}), [1])
+        }
+        metafunc.parametrize("condition", list(cases.values()), ids=list(cases))
+
+
+def test_latency(
+    benchmark: BenchmarkFixture, latency: Measured, condition: Condition, pytestconfig: pytest.Config
+) -> None:
+    """Rounds of pytest-benchmark, beside ftkit's p50 and p95 from a fresh process."""
+    image = find(pytestconfig.getoption("--bundle")).image
+    call = runner(opened(condition), condition, image and str(image))
+    benchmark.pedantic(call, rounds=200, warmup_rounds=20)
+    found = latency(condition.model, image=image, threads=condition.threads, spinning=condition.spinning)
+    assert found["p50_ms"] > 0
+
+
+def test_no_slower(benchmark: BenchmarkFixture, latency: Measured, pytestconfig: pytest.Config) -> None:
+    """The regression gate, its verdicts in extra_info."""
+    candidate, baseline = pytestconfig.getoption("--bundle"), pytestconfig.getoption("--against")
+    if not (candidate and baseline):
+        pytest.skip("give --bundle and --against")
+    benchmark.pedantic(latency.against, args=(candidate, baseline), rounds=1)

@@ -1,0 +1,140 @@
+"""Everything there is to say about a model's speed on this machine, in one schema, on a workstation or a device.
+
+    found = bench("bundle", providers=["cpu"])       # or any model.onnx; a dict, for JSON
+    found["rows"], found["starts"], found["parts"], found["raced"]
+
+`ftkit bench` and `device/classify.py --bench` write it; `ftkit export --latency` and `ftkit bench --against` read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ftkit_export.errors import FtkitError
+from ftkit_export.latency import Condition, Start, begin, machine, measure, parts, race
+from ftkit_export.session import cores
+from ftkit_export.targets import here
+from ftkit_export.verify import MANIFEST, check_files, read_manifest, sha256
+
+SCHEMA = 1
+STARTS, QUICK_STARTS = 5, 3
+SHIPPED = "model.onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What is measured. files: variant -> image form, the shipped one first (of a plain model: "model" -> it).
+
+    cores: variant -> core form. fingerprint: sha256 of the manifest, or of the file. image: fed to ftkit's own files.
+    """
+
+    files: Mapping[str, Path]
+    cores: Mapping[str, Path]
+    fingerprint: str
+    image: Path | None
+    run: str = ""
+
+    @property
+    def shipped(self) -> Path:
+        """The file that a device would run."""
+        return next(iter(self.files.values()))
+
+
+def find(model: str | Path, image: str | Path | None = None) -> Model:
+    """A bundle's variants, its files checked, or a single ONNX file.
+
+    Raises BundleError for a bundle that is not whole, FtkitError when there is nothing to measure.
+    """
+    path = Path(model)
+    if path.is_dir():
+        manifest = read_manifest(path)
+        check_files(path, manifest["files"])
+        names = sorted(manifest["variants"], key=lambda name: name != manifest["chosen"])
+        pairs = {name: manifest["variants"][name] for name in names}
+        return Model(
+            files={name: path / pair["file"] for name, pair in pairs.items()},
+            cores={name: path / pair["core"] for name, pair in pairs.items()},
+            fingerprint=sha256(path / MANIFEST), run=manifest["run"],
+            image=Path(image) if image else path / "golden" / "00.png",
+        )  # fmt: skip
+    if not path.is_file():
+        raise FtkitError(f"{path}: expected a bundle or an ONNX file, found nothing there. Check the path")
+    return Model(files={"model": path}, cores={}, fingerprint=sha256(path), image=Path(image) if image else None)
+
+
+def conditions(path: Path, providers: Sequence[str], threads: Sequence[int], batches: Sequence[int]) -> list[Condition]:
+    """Provider x threads x batch. On the CPU several threads also without spinning; on CUDA also without copies."""
+    found = []
+    for provider in providers:
+        for count in threads if provider == "cpu" else [1]:
+            for batch in batches:
+                plain = Condition(model=str(path), provider=provider, threads=count, batch=batch)
+                found.append(plain)
+                if provider == "cpu" and count > 1:
+                    found.append(replace(plain, spinning=False))
+                if provider in ("cuda", "tensorrt"):
+                    found.append(replace(plain, copies=False))
+    return found
+
+
+def starts(model: Path, image: Path | None, provider: str, threads: int, *, quick: bool = False) -> list[Start]:
+    """Cold starts and memory, each in a process of its own."""
+    condition = Condition(model=str(model), provider=provider, threads=threads)
+    return [begin(condition, image) for _ in range(QUICK_STARTS if quick else STARTS)]
+
+
+def bench(
+    model: str | Path, *, providers: Sequence[str] = ("cpu",), threads: Sequence[int] = (),
+    batches: Sequence[int] = (1,), image: str | Path | None = None, quick: bool = False,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a bundle or a model file. threads: 1 and all cores by default. say: told what is measured next.
+
+    The result: schema, machine, target, run, fingerprint, provider and threads (the first of each, which starts, parts
+    and raced hold for), sha256 (variant -> file), quick, rows (a Latency and its variant each), starts (variant ->
+    Starts), parts (variant -> Parts, where there is a core form), raced (variant -> Raced, against the first of them
+    that is fp32). Raises FtkitError for a model that is not there, or does not run.
+    """
+    found, counts = find(model, image), list(threads) or sorted({1, cores()})
+    provider, first = providers[0], counts[0] if providers[0] == "cpu" else 1
+    rows, cold, pieces = [], {}, {}
+    for name, path in found.files.items():
+        for condition in conditions(path, providers, counts, batches):
+            say(f"{name} on {condition.provider}, {condition.threads} threads, batch {condition.batch}")
+            rows.append({"variant": name, **asdict(measure(condition, found.image, quick=quick))})
+        say(f"{name}: cold starts")
+        cold[name] = [asdict(start) for start in starts(path, found.image, provider, first, quick=quick)]
+        if name in found.cores and found.image:
+            say(f"{name}: decoding, preprocessing, network")
+            condition = Condition(model=str(path), provider=provider, threads=first)
+            pieces[name] = asdict(parts(condition, found.cores[name], found.image))
+    raced = {}
+    if found.image and found.cores:
+        say("variants in turn")
+        order = sorted(found.files, key=lambda name: name != "fp32")
+        results = race([found.files[name] for name in order], found.image, provider=provider, threads=first)
+        raced = {name: asdict(item) for name, item in zip(order, results, strict=True)}
+    return {
+        "schema": SCHEMA, "machine": machine(), "target": here(), "run": found.run, "fingerprint": found.fingerprint,
+        "provider": provider, "threads": first, "sha256": {name: sha256(path) for name, path in found.files.items()},
+        "quick": quick, "rows": rows, "starts": cold, "parts": pieces, "raced": raced,
+    }  # fmt: skip
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What bench wrote as JSON. Raises FtkitError when the file is something else, or of another schema."""
+    where = Path(path)
+    try:
+        data = json.loads(where.read_text())
+        known = {"machine", "provider", "threads", "sha256", "rows", "starts"} <= set(data)
+        listed = [Start(**start) for items in data["starts"].values() for start in items] if known else []
+    except (OSError, ValueError, TypeError, AttributeError):
+        known, listed = False, []
+    if not known or not listed or data.get("schema") != SCHEMA:
+        raise FtkitError(f"{where}: expected what `ftkit bench --json` writes (schema {SCHEMA}), found something else. "
+                         "Measure the baseline again")  # fmt: skip
+    return dict(data)

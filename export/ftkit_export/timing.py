@@ -1,0 +1,259 @@
+"""The inside of a measuring process: open a model in a condition, feed it, take the time of each run.
+
+`python -m ftkit_export.timing JSON` does one of `WORK`, once, and prints JSON; latency.py and regression.py start it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit_export.errors import FtkitError
+from ftkit_export.latency import ROUNDS, Condition, Latency, Parts, Raced
+
+if TYPE_CHECKING:
+    from ftkit_export.session import Session
+
+WARM_UP_RUNS, WARM_UP_S = 20, 1.0
+RUNS, SECONDS = 200, 10.0
+QUICK_RUNS, QUICK_SECONDS = 50, 1.0
+BINS = 40
+FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory of this process so far, in bytes (0 where the system does not tell)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # not ru_maxrss, which on Linux a child inherits from the process that started it
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+
+
+def feeds(session: Session, image: str | None, batch: int) -> list[Any]:
+    """What the session is fed with: the image as ftkit's own file wants it, else noise after its signature.
+
+    Raises FtkitError for an input that cannot be made, or that has another batch.
+    """
+    if image and "preprocess" in session.metadata:
+        return [_from_image(session, image, batch)]
+    return [_noise(item.name, item.type, item.shape, batch) for item in session.inputs]
+
+
+def _from_image(session: Session, image: str, batch: int) -> Any:
+    import numpy as np
+
+    from ftkit_export.preprocess import Preprocess, decode, to_frame
+
+    if session.input_names[0] != "pixels":  # the image form takes a frame, the core form normalised pixels
+        frame = to_frame(decode(image), session.metadata.get("input_format", "rgb"))
+        return np.repeat(frame[None], batch, axis=0)
+    preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
+    return np.repeat(preprocess.pixels(preprocess.canvas(decode(image))[None]), batch, axis=0)
+
+
+def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) -> Any:
+    import numpy as np
+
+    types = {"float": "float32", "double": "float64", "bool": "bool_"}
+    word = kind.removeprefix("tensor(").removesuffix(")")
+    dtype = getattr(np, types.get(word, word), None)
+    if not isinstance(dtype, type) or not issubclass(dtype, np.number | np.bool_):
+        raise FtkitError(f"input {name}: expected numbers, found {kind}. Only tensors of numbers can be made up")
+    sizes = [size if isinstance(size, int) and size > 0 else FREE for size in shape]
+    if shape and sizes[0] != batch:
+        if isinstance(shape[0], int):
+            raise FtkitError(
+                f"input {name}: expected batch {batch}, found {shape[0]} in the file. Try --batch {shape[0]}"
+            )
+        sizes[0] = batch
+    rng = np.random.default_rng(0)
+    if dtype is np.uint8:
+        return rng.integers(0, 256, sizes, np.uint8)
+    if issubclass(dtype, np.floating):
+        return rng.standard_normal(sizes).astype(dtype)
+    return np.zeros(sizes, dtype)  # 0 is an index into any table
+
+
+def opened(condition: Condition, *, shared: bool = False) -> Session:
+    """A session in this condition. shared: others run between its runs."""
+    from ftkit_export.session import Session
+
+    return Session(condition.model, provider=condition.provider, threads=condition.threads,
+                   spinning=condition.spinning, optimised=condition.optimised, shared=shared)  # fmt: skip
+
+
+def runner(session: Session, condition: Condition, image: str | None) -> Callable[[], object]:
+    """A call that runs the model once, on inputs made beforehand."""
+    fed = feeds(session, image, condition.batch)
+    return (lambda: session.run(*fed)) if condition.copies else session.bound(*fed)
+
+
+def in_turn(calls: Sequence[Callable[[], object]], rounds: int, *, warm_up: tuple[int, float], seconds: float) -> Any:
+    """(rounds, calls) ms: each round runs every call once; who goes first changes, and so does who follows whom.
+
+    warm_up: at least so many rounds and seconds. Ends early after `seconds`, though not before 5 rounds.
+    """
+    import numpy as np
+
+    warm(lambda: [call() for call in calls], *warm_up)
+    times = np.zeros((rounds, len(calls)))
+    begun = time.perf_counter()
+    for number in range(rounds):
+        shift = number // 2 % len(calls)
+        order = [*range(shift, len(calls)), *range(shift)]
+        for which in reversed(order) if number % 2 else order:
+            start = time.perf_counter()
+            calls[which]()
+            times[number, which] = (time.perf_counter() - start) * 1e3
+        if number >= 4 and time.perf_counter() - begun > seconds:
+            return times[: number + 1]
+    return times
+
+
+def warm(call: Callable[[], object], runs: int, seconds: float) -> None:
+    """Run it at least so often and so long."""
+    begun, count = time.perf_counter(), 0
+    while count < runs or time.perf_counter() - begun < seconds:
+        call()
+        count += 1
+
+
+def _timed(call: Callable[[], object], runs: int, seconds: float) -> Any:
+    import numpy as np
+
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < runs or time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return np.array(times)
+
+
+def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object], dict[str, float]]:
+    """A call, and what it took to come to its first answer: import, session, first run."""
+    started = time.perf_counter()
+    from ftkit_export.session import offered
+
+    offered()  # imports ONNX Runtime and numpy
+    imported = time.perf_counter()
+    session = opened(condition)
+    ready = time.perf_counter()
+    call = runner(session, condition, image)
+    before = time.perf_counter()
+    call()
+    return call, {"import_ms": (imported - started) * 1e3, "session_ms": (ready - imported) * 1e3,
+                  "first_run_ms": (time.perf_counter() - before) * 1e3}  # fmt: skip
+
+
+def _measure_here(conditions: Sequence[Condition], image: str | None, quick: bool) -> dict[str, Any]:
+    (condition,) = conditions
+    call, start = _begun(condition, image)
+    import numpy as np
+
+    from ftkit_export.session import cores
+
+    gc.disable()
+    warm(call, WARM_UP_RUNS, WARM_UP_S)
+    times = _timed(call, *((QUICK_RUNS, QUICK_SECONDS) if quick else (RUNS, SECONDS)))
+    p50, p90, p95, p99 = (float(value) for value in np.percentile(times, (50, 90, 95, 99)))
+    low, high = float(times.min()), max(p99, float(times.min()) * 1.001)
+    histogram = np.histogram(np.minimum(times, high), bins=BINS, range=(low, high))[0]
+    found = Latency(
+        provider=condition.provider, threads=condition.threads or cores(), batch=condition.batch,
+        spinning=condition.spinning, copies=condition.copies, runs=len(times), quick=quick,
+        p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99 if len(times) >= 1000 else None, **start,
+        peak_rss_bytes=peak_rss_bytes(), size_bytes=Path(condition.model).stat().st_size,
+        low_ms=low, high_ms=high, histogram=tuple(int(count) for count in histogram),
+    )  # fmt: skip
+    return asdict(found)
+
+
+def _begin_here(conditions: Sequence[Condition], image: str | None) -> dict[str, Any]:
+    call, start = _begun(conditions[0], image)
+    import numpy as np
+
+    warm(call, WARM_UP_RUNS, WARM_UP_S / 4)
+    p50, p95 = np.percentile(_timed(call, QUICK_RUNS, 0), (50, 95))
+    return {**start, "p50_ms": float(p50), "p95_ms": float(p95), "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _pairs_here(conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float) -> list[list[float]]:
+    """Times in ms, a row a round, a column a condition (`regression` reads them)."""
+    calls = [runner(opened(condition, shared=True), condition, image) for condition in conditions]
+    gc.disable()
+    found = in_turn(calls, rounds, warm_up=(min(WARM_UP_RUNS, rounds // 4), 0), seconds=seconds)
+    return [[float(value) for value in row] for row in found]
+
+
+def _race_here(conditions: Sequence[Condition], image: str | None, rounds: int) -> list[dict[str, Any]]:
+    import numpy as np
+
+    calls = [runner(opened(condition, shared=True), condition, image) for condition in conditions]
+    gc.disable()
+    times = in_turn(calls, rounds, warm_up=(WARM_UP_RUNS, WARM_UP_S), seconds=math.inf)
+    ratios = np.sort(times / times[:, :1], axis=0)
+    spare = max(0, round(rounds / 2 - 0.98 * rounds**0.5))  # ranks of a 95 % interval of a median
+    found = [
+        Raced(
+            p50_ms=float(np.percentile(times[:, i], 50)), p95_ms=float(np.percentile(times[:, i], 95)),
+            ratio=float(np.median(ratios[:, i])), ratio_low=float(ratios[spare, i]),
+            ratio_high=float(ratios[rounds - 1 - spare, i]),
+        )
+        for i in range(len(calls))
+    ]  # fmt: skip
+    return [asdict(item) for item in found]
+
+
+def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
+    import numpy as np
+
+    from ftkit_export.preprocess import Preprocess, decode
+
+    sessions, data = [opened(condition, shared=True) for condition in conditions], Path(image).read_bytes()
+    preprocess, pixels = Preprocess(**json.loads(sessions[1].metadata["preprocess"])), decode(data)
+    calls: list[Callable[[], object]] = [
+        lambda: decode(data),
+        lambda: preprocess.pixels(preprocess.canvas(pixels)[None]),
+    ]
+    calls += [runner(session, condition, image) for session, condition in zip(sessions, conditions, strict=True)]
+    gc.disable()
+    times = in_turn(calls, ROUNDS, warm_up=(WARM_UP_RUNS, WARM_UP_S), seconds=SECONDS)
+    decoding, pillow, together, network = (float(value) for value in np.median(times, axis=0))
+    found = Parts(decode_ms=decoding, pillow_ms=pillow, network_ms=network, together_ms=together,
+                  preprocess_ms=float(np.median(times[:, 2] - times[:, 3])))  # fmt: skip
+    return asdict(found)
+
+
+WORK: dict[str, Callable[..., Any]] = {
+    "measure": _measure_here, "begin": _begin_here, "pairs": _pairs_here, "race": _race_here, "parts": _parts_here,
+}  # fmt: skip
+
+
+def _main() -> int:
+    job = json.loads(sys.argv[1])
+    try:
+        conditions = [Condition(**item) for item in job.pop("conditions")]
+        found = WORK[job.pop("what")](conditions, job.pop("image"), **job)
+    except FtkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

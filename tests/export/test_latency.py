@@ -1,0 +1,84 @@
+"""What is measured is what was asked for: any file, its inputs, its order of runs, its own process."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from ftkit_export.errors import FtkitError
+from ftkit_export.latency import Condition, begin, measure
+from ftkit_export.session import Session
+from ftkit_export.timing import BINS, feeds, in_turn
+
+
+def model(path: Path, **inputs: tuple[int, list[int | str]]) -> Path:
+    """A foreign file: each input is passed through."""
+    nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in inputs]
+    ins = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
+    outs = [helper.make_tensor_value_info(f"{name}_out", kind, shape) for name, (kind, shape) in inputs.items()]
+    graph = helper.make_graph(nodes, "foreign", ins, outs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+def test_inputs_are_made_from_any_signature(tmp_path: Path) -> None:
+    path = model(
+        tmp_path / "foreign.onnx",
+        x=(TensorProto.FLOAT, ["n", 3, "h", "w"]), ids=(TensorProto.INT64, ["n", 7]), on=(TensorProto.BOOL, ["n"]),
+        half=(TensorProto.FLOAT16, ["n", 2]), scalar=(TensorProto.DOUBLE, []), raw=(TensorProto.UINT8, ["n", 4, 4, 3]),
+    )  # fmt: skip
+    fed = feeds(Session(path), None, 2)
+    assert [(array.dtype.name, array.shape) for array in fed] == [
+        ("float32", (2, 3, 224, 224)), ("int64", (2, 7)), ("bool", (2,)), ("float16", (2, 2)), ("float64", ()),
+        ("uint8", (2, 4, 4, 3)),
+    ]  # fmt: skip
+    assert len(Session(path).run(*fed)) == 6
+
+
+def test_a_fixed_batch_is_kept_and_another_refused(tmp_path: Path) -> None:
+    path = model(tmp_path / "fixed.onnx", x=(TensorProto.FLOAT, [1, 3, 8, 8]))
+    assert feeds(Session(path), None, 1)[0].shape == (1, 3, 8, 8)
+    with pytest.raises(FtkitError, match=r"input x: expected batch 4, found 1 in the file. Try --batch 1"):
+        feeds(Session(path), None, 4)
+
+
+def test_what_cannot_be_made_up_is_named(tmp_path: Path) -> None:
+    path = model(tmp_path / "words.onnx", words=(TensorProto.STRING, ["n"]))
+    with pytest.raises(FtkitError, match=r"input words: expected numbers, found tensor\(string\)"):
+        measure(Condition(model=str(path)))
+
+
+def test_a_condition_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path = model(tmp_path / "small.onnx", x=(TensorProto.FLOAT, ["n", 64]))
+    found = measure(Condition(model=str(path), threads=1, batch=3, copies=False), quick=True)
+    assert (found.threads, found.batch, found.copies, found.quick) == (1, 3, False, True)
+    assert found.low_ms <= found.p50_ms <= found.p90_ms <= found.p95_ms
+    assert sum(found.histogram) == found.runs >= 1000
+    assert len(found.histogram) == BINS
+    assert found.p99_ms is not None and found.p99_ms == pytest.approx(found.high_ms)
+    assert found.size_bytes == path.stat().st_size
+    start = begin(Condition(model=str(path), threads=1))
+    assert start.cold_ms == start.import_ms + start.session_ms + start.first_run_ms
+    assert 10e6 < start.peak_rss_bytes < 500e6
+    assert start.p50_ms <= start.p95_ms
+
+
+def test_runs_on_the_device_give_what_copied_ones_give(tmp_path: Path) -> None:
+    """IO binding keeps inputs and outputs where they are; on the CPU that can be looked at."""
+    session = Session(model(tmp_path / "small.onnx", x=(TensorProto.FLOAT, ["n", 4])))
+    session.bound(np.ones((2, 4), np.float32))()
+
+
+def test_every_call_goes_first_as_often_and_follows_every_other(tmp_path: Path) -> None:
+    said: list[str] = []
+    times = in_turn([lambda name=name: said.append(name) for name in "abc"], 12, warm_up=(0, 0), seconds=60)
+    rounds = ["".join(said[i : i + 3]) for i in range(0, 36, 3)]
+    assert times.shape == (12, 3)
+    assert {name: sum(each[0] == name for each in rounds) for name in "abc"} == {"a": 4, "b": 4, "c": 4}
+    assert {each[i : i + 2] for each in rounds for i in (0, 1)} == {"ab", "ba", "bc", "cb", "ca", "ac"}
+
+
+def test_a_slow_model_ends_on_time_though_not_before_five_rounds() -> None:
+    assert in_turn([lambda: None], 40, warm_up=(0, 0), seconds=0).shape == (5, 1)

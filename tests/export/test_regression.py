@@ -1,0 +1,143 @@
+"""The gate neither flakes nor sleeps: on made-up machines whose truth is known, and on a real model."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ftkit_export.convert import write
+from ftkit_export.errors import FtkitError
+from ftkit_export.graph import pixel_model
+from ftkit_export.latency import Condition, Start
+from ftkit_export.preprocess import Preprocess
+from ftkit_export.regression import (
+    PROCESSES,
+    ROUNDS,
+    Sample,
+    Verdict,
+    compare,
+    compare_sizes,
+    compare_starts,
+    compare_stored,
+    decide,
+    sample,
+)
+
+
+def machine(slower: float, between: float, within: float, seed: int) -> Callable[[], Sample]:
+    """Processes whose sessions have speeds of their own (deviation `between`), and runs with heavy-tailed noise."""
+    rng = np.random.default_rng(seed)
+
+    def draw() -> Sample:
+        level = rng.normal(0, between, 3)
+        times = np.exp(level + within * np.abs(rng.standard_t(2, (ROUNDS, 3)))) * [1 + slower, 1, 1]
+        return sample(*times.T)
+
+    return draw
+
+
+def outcomes(slower: float, between: float, trials: int = 200) -> dict[str, int]:
+    found = [decide("latency", machine(slower, between, 0.02, seed), seconds=math.inf) for seed in range(trials)]
+    return {name: sum(item.verdict == name for item in found) for name in ("passed", "failed", "inconclusive")}
+
+
+def test_the_same_model_hardly_ever_fails_and_ten_per_cent_hardly_ever_passes() -> None:
+    same, slower = outcomes(0.0, 0.01), outcomes(0.10, 0.01)
+    assert same["failed"] == 0
+    assert same["passed"] >= 190
+    assert slower["passed"] == 0
+    assert slower["failed"] >= 190
+
+
+def test_a_machine_too_noisy_for_the_question_says_so_and_passes_nothing_slow() -> None:
+    """A/A deviations of 8 %: the margin is near 24 %, so a slowdown of 10 % can be neither failed nor passed."""
+    slower = outcomes(0.10, 0.08, 40)
+    assert slower["passed"] <= 1
+    assert slower["inconclusive"] >= 38
+    found = decide("latency", machine(0.10, 0.08, 0.02, 0), seconds=math.inf)
+    assert found.reason.startswith("too noisy here to tell 5%")
+
+
+def test_a_failure_needs_a_second_round_of_fresh_processes() -> None:
+    late, drawn = machine(0.0, 0.005, 0.01, 0), 0
+    early = machine(0.2, 0.005, 0.01, 1)
+
+    def draw() -> Sample:
+        nonlocal drawn
+        drawn += 1
+        return early() if drawn <= PROCESSES else late()
+
+    found = decide("latency", draw, seconds=math.inf)
+    assert found.verdict == "inconclusive"
+    assert "in a second round; the first said" in found.reason
+    assert decide("latency", machine(0.2, 0.005, 0.01, 1), seconds=math.inf).processes == 2 * PROCESSES
+
+
+def test_what_no_time_can_settle_ends_early() -> None:
+    """Between the tolerance and a margin of 9 % no number of processes helps."""
+    found = decide("latency", machine(0.07, 0.03, 0.01, 3), seconds=math.inf)
+    assert found.verdict == "inconclusive"
+    assert found.processes < 30
+
+
+def test_without_time_for_a_second_round_nothing_fails() -> None:
+    found = decide("latency", machine(0.5, 0.005, 0.01, 1), seconds=0)
+    assert (found.verdict, found.processes) == ("inconclusive", PROCESSES)
+    assert "no time was left" in found.reason
+
+
+def test_sizes_are_exact() -> None:
+    assert compare_sizes(104, 100).verdict == "passed"
+    assert compare_sizes(106, 100).verdict == "failed"
+
+
+def starts(ms: float, count: int = 5) -> list[Start]:
+    return [Start(import_ms=50, session_ms=20, first_run_ms=5, peak_rss_bytes=60_000_000, p50_ms=ms * (1 + i / 500),
+                  p95_ms=ms * 1.1) for i in range(count)]  # fmt: skip
+
+
+def test_a_stored_baseline_judges_on_its_own_machine_with_a_wide_margin_and_elsewhere_advises() -> None:
+    def latency(now: float, same_machine: bool = True) -> Verdict:
+        return compare_stored(starts(now), starts(10.0), same_machine=same_machine)[0]
+
+    assert latency(10.1).verdict == "passed"
+    assert latency(11.0).verdict == "inconclusive", "10 % may be another hour of the same machine"
+    assert latency(13.0).verdict == "failed"
+    for now in (10.0, 30.0):
+        found = latency(now, same_machine=False)
+        assert (found.verdict, found.reason) == ("inconclusive", "advisory: the baseline is from another machine")
+    assert {item.what for item in compare_stored(starts(1), starts(1), same_machine=True)} == {
+        "latency", "cold start", "memory",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def resize(tmp_path_factory: pytest.TempPathFactory) -> Condition:
+    """A real small model: preprocessing alone, run on noise."""
+    path = tmp_path_factory.mktemp("model") / "model.onnx"
+    write(pixel_model(Preprocess(size=96, resize=128)), path, {})
+    return Condition(model=str(path), threads=1)
+
+
+def test_a_real_regression_is_caught_and_the_same_model_is_not(resize: Condition) -> None:
+    slower = compare(replace(resize, batch=2), resize, seconds=60)
+    assert slower.verdict == "failed", slower
+    assert slower.ratio > 1.5
+    assert slower.processes >= 2 * PROCESSES
+    assert compare(resize, resize, seconds=60).verdict != "failed"
+
+
+def test_cold_start_and_memory_are_told_from_the_same_processes(resize: Condition) -> None:
+    cold, memory = compare_starts(resize, resize, seconds=6)
+    assert (cold.what, memory.what) == ("cold start", "memory")
+    assert "failed" not in (cold.verdict, memory.verdict)
+    assert memory.spread < 0.05
+
+
+def test_a_model_that_is_not_there_is_one_sentence(resize: Condition) -> None:
+    with pytest.raises(FtkitError, match=r"none.onnx: expected an ONNX file, found none"):
+        compare(replace(resize, model="none.onnx"), resize)
+    assert Path(resize.model).is_file()

@@ -1,0 +1,98 @@
+"""Measuring on the device itself, over a real ssh server on loopback."""
+
+import getpass
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ftkit, settings
+
+from ftkit.remote import Device
+from ftkit_export.errors import FtkitError
+from ftkit_export.latency import machine
+from ftkit_export.targets import here
+
+SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
+needs_sshd = pytest.mark.skipif(not (SSHD and shutil.which("ssh")), reason="needs an OpenSSH server and client")
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """USER@HOST:PYTHON of a server of our own, with keys of its own; `ssh` finds both through a wrapper on PATH."""
+    folder = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    Path("/run/sshd").mkdir(exist_ok=True) if os.access("/run", os.W_OK) else None
+    (folder / "config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\n"
+        f"PidFile none\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
+    )
+    (folder / "ssh").write_text(
+        f"#!/bin/sh\nexec {shutil.which('ssh')} -p {port} -i {folder}/user -o StrictHostKeyChecking=no "
+        f'-o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
+    )
+    (folder / "ssh").chmod(0o755)
+    server = subprocess.Popen([str(SSHD), "-D", "-e", "-f", folder / "config"], stderr=subprocess.PIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(folder), prepend=os.pathsep)
+        for _ in range(50):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"{getpass.getuser()}@127.0.0.1:{sys.executable}"
+    server.terminate()
+    server.communicate()
+
+
+def _left_over() -> set[Path]:
+    return set(Path("/tmp").glob("tmp.*"))
+
+
+@needs_sshd
+def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
+    device: str, bundle: Path, tmp_path: Path
+) -> None:
+    before, out = _left_over(), tmp_path / "device.json"
+    result = ftkit("bench", bundle, "--ssh", device, "--quick", "--json", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["machine"] == machine()
+    assert found["fingerprint"] and found["rows"][0]["p50_ms"] > 0
+    assert _left_over() <= before
+    assert ftkit("verify", bundle).exit_code == 0, "the copy was measured, not the sealed bundle"
+
+
+@needs_sshd
+def test_the_devices_own_latency_chooses_the_variant(device: str, run: Path, tmp_path: Path) -> None:
+    result = ftkit("export", run, "--out", tmp_path / "bundle", "--quick", "--on", device,
+                   *settings("export.max_accuracy_drop=0.9", "export.p95_ms=9999"))  # fmt: skip
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["target"] == here()
+    assert manifest["evidence"]["decided_on"] == machine()
+    assert all(row["p50_ms"] > 0 for row in manifest["evidence"]["decision"])
+
+
+@needs_sshd
+def test_a_device_that_lacks_python_or_does_not_answer_is_one_sentence(device: str) -> None:
+    host = device.partition(":")[0]
+    for where in (f"{host}:/no/such/python", "nobody@127.0.0.1"):
+        with pytest.raises(FtkitError, match=r"expected ssh, tar and a python3 with numpy"), Device.reached(where):
+            pass
+
+
+def test_a_host_that_could_be_an_option_is_refused() -> None:
+    for where in ("-oProxyCommand=touch x", "a b", "$(id)", ""):
+        with pytest.raises(FtkitError, match="expected USER@HOST"), Device.reached(where):
+            pass

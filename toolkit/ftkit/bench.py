@@ -1,0 +1,178 @@
+"""What `ftkit bench` judges and prints of the figures that ftkit_export.bench and .regression measure.
+
+limits = parse_budgets(["p95_ms=8", "size_mb=5"])
+verdicts = judge(found, limits)
+gate = against("bundle", "old-bundle", provider="cpu", threads=1)
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit import terminal
+from ftkit_export.bench import find, read, starts
+from ftkit_export.errors import FtkitError, choices
+from ftkit_export.latency import Condition, Start, machine
+from ftkit_export.regression import (
+    SECONDS,
+    TOLERANCE,
+    Outcome,
+    Verdict,
+    compare,
+    compare_sizes,
+    compare_starts,
+    compare_stored,
+)
+
+BUDGETS = ("p50_ms", "p95_ms", "cold_ms", "memory_mb", "size_mb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """A limit and what was measured, a value a process. passed: every process is within; failed: none is; else it is
+    not sure (six that agree are 95 % confidence, by the sign test)."""
+
+    name: str
+    limit: float
+    values: tuple[float, ...]
+
+    @property
+    def verdict(self) -> Outcome:
+        """passed, failed or inconclusive."""
+        within = sum(value <= self.limit for value in self.values)
+        return "passed" if within == len(self.values) else "inconclusive" if within else "failed"
+
+    def __str__(self) -> str:
+        values = f"{min(self.values):.4g}"
+        if len(self.values) > 1:
+            values += f" to {max(self.values):.4g} in {len(self.values)} processes"
+        return f"{self.name} {values}, limit {self.limit:g}"
+
+
+def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
+    """["p95_ms=8"] -> {"p95_ms": 8.0}. Raises FtkitError for an unknown name, or a limit that is none."""
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in BUDGETS:
+            raise FtkitError(f"--budget {text}: expected a known budget, {choices(name, BUDGETS)}")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = 0.0
+        if not 0 < found[name] < float("inf"):
+            raise FtkitError(f"--budget {text}: expected a limit above 0, found {value!r}. Try {name}=10")
+    return found
+
+
+def judge(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]:
+    """Budgets of the shipped variant in the first condition that was measured: first provider, threads and batch."""
+    row = found["rows"][0]
+    cold = [Start(**start) for start in found["starts"][row["variant"]]]
+    values: dict[str, tuple[float, ...]] = {
+        "p50_ms": (row["p50_ms"], *(start.p50_ms for start in cold)),
+        "p95_ms": (row["p95_ms"], *(start.p95_ms for start in cold)),
+        "cold_ms": tuple(start.cold_ms for start in cold),
+        "memory_mb": tuple(start.peak_rss_bytes / 1e6 for start in cold),
+        "size_mb": (row["size_bytes"] / 1e6,),
+    }
+    return [Budget(name=name, limit=limit, values=values[name]) for name, limit in limits.items()]
+
+
+def against(
+    candidate: str | Path, baseline: str | Path, *, provider: str = "cpu", threads: int = 1,
+    tolerance: float = TOLERANCE, seconds: float = SECONDS, image: str | Path | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> list[Verdict]:  # fmt: skip
+    """The gate: latency, cold start, memory and size of a bundle (its model.onnx) or any ONNX file.
+
+    baseline: another, run in turn with the candidate; or the JSON of an earlier bench, which is advisory on another
+    machine. seconds: the most that it takes, about two thirds of it for the latency. Raises FtkitError as find.
+    """
+    new = find(candidate, image)
+    if Path(baseline).suffix == ".json":
+        stored = read(baseline)
+        say("cold starts")
+        now = starts(new.shipped, new.image, stored["provider"], stored["threads"])
+        return _against_stored(now, new.shipped.stat().st_size, stored, machine())
+    old = find(baseline, image)
+    one, other = (Condition(model=str(path), provider=provider, threads=threads) for path in (new.shipped, old.shipped))
+    say("latency, in turn")
+    found = [compare(one, other, new.image, tolerance=tolerance, seconds=seconds * 2 / 3)]
+    say("cold starts, in turn")
+    found += compare_starts(one, other, new.image, seconds=seconds / 6)
+    return [*found, compare_sizes(new.shipped.stat().st_size, old.shipped.stat().st_size)]
+
+
+def against_there(found: Mapping[str, Any], baseline: Path) -> list[Verdict]:
+    """What another machine measured now (remote.bench) against what it, or a third one, measured earlier."""
+    stored, row = read(baseline), found["rows"][0]
+    now = [Start(**start) for start in found["starts"][row["variant"]]]
+    return _against_stored(now, row["size_bytes"], stored, found["machine"])
+
+
+def _against_stored(
+    now: Sequence[Start], size_bytes: int, stored: Mapping[str, Any], where: Mapping[str, Any]
+) -> list[Verdict]:
+    """where: the machine that `now` is from."""
+    row = stored["rows"][0]
+    then = [Start(**start) for start in stored["starts"][row["variant"]]]
+    same = where["fingerprint"] == stored["machine"]["fingerprint"]
+    return [*compare_stored(now, then, same_machine=same), compare_sizes(size_bytes, row["size_bytes"])]
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """1 when one failed, else 3 when one is inconclusive, else 0."""
+    return 1 if "failed" in outcomes else 3 if "inconclusive" in outcomes else 0
+
+
+def as_tables(found: Mapping[str, Any]) -> str:
+    """Latency, cold start and parts, within 80 columns."""
+    rows = [("variant", "provider", "threads", "batch", "p50 ms", "p90", "p95", "p99", "images/s", "runs")]
+    for row in found["rows"]:
+        threads = f"{row['threads']}{'' if row['spinning'] else ' no spin'}{'' if row['copies'] else ' no copy'}"
+        rows.append((
+            row["variant"], row["provider"], threads, str(row["batch"]), f"{row['p50_ms']:.2f}",
+            *(f"{row[key]:.2f}" if row[key] else "-" for key in ("p90_ms", "p95_ms", "p99_ms")),
+            f"{1000 * row['batch'] / row['p50_ms']:.0f}", str(row["runs"]),
+        ))  # fmt: skip
+    cold = [("variant", "import ms", "session", "first run", "cold start", "peak MB", "file MB")]
+    sizes = {row["variant"]: row["size_bytes"] for row in found["rows"]}
+    for name, items in found["starts"].items():
+        times = [statistics.median(item[key] for item in items) for key in ("import_ms", "session_ms", "first_run_ms")]
+        peak = statistics.median(item["peak_rss_bytes"] for item in items)
+        cold.append((name, *(f"{value:.0f}" for value in (*times, sum(times), peak / 1e6)), f"{sizes[name] / 1e6:.1f}"))
+    tables = [terminal.table(rows), terminal.table(cold)]
+    if found["parts"]:
+        keys = ("decode_ms", "preprocess_ms", "network_ms", "together_ms", "pillow_ms")
+        head = ("variant", "decode ms", "preprocess", "network", "the last two", "Pillow's preprocess")
+        tables.append(terminal.table([head, *((name, *(f"{part[key]:.2f}" for key in keys))
+                                              for name, part in found["parts"].items())]))  # fmt: skip
+    raced = [f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
+             f"{item['ratio_high']:.2f}]" for name, item in found["raced"].items() if name != "fp32"]  # fmt: skip
+    quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
+    return "\n".join(["\n\n".join(tables), *raced, *quick])
+
+
+def as_budgets(budgets: Sequence[Budget]) -> str:
+    """A line a budget."""
+    return "\n".join(f"{_mark(item.verdict)}  {item}" for item in budgets)
+
+
+def as_gate(verdicts: Sequence[Verdict]) -> str:
+    """A row a quantity, candidate over baseline, then each reason."""
+    rows = [("", "ratio", "95 % interval", "A/A", "margin", "processes", "seconds", "verdict")]
+    for item in verdicts:
+        rows.append((
+            item.what, f"{item.ratio:.3f}", f"{item.low:.3f} to {item.high:.3f}", f"{item.spread:.1%}",
+            f"{item.margin:.0%}", str(item.processes), f"{item.seconds:.0f}", item.verdict,
+        ))  # fmt: skip
+    return "\n".join([terminal.table(rows), *(f"{item.what}: {item.reason}" for item in verdicts)])
+
+
+def _mark(outcome: Outcome) -> str:
+    return {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}[outcome]

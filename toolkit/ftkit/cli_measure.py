@@ -1,0 +1,186 @@
+"""The commands that measure what was exported: eval, bench, report. Part of the command line in cli.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ftkit_export.errors import FtkitError
+
+JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", help="All figures; - prints.")
+
+
+@click.command("eval")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--against", "old", type=click.Path(path_type=Path), metavar="BUNDLE", help="An older release.")
+@click.option("--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a share.")
+@click.option("--provider", default="cpu", show_default=True)
+@JSON
+def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provider: str, as_json: Path | None) -> None:
+    """Accuracy of BUNDLE's file on labelled images: DATA's test split, or all of DATA.
+
+    With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images cannot tell.
+    """
+    from ftkit import terminal
+    from ftkit.intake import labelled
+    from ftkit.release import against, answers
+
+    if not 0 < max_drop < 1:
+        raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
+    echo, images = _echo(as_json), labelled(data)
+    with terminal.bar(f"{bundle.name} on {len(images)} images") as step:
+        new = answers(bundle, images, provider=provider, step=step)
+    for line in new.unreadable:
+        click.echo(f"left out: {line}", err=True)
+    found = new.metrics
+    echo(f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on {found.images} "
+               f"images; balanced {found.balanced_accuracy:.4f}, NLL {found.nll:.3f}, ECE {found.ece:.3f}")  # fmt: skip
+    counts = [str(sum(row)) for row in found.confusion]
+    shares = ([f"{value:.3f}" if value is not None else "-" for value in values]
+              for values in (found.recall, found.precision))  # fmt: skip
+    told: dict[str, Any] = {"bundle": str(bundle), "metrics": dataclasses.asdict(found)}
+    rows, code = [("class", "images", "recall", "precision"), *zip(found.classes, counts, *shares, strict=True)], 0
+    if not old:
+        echo(terminal.table(rows))
+    else:
+        with terminal.bar(f"{old.name} on {len(images)} images") as step:
+            before = answers(old, images, provider=provider, step=step)
+        change = against(new, before, max_drop=max_drop)
+        drops = {name: f"{item.drop * 100:+.1f} [{item.low * 100:+.1f}, {item.high * 100:+.1f}]"
+                 for name, item in change.classes.items()}  # fmt: skip
+        echo(terminal.table([
+            (*row, "drop, points [95 %]" if number == 0 else drops.get(row[0], "")) for number, row in enumerate(rows)
+        ]))  # fmt: skip
+        drop = change.paired
+        echo(f"{len(change.regressed)} formerly right and now wrong, {change.repaired} the other way")
+        for item in change.regressed[:20]:
+            echo(f"  {item.image}  {item.label} -> {item.said} {item.probability:.3f}")
+        if len(change.regressed) > 20:
+            echo(f"  and {len(change.regressed) - 20} more: see --json")
+        for name in change.worse_classes:
+            echo(f"class {name} surely lost more than {max_drop:.1%}")
+        echo(f"against {old.name}: accuracy {before.metrics.accuracy:.4f} -> {found.accuracy:.4f}, drop "
+                   f"{drop.drop * 100:+.2f} points [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}], limit "
+                   f"{max_drop * 100:.2f}: {change.verdict}")  # fmt: skip
+        code = {"accepted": 0, "refused": 1}.get(change.verdict, 3)
+        told["against"] = {"bundle": str(old), "metrics": dataclasses.asdict(before.metrics),
+                           **dataclasses.asdict(change)}  # fmt: skip
+    _write(as_json, told)
+    sys.exit(code)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--against", "baseline", type=click.Path(path_type=Path), metavar="BASELINE",
+              help="A bundle or ONNX file to run in turn with, or the JSON of an earlier bench.")  # fmt: skip
+@click.option("--budget", "budgets", multiple=True, metavar="NAME=LIMIT",
+              help="p50_ms, p95_ms, cold_ms, memory_mb or size_mb. Repeatable.")  # fmt: skip
+@click.option("--providers", default="cpu", show_default=True, metavar="A,B")
+@click.option("--threads", metavar="N,M", help="CPU threads. [default: 1 and all cores; 1 with --against]")
+@click.option("--batch", default="1", show_default=True, metavar="N,M")
+@click.option("--image", type=click.Path(path_type=Path, exists=True), help="What to run on. [default: a golden image]")
+@click.option("--max-slowdown", default=0.05, show_default=True, help="What --against tolerates, as a share.")
+@click.option("--seconds", default=120.0, show_default=True, help="The most that --against may take.")
+@click.option("--quick", is_flag=True, help="Shorter runs, marked as such.")
+@click.option("--save", is_flag=True, help="Append to ftkit-bench.jsonl at the root of this repository.")
+@click.option("--ssh", "host", metavar="USER@HOST", help="Measure there; USER@HOST:PYTHON names the interpreter.")
+@JSON
+def bench(
+    model: Path, baseline: Path | None, budgets: tuple[str, ...], providers: str, threads: str | None, batch: str,
+    image: Path | None, max_slowdown: float, seconds: float, quick: bool, save: bool, host: str | None,
+    as_json: Path | None,
+) -> None:  # fmt: skip
+    """Latency, cold start, memory and size of MODEL: a bundle or any ONNX file.
+
+    Exit 1 when a budget or --against fails, 3 when that cannot be told here.
+    """
+    from ftkit import bench as judging
+    from ftkit import history, remote, terminal
+    from ftkit_export.bench import bench as measure
+    from ftkit_export.session import parse_providers
+
+    echo = _echo(as_json)
+    limits, names = judging.parse_budgets(budgets), parse_providers(providers)
+    counts, batches = _numbers("--threads", threads or ""), _numbers("--batch", batch)
+    if not 0 < max_slowdown < 1 or not 1 <= seconds < 1e5:
+        raise FtkitError("--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
+                         f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120")  # fmt: skip
+    if host and baseline and baseline.suffix != ".json":
+        raise FtkitError(f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
+                         "Try --ssh HOST --json FILE for the baseline first")  # fmt: skip
+    told: dict[str, Any] = {}
+    outcomes = []
+    if host or not baseline or limits or save:
+        with terminal.note() as say:
+            if host:
+                say(f"measuring on {host}")
+                told = remote.bench(host, model, provider=names[0], quick=quick)
+            else:
+                told = measure(model, providers=names, threads=counts or ([1] if baseline else []), batches=batches,
+                               image=image, quick=quick, say=say)  # fmt: skip
+        echo(judging.as_tables(told))
+        kept = judging.judge(told, limits)
+        outcomes += [item.verdict for item in kept]
+        echo(judging.as_budgets(kept), nl=bool(kept))
+        if save:
+            echo(f"saved: {history.append(told, Path.cwd())}")
+        told["budgets"] = [{**dataclasses.asdict(item), "verdict": item.verdict} for item in kept]
+    if baseline:
+        with terminal.note() as say:
+            if host:
+                verdicts = judging.against_there(told, baseline)
+            else:
+                verdicts = judging.against(model, baseline, provider=names[0], threads=(counts or [1])[0], image=image,
+                                           tolerance=max_slowdown, seconds=seconds, say=say)  # fmt: skip
+        echo(judging.as_gate(verdicts))
+        outcomes += [item.verdict for item in verdicts]
+        told["against"] = [dataclasses.asdict(item) for item in verdicts]
+    _write(as_json, told)
+    code = judging.exit_code(outcomes)
+    if outcomes:
+        echo({0: "passed", 1: "FAILED", 3: "inconclusive"}[code])
+    sys.exit(code)
+
+
+@click.command()
+@click.argument("history", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: beside HISTORY, .html]")
+def report(history: Path | None, out: Path | None) -> None:
+    """Plot what `ftkit bench --save` wrote. HISTORY: by default ftkit-bench.jsonl at the root of this repository."""
+    from ftkit import history as past
+
+    path = history or past.place(Path.cwd())
+    page = out or path.with_suffix(".html")
+    past.write_history(past.read(path), page)
+    click.echo(f"report: {page}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """ "1,4" -> [1, 4]."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts) or (not parts and text):
+        raise FtkitError(f"{option} {text}: expected numbers above 0, found another form. Try {option} 1,4")
+    return [int(part) for part in dict.fromkeys(parts)]
+
+
+def _echo(as_json: Path | None) -> Callable[..., None]:
+    """Standard output, unless the JSON goes there."""
+    return partial(click.echo, err=as_json == Path("-"))
+
+
+def _write(path: Path | None, told: object) -> None:
+    text = json.dumps(told, indent=1, default=str) + "\n"
+    if path == Path("-"):
+        click.echo(text, nl=False)
+    elif path:
+        from ftkit.files import write_atomically
+
+        write_atomically(path, text.encode())

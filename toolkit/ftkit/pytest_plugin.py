@@ -1,0 +1,120 @@
+"""For the tests of those who ship a model: the fixture `latency` and the marker `latency_budget`.
+
+    @pytest.mark.latency_budget(p95_ms=8, size_mb=5)
+    def test_the_model_is_fast_enough(latency):
+        latency("bundle")                              # a bundle, or any ONNX file
+
+    def test_the_model_is_no_slower_than_the_last_release(latency):
+        latency.against("bundle", "released/bundle")
+
+A budget that is missed, or a model that is surely slower, fails the test. What cannot be told on this machine is
+skipped, with the reason. Where the test also asks for pytest-benchmark's
+`benchmark`, the figures stand in its extra_info.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:  # ONNX Runtime is imported by the test that needs it, not by every pytest
+    from ftkit_export.regression import Verdict
+
+MARKER = "latency_budget"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker."""
+    config.addinivalue_line(
+        "markers",
+        f"{MARKER}(p50_ms, p95_ms, cold_ms, memory_mb, size_mb): limits for what the fixture latency measures",
+    )
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """A budget that nothing is measured against must not look like one that is met."""
+    from ftkit.bench import parse_budgets
+    from ftkit_export.errors import FtkitError
+
+    for item in items:
+        for marker in item.iter_markers(MARKER):
+            if "latency" not in getattr(item, "fixturenames", ()):
+                raise pytest.UsageError(f"{item.nodeid}: expected the fixture latency beside {MARKER}, found none. "
+                                        "Add it to the test's arguments")  # fmt: skip
+            try:
+                parse_budgets([f"{name}={value}" for name, value in marker.kwargs.items()])
+            except FtkitError as error:
+                raise pytest.UsageError(f"{item.nodeid}: {error}") from None
+
+
+class Measured:
+    """The fixture `latency`: call it with a model, or ask for `against`."""
+
+    def __init__(self, request: pytest.FixtureRequest):
+        self._request, self.calls = request, 0
+
+    def __call__(
+        self, model: str | Path, *, image: str | Path | None = None, provider: str = "cpu", threads: int = 1,
+        batch: int = 1, spinning: bool = True, quick: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Measure a bundle's model.onnx or any ONNX file, hold it to the test's budgets, return the figures.
+
+        Fails the test when a budget is missed in every process, skips it when the processes do not agree.
+        """
+        from ftkit.bench import judge, parse_budgets
+        from ftkit_export.bench import find, starts
+        from ftkit_export.latency import Condition, measure
+
+        self.calls += 1
+        found = find(model, image)
+        condition = Condition(model=str(found.shipped), provider=provider, threads=threads, batch=batch,
+                              spinning=spinning)  # fmt: skip
+        row = {"variant": "shipped", **asdict(measure(condition, found.image, quick=quick))}
+        cold = [asdict(start) for start in starts(found.shipped, found.image, provider, threads, quick=quick)]
+        self._tell(row)
+        limits: dict[str, float] = {}
+        for marker in self._request.node.iter_markers(MARKER):
+            limits |= parse_budgets([f"{name}={value}" for name, value in marker.kwargs.items()])
+        kept = judge({"rows": [row], "starts": {"shipped": cold}}, limits)
+        for item in kept:
+            if item.verdict == "failed":
+                pytest.fail(f"{model}: {item}", pytrace=False)
+        for item in kept:
+            if item.verdict == "inconclusive":
+                pytest.skip(f"inconclusive: {model}: {item}")
+        return row
+
+    def against(
+        self, candidate: str | Path, baseline: str | Path, *, provider: str = "cpu", threads: int = 1,
+        max_slowdown: float = 0.05, seconds: float = 120,
+    ) -> list[Verdict]:  # fmt: skip
+        """ftkit's regression gate: latency, cold start, memory, size. Fails or skips the test as __call__ does."""
+        from ftkit.bench import against
+
+        self.calls += 1
+        verdicts = against(candidate, baseline, provider=provider, threads=threads, tolerance=max_slowdown,
+                           seconds=seconds)  # fmt: skip
+        self._tell({item.what: asdict(item) for item in verdicts})
+        for outcome, then in (("failed", pytest.fail), ("inconclusive", pytest.skip)):
+            for item in verdicts:
+                if item.verdict == outcome:
+                    then(f"{item.what} {outcome}: {item.reason} (ratio {item.ratio:.3f} "
+                         f"[{item.low:.3f}, {item.high:.3f}], margin {item.margin:.1%})")  # fmt: skip
+        return verdicts
+
+    def _tell(self, figures: dict[str, Any]) -> None:
+        if "benchmark" in self._request.fixturenames:
+            self._request.getfixturevalue("benchmark").extra_info.update(figures)
+
+
+@pytest.fixture
+def latency(request: pytest.FixtureRequest) -> Iterable[Measured]:
+    """Latency of exported models, each in fresh processes, held to the marker latency_budget."""
+    measured = Measured(request)
+    yield measured
+    if not measured.calls and request.node.get_closest_marker(MARKER):
+        pytest.fail(f"{MARKER}: expected a measurement, found none. Call latency(MODEL) in the test", pytrace=False)

@@ -1,0 +1,116 @@
+"""Measure on the device itself, over plain OpenSSH: nothing is installed there, and nothing is left there.
+
+    found = bench("pi@camera", Path("bundle"), quick=False)            # what classify.py --bench prints there
+    with Device.reached("pi@camera") as device:
+        device.target, device.race(files, photograph)
+
+The device needs an ssh server, tar, and a python3 with numpy, onnxruntime and Pillow; USER@HOST:PYTHON names another
+interpreter there. Keys, ports and jump hosts are ssh's own business (~/.ssh/config).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import subprocess
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ftkit_export
+from ftkit_export.bundle import RUNNER_FILES
+from ftkit_export.errors import FtkitError
+from ftkit_export.latency import ROUNDS, Condition, Raced
+from ftkit_export.verify import read_manifest
+
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+NEEDED = "numpy, onnxruntime and Pillow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A folder on another machine, there for as long as the block of `reached` runs. python: the interpreter there."""
+
+    host: str
+    folder: str
+    python: str
+    target: str
+    machine: Mapping[str, Any]
+
+    @staticmethod
+    @contextmanager
+    def reached(where: str) -> Iterator[Device]:
+        """where: USER@HOST[:PYTHON]. Raises FtkitError when it cannot be reached, or lacks what is needed."""
+        host, python = _parse(where)
+        folder = shlex.quote(_ssh(host, "mktemp -d").decode().split("\n")[-2])
+        try:
+            package = Path(ftkit_export.__file__).parent
+            _send(host, folder, {f"ftkit_export/{name}": package / name for name in RUNNER_FILES})
+            script = ("import json; from ftkit_export.latency import machine; from ftkit_export.targets import here; "
+                      "import numpy, PIL; print(json.dumps([here(), machine()]))")  # fmt: skip
+            target, machine = _last(_ssh(host, f"cd {folder} && {python} -B -c {shlex.quote(script)}"))
+            yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
+        finally:
+            _ssh(host, f"rm -rf {folder}")
+
+    def race(self, models: Sequence[Path], image: Path, *, provider: str = "cpu", threads: int = 1) -> list[Raced]:
+        """latency.race, there."""
+        names = [f"{number}.onnx" for number in range(len(models))]
+        _send(self.host, self.folder, {**dict(zip(names, models, strict=True)), f"image{image.suffix}": image})
+        conditions = [asdict(Condition(model=name, provider=provider, threads=threads)) for name in names]
+        job = {"what": "race", "conditions": conditions, "image": f"image{image.suffix}", "rounds": ROUNDS}
+        return [Raced(**item) for item in self.run("-m", "ftkit_export.timing", json.dumps(job))]
+
+    def run(self, *words: str) -> Any:
+        """Python there, in the folder; the JSON that it prints last."""
+        return _last(_ssh(self.host, f"cd {self.folder} && {self.python} -B {shlex.join(words)}"))
+
+
+def bench(where: str, bundle: Path, *, provider: str = "cpu", quick: bool = False) -> dict[str, Any]:
+    """Copy a bundle, run its own `device/classify.py --bench` there, bring the figures back.
+
+    Raises FtkitError with the device's own words, BundleError when `bundle` is none.
+    """
+    read_manifest(bundle)
+    files = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob("*") if path.is_file()}
+    with Device.reached(where) as device:
+        _send(device.host, device.folder, {f"bundle/{name}": path for name, path in files.items()})
+        words = ["bundle/device/classify.py", "--bench", "--json", "--provider", provider, *["--quick"] * quick]
+        found: dict[str, Any] = device.run(*words)
+        return found
+
+
+def _parse(where: str) -> tuple[str, str]:
+    host, _, python = where.partition(":")
+    if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*", host):
+        raise FtkitError(f"{where}: expected USER@HOST or USER@HOST:PYTHON, found another form. Try pi@camera.local")
+    return host, shlex.quote(python or "python3")
+
+
+def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
+    try:
+        done = subprocess.run([*SSH, "--", host, command], input=data, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise FtkitError("ssh: expected an OpenSSH client, found none. Try installing openssh-client") from None
+    if done.returncode:
+        said = (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing on standard error"])[-1]
+        raise FtkitError(f"{host}: expected ssh, tar and a python3 with {NEEDED}, found: {said}. "
+                         f"Try `ssh {host} python3 --version`")  # fmt: skip
+    return done.stdout
+
+
+def _last(output: bytes) -> Any:
+    return json.loads(output.decode().strip().rpartition("\n")[2])  # a login script may greet before it
+
+
+def _send(host: str, folder: str, files: Mapping[str, Path]) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as archive:
+        for name, path in files.items():
+            archive.add(path, arcname=name, recursive=False)
+    _ssh(host, f"tar -xzf - -C {folder}", packed.getvalue())
