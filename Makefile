@@ -9,15 +9,15 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/ftkit demo
 
-# Compilers that the runners' tests use; without them those tests are skipped, and say so.
-PACKAGES := cmake g++ gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static
+# Compilers that the runners' tests use, and an ssh server; without them those tests are skipped, and say so.
+PACKAGES := cmake g++ gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static openssh-server openssh-client
 
 test: $(STAMP)
-	@for tool in cmake g++ aarch64-linux-gnu-gcc qemu-aarch64-static; do \
-	    command -v $$tool >/dev/null && continue; \
+	@for tool in cmake g++ aarch64-linux-gnu-gcc qemu-aarch64-static sshd; do \
+	    PATH="$$PATH:/usr/sbin" command -v $$tool >/dev/null && continue; \
 	    { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q && \
 	        apt-get install -y -q --no-install-recommends $(PACKAGES); } \
-	        || echo "note: without $$tool, some tests of the C and C++ runners are skipped"; \
+	        || echo "note: without $$tool, some tests of the runners and of ssh are skipped"; \
 	done
 	$(BIN)/python -m pytest
 
@@ -26,7 +26,11 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# About 20 minutes. The long ones (accuracy, races, 300 trials of the gate) have their commands in bench/README.md.
 bench: $(STAMP)
+	$(BIN)/python bench/speed.py
+	$(BIN)/python bench/gate.py --what cost
+	$(BIN)/python bench/gate.py --what real
 	$(BIN)/python -m pytest bench
 
 $(STAMP): pyproject.toml constraints.txt

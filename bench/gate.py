@@ -5,11 +5,12 @@
     python bench/gate.py --what slow --trials 20 --threads 2 --percent 10
     python bench/gate.py --what real                     regressions as they happen
     python bench/gate.py --what cost                     ftkit's latency against a bare loop
+    python bench/gate.py --what table                    the log's table again, into bench/README.md
 
 Model: efficientnet_lite0 (random weights), core form, 128 pixels, CPU. The neighbour: a busy loop pinned to the first
 core, on and off for 0.1 to 1 s. The slowdown: a spin after each of the candidate's runs, of so many per cent of their
 median. The others get what pytest-benchmark collects by default: runs for one second, in a fresh process a side, one
-after the other; all three judge those same samples. Each trial is a line of JSON in --log; the table is printed last.
+after the other; all three judge those same samples. Each trial is a line of JSON in --log.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 
 from ftkit_export.latency import Condition, machine
 from ftkit_export.regression import PROCESSES, ROUNDS, SECONDS, Sample, Verdict, compare, decide, sample
@@ -155,19 +157,33 @@ def trial(condition: Condition, percent: float, number: int, log: Path) -> None:
           f"{found.seconds:.0f} s; {line['others']}", flush=True)  # fmt: skip
 
 
-def table(log: Path) -> None:
-    """What the log holds, a row a slowdown: failed / inconclusive / passed by ftkit, share caught by the others."""
+def table(log: Path) -> str:
+    """What the log holds, a row a slowdown: failed / inconclusive / passed by ftkit, trials the others call slower."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     names = list(lines[0]["others"])
-    print(f"\n| slower by | threads | neighbour | trials | ftkit: failed | inconclusive | passed | seconds each | "
-          f"{' | '.join(names)} |\n|{'---|' * (8 + len(names))}")  # fmt: skip
-    for key in sorted({(line["threads"], line["percent"], line["noisy"]) for line in lines}):
-        rows = [line for line in lines if (line["threads"], line["percent"], line["noisy"]) == key]
-        counts = [sum(row["verdict"] == verdict for row in rows) for verdict in ("failed", "inconclusive", "passed")]
-        caught = [f"{sum(row['others'][name] for row in rows)}" for name in names]
-        seconds = statistics.mean(row["seconds"] for row in rows)
-        print(f"| {key[1]:g} % | {key[0]} | {'on and off' if key[2] else 'none'} | {len(rows)} | "
-              f"{' | '.join(map(str, counts))} | {seconds:.0f} | {' | '.join(caught)} |")  # fmt: skip
+    head = [
+        "slower by",
+        "threads",
+        "neighbour",
+        "trials",
+        "ftkit: failed",
+        "inconclusive",
+        "passed",
+        "seconds each",
+        *names,
+    ]
+    rows = [head, ["---"] * len(head)]
+    for threads, percent, noisy in sorted({(line["threads"], line["percent"], line["noisy"]) for line in lines}):
+        there = [line for line in lines
+                 if (line["threads"], line["percent"], line["noisy"]) == (threads, percent, noisy)]  # fmt: skip
+        seconds = sorted(line["seconds"] for line in there)
+        rows.append([
+            f"{percent:g} %", threads, "on and off" if noisy else "none", len(there),
+            *(sum(line["verdict"] == verdict for line in there) for verdict in ("failed", "inconclusive", "passed")),
+            f"{statistics.mean(seconds):.0f} (at most {seconds[-1]:.0f})",
+            *(sum(line["others"][name] for line in there) for name in names),
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def real(folder: Path) -> None:
@@ -207,7 +223,7 @@ def cost(folder: Path) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=["aa", "slow", "real", "cost"], default="aa")
+    parser.add_argument("--what", choices=["aa", "slow", "real", "cost", "table"], default="aa")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--percent", type=float, nargs="*", default=[3, 5, 10, 20])
@@ -216,6 +232,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(json.loads(options.child))))
+        return
+    if options.what == "table":
+        tables.write("gate", table(options.log))
         return
     print(f"{machine()}; at least {PROCESSES} processes of {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch:
@@ -226,7 +245,7 @@ def main() -> None:
         for percent in [0] if options.what == "aa" else options.percent:
             for number in range(options.trials):
                 trial(condition, percent, number, options.log)
-    table(options.log)
+    print(table(options.log))
 
 
 if __name__ == "__main__":

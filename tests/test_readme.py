@@ -1,5 +1,6 @@
 """The README tells the truth: its commands run, its code works."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ftkit.recipe import load
 
@@ -48,6 +50,21 @@ def test_the_five_lines_classify(done: Path) -> None:
     code = next(block for block in _blocks("python") if "onnxruntime" in block)
     result = subprocess.run([sys.executable, "-c", code], cwd=done, capture_output=True, text=True, check=True)
     assert result.stdout.strip() in {"mono-ok", "mono-defect", "poly-ok", "poly-defect"}
+
+
+def test_the_workflow_passes_a_release_that_did_not_change(done: Path) -> None:
+    """Its own steps, in the shell that GitHub runs them in; the second bundle is the first."""
+    shutil.copytree(done / "bundle", done / "released" / "bundle")
+    (job,) = yaml.safe_load(_blocks("yaml")[0])["jobs"].values()
+    steps = [step["run"] for step in job["steps"] if step.get("run", "").startswith("ftkit ")]
+    assert len(steps) == 3
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for step in steps:
+        command = step.replace("ftkit bench", "ftkit bench --seconds 20")
+        result = subprocess.run(["bash", "-e", "-c", command], cwd=done, env={**os.environ, "PATH": path},
+                                capture_output=True, text=True, check=False)  # fmt: skip
+        assert result.returncode == 0, f"{step}\n{result.stdout}{result.stderr}"
+    assert (done / "bench.json").is_file()
 
 
 def test_the_recipe_loads(tmp_path: Path) -> None:

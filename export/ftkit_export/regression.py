@@ -149,12 +149,12 @@ def _reason(found: Estimate, outcome: Outcome, tolerance: float) -> str:
     if outcome == "failed":
         return f"at least {_percent(found.low)}, with 95 % confidence"
     if found.margin > tolerance:
-        return f"too noisy here to tell {tolerance:.0%}: one model differs from itself by {found.spread:.1%}"
-    return f"too near to the limit of {tolerance:.0%} to be told in the time allowed"
+        return f"too noisy to tell {tolerance:.0%}: the baseline differs from itself by {found.spread:.1%}"
+    return f"too near to {tolerance:.0%} to be told in the time allowed"
 
 
 def _percent(ratio: float) -> str:
-    return f"{abs(ratio - 1):.1%} {'slower' if ratio >= 1 else 'faster'}"
+    return f"{abs(ratio - 1):.1%} {'above' if ratio >= 1 else 'below'} the baseline"
 
 
 def compare(
@@ -185,7 +185,8 @@ def compare_starts(
 ) -> tuple[Verdict, Verdict]:
     """Cold start and peak memory, of processes that do nothing else: baseline, candidate and baseline again, in turn.
 
-    Both are told from the same processes. Raises FtkitError as compare.
+    Cold start: session and first run; importing ONNX Runtime is not the model's doing. Both are told from the same
+    processes. Raises FtkitError as compare.
     """
     drawn: list[list[Sample]] = []
 
@@ -194,7 +195,7 @@ def compare_starts(
             order = (2, 1, 0) if number % 2 else (0, 1, 2)
             starts = {place: begin((baseline, candidate, baseline)[place], image) for place in order}
             drawn.append([sample(*(np.array([getattr(starts[place], name)]) for place in (1, 0, 2)))
-                          for name in ("cold_ms", "peak_rss_bytes")])  # fmt: skip
+                          for name in ("open_ms", "peak_rss_bytes")])  # fmt: skip
         return drawn[number][which]
 
     numbers = itertools.count(), itertools.count()
@@ -207,7 +208,7 @@ def compare_sizes(candidate: int, baseline: int) -> Verdict:
     ratio = candidate / baseline
     found = Estimate(ratio=ratio, low=ratio, high=ratio, spread=0.0, margin=TOLERANCE)
     outcome: Outcome = "passed" if ratio <= 1 + TOLERANCE else "failed"
-    reason = f"{abs(ratio - 1):.1%} {'larger' if ratio >= 1 else 'smaller'}"
+    reason = _percent(ratio)
     return Verdict(what="size", verdict=outcome, reason=reason, **vars(found), tolerance=TOLERANCE, processes=0,
                    seconds=0.0)  # fmt: skip
 
@@ -218,7 +219,7 @@ def compare_stored(now: Sequence[Start], then: Sequence[Start], *, same_machine:
     found = []
     for what, name, tolerance in (
         ("latency", "p50_ms", TOLERANCE),
-        ("cold start", "cold_ms", COLD_TOLERANCE),
+        ("cold start", "open_ms", COLD_TOLERANCE),
         ("memory", "peak_rss_bytes", TOLERANCE),
     ):
         one, other = (np.log([getattr(start, name) for start in starts]) for starts in (now, then))

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 WARM_UP_RUNS, WARM_UP_S = 20, 1.0
 RUNS, SECONDS = 200, 10.0
-QUICK_RUNS, QUICK_SECONDS = 50, 1.0
+QUICK_RUNS, QUICK_SECONDS = 50, 0.5
+BRIEF = (WARM_UP_RUNS, WARM_UP_S / 4)  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
 BINS = 40
 FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
 
@@ -167,7 +168,7 @@ def _measure_here(conditions: Sequence[Condition], image: str | None, quick: boo
     from ftkit_export.session import cores
 
     gc.disable()
-    warm(call, WARM_UP_RUNS, WARM_UP_S)
+    warm(call, *(BRIEF if quick else (WARM_UP_RUNS, WARM_UP_S)))
     times = _timed(call, *((QUICK_RUNS, QUICK_SECONDS) if quick else (RUNS, SECONDS)))
     p50, p90, p95, p99 = (float(value) for value in np.percentile(times, (50, 90, 95, 99)))
     low, high = float(times.min()), max(p99, float(times.min()) * 1.001)
@@ -186,7 +187,7 @@ def _begin_here(conditions: Sequence[Condition], image: str | None) -> dict[str,
     call, start = _begun(conditions[0], image)
     import numpy as np
 
-    warm(call, WARM_UP_RUNS, WARM_UP_S / 4)
+    warm(call, *BRIEF)
     p50, p95 = np.percentile(_timed(call, QUICK_RUNS, 0), (50, 95))
     return {**start, "p50_ms": float(p50), "p95_ms": float(p95), "peak_rss_bytes": peak_rss_bytes()}
 
@@ -204,7 +205,7 @@ def _race_here(conditions: Sequence[Condition], image: str | None, rounds: int) 
 
     calls = [runner(opened(condition, shared=True), condition, image) for condition in conditions]
     gc.disable()
-    times = in_turn(calls, rounds, warm_up=(WARM_UP_RUNS, WARM_UP_S), seconds=math.inf)
+    times = in_turn(calls, rounds, warm_up=BRIEF, seconds=math.inf)
     ratios = np.sort(times / times[:, :1], axis=0)
     spare = max(0, round(rounds / 2 - 0.98 * rounds**0.5))  # ranks of a 95 % interval of a median
     found = [
@@ -231,7 +232,7 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
     ]
     calls += [runner(session, condition, image) for session, condition in zip(sessions, conditions, strict=True)]
     gc.disable()
-    times = in_turn(calls, ROUNDS, warm_up=(WARM_UP_RUNS, WARM_UP_S), seconds=SECONDS)
+    times = in_turn(calls, ROUNDS, warm_up=BRIEF, seconds=SECONDS)
     decoding, pillow, together, network = (float(value) for value in np.median(times, axis=0))
     found = Parts(decode_ms=decoding, pillow_ms=pillow, network_ms=network, together_ms=together,
                   preprocess_ms=float(np.median(times[:, 2] - times[:, 3])))  # fmt: skip

@@ -286,7 +286,8 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path,
     assert "unproven" in result.stdout, "another file's latency proves nothing"
     assert "not measured on the target: try --latency" in result.stderr
     runner = tmp_path / "unproven.failed" / "device" / "classify.py"
-    measured = json.loads(subprocess.run([sys.executable, runner, "--bench"], capture_output=True, check=True).stdout)
+    command = [sys.executable, runner, "--bench", "--quick", "--threads", "1"]
+    measured = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert (measured["raced"]["fp32"]["ratio"], measured["target"], measured["threads"]) == (1, here(), 1)
     latency.write_text(json.dumps(measured))
     result = ftkit("export", run, "--out", tmp_path / "x", *told)

@@ -58,7 +58,7 @@ def test_a_machine_too_noisy_for_the_question_says_so_and_passes_nothing_slow() 
     assert slower["passed"] <= 1
     assert slower["inconclusive"] >= 38
     found = decide("latency", machine(0.10, 0.08, 0.02, 0), seconds=math.inf)
-    assert found.reason.startswith("too noisy here to tell 5%")
+    assert found.reason.startswith("too noisy to tell 5%")
 
 
 def test_a_failure_needs_a_second_round_of_fresh_processes() -> None:

@@ -64,7 +64,7 @@ def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
     device: str, bundle: Path, tmp_path: Path
 ) -> None:
     before, out = _left_over(), tmp_path / "device.json"
-    result = ftkit("bench", bundle, "--ssh", device, "--quick", "--json", out)
+    result = ftkit("bench", bundle, "--ssh", device, "--quick", "--threads", "1", "--json", out)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found["machine"] == machine()

@@ -8,6 +8,7 @@ gate = against("bundle", "old-bundle", provider="cpu", threads=1)
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,8 @@ def as_gate(verdicts: Sequence[Verdict]) -> str:
             item.what, f"{item.ratio:.3f}", f"{item.low:.3f} to {item.high:.3f}", f"{item.spread:.1%}",
             f"{item.margin:.0%}", str(item.processes), f"{item.seconds:.0f}", item.verdict,
         ))  # fmt: skip
-    return "\n".join([terminal.table(rows), *(f"{item.what}: {item.reason}" for item in verdicts)])
+    reasons = [textwrap.fill(f"{item.what}: {item.reason}", 80, subsequent_indent="  ") for item in verdicts]
+    return "\n".join([terminal.table(rows), *reasons])
 
 
 def _mark(outcome: Outcome) -> str:

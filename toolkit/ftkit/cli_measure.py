@@ -31,7 +31,7 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
     """
     from ftkit import terminal
     from ftkit.intake import labelled
-    from ftkit.release import against, answers
+    from ftkit.release import against, answers, as_text
 
     if not 0 < max_drop < 1:
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
@@ -40,39 +40,17 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
         new = answers(bundle, images, provider=provider, step=step)
     for line in new.unreadable:
         click.echo(f"left out: {line}", err=True)
-    found = new.metrics
-    echo(f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on {found.images} "
-               f"images; balanced {found.balanced_accuracy:.4f}, NLL {found.nll:.3f}, ECE {found.ece:.3f}")  # fmt: skip
-    counts = [str(sum(row)) for row in found.confusion]
-    shares = ([f"{value:.3f}" if value is not None else "-" for value in values]
-              for values in (found.recall, found.precision))  # fmt: skip
-    told: dict[str, Any] = {"bundle": str(bundle), "metrics": dataclasses.asdict(found)}
-    rows, code = [("class", "images", "recall", "precision"), *zip(found.classes, counts, *shares, strict=True)], 0
-    if not old:
-        echo(terminal.table(rows))
-    else:
+    before = change = None
+    if old:
         with terminal.bar(f"{old.name} on {len(images)} images") as step:
             before = answers(old, images, provider=provider, step=step)
         change = against(new, before, max_drop=max_drop)
-        drops = {name: f"{item.drop * 100:+.1f} [{item.low * 100:+.1f}, {item.high * 100:+.1f}]"
-                 for name, item in change.classes.items()}  # fmt: skip
-        echo(terminal.table([
-            (*row, "drop, points [95 %]" if number == 0 else drops.get(row[0], "")) for number, row in enumerate(rows)
-        ]))  # fmt: skip
-        drop = change.paired
-        echo(f"{len(change.regressed)} formerly right and now wrong, {change.repaired} the other way")
-        for item in change.regressed[:20]:
-            echo(f"  {item.image}  {item.label} -> {item.said} {item.probability:.3f}")
-        if len(change.regressed) > 20:
-            echo(f"  and {len(change.regressed) - 20} more: see --json")
-        for name in change.worse_classes:
-            echo(f"class {name} surely lost more than {max_drop:.1%}")
-        echo(f"against {old.name}: accuracy {before.metrics.accuracy:.4f} -> {found.accuracy:.4f}, drop "
-                   f"{drop.drop * 100:+.2f} points [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}], limit "
-                   f"{max_drop * 100:.2f}: {change.verdict}")  # fmt: skip
-        code = {"accepted": 0, "refused": 1}.get(change.verdict, 3)
+    echo(as_text(new, before, change))
+    told: dict[str, Any] = {"bundle": str(bundle), "metrics": dataclasses.asdict(new.metrics)}
+    if before and change:
         told["against"] = {"bundle": str(old), "metrics": dataclasses.asdict(before.metrics),
                            **dataclasses.asdict(change)}  # fmt: skip
+    code = {"accepted": 0, "refused": 1}.get(change.verdict, 3) if change else 0
     _write(as_json, told)
     sys.exit(code)
 
@@ -122,7 +100,7 @@ def bench(
         with terminal.note() as say:
             if host:
                 say(f"measuring on {host}")
-                told = remote.bench(host, model, provider=names[0], quick=quick)
+                told = remote.bench(host, model, provider=names[0], threads=(counts or [0])[0], quick=quick)
             else:
                 told = measure(model, providers=names, threads=counts or ([1] if baseline else []), batches=batches,
                                image=image, quick=quick, say=say)  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ftkit import terminal
 from ftkit.evaluate import Metrics, evaluate
 from ftkit_export.decision import Paired, Verdict, paired
 from ftkit_export.errors import FtkitError, ImageError, choices
@@ -22,6 +23,8 @@ from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
 
 Array = np.ndarray[Any, Any]
+
+LISTED = 20  # images that are printed; --json has them all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +126,32 @@ def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
         verdict=verdict, max_drop=max_drop, paired=overall, classes=classes, regressed=tuple(regressed),
         repaired=int((after & ~before).sum()),
     )  # fmt: skip
+
+
+def as_text(new: Answers, old: Answers | None = None, change: Change | None = None) -> str:
+    """What a person reads, within 80 columns but for paths: accuracy, a row a class, what changed since `old`."""
+    found = new.metrics
+    lines = [f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on {found.images} "
+             f"images; NLL {found.nll:.3f}, ECE {found.ece:.3f}"]  # fmt: skip
+    rows = [("class", "images", "recall", "precision", *["drop, points [95 %]"] * bool(change))]
+    for place, name in enumerate(found.classes):
+        shares = [f"{value:.3f}" if value is not None else "-"
+                  for value in (found.recall[place], found.precision[place])]  # fmt: skip
+        drop = [_points(change.classes[name]) if name in change.classes else ""] if change else []
+        rows.append((name, str(sum(found.confusion[place])), *shares, *drop))
+    lines.append(terminal.table(rows))
+    if old and change:
+        lines.append(f"{len(change.regressed)} formerly right and now wrong, {change.repaired} the other way")
+        lines += [f"  {item.image}  {item.label} -> {item.said} {item.probability:.3f}"
+                  for item in change.regressed[:LISTED]]  # fmt: skip
+        if len(change.regressed) > LISTED:
+            lines.append(f"  and {len(change.regressed) - LISTED} more: see --json")
+        lines += [f"class {name} surely lost more than {change.max_drop:.1%}" for name in change.worse_classes]
+        lines.append(f"accuracy {old.metrics.accuracy:.4f} -> {found.accuracy:.4f}, drop {_points(change.paired)} "
+                     f"points, limit {change.max_drop * 100:.2f}")  # fmt: skip
+        lines.append(change.verdict)
+    return "\n".join(lines)
+
+
+def _points(found: Paired) -> str:
+    return f"{found.drop * 100:+.2f} [{found.low * 100:+.2f}, {found.high * 100:+.2f}]"

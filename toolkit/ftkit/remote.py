@@ -71,8 +71,10 @@ class Device:
         return _last(_ssh(self.host, f"cd {self.folder} && {self.python} -B {shlex.join(words)}"))
 
 
-def bench(where: str, bundle: Path, *, provider: str = "cpu", quick: bool = False) -> dict[str, Any]:
-    """Copy a bundle, run its own `device/classify.py --bench` there, bring the figures back.
+def bench(
+    where: str, bundle: Path, *, provider: str = "cpu", threads: int = 0, quick: bool = False
+) -> dict[str, Any]:  # fmt: skip
+    """Copy a bundle, run its own `device/classify.py --bench` there, bring the figures back. threads: 0 = 1 and all.
 
     Raises FtkitError with the device's own words, BundleError when `bundle` is none.
     """
@@ -80,7 +82,8 @@ def bench(where: str, bundle: Path, *, provider: str = "cpu", quick: bool = Fals
     files = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob("*") if path.is_file()}
     with Device.reached(where) as device:
         _send(device.host, device.folder, {f"bundle/{name}": path for name, path in files.items()})
-        words = ["bundle/device/classify.py", "--bench", "--json", "--provider", provider, *["--quick"] * quick]
+        words = ["bundle/device/classify.py", "--bench", "--json", "--provider", provider, "--threads", str(threads)]
+        words += ["--quick"] * quick
         found: dict[str, Any] = device.run(*words)
         return found
 
