@@ -85,7 +85,7 @@ def judge(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]
 
 
 def against(
-    candidate: str | Path, baseline: str | Path, *, provider: str = "cpu", threads: int = 1,
+    candidate: str | Path, baseline: str | Path, *, provider: str = "cpu", threads: int = 1, batch: int = 1,
     tolerance: float = TOLERANCE, seconds: float = SECONDS, image: str | Path | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[Verdict]:  # fmt: skip
@@ -101,7 +101,8 @@ def against(
         now = starts(new.shipped, new.image, stored["provider"], stored["threads"])
         return _against_stored(now, new.shipped.stat().st_size, stored, machine())
     old = find(baseline, image)
-    one, other = (Condition(model=str(path), provider=provider, threads=threads) for path in (new.shipped, old.shipped))
+    one, other = (Condition(model=str(path), provider=provider, threads=threads, batch=batch)
+                  for path in (new.shipped, old.shipped))  # fmt: skip
     say("latency, in turn")
     found = [compare(one, other, new.image, tolerance=tolerance, seconds=seconds * 2 / 3)]
     say("cold starts, in turn")
@@ -112,6 +113,10 @@ def against(
 def against_there(found: Mapping[str, Any], baseline: Path) -> list[Verdict]:
     """What another machine measured now (remote.bench) against what it, or a third one, measured earlier."""
     stored, row = read(baseline), found["rows"][0]
+    here, there = ((item["provider"], item["threads"]) for item in (found, stored))
+    if here != there:
+        raise FtkitError(f"{baseline}: expected figures of {here[0]} on {here[1]} threads, found {there[0]} on "
+                         f"{there[1]}. Try --providers {there[0]} --threads {there[1]}")  # fmt: skip
     now = [Start(**start) for start in found["starts"][row["variant"]]]
     return _against_stored(now, row["size_bytes"], stored, found["machine"])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,16 @@ from typing import Any
 import click
 
 from ftkit_export.errors import FtkitError
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """A bundle's folder where `path` is a zip, else the path itself."""
+    from ftkit_export import archive
+
+    with archive.opened(path) if path.suffix == ".zip" else nullcontext(path) as found:
+        yield found
+
 
 JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", help="All figures; - prints.")
 
@@ -36,14 +47,14 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
     if not 0 < max_drop < 1:
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
     echo, images = _echo(as_json), labelled(data)
-    with terminal.bar(f"{bundle.name} on {len(images)} images") as step:
-        new = answers(bundle, images, provider=provider, step=step)
+    with _unpacked(bundle) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
+        new = answers(path, images, provider=provider, step=step)
     for line in new.unreadable:
         click.echo(f"left out: {line}", err=True)
     before = change = None
     if old:
-        with terminal.bar(f"{old.name} on {len(images)} images") as step:
-            before = answers(old, images, provider=provider, step=step)
+        with _unpacked(old) as path, terminal.bar(f"{old.name} on {len(images)} images") as step:
+            before = answers(path, images, provider=provider, step=step)
         change = against(new, before, max_drop=max_drop)
     echo(as_text(new, before, change))
     told: dict[str, Any] = {"bundle": str(bundle), "metrics": dataclasses.asdict(new.metrics)}
@@ -96,31 +107,34 @@ def bench(
                          "Try --ssh HOST --json FILE for the baseline first")  # fmt: skip
     told: dict[str, Any] = {}
     outcomes = []
-    if host or not baseline or limits or save:
-        with terminal.note() as say:
-            if host:
-                say(f"measuring on {host}")
-                told = remote.bench(host, model, provider=names[0], threads=(counts or [0])[0], quick=quick)
-            else:
-                told = measure(model, providers=names, threads=counts or ([1] if baseline else []), batches=batches,
-                               image=image, quick=quick, say=say)  # fmt: skip
+    with ExitStack() as stack:
+        model = stack.enter_context(_unpacked(model))
+        baseline = baseline and stack.enter_context(_unpacked(baseline))
+        say = stack.enter_context(terminal.note())
+        if host:
+            say(f"measuring on {host}")
+            told = remote.bench(host, model, provider=names[0], threads=(counts or [0])[0], quick=quick)
+        elif not baseline or limits or save:
+            told = measure(model, providers=names, threads=counts or ([1] if baseline else []), batches=batches,
+                           image=image, quick=quick, say=say)  # fmt: skip
+        verdicts = []
+        if baseline and host:
+            verdicts = judging.against_there(told, baseline)
+        elif baseline:
+            verdicts = judging.against(model, baseline, provider=names[0], threads=(counts or [1])[0], image=image,
+                                       batch=batches[0], tolerance=max_slowdown, seconds=seconds, say=say)  # fmt: skip
+    if told:
         echo(judging.as_tables(told))
         kept = judging.judge(told, limits)
         outcomes += [item.verdict for item in kept]
         echo(judging.as_budgets(kept), nl=bool(kept))
-        if save:
-            echo(f"saved: {history.append(told, Path.cwd())}")
         told["budgets"] = [{**dataclasses.asdict(item), "verdict": item.verdict} for item in kept]
-    if baseline:
-        with terminal.note() as say:
-            if host:
-                verdicts = judging.against_there(told, baseline)
-            else:
-                verdicts = judging.against(model, baseline, provider=names[0], threads=(counts or [1])[0], image=image,
-                                           tolerance=max_slowdown, seconds=seconds, say=say)  # fmt: skip
+    if verdicts:
         echo(judging.as_gate(verdicts))
         outcomes += [item.verdict for item in verdicts]
         told["against"] = [dataclasses.asdict(item) for item in verdicts]
+    if save:
+        echo(f"saved: {history.append(told, Path.cwd())}")
     _write(as_json, told)
     code = judging.exit_code(outcomes)
     if outcomes:
