@@ -38,9 +38,10 @@ import tables
 
 from ftkit_export.latency import Condition, machine
 from ftkit_export.regression import PROCESSES, ROUNDS, SECONDS, Sample, Verdict, compare, decide, sample
-from ftkit_export.timing import in_turn, opened, runner
+from ftkit_export.timing import feeds, in_turn, opened, runner
 
 LIMIT = 0.05
+LATENCY_S = SECONDS * 2 / 3  # what `ftkit bench --against` gives to latency
 THEIRS_S = 1.0  # pytest-benchmark's --benchmark-max-time
 
 
@@ -90,7 +91,8 @@ def neighbour(seed: int, there: bool) -> Iterator[None]:
 
 def slowed(condition: Condition, percent: float) -> Callable[[], object]:
     """The model's call, with a spin of so many per cent of its own median (of the last nine runs) after it."""
-    call, last = runner(opened(condition, shared=True), condition, None), deque[float](maxlen=9)
+    session, last = opened(condition, shared=True), deque[float](maxlen=9)
+    call = runner(session, condition, feeds(session, None, 1))
 
     def run() -> None:
         start = time.perf_counter()
@@ -147,7 +149,7 @@ def trial(condition: Condition, percent: float, number: int, log: Path) -> None:
         return sample(times[:, place], *np.delete(times, place, axis=1).T)
 
     with neighbour(number, noisy):
-        found = decide("latency", draw, seconds=SECONDS)
+        found = decide("latency", draw, seconds=LATENCY_S)
         line = {"percent": percent, "threads": condition.threads, "noisy": noisy, **asdict(found),
                 "others": others(condition, percent)}  # fmt: skip
     with log.open("a") as file:
@@ -198,7 +200,7 @@ def real(folder: Path) -> None:
     }
     print("| change | verdict | ratio | 95 % interval | A/A spread | seconds |\n|---|---|---|---|---|---|")
     for name, (candidate, baseline) in cases.items():
-        found: Verdict = compare(candidate, baseline)
+        found: Verdict = compare(candidate, baseline, seconds=LATENCY_S)
         print(f"| {name} | {found.verdict} | {found.ratio:.3f} | {found.low:.3f} to {found.high:.3f} | "
               f"{found.spread:.1%} | {found.seconds:.0f} |", flush=True)  # fmt: skip
 
@@ -213,7 +215,8 @@ def cost(folder: Path) -> None:
         options.intra_op_num_threads = 1
         bare = onnxruntime.InferenceSession(condition.model, options, providers=["CPUExecutionProvider"])
         feed = {"pixels": np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)}
-        call = runner(opened(condition), condition, None)
+        session = opened(condition)
+        call = runner(session, condition, feeds(session, None, 1))
         times = in_turn([lambda bare=bare, feed=feed: bare.run(None, feed), call], 600, warm_up=(50, 1), seconds=60)
         p50 = np.median(times, axis=0)
         ratios = times[:, 1] / times[:, 0]

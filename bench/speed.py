@@ -31,9 +31,10 @@ def timed(command: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     terminal.spent.clear()
     begun, found = time.perf_counter(), Counter[str]()
     try:
-        ftkit(command, standalone_mode=False)
+        code = ftkit(command, standalone_mode=False)
     except SystemExit as done:
-        assert not done.code, command
+        code = done.code
+    assert not code, command
     whole = time.perf_counter() - begun
     for label, seconds in terminal.spent.items():
         found[re.sub(r" \d+/\d+$", "", label)] += seconds  # type: ignore[assignment]

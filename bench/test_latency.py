@@ -13,7 +13,7 @@ from ftkit.pytest_plugin import Measured
 from ftkit_export.bench import conditions, find
 from ftkit_export.latency import Condition
 from ftkit_export.session import cores
-from ftkit_export.timing import opened, runner
+from ftkit_export.timing import feeds, opened, runner
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,7 +34,8 @@ def test_latency(
 ) -> None:
     """Rounds of pytest-benchmark, beside ftkit's p50 and p95 from a fresh process."""
     image = find(pytestconfig.getoption("--bundle")).image
-    call = runner(opened(condition), condition, image and str(image))
+    session = opened(condition)
+    call = runner(session, condition, feeds(session, image and str(image), condition.batch))
     benchmark.pedantic(call, rounds=200, warmup_rounds=20)
     found = latency(condition.model, image=image, threads=condition.threads, spinning=condition.spinning)
     assert found["p50_ms"] > 0

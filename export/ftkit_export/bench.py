@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,11 +30,13 @@ SHIPPED = "model.onnx"
 class Model:
     """What is measured. files: variant -> image form, the shipped one first (of a plain model: "model" -> it).
 
-    cores: variant -> core form. fingerprint: sha256 of the manifest, or of the file. image: fed to ftkit's own files.
+    cores: variant -> core form. name: the recipe's, or the file's. fingerprint: sha256 of the manifest, or of the file.
+    image: fed to ftkit's own files.
     """
 
     files: Mapping[str, Path]
     cores: Mapping[str, Path]
+    name: str
     fingerprint: str
     image: Path | None
     run: str = ""
@@ -58,12 +61,14 @@ def find(model: str | Path, image: str | Path | None = None) -> Model:
         return Model(
             files={name: path / pair["file"] for name, pair in pairs.items()},
             cores={name: path / pair["core"] for name, pair in pairs.items()},
-            fingerprint=sha256(path / MANIFEST), run=manifest["run"],
+            name=str(manifest.get("name", path.name)), fingerprint=sha256(path / MANIFEST), run=manifest["run"],
             image=Path(image) if image else path / "golden" / "00.png",
         )  # fmt: skip
     if not path.is_file():
         raise FtkitError(f"{path}: expected a bundle or an ONNX file, found nothing there. Check the path")
-    return Model(files={"model": path}, cores={}, fingerprint=sha256(path), image=Path(image) if image else None)
+    return Model(
+        files={"model": path}, cores={}, name=path.name, fingerprint=sha256(path), image=Path(image) if image else None
+    )
 
 
 def conditions(path: Path, providers: Sequence[str], threads: Sequence[int], batches: Sequence[int]) -> list[Condition]:
@@ -81,33 +86,34 @@ def conditions(path: Path, providers: Sequence[str], threads: Sequence[int], bat
     return found
 
 
-def starts(model: Path, image: Path | None, provider: str, threads: int, *, quick: bool = False) -> list[Start]:
+def starts(condition: Condition, image: Path | None, *, quick: bool = False) -> list[Start]:
     """Cold starts and memory, each in a process of its own."""
-    condition = Condition(model=str(model), provider=provider, threads=threads)
     return [begin(condition, image) for _ in range(QUICK_STARTS if quick else STARTS)]
 
 
 def bench(
     model: str | Path, *, providers: Sequence[str] = ("cpu",), threads: Sequence[int] = (),
-    batches: Sequence[int] = (1,), image: str | Path | None = None, quick: bool = False,
+    batches: Sequence[int] = (0,), image: str | Path | None = None, quick: bool = False,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a bundle or a model file. threads: 1 and all cores by default. say: told what is measured next.
+    """Measure a bundle or a model file. threads: 1 and all cores by default. batches: 0 = what the file fixes, else 1.
+    say: told what is measured next.
 
-    The result: schema, machine, target, run, fingerprint, provider and threads (the first of each, which starts, parts
-    and raced hold for), sha256 (variant -> file), quick, rows (a Latency and its variant each), starts (variant ->
-    Starts), parts (variant -> Parts, where there is a core form), raced (variant -> Raced, against the first of them
-    that is fp32). Raises FtkitError for a model that is not there, or does not run.
+    The result: schema, machine, target, name, run, fingerprint, provider and threads (the first of each, which starts,
+    parts and raced hold for, starts for the first batch too), sha256 (variant -> file), quick, rows (a Latency and its
+    variant each), starts (variant -> Starts), parts (variant -> Parts, where there is a core form), raced (variant ->
+    Raced, against the first of them that is fp32). Raises FtkitError for a model that is not there, or does not run.
     """
     found, counts = find(model, image), list(threads) or sorted({1, cores()})
     provider, first = providers[0], counts[0] if providers[0] == "cpu" else 1
     rows, cold, pieces = [], {}, {}
     for name, path in found.files.items():
-        for condition in conditions(path, providers, counts, batches):
-            say(f"{name} on {condition.provider}, {condition.threads} threads, batch {condition.batch}")
+        listed = conditions(path, providers, counts, batches)
+        for condition in listed:
+            say(f"{name} on {condition.provider}, {condition.threads} threads")
             rows.append({"variant": name, **asdict(measure(condition, found.image, quick=quick))})
         say(f"{name}: cold starts")
-        cold[name] = [asdict(start) for start in starts(path, found.image, provider, first, quick=quick)]
+        cold[name] = [asdict(start) for start in starts(listed[0], found.image, quick=quick)]
         if name in found.cores and found.image:
             say(f"{name}: decoding, preprocessing, network")
             condition = Condition(model=str(path), provider=provider, threads=first)
@@ -119,7 +125,8 @@ def bench(
         results = race([found.files[name] for name in order], found.image, provider=provider, threads=first)
         raced = {name: asdict(item) for name, item in zip(order, results, strict=True)}
     return {
-        "schema": SCHEMA, "machine": machine(), "target": here(), "run": found.run, "fingerprint": found.fingerprint,
+        "schema": SCHEMA, "machine": machine(), "target": here(), "name": found.name, "run": found.run,
+        "fingerprint": found.fingerprint,
         "provider": provider, "threads": first, "sha256": {name: sha256(path) for name, path in found.files.items()},
         "quick": quick, "rows": rows, "starts": cold, "parts": pieces, "raced": raced,
     }  # fmt: skip
@@ -127,14 +134,28 @@ def bench(
 
 def read(path: str | Path) -> dict[str, Any]:
     """What bench wrote as JSON. Raises FtkitError when the file is something else, or of another schema."""
-    where = Path(path)
     try:
-        data = json.loads(where.read_text())
-        known = {"machine", "provider", "threads", "sha256", "rows", "starts"} <= set(data)
-        listed = [Start(**start) for items in data["starts"].values() for start in items] if known else []
-    except (OSError, ValueError, TypeError, AttributeError):
-        known, listed = False, []
-    if not known or not listed or data.get("schema") != SCHEMA:
+        data = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        data = None
+    return checked(data, str(path))
+
+
+def checked(data: Any, where: str) -> dict[str, Any]:
+    """`data` when it is what bench returns, whole enough to be judged; else FtkitError."""
+    try:
+        row, machine_ = data["rows"][0], data["machine"]
+        cold = [Start(**start) for start in data["starts"][row["variant"]]]
+        numbers = [row["p50_ms"], row["p95_ms"], row["size_bytes"], data["threads"],
+                   *(value for start in cold for value in vars(start).values())]  # fmt: skip
+        whole = (
+            data["schema"] == SCHEMA and len(cold) > 1 and isinstance(machine_["fingerprint"], str)
+            and isinstance(data["provider"], str) and {"sha256", "parts", "raced", "quick"} <= set(data)
+            and all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers)
+        )  # fmt: skip
+    except (KeyError, IndexError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise FtkitError(f"{where}: expected what `ftkit bench --json` writes (schema {SCHEMA}), found something else. "
-                         "Measure the baseline again")  # fmt: skip
+                         "Measure it again, or export the bundle again")  # fmt: skip
     return dict(data)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -31,13 +32,14 @@ ROUNDS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What is run and how. threads: 0 = all cores. spinning: idle threads keep a core busy. copies: inputs and outputs
-    pass through host memory; False: they stay on the device. optimised: ONNX Runtime may rewrite the graph."""
+    """What is run and how. threads: 0 = all cores. batch: 0 = what the file fixes, else 1. spinning: idle threads keep
+    a core busy. copies: inputs and outputs pass through host memory; False: they stay on the device. optimised: ONNX
+    Runtime may rewrite the graph."""
 
     model: str
     provider: str = "cpu"
     threads: int = 0
-    batch: int = 1
+    batch: int = 0
     spinning: bool = True
     copies: bool = True
     optimised: bool = True
@@ -81,8 +83,8 @@ class Start:
     session_ms: float
     first_run_ms: float
     peak_rss_bytes: int
-    p50_ms: float
-    p95_ms: float
+    p50_ms: float = math.nan
+    p95_ms: float = math.nan
 
     @property
     def cold_ms(self) -> float:
@@ -131,9 +133,9 @@ def measure(condition: Condition, image: str | Path | None = None, *, quick: boo
     return Latency(**{**found, "histogram": tuple(found["histogram"])})
 
 
-def begin(condition: Condition, image: str | Path | None = None) -> Start:
-    """One cold start, in a fresh process. Raises as measure."""
-    return Start(**in_child("begin", [condition], image))
+def begin(condition: Condition, image: str | Path | None = None, *, steady: bool = True) -> Start:
+    """One cold start, in a fresh process. steady: then p50 and p95 too. Raises as measure."""
+    return Start(**in_child("begin", [condition], image, steady=steady))
 
 
 def race(
@@ -162,12 +164,15 @@ def in_child(what: str, conditions: Sequence[Condition], image: str | Path | Non
     if done.returncode:
         said = done.stderr.strip().removeprefix("error: ")
         raise FtkitError(said or f"latency of {conditions[0].model}: the process ended early ({done.returncode})")
-    return json.loads(done.stdout)
+    return json.loads(done.stdout.rstrip().rpartition("\n")[2])  # a provider may have printed before it
 
 
 def machine() -> dict[str, object]:
-    """What the evidence was measured on: processor, cores, system, Python, ONNX Runtime; fingerprint: of all these."""
+    """What the evidence was measured on: processor, cores that may be used, system, Python, ONNX Runtime; fingerprint:
+    of all these."""
     import onnxruntime
+
+    from ftkit_export.session import cores
 
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -178,7 +183,7 @@ def machine() -> dict[str, object]:
         cpu = names[0] if names else cpu
     facts: dict[str, object] = {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,

@@ -201,17 +201,24 @@ class Session:
             raise FtkitError(f"model: expected to run on {shapes}, found: {reason}. Check the input's shape") from None
         return outputs
 
-    def bound(self, *arrays: np.ndarray[Any, Any]) -> Callable[[], None]:
-        """A call that runs on these inputs where they and the outputs stay: on the provider's device (IO binding)."""
+    def bound(self, *arrays: np.ndarray[Any, Any]) -> Callable[[], list[Any]]:
+        """A call that runs on these inputs where they and the outputs (OrtValues) stay: on the provider's device."""
         device = "cuda" if self.provider in ("cuda", "tensorrt") else "cpu"
         binding = self._session.io_binding()
-        for name, array in zip(self.input_names, arrays, strict=True):
-            binding.bind_ortvalue_input(name, _runtime().OrtValue.ortvalue_from_numpy(array, device, 0))
+        values = [_runtime().OrtValue.ortvalue_from_numpy(array, device, 0) for array in arrays]
+        for name, value in zip(self.input_names, values, strict=True):
+            binding.bind_ortvalue_input(name, value)
         for name in self.output_names:
             binding.bind_output(name, device)
 
-        def run() -> None:
-            self._session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
+        def run(_: object = values) -> list[Any]:  # the values live as long as the call does
+            try:
+                self._session.run_with_iobinding(binding)
+                binding.synchronize_outputs()
+            except Exception as error:  # ONNX Runtime's exceptions share no base class
+                raise FtkitError(f"model: expected to run with IO binding, found: {str(error).splitlines()[0]}. "
+                                 "Try `ftkit doctor`") from None  # fmt: skip
+            outputs: list[Any] = binding.get_outputs()
+            return outputs
 
         return run

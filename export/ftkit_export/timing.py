@@ -26,6 +26,7 @@ RUNS, SECONDS = 200, 10.0
 QUICK_RUNS, QUICK_SECONDS = 50, 0.5
 BRIEF = (WARM_UP_RUNS, WARM_UP_S / 4)  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
 BINS = 40
+LARGEST = 1 << 30  # bytes of an input that is made up
 FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
 
 
@@ -60,9 +61,9 @@ def _from_image(session: Session, image: str, batch: int) -> Any:
 
     if session.input_names[0] != "pixels":  # the image form takes a frame, the core form normalised pixels
         frame = to_frame(decode(image), session.metadata.get("input_format", "rgb"))
-        return np.repeat(frame[None], batch, axis=0)
+        return np.repeat(frame[None], batch or 1, axis=0)
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
-    return np.repeat(preprocess.pixels(preprocess.canvas(decode(image))[None]), batch, axis=0)
+    return np.repeat(preprocess.pixels(preprocess.canvas(decode(image))[None]), batch or 1, axis=0)
 
 
 def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) -> Any:
@@ -74,12 +75,13 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
     if not isinstance(dtype, type) or not issubclass(dtype, np.number | np.bool_):
         raise FtkitError(f"input {name}: expected numbers, found {kind}. Only tensors of numbers can be made up")
     sizes = [size if isinstance(size, int) and size > 0 else FREE for size in shape]
-    if shape and sizes[0] != batch:
-        if isinstance(shape[0], int):
-            raise FtkitError(
-                f"input {name}: expected batch {batch}, found {shape[0]} in the file. Try --batch {shape[0]}"
-            )
-        sizes[0] = batch
+    if shape and not isinstance(shape[0], int):
+        sizes[0] = batch or 1
+    elif shape and batch and sizes[0] != batch:
+        raise FtkitError(f"input {name}: expected batch {batch}, found {shape[0]} in the file. Try without --batch")
+    if math.prod(sizes) * np.dtype(dtype).itemsize > LARGEST:
+        raise FtkitError(f"input {name}: expected at most 1 GB with free sizes as {FREE}, found {sizes}. "
+                         "Try a file with sizes of its own")  # fmt: skip
     rng = np.random.default_rng(0)
     if dtype is np.uint8:
         return rng.integers(0, 256, sizes, np.uint8)
@@ -96,16 +98,15 @@ def opened(condition: Condition, *, shared: bool = False) -> Session:
                    spinning=condition.spinning, optimised=condition.optimised, shared=shared)  # fmt: skip
 
 
-def runner(session: Session, condition: Condition, image: str | None) -> Callable[[], object]:
-    """A call that runs the model once, on inputs made beforehand."""
-    fed = feeds(session, image, condition.batch)
+def runner(session: Session, condition: Condition, fed: Sequence[Any]) -> Callable[[], object]:
+    """A call that runs the model once, on inputs made beforehand (`feeds`)."""
     return (lambda: session.run(*fed)) if condition.copies else session.bound(*fed)
 
 
 def in_turn(calls: Sequence[Callable[[], object]], rounds: int, *, warm_up: tuple[int, float], seconds: float) -> Any:
     """(rounds, calls) ms: each round runs every call once; who goes first changes, and so does who follows whom.
 
-    warm_up: at least so many rounds and seconds. Ends early after `seconds`, though not before 5 rounds.
+    warm_up: at least so many rounds and seconds. Ends early after `seconds`, though not before 3 rounds.
     """
     import numpy as np
 
@@ -119,7 +120,7 @@ def in_turn(calls: Sequence[Callable[[], object]], rounds: int, *, warm_up: tupl
             start = time.perf_counter()
             calls[which]()
             times[number, which] = (time.perf_counter() - start) * 1e3
-        if number >= 4 and time.perf_counter() - begun > seconds:
+        if number >= 2 and time.perf_counter() - begun > seconds:
             return times[: number + 1]
     return times
 
@@ -144,8 +145,8 @@ def _timed(call: Callable[[], object], runs: int, seconds: float) -> Any:
     return np.array(times)
 
 
-def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object], dict[str, float]]:
-    """A call, and what it took to come to its first answer: import, session, first run."""
+def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object], int, dict[str, float]]:
+    """A call, its batch, and what it took to come to its first answer: import, session, first run."""
     started = time.perf_counter()
     from ftkit_export.session import offered
 
@@ -153,16 +154,17 @@ def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object
     imported = time.perf_counter()
     session = opened(condition)
     ready = time.perf_counter()
-    call = runner(session, condition, image)
+    fed = feeds(session, image, condition.batch)
+    call, batch = runner(session, condition, fed), fed[0].shape[0] if fed and fed[0].ndim else 1
     before = time.perf_counter()
     call()
-    return call, {"import_ms": (imported - started) * 1e3, "session_ms": (ready - imported) * 1e3,
+    return call, batch, {"import_ms": (imported - started) * 1e3, "session_ms": (ready - imported) * 1e3,
                   "first_run_ms": (time.perf_counter() - before) * 1e3}  # fmt: skip
 
 
 def _measure_here(conditions: Sequence[Condition], image: str | None, quick: bool) -> dict[str, Any]:
     (condition,) = conditions
-    call, start = _begun(condition, image)
+    call, batch, start = _begun(condition, image)
     import numpy as np
 
     from ftkit_export.session import cores
@@ -174,7 +176,7 @@ def _measure_here(conditions: Sequence[Condition], image: str | None, quick: boo
     low, high = float(times.min()), max(p99, float(times.min()) * 1.001)
     histogram = np.histogram(np.minimum(times, high), bins=BINS, range=(low, high))[0]
     found = Latency(
-        provider=condition.provider, threads=condition.threads or cores(), batch=condition.batch,
+        provider=condition.provider, threads=condition.threads or cores(), batch=batch,
         spinning=condition.spinning, copies=condition.copies, runs=len(times), quick=quick,
         p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99 if len(times) >= 1000 else None, **start,
         peak_rss_bytes=peak_rss_bytes(), size_bytes=Path(condition.model).stat().st_size,
@@ -183,8 +185,10 @@ def _measure_here(conditions: Sequence[Condition], image: str | None, quick: boo
     return asdict(found)
 
 
-def _begin_here(conditions: Sequence[Condition], image: str | None) -> dict[str, Any]:
-    call, start = _begun(conditions[0], image)
+def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool) -> dict[str, Any]:
+    call, _, start = _begun(conditions[0], image)
+    if not steady:
+        return {**start, "peak_rss_bytes": peak_rss_bytes()}
     import numpy as np
 
     warm(call, *BRIEF)
@@ -192,18 +196,29 @@ def _begin_here(conditions: Sequence[Condition], image: str | None) -> dict[str,
     return {**start, "p50_ms": float(p50), "p95_ms": float(p95), "peak_rss_bytes": peak_rss_bytes()}
 
 
+def _shared(condition: Condition, image: str | None) -> Callable[[], object]:
+    session = opened(condition, shared=True)
+    return runner(session, condition, feeds(session, image, condition.batch))
+
+
 def _pairs_here(conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float) -> list[list[float]]:
-    """Times in ms, a row a round, a column a condition (`regression` reads them)."""
-    calls = [runner(opened(condition, shared=True), condition, image) for condition in conditions]
+    """Times in ms, a row a round, a column a condition (`regression` reads them); about `seconds` in all."""
+    begun = time.perf_counter()
+    calls = [_shared(condition, image) for condition in conditions]
     gc.disable()
-    found = in_turn(calls, rounds, warm_up=(min(WARM_UP_RUNS, rounds // 4), 0), seconds=seconds)
+    for _ in range(rounds // 4):
+        for call in calls:
+            call()
+        if time.perf_counter() - begun > seconds / 4:
+            break
+    found = in_turn(calls, rounds, warm_up=(0, 0), seconds=seconds - (time.perf_counter() - begun))
     return [[float(value) for value in row] for row in found]
 
 
 def _race_here(conditions: Sequence[Condition], image: str | None, rounds: int) -> list[dict[str, Any]]:
     import numpy as np
 
-    calls = [runner(opened(condition, shared=True), condition, image) for condition in conditions]
+    calls = [_shared(condition, image) for condition in conditions]
     gc.disable()
     times = in_turn(calls, rounds, warm_up=BRIEF, seconds=math.inf)
     ratios = np.sort(times / times[:, :1], axis=0)
@@ -230,7 +245,8 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
         lambda: decode(data),
         lambda: preprocess.pixels(preprocess.canvas(pixels)[None]),
     ]
-    calls += [runner(session, condition, image) for session, condition in zip(sessions, conditions, strict=True)]
+    calls += [runner(session, condition, feeds(session, image, 1))
+              for session, condition in zip(sessions, conditions, strict=True)]  # fmt: skip
     gc.disable()
     times = in_turn(calls, ROUNDS, warm_up=BRIEF, seconds=SECONDS)
     decoding, pillow, together, network = (float(value) for value in np.median(times, axis=0))
@@ -246,12 +262,16 @@ WORK: dict[str, Callable[..., Any]] = {
 
 def _main() -> int:
     job = json.loads(sys.argv[1])
+    conditions = [Condition(**item) for item in job.pop("conditions")]
     try:
-        conditions = [Condition(**item) for item in job.pop("conditions")]
         found = WORK[job.pop("what")](conditions, job.pop("image"), **job)
     except FtkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:  # ONNX Runtime's, numpy's: one line of it tells a person more than the traceback
+        reason = (str(error) or type(error).__name__).split("\n")[0]
+        print(f"error: {conditions[0].model}: expected to run, found: {reason}. Try `ftkit doctor`", file=sys.stderr)
+        return 2
     print(json.dumps(found))
     return 0
 

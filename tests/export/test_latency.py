@@ -39,8 +39,8 @@ def test_inputs_are_made_from_any_signature(tmp_path: Path) -> None:
 
 def test_a_fixed_batch_is_kept_and_another_refused(tmp_path: Path) -> None:
     path = model(tmp_path / "fixed.onnx", x=(TensorProto.FLOAT, [1, 3, 8, 8]))
-    assert feeds(Session(path), None, 1)[0].shape == (1, 3, 8, 8)
-    with pytest.raises(FtkitError, match=r"input x: expected batch 4, found 1 in the file. Try --batch 1"):
+    assert feeds(Session(path), None, 0)[0].shape == (1, 3, 8, 8)
+    with pytest.raises(FtkitError, match=r"input x: expected batch 4, found 1 in the file. Try without --batch"):
         feeds(Session(path), None, 4)
 
 
@@ -68,7 +68,8 @@ def test_a_condition_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None
 def test_runs_on_the_device_give_what_copied_ones_give(tmp_path: Path) -> None:
     """IO binding keeps inputs and outputs where they are; on the CPU that can be looked at."""
     session = Session(model(tmp_path / "small.onnx", x=(TensorProto.FLOAT, ["n", 4])))
-    session.bound(np.ones((2, 4), np.float32))()
+    ones = np.ones((2, 4), np.float32)
+    assert session.bound(ones)()[0].numpy().tolist() == session.run(ones)[0].tolist()
 
 
 def test_every_call_goes_first_as_often_and_follows_every_other(tmp_path: Path) -> None:
@@ -80,5 +81,5 @@ def test_every_call_goes_first_as_often_and_follows_every_other(tmp_path: Path) 
     assert {each[i : i + 2] for each in rounds for i in (0, 1)} == {"ab", "ba", "bc", "cb", "ca", "ac"}
 
 
-def test_a_slow_model_ends_on_time_though_not_before_five_rounds() -> None:
-    assert in_turn([lambda: None], 40, warm_up=(0, 0), seconds=0).shape == (5, 1)
+def test_a_slow_model_ends_on_time_though_not_before_three_rounds() -> None:
+    assert in_turn([lambda: None], 40, warm_up=(0, 0), seconds=0).shape == (3, 1)

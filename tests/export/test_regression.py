@@ -83,10 +83,30 @@ def test_what_no_time_can_settle_ends_early() -> None:
     assert found.processes < 30
 
 
-def test_without_time_for_a_second_round_nothing_fails() -> None:
-    found = decide("latency", machine(0.5, 0.005, 0.01, 1), seconds=0)
-    assert (found.verdict, found.processes) == ("inconclusive", PROCESSES)
-    assert "no time was left" in found.reason
+def clocked(draw: Callable[[], Sample], cost: float) -> tuple[Callable[[], Sample], Callable[[], float]]:
+    """Draws that take `cost` seconds each, by a clock of their own."""
+    now = 0.0
+
+    def take() -> Sample:
+        nonlocal now
+        now += cost
+        return draw()
+
+    return take, lambda: now
+
+
+def test_time_is_kept_whatever_a_process_costs() -> None:
+    def take(slower: float, cost: float) -> Verdict:
+        draw, clock = clocked(machine(slower, 0.005, 0.01, 1), cost)
+        return decide("latency", draw, seconds=80, clock=clock)
+
+    two_rounds, one = take(0.2, 7), take(0.2, 10)
+    assert (two_rounds.verdict, two_rounds.seconds) == ("failed", 70)
+    assert (one.verdict, one.seconds) == ("inconclusive", 50)
+    assert "no time was left for a second round, try more --seconds" in one.reason
+    assert take(0.05, 2).seconds <= 80, "at the limit all the time may go, and no more"
+    with pytest.raises(FtkitError, match=r"--seconds: expected time for 10 processes, found 20.0 s for one and 80 s"):
+        take(0.0, 20)
 
 
 def test_sizes_are_exact() -> None:
@@ -100,18 +120,20 @@ def starts(ms: float, count: int = 5) -> list[Start]:
 
 
 def test_a_stored_baseline_judges_on_its_own_machine_with_a_wide_margin_and_elsewhere_advises() -> None:
-    def latency(now: float, same_machine: bool = True) -> Verdict:
-        return compare_stored(starts(now), starts(10.0), same_machine=same_machine)[0]
+    def latency(*now: float, same_machine: bool = True) -> Verdict:
+        measured = iter(now)
+        return compare_stored(lambda: starts(next(measured)), starts(10.0), same_machine=same_machine)[0]
 
-    assert latency(10.1).verdict == "passed"
-    assert latency(11.0).verdict == "inconclusive", "10 % may be another hour of the same machine"
-    assert latency(13.0).verdict == "failed"
+    assert latency(11.0).verdict == "passed"
+    assert "so 15% is the least that can be told" in latency(11.0).reason
+    assert latency(13.0, 13.0).verdict == "failed"
+    assert latency(13.0, 10.0).verdict == "inconclusive", "a second round must say so too"
     for now in (10.0, 30.0):
         found = latency(now, same_machine=False)
         assert (found.verdict, found.reason) == ("inconclusive", "advisory: the baseline is from another machine")
-    assert {item.what for item in compare_stored(starts(1), starts(1), same_machine=True)} == {
+    assert [item.what for item in compare_stored(lambda: starts(1), starts(1), same_machine=True)] == [
         "latency", "cold start", "memory",
-    }  # fmt: skip
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,9 @@ def test_against_its_own_json_it_is_no_slower_and_elsewhere_only_advised(
 ) -> None:
     stored = measured[1] / "bench.json"
     result = ftkit("bench", bundle, "--against", stored)
-    assert result.exit_code in (0, 3), result.output
-    assert "latency" in result.stdout
+    assert "15% is the least that can be told" in result.stdout
+    assert result.exit_code in (0, 1, 3), "this machine may be slower now than a minute ago"
+    assert result.exit_code != 1 or "in a second round" not in result.stdout
     elsewhere = json.loads(stored.read_text())
     elsewhere["machine"]["fingerprint"] = "another"
     (tmp_path / "elsewhere.json").write_text(json.dumps(elsewhere))
@@ -84,7 +85,14 @@ def test_the_gate_prints_ratio_interval_control_margin_and_verdict(bundle: Path)
 
 def test_bad_input_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
+    found = {"schema": 1, "machine": {"fingerprint": "x"}, "provider": "cpu", "threads": 1, "sha256": {}, "parts": {},
+             "raced": {}, "quick": True, "rows": [], "starts": {}}  # fmt: skip
+    (tmp_path / "empty.json").write_text(json.dumps(found))
     for words, said in (
+        ((bundle, "--against", tmp_path / "empty.json"), "empty.json: expected what `ftkit bench --json` writes"),
+        ((bundle, "--json", tmp_path / "none" / "x.json"), "expected a file in a folder that is there"),
+        ((bundle, "--against", bundle, "--quick"), "--quick: expected no such option with --against without"),
+        ((bundle, "--against", bundle, "--threads", "1,2"), "expected one provider, number of threads and batch"),
         (("none",), "none: expected a bundle or an ONNX file, found nothing there"),
         ((bundle, "--budget", "p95=3"), "--budget p95=3: expected a known budget"),
         ((bundle, "--budget", "p95_ms=fast"), "expected a limit above 0, found 'fast'"),
@@ -183,7 +191,7 @@ def test_the_plugin_fails_what_misses_its_budget_and_what_measures_nothing(bundl
 def test_the_suite_runs_under_pytest_benchmark_with_our_figures_beside_its_own(bundle: Path, tmp_path: Path) -> None:
     root, out = Path(__file__).parents[2], tmp_path / "out.json"
     model = bundle / "variants" / "fp32-core.onnx"
-    done = _pytest(root, "bench/test_latency.py", "-k", "1", "--bundle", model, f"--benchmark-json={out}")
+    done = _pytest(root, "bench/test_latency.py", "-k", "model-1]", "--bundle", model, f"--benchmark-json={out}")
     assert done.returncode == 0, done.stdout
     (found,) = json.loads(out.read_text())["benchmarks"]
     assert found["extra_info"]["p95_ms"] > 0

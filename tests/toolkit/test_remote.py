@@ -55,21 +55,18 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.communicate()
 
 
-def _left_over() -> set[Path]:
-    return set(Path("/tmp").glob("tmp.*"))
-
-
 @needs_sshd
 def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
-    device: str, bundle: Path, tmp_path: Path
+    device: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, out = _left_over(), tmp_path / "device.json"
+    out = tmp_path / "device.json"
+    monkeypatch.setattr("ftkit.remote.MAKE_FOLDER", f"mktemp -d -p {tmp_path}")
     result = ftkit("bench", bundle, "--ssh", device, "--quick", "--threads", "1", "--json", out)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found["machine"] == machine()
     assert found["fingerprint"] and found["rows"][0]["p50_ms"] > 0
-    assert _left_over() <= before
+    assert list(tmp_path.iterdir()) == [out], "nothing is left there"
     assert ftkit("verify", bundle).exit_code == 0, "the copy was measured, not the sealed bundle"
 
 

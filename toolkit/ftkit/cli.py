@@ -136,6 +136,10 @@ def export(
         raise FtkitError("--on, --latency: expected one source of the device's times, found two. Leave out --latency")
     where = out or run.resolve().with_name(run.resolve().name + "-bundle")
     with Device.reached(device) if device else nullcontext() as reached:
+        if reached and target not in (None, "auto", "cuda", "web", reached.target):
+            raise FtkitError(
+                f"--target {target}: expected what {device} is, {reached.target}, found another. Leave it out"
+            )
         named = {"target": target or (reached.target if reached else None), "input_format": input_format}
         settings = (*settings, *(f"export.{key}={value}" for key, value in named.items() if value))
         limits = override(opened.recipe, settings).export

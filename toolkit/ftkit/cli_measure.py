@@ -25,7 +25,15 @@ def _unpacked(path: Path) -> Iterator[Path]:
         yield found
 
 
-JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", help="All figures; - prints.")
+def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    """Before minutes are measured, not after."""
+    if path and path != Path("-") and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise FtkitError(f"{path}: expected a file in a folder that is there, found none. Try --json bench.json")
+    return path
+
+
+JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", callback=_writable,
+                    help="All figures; - prints.")  # fmt: skip
 
 
 @click.command("eval")
@@ -42,11 +50,14 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
     """
     from ftkit import terminal
     from ftkit.intake import labelled
-    from ftkit.release import against, answers, as_text
+    from ftkit.release import against, answers, as_text, require
 
     if not 0 < max_drop < 1:
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
     echo, images = _echo(as_json), labelled(data)
+    for each in (bundle, old) if old else (bundle,):
+        with _unpacked(each) as path:
+            require(path, images)
     with _unpacked(bundle) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
         new = answers(path, images, provider=provider, step=step)
     for line in new.unreadable:
@@ -74,16 +85,19 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
               help="p50_ms, p95_ms, cold_ms, memory_mb or size_mb. Repeatable.")  # fmt: skip
 @click.option("--providers", default="cpu", show_default=True, metavar="A,B")
 @click.option("--threads", metavar="N,M", help="CPU threads. [default: 1 and all cores; 1 with --against]")
-@click.option("--batch", default="1", show_default=True, metavar="N,M")
-@click.option("--image", type=click.Path(path_type=Path, exists=True), help="What to run on. [default: a golden image]")
+@click.option("--batch", metavar="N,M", help="[default: what the file fixes, else 1]")
+@click.option("--image", type=click.Path(path_type=Path, exists=True),
+              help="What a file of ftkit's runs on. [default: a golden image; noise for other files]")  # fmt: skip
 @click.option("--max-slowdown", default=0.05, show_default=True, help="What --against tolerates, as a share.")
 @click.option("--seconds", default=120.0, show_default=True, help="The most that --against may take.")
 @click.option("--quick", is_flag=True, help="Shorter runs, marked as such.")
 @click.option("--save", is_flag=True, help="Append to ftkit-bench.jsonl at the root of this repository.")
 @click.option("--ssh", "host", metavar="USER@HOST", help="Measure there; USER@HOST:PYTHON names the interpreter.")
 @JSON
+@click.pass_context
 def bench(
-    model: Path, baseline: Path | None, budgets: tuple[str, ...], providers: str, threads: str | None, batch: str,
+    ctx: click.Context, model: Path, baseline: Path | None, budgets: tuple[str, ...], providers: str,
+    threads: str | None, batch: str | None,
     image: Path | None, max_slowdown: float, seconds: float, quick: bool, save: bool, host: str | None,
     as_json: Path | None,
 ) -> None:  # fmt: skip
@@ -94,45 +108,60 @@ def bench(
     from ftkit import bench as judging
     from ftkit import history, remote, terminal
     from ftkit_export.bench import bench as measure
+    from ftkit_export.bench import find, read
+    from ftkit_export.latency import machine
     from ftkit_export.session import parse_providers
 
     echo = _echo(as_json)
     limits, names = judging.parse_budgets(budgets), parse_providers(providers)
-    counts, batches = _numbers("--threads", threads or ""), _numbers("--batch", batch)
+    counts, batches = _numbers("--threads", threads or ""), _numbers("--batch", batch or "") or [0]
     if not 0 < max_slowdown < 1 or not 1 <= seconds < 1e5:
         raise FtkitError("--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
                          f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120")  # fmt: skip
-    if host and baseline and baseline.suffix != ".json":
+    kept_json = baseline is not None and baseline.suffix == ".json"
+    if host and baseline and not kept_json:
         raise FtkitError(f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
                          "Try --ssh HOST --json FILE for the baseline first")  # fmt: skip
+    _refuse(ctx, "--ssh", bool(host), "batch", "image", "max_slowdown", "seconds")
+    _refuse(ctx, "--against FILE.json", kept_json and not host, "threads", "providers", "batch", "max_slowdown",
+            "seconds")  # fmt: skip
+    _refuse(ctx, "--against without --budget or --save", bool(baseline) and not (host or limits or save), "quick")
+    if (host or baseline) and max(len(names), len(counts), len(batches)) > 1:
+        raise FtkitError("--ssh, --against: expected one provider, number of threads and batch, found several. Try one")
     told: dict[str, Any] = {}
-    outcomes = []
+    verdicts, outcomes, stored = [], [], read(baseline) if baseline and kept_json else {}
     with ExitStack() as stack:
-        model = stack.enter_context(_unpacked(model))
-        baseline = baseline and stack.enter_context(_unpacked(baseline))
+        path = stack.enter_context(_unpacked(model))
+        old = stack.enter_context(_unpacked(baseline)) if baseline and not stored else None
         say = stack.enter_context(terminal.note())
         if host:
             say(f"measuring on {host}")
-            told = remote.bench(host, model, provider=names[0], threads=(counts or [0])[0], quick=quick)
+            there = partial(remote.bench, host, path, provider=names[0], threads=(counts or [0])[0], quick=quick)
+            told = there()
+            verdicts = judging.against_there(there, told, stored) if stored else []
         elif not baseline or limits or save:
-            told = measure(model, providers=names, threads=counts or ([1] if baseline else []), batches=batches,
+            told = measure(path, providers=names, threads=counts or ([1] if baseline else []), batches=batches,
                            image=image, quick=quick, say=say)  # fmt: skip
-        verdicts = []
-        if baseline and host:
-            verdicts = judging.against_there(told, baseline)
-        elif baseline:
-            verdicts = judging.against(model, baseline, provider=names[0], threads=(counts or [1])[0], image=image,
-                                       batch=batches[0], tolerance=max_slowdown, seconds=seconds, say=say)  # fmt: skip
+        if stored and not host:
+            verdicts = judging.against_stored(path, stored, image=image)
+        elif old:
+            verdicts = judging.against(path, old, provider=names[0], threads=(counts or [1])[0], batch=batches[0],
+                                       image=image, tolerance=max_slowdown, seconds=seconds, say=say)  # fmt: skip
+        facts = {
+            "model": find(path).fingerprint,
+            "baseline": find(old).fingerprint if old else stored.get("fingerprint"),
+        }
     if told:
         echo(judging.as_tables(told))
-        kept = judging.judge(told, limits)
-        outcomes += [item.verdict for item in kept]
-        echo(judging.as_budgets(kept), nl=bool(kept))
-        told["budgets"] = [{**dataclasses.asdict(item), "verdict": item.verdict} for item in kept]
+        budgeted = judging.judge(told, limits)
+        outcomes += [item.verdict for item in budgeted]
+        echo(judging.as_budgets(budgeted), nl=bool(budgeted))
+        told["budgets"] = [{**dataclasses.asdict(item), "verdict": item.verdict} for item in budgeted]
     if verdicts:
         echo(judging.as_gate(verdicts))
         outcomes += [item.verdict for item in verdicts]
-        told["against"] = [dataclasses.asdict(item) for item in verdicts]
+        told = {"machine": machine(), **told, "fingerprints": facts,
+                "against": [dataclasses.asdict(item) for item in verdicts]}  # fmt: skip
     if save:
         echo(f"saved: {history.append(told, Path.cwd())}")
     _write(as_json, told)
@@ -161,6 +190,14 @@ def _numbers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts) or (not parts and text):
         raise FtkitError(f"{option} {text}: expected numbers above 0, found another form. Try {option} 1,4")
     return [int(part) for part in dict.fromkeys(parts)]
+
+
+def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:
+    """An option that would be ignored is refused instead."""
+    given = [name for name in names if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if there and given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise FtkitError(f"{option}: expected no such option with {why}, found one. Leave it out")
 
 
 def _echo(as_json: Path | None) -> Callable[..., None]:

@@ -47,8 +47,10 @@ def append(found: Mapping[str, Any], folder: Path) -> Path:
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git(folder, "rev-parse", "--short=12", "HEAD"),
-        "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no")),
-        "fingerprint": found["fingerprint"], "machine": found["machine"], "quick": found["quick"],
+        "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":(top)",
+                              f":(top,exclude){NAME}")),
+        "name": found["name"], "fingerprint": found["fingerprint"], "machine": found["machine"],
+        "quick": found["quick"],
         "rows": [{key: row[key] for key in keys} for row in found["rows"]],
         "cold_ms": {
             name: statistics.median(s["import_ms"] + s["session_ms"] + s["first_run_ms"] for s in starts)
@@ -66,10 +68,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FtkitError(f"{path}: expected a history, found none. Try `ftkit bench MODEL --save`")
     found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
-            found.append({**line, "series": _series(line)})
+            datetime.fromisoformat(line["time"])
+            found.append({**line, "commit": str(line["commit"]), "modified": bool(line["modified"]),
+                          "series": _series(line)})  # fmt: skip
+            if not all(0 < value < math.inf for value in found[-1]["series"].values()):
+                raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise FtkitError(f"{path} line {number}: expected a measurement, found something else. Remove it") from None
     return sorted(found, key=lambda line: str(line["time"]))
@@ -78,15 +84,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _series(line: Mapping[str, Any]) -> dict[str, float]:
     """What each plotted line gets of one measurement."""
     where = f"{line['machine']['cpu']}, {line['machine']['cores']} cores ({line['machine']['fingerprint']})"
-    quick = ", quick" if line["quick"] else ""
+    where, quick = f"{where}|{line['name']}", ", quick" if line["quick"] else ""
     found = {}
     for row in line["rows"]:
         threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
         more = f"{'' if row['spinning'] else ', no spinning'}{'' if row['copies'] else ', no copies'}"
         condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}{more}{quick}"
-        found[f"{where}|p50 of {condition}"] = float(row["p50_ms"])
+        found[f"{where}: p50 of {condition}"] = float(row["p50_ms"])
     for name, value in line["cold_ms"].items():
-        found[f"{where}|cold start of {name}{quick}"] = float(value)
+        found[f"{where}: cold start of {name}{quick}"] = float(value)
     return found
 
 

@@ -74,19 +74,24 @@ class Change:
         return [name for name, found in self.classes.items() if found.verdict(self.max_drop) == "refused"]
 
 
+def require(bundle: str | Path, images: Sequence[tuple[Path, str]]) -> None:
+    """Raises FtkitError when `bundle` is none, or does not know the class of an image."""
+    known = Classifier(bundle).labels
+    for path, label in images:
+        if label not in known:
+            raise FtkitError(f"{path}: expected a class that {bundle} knows, {choices(label, known)}")
+
+
 def answers(
     bundle: str | Path, images: Sequence[tuple[Path, str]], *, provider: str = "cpu",
     step: Callable[[int, int], object] = lambda done, total: None,
 ) -> Answers:  # fmt: skip
     """File bytes -> answer for each (path, class name), as a device would. step: told how many are done.
 
-    Raises FtkitError when a class is unknown to the file, or no image can be read.
+    Raises FtkitError as require, and when no image can be read.
     """
     classify = Classifier(bundle, provider=provider)
     known = {name: number for number, name in enumerate(classify.labels)}
-    for path, label in images:
-        if label not in known:
-            raise FtkitError(f"{path}: expected a class that {bundle} knows, {choices(label, known)}")
     found, kept, unreadable = [], [], []
     for number, (path, label) in enumerate(images, start=1):
         try:

@@ -17,18 +17,20 @@ import shlex
 import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ftkit_export
+from ftkit_export.bench import checked
 from ftkit_export.bundle import RUNNER_FILES
 from ftkit_export.errors import FtkitError
-from ftkit_export.latency import ROUNDS, Condition, Raced
+from ftkit_export.latency import ROUNDS, Condition, Raced, Start
 from ftkit_export.verify import read_manifest
 
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
+MAKE_FOLDER = "mktemp -d"
 NEEDED = "numpy, onnxruntime and Pillow"
 
 
@@ -47,7 +49,11 @@ class Device:
     def reached(where: str) -> Iterator[Device]:
         """where: USER@HOST[:PYTHON]. Raises FtkitError when it cannot be reached, or lacks what is needed."""
         host, python = _parse(where)
-        folder = shlex.quote(_ssh(host, "mktemp -d").decode().split("\n")[-2])
+        folder = _ssh(host, MAKE_FOLDER).decode(errors="replace").strip().rpartition("\n")[2]
+        if not re.fullmatch(r"/[\w./-]+", folder):  # it will be removed: it must be what mktemp said
+            raise FtkitError(
+                f"{host}: expected the folder that mktemp -d makes, found {folder[:80]!r}. Check its login"
+            )
         try:
             package = Path(ftkit_export.__file__).parent
             _send(host, folder, {f"ftkit_export/{name}": package / name for name in RUNNER_FILES})
@@ -56,7 +62,8 @@ class Device:
             target, machine = _last(_ssh(host, f"cd {folder} && {python} -B -c {shlex.quote(script)}"))
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
         finally:
-            _ssh(host, f"rm -rf {folder}")
+            with suppress(FtkitError):  # what was measured counts, also where the connection is gone now
+                _ssh(host, f"rm -rf {folder}")
 
     def race(self, models: Sequence[Path], image: Path, *, provider: str = "cpu", threads: int = 1) -> list[Raced]:
         """latency.race, there."""
@@ -65,6 +72,13 @@ class Device:
         conditions = [asdict(Condition(model=name, provider=provider, threads=threads)) for name in names]
         job = {"what": "race", "conditions": conditions, "image": f"image{image.suffix}", "rounds": ROUNDS}
         return [Raced(**item) for item in self.run("-m", "ftkit_export.timing", json.dumps(job))]
+
+    def begin(self, model: Path, image: Path, *, provider: str = "cpu") -> Start:
+        """latency.begin, there, on one thread."""
+        _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
+        condition = asdict(Condition(model="0.onnx", provider=provider, threads=1))
+        job = {"what": "begin", "conditions": [condition], "image": f"image{image.suffix}", "steady": True}
+        return Start(**self.run("-m", "ftkit_export.timing", json.dumps(job)))
 
     def run(self, *words: str) -> Any:
         """Python there, in the folder; the JSON that it prints last."""
@@ -84,15 +98,18 @@ def bench(
         _send(device.host, device.folder, {f"bundle/{name}": path for name, path in files.items()})
         words = ["bundle/device/classify.py", "--bench", "--json", "--provider", provider, "--threads", str(threads)]
         words += ["--quick"] * quick
-        found: dict[str, Any] = device.run(*words)
-        return found
+        return checked(device.run(*words), f"{where}, {bundle.name}/device/classify.py --bench")
 
 
 def _parse(where: str) -> tuple[str, str]:
     host, _, python = where.partition(":")
     if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*", host):
         raise FtkitError(f"{where}: expected USER@HOST or USER@HOST:PYTHON, found another form. Try pi@camera.local")
-    return host, shlex.quote(python or "python3")
+    if not re.fullmatch(r"[\w.~/+-]*", python):
+        raise FtkitError(
+            f"{where}: expected a path to python3 after the colon, found {python!r}. Try ~/venv/bin/python"
+        )
+    return host, python or "python3"
 
 
 def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
@@ -102,13 +119,20 @@ def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
         raise FtkitError("ssh: expected an OpenSSH client, found none. Try installing openssh-client") from None
     if done.returncode:
         said = (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing on standard error"])[-1]
+        if said.startswith("error: "):  # ftkit's own words, there
+            raise FtkitError(f"{host}: {said.removeprefix('error: ')}")
         raise FtkitError(f"{host}: expected ssh, tar and a python3 with {NEEDED}, found: {said}. "
                          f"Try `ssh {host} python3 --version`")  # fmt: skip
     return done.stdout
 
 
 def _last(output: bytes) -> Any:
-    return json.loads(output.decode().strip().rpartition("\n")[2])  # a login script may greet before it
+    """The JSON on the last line: a login script may greet before it."""
+    last = output.decode(errors="replace").strip().rpartition("\n")[2]
+    try:
+        return json.loads(last)
+    except ValueError:
+        raise FtkitError(f"ssh: expected JSON from the device, found {last[:80]!r}. Check its login scripts") from None
 
 
 def _send(host: str, folder: str, files: Mapping[str, Path]) -> None:
