@@ -67,6 +67,14 @@ def test_the_workflow_passes_a_release_that_did_not_change(done: Path) -> None:
     assert (done / "bench.json").is_file()
 
 
+def test_the_tests_of_their_own_run(done: Path) -> None:
+    """The first of them; the second is the workflow's gate again."""
+    (done / "test_model.py").write_text(next(block for block in _blocks("python") if "latency_budget" in block))
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "fast", "test_model.py"]
+    result = subprocess.run(command, cwd=done, capture_output=True, text=True, check=False)
+    assert "1 passed, 1 deselected" in result.stdout, result.stdout
+
+
 def test_the_recipe_loads(tmp_path: Path) -> None:
     code = next(block for block in _blocks("python") if "Recipe(" in block)
     (tmp_path / "mine.py").write_text(code)

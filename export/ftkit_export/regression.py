@@ -215,8 +215,9 @@ def compare_starts(
         return drawn[number][which]
 
     numbers = itertools.count(), itertools.count()
-    cold = decide("cold start", lambda: take(next(numbers[0]), 0), tolerance=COLD_TOLERANCE, seconds=seconds)
-    return cold, decide("memory", lambda: take(next(numbers[1]), 1), seconds=seconds)
+    cold = decide("cold start", lambda: take(next(numbers[0]), 0), tolerance=COLD_TOLERANCE,
+                  seconds=seconds * 3 / 4)  # fmt: skip
+    return cold, decide("memory", lambda: take(next(numbers[1]), 1), seconds=seconds / 4)
 
 
 def compare_sizes(candidate: int, baseline: int) -> Verdict:

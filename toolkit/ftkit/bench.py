@@ -99,7 +99,7 @@ def against(
     say("latency, in turn")
     found = [compare(one, other, new.image, tolerance=tolerance, seconds=seconds * 2 / 3)]
     say("cold starts, in turn")
-    found += compare_starts(one, other, new.image, seconds=seconds / 6)
+    found += compare_starts(one, other, new.image, seconds=seconds / 3)
     return [*found, compare_sizes(new.shipped.stat().st_size, old.shipped.stat().st_size)]
 
 

@@ -196,7 +196,7 @@ def _variants(manifest: Mapping[str, Any]) -> str:
 
 def _histogram(item: Mapping[str, Any]) -> str:
     """One measured condition's runs, fastest to 99th percentile, as SVG."""
-    counts, width, height = item["histogram"], 420, 90
+    counts, width, height = item["histogram"], 300, 90
     step, most = width / len(counts), max(counts)
     bars = "".join(
         f'<rect x="{number * step:.1f}" y="{(height - 18) * (1 - count / most):.1f}" width="{step - 1:.1f}" '
