@@ -119,15 +119,8 @@ def bench(
         raise FtkitError("--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
                          f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120")  # fmt: skip
     kept_json = baseline is not None and baseline.suffix == ".json"
-    if host and baseline and not kept_json:
-        raise FtkitError(f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
-                         "Try --ssh HOST --json FILE for the baseline first")  # fmt: skip
-    _refuse(ctx, "--ssh", bool(host), "batch", "image", "max_slowdown", "seconds")
-    _refuse(ctx, "--against FILE.json", kept_json and not host, "threads", "providers", "batch", "max_slowdown",
-            "seconds")  # fmt: skip
-    _refuse(ctx, "--against without --budget or --save", bool(baseline) and not (host or limits or save), "quick")
-    if (host or baseline) and max(len(names), len(counts), len(batches)) > 1:
-        raise FtkitError("--ssh, --against: expected one provider, number of threads and batch, found several. Try one")
+    several = max(len(names), len(counts), len(batches)) > 1
+    _check_together(ctx, host, baseline, kept_json, several, bool(host or limits or save or not baseline))
     told: dict[str, Any] = {}
     verdicts, outcomes, stored = [], [], read(baseline) if baseline and kept_json else {}
     with ExitStack() as stack:
@@ -190,6 +183,21 @@ def _numbers(option: str, text: str) -> list[int]:
     if not all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts) or (not parts and text):
         raise FtkitError(f"{option} {text}: expected numbers above 0, found another form. Try {option} 1,4")
     return [int(part) for part in dict.fromkeys(parts)]
+
+
+def _check_together(
+    ctx: click.Context, host: str | None, baseline: Path | None, kept_json: bool, several: bool, table: bool
+) -> None:  # fmt: skip
+    """Options that do not go together are refused: none is ignored."""
+    if host and baseline and not kept_json:
+        raise FtkitError(f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
+                         "Try --ssh HOST --json FILE for the baseline first")  # fmt: skip
+    _refuse(ctx, "--ssh", bool(host), "batch", "image", "max_slowdown", "seconds")
+    _refuse(ctx, "--against FILE.json", kept_json and not host, "threads", "providers", "batch", "max_slowdown",
+            "seconds")  # fmt: skip
+    _refuse(ctx, "--against without --budget or --save", not table, "quick")
+    if (host or baseline) and several:
+        raise FtkitError("--ssh, --against: expected one provider, number of threads and batch, found several. Try one")
 
 
 def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:
