@@ -38,7 +38,7 @@ import tables
 
 from ftkit_export.latency import Condition, machine
 from ftkit_export.regression import PROCESSES, ROUNDS, SECONDS, Sample, Verdict, compare, decide, sample
-from ftkit_export.timing import feeds, in_turn, opened, runner
+from ftkit_export.timing import feeds, in_turn, opened, pin, runner
 
 LIMIT = 0.05
 LATENCY_S = SECONDS * 2 / 3  # what `ftkit bench --against` gives to latency
@@ -110,6 +110,7 @@ def child(job: dict[str, Any]) -> list[list[float]]:
     condition, percent = Condition(**job["condition"]), job["percent"]
     if job["what"] == "pairs":
         calls = [slowed(condition, percent if place == job["place"] else 0) for place in range(3)]
+        pin([condition])
         return [list(map(float, row)) for row in in_turn(calls, ROUNDS, warm_up=(10, 0), seconds=10)]
     call, times, begun = slowed(condition, percent), [], time.perf_counter()
     while len(times) < 5 or time.perf_counter() - begun < THEIRS_S:

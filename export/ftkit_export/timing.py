@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -196,6 +197,14 @@ def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool
     return {**start, "p50_ms": float(p50), "p95_ms": float(p95), "peak_rss_bytes": peak_rss_bytes()}
 
 
+def pin(conditions: Sequence[Condition]) -> None:
+    """Keep the calling thread off the processors that the sessions' own threads are tied to, where there are any."""
+    from ftkit_export.session import processors
+
+    if processors() and any(condition.threads != 1 for condition in conditions):
+        os.sched_setaffinity(0, {processors()[0]})
+
+
 def _shared(condition: Condition, image: str | None) -> Callable[[], object]:
     session = opened(condition, shared=True)
     return runner(session, condition, feeds(session, image, condition.batch))
@@ -205,6 +214,7 @@ def _pairs_here(conditions: Sequence[Condition], image: str | None, rounds: int,
     """Times in ms, a row a round, a column a condition (`regression` reads them); about `seconds` in all."""
     begun = time.perf_counter()
     calls = [_shared(condition, image) for condition in conditions]
+    pin(conditions)
     gc.disable()
     for _ in range(rounds // 4):
         for call in calls:
@@ -219,6 +229,7 @@ def _race_here(conditions: Sequence[Condition], image: str | None, rounds: int) 
     import numpy as np
 
     calls = [_shared(condition, image) for condition in conditions]
+    pin(conditions)
     gc.disable()
     times = in_turn(calls, rounds, warm_up=BRIEF, seconds=math.inf)
     ratios = np.sort(times / times[:, :1], axis=0)

@@ -11,7 +11,7 @@ import pytest
 from ftkit_export.convert import write
 from ftkit_export.errors import FtkitError
 from ftkit_export.graph import pixel_model
-from ftkit_export.latency import Condition, Start
+from ftkit_export.latency import Condition, Start, in_child
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.regression import (
     PROCESSES,
@@ -25,6 +25,7 @@ from ftkit_export.regression import (
     decide,
     sample,
 )
+from ftkit_export.session import cores
 
 
 def machine(slower: float, between: float, within: float, seed: int) -> Callable[[], Sample]:
@@ -150,6 +151,13 @@ def test_a_real_regression_is_caught_and_the_same_model_is_not(resize: Condition
     assert slower.ratio > 1.5
     assert slower.processes >= 2 * PROCESSES
     assert compare(resize, resize, seconds=60).verdict != "failed"
+
+
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+def test_sessions_of_several_threads_take_turns_on_processors_of_their_own(resize: Condition) -> None:
+    times = in_child("pairs", [replace(resize, threads=2)] * 3, rounds=12, seconds=10)
+    assert len(times) == 12
+    assert all(len(row) == 3 and min(row) > 0 for row in times)
 
 
 def test_cold_start_and_memory_are_told_from_the_same_processes(resize: Condition) -> None:
