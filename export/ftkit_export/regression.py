@@ -99,11 +99,11 @@ def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
 
 def decide(
     what: str, draw: Callable[[], Sample], *, tolerance: float = TOLERANCE, seconds: float = SECONDS,
-    clock: Callable[[], float] = time.perf_counter,
+    least: int = 2 * PROCESSES, clock: Callable[[], float] = time.perf_counter,
 ) -> Verdict:  # fmt: skip
     """Draw samples until the answer is sure, or `seconds` would be over. draw: measures in one fresh process.
 
-    Raises FtkitError after the first of them when so slow a model leaves no time for two rounds.
+    Raises FtkitError after the first of them when so slow a model leaves no time for `least`: two rounds.
     """
     begun, drawn = clock(), 0
 
@@ -118,11 +118,10 @@ def decide(
             while len(samples) < look:
                 samples.append(draw())
                 drawn += 1
-                if drawn == 1 and (spent := clock() - begun) * 2 * PROCESSES > 1.5 * seconds:
-                    raise FtkitError(
-                        f"--seconds: expected time for {2 * PROCESSES} processes, found {spent:.1f} s for one "
-                        f"and {seconds:.0f} s for all ({what}). Try {spent * 15 / seconds:.0f} times as much"
-                    )
+                if drawn == 1 and (spent := clock() - begun) * least > 1.5 * seconds:
+                    times = math.ceil(1.5 * spent * least / seconds)
+                    raise FtkitError(f"--seconds: expected time for {least} processes, found {spent:.1f} s for one and "
+                                     f"{seconds:.0f} s for all ({what}). Try {times} times as much")  # fmt: skip
             found = estimate(samples, tolerance)
             if found.high <= 1 + tolerance:
                 return found, "passed"
@@ -216,8 +215,8 @@ def compare_starts(
 
     numbers = itertools.count(), itertools.count()
     cold = decide("cold start", lambda: take(next(numbers[0]), 0), tolerance=COLD_TOLERANCE,
-                  seconds=seconds * 3 / 4)  # fmt: skip
-    return cold, decide("memory", lambda: take(next(numbers[1]), 1), seconds=seconds / 4)
+                  seconds=seconds * 3 / 4, least=PROCESSES)  # fmt: skip
+    return cold, decide("memory", lambda: take(next(numbers[1]), 1), seconds=seconds / 4, least=PROCESSES)
 
 
 def compare_sizes(candidate: int, baseline: int) -> Verdict:

@@ -161,7 +161,7 @@ def test_sessions_of_several_threads_take_turns_on_processors_of_their_own(resiz
 
 
 def test_cold_start_and_memory_are_told_from_the_same_processes(resize: Condition) -> None:
-    cold, memory = compare_starts(resize, resize, seconds=6)
+    cold, memory = compare_starts(resize, resize, seconds=30)
     assert (cold.what, memory.what) == ("cold start", "memory")
     assert "failed" not in (cold.verdict, memory.verdict)
     assert memory.spread < 0.05
