@@ -50,7 +50,7 @@ def test_the_json_says_everything_and_parts_add_up(measured: tuple[Result, Path]
     assert list(found["starts"]) == list(found["parts"]) == [row["variant"] for row in found["rows"]]
     assert found["rows"][0]["variant"] == manifest["chosen"], "budgets are about the shipped file"
     parts = found["parts"]["fp32"]
-    assert parts["preprocess_ms"] + parts["network_ms"] == pytest.approx(parts["together_ms"], rel=0.2)
+    assert parts["preprocess_ms"] + parts["network_ms"] == pytest.approx(parts["together_ms"], rel=0.5)
     assert [item["verdict"] for item in found["budgets"]] == ["passed", "failed"]
     assert len(found["budgets"][0]["values"]) == 4
 
