@@ -77,6 +77,16 @@ def test_the_manifest_carries_the_evidence(bundle: Path) -> None:
     )
 
 
+def test_the_report_shows_every_latency_as_a_histogram(bundle: Path) -> None:
+    page = (bundle / "report.html").read_text()
+    latency = json.loads((bundle / "manifest.json").read_text())["evidence"]["latency"]
+    assert len(latency) >= 2
+    for item in latency:
+        where = f"{item['variant']} on {item['provider']}, {item['threads']} thread"
+        figure = page.split(f'aria-label="{where}', 1)[1].split("</svg>")[0]
+        assert figure.count("<rect") == sum(count > 0 for count in item["histogram"])
+
+
 def test_the_decision_is_printed_within_80_columns_with_all_it_rests_on(bundle: Path) -> None:
     evidence = json.loads((bundle / "manifest.json").read_text())["evidence"]["decision"]
     lines = (bundle.parent / "export.txt").read_text().splitlines()

@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 from conftest import ftkit
 
-from ftkit.bench import Budget
+from ftkit.bench import Budget, exit_code
 from ftkit.history import append, changes, read, write_history
 
 
@@ -111,6 +111,12 @@ def test_processes_that_disagree_settle_no_budget() -> None:
     assert Budget(name="p95_ms", limit=8, values=(7.0, 7.5)).verdict == "passed"
     assert Budget(name="p95_ms", limit=8, values=(9.0, 8.5)).verdict == "failed"
     assert Budget(name="p95_ms", limit=8, values=(7.0, 8.5)).verdict == "inconclusive"
+
+
+def test_one_failure_outweighs_what_is_unsure() -> None:
+    assert exit_code(["passed", "passed"]) == 0
+    assert exit_code(["passed", "inconclusive"]) == 3
+    assert exit_code(["inconclusive", "failed", "passed"]) == 1
 
 
 def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(measured: tuple[Result, Path]) -> None:
