@@ -240,11 +240,12 @@ def compare_stored(
     found = [_stored(what, first, then, same_machine) for what in STORED]
     if any(item.verdict == "failed" for item in found):
         second = list(now())
-        again = [_stored(item.what, second, then, same_machine) for item in found]
-        found = [other if item.verdict == "failed" == other.verdict else
-                 replace(item, verdict="inconclusive", reason="a second round did not confirm the first, which failed")
-                 if item.verdict == "failed" else item
-                 for item, other in zip(found, again, strict=True)]  # fmt: skip
+        for place, item in enumerate(found):
+            if item.verdict == "failed":
+                again = _stored(item.what, second, then, same_machine)
+                found[place] = again if again.verdict == "failed" else replace(
+                    item, verdict="inconclusive", reason="a second round did not confirm the first, which failed"
+                )  # fmt: skip
     return found
 
 

@@ -10,8 +10,9 @@ import pytest
 from click.testing import Result
 from conftest import ftkit
 
-from ftkit.bench import Budget, exit_code
+from ftkit.bench import Budget, as_gate, exit_code
 from ftkit.history import append, changes, read, write_history
+from ftkit_export.regression import Verdict
 
 
 def _git(folder: Path, *words: str) -> None:
@@ -111,6 +112,12 @@ def test_processes_that_disagree_settle_no_budget() -> None:
     assert Budget(name="p95_ms", limit=8, values=(7.0, 7.5)).verdict == "passed"
     assert Budget(name="p95_ms", limit=8, values=(9.0, 8.5)).verdict == "failed"
     assert Budget(name="p95_ms", limit=8, values=(7.0, 8.5)).verdict == "inconclusive"
+
+
+def test_the_gates_table_fits_80_columns_also_on_a_wild_machine() -> None:
+    wild = Verdict(what="cold start", verdict="inconclusive", reason="too noisy " * 12, ratio=10.5, low=0.123, high=123.4,
+                   spread=1.234, margin=39.5, tolerance=0.2, processes=160, seconds=120.4)  # fmt: skip
+    assert max(map(len, as_gate([wild]).splitlines())) <= 80
 
 
 def test_one_failure_outweighs_what_is_unsure() -> None:

@@ -177,7 +177,7 @@ def as_budgets(budgets: Sequence[Budget]) -> str:
 
 def as_gate(verdicts: Sequence[Verdict]) -> str:
     """A row a quantity, candidate over baseline, then each reason."""
-    rows = [("", "ratio", "95 % interval", "A/A", "margin", "processes", "seconds", "verdict")]
+    rows = [("", "ratio", "95 % interval", "A/A", "margin", "procs", "s", "verdict")]
     for item in verdicts:
         rows.append((
             item.what, f"{item.ratio:.3f}", f"{item.low:.3f} to {item.high:.3f}", f"{item.spread:.1%}",

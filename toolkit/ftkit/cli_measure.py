@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ftkit_export.errors import FtkitError
+
+if TYPE_CHECKING:
+    from ftkit_export.regression import Outcome, Verdict
 
 
 @contextmanager
@@ -122,7 +125,7 @@ def bench(
     several = max(len(names), len(counts), len(batches)) > 1
     _check_together(ctx, host, baseline, kept_json, several, bool(host or limits or save or not baseline))
     told: dict[str, Any] = {}
-    verdicts, outcomes, stored = [], [], read(baseline) if baseline and kept_json else {}
+    verdicts, stored = [], read(baseline) if baseline and kept_json else {}
     with ExitStack() as stack:
         path = stack.enter_context(_unpacked(model))
         old = stack.enter_context(_unpacked(baseline)) if baseline and not stored else None
@@ -144,17 +147,9 @@ def bench(
             "model": find(path).fingerprint,
             "baseline": find(old).fingerprint if old else stored.get("fingerprint"),
         }
-    if told:
-        echo(judging.as_tables(told))
-        budgeted = judging.judge(told, limits)
-        outcomes += [item.verdict for item in budgeted]
-        echo(judging.as_budgets(budgeted), nl=bool(budgeted))
-        told["budgets"] = [{**dataclasses.asdict(item), "verdict": item.verdict} for item in budgeted]
     if verdicts:
-        echo(judging.as_gate(verdicts))
-        outcomes += [item.verdict for item in verdicts]
-        told = {"machine": machine(), **told, "fingerprints": facts,
-                "against": [dataclasses.asdict(item) for item in verdicts]}  # fmt: skip
+        told = {"machine": machine(), **told, "fingerprints": facts}
+    outcomes = _tell(echo, told, limits, verdicts)
     if save:
         echo(f"saved: {history.append(told, Path.cwd())}")
     _write(as_json, told)
@@ -175,6 +170,26 @@ def report(history: Path | None, out: Path | None) -> None:
     page = out or path.with_suffix(".html")
     past.write_history(past.read(path), page)
     click.echo(f"report: {page}")
+
+
+def _tell(
+    echo: Callable[..., None], told: dict[str, Any], limits: Mapping[str, float], verdicts: Sequence[Verdict]
+) -> list[Outcome]:
+    """Print the tables, budgets and gate; put the verdicts into `told` beside the figures; return the outcomes."""
+    from ftkit import bench as judging
+
+    outcomes: list[Outcome] = []
+    if "rows" in told:
+        echo(judging.as_tables(told))
+        budgeted = judging.judge(told, limits)
+        outcomes += [item.verdict for item in budgeted]
+        echo(judging.as_budgets(budgeted), nl=bool(budgeted))
+        told["budgets"] = [{**dataclasses.asdict(item), "verdict": item.verdict} for item in budgeted]
+    if verdicts:
+        echo(judging.as_gate(verdicts))
+        outcomes += [item.verdict for item in verdicts]
+        told["against"] = [dataclasses.asdict(item) for item in verdicts]
+    return outcomes
 
 
 def _numbers(option: str, text: str) -> list[int]:
