@@ -115,8 +115,8 @@ def test_processes_that_disagree_settle_no_budget() -> None:
 
 
 def test_the_gates_table_fits_80_columns_also_on_a_wild_machine() -> None:
-    wild = Verdict(what="cold start", verdict="inconclusive", reason="too noisy " * 12, ratio=10.5, low=0.123, high=123.4,
-                   spread=1.234, margin=39.5, tolerance=0.2, processes=160, seconds=120.4)  # fmt: skip
+    wild = Verdict(what="cold start", verdict="inconclusive", reason="too noisy " * 12, ratio=10.5, low=0.123,
+                   high=123.4, spread=1.234, margin=39.5, tolerance=0.2, processes=160, seconds=120.4)  # fmt: skip
     assert max(map(len, as_gate([wild]).splitlines())) <= 80
 
 

@@ -144,12 +144,12 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 def as_tables(found: Mapping[str, Any]) -> str:
     """Latency, cold start and parts, within 80 columns."""
-    rows = [("variant", "provider", "threads", "batch", "p50 ms", "p90", "p95", "p99", "images/s", "runs")]
+    rows = [("variant", "provider", "threads", "batch", "p50 ms", "p90", "p95", "p99", "img/s", "runs")]
     for row in found["rows"]:
         threads = f"{row['threads']}{'' if row['spinning'] else ' no spin'}{'' if row['copies'] else ' no copy'}"
         rows.append((
-            row["variant"], row["provider"], threads, str(row["batch"]), f"{row['p50_ms']:.2f}",
-            *(f"{row[key]:.2f}" if row[key] else "-" for key in ("p90_ms", "p95_ms", "p99_ms")),
+            row["variant"], row["provider"], threads, str(row["batch"]), _ms(row["p50_ms"]),
+            *(_ms(row[key]) if row[key] else "-" for key in ("p90_ms", "p95_ms", "p99_ms")),
             f"{1000 * row['batch'] / row['p50_ms']:.0f}", str(row["runs"]),
         ))  # fmt: skip
     cold = [("variant", "import ms", "session", "first run", "cold start", "peak MB", "file MB")]
@@ -162,12 +162,16 @@ def as_tables(found: Mapping[str, Any]) -> str:
     if found["parts"]:
         keys = ("decode_ms", "preprocess_ms", "network_ms", "together_ms", "pillow_ms")
         head = ("variant", "decode ms", "preprocess", "network", "the last two", "Pillow's preprocess")
-        tables.append(terminal.table([head, *((name, *(f"{part[key]:.2f}" for key in keys))
+        tables.append(terminal.table([head, *((name, *(_ms(part[key]) for key in keys))
                                               for name, part in found["parts"].items())]))  # fmt: skip
     raced = [f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
              f"{item['ratio_high']:.2f}]" for name, item in found["raced"].items() if name != "fp32"]  # fmt: skip
     quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
     return "\n".join(["\n\n".join(tables), *raced, *quick])
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def as_budgets(budgets: Sequence[Budget]) -> str:
