@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftkit.augment import augmented, evaluation, mixed
+from ftkit.augment import augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.recipe import Augment
 from ftkit_export.preprocess import Preprocess
 
@@ -14,7 +14,8 @@ CANVASES = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
 
 def _augment(**fields: object) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return augmented(torch.from_numpy(CANVASES), PREPROCESS, Augment(**fields), generator)  # type: ignore[arg-type]
+    draw = drawn(len(CANVASES), generator)
+    return augmented(torch.from_numpy(CANVASES), PREPROCESS, Augment(**fields), draw)  # type: ignore[arg-type]
 
 
 def test_evaluation_gives_the_very_pixels_of_the_pillow_path() -> None:
@@ -55,7 +56,7 @@ def test_four_cached_views_show_all_four_orientations() -> None:
     first = evaluation(canvases, whole)
     expected = (first, first.flip(3), first.flip(2), first.flip(2, 3))
     for view in range(4):
-        assert torch.equal(augmented(canvases, whole, augment, torch.Generator(), view), expected[view])
+        assert torch.equal(augmented(canvases, whole, augment, drawn(4, torch.Generator()), view), expected[view])
 
 
 def test_scale_rotation_and_colour_change_the_samples_and_stay_in_range() -> None:
@@ -85,9 +86,12 @@ def test_erasing_blanks_a_rectangle_in_its_share_of_samples() -> None:
 @pytest.mark.parametrize("fields", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_mixed_pixels_hold_the_shares_that_are_told(fields: dict[str, float]) -> None:
     pixels = torch.arange(1.0, 65.0)[:, None, None, None].expand(64, 3, 24, 24).contiguous()  # image i is all i + 1
-    found, partner, share = mixed(pixels, Augment(**fields), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-    assert partner is not None
-    assert share is not None
+    mixing = mixing_of(64, 24, Augment(**fields), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+    assert mixing is not None
+    partner, share = mixing.partner, mixing.share
+    found = mixed(pixels, pixels[partner], mixing)
+    half = mixed(pixels[:32], pixels[partner[:32]], mixing.of(slice(0, 32)))
+    assert torch.equal(half, found[:32]), "a part of the batch is mixed as in the whole"
     expected = share * pixels[:, 0, 0, 0] + (1 - share) * pixels[partner][:, 0, 0, 0]
     assert torch.allclose(found.mean((1, 2, 3)), expected, atol=1e-3)
     assert sorted(partner.tolist()) == list(range(64))
@@ -101,8 +105,7 @@ def test_mixed_pixels_hold_the_shares_that_are_told(fields: dict[str, float]) ->
 
 
 def test_nothing_is_mixed_unless_the_recipe_says_so() -> None:
-    pixels = torch.rand(4, 3, 8, 8)
-    assert mixed(pixels, Augment(hflip=True), torch.Generator()) == (pixels, None, None)
+    assert mixing_of(4, 8, Augment(hflip=True), torch.Generator()) is None
 
 
 def test_the_same_generator_state_gives_the_same_views() -> None:

@@ -17,6 +17,7 @@ from ftkit.canvas import build as build_canvases
 from ftkit.feed import Feeds
 from ftkit.intake import read
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.source import Source
 from ftkit_export.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=32, resize=40)
@@ -38,7 +39,7 @@ def views(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> View
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
     canvases = build_canvases(read(photos), PREPROCESS)
     return Views(canvases=canvases, preprocess=PREPROCESS, augment=Augment(scale=0.5), count=3, seed=0,
-                 device=torch.device("cpu"))  # fmt: skip
+                 source=Source(canvases.array, len(canvases.slots), 1, torch.device("cpu")))  # fmt: skip
 
 
 @pytest.mark.parametrize(("scale", "dtype"), [(1.0, "float16"), (1e5, "float32"), (1e-6, "float32")])
@@ -50,7 +51,7 @@ def test_values_are_kept_in_a_dtype_that_holds_them(views: Views, scale: float, 
     assert check(net, ["means"], kept, views) == ""
     rows = views.canvases.rows("val")
     expected = net(evaluation(torch.from_numpy(views.canvases.array(rows)), PREPROCESS))[0].numpy()
-    found = kept.val(["means"], np.arange(len(rows)))[0].astype(np.float32)
+    found = kept.arrays["means"][kept.val_items(np.arange(len(rows)))].astype(np.float32)
     assert np.abs(found - expected).max() <= cache.TOLERANCE[dtype] * np.abs(expected).max()
 
 

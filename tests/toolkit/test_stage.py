@@ -16,7 +16,7 @@ from ftkit.augment import evaluation
 from ftkit.backbones import build, trainable
 from ftkit.canvas import build as build_canvases
 from ftkit.checkpoint import open_run
-from ftkit.feed import Feeds, ahead
+from ftkit.feed import Feed, Feeds, ahead
 from ftkit.intake import read
 from ftkit.optim import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
@@ -47,14 +47,14 @@ def test_class_weights_make_every_class_count_the_same() -> None:
     weights = class_weights(labels, 3)
     assert torch.allclose(torch.bincount(labels) * weights, torch.full((3,), 100 / 3))
     logits = torch.zeros(100, 3)
-    loss = loss_of(logits, labels, labels, Batch(inputs=()), Stage(), weights)
+    loss = loss_of(logits, Batch(inputs=(), targets=labels), Stage(), weights)
     assert float(loss[labels == 1].sum()) == pytest.approx(float(loss[labels == 0].sum()))
 
 
 def test_mixed_images_learn_both_labels_by_share() -> None:
     logits, own, other = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
     share = torch.tensor([1.0, 0.25, 0.0, 0.5])
-    found = loss_of(logits, own, other, Batch(inputs=(), share=share), Stage(), None)
+    found = loss_of(logits, Batch(inputs=(), targets=own, others=other, share=share), Stage(), None)
     expected = -(torch.log_softmax(logits, 1) * (share[:, None] * F.one_hot(own, 3)
                  + (1 - share)[:, None] * F.one_hot(other, 3))).sum(1)  # fmt: skip
     assert torch.allclose(found, expected)
@@ -63,7 +63,7 @@ def test_mixed_images_learn_both_labels_by_share() -> None:
 def test_a_teacher_pulls_towards_its_own_answers() -> None:
     teacher, targets = torch.tensor([[4.0, 1.0, -2.0]]), torch.tensor([2])
     student = torch.zeros(1, 3, requires_grad=True)
-    loss_of(student, targets, targets, Batch(inputs=(), teacher=teacher), Stage(), None).sum().backward()
+    loss_of(student, Batch(inputs=(), targets=targets, teacher=teacher), Stage(), None).sum().backward()
     hard = torch.zeros(1, 3, requires_grad=True)
     F.cross_entropy(hard, targets).backward()
     soft = student.grad - 0.5 * hard.grad  # type: ignore[operator]
@@ -87,14 +87,15 @@ class _Small(nn.Module):
 def test_out_of_memory_halves_the_step_and_the_gradients_stay(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     net, targets = _Small(limit=100), torch.randint(3, (20,))
-    batch = Batch(inputs=(torch.randn(20, 6),), partner=torch.randperm(20), share=torch.rand(20))
-    gradients(net, batch, targets, Stage(), None, 20)
+    batch = Batch(inputs=(torch.randn(20, 6),), targets=targets, others=targets.flip(0), share=torch.rand(20))
+    moving = Moving(net, lambda name: True, Stage(), torch.optim.SGD(net.parameters(), lr=1.0))
+    gradients(net, batch, moving, None, 20)
     whole = net.linear.weight.grad.clone()  # type: ignore[union-attr]
     net.limit = 6
-    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    moving = Moving(net, lambda name: True, Stage(), optimizer)
-    _, _, micro = stage._gradients(net, batch, targets, moving, None, 20)
-    assert micro == 5
+    feed = Feed(net=net, eval_net=net, fetch=None, prepare=None, val=None, how="", kind="")  # type: ignore[arg-type]
+    captured = nn.Sequential(net)  # what a step ran before: it goes, for it takes whole batches only
+    _, left, micro = stage._gradients(captured, feed, batch, moving, None, 20)
+    assert (micro, left) == (5, net)
     assert "in steps of 5 images that add up" in capsys.readouterr().out
     assert torch.allclose(net.linear.weight.grad, whole, atol=1e-6)  # type: ignore[arg-type]
 
@@ -105,7 +106,7 @@ def test_clipping_bounds_a_step_and_the_average_starts_fast() -> None:
     moving = Moving(net, lambda name: True, Stage(clip=0.1, ema=0.99), torch.optim.SGD(net.parameters(), lr=1.0))
     (1000 * net(torch.ones(1, 4)).sum()).backward()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    moving.step(1, torch.tensor(0.0), torch.tensor(0.0), 1)
+    moving.step(1, torch.zeros(3, dtype=torch.float64))
     moved = torch.cat([(value - before[name]).flatten() for name, value in net.state_dict().items()])
     assert float(moved.norm()) == pytest.approx(0.1, rel=1e-3)
     expected = before["weight"].lerp(net.weight.detach(), 1 - 2 / 11)  # decay (1 + 1) / (10 + 1)
@@ -218,9 +219,9 @@ def test_a_student_learns_from_a_run(run: Path, photos: Path, tmp_path: Path) ->
                   torch.device("cpu"))  # fmt: skip
     feed, generator = feeds.stage(0), torch.Generator().manual_seed(1)
     positions = np.arange(5)
-    batch = feed.prepare(feed.fetch(positions, generator), generator)
+    batch = feed.prepare(feed.fetch(positions, generator, slice(None)))
     views = torch.randint(2, (5,), generator=torch.Generator().manual_seed(1))
-    pixels = torch.cat([feeds._views(2).pixels(feeds.canvases.rows("train"), int(v), 0)[i : i + 1]
+    pixels = torch.cat([feeds.views(2).pixels(feeds.canvases.rows("train"), int(v), 0)[i : i + 1]
                         for i, v in enumerate(views)])  # fmt: skip
     with torch.inference_mode():
         live = Teacher(open_run(run), PREPROCESS)(pixels)

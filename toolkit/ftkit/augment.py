@@ -1,13 +1,17 @@
 """Canvases to training pixels, batched on the training device, random per sample.
 
-pixels = augmented(canvases, preprocess, augment, generator)   # (N, R, R, 3) uint8 -> (N, 3, S, S) float32
-pixels, partner, share = mixed(pixels, augment, generator)     # mixup and cutmix, where the recipe has them
-pixels = evaluation(canvases, preprocess)                      # the very pixels the bundle's Pillow path gives
+draw = drawn(N, generator)                                # on the CPU, so that every device draws the same
+pixels = augmented(canvases, preprocess, augment, draw)   # (N, R, R, 3) uint8 -> (N, 3, S, S) float32
+mixing = mixing_of(N, S, augment, generator)              # mixup and cutmix, where the recipe has them
+pixels = mixed(pixels, pixels[mixing.partner], mixing)
+pixels = evaluation(canvases, preprocess)                 # the very pixels the bundle's Pillow path gives
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +19,8 @@ import torch.nn.functional as F
 
 from ftkit.recipe import Augment
 from ftkit_export.preprocess import Preprocess
+
+DRAWS = 14  # random numbers an image
 
 
 def _planes(pixels: torch.Tensor) -> torch.Tensor:
@@ -24,9 +30,16 @@ def _planes(pixels: torch.Tensor) -> torch.Tensor:
 
 def _normalise(levels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     """In place."""
-    mean = torch.tensor(preprocess.mean, device=levels.device)[:, None, None]
-    std = torch.tensor(preprocess.std, device=levels.device)[:, None, None]
+    mean, std = _constants(preprocess, levels.device)
     return levels.sub_(mean).div_(std)
+
+
+@lru_cache
+def _constants(preprocess: Preprocess, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation, (3, 1, 1) each, copied to the device once: a copy a step would make the host wait for it."""
+    with torch.inference_mode(False):
+        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        return mean[:, None, None].to(device), std[:, None, None].to(device)
 
 
 def evaluation(canvases: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
@@ -36,21 +49,24 @@ def evaluation(canvases: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
     return _normalise(_planes(crop), preprocess)
 
 
+def drawn(count: int, generator: torch.Generator) -> torch.Tensor:
+    """What `augmented` needs at random for `count` images, (DRAWS, count) on the CPU; a column is an image's own."""
+    return torch.rand(DRAWS, count, generator=generator)
+
+
 def augmented(
     canvases: torch.Tensor,
     preprocess: Preprocess,
     augment: Augment,
-    generator: torch.Generator,
+    draw: torch.Tensor,
     view: int | None = None,
 ) -> torch.Tensor:
     """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: per-sample crop, flips, rotation, colour, erasing.
 
     Where the crop neither scales nor turns, pixels are sliced, not resampled. Flips are drawn per sample, or, for a
-    cached view, follow its number, so that few views show every orientation. `generator` lives on the CPU, so that
-    every device draws the same numbers.
+    cached view, follow its number, so that few views show every orientation. draw: (DRAWS, N), of `drawn`.
     """
-    count, device = len(canvases), canvases.device
-    draw = torch.rand(14, count, generator=generator).to(device)
+    draw = draw.to(canvases.device, non_blocking=True)
     if augment.scale < 1 or augment.rotate:
         levels = _resample(canvases, preprocess, augment, draw)
     else:
@@ -97,32 +113,55 @@ def _rectangles(size: int, draw: torch.Tensor, wanted: torch.Tensor) -> torch.Te
     return (down[:, None, :, None] & across[:, None, None, :]) & wanted[:, None, None, None]
 
 
-def mixed(
-    pixels: torch.Tensor, augment: Augment, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(N, 3, S, S) -> the same mixed per sample with a partner, its position (N,), and the share (N,) of the own label.
+@dataclass(frozen=True)
+class Mixing:
+    """How images of a batch are mixed. partner (N,) positions; share (N,) of the own label; blends (N,): mixup, else
+    cutmix; left, top, side (N,) of the pasted square, pixels."""
+
+    partner: torch.Tensor
+    share: torch.Tensor
+    blends: torch.Tensor
+    left: torch.Tensor
+    top: torch.Tensor
+    side: torch.Tensor
+
+    def of(self, part: slice) -> Mixing:
+        """The same for some of the images."""
+        return Mixing(*(value[part] for value in vars(self).values()))
+
+    def to(self, device: torch.device) -> Mixing:
+        """The same on a device, without waiting."""
+        return Mixing(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+
+def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generator) -> Mixing | None:
+    """Draw, on the CPU, how `count` images of `size` pixels are mixed; None where the recipe does not mix.
 
     mixup blends (Zhang et al. 2018), cutmix pastes a rectangle (Yun et al. 2019); with both, each sample draws one.
-    Where the recipe has neither: pixels, None, None.
     """
     if not augment.mixes:
-        return pixels, None, None
-    count, size, device = len(pixels), pixels.shape[-1], pixels.device
+        return None
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-    blends = torch.from_numpy(rng.random(count) < (0.5 if augment.cutmix else 1.0) * bool(augment.mixup)).to(device)
-    alphas = [augment.mixup if blend else augment.cutmix for blend in blends.tolist()]
-    share = torch.from_numpy(rng.beta(alphas, alphas).astype(np.float32)).to(device)
-    partner = torch.from_numpy(rng.permutation(count)).to(device)
-    place = torch.from_numpy(rng.random((2, count)).astype(np.float32)).to(device)
+    blends = rng.random(count) < (0.5 if augment.cutmix else 1.0) * bool(augment.mixup)
+    alphas = np.where(blends, augment.mixup, augment.cutmix)
+    share = torch.from_numpy(rng.beta(alphas, alphas).astype(np.float32))
+    partner = torch.from_numpy(rng.permutation(count))
+    place = torch.from_numpy(rng.random((2, count)).astype(np.float32))
     side = ((1 - share).sqrt() * size).round()
     top, left = ((row * (size - side + 1)).floor() for row in place)
-    at = torch.arange(size, device=device)
-    down = (at >= top[:, None]) & (at < (top + side)[:, None])
-    across = (at >= left[:, None]) & (at < (left + side)[:, None])
+    kinds = torch.from_numpy(blends)
+    return Mixing(partner, torch.where(kinds, share, 1 - side.square() / size**2), kinds, left, top, side)
+
+
+def mixed(pixels: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch.Tensor:
+    """(n, 3, S, S), and the same of their partners -> mixed."""
+    at = torch.arange(pixels.shape[-1], device=pixels.device)
+    left, top, side = mixing.left[:, None], mixing.top[:, None], mixing.side[:, None]
+    down, across = (at >= top) & (at < top + side), (at >= left) & (at < left + side)
     pasted = down[:, None, :, None] & across[:, None, None, :]
-    share = torch.where(blends, share, 1 - side.square() / size**2)
-    own = torch.where(blends[:, None, None, None], share[:, None, None, None], (~pasted).to(pixels.dtype))
-    return own * pixels + (1 - own) * pixels[partner], partner, share
+    share = mixing.share[:, None, None, None]
+    own = torch.where(mixing.blends[:, None, None, None], share, (~pasted).to(pixels.dtype))
+    return own * pixels + (1 - own) * partners
 
 
 def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Run a frozen part once per view over the canvases, and keep what comes out of it.
 
-    views = Views(canvases, preprocess, augment, count=4, seed=0, device=...)
+    views = Views(canvases, preprocess, augment, count=4, seed=0, source=...)
     activations = fill(prefix, key, names, views)          # computes, or finds an earlier run's; or says why not
-    activations.train(names, views, positions)             # arrays as kept, by train position
+    activations.arrays[name][activations.items(views, positions)]
     check(prefix, names, activations, views)               # a sample against a live pass; "" when equal
 
 On a CPU the frozen part runs in ONNX Runtime (a whole lite0 run: 143 s, 194 s with eager PyTorch). Values are kept in
@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit.augment import augmented, evaluation
+from ftkit.augment import augmented, drawn, evaluation
 from ftkit.canvas import Canvases, cache_folder, clear_abandoned, publish, reserve
+from ftkit.distributed import SOLO, Ranks, share_of_cores
 from ftkit.recipe import Augment
+from ftkit.source import Source
 from ftkit.state import seeded
 from ftkit_export.convert import quiet
 from ftkit_export.preprocess import Preprocess
@@ -38,9 +40,11 @@ Array = np.ndarray[Any, Any]
 Tensors = tuple[torch.Tensor, ...]
 
 CHUNK = 8  # images a pass; ONNX Runtime on 2 cores: 188, 180, 162 img/s at 4, 8, 16
+GPU_CHUNK = 256
 TOLERANCE = {"float16": 1e-3, "float32": 1e-5}  # kept against live, relative to the largest value
 FLOAT16_RANGE = (1e-3, 2e4)  # largest values that float16 keeps with room at both ends
 DISK_SHARE = 0.5  # of the free disk that a cache may take
+WIDE = "float16 is too narrow"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,12 @@ class Views:
     augment: Augment
     count: int
     seed: int
-    device: torch.device
+    source: Source
+
+    @property
+    def chunk(self) -> int:
+        """Images a pass: what a CPU runs fastest, or enough to fill a GPU."""
+        return GPU_CHUNK if self.source.device.type == "cuda" else CHUNK
 
     def jobs(self) -> list[tuple[Array, int]]:
         """(rows, view), in the order of the items."""
@@ -63,12 +72,23 @@ class Views:
         return [*((train, view) for view in range(self.count)), (val, 0)]
 
     def pixels(self, rows: Array, view: int, start: int) -> torch.Tensor:
-        """Rows start to start + CHUNK in one view -> (n, 3, S, S) float32. Depends on nothing but its arguments."""
-        canvases = torch.from_numpy(self.canvases.array(rows[start : start + CHUNK])).to(self.device)
+        """Rows start to start + chunk in one view -> (n, 3, S, S) float32. Depends on nothing but its arguments."""
+        canvases = self.source.take(self.source.fetch(rows[start : start + self.chunk]))
         if view == 0:
             return evaluation(canvases, self.preprocess)
         generator = torch.Generator().manual_seed(seeded("view", self.seed, view, start))
-        return augmented(canvases, self.preprocess, self.augment, generator, view)
+        return augmented(canvases, self.preprocess, self.augment, drawn(len(canvases), generator), view)
+
+    def chunks(self) -> list[tuple[Array, int, int, int]]:
+        """(rows, view, start, first item) of every pass."""
+        found, at = [], 0
+        for rows, view in self.jobs():
+            found += [(rows, view, start, at + start) for start in range(0, len(rows), self.chunk)]
+            at += len(rows)
+        return found
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows, _ in self.jobs())
 
     @property
     def key(self) -> str:
@@ -89,13 +109,14 @@ class Activations:
     kind: str
     found: bool
 
-    def train(self, names: Sequence[str], views: Array, positions: Array) -> list[Array]:
-        """Train position i in view v -> one array a name, as kept."""
-        return [self.arrays[name][views * self.train_rows + positions] for name in names]
+    def items(self, views: Array, positions: Array) -> Array:
+        """Item of train position i in view v."""
+        found: Array = views * self.train_rows + positions
+        return found
 
-    def val(self, names: Sequence[str], positions: Array) -> list[Array]:
-        """Val position -> one array a name, as kept."""
-        return [self.arrays[name][self.views * self.train_rows + positions] for name in names]
+    def val_items(self, positions: Array) -> Array:
+        """Item of a val position."""
+        return self.items(np.full(len(positions), self.views), positions)
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,51 +126,87 @@ def channels_last(tensor: torch.Tensor) -> torch.Tensor:
 
 def fill(
     prefix: nn.Module, key: str, names: Sequence[str], views: Views,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None, ranks: Ranks = SOLO,
 ) -> Activations | str:  # fmt: skip
     """Activations of `prefix` (pixels -> tuple of values, called `names`), or the reason why they cannot be cached.
 
-    key: what the prefix computes (code and weights). A value must be a tensor with one entry an image.
+    key: what the prefix computes (code and weights). A value must be a tensor with one entry an image. The ranks of a
+    machine compute a share each, into the same files.
     """
     jobs = views.jobs()
     train = len(jobs[0][0])
     with torch.inference_mode():
-        sample = _as_tuple(prefix(views.pixels(jobs[0][0], 0, 0)))
-    if not all(isinstance(value, torch.Tensor) and value.ndim and len(value) == min(CHUNK, train) for value in sample):
+        sample = _as_tuple(prefix(channels_last(views.pixels(jobs[0][0], 0, 0))))
+    if not all(isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample):
         return "a value that crosses the cut is no tensor with one entry an image"
-    text = json.dumps(["prefix-2", key, list(names), views.key, views.device.type])
+    text = json.dumps(["prefix-3", key, list(names), views.key, views.chunk])
     folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    held = ranks.gather(folder.is_dir())
+    if not all(held) and (reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])):
+        return reason
     try:
-        found = folder.is_dir()
-        if not found and (reason := _write(prefix, sample, views, folder, progress)):
-            return reason
         os.utime(folder)
         arrays = {name: np.load(folder / f"{number}.npy", mmap_mode="r") for number, name in enumerate(names)}
-        kind = (folder / "kind").read_text()
+        kind, reason = (folder / "kind").read_text(), ""
     except OSError as error:
-        return f"its cache could not be kept: {error.strerror}"
-    return Activations(arrays=arrays, train_rows=train, views=views.count, kind=kind, found=found)
+        arrays, kind, reason = {}, "", f"its cache could not be kept: {error.strerror}"
+    if reason := next(filter(None, ranks.gather(reason)), ""):
+        return reason
+    return Activations(arrays=arrays, train_rows=train, views=views.count, kind=kind, found=all(held))
 
 
-def _write(prefix: nn.Module, sample: Tensors, views: Views, folder: Path, progress: Callable[[int, int], None]) -> str:
-    """Compute into a folder beside and publish it; or the reason why it does not fit. Raises OSError."""
-    items = sum(len(rows) for rows, _ in views.jobs())
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def _write(
+    prefix: nn.Module, sample: Tensors, views: Views, folder: Path, progress: Callable[[int, int], None], ranks: Ranks,
+    held: bool,
+) -> str:  # fmt: skip
+    """Compute into a folder beside and publish it; or the reason why it does not fit, the same on every rank.
+
+    held: this machine has it already, and only keeps step with the others.
+    """
     for dtypes in ([_dtype(value) for value in sample], ["float32"] * len(sample)):
-        needed = items * sum(v[0].numel() * np.dtype(d).itemsize for v, d in zip(sample, dtypes, strict=True))
-        if reason := _make_room(folder.parent, needed):
+        place, reason = None, ""
+        if ranks.rank == ranks.node and not held:
+            place, reason = _begun(folder, sample, dtypes, len(views))
+        begun = ranks.gather([place and str(place), reason])
+        if reason := next((why for _, why in begun if why), ""):
+            _gone(place)
             return reason
-        beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+        beside = Path(begun[ranks.node][0] or folder)
         try:
-            with np.errstate(over="raise"):
-                _compute(prefix, sample, dtypes, views, beside, progress)
-            publish(beside, folder)
-            return ""
-        except FloatingPointError:  # an image beyond the sample's range does not fit float16
-            continue
+            reason = "" if held else _computed(prefix, sample, dtypes, views, beside, progress, ranks)
+            found = set(ranks.gather(reason))
+            if found <= {""} and place:
+                publish(place, folder)
+            ranks.gather(None)  # published everywhere
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            _gone(place)
+        if WIDE not in found or found - {"", WIDE}:
+            return next(filter(None, sorted(found - {WIDE})), "")
     return "its values are too large for float32"
+
+
+def _begun(folder: Path, sample: Tensors, dtypes: Sequence[str], items: int) -> tuple[Path | None, str]:
+    """A folder beside with files of the right size, or the reason why not."""
+    needed = items * sum(v[0].numel() * np.dtype(d).itemsize for v, d in zip(sample, dtypes, strict=True))
+    beside = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if reason := _make_room(folder.parent, needed):
+            return None, reason
+        beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+        for number, (value, dtype) in enumerate(zip(sample, dtypes, strict=True)):
+            file, shape = beside / f"{number}.npy", (items, *value.shape[1:])
+            np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
+            reserve(file)
+    except OSError as error:
+        _gone(beside)
+        return None, f"its cache could not be kept: {error.strerror}"
+    return beside, ""
+
+
+def _gone(beside: Path | None) -> None:
+    if beside:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check(prefix: nn.Module, names: Sequence[str], activations: Activations, views: Views) -> str:
@@ -193,37 +250,38 @@ def _make_room(folder: Path, needed: int) -> str:
     return ""
 
 
-def _compute(
+def _computed(
     prefix: nn.Module, sample: Tensors, dtypes: Sequence[str], views: Views, folder: Path,
-    progress: Callable[[int, int], None],
-) -> None:  # fmt: skip
-    jobs = views.jobs()
-    items = sum(len(rows) for rows, _ in jobs)
-    run, how = runner(prefix, views.pixels(jobs[0][0], 0, 0))
-    arrays = [
-        np.lib.format.open_memmap(folder / f"{number}.npy", mode="w+", dtype=dtype, shape=(items, *value.shape[1:]))
-        for number, (value, dtype) in enumerate(zip(sample, dtypes, strict=True))
-    ]
-    for number in range(len(arrays)):
-        reserve(folder / f"{number}.npy")
-    at = 0
-    for rows, view in jobs:
-        for start in range(0, len(rows), CHUNK):
-            values = run(views.pixels(rows, view, start))
-            for array, value in zip(arrays, values, strict=True):
-                array[at : at + len(value)] = value
-            at += len(values[0])
-            progress(at, items)
-    for array in arrays:
-        array.flush()
-    (folder / "kind").write_text(f"{'/'.join(sorted(set(dtypes)))} by {how}")
+    progress: Callable[[int, int], None], ranks: Ranks,
+) -> str:  # fmt: skip
+    """This rank's share of the passes, into the files in `folder`; or why not (WIDE: a value does not fit float16)."""
+    mine = views.chunks()[ranks.local :: ranks.local_world]
+    run, how = runner(prefix, views.pixels(views.jobs()[0][0], 0, 0), share_of_cores(ranks))
+    try:
+        arrays = [np.load(folder / f"{number}.npy", mmap_mode="r+") for number in range(len(sample))]
+        with np.errstate(over="raise"):
+            for done, (rows, view, start, at) in enumerate(mine, start=1):
+                for array, value in zip(arrays, run(views.pixels(rows, view, start)), strict=True):
+                    array[at : at + len(value)] = value
+                progress(min(done * views.chunk * ranks.local_world, len(views)), len(views))
+        for array in arrays:
+            array.flush()
+        if ranks.rank == ranks.node:
+            (folder / "kind").write_text(f"{'/'.join(sorted(set(dtypes)))} by {how}")
+    except FloatingPointError:  # an image beyond the sample's range
+        return WIDE
+    except OSError as error:
+        return f"its cache could not be kept: {error.strerror}"
+    return ""
 
 
-def runner(net: nn.Module, example: torch.Tensor) -> tuple[Callable[[torch.Tensor], list[Array]], str]:
+def runner(
+    net: nn.Module, example: torch.Tensor, threads: int = 0
+) -> tuple[Callable[[torch.Tensor], list[Array]], str]:
     """The fastest way to run `net` here, and its name: pixels (n, 3, S, S) -> its outputs, float32.
 
-    ONNX Runtime on a CPU, where its answer to `example` is the framework's to 1e-4 of the largest value; the framework
-    itself elsewhere, or where the net does not export.
+    ONNX Runtime on a CPU (threads: 0 = all cores), where its answer to `example` is the framework's to 1e-4 of the
+    largest value; the framework itself elsewhere, or where the net does not export.
     """
 
     def eager(pixels: torch.Tensor) -> list[Array]:
@@ -233,7 +291,7 @@ def runner(net: nn.Module, example: torch.Tensor) -> tuple[Callable[[torch.Tenso
     if example.device.type != "cpu":
         return eager, "torch"
     try:
-        session = Session(_onnx_bytes(net, example))
+        session = Session(_onnx_bytes(net, example), threads=threads)
         pairs = zip(session.run(example.numpy()), eager(example), strict=True)
         if all(np.abs(a - b).max() <= 1e-4 * np.abs(b).max() for a, b in pairs):
             return lambda pixels: session.run(pixels.numpy()), "onnxruntime"

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from ftkit.recipe import restore_preprocess
 from ftkit_export.errors import FtkitError, ImageError
 from ftkit_export.preprocess import Preprocess, decode
 from ftkit_export.session import cores
+
+if TYPE_CHECKING:
+    from ftkit.distributed import Ranks
 
 Array = np.ndarray[Any, Any]
 
@@ -84,30 +87,29 @@ def cache_folder() -> Path:
 
 
 def build(
-    images: Images, preprocess: Preprocess, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Canvases:
+    images: Images, preprocess: Preprocess, progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks | None = None,
+) -> Canvases:  # fmt: skip
     """Canvases of every readable image; bad files are left out and listed. progress(done, total) counts images.
 
-    Raises FtkitError when no readable image of a class is left to train on, or the cache folder cannot be written.
+    The ranks of a machine decode a share of the shards each, and open all of them. Raises FtkitError when no readable
+    image of a class is left to train on, the cache folder cannot be written, or machines have different images.
     """
     paths = [image.path for image in images.images]
     shards: list[Array] = []
     slots: list[tuple[int, int]] = []
     bad: list[tuple[Path, str]] = []
     digests: list[str] = []
-    with ThreadPoolExecutor(cores()) as pool, _Decoders(preprocess) as decoders:
-        for start in range(0, len(paths), SHARD):
-            part = paths[start : start + SHARD]
-            found = list(pool.map(_digest, part))
-            step = partial(_advance, progress, start, len(paths))
-            array, reasons = _shard(part, found, preprocess, decoders, step)
-            shards.append(array)
-            for slot, path in enumerate(part):
-                if slot in reasons:
-                    bad.append((path, reasons[slot]))
-                else:
-                    slots.append((len(shards) - 1, slot))
-                    digests.append(found[slot])
+    for number, found in enumerate(_digests(paths, preprocess, progress, ranks)):
+        part = paths[number * SHARD : (number + 1) * SHARD]
+        array, reasons = _opened(_folder(found, preprocess))
+        shards.append(array)
+        for slot, path in enumerate(part):
+            if slot in reasons:
+                bad.append((path, reasons[slot]))
+            else:
+                slots.append((number, slot))
+                digests.append(found[slot])
     left = images.without({path for path, _ in bad})
     _require_every_class(images, left, bad)
     rows = [f"{digest} {image.label} {image.split}" for digest, image in zip(digests, left.images, strict=True)]
@@ -116,6 +118,33 @@ def build(
         images=left, shards=tuple(shards), slots=np.array(slots, np.int64), bad=tuple(bad),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )  # fmt: skip
+
+
+def _digests(
+    paths: Sequence[Path], preprocess: Preprocess, progress: Callable[[int, int], None], ranks: Ranks | None
+) -> list[list[str]]:
+    """The files' hashes, shard by shard; every shard is in the cache then."""
+    local, among = (ranks.local, ranks.local_world) if ranks else (0, 1)
+
+    def own() -> dict[str, list[str]]:
+        made = {}
+        with ThreadPoolExecutor(share) as pool, _Decoders(preprocess, share) as decoders:
+            for start in range(local * SHARD, len(paths), among * SHARD):
+                part = paths[start : start + SHARD]
+                found = list(pool.map(_digest, part))
+                _write(part, found, preprocess, decoders, partial(_advance, progress, start, len(paths)))
+                made[str(start // SHARD)] = found
+        return made
+
+    share = max(1, cores() // among)
+    everywhere = ranks.gather(ranks.together(own)) if ranks else [own()]
+    merged: dict[str, list[str]] = {}
+    for each in everywhere:
+        for number, found in each.items():
+            if merged.setdefault(number, found) != found:
+                raise FtkitError(f"{paths[int(number) * SHARD]}: expected the same images on every machine, found "
+                                 "others here or near it. Copy one machine's folder to the others")  # fmt: skip
+    return [merged[str(number)] for number in range(len(merged))]
 
 
 def _advance(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
@@ -149,13 +178,23 @@ def _digest(path: Path) -> str:
         return f"unreadable: {error.strerror}"
 
 
-def _shard(
+def _folder(digests: Sequence[str], preprocess: Preprocess) -> Path:
+    key = hashlib.sha256("\n".join([_canvas_key(preprocess), *digests]).encode()).hexdigest()[:32]
+    return cache_folder() / "canvases" / key
+
+
+def _opened(folder: Path) -> tuple[Array, dict[int, str]]:
+    """One shard (n, R, R, 3) uint8, memory-mapped, and slot -> reason for its bad files (their slots are black)."""
+    stored = {int(slot): reason for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
+    return np.load(folder / "canvases.npy", mmap_mode="r"), stored
+
+
+def _write(
     paths: Sequence[Path], digests: Sequence[str], preprocess: Preprocess, decoders: _Decoders,
     progress: Callable[[int], None],
-) -> tuple[Array, dict[int, str]]:  # fmt: skip
-    """One shard (n, R, R, 3) uint8, memory-mapped, and slot -> reason for its bad files (their slots are black)."""
-    key = hashlib.sha256("\n".join([_canvas_key(preprocess), *digests]).encode()).hexdigest()[:32]
-    folder = cache_folder() / "canvases" / key
+) -> None:  # fmt: skip
+    """One shard into the cache, unless it is there."""
+    folder = _folder(digests, preprocess)
     if not folder.is_dir():
         side, beside = preprocess.resize, None
         try:
@@ -176,15 +215,13 @@ def _shard(
             if beside is not None:
                 shutil.rmtree(beside, ignore_errors=True)  # gone when published
     progress(len(paths))
-    stored = {int(slot): reason for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
-    return np.load(folder / "canvases.npy", mmap_mode="r"), stored
 
 
 class _Decoders:
     """Processes that decode, started when a shard first needs them, ended with the `with` block."""
 
-    def __init__(self, preprocess: Preprocess):
-        self._preprocess = preprocess
+    def __init__(self, preprocess: Preprocess, most: int):
+        self._preprocess, self._most = preprocess, most
         self._processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> _Decoders:
@@ -208,10 +245,10 @@ class _Decoders:
         return reasons
 
     def _answers(self, file: Path, paths: Sequence[Path]) -> Iterator[tuple[int, str]]:
-        if not self._processes and (len(paths) < FEWEST or cores() < 2):
+        if not self._processes and (len(paths) < FEWEST or self._most < 2):
             yield from decode_into(file, enumerate(paths), self._preprocess)
             return
-        while len(self._processes) < min(cores(), max(2, len(paths) // IMAGES_EACH)):
+        while len(self._processes) < min(self._most, max(2, len(paths) // IMAGES_EACH)):
             self._processes.append(_start())
         count = len(self._processes)
         for number, process in enumerate(self._processes):

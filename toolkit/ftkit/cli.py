@@ -29,10 +29,12 @@ class _Group(click.Group):
         except FtkitError as error:
             if os.environ.get("FTKIT_DEBUG") == "1":
                 raise
-            click.echo(f"error: {error}", err=True)
+            if str(error):  # else another rank tells
+                click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:
-            click.echo(str(stopped) or "stopped: nothing that was finished is lost", err=True)
+            if _speaks():
+                click.echo(str(stopped) or "stopped: nothing that was finished is lost", err=True)
             ctx.exit(getattr(stopped, "exit_code", 130))
         except OSError as error:
             if os.environ.get("FTKIT_DEBUG") == "1" or isinstance(error, BrokenPipeError):
@@ -64,15 +66,19 @@ PROVIDERS = click.option("--providers", default="cpu", show_default=True, metava
 @SET
 @click.option("--weights", metavar="FILE", help="Backbone weights: .safetensors or .pth; none = untrained.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--gpus", type=click.IntRange(1), metavar="N", help="Train on N GPUs of this machine, as torchrun does.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--deterministic", is_flag=True, help="The same weights twice on a GPU too; slower.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known.")
 @click.pass_context
 def train(
     ctx: click.Context, data: Path, name: str, out: Path | None, settings: tuple[str, ...], weights: str | None,
-    device: str, seed: int, resume: bool,
+    device: str, gpus: int | None, seed: int, deterministic: bool, resume: bool,
 ) -> None:  # fmt: skip
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
-    from ftkit import state
+    if gpus:
+        sys.exit(_launched(ctx, gpus))
+    from ftkit import state, terminal
     from ftkit.checkpoint import next_free
     from ftkit.override import override
     from ftkit.recipe import load, restore
@@ -87,10 +93,39 @@ def train(
         recipe, seed = restore(plan["recipe"]), plan["seed"]
     else:
         recipe = override(load(name), [*([f"weights={weights}"] if weights else []), *settings])
-    run = run_training(
-        recipe, data, out or next_free(Path("runs") / recipe.name), seed=seed, device=device, resume=resume
-    )
-    click.echo(f"run: {run}\nnext: ftkit export {run}")
+    run = run_training(recipe, data, out or next_free(Path("runs") / recipe.name), seed=seed, device=device,
+                       resume=resume, deterministic=deterministic)  # fmt: skip
+    if _speaks():
+        terminal.say(f"run: {run}\nnext: ftkit export {run}")
+
+
+def _speaks() -> bool:
+    """Of several ranks, the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _launched(ctx: click.Context, gpus: int) -> int:
+    """The same command in a process a GPU; its exit code."""
+    from ftkit.checkpoint import next_free
+    from ftkit.distributed import launch, pick_device
+
+    if ctx.params["device"] == "cpu":
+        raise FtkitError(
+            "--gpus: expected --device cuda, found cpu. For processes on a CPU, try torchrun -m ftkit train"
+        )
+    pick_device("cuda", gpus - 1)
+    arguments = ["train", str(ctx.params["data"]), "--device", "cuda"]
+    for option in ctx.command.params:
+        given = ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+        if given and option.name not in ("data", "device", "gpus"):
+            value = ctx.params[option.name or ""]
+            values = value if isinstance(value, tuple) else [value]
+            arguments += [
+                part for item in values for part in ([option.opts[0]] if item is True else [option.opts[0], str(item)])
+            ]
+    if "--out" not in arguments:
+        arguments += ["--out", str(next_free(Path("runs") / Path(ctx.params["name"]).stem))]
+    return launch(gpus, arguments)
 
 
 @main.command()

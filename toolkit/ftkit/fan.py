@@ -1,6 +1,6 @@
 """lr = "auto": heads trained side by side, one a rate, in one pass over cached features; the best names it.
 
-peak = best_rate(stage, backbone, feed, batches, labels, val_labels)
+peak = best_rate(stage, backbone, feed, batches, total, val_labels)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 def best_rate(
     stage: Stage, backbone: Backbone, feed: Feed, batches: Iterable[tuple[np.ndarray, torch.Generator]], total: int,
-    labels: torch.Tensor, val_labels: torch.Tensor,
+    val_labels: torch.Tensor,
 ) -> float:  # fmt: skip
     """The rate whose head ends with the lowest NLL on val, all trained for the stage's `total` steps on its batches.
 
@@ -45,13 +45,15 @@ def best_rate(
         return flat.view(len(found), len(RATES), -1).transpose(0, 1)
 
     for step, (positions, generator) in enumerate(batches):
-        batch = feed.prepare(feed.fetch(positions, generator), generator)
-        targets = labels[torch.from_numpy(positions)]
+        batch = feed.prepare(feed.fetch(positions, generator, slice(None)))  # every rank fits the whole fan
         for group, peak in zip(optimizer.param_groups, RATES * 2, strict=True):
             group["lr"] = rate(step, total, stage, peak)
         logits = logits_of(features(feed.net, head, batch.inputs)[0])
         losses = F.cross_entropy(
-            logits.flatten(0, 1), targets.repeat(len(RATES)), label_smoothing=stage.label_smoothing, reduction="none"
+            logits.flatten(0, 1),
+            batch.targets.repeat(len(RATES)),
+            label_smoothing=stage.label_smoothing,
+            reduction="none",
         ).view(len(RATES), -1)
         optimizer.zero_grad()
         losses.mean(1).sum().backward()  # each head's gradient is its own loss's

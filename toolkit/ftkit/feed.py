@@ -2,7 +2,7 @@
 
     feeds = Feeds(backbone, recipe, canvases, ...)
     feed = feeds.stage(2)
-    batch = feed.prepare(feed.fetch(positions, generator), generator)
+    batch = feed.prepare(feed.fetch(positions, generator, ranks.part(len(positions))))
     logits = feed.net(*batch.inputs)
 
 Stages only ever thaw more of the model in the usual plans, so every stage's cut is upstream of all that trained before
@@ -22,13 +22,15 @@ import torch
 from torch import fx, nn
 
 from ftkit import terminal
-from ftkit.augment import augmented, evaluation, mixed
+from ftkit.augment import Mixing, augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.backbones import Backbone, trainable
 from ftkit.cache import Activations, Tensors, Views, channels_last, check, fill
 from ftkit.canvas import Canvases
+from ftkit.distributed import SOLO, Ranks
 from ftkit.optim import Batch
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe
+from ftkit.source import Source, array_source
 from ftkit.teacher import Teacher, load
 from ftkit.weights import fingerprint
 from ftkit_export.preprocess import Preprocess
@@ -39,18 +41,34 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fetched:
+    """What was read and drawn for a part of a batch. tensors: on their way to the device. draw: of augment.drawn.
+
+    With mixed pixels, others: the partners' labels (n,); place: where the images (n,) and their partners (n,) lie.
+    """
+
+    tensors: list[torch.Tensor]
+    labels: torch.Tensor
+    draw: torch.Tensor | None = None
+    others: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    mixing: Mixing | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Feed:
     """One stage's data and nets.
 
-    fetch(positions, generator) reads arrays of train positions, on any thread; prepare makes a Batch of them; val gives
-    what eval_net takes. how: one phrase for the log. kind: what the bits depend on ("live", "float16 by onnxruntime").
-    net is in training mode where it trains; both nets share the model's parameters.
+    fetch(positions, generator, part) draws for a whole batch of train positions and reads what a part of it needs, on
+    any thread; prepare makes a Batch of that on the device; val gives what eval_net takes. how: one phrase for the log.
+    kind: what the bits depend on ("live", "float16 by onnxruntime"). net is in training mode where it trains; both nets
+    share the model's parameters.
     """
 
     net: nn.Module
     eval_net: nn.Module
-    fetch: Callable[[Array, torch.Generator], list[Array]]
-    prepare: Callable[[list[Array], torch.Generator], Batch]
+    fetch: Callable[[Array, torch.Generator, slice], Fetched]
+    prepare: Callable[[Fetched], Batch]
     val: Callable[[Array], Tensors]
     how: str
     kind: str
@@ -105,15 +123,22 @@ def ahead(jobs: Iterable[Job], work: Callable[[Job], Made], depth: int = 2) -> I
                 future.cancel()
 
 
+def _floats(values: Sequence[torch.Tensor]) -> Tensors:
+    """As kept -> float32, channels last where 4-D."""
+    return tuple(channels_last(value.float()) for value in values)
+
+
 class Feeds:
     """Makes each stage's feed, and holds the activations that stages share."""
 
     def __init__(
         self, backbone: Backbone, recipe: Recipe, canvases: Canvases, preprocess: Preprocess, seed: int,
-        device: torch.device,
+        device: torch.device, ranks: Ranks = SOLO,
     ):  # fmt: skip
         self.backbone, self.recipe, self.canvases = backbone, recipe, canvases
-        self.preprocess, self.seed, self.device = preprocess, seed, device
+        self.preprocess, self.seed, self.device, self.ranks = preprocess, seed, device, ranks
+        self.pixels = Source(canvases.array, len(canvases.slots), preprocess.resize**2 * 3, device)
+        self._labels = torch.from_numpy(canvases.labels[canvases.rows("train")])
         self.trained = [trainable(backbone, stage.train) for stage in recipe.stages]
         self._shared: Activations | str | None = None
 
@@ -130,7 +155,8 @@ class Feeds:
         kept = self._activations(number, cut)
         if isinstance(kept, str):
             return self._live(kept, teacher)
-        if reason := check(frozen_part(cut.graph, [cut.nodes]), cut.names, kept, self._views(kept.views)):
+        reason = check(frozen_part(cut.graph, [cut.nodes]), cut.names, kept, self.views(kept.views))
+        if reason := next(filter(None, self.ranks.gather(reason)), ""):  # one rank's is every rank's
             return self._live(reason, teacher)
         training = trace(model)
         suffix = frontier(training, under(names)) if training else []
@@ -147,33 +173,36 @@ class Feeds:
         if isinstance(taught, str):
             return self._live(taught, teacher)
 
-        def fetch(positions: Array, generator: torch.Generator) -> list[Array]:
+        kept = {**{name: activations.arrays[name] for name in cut.names},
+                **({"teacher": taught.arrays["teacher"]} if taught else {})}  # fmt: skip
+        sources = [array_source(array, self.device) for array in kept.values()]
+
+        def fetch(positions: Array, generator: torch.Generator, part: slice) -> Fetched:
             views = torch.randint(stage.views, (len(positions),), generator=generator).numpy()
-            arrays = activations.train(cut.names, views, positions)
-            return arrays if taught is None else [*arrays, *taught.train(["teacher"], views, positions)]
+            items = activations.items(views[part], positions[part])
+            return Fetched(tensors=[source.fetch(items) for source in sources], labels=self._labels[positions[part]])
 
-        def prepare(arrays: list[Array], generator: torch.Generator) -> Batch:
-            tensors = self._tensors(arrays)
+        def prepare(fetched: Fetched) -> Batch:
+            values = [source.take(tensor) for source, tensor in zip(sources, fetched.tensors, strict=True)]
+            tensors, targets = _floats(values), fetched.labels.to(self.device, non_blocking=True)
             if taught is None:
-                return Batch(inputs=tensors)
-            return Batch(inputs=tensors[:-1], teacher=tensors[-1])
+                return Batch(inputs=tensors, targets=targets)
+            return Batch(inputs=tensors[:-1], targets=targets, teacher=tensors[-1])
 
-        share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(
-            p.numel() for p in model.parameters()
-        )
+        def val(positions: Array) -> Tensors:
+            items = activations.val_items(positions)
+            return _floats([source.take(source.fetch(items)) for source in sources[: len(cut.names)]])
+
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        share = sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
         origin = "found in the cache" if activations.found else "computed once"
-        unmixed = "; mixup and cutmix are for live pixels" if self.recipe.augment.mixes else ""
+        how = f"frozen prefix {origin}: {stage.views} views x {len(rows)}, {activations.kind.split()[0]}; {share:.0%} trains"
+        if self.recipe.augment.mixes:
+            how += "; mixup and cutmix are for live pixels"
         return Feed(
             net=trained_part(training, suffix), eval_net=trained_part(cut.graph, cut.nodes), fetch=fetch,
-            prepare=prepare, val=lambda positions: self._tensors(activations.val(cut.names, positions)),
-            how=f"frozen prefix {origin}: {stage.views} views x {len(rows)}, {activations.kind.split()[0]}; "
-            f"{share:.0%} trains{unmixed}", kind=activations.kind,
+            prepare=prepare, val=val, how=how, kind=activations.kind,
         )  # fmt: skip
-
-    def _tensors(self, arrays: Sequence[Array]) -> Tensors:
-        """Arrays as kept -> float32 tensors on the device, channels last where 4-D."""
-        moved = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in arrays)
-        return tuple(channels_last(tensor.float()) for tensor in moved)
 
     def _cut(self, number: int) -> _Cut | str:
         """The eval-mode graph and its cut, or why there is none. Leaves the model's modes as they were."""
@@ -193,10 +222,10 @@ class Feeds:
         before = [under(names) for names in self.trained[:number]]
         return all(now(name) for name in parameters if any(earlier(name) for earlier in before))
 
-    def _views(self, count: int) -> Views:
+    def views(self, count: int) -> Views:
         return Views(
             canvases=self.canvases, preprocess=self.preprocess, augment=self.recipe.augment, count=count,
-            seed=self.seed, device=self.device,
+            seed=self.seed, source=self.pixels,
         )  # fmt: skip
 
     def share(self) -> None:
@@ -221,7 +250,8 @@ class Feeds:
         names = [node.name for node in graph.graph.nodes if node.name in wanted]
         prefix = frozen_part(graph, cuts)
         with terminal.bar("frozen prefix") as progress:
-            return fill(prefix, prefix.code + fingerprint(prefix), names, self._views(count), progress)
+            key = prefix.code + fingerprint(prefix)
+            return fill(prefix, key, names, self.views(count), progress, self.ranks)
 
     def _taught(self, teacher: Teacher | None, count: int) -> Activations | str | None:
         """The teacher's logits of the same views: its model is a frozen prefix too, and runs once."""
@@ -229,28 +259,44 @@ class Feeds:
             return None
         teacher.to(self.device)
         with terminal.bar("teacher") as progress:
-            return fill(teacher, teacher.key, ["teacher"], self._views(count), progress)
+            return fill(teacher, teacher.key, ["teacher"], self.views(count), progress, self.ranks)
 
     def _live(self, reason: str, teacher: Teacher | None) -> Feed:
         rows, val_rows = self.canvases.rows("train"), self.canvases.rows("val")
         if teacher is not None:
             teacher.to(self.device)
 
-        def prepare(arrays: list[Array], generator: torch.Generator) -> Batch:
-            canvases = torch.from_numpy(arrays[0]).to(self.device, non_blocking=True)
-            pixels = augmented(canvases, self.preprocess, self.recipe.augment, generator)
-            pixels, partner, share = mixed(pixels, self.recipe.augment, generator)
+        def fetch(positions: Array, generator: torch.Generator, part: slice) -> Fetched:
+            draw, labels = drawn(len(positions), generator), self._labels[positions]
+            mixing = mixing_of(len(positions), self.preprocess.size, self.recipe.augment, generator)
+            if mixing is None:
+                return Fetched(tensors=[self.pixels.fetch(rows[positions[part]])], labels=labels[part],
+                               draw=draw[:, part])  # fmt: skip
+            partner = mixing.partner[part]  # it may be another rank's image: both read it
+            wanted, place = np.unique(np.r_[np.arange(len(positions))[part], partner.numpy()], return_inverse=True)
+            return Fetched(tensors=[self.pixels.fetch(rows[positions[wanted]])], labels=labels[part],
+                           draw=draw[:, wanted], others=labels[partner],
+                           place=torch.from_numpy(place).view(2, -1), mixing=mixing.of(part))  # fmt: skip
+
+        def prepare(fetched: Fetched) -> Batch:
+            assert fetched.draw is not None  # fetch drew it
+            canvases, mixing, others = self.pixels.take(fetched.tensors[0]), None, None
+            pixels = augmented(canvases, self.preprocess, self.recipe.augment, fetched.draw)
+            if fetched.mixing is not None and fetched.place is not None and fetched.others is not None:
+                mixing, place = fetched.mixing.to(self.device), fetched.place.to(self.device, non_blocking=True)
+                pixels = mixed(pixels[place[0]], pixels[place[1]], mixing)
+                others = fetched.others.to(self.device, non_blocking=True)
             pixels = channels_last(pixels)
             with torch.no_grad():
                 answers = None if teacher is None else teacher(pixels)
-            return Batch(inputs=(pixels,), teacher=answers, partner=partner, share=share)
+            return Batch(inputs=(pixels,), targets=fetched.labels.to(self.device, non_blocking=True), teacher=answers,
+                         others=others, share=mixing.share if mixing else None)  # fmt: skip
 
         def val(positions: Array) -> Tensors:
-            canvases = torch.from_numpy(self.canvases.array(val_rows[positions])).to(self.device)
+            canvases = self.pixels.take(self.pixels.fetch(val_rows[positions]))
             return (channels_last(evaluation(canvases, self.preprocess)),)
 
         model = self.backbone.model
         return Feed(
-            net=model, eval_net=model, fetch=lambda positions, generator: [self.canvases.array(rows[positions])],
-            prepare=prepare, val=val, how=f"live: {reason}", kind="live",
-        )  # fmt: skip
+            net=model, eval_net=model, fetch=fetch, prepare=prepare, val=val, how=f"live: {reason}", kind="live"
+        )

@@ -1,7 +1,7 @@
 """The parts of a step: the rate, the optimizer's groups, the loss, its gradients, the averaged weights.
 
 optimizer = make_optimizer(backbone, stage)
-loss, hits = gradients(net, batch, targets, ...)
+tally = gradients(net, batch, moving, ...)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftkit.backbones import Backbone, blocks
+from ftkit.compute import Compute
 from ftkit.recipe import Stage
 
 State = dict[str, torch.Tensor]
@@ -29,25 +30,26 @@ TAUGHT = 0.5  # share of the loss that is the teacher's
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one step trains on. inputs: what the net takes, each (n, ...).
+    """What one step trains on. inputs: what the net takes, each (n, ...). targets: labels (n,).
 
-    teacher: its logits of the same views (n, classes), where there is one. partner, share: with mixed pixels, the
-    position (n,) mixed in, and the share (n,) of the image's own label.
+    teacher: its logits of the same views (n, classes), where there is one. others, share: with mixed pixels, the label
+    (n,) of what is mixed in, and the share (n,) of the image's own.
     """
 
     inputs: Tensors
+    targets: torch.Tensor
     teacher: torch.Tensor | None = None
-    partner: torch.Tensor | None = None
+    others: torch.Tensor | None = None
     share: torch.Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
-        """Positions start to stop. partner keeps pointing into the whole batch."""
+        """Images start to stop."""
 
         def cut(value: torch.Tensor | None) -> torch.Tensor | None:
             return None if value is None else value[start:stop]
 
-        inputs = tuple(value[start:stop] for value in self.inputs)
-        return Batch(inputs=inputs, teacher=cut(self.teacher), partner=cut(self.partner), share=cut(self.share))
+        return Batch(inputs=tuple(value[start:stop] for value in self.inputs), targets=self.targets[start:stop],
+                     teacher=cut(self.teacher), others=cut(self.others), share=cut(self.share))  # fmt: skip
 
 
 def rate(step: int, total: int, stage: Stage, peak: float) -> float:
@@ -64,11 +66,12 @@ def rate(step: int, total: int, stage: Stage, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
-def make_optimizer(backbone: Backbone, stage: Stage) -> torch.optim.Optimizer:
+def make_optimizer(backbone: Backbone, stage: Stage, fused: bool = False) -> torch.optim.Optimizer:
     """A fresh optimizer over what requires gradients, in named groups: head and blocks, each with and without decay.
 
     Vectors (biases, normalisation) take no weight decay. Each group's `scale` multiplies the rate: with layer_decay,
-    decay ** (number of blocks between it and the head), as BEiT does (Bao et al. 2021).
+    decay ** (number of blocks between it and the head), as BEiT does (Bao et al. 2021). fused: all weights in one
+    kernel, on CUDA.
     """
     listed = blocks(backbone)
     groups: dict[str, dict[str, Any]] = {}
@@ -81,9 +84,9 @@ def make_optimizer(backbone: Backbone, stage: Stage) -> torch.optim.Optimizer:
             fresh = {"name": key, "params": [], "weight_decay": decay, "scale": stage.layer_decay**depth}
             groups.setdefault(key, fresh)["params"].append(parameter)
     if stage.optimizer == "sgd":
-        return torch.optim.SGD(groups.values(), lr=1.0, momentum=0.9, nesterov=True)
+        return torch.optim.SGD(groups.values(), lr=1.0, momentum=0.9, nesterov=True, fused=fused or None)
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups.values(), lr=1.0)  # each step sets the rate
+    return kind(groups.values(), lr=1.0, fused=fused or None)  # each step sets the rate
 
 
 def _place(name: str, backbone: Backbone, listed: list[str]) -> tuple[str, int]:
@@ -105,19 +108,16 @@ def class_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
     return len(labels) / (classes * counts)
 
 
-def loss_of(
-    logits: torch.Tensor, targets: torch.Tensor, others: torch.Tensor, batch: Batch, stage: Stage,
-    weights: torch.Tensor | None,
-) -> torch.Tensor:  # fmt: skip
-    """logits (n, classes), targets (n,), labels of the partners (n,) -> loss an image (n,), float32."""
+def loss_of(logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None) -> torch.Tensor:
+    """logits (n, classes) -> loss an image (n,), float32."""
     smoothing = stage.label_smoothing
 
     def hard(labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
 
-    loss = hard(targets)
-    if batch.share is not None:
-        loss = batch.share * loss + (1 - batch.share) * hard(others)
+    loss = hard(batch.targets)
+    if batch.share is not None and batch.others is not None:
+        loss = batch.share * loss + (1 - batch.share) * hard(batch.others)
     if batch.teacher is not None:
         soft = F.log_softmax(logits / SOFTENING, 1), F.log_softmax(batch.teacher / SOFTENING, 1)
         taught = F.kl_div(*soft, log_target=True, reduction="none").sum(1) * SOFTENING**2
@@ -126,19 +126,21 @@ def loss_of(
 
 
 def gradients(
-    net: nn.Module, batch: Batch, targets: torch.Tensor, stage: Stage, weights: torch.Tensor | None, micro: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add one batch's gradients, `micro` images at a time -> (sum of losses, number right), both on the device."""
+    net: nn.Module, batch: Batch, moving: Moving, weights: torch.Tensor | None, micro: int, share: float = 1.0
+) -> torch.Tensor:
+    """Add one batch's gradients, `micro` images at a time -> (sum of losses, number right, images), float64, on the
+    device, which no host waits for. share: of the mean gradient of its images."""
+    targets, stage = batch.targets, moving.stage
     losses, hits = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
     for start in range(0, len(targets), micro):
-        part, own = batch.part(start, start + micro), targets[start : start + micro]
-        others = own if part.partner is None else targets[part.partner]
-        logits = net(*part.inputs)
-        loss = loss_of(logits, own, others, part, stage, weights).sum()
-        (loss / len(targets)).backward()
+        part = batch.part(start, start + micro)
+        with moving.autocast():
+            logits = net(*part.inputs)
+        loss = loss_of(logits.float(), part, stage, weights).sum()
+        moving.scaler.scale(loss * share / len(targets)).backward()
         losses += loss.detach()
-        hits += (logits.detach().argmax(1) == own).sum()
-    return losses, hits
+        hits += (logits.detach().argmax(1) == part.targets).sum()
+    return torch.stack([losses.double(), hits.double(), torch.full_like(hits, len(targets)).double()])
 
 
 def average(mean: State, current: State, decay: float) -> None:
@@ -151,27 +153,34 @@ class Moving:
     """Everything that changes while a stage trains: weights, their average, the best epoch's, the optimizer, the tally.
 
     current: the model's own tensors of the modules named, so they follow it. before: as they were when the stage began.
-    tally: (sum of losses, number right, number seen) of the epoch so far, float64.
+    tally: (sum of losses, number right, number seen) of the epoch so far, float64. compute: precision; on a CPU
+    without one, float32.
     """
 
-    def __init__(self, model: nn.Module, inside: Callable[[str], bool], stage: Stage, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, model: nn.Module, inside: Callable[[str], bool], stage: Stage, optimizer: torch.optim.Optimizer,
+        compute: Compute = Compute(device=torch.device("cpu")),  # noqa: B008  (frozen)
+    ):  # fmt: skip
         self.current = {name: value for name, value in model.state_dict().items() if inside(name)}
         self.before = _clone(self.current)
         self.mean = _clone(self.current) if stage.ema else {}
         self.best: State = {}
         self.optimizer, self.stage = optimizer, stage
+        self.autocast, self.scaler = compute.autocast, compute.scaler()
         self.tally = torch.zeros(3, dtype=torch.float64)
 
-    def step(self, number: int, losses: torch.Tensor, hits: torch.Tensor, count: int) -> None:
-        """Move what the gradients say; the average follows, faster at first; count up."""
+    def step(self, number: int, tally: torch.Tensor) -> None:
+        """Move what the gradients say; the average follows, faster at first; `gradients`' tally is added up."""
         if self.stage.clip:
+            self.scaler.unscale_(self.optimizer)
             held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             nn.utils.clip_grad_norm_(held, self.stage.clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if self.mean:
             average(self.mean, self.current, min(self.stage.ema, (1 + number) / (10 + number)))
-        self.tally = self.tally.to(losses.device)
-        self.tally += torch.stack([losses.double(), hits.double(), torch.full_like(hits, count).double()])
+        self.tally = self.tally.to(tally.device, non_blocking=True)
+        self.tally += tally
 
     def epoch(self) -> tuple[float, float]:
         """(mean loss, accuracy) since the last call."""
@@ -190,7 +199,8 @@ class Moving:
 
     def tensors(self) -> State:
         """All of it under flat names, to be saved."""
-        flat = {"tally": self.tally}
+        flat = {"tally": self.tally, **{f"scaler/{key}": torch.tensor(value, dtype=torch.float64)
+                                        for key, value in self.scaler.state_dict().items()}}  # fmt: skip
         for role in ("current", "mean", "best"):
             flat |= {f"{role}/{name}": value for name, value in getattr(self, role).items()}
         for index, values in self.optimizer.state_dict()["state"].items():
@@ -203,6 +213,8 @@ class Moving:
         if not flat:
             return
         self.tally = flat["tally"]
+        kinds = self.scaler.state_dict()
+        self.scaler.load_state_dict({key: type(kinds[key])(flat[f"scaler/{key}"]) for key in kinds})
         for role in ("current", "mean"):
             for name, value in getattr(self, role).items():
                 value.copy_(flat[f"{role}/{name}"])

@@ -2,15 +2,17 @@
 
 outcome = train_stage(work, number)      # leaves work.backbone.model as the better of before and after
 
-Every random number follows from (seed, stage, step), so a batch is the same whether the run was interrupted or not.
+Every random number follows from (seed, stage, step), so a batch is the same whether the run was interrupted or not,
+and whoever computes it: of several ranks, each takes a slice of the same global batch.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +21,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ftkit import checkpoint, terminal
 from ftkit.backbones import Backbone, features
+from ftkit.compute import Compute, fastest, ways
+from ftkit.distributed import GlobalBatchNorm, Ranks
 from ftkit.evaluate import cka
 from ftkit.fan import best_rate
-from ftkit.feed import Feed, Feeds, ahead, under
+from ftkit.feed import Feed, Feeds, Fetched, ahead, under
 from ftkit.optim import Batch, Moving, class_weights, gradients, make_optimizer, rate
 from ftkit.recipe import Recipe, Stage
 from ftkit.state import State, Stop, Stopped, seeded
@@ -69,13 +74,16 @@ class Work:
     stop: Stop
     seed: int
     labels: dict[str, torch.Tensor]  # by split, on the device
+    compute: Compute
+    ranks: Ranks
 
     def pause(self, moving: Moving) -> None:
-        """Save when it is time or a signal came; then, after a signal, raise Stopped."""
-        if self.stop.signal or self.state.due:
+        """Save when it is time or a signal came to any rank; then, after a signal, raise Stopped on all."""
+        number = self.ranks.largest(self.stop.signal)
+        if self.ranks.main and (number or self.state.due):
             self.state.save(step=moving.tensors())
-        if self.stop.signal:
-            raise Stopped(self.stop.signal)
+        if number:
+            raise Stopped(number)
 
 
 def train_stage(work: Work, number: int) -> StageResult:
@@ -85,6 +93,7 @@ def train_stage(work: Work, number: int) -> StageResult:
     FtkitError when something frozen moved, Stopped after a signal.
     """
     stage, run, backbone, labels = work.recipe.stages[number], work.state, work.backbone, work.labels["train"]
+    _require_an_image_each(stage, work.ranks)
     run.begin_stage()
     feed, names = work.feeds.stage(number), work.feeds.trained[number]
     terminal.say(f"{stage.train}: {feed.how}")
@@ -93,22 +102,24 @@ def train_stage(work: Work, number: int) -> StageResult:
     frozen, per_epoch = _frozen_fingerprint(backbone.model, names), max(1, len(labels) // stage.batch_size)
     total, micro, broken = per_epoch * stage.epochs, stage.batch_size, False
     run.lr = _peak(work, number, feed, per_epoch)
-    moving = Moving(backbone.model, under(names), stage, make_optimizer(backbone, stage))
+    optimizer = make_optimizer(backbone, stage, fused=work.compute.device.type == "cuda")
+    moving = Moving(backbone.model, under(names), stage, optimizer, work.compute)
     moving.load(run.tensors("step"))
+    net, together = _net(work, number, feed, total - run.step)
     weights = class_weights(labels, len(work.feeds.canvases.images.classes)) if stage.balance == "loss" else None
     with work.stop.deferred():
         for epoch in range(run.epoch, stage.epochs):
             begun, jobs = time.perf_counter(), range(run.step, per_epoch * (epoch + 1))
             read = partial(_read, work, number, feed, _order(work, number, epoch), per_epoch)
             with terminal.bar(f"{stage.train} {epoch + 1}/{stage.epochs}") as progress:
-                for step, (positions, arrays, generator) in ahead(jobs, read):
+                for step, (share, fetched) in ahead(jobs, read):
                     lr = rate(step, total, stage, run.lr)
                     for group in moving.optimizer.param_groups:
                         group["lr"] = lr * group["scale"]
-                    torch.manual_seed(seeded("layers", work.seed, number, step))  # dropout draws from the global one
-                    batch, targets = feed.prepare(arrays, generator), labels[torch.from_numpy(positions)]
-                    losses, hits, micro = _gradients(feed.net, batch, targets, moving, weights, micro)
-                    moving.step(step + 1, losses, hits, len(positions))
+                    torch.manual_seed(_layers_seed(work, number, step))
+                    with together:
+                        tally, net, micro = _gradients(net, feed, feed.prepare(fetched), moving, weights, micro, share)
+                    moving.step(step + 1, work.ranks.sum(tally))
                     run.step = step + 1
                     progress(run.step - per_epoch * epoch, per_epoch)
                     work.pause(moving)
@@ -119,9 +130,10 @@ def train_stage(work: Work, number: int) -> StageResult:
                     f"{stage.train}: the loss is no longer finite; what was good before is kept. Try a lower lr"
                 )
                 break
-            score, _ = _validate(backbone, feed, work.labels["val"], moving.result)
-            speed = max(1, len(jobs)) * stage.batch_size / (time.perf_counter() - begun)
-            _report_epoch(work, number, loss, accuracy, score, rate(run.step - 1, total, stage, run.lr), speed)
+            score, _ = _validate(backbone, feed, work.labels["val"], moving.result, work.ranks)
+            images = max(1, len(jobs)) * min(stage.batch_size, len(labels))
+            speeds = work.ranks.gather(images / work.ranks.world / (time.perf_counter() - begun))
+            _report_epoch(work, number, loss, accuracy, score, rate(run.step - 1, total, stage, run.lr), speeds)
             if stage.patience and _out_of_patience(run, stage, moving, score):
                 terminal.say(f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts")
                 break
@@ -139,32 +151,76 @@ def _order(work: Work, number: int, epoch: int) -> Array:
     return torch.randperm(len(labels), generator=generator).numpy()
 
 
-def _read(
-    work: Work, number: int, feed: Feed, order: Array, per_epoch: int, step: int
-) -> tuple[Array, list[Array], torch.Generator]:
-    """One step's positions, its arrays, and the generator that goes on drawing. Full batches; the rest is left out."""
+def _read(work: Work, number: int, feed: Feed, order: Array, per_epoch: int, step: int) -> tuple[float, Fetched]:
+    """This rank's part of one step, and what its mean gradient weighs among the ranks'. Full batches; the rest is left
+    out."""
     size = work.recipe.stages[number].batch_size
     at = step % per_epoch * size
     positions = order[at : at + size]
+    part = work.ranks.part(len(positions))
     generator = torch.Generator().manual_seed(seeded("step", work.seed, number, step))
-    return positions, feed.fetch(positions, generator), generator
+    share = (part.stop - part.start) * work.ranks.world / len(positions)
+    return share, feed.fetch(positions, generator, part)
+
+
+def _layers_seed(work: Work, number: int, step: int) -> int:
+    """Of the global generator, which dropout draws from; another on each rank, for each has other images."""
+    place = ("layers", work.seed, number, step)
+    return seeded(*place) if work.ranks.main else seeded(*place, work.ranks.rank)
+
+
+def _require_an_image_each(stage: Stage, ranks: Ranks) -> None:
+    if stage.batch_size < ranks.world:
+        raise FtkitError(f"stage {stage.train}: batch_size: expected an image for each of {ranks.world} ranks, found "
+                         f"{stage.batch_size} in all. Try a larger one, or fewer ranks")  # fmt: skip
+
+
+def _net(work: Work, number: int, feed: Feed, steps: int) -> tuple[nn.Module, AbstractContextManager[Any]]:
+    """The stage's net as it is run: the fastest way here, or, of several ranks, with gradients averaged over them; and
+    what to be in while it runs."""
+    stage, ranks, device = work.recipe.stages[number], work.ranks, work.compute.device
+    if ranks.world > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # its new name for broadcast_buffers is unknown to torch 2.11
+            net = DistributedDataParallel(
+                feed.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )  # fmt: skip
+        return net, GlobalBatchNorm(ranks.world) if stage.batchnorm else nullcontext()
+    if device.type == "cpu" or steps < 1 or stage.batch_size > len(work.labels["train"]):
+        return feed.net, nullcontext()
+    _, fetched = _read(work, number, feed, _order(work, number, 0), 1, 0)
+    inputs = feed.prepare(fetched).inputs
+    found, said = fastest(feed.net, inputs, ways(feed.net, inputs, work.compute), work.compute, steps)
+    if said:
+        terminal.say(f"{stage.train}: {said}")
+    return found, nullcontext()
 
 
 def _gradients(
-    net: nn.Module, batch: Batch, targets: torch.Tensor, moving: Moving, weights: torch.Tensor | None, micro: int
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Fresh gradients of one batch; out of memory, in halves that add up. Returns the size that fitted too."""
+    net: nn.Module, feed: Feed, batch: Batch, moving: Moving, weights: torch.Tensor | None, micro: int,
+    share: float = 1.0,
+) -> tuple[torch.Tensor, nn.Module, int]:  # fmt: skip
+    """Fresh gradients of one batch; out of memory, in halves that add up. Returns the tally, and the net and the size
+    that fitted: a captured graph takes whole batches only, so halves go to the plain net."""
     while True:
         moving.optimizer.zero_grad()
         try:
-            return *gradients(net, batch, targets, moving.stage, weights, micro), micro
+            return gradients(net, batch, moving, weights, micro, share), net, micro
         except torch.OutOfMemoryError:
+            if isinstance(net, DistributedDataParallel):
+                raise FtkitError(
+                    f"stage {moving.stage.train}: expected memory for {len(batch.targets)} images on each GPU, found "
+                    "too little. Try a smaller batch_size, or more GPUs"
+                ) from None
             if micro == 1:
                 raise FtkitError(
                     f"stage {moving.stage.train}: expected memory for one image at a time, found too little on the "
                     "GPU. Try a smaller preprocess.size, or --device cpu"
                 ) from None
-            micro = (micro + 1) // 2
+            net, micro = feed.net, (min(micro, len(batch.targets)) + 1) // 2
             torch.cuda.empty_cache()
             terminal.say(f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up")
 
@@ -191,9 +247,8 @@ def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
                 generator = torch.Generator().manual_seed(place)
                 yield order[step * stage.batch_size : (step + 1) * stage.batch_size], generator
 
-    found = best_rate(
-        stage, work.backbone, feed, batches(), per_epoch * stage.epochs, work.labels["train"], work.labels["val"]
-    )
+    found = best_rate(stage, work.backbone, feed, batches(), per_epoch * stage.epochs, work.labels["val"])
+    found = work.ranks.first(lambda: found)
     terminal.say(f"{stage.train}: rate {found:.0e}, the best of a fan on val")
     return found
 
@@ -212,7 +267,7 @@ def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, br
     stage, run, model = work.recipe.stages[number], work.state, work.backbone.model
     result, score, drift = moving.best or moving.result, NEVER, None
     if not broken or moving.best:
-        score, embedding = _validate(work.backbone, feed, work.labels["val"], result)
+        score, embedding = _validate(work.backbone, feed, work.labels["val"], result, work.ranks)
         drift = cka(embedding, run.tensors("pristine")["embedding"].numpy())
     best = run.best or NEVER
     better = score > best
@@ -242,32 +297,39 @@ def _detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def _validate(
-    backbone: Backbone, feed: Feed, labels: torch.Tensor, weights: dict[str, torch.Tensor]
+    backbone: Backbone, feed: Feed, labels: torch.Tensor, weights: dict[str, torch.Tensor], ranks: Ranks
 ) -> tuple[Score, Array]:
-    """(accuracy, -NLL) on the val split of these weights, and its first embeddings; the model is left as it was."""
+    """(accuracy, -NLL) on the val split of these weights, and its first embeddings; the model is left as it was.
+
+    Ranks take turns at its batches and sum what are zeros elsewhere: every rank has every logit, exactly.
+    """
     model = backbone.model
     modes = [module.training for module in model.modules()]
     own = {name: value.clone() for name, value in model.state_dict().items() if name in weights}
     model.eval().load_state_dict(_detached(weights), strict=False)
-    logits, embeddings = [], []
-    for start in range(0, len(labels), EVAL_BATCH):
-        inputs = feed.val(np.arange(start, min(start + EVAL_BATCH, len(labels))))
-        found, answer = features(feed.eval_net, model.get_submodule(backbone.head), inputs)
-        logits.append(answer.float())
-        if start < DRIFT_IMAGES:
-            embeddings.append(found.cpu().numpy())
+    head = model.get_submodule(backbone.head)
+    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() makes no other
+    whole = torch.zeros(len(labels), head.weight.shape[0], device=labels.device)
+    kept = torch.zeros(min(len(labels), DRIFT_IMAGES), head.weight.shape[1], device=labels.device)
+    for start in range(0, len(labels), EVAL_BATCH)[ranks.rank :: ranks.world]:
+        place = slice(start, min(start + EVAL_BATCH, len(labels)))
+        found, answer = features(feed.eval_net, head, feed.val(np.arange(place.start, place.stop)))
+        whole[place] = answer.float()
+        kept[place] = found[: max(0, len(kept) - start)]
     model.load_state_dict(own, strict=False)
     for module, mode in zip(model.modules(), modes, strict=True):
         module.training = mode
-    whole = torch.cat(logits)
+    ranks.sum(whole)
+    ranks.sum(kept)
     accuracy = (whole.argmax(1) == labels).float().mean()
-    return (float(accuracy), -float(F.cross_entropy(whole, labels))), np.concatenate(embeddings)
+    found = ranks.first(lambda: [float(accuracy), -float(F.cross_entropy(whole, labels))])
+    return (found[0], found[1]), kept.cpu().numpy()
 
 
 def _remember_pristine(work: Work, feed: Feed) -> None:
     """Before anything has trained: what the pretrained backbone makes of the val images."""
     if "pristine" not in work.state.files:
-        _, embedding = _validate(work.backbone, feed, work.labels["val"], {})
+        _, embedding = _validate(work.backbone, feed, work.labels["val"], {}, work.ranks)
         work.state.save(pristine={"embedding": torch.from_numpy(embedding)})
 
 
@@ -281,10 +343,12 @@ def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
 
 
 def _report_epoch(
-    work: Work, number: int, loss: float, accuracy: float, score: Score, lr: float, images_per_s: float
+    work: Work, number: int, loss: float, accuracy: float, score: Score, lr: float, speeds: list[float]
 ) -> None:
-    """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on."""
+    """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on. speeds: images/s by rank,
+    which add up."""
     stage, run, images = work.recipe.stages[number], work.state, len(work.labels["train"])
+    images_per_s = sum(speeds)
     run.epoch += 1
     run.lines += 1
     left = terminal.clock((stage.epochs - run.epoch) * images / max(images_per_s, 1e-9))
@@ -292,9 +356,12 @@ def _report_epoch(
         f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {score[0]:.3f}  {lr:.1e} "
         f"{images_per_s:>7.0f} {left:>6}"
     )
+    if not work.ranks.main:
+        return
     checkpoint.append(run.folder, {
         "stage": number, "train": stage.train, "epoch": run.epoch, "loss": loss, "train_accuracy": accuracy,
         "val_accuracy": score[0], "val_nll": -score[1], "lr": lr, "images_per_s": images_per_s,
+        **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
     })  # fmt: skip
 
 
@@ -303,6 +370,6 @@ def compare_circumstances(run: State, now: dict[str, Any]) -> None:
     for name, value in now.items():
         before = run.circumstances.setdefault(name, value)
         if before != value:
-            print(f"warning: resume: expected {name} {before} as before the interruption, found {value}: the weights "
-                  "will be as good, not the same bit for bit", file=sys.stderr)  # fmt: skip
+            terminal.warn(f"resume: expected {name} {before} as before the interruption, found {value}: the weights "
+                          "will be as good, not the same bit for bit")  # fmt: skip
             run.circumstances[name] = value

@@ -2,6 +2,7 @@
 
     state = State(folder=folder, plan=plan)    # a new run
     state = read(folder, plan)                 # an interrupted one
+    state.ranks = ranks                        # of several, the first writes and reads, and tells the others
     state.save(step=tensors)                   # commits: everything before it is kept, whatever happens next
 
 state.json is the one commit point: tensors are written under new names first, then state.json that names them, then
@@ -25,6 +26,7 @@ import safetensors.torch
 import torch
 
 from ftkit.checkpoint import METRICS
+from ftkit.distributed import SOLO, Ranks
 from ftkit.files import write_atomically
 from ftkit_export.errors import FtkitError
 
@@ -60,6 +62,7 @@ class State:
     files: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.ranks = SOLO
         self._opened = self._stage_opened = self._saved_at = time.monotonic()
         self._save_seconds = 0.0
 
@@ -93,14 +96,17 @@ class State:
         """Commit, with new tensors by role; a role given as None is dropped, a role not given stays as it was."""
         begun = time.monotonic()
         place = self.folder / "state"
-        place.mkdir(exist_ok=True)
+        if self.ranks.main:
+            place.mkdir(exist_ok=True)
         for role, content in tensors.items():
             self.files.pop(role, None)
             if content is not None:
-                name = f"{role}-{self.stage}-{self.epoch}-{self.step}.safetensors"
-                plain = {key: value.detach().cpu().contiguous().clone() for key, value in content.items()}
-                write_atomically(place / name, safetensors.torch.save(plain))
-                self.files[role] = name
+                self.files[role] = f"{role}-{self.stage}-{self.epoch}-{self.step}.safetensors"
+                if self.ranks.main:
+                    plain = {key: value.detach().cpu().contiguous().clone() for key, value in content.items()}
+                    write_atomically(place / self.files[role], safetensors.torch.save(plain))
+        if not self.ranks.main:
+            return
         fields = {**asdict(self), "seconds": self.spent, "stage_seconds": self.stage_spent}
         del fields["folder"]
         write_atomically(place / "state.json", (json.dumps(fields, indent=1) + "\n").encode())
@@ -111,10 +117,11 @@ class State:
         self._save_seconds = self._saved_at - begun
 
     def tensors(self, role: str) -> dict[str, torch.Tensor]:
-        """What was saved under `role`, on the CPU; empty when nothing was."""
+        """What was saved under `role`, on the CPU; empty when nothing was. Every rank asks at once."""
         if role not in self.files:
             return {}
-        return safetensors.torch.load_file(self.folder / "state" / self.files[role])
+        path = self.folder / "state" / self.files[role]
+        return self.ranks.tensors(safetensors.torch.load_file(path) if self.ranks.main else {})
 
 
 def exists(folder: Path) -> bool:
@@ -137,12 +144,12 @@ def _load(folder: Path) -> dict[str, Any]:
         raise FtkitError(f"{path}: expected the state of an unfinished run, found {error!r}. Train again") from None
 
 
-def read(folder: Path, plan: dict[str, Any]) -> State:
+def read(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> State:
     """The state of an interrupted run; metrics.jsonl is cut back to the lines that count.
 
     Raises FtkitError when it was begun with another plan, or cannot be read.
     """
-    data = _load(folder)
+    data = ranks.first(lambda: _load(folder))
     for name, value in plan.items():
         if data["plan"].get(name) != json.loads(json.dumps(value)):
             raise FtkitError(
@@ -155,12 +162,16 @@ def read(folder: Path, plan: dict[str, Any]) -> State:
         state = State(folder=folder, **data)
     except (TypeError, KeyError) as error:
         raise FtkitError(f"{folder}: expected a run of this ftkit, found {error}. Train again") from None
-    metrics = folder / METRICS
-    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
-    if len(lines) < state.lines:
-        raise FtkitError(f"{metrics}: expected {state.lines} lines, found {len(lines)}. Train again")
-    write_atomically(metrics, b"".join(lines[: state.lines]))
+    state.ranks = ranks
+    ranks.first(lambda: _cut_back(folder / METRICS, state.lines))
     return state
+
+
+def _cut_back(metrics: Path, count: int) -> None:
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
+    if len(lines) < count:
+        raise FtkitError(f"{metrics}: expected {count} lines, found {len(lines)}. Train again")
+    write_atomically(metrics, b"".join(lines[:count]))
 
 
 def seeded(*place: object) -> int:

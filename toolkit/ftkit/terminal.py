@@ -17,16 +17,32 @@ Step = Callable[[int, int], None]
 spent: defaultdict[str, float] = defaultdict(float)  # seconds under each bar's label, for benchmarks
 
 
+_muted = False
+
+
+def mute(wanted: bool) -> None:
+    """Whether this process says nothing: of several ranks, one speaks."""
+    global _muted
+    _muted = wanted
+
+
 def say(text: str = "") -> None:
     """One line (or several) on standard output, at once."""
-    print(text, flush=True)
+    if not _muted:
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """One warning on standard error."""
+    if not _muted:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def bar(label: str) -> Iterator[Step]:
     """A progress bar that goes when done: `step(done, total)` moves it."""
     begun = time.perf_counter()
-    with _drawn(label) if sys.stderr.isatty() else nullcontext(lambda done, total: None) as step:
+    with _drawn(label) if sys.stderr.isatty() and not _muted else nullcontext(lambda done, total: None) as step:
         yield step
     spent[label] += time.perf_counter() - begun
 

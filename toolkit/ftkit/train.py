@@ -2,6 +2,8 @@
 
 run = train(recipe, "photos", Path("runs/lite0-1"))
 run = train(recipe, "photos", Path("runs/lite0-1"), resume=True)      # after an interruption: the same weights
+
+Under torchrun every rank runs this very function; the first one writes, and speaks.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from typing import Any
 
 import torch
 
-from ftkit import checkpoint, state, teacher, terminal
-from ftkit.backbones import build, trainable
-from ftkit.cache import CHUNK
+from ftkit import checkpoint, compute, state, teacher, terminal
+from ftkit.backbones import Backbone, build, trainable
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
+from ftkit.compute import Compute
+from ftkit.distributed import Ranks, joined, restarted
 from ftkit.evaluate import Mistake
 from ftkit.feed import Feeds
 from ftkit.intake import Images, read
@@ -31,67 +34,72 @@ from ftkit.recipe import Recipe, resolve
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
 from ftkit.weights import fingerprint
-from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 
 HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> device. Raises FtkitError when CUDA is asked for and absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise FtkitError("--device cuda: expected a GPU torch can use, found none. Try --device cpu, or `ftkit doctor`")
-    return torch.device(name)
-
-
 def train(
-    recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device: str = "auto", resume: bool = False
-) -> Path:
+    recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device: str = "auto", resume: bool = False,
+    deterministic: bool = False,
+) -> Path:  # fmt: skip
     """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns `out`.
 
     resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do when it is finished.
-    Raises FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, or a resume with
-    another recipe, seed or data; Stopped (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the run saved.
+    deterministic: the same weights twice on a GPU too, slower; a CPU gives them anyway, with as many threads.
+    Raises FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, a resume with
+    another recipe, seed or data, a rank that is gone; Stopped (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the
+    run saved.
     """
-    if resume and checkpoint.is_finished(out):
-        terminal.say(f"{out}: finished already")
-        return out
     again = f"ftkit train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
-    with Stop() as stop:
+    resume = resume or restarted()
+    with Stop() as stop, joined(device) as (place, ranks):
+        if ranks.first(lambda: resume and checkpoint.is_finished(out)):
+            terminal.say(f"{out}: finished already")
+            return out
         try:
-            _train(recipe, data, out, seed, pick_device(device), resume, stop)
+            _train(recipe, data, out, seed, compute.prepare(place, deterministic), resume, stop, ranks)
         except Stopped as stopped:
             done = f"go on with: {again}" if state.exists(out) else "no stage had begun; what was decoded is kept"
-            raise Stopped(stopped.exit_code - 128, f"stopped; {done}") from None
+            raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
+        except RuntimeError as error:
+            raise compute.deterministic_or_say(error) or error from None
     return out
 
 
-def _train(
-    recipe: Recipe, data: str | Path, out: Path, seed: int, device: torch.device, resume: bool, stop: Stop
-) -> None:
-    begun, images = time.perf_counter(), read(data, seed)
+def _planned(recipe: Recipe, data: str | Path, seed: int) -> tuple[Images, Backbone, Preprocess]:
+    """The images and the pretrained model. Raises FtkitError for a typo, before an hour of decoding."""
+    images = read(data, seed)
     torch.manual_seed(seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
-    preprocess = recipe.preprocess or backbone.preprocess
-    for stage in recipe.stages:  # a typo must show before an hour of decoding
+    for stage in recipe.stages:
         trainable(backbone, stage.train)
         if stage.teacher:
             teacher.require(stage.teacher, images.classes)
-    going_on = resume and state.exists(out)
+    return images, backbone, recipe.preprocess or backbone.preprocess
+
+
+def _train(
+    recipe: Recipe, data: str | Path, out: Path, seed: int, policy: Compute, resume: bool, stop: Stop, ranks: Ranks
+) -> None:
+    begun, device = time.perf_counter(), policy.device
+    images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed))
+    going_on = ranks.first(lambda: resume and state.exists(out))
     if not going_on:
-        checkpoint.create(out)
+        ranks.first(lambda: str(checkpoint.create(out)))
     with terminal.bar("decoding") as progress:
-        canvases = build_canvases(images, preprocess, progress)
+        canvases = build_canvases(images, preprocess, progress, ranks)
     _say_data(canvases)
-    terminal.say(f"{recipe.name}: {recipe.backbone} on {device.type}\nweights: {backbone.weights}")
+    terminal.say(f"{recipe.name}: {recipe.backbone} on {policy}\nweights: {backbone.weights}")
+    if ranks.world > 1:
+        terminal.say(f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch")
     plan = {"recipe": resolve(recipe), "seed": seed, "data_fingerprint": canvases.fingerprint}
-    run = state.read(out, plan) if going_on else state.State(folder=out, plan=plan)
+    run = ranks.together(lambda: state.read(out, plan, ranks)) if going_on else state.State(folder=out, plan=plan)
+    run.ranks = ranks
     run.seconds += time.perf_counter() - begun
     keep_freed_memory()
     backbone.model.to(device).to(memory_format=torch.channels_last)
-    feeds = Feeds(backbone, recipe, canvases, preprocess, seed, device)
+    feeds = Feeds(backbone, recipe, canvases, preprocess, seed, device, ranks)
     feeds.share()
     if base := run.tensors("base"):
         backbone.model.load_state_dict(base)
@@ -100,16 +108,18 @@ def _train(
         terminal.say(f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next")
     compare_circumstances(run, {
         "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(), "memory format": "channels_last", "prefix batch": CHUNK,
-        "weights": backbone.weights,
+        "cpu": torch.backends.cpu.get_cpu_capability(), "memory format": "channels_last",
+        "prefix batch": feeds.views(1).chunk, "weights": backbone.weights, "ranks": ranks.world,
     })  # fmt: skip
     every = torch.from_numpy(canvases.labels).to(device)
     labels = {split: every[torch.from_numpy(canvases.rows(split))] for split in ("train", "val")}
-    work = Work(recipe=recipe, backbone=backbone, feeds=feeds, state=run, stop=stop, seed=seed, labels=labels)
+    work = Work(recipe=recipe, backbone=backbone, feeds=feeds, state=run, stop=stop, seed=seed, labels=labels,
+                compute=policy, ranks=ranks)  # fmt: skip
     terminal.say(HEADER)
     for number in range(run.stage, len(recipe.stages)):
         train_stage(work, number)
-    _finish(work, images, data, preprocess)
+    if ranks.main:
+        _finish(work, images, data, preprocess)
 
 
 def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess) -> None:

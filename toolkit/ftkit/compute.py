@@ -1,0 +1,185 @@
+"""How a stage computes on its device: precision, determinism, and the fastest way to run its net, by measurement.
+
+    compute = prepare(device, deterministic=False)
+    with compute.autocast(): logits = net(pixels)
+    net, said = fastest(net, inputs, ways(net, inputs, compute), steps=3000)
+
+On CUDA: bfloat16 autocast (float16 with a loss scale where the GPU has no bfloat16) for what trains; weights, updates,
+losses, frozen prefixes and validation in float32, TF32 off: cached activations and val scores must not depend on which
+kernel answered. On a CPU: float32 throughout.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftkit_export.errors import FtkitError
+
+Tensors = tuple[torch.Tensor, ...]
+
+WARM_UP, TIMED = 3, 7  # steps
+GAIN = 0.95  # another way must take at most this share of eager's time
+AGREE = 0.05  # largest difference of logits, relative to the largest: bfloat16 rounds each value by up to 0.4 %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """device; dtype of the autocast, None = float32 throughout; deterministic: the same weights twice."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    deterministic: bool = False
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Around a training net's forward pass. Casts are not cached: a cached one would outlive its CUDA graph."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where float16's range would lose small gradients; passes everything through elsewhere."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def __str__(self) -> str:
+        if self.device.type == "cpu":
+            return "cpu"
+        words = f"{torch.cuda.get_device_name(self.device)}\n{str(self.dtype).removeprefix('torch.')} autocast, "
+        return words + "float32 elsewhere (TF32 off), channels_last" + ", deterministic" * self.deterministic
+
+
+def prepare(device: torch.device, deterministic: bool) -> Compute:
+    """The policy for a device; sets torch's own switches to it."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cpu":
+        return Compute(device=device, deterministic=deterministic)
+    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # since torch 2.9
+    torch.backends.cudnn.benchmark = not deterministic  # batches have one size: the search pays once
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return Compute(device=device, dtype=dtype, deterministic=deterministic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """Another way to run a net. make: does what it takes, once. worth: seconds that a stage must last to try it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    worth: float
+
+
+def ways(net: nn.Module, inputs: Tensors, compute: Compute) -> list[Way]:
+    """What may beat eager here: on CUDA a captured graph (capturing takes about a second), then torch.compile (about a
+    minute). None on a CPU, where compiling gave a fifth and cost up to 45 s, nor where the bits must not depend on it.
+    """
+    if compute.device.type != "cuda" or compute.deterministic:
+        return []
+    return [
+        Way(name="CUDA graph", make=lambda: _Captured(net, inputs, compute), worth=5.0),
+        Way(name="torch.compile", make=lambda: torch.compile(net, dynamic=False), worth=300.0),  # type: ignore[arg-type,return-value]
+    ]
+
+
+class _Shell(nn.Module):
+    """Another module over the same net."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.net(*inputs)
+        return found
+
+
+class _Captured(nn.Module):
+    """The net's forward and backward pass as CUDA graphs: one launch each, where a small net is all launches."""
+
+    def __init__(self, net: nn.Module, inputs: Tensors, compute: Compute):
+        super().__init__()
+        shell = _Shell(net)  # capturing replaces the forward of what it is given, and the net is in use elsewhere
+        with compute.autocast():
+            self.run = torch.cuda.make_graphed_callables(shell, inputs, allow_unused_input=True)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.run(*inputs)
+        return found
+
+
+def fastest(
+    net: nn.Module, inputs: Tensors, others: Sequence[Way], compute: Compute, steps: int
+) -> tuple[nn.Module, str]:
+    """The net, or a faster way to run it, and what to say about it. inputs: a batch as every step will bring it.
+
+    A way is tried when the stage still lasts long enough to repay it; taken when it is measured faster and its answers
+    are the net's. BatchNorm's statistics are as before, and no gradient is left.
+    """
+    if not others:
+        return net, ""
+    best: nn.Module = net
+    held: dict[str, Any] = {name: value.clone() for name, value in net.named_buffers()}
+    try:
+        expected = _answer(net, inputs, compute)
+        taken = eager = _step_seconds(net, inputs, compute)
+        said = [f"eager {eager * 1e3:.1f} ms a step"]
+        for way in others:
+            if taken * steps < way.worth:
+                break
+            try:
+                candidate = way.make()
+                off = float((_answer(candidate, inputs, compute) - expected).abs().max() / expected.abs().max())
+                seconds = _step_seconds(candidate, inputs, compute)
+            except Exception as error:  # capturing and compiling raise anything; eager remains
+                said.append(f"{way.name} failed: {(str(error) or type(error).__name__).splitlines()[0][:60]}")
+                continue
+            wrong = not off <= AGREE
+            said.append(f"{way.name} {seconds * 1e3:.1f} ms" + (", but other answers" if wrong else ""))
+            if not wrong and seconds <= GAIN * taken:
+                best, taken = candidate, seconds
+    finally:
+        with torch.no_grad():
+            for name, value in net.named_buffers():
+                value.copy_(held[name])
+        net.zero_grad(set_to_none=True)
+    return best, ", ".join(said)
+
+
+def _answer(net: nn.Module, inputs: Tensors, compute: Compute) -> torch.Tensor:
+    with compute.autocast():
+        found: torch.Tensor = net(*inputs)
+    return found.detach().float().clone()
+
+
+def _step_seconds(net: nn.Module, inputs: Tensors, compute: Compute) -> float:
+    """Median seconds of forward and backward."""
+    times = []
+    for _ in range(WARM_UP + TIMED):
+        _finish(compute)
+        begun = time.perf_counter()
+        with compute.autocast():
+            found = net(*inputs)
+        found.float().square().mean().backward()
+        _finish(compute)
+        times.append(time.perf_counter() - begun)
+    return sorted(times[WARM_UP:])[TIMED // 2]
+
+
+def _finish(compute: Compute) -> None:
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize(compute.device)
+
+
+def deterministic_or_say(error: RuntimeError) -> FtkitError | None:
+    """torch's complaint about an operation without a deterministic form, as one sentence; None for any other error."""
+    said = str(error).splitlines()[0]
+    if "does not have a deterministic implementation" not in said:
+        return None
+    return FtkitError(f"--deterministic: expected only operations with a deterministic form, found {said.split()[0]}. "
+                      "Try another backbone, or leave --deterministic out")  # fmt: skip

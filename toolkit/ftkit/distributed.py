@@ -1,0 +1,285 @@
+"""Several processes on one or more machines: torch.distributed, as torchrun starts it.
+
+    torchrun --nproc-per-node 4 -m ftkit train photos --out RUN --resume
+
+    with joined("auto") as (device, ranks):      # one process is rank 0 of 1, and nothing is sent
+        mine = ranks.part(32)                    # the slice of a global batch that this rank computes
+        ranks.sum(tally)                         # over all ranks, in place
+        out = ranks.first(lambda: make())        # rank 0 makes it, everybody has it, everybody fails when it fails
+
+What ranks tell each other is tensors and JSON, never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from ftkit import terminal
+from ftkit_export.errors import FtkitError
+from ftkit_export.session import cores
+
+Made = TypeVar("Made")
+Tensors = dict[str, torch.Tensor]
+
+PATIENCE = timedelta(
+    minutes=30
+)  # that ranks wait for each other: one machine may decode while another has its canvases
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others. rank of world in all, local of local_world on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    local_world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    @property
+    def node(self) -> int:
+        """The first rank of this machine."""
+        return self.rank - self.local
+
+    def part(self, count: int) -> slice:
+        """This rank's slice of a global batch of `count`; slices differ by one image at most."""
+        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over the ranks, in place. On CUDA it is queued: no host waits."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.world == 1:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (JSON data), by rank."""
+        if self.world == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(own)]))
+        room = max(int(size) for size in sizes)
+        texts = [torch.empty(room, dtype=torch.uint8) for _ in sizes]
+        dist.all_gather(texts, F.pad(own, (0, room - len(own))))
+        return [json.loads(bytes(text[: int(size)].numpy())) for text, size in zip(texts, sizes, strict=True)]
+
+    def together(self, make: Callable[[], Made]) -> Made:
+        """What this rank makes. When one rank fails, all do, and the first of them tells."""
+        if self.world == 1:
+            return make()
+        made, failure = None, None
+        try:
+            made = make()
+        except FtkitError as error:
+            failure = error
+        failed = [rank for rank, wrong in enumerate(self.gather(failure is not None)) if wrong]
+        if failed:
+            raise failure if failure and failed[0] == self.rank else FtkitError("")
+        return made  # type: ignore[return-value]  # it was made, or we are gone
+
+    def first(self, make: Callable[[], Made]) -> Made:
+        """What rank 0 makes (JSON data), for all. When it fails, all do."""
+        made = self.together(lambda: make() if self.main else None)
+        found: Made = self.gather(made)[0]
+        return found
+
+    def tensors(self, values: Mapping[str, torch.Tensor]) -> Tensors:
+        """Rank 0's tensors, on the CPU, for all."""
+        if self.world == 1:
+            return dict(values)
+        facts = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in values.items()}
+        found = {}
+        for name, (dtype, shape) in self.gather(facts)[0].items():
+            found[name] = values[name].contiguous() if self.main else torch.empty(shape, dtype=getattr(torch, dtype))
+            dist.broadcast(found[name], 0)
+        return found
+
+
+SOLO = Ranks()
+
+
+@contextmanager
+def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
+    """This process's device ("auto", "cpu" or "cuda") and its place among the ranks torchrun started, if it did.
+
+    Raises FtkitError when CUDA is asked for and absent, when there are fewer GPUs than processes on this machine, and
+    when, inside the block, another rank is gone.
+    """
+    ranks = _placed()
+    device = pick_device(name, ranks.local)
+    if ranks.world == 1:
+        yield device, SOLO
+        return
+    terminal.mute(not ranks.main)
+    torch.set_num_threads(share_of_cores(ranks))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield device, ranks
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if not isinstance(error, dist.DistError) and not any(word in said for word in ("gloo", "Gloo", "NCCL", "nccl")):
+            raise
+        if ranks.rank > 1:  # rank 0 tells; rank 1 too, in case rank 0 is the one
+            raise FtkitError("") from None
+        raise FtkitError(f"rank {ranks.rank}: expected every rank to answer, found one gone. What was saved is kept: "
+                         "try the same command with --resume, on as many GPUs as there are") from error  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+        terminal.mute(False)
+
+
+def _placed() -> Ranks:
+    """From torchrun's environment; each name is torchrun's own."""
+    number = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    if not number["RANK"] or not number["WORLD_SIZE"]:
+        return SOLO
+    try:
+        return Ranks(*(int(number[name] or fallback) for name, fallback in
+                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))))  # fmt: skip
+    except ValueError:
+        raise FtkitError(f"environment: expected torchrun's numbers, found {number}. Start it with torchrun") from None
+
+
+def pick_device(name: str, local: int = 0) -> torch.device:
+    """ "auto", "cpu" or "cuda" -> device; on a machine of several GPUs the one of this rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise FtkitError("--device cuda: expected a GPU torch can use, found none. Try --device cpu, or `ftkit doctor`")
+    if local >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise FtkitError(f"--device cuda: expected a GPU for each process on this machine, found {local + 1} or more "
+                         f"processes and {gpus} GPUs. Try {gpus} processes")  # fmt: skip
+    return torch.device("cuda", local)
+
+
+def share_of_cores(ranks: Ranks) -> int:
+    """Cores that one rank of this machine may use."""
+    return max(1, cores() // ranks.local_world)
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure: it then goes on with what was saved."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over the ranks that gradients pass through."""
+
+    @staticmethod
+    def forward(_ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class GlobalBatchNorm(TorchFunctionMode):
+    """Within it, BatchNorm in training mode counts the whole global batch, whatever module calls F.batch_norm.
+
+    On CUDA by torch's own SyncBatchNorm kernels, elsewhere by sums over the ranks: mean first, then the variance around
+    it. Statistics of a part of the batch would make the weights depend on the number of ranks.
+    """
+
+    def __init__(self, world: int):
+        super().__init__()
+        self.world = world
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.batch_norm:
+            return func(*args, **kwargs)
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5,
+                 **dict(zip(names, args, strict=False)), **kwargs}  # fmt: skip
+        if not given.pop("training"):
+            return func(*args, **kwargs)
+        if given["input"].is_cuda:
+            from torch.nn.modules._functions import SyncBatchNorm
+
+            order = ("input", "weight", "bias", "running_mean", "running_var", "eps", "momentum")
+            return SyncBatchNorm.apply(*(given[key] for key in order), dist.group.WORLD, self.world)
+        return _normalised(**given)
+
+
+def _normalised(
+    input: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None,
+    weight: torch.Tensor | None, bias: torch.Tensor | None, momentum: float, eps: float,
+) -> torch.Tensor:  # fmt: skip
+    """input (n, C, ...) by the mean and variance over all ranks' inputs (Ioffe & Szegedy 2015)."""
+    over, wide = [0, *range(2, input.ndim)], (1, -1, *(1,) * (input.ndim - 2))
+    count = torch.tensor(float(input.numel() // input.shape[1]))
+    dist.all_reduce(count)
+    mean = _Sum.apply(input.sum(over)) / count
+    centred = input - mean.view(wide)
+    variance = _Sum.apply(centred.square().sum(over)) / count
+    with torch.no_grad():
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * (count / (count - 1)), momentum)
+    found: torch.Tensor = centred * (variance + eps).rsqrt().view(wide)
+    return found if weight is None or bias is None else found * weight.view(wide) + bias.view(wide)
+
+
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """Run `ftkit ARGUMENTS` in `count` processes on this machine, by torchrun's own launcher. Returns the exit code.
+
+    Raises FtkitError when a process was killed; what a process itself complained of is on standard error already.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.ERROR)  # the processes say it better
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.1,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "ftkit", *arguments)
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode > 0:
+            return int(failure.exitcode)
+        by = signal.Signals(-failure.exitcode).name
+        raise FtkitError(f"rank {rank}: expected it to finish, found it killed by {by}. What was saved is kept: try the "
+                         "same command with --resume") from None  # fmt: skip
+    return 0

@@ -1,0 +1,64 @@
+"""Rows of stored arrays as tensors on the training device, without the device waiting for them.
+
+    source = Source(canvases.array, rows=2223, row_bytes=150_528, device=device)
+    batch = source.take(source.fetch(rows))      # fetch on any thread, take on the device's own
+
+On a GPU all rows stay resident where they fit in half of its free memory; else each batch is read ahead into pinned
+memory, and copied while the step before it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+Array = np.ndarray[Any, Any]
+
+RESIDENT_SHARE = 0.5  # of the free memory
+CHUNK = 512  # rows a copy to the device
+
+
+class Source:
+    """read(rows) -> (n, ...) of the first `rows` row numbers. room: free bytes on the device; by default as it tells,
+    none on a CPU, whose memory the stored arrays share already."""
+
+    def __init__(
+        self, read: Callable[[Array], Array], rows: int, row_bytes: int, device: torch.device, room: int | None = None
+    ):
+        self._read, self.device = read, device
+        if room is None:
+            room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        self._resident = self._all(rows) if rows * row_bytes <= RESIDENT_SHARE * room else None
+
+    @property
+    def resident(self) -> bool:
+        """Whether every row lies on the device."""
+        return self._resident is not None
+
+    def _all(self, rows: int) -> torch.Tensor | None:
+        if not rows:
+            return None
+        first = torch.from_numpy(self._read(np.arange(1)))
+        whole = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=self.device)
+        for start in range(0, rows, CHUNK):
+            part = torch.from_numpy(self._read(np.arange(start, min(start + CHUNK, rows))))
+            whole[start : start + len(part)] = part.to(self.device)
+        return whole
+
+    def fetch(self, rows: Array) -> torch.Tensor:
+        """(n,) row numbers -> their values, or, resident, the numbers themselves; pinned where there is a GPU."""
+        host = torch.from_numpy(np.ascontiguousarray(rows) if self.resident else self._read(rows))
+        return host.pin_memory() if self.device.type == "cuda" else host
+
+    def take(self, fetched: torch.Tensor) -> torch.Tensor:
+        """What `fetch` gave -> (n, ...) on the device; queued, not awaited."""
+        moved = fetched.to(self.device, non_blocking=True)
+        return moved if self._resident is None else self._resident[moved]
+
+
+def array_source(array: Array, device: torch.device) -> Source:
+    """Of one stored array, rows first."""
+    return Source(lambda rows: array[rows], len(array), array[:1].nbytes, device)
