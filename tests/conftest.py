@@ -1,5 +1,6 @@
 """One small real run and one bundle of it, shared by every test: real photographs, real weights, the real commands."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -20,6 +21,9 @@ PER_CLASS = 30
 TINY = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=6", "stages.1.epochs=2", "stages.1.train=last:1",
         "stages.0.views=2", "stages.1.views=2", "stages.1.batch_size=16")  # fmt: skip
 
+# The real command, saving after every step: so that a kill meets a save or the step after it.
+COMMAND = "import ftkit.state as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli import main; main()"
+
 
 def ftkit(*arguments: object) -> Result:
     """Run the real command line in this process."""
@@ -29,6 +33,15 @@ def ftkit(*arguments: object) -> Result:
 def settings(*changes: str) -> list[str]:
     """--set for each change."""
     return [part for change in changes for part in ("--set", change)]
+
+
+def steps_done(out: Path) -> int:
+    """Stage * 1000 + step as last saved; -1 before the first save."""
+    try:
+        data = json.loads((out / "state" / "state.json").read_text())
+    except (OSError, ValueError):
+        return -1
+    return int(data["stage"]) * 1000 + int(data["step"])
 
 
 @pytest.fixture(scope="session")

@@ -14,24 +14,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, ftkit, settings
-
-# The real command, saving after every step: so that a kill meets a save or the step after it.
-COMMAND = "import ftkit.state as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli import main; main()"
+from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
 
 def begin(photos: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", COMMAND, "train", str(photos), "--out", str(out), *more]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
-
-
-def steps_done(out: Path) -> int:
-    """Stage * 1000 + step as last saved; -1 before the first save."""
-    try:
-        data = json.loads((out / "state" / "state.json").read_text())
-    except (OSError, ValueError):
-        return -1
-    return int(data["stage"]) * 1000 + int(data["step"])
 
 
 def wait_for(process: subprocess.Popen[str], out: Path, place: int) -> None:

@@ -20,6 +20,7 @@ from ftkit.feed import Feed, Feeds, ahead
 from ftkit.intake import read
 from ftkit.optim import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.step import fresh_gradients
 from ftkit.teacher import Teacher
 from ftkit_export.preprocess import Preprocess
 
@@ -94,7 +95,7 @@ def test_out_of_memory_halves_the_step_and_the_gradients_stay(capsys: pytest.Cap
     net.limit = 6
     feed = Feed(net=net, eval_net=net, fetch=None, prepare=None, val=None, how="", kind="")  # type: ignore[arg-type]
     captured = nn.Sequential(net)  # what a step ran before: it goes, for it takes whole batches only
-    _, left, micro = stage._gradients(captured, feed, batch, moving, None, 20)
+    _, left, micro = fresh_gradients(captured, feed, batch, moving, None, 20)
     assert (micro, left) == (5, net)
     assert "in steps of 5 images that add up" in capsys.readouterr().out
     assert torch.allclose(net.linear.weight.grad, whole, atol=1e-6)  # type: ignore[arg-type]
@@ -148,13 +149,13 @@ def test_patience_ends_a_stage_with_its_best_epoch(photos: Path, tmp_path: Path)
 def test_something_frozen_that_moves_aborts_the_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stage._validate
+    real = stage.validate
 
     def meddling(backbone, *rest):  # type: ignore[no-untyped-def]
         backbone.model.bn1.running_mean.add_(1e-7)
         return real(backbone, *rest)
 
-    monkeypatch.setattr(stage, "_validate", meddling)
+    monkeypatch.setattr(stage, "validate", meddling)
     result = ftkit("train", photos, "--out", tmp_path / "run", *settings(*TINY))
     assert (result.exit_code, "expected frozen weights to stay, found them changed" in result.stderr) == (2, True)
 

@@ -27,11 +27,12 @@ import torch
 from torch import nn
 
 from ftkit.augment import augmented, drawn, evaluation
-from ftkit.canvas import Canvases, cache_folder, clear_abandoned, publish, reserve
+from ftkit.canvas import Canvases
 from ftkit.distributed import SOLO, Ranks, share_of_cores
 from ftkit.recipe import Augment
 from ftkit.source import Source
 from ftkit.state import seeded
+from ftkit.storage import cache_folder, clear_abandoned, publish, reserve
 from ftkit_export.convert import quiet
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import Session

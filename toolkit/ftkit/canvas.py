@@ -11,7 +11,6 @@ no main guard and a fork meets no threads.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -31,6 +29,7 @@ import numpy as np
 
 from ftkit.intake import Images
 from ftkit.recipe import restore_preprocess
+from ftkit.storage import cache_folder, clear_abandoned, publish, reserve
 from ftkit_export.errors import FtkitError, ImageError
 from ftkit_export.preprocess import Preprocess, decode
 from ftkit_export.session import cores
@@ -43,7 +42,6 @@ Array = np.ndarray[Any, Any]
 SHARD = 512  # images; at 256 x 256 a shard is 100 MB
 FEWEST = 128  # images that processes are started for; starting takes 0.3 s
 IMAGES_EACH = 32  # of a shard, at least, for a process to be worth its start
-ABANDONED = 86_400  # seconds after which a hidden folder in the cache is what a killed run left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +75,6 @@ class Canvases:
     def labels(self) -> Array:
         """(N,) int64, one a row."""
         return np.array([image.label for image in self.images.images], np.int64)
-
-
-def cache_folder() -> Path:
-    """$FTKIT_CACHE, else $XDG_CACHE_HOME/ftkit, else ~/.cache/ftkit."""
-    if os.environ.get("FTKIT_CACHE"):
-        return Path(os.environ["FTKIT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftkit"
 
 
 def build(
@@ -288,33 +279,6 @@ def decode_into(file: Path, items: Iterable[tuple[int, Path]], preprocess: Prepr
         except ImageError as error:
             yield slot, str(error).removeprefix(f"{path}: ")
     array.flush()
-
-
-def reserve(file: Path) -> None:
-    """Claim the disk a sparse file will need: a full disk is then an OSError here, not a SIGBUS at some later page."""
-    if hasattr(os, "posix_fallocate"):
-        with file.open("r+b") as handle:
-            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
-
-
-def clear_abandoned(folder: Path) -> None:
-    """Remove what killed runs left half written in a cache folder."""
-    for path in folder.glob(".*"):
-        with contextlib.suppress(FileNotFoundError):  # another run may just have published it
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def publish(beside: Path, folder: Path) -> None:
-    """Rename a finished folder into place; if another run was first, its equal copy stays and ours goes."""
-    try:
-        beside.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        for path in beside.iterdir():
-            path.unlink()
-        beside.rmdir()
 
 
 def _work() -> None:

@@ -106,7 +106,7 @@ class _Captured(nn.Module):
         super().__init__()
         shell = _Shell(net)  # capturing replaces the forward of what it is given, and the net is in use elsewhere
         with compute.autocast():
-            self.run = torch.cuda.make_graphed_callables(shell, inputs, allow_unused_input=True)
+            self.run: Any = torch.cuda.make_graphed_callables(shell, inputs, allow_unused_input=True)
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.run(*inputs)
@@ -133,7 +133,7 @@ def fastest(
             if taken * steps < way.worth:
                 break
             try:
-                candidate = way.make()
+                candidate: nn.Module = way.make()
                 off = float((_answer(candidate, inputs, compute) - expected).abs().max() / expected.abs().max())
                 seconds = _step_seconds(candidate, inputs, compute)
             except Exception as error:  # capturing and compiling raise anything; eager remains
@@ -143,10 +143,13 @@ def fastest(
             said.append(f"{way.name} {seconds * 1e3:.1f} ms" + (", but other answers" if wrong else ""))
             if not wrong and seconds <= GAIN * taken:
                 best, taken = candidate, seconds
+    except torch.OutOfMemoryError:  # the first step will meet it, and halve
+        torch.cuda.empty_cache()
+        return net, ""
     finally:
         with torch.no_grad():
-            for name, value in net.named_buffers():
-                value.copy_(held[name])
+            for name, buffer in net.named_buffers():
+                buffer.copy_(held[name])
         net.zero_grad(set_to_none=True)
     return best, ", ".join(said)
 

@@ -147,10 +147,12 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         said = str(error).splitlines()[0]
         if not isinstance(error, dist.DistError) and not any(word in said for word in ("gloo", "Gloo", "NCCL", "nccl")):
             raise
-        if ranks.rank > 1:  # rank 0 tells; rank 1 too, in case rank 0 is the one
-            raise FtkitError("") from None
-        raise FtkitError(f"rank {ranks.rank}: expected every rank to answer, found one gone. What was saved is kept: "
-                         "try the same command with --resume, on as many GPUs as there are") from error  # fmt: skip
+        if ranks.rank < 2:  # rank 0 tells; rank 1 too, in case rank 0 is the one; at once, for torchrun ends us now
+            print(
+                f"error: rank {ranks.rank}: expected every rank to answer, found one gone. What was saved is kept: try "
+                "the same command with --resume, on as many GPUs as there are", file=sys.stderr, flush=True,
+            )  # fmt: skip
+        raise FtkitError("") from None
     finally:
         dist.destroy_process_group()
         terminal.mute(False)
@@ -243,8 +245,9 @@ def _normalised(
 ) -> torch.Tensor:  # fmt: skip
     """input (n, C, ...) by the mean and variance over all ranks' inputs (Ioffe & Szegedy 2015)."""
     over, wide = [0, *range(2, input.ndim)], (1, -1, *(1,) * (input.ndim - 2))
-    count = torch.tensor(float(input.numel() // input.shape[1]))
-    dist.all_reduce(count)
+    size = torch.tensor(input.numel() // input.shape[1])
+    dist.all_reduce(size)
+    count = int(size)
     mean = _Sum.apply(input.sum(over)) / count
     centred = input - mean.view(wide)
     variance = _Sum.apply(centred.square().sum(over)) / count
@@ -280,6 +283,6 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         if failure.exitcode > 0:
             return int(failure.exitcode)
         by = signal.Signals(-failure.exitcode).name
-        raise FtkitError(f"rank {rank}: expected it to finish, found it killed by {by}. What was saved is kept: try the "
-                         "same command with --resume") from None  # fmt: skip
+        raise FtkitError(f"rank {rank}: expected it to finish, found it killed by {by}. What was saved is kept: try "
+                         "the same command with --resume") from None  # fmt: skip
     return 0

@@ -9,7 +9,7 @@ from importlib import metadata
 
 import numpy as np
 
-from ftkit.canvas import cache_folder
+from ftkit.storage import cache_folder
 from ftkit_export.errors import FtkitError
 from ftkit_export.graph import pixel_model
 from ftkit_export.preprocess import Preprocess

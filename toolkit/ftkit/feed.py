@@ -196,7 +196,8 @@ class Feeds:
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         share = sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
         origin = "found in the cache" if activations.found else "computed once"
-        how = f"frozen prefix {origin}: {stage.views} views x {len(rows)}, {activations.kind.split()[0]}; {share:.0%} trains"
+        dtype = activations.kind.split()[0]
+        how = f"frozen prefix {origin}: {stage.views} views x {len(rows)}, {dtype}; {share:.0%} trains"
         if self.recipe.augment.mixes:
             how += "; mixup and cutmix are for live pixels"
         return Feed(

@@ -10,37 +10,31 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ftkit import checkpoint, terminal
-from ftkit.backbones import Backbone, features
-from ftkit.compute import Compute, fastest, ways
-from ftkit.distributed import GlobalBatchNorm, Ranks
+from ftkit.backbones import Backbone
+from ftkit.compute import Compute
+from ftkit.distributed import Ranks
 from ftkit.evaluate import cka
 from ftkit.fan import best_rate
 from ftkit.feed import Feed, Feeds, Fetched, ahead, under
-from ftkit.optim import Batch, Moving, class_weights, gradients, make_optimizer, rate
+from ftkit.optim import Moving, class_weights, make_optimizer, rate
 from ftkit.recipe import Recipe, Stage
 from ftkit.state import State, Stop, Stopped, seeded
+from ftkit.step import fresh_gradients, run_as
+from ftkit.validate import Score, detached, validate
 from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
 
 Array = np.ndarray[Any, Any]
-Score = tuple[float, float]  # accuracy, -NLL on val
-
-EVAL_BATCH = 64
-DRIFT_IMAGES = 2048  # val images whose embeddings are compared
 NEVER: Score = (-1.0, -math.inf)
 
 
@@ -93,7 +87,6 @@ def train_stage(work: Work, number: int) -> StageResult:
     FtkitError when something frozen moved, Stopped after a signal.
     """
     stage, run, backbone, labels = work.recipe.stages[number], work.state, work.backbone, work.labels["train"]
-    _require_an_image_each(stage, work.ranks)
     run.begin_stage()
     feed, names = work.feeds.stage(number), work.feeds.trained[number]
     terminal.say(f"{stage.train}: {feed.how}")
@@ -105,7 +98,9 @@ def train_stage(work: Work, number: int) -> StageResult:
     optimizer = make_optimizer(backbone, stage, fused=work.compute.device.type == "cuda")
     moving = Moving(backbone.model, under(names), stage, optimizer, work.compute)
     moving.load(run.tensors("step"))
-    net, together = _net(work, number, feed, total - run.step)
+    example = partial(_read, work, number, feed, _order(work, number, 0), per_epoch, 0)
+    whole = (lambda: example()[1]) if stage.batch_size <= len(labels) else None
+    net, together = run_as(feed, stage, work.compute, work.ranks, whole, total - run.step)
     weights = class_weights(labels, len(work.feeds.canvases.images.classes)) if stage.balance == "loss" else None
     with work.stop.deferred():
         for epoch in range(run.epoch, stage.epochs):
@@ -118,7 +113,9 @@ def train_stage(work: Work, number: int) -> StageResult:
                         group["lr"] = lr * group["scale"]
                     torch.manual_seed(_layers_seed(work, number, step))
                     with together:
-                        tally, net, micro = _gradients(net, feed, feed.prepare(fetched), moving, weights, micro, share)
+                        tally, net, micro = fresh_gradients(
+                            net, feed, feed.prepare(fetched), moving, weights, micro, share
+                        )
                     moving.step(step + 1, work.ranks.sum(tally))
                     run.step = step + 1
                     progress(run.step - per_epoch * epoch, per_epoch)
@@ -130,7 +127,7 @@ def train_stage(work: Work, number: int) -> StageResult:
                     f"{stage.train}: the loss is no longer finite; what was good before is kept. Try a lower lr"
                 )
                 break
-            score, _ = _validate(backbone, feed, work.labels["val"], moving.result, work.ranks)
+            score, _ = validate(backbone, feed, work.labels["val"], moving.result, work.ranks)
             images = max(1, len(jobs)) * min(stage.batch_size, len(labels))
             speeds = work.ranks.gather(images / work.ranks.world / (time.perf_counter() - begun))
             _report_epoch(work, number, loss, accuracy, score, rate(run.step - 1, total, stage, run.lr), speeds)
@@ -167,62 +164,6 @@ def _layers_seed(work: Work, number: int, step: int) -> int:
     """Of the global generator, which dropout draws from; another on each rank, for each has other images."""
     place = ("layers", work.seed, number, step)
     return seeded(*place) if work.ranks.main else seeded(*place, work.ranks.rank)
-
-
-def _require_an_image_each(stage: Stage, ranks: Ranks) -> None:
-    if stage.batch_size < ranks.world:
-        raise FtkitError(f"stage {stage.train}: batch_size: expected an image for each of {ranks.world} ranks, found "
-                         f"{stage.batch_size} in all. Try a larger one, or fewer ranks")  # fmt: skip
-
-
-def _net(work: Work, number: int, feed: Feed, steps: int) -> tuple[nn.Module, AbstractContextManager[Any]]:
-    """The stage's net as it is run: the fastest way here, or, of several ranks, with gradients averaged over them; and
-    what to be in while it runs."""
-    stage, ranks, device = work.recipe.stages[number], work.ranks, work.compute.device
-    if ranks.world > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # its new name for broadcast_buffers is unknown to torch 2.11
-            net = DistributedDataParallel(
-                feed.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )  # fmt: skip
-        return net, GlobalBatchNorm(ranks.world) if stage.batchnorm else nullcontext()
-    if device.type == "cpu" or steps < 1 or stage.batch_size > len(work.labels["train"]):
-        return feed.net, nullcontext()
-    _, fetched = _read(work, number, feed, _order(work, number, 0), 1, 0)
-    inputs = feed.prepare(fetched).inputs
-    found, said = fastest(feed.net, inputs, ways(feed.net, inputs, work.compute), work.compute, steps)
-    if said:
-        terminal.say(f"{stage.train}: {said}")
-    return found, nullcontext()
-
-
-def _gradients(
-    net: nn.Module, feed: Feed, batch: Batch, moving: Moving, weights: torch.Tensor | None, micro: int,
-    share: float = 1.0,
-) -> tuple[torch.Tensor, nn.Module, int]:  # fmt: skip
-    """Fresh gradients of one batch; out of memory, in halves that add up. Returns the tally, and the net and the size
-    that fitted: a captured graph takes whole batches only, so halves go to the plain net."""
-    while True:
-        moving.optimizer.zero_grad()
-        try:
-            return gradients(net, batch, moving, weights, micro, share), net, micro
-        except torch.OutOfMemoryError:
-            if isinstance(net, DistributedDataParallel):
-                raise FtkitError(
-                    f"stage {moving.stage.train}: expected memory for {len(batch.targets)} images on each GPU, found "
-                    "too little. Try a smaller batch_size, or more GPUs"
-                ) from None
-            if micro == 1:
-                raise FtkitError(
-                    f"stage {moving.stage.train}: expected memory for one image at a time, found too little on the "
-                    "GPU. Try a smaller preprocess.size, or --device cpu"
-                ) from None
-            net, micro = feed.net, (min(micro, len(batch.targets)) + 1) // 2
-            torch.cuda.empty_cache()
-            terminal.say(f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up")
 
 
 def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
@@ -267,11 +208,11 @@ def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, br
     stage, run, model = work.recipe.stages[number], work.state, work.backbone.model
     result, score, drift = moving.best or moving.result, NEVER, None
     if not broken or moving.best:
-        score, embedding = _validate(work.backbone, feed, work.labels["val"], result, work.ranks)
+        score, embedding = validate(work.backbone, feed, work.labels["val"], result, work.ranks)
         drift = cka(embedding, run.tensors("pristine")["embedding"].numpy())
     best = run.best or NEVER
     better = score > best
-    model.load_state_dict(_detached(result if better else moving.before), strict=False)
+    model.load_state_dict(detached(result if better else moving.before), strict=False)
     if _frozen_fingerprint(model, work.feeds.trained[number]) != frozen:
         raise FtkitError(
             f"stage {stage.train}: expected frozen weights to stay, found them changed. Please report this"
@@ -290,46 +231,10 @@ def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, br
     return outcome
 
 
-def _detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies, so that loading a model from its own tensors is harmless."""
-    return {name: value.detach().clone() for name, value in values.items()}
-
-
-@torch.inference_mode()
-def _validate(
-    backbone: Backbone, feed: Feed, labels: torch.Tensor, weights: dict[str, torch.Tensor], ranks: Ranks
-) -> tuple[Score, Array]:
-    """(accuracy, -NLL) on the val split of these weights, and its first embeddings; the model is left as it was.
-
-    Ranks take turns at its batches and sum what are zeros elsewhere: every rank has every logit, exactly.
-    """
-    model = backbone.model
-    modes = [module.training for module in model.modules()]
-    own = {name: value.clone() for name, value in model.state_dict().items() if name in weights}
-    model.eval().load_state_dict(_detached(weights), strict=False)
-    head = model.get_submodule(backbone.head)
-    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() makes no other
-    whole = torch.zeros(len(labels), head.weight.shape[0], device=labels.device)
-    kept = torch.zeros(min(len(labels), DRIFT_IMAGES), head.weight.shape[1], device=labels.device)
-    for start in range(0, len(labels), EVAL_BATCH)[ranks.rank :: ranks.world]:
-        place = slice(start, min(start + EVAL_BATCH, len(labels)))
-        found, answer = features(feed.eval_net, head, feed.val(np.arange(place.start, place.stop)))
-        whole[place] = answer.float()
-        kept[place] = found[: max(0, len(kept) - start)]
-    model.load_state_dict(own, strict=False)
-    for module, mode in zip(model.modules(), modes, strict=True):
-        module.training = mode
-    ranks.sum(whole)
-    ranks.sum(kept)
-    accuracy = (whole.argmax(1) == labels).float().mean()
-    found = ranks.first(lambda: [float(accuracy), -float(F.cross_entropy(whole, labels))])
-    return (found[0], found[1]), kept.cpu().numpy()
-
-
 def _remember_pristine(work: Work, feed: Feed) -> None:
     """Before anything has trained: what the pretrained backbone makes of the val images."""
     if "pristine" not in work.state.files:
-        _, embedding = _validate(work.backbone, feed, work.labels["val"], {}, work.ranks)
+        _, embedding = validate(work.backbone, feed, work.labels["val"], {}, work.ranks)
         work.state.save(pristine={"embedding": torch.from_numpy(embedding)})
 
 

@@ -1,0 +1,195 @@
+"""Several processes on the CPU's gloo: the same global batches, the same weights; a rank that dies ends the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import COMMAND, TINY, ftkit, settings, steps_done
+
+from ftkit.backbones import build
+from ftkit.canvas import build as build_canvases
+from ftkit.distributed import Ranks
+from ftkit.feed import Feeds
+from ftkit.intake import read
+from ftkit.recipe import Augment, Recipe, Stage
+from ftkit_export.preprocess import Preprocess
+
+# SGD, since Adam turns the noise of gradients that are zero in theory (a bias before a BatchNorm) into steps.
+PLAN = settings(*TINY, "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.lr=0.1", "stages.1.lr=0.01")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def alone(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plan, trained by one process."""
+    out = tmp_path_factory.mktemp("ranks") / "alone"
+    result = ftkit("train", photos, "--out", out, *PLAN)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def assert_same_within_rounding(one: Path, other: Path) -> None:
+    first, second = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (one, other))
+    worst = max(
+        float((first[name] - second[name]).abs().max()) / max(1e-9, float(first[name].abs().max())) for name in first
+    )
+    assert worst < 2e-3, "BatchNorm over few values multiplies the last bit's rounding; local statistics are off by 0.1"
+    traces = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    for left, right in zip(*traces, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+        for same in ("epoch", "lr", "train_accuracy", "val_accuracy"):
+            assert left[same] == right[same]
+
+
+def test_four_ranks_end_with_the_weights_of_one(alone: Path, photos: Path, tmp_path: Path) -> None:
+    script = "import sys; from ftkit.distributed import launch; sys.exit(launch(4, sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "train", str(photos), "--out", str(tmp_path / "run"), *PLAN]
+    environment = {**os.environ, "FTKIT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "4 ranks, 4 on this machine" in done.stdout
+    assert done.stdout.count("test accuracy") == done.stdout.count("next: ftkit export") == 1, "one rank speaks"
+    assert "frozen prefix computed once: 2 views x 92" in done.stdout
+    assert_same_within_rounding(alone, tmp_path / "run")
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert len(last["images_per_s_by_rank"]) == 4
+    assert sum(last["images_per_s_by_rank"]) == pytest.approx(last["images_per_s"])
+
+
+def rank_processes(agent: int) -> dict[str, int]:
+    """Rank -> process, of torchrun's children."""
+    found = {}
+    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        for entry in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            if entry.startswith("RANK="):
+                found[entry.removeprefix("RANK=")] = int(child)
+    return found
+
+
+def test_a_killed_rank_ends_the_run_and_one_process_goes_on(alone: Path, photos: Path, tmp_path: Path) -> None:
+    out, script = tmp_path / "run", tmp_path / "every_step_saved.py"
+    script.write_text(COMMAND)
+    command = [*TORCHRUN, str(script), "train", str(photos), "--out", str(out), *PLAN]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    while process.poll() is None and steps_done(out) < 1002:
+        time.sleep(0.005)
+    os.kill(rank_processes(process.pid)["1"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert errors.count("error: rank 0: expected every rank to answer, found one gone. What was saved is kept") == 1
+    assert "Traceback" not in errors.split("ChildFailedError")[0].replace("Traceback (most recent call last):\n  File "
+                                                                          '"<frozen runpy>"', "")  # fmt: skip
+    result = ftkit("train", photos, "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "expected ranks 2 as before the interruption, found 1" in result.stderr
+    assert_same_within_rounding(alone, out)
+
+
+CHECKS = """
+import json, sys
+import torch
+from torch import nn
+from ftkit.distributed import GlobalBatchNorm, joined
+from ftkit_export.errors import FtkitError
+
+with joined("cpu") as (device, ranks):
+    found = {"gather": ranks.gather({"rank": ranks.rank}), "first": ranks.first(lambda: "of rank 0"),
+             "largest": ranks.largest(ranks.rank), "sum": ranks.sum(torch.ones(2)).tolist()}
+    given = {"a": torch.arange(3.0), "n": torch.tensor(7)} if ranks.main else {}
+    found["tensors"] = {name: value.tolist() for name, value in ranks.tensors(given).items()}
+    def fails():
+        if ranks.rank == 1:
+            raise FtkitError("rank 1 has no images")
+    try:
+        ranks.together(fails)
+    except FtkitError as error:
+        found["failed"] = str(error)
+    torch.manual_seed(0)
+    whole, net = torch.randn(5, 4, 3, 3, dtype=torch.float64), nn.BatchNorm2d(4).double()
+    expected, part = nn.BatchNorm2d(4).double(), ranks.part(5)
+    mine, all_ = whole[part].clone().requires_grad_(), whole.clone().requires_grad_()
+    with GlobalBatchNorm(2):
+        (net(mine) ** 3).sum().backward()
+    (expected(all_) ** 3).sum().backward()
+    found["gradient"] = float((mine.grad - all_.grad[part]).abs().max())
+    found["statistics"] = float((net.running_var - expected.running_var).abs().max())
+    with GlobalBatchNorm(2):
+        found["evaluation"] = torch.equal(net.eval()(whole), nn.functional.batch_norm(
+            whole, net.running_mean, net.running_var, net.weight, net.bias))
+    open(f"{sys.argv[1]}/{ranks.rank}.json", "w").write(json.dumps(found))
+"""
+
+
+def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
+    (tmp_path / "checks.py").write_text(CHECKS)
+    subprocess.run(
+        [*TORCHRUN, str(tmp_path / "checks.py"), str(tmp_path)], check=True, capture_output=True, timeout=120
+    )
+    for rank, said in ((0, ""), (1, "rank 1 has no images")):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["gather"] == [{"rank": 0}, {"rank": 1}]
+        assert (found["first"], found["largest"], found["sum"]) == ("of rank 0", 1, [2.0, 2.0])
+        assert found["tensors"] == {"a": [0.0, 1.0, 2.0], "n": 7}
+        assert found["failed"] == said, "all fail, and the one that met it tells"
+        assert found["gradient"] < 1e-12
+        assert found["statistics"] < 1e-12
+        assert found["evaluation"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
+def test_parts_are_the_whole_batch_and_nearly_equal(count: int) -> None:
+    parts = [Ranks(rank, count, rank, count).part(64) for rank in range(count)]
+    assert [i for part in parts for i in range(64)[part]] == list(range(64))
+    sizes = {part.stop - part.start for part in parts}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_a_part_of_a_batch_is_that_part_of_the_whole(photos: Path, cache: str) -> None:
+    """Random draws too: views, crops, flips, what is mixed in from another rank's images."""
+    preprocess = Preprocess(size=48, resize=64)
+    augment = Augment(hflip=True, scale=0.5, mixup=0.4, cutmix=1.0)
+    recipe = Recipe(name="x", backbone="resnet18", augment=augment, stages=(Stage(views=3, cache=cache),))
+    canvases = build_canvases(read(photos), preprocess)
+    torch.manual_seed(0)
+    feed = Feeds(build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, torch.device("cpu")).stage(0)
+    assert feed.how.startswith("live") is (cache == "off")
+
+    def batch(part: slice) -> Sequence[torch.Tensor]:
+        made = feed.prepare(feed.fetch(np.arange(40, 57), torch.Generator().manual_seed(3), part))
+        return [value for value in (*made.inputs, made.targets, made.others, made.share) if value is not None]
+
+    parts = [batch(Ranks(rank, 3, rank, 3).part(17)) for rank in range(3)]
+    for whole, *pieces in zip(batch(slice(0, 17)), *parts, strict=True):
+        assert torch.allclose(torch.cat(pieces), whole, atol=1e-6)
+
+
+def test_gpus_that_are_not_there_are_named(photos: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for more, what in (
+        (["--gpus", "2"], "--device cuda: expected a GPU torch can use, found none"),
+        (["--gpus", "2", "--device", "cpu"], "--gpus: expected --device cuda, found cpu"),
+    ):
+        result = ftkit("train", photos, "--out", tmp_path / "run", *more)
+        assert (result.exit_code, result.stderr.count("error:"), what in result.stderr) == (2, 1, True), result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_images_in_a_batch_are_refused(photos: Path) -> None:
+    from ftkit.compute import Compute
+    from ftkit.step import run_as
+    from ftkit_export.errors import FtkitError
+
+    with pytest.raises(FtkitError, match="expected an image for each of 4 ranks, found 2 in all"):
+        run_as(None, Stage(batch_size=2), Compute(device=torch.device("cpu")), Ranks(0, 4, 0, 4), None, 1)  # type: ignore[arg-type]

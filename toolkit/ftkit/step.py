@@ -1,0 +1,79 @@
+"""How a stage's net is run, step by step: the fastest way here, over all ranks, in halves when memory runs out.
+
+net, together = run_as(feed, stage, compute, ranks, example, steps)
+with together: tally, net, micro = fresh_gradients(net, feed, batch, moving, weights, micro)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ftkit import terminal
+from ftkit.compute import Compute, fastest, ways
+from ftkit.distributed import GlobalBatchNorm, Ranks
+from ftkit.feed import Feed, Fetched
+from ftkit.optim import Batch, Moving, gradients
+from ftkit.recipe import Stage
+from ftkit_export.errors import FtkitError
+
+
+def run_as(
+    feed: Feed, stage: Stage, compute: Compute, ranks: Ranks, example: Callable[[], Fetched] | None, steps: int
+) -> tuple[nn.Module, AbstractContextManager[Any]]:
+    """The stage's net as it is run: the fastest way here, or, of several ranks, with gradients averaged over them; and
+    what to be in while it runs. example: reads a whole batch, where there is one; steps: still to come.
+
+    Raises FtkitError when a rank would be without an image.
+    """
+    device = compute.device
+    if stage.batch_size < ranks.world:
+        raise FtkitError(f"stage {stage.train}: batch_size: expected an image for each of {ranks.world} ranks, found "
+                         f"{stage.batch_size} in all. Try a larger one, or fewer ranks")  # fmt: skip
+    if ranks.world > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 does not know broadcast_buffers' new name
+            net = DistributedDataParallel(
+                feed.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )  # fmt: skip
+        return net, GlobalBatchNorm(ranks.world) if stage.batchnorm else nullcontext()
+    if device.type == "cpu" or steps < 1 or example is None:
+        return feed.net, nullcontext()
+    inputs = feed.prepare(example()).inputs
+    found, said = fastest(feed.net, inputs, ways(feed.net, inputs, compute), compute, steps)
+    if said:
+        terminal.say(f"{stage.train}: {said}")
+    return found, nullcontext()
+
+
+def fresh_gradients(
+    net: nn.Module, feed: Feed, batch: Batch, moving: Moving, weights: torch.Tensor | None, micro: int,
+    share: float = 1.0,
+) -> tuple[torch.Tensor, nn.Module, int]:  # fmt: skip
+    """Fresh gradients of one batch; out of memory, in halves that add up. Returns the tally, and the net and the size
+    that fitted: a captured graph takes whole batches only, so halves go to the plain net."""
+    while True:
+        moving.optimizer.zero_grad()
+        try:
+            return gradients(net, batch, moving, weights, micro, share), net, micro
+        except torch.OutOfMemoryError:
+            if isinstance(net, DistributedDataParallel):
+                raise FtkitError(
+                    f"stage {moving.stage.train}: expected memory for {len(batch.targets)} images on each GPU, found "
+                    "too little. Try a smaller batch_size, or more GPUs"
+                ) from None
+            if micro == 1:
+                raise FtkitError(
+                    f"stage {moving.stage.train}: expected memory for one image at a time, found too little on the "
+                    "GPU. Try a smaller preprocess.size, or --device cpu"
+                ) from None
+            net, micro = feed.net, (min(micro, len(batch.targets)) + 1) // 2
+            torch.cuda.empty_cache()
+            terminal.say(f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up")
