@@ -1,0 +1,140 @@
+"""How a stage computes: a faster way is taken when measured and equal; nothing in a step waits for the device."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, ftkit, settings
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ftkit import augment, compute
+from ftkit.backbones import build
+from ftkit.canvas import build as build_canvases
+from ftkit.compute import Compute, Way, fastest
+from ftkit.feed import Feeds
+from ftkit.intake import read
+from ftkit.optim import Batch, Moving, gradients, loss_of
+from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.source import Source, array_source
+from ftkit_export.preprocess import Preprocess
+
+CPU = Compute(device=torch.device("cpu"))
+
+
+class _Slow(nn.Module):
+    """A net whose forward pass takes 10 ms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 3), nn.BatchNorm1d(3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        out: torch.Tensor = self.norm(self.linear(inputs))
+        return out
+
+
+def _way(name: str, net: nn.Module, worth: float = 0.0) -> Way:
+    return Way(name=name, make=lambda: net, worth=worth)
+
+
+def test_a_faster_way_is_taken_when_it_is_equal_and_worth_its_making() -> None:
+    torch.manual_seed(0)
+    net, inputs = _Slow(), (torch.randn(8, 6),)
+    quick = nn.Sequential(net.linear, net.norm)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found, said = fastest(net, inputs, [_way("quick", quick)], CPU, steps=1000)
+    assert found is quick
+    assert said.startswith("eager 1")
+    assert "quick 0." in said
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert fastest(net, inputs, [_way("quick", quick, worth=60)], CPU, steps=1000)[0] is net, "10 s do not repay 60"
+    assert fastest(net, inputs, [], CPU, steps=1000) == (net, "")
+
+
+def test_a_way_that_fails_or_answers_otherwise_is_left_and_said() -> None:
+    torch.manual_seed(0)
+    net, inputs = _Slow(), (torch.randn(8, 6),)
+
+    def fails() -> nn.Module:
+        raise RuntimeError("cannot be captured\nwith a long story")
+
+    ways = [Way(name="graph", make=fails, worth=0.0), _way("other", nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))]
+    found, said = fastest(net, inputs, ways, CPU, steps=1000)
+    assert found is net
+    assert "graph failed: cannot be captured," in said
+    assert said.endswith("but other answers")
+
+
+def test_rows_that_stay_on_the_device_are_the_rows_that_are_read() -> None:
+    array, rows = np.random.default_rng(0).normal(size=(1300, 2, 3)).astype(np.float16), np.array([7, 1299, 0, 7])
+    kept = Source(lambda picks: array[picks], 1300, 12, CPU.device, room=2 * 1300 * 12)
+    streamed = array_source(array, CPU.device)
+    assert (kept.resident, streamed.resident) == (True, False)
+    assert not Source(lambda picks: array[picks], 1300, 12, CPU.device, room=2 * 1300 * 12 - 1).resident
+    for source in (kept, streamed):
+        assert torch.equal(source.take(source.fetch(rows)), torch.from_numpy(array[rows]))
+
+
+def test_a_batch_is_made_on_the_gpu_without_the_host_waiting(photos: Path) -> None:
+    """On pretended CUDA tensors, which refuse to mix with the host's, or to tell their values."""
+    preprocess = Preprocess(size=48, resize=64)
+    everything = Augment(hflip=True, vflip=True, scale=0.5, rotate=20, brightness=0.2, contrast=0.2, saturation=0.2,
+                         erase=0.5, mixup=0.4, cutmix=1.0)  # fmt: skip
+    recipe = Recipe(name="x", backbone="resnet18", augment=everything, stages=(Stage(cache="off"),))
+    canvases = build_canvases(read(photos), preprocess)
+    feeds = Feeds(build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, CPU.device)
+    feed = feeds.stage(0)
+    fetched = feed.fetch(np.arange(16), torch.Generator().manual_seed(0), slice(0, 16))
+    feeds.device = feeds.pixels.device = torch.device("cuda")
+    augment._constants.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            batch = feed.prepare(fetched)
+            loss = loss_of(torch.zeros(16, 4, device="cuda"), batch, Stage(label_smoothing=0.1), None)
+            with pytest.raises(Exception, match=r"item|_local_scalar_dense"):
+                float(loss.sum())
+    finally:
+        augment._constants.cache_clear()
+    assert batch.others is not None
+    assert {value.device.type for value in (*batch.inputs, batch.targets, batch.others, loss)} == {"cuda"}
+    assert batch.inputs[0].shape == (16, 3, 48, 48)
+    assert batch.inputs[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.*")
+def test_float16_learns_with_a_scaled_loss_and_goes_on_from_its_scale() -> None:
+    torch.manual_seed(0)
+    half = Compute(device=torch.device("cpu"), dtype=torch.float16)
+    net, stage = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), Stage(clip=1.0)
+    inputs = torch.randn(64, 8)
+    batch = Batch(inputs=(inputs,), targets=inputs[:, :3].argmax(1))
+    moving = Moving(net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half)
+    moving.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # too large: the first steps are left out
+    losses = []
+    for step in range(80):
+        moving.optimizer.zero_grad()
+        tally = gradients(net, batch, moving, None, 64)
+        losses.append(float(tally[0]) / 64)
+        moving.step(step + 1, tally)
+    assert losses[0] == losses[1], "infinite gradients moved nothing"
+    assert losses[-1] < 0.5 * losses[0]
+    saved = {name: value.clone() for name, value in moving.tensors().items()}
+    fresh = Moving(net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half)
+    fresh.load(saved)
+    assert fresh.scaler.get_scale() == moving.scaler.get_scale() < 2.0**40
+
+
+def test_an_operation_without_a_deterministic_form_is_one_sentence(photos: Path, tmp_path: Path) -> None:
+    said = RuntimeError("max_pool_backward_cuda does not have a deterministic implementation, but you set ...\nmore")
+    assert "found max_pool_backward_cuda. Try another backbone" in str(compute.deterministic_or_say(said))
+    assert compute.deterministic_or_say(RuntimeError("CUDA error")) is None
+    small = settings(*TINY, "stages.0.epochs=1", "stages.1.epochs=1")
+    try:
+        assert ftkit("train", photos, "--out", tmp_path / "run", "--deterministic", *small).exit_code == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
