@@ -17,7 +17,7 @@ from typing import Any
 
 from ftkit_export.errors import FtkitError
 from ftkit_export.latency import Condition, Start, begin, machine, measure, parts, race
-from ftkit_export.session import cores
+from ftkit_export.session import PROVIDERS, cores, form_of
 from ftkit_export.targets import here
 from ftkit_export.verify import MANIFEST, check_files, read_manifest, sha256
 
@@ -41,10 +41,14 @@ class Model:
     image: Path | None
     run: str = ""
 
-    @property
-    def shipped(self) -> Path:
-        """The file that a device would run."""
-        return next(iter(self.files.values()))
+    def shipped(self, provider: str) -> Path:
+        """The file that a device would run on this provider."""
+        return next(iter(self.run_by(provider).values()))
+
+    def run_by(self, provider: str) -> Mapping[str, Path]:
+        """Variant -> the form that this provider runs; a plain model has but one."""
+        found: Mapping[str, Path] = form_of(provider, self.files, self.cores or self.files)
+        return {name: found[name] for name in self.files}
 
 
 def find(model: str | Path, image: str | Path | None = None) -> Model:
@@ -72,16 +76,17 @@ def find(model: str | Path, image: str | Path | None = None) -> Model:
 
 
 def conditions(path: Path, providers: Sequence[str], threads: Sequence[int], batches: Sequence[int]) -> list[Condition]:
-    """Provider x threads x batch. On the CPU several threads also without spinning; on CUDA also without copies."""
+    """Provider x threads x batch. On the CPU several threads also without spinning; on a GPU also without copies."""
     found = []
     for provider in providers:
         for count in threads if provider == "cpu" else [1]:
             for batch in batches:
                 plain = Condition(model=str(path), provider=provider, threads=count, batch=batch)
-                found.append(plain)
+                if not PROVIDERS[provider].captured:
+                    found.append(plain)
                 if provider == "cpu" and count > 1:
                     found.append(replace(plain, spinning=False))
-                if provider in ("cuda", "tensorrt"):
+                if PROVIDERS[provider].gpu:
                     found.append(replace(plain, copies=False))
     return found
 
@@ -100,34 +105,37 @@ def bench(
     say: told what is measured next.
 
     The result: schema, machine, target, name, run, fingerprint, provider and threads (the first of each, which starts,
-    parts and raced hold for, starts for the first batch too), sha256 (variant -> file), quick, rows (a Latency and its
-    variant each), starts (variant -> Starts), parts (variant -> Parts, where there is a core form), raced (variant ->
-    Raced, against the first of them that is fp32). Raises FtkitError for a model that is not there, or does not run.
+    parts and raced hold for, starts for the first batch too), sha256 (variant -> its file that ran), quick, rows (a
+    Latency and its variant each), starts (variant -> Starts), parts (variant -> Parts, where both forms run), raced
+    (variant -> Raced, against the first of them that is fp32). Raises FtkitError for a model that is not there, or does
+    not run.
     """
     found, counts = find(model, image), list(threads) or sorted({1, cores()})
     provider, first = providers[0], counts[0] if providers[0] == "cpu" else 1
     rows, cold, pieces = [], {}, {}
-    for name, path in found.files.items():
-        listed = conditions(path, providers, counts, batches)
+    running = found.run_by(provider)
+    for name, path in running.items():
+        listed = [item for each in providers
+                  for item in conditions(found.run_by(each)[name], [each], counts, batches)]  # fmt: skip
         for condition in listed:
             say(f"{name} on {condition.provider}, {condition.threads} threads")
             rows.append({"variant": name, **asdict(measure(condition, found.image, quick=quick))})
         say(f"{name}: cold starts")
         cold[name] = [asdict(start) for start in starts(listed[0], found.image, quick=quick)]
-        if name in found.cores and found.image:
+        if name in found.cores and found.image and path != found.cores[name]:
             say(f"{name}: decoding, preprocessing, network")
             condition = Condition(model=str(path), provider=provider, threads=first)
             pieces[name] = asdict(parts(condition, found.cores[name], found.image))
     raced = {}
     if found.image and found.cores:
         say("variants in turn")
-        order = sorted(found.files, key=lambda name: name != "fp32")
-        results = race([found.files[name] for name in order], found.image, provider=provider, threads=first)
+        order = sorted(running, key=lambda name: name != "fp32")
+        results = race([running[name] for name in order], found.image, provider=provider, threads=first)
         raced = {name: asdict(item) for name, item in zip(order, results, strict=True)}
     return {
         "schema": SCHEMA, "machine": machine(), "target": here(), "name": found.name, "run": found.run,
         "fingerprint": found.fingerprint,
-        "provider": provider, "threads": first, "sha256": {name: sha256(path) for name, path in found.files.items()},
+        "provider": provider, "threads": first, "sha256": {name: sha256(path) for name, path in running.items()},
         "quick": quick, "rows": rows, "starts": cold, "parts": pieces, "raced": raced,
     }  # fmt: skip
 

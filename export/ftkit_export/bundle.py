@@ -24,7 +24,7 @@ from ftkit_export.verify import MANIFEST, SCHEMA, sha256
 
 # What the Python runner needs of this package: these files import numpy, Pillow and ONNX Runtime only.
 RUNNER_FILES = ("__init__.py", "errors.py", "preprocess.py", "session.py", "foreign.py", "predict.py", "verify.py",
-                "onnxfile.py", "targets.py", "latency.py", "timing.py", "bench.py")  # fmt: skip
+                "onnxfile.py", "targets.py", "nvidia.py", "latency.py", "timing.py", "bench.py")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

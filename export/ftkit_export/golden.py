@@ -24,7 +24,8 @@ from onnx import numpy_helper
 from PIL import Image
 
 from ftkit_export.graph import pixel_model
-from ftkit_export.parity import RELATIVE, Reference, edge_images, softmax, tolerance
+from ftkit_export.parity import RELATIVE, Reference, edge_images, tolerance
+from ftkit_export.predict import softmax
 from ftkit_export.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.session import Session
 

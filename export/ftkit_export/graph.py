@@ -149,6 +149,15 @@ def pixel_model(preprocess: Preprocess, input_format: str = "rgb") -> onnx.Model
     return _model(graph.nodes, [_image_input(input_format)], outputs, list(graph.constants.values()))
 
 
+def tiny_model() -> onnx.ModelProto:
+    """One convolution, `pixels` float32 (N, 3, 8, 8) -> `sums` (N, 1, 6, 6): does a provider run at all?"""
+    graph = _Graph("")
+    graph.op("Conv", "pixels", graph.const(np.ones((1, 3, 3, 3)).tolist(), np.float32), output="sums")
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    sums = helper.make_tensor_value_info("sums", TensorProto.FLOAT, ["batch", 1, 6, 6])
+    return _model(graph.nodes, [pixels], [sums], list(graph.constants.values()))
+
+
 def image_form(
     core: onnx.ModelProto, preprocess: Preprocess, temperature: float, input_format: str = "rgb"
 ) -> onnx.ModelProto:

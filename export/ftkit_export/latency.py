@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ftkit_export import nvidia
 from ftkit_export.errors import FtkitError
 
 ROUNDS = 60
@@ -49,6 +50,8 @@ class Condition:
 class Latency:
     """One measured condition. Times in milliseconds a run, sizes in bytes; p99_ms is None below 1000 runs.
 
+    gpu_bytes: GPU memory that came to be used between the process's beginning and its last run, on the whole first GPU:
+    keep others off it. None without a GPU.
     histogram: counts in 40 equal bins from low_ms to high_ms, the fastest run and the 99th percentile; slower runs are
     in the last bin.
     """
@@ -72,6 +75,7 @@ class Latency:
     low_ms: float
     high_ms: float
     histogram: tuple[int, ...]
+    gpu_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +172,8 @@ def in_child(what: str, conditions: Sequence[Condition], image: str | Path | Non
 
 
 def machine() -> dict[str, object]:
-    """What the evidence was measured on: processor, cores that may be used, system, Python, ONNX Runtime; fingerprint:
-    of all these."""
+    """What the evidence was measured on: GPU and driver where there are, processor, cores that may be used, system,
+    Python, ONNX Runtime; fingerprint: of all these."""
     import onnxruntime
 
     from ftkit_export.session import cores
@@ -182,6 +186,7 @@ def machine() -> dict[str, object]:
         ]
         cpu = names[0] if names else cpu
     facts: dict[str, object] = {
+        **nvidia.facts(),
         "cpu": cpu,
         "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",

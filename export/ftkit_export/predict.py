@@ -17,8 +17,9 @@ import numpy as np
 
 from ftkit_export.errors import BundleError, FtkitError
 from ftkit_export.foreign import Foreign
-from ftkit_export.preprocess import SUFFIXES, decode, to_frame
-from ftkit_export.session import Session
+from ftkit_export.preprocess import SUFFIXES, Preprocess, decode, from_frame, to_frame
+from ftkit_export.session import PROVIDERS, Session
+from ftkit_export.verify import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,14 @@ class Prediction:
 
 
 class Classifier:
-    """model: a bundle folder or its model.onnx. Raises BundleError when it has no labels, ProviderError as Session."""
+    """model: a bundle folder or its model.onnx. A provider that cannot run the image form runs the bundle's core form,
+    on pixels from Pillow. Raises BundleError when it has no labels, ProviderError as Session."""
 
     def __init__(self, model: str | Path, *, provider: str = "cpu", threads: int = 0):
         path = Path(model)
         if path.is_dir():
-            path = path / "model.onnx"
+            core = provider in PROVIDERS and PROVIDERS[provider].form == "core"
+            path = path / (_core_form(path) if core else "model.onnx")
         if not path.is_file():
             raise BundleError(f"{model}: expected a bundle or a model.onnx, found neither. Try `ftkit export RUN`")
         self.session = Session(path, provider=provider, threads=threads)
@@ -58,14 +61,26 @@ class Classifier:
             ) from None
 
         metadata = self.session.metadata
+        self.core = self.session.input_names == ["pixels"]
+        if self.core:
+            self.preprocess = Preprocess(**json.loads(metadata["preprocess"]))
+            self.temperature = float(metadata["temperature"])
         self.input_format = metadata.get("input_format", "rgb")
         self.threshold = float(metadata.get("abstain_threshold", 0))
         self.familiar = Foreign.from_text(metadata["out_of_domain"]) if metadata.get("out_of_domain") else None
 
     def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
-        found: np.ndarray[Any, Any] = self.session.run(to_frame(image, self.input_format)[None])[0][0]
-        return found
+        return self._answer(to_frame(image, self.input_format))[0]
+
+    def _answer(self, frame: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Probabilities (classes,), embedding (1, D)."""
+        if not self.core:
+            (found,), embedding = self.session.run(frame[None])
+            return found, embedding
+        canvas = self.preprocess.canvas(from_frame(frame, self.input_format))
+        logits, embedding = self.session.run(self.preprocess.pixels(canvas[None]))
+        return softmax(logits[0] / np.float32(self.temperature)), embedding
 
     def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
         """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a bad file."""
@@ -74,7 +89,7 @@ class Classifier:
 
     def frame(self, frame: np.ndarray[Any, Any]) -> Prediction:
         """A camera's frame as the model takes it (preprocess.to_frame; RGB unless exported otherwise)."""
-        (found,), embedding = self.session.run(frame[None])
+        found, embedding = self._answer(frame)
         best = int(found.argmax())
         named = {label: float(value) for label, value in zip(self.labels, found, strict=True)}
         score = self.familiar.score(embedding)[0] if self.familiar else 0.0
@@ -83,6 +98,19 @@ class Classifier:
             doubtful=bool(found[best] < self.threshold),
             foreign=bool(self.familiar and score > self.familiar.threshold),
         )  # fmt: skip
+
+
+def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Softmax over the last axis, in the dtype given."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    result: np.ndarray[Any, Any] = shifted / shifted.sum(-1, keepdims=True)
+    return result
+
+
+def _core_form(bundle: Path) -> str:
+    """Where a bundle has the shipped variant's core form."""
+    manifest = read_manifest(bundle)
+    return str(manifest["variants"][manifest["chosen"]]["core"])
 
 
 def image_files(paths: list[str | Path]) -> list[Path]:

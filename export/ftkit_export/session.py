@@ -25,17 +25,49 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once,
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """One ONNX Runtime execution provider: its registered name, and the options ftkit opens it with."""
+    """One ONNX Runtime execution provider, in one way of running it: its registered name, and the options ftkit opens
+    it with.
+
+    precision: "" = float32, else what it rounds to ("tf32", "fp16"). form: which of a variant's two files it runs,
+    "image" or "core"; with the core form, Pillow and numpy make the pixels. gpu: inputs and outputs may stay on a GPU.
+    captured: runs with IO binding only.
+    """
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
+    precision: str = ""
+    form: str = "image"
+    gpu: bool = False
+    captured: bool = False
+
+
+_CUDA = "CUDAExecutionProvider"
+_TENSORRT = "TensorrtExecutionProvider"
+
+
+def _cuda(precision: str = "", search: str = "HEURISTIC", captured: bool = False) -> Provider:
+    """HEURISTIC: ONNX Runtime's default EXHAUSTIVE costs seconds on the first run of each input shape. The core form:
+    CUDA's Resize takes no antialiased 8-bit images in NHWC (onnxruntime/core/providers/cuda/tensor/upsample.cc)."""
+    options = {
+        "cudnn_conv_algo_search": search,
+        "use_tf32": str(int(precision == "tf32")),
+        "enable_cuda_graph": str(int(captured)),
+    }
+    return Provider(name=_CUDA, options=options, precision=precision, form="core", gpu=True, captured=captured)
 
 
 PROVIDERS: Mapping[str, Provider] = {
     "cpu": Provider(name="CPUExecutionProvider"),
-    # HEURISTIC: the default EXHAUSTIVE search costs seconds on the first run of each input shape. TF32 is off: parity.
-    "cuda": Provider(name="CUDAExecutionProvider", options={"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}),
-    "tensorrt": Provider(name="TensorrtExecutionProvider"),
+    "cuda": _cuda(),
+    "cuda-tf32": _cuda("tf32"),
+    "cuda-default": _cuda(search="DEFAULT"),
+    "cuda-exhaustive": _cuda(search="EXHAUSTIVE"),
+    "cuda-graph": _cuda(captured=True),
+    # TensorRT has no option for TF32, which it uses; NVIDIA_TF32_OVERRIDE=0 switches it off for a whole process.
+    "tensorrt": Provider(name=_TENSORRT, precision="tf32", form="core", gpu=True),
+    "tensorrt-fp16": Provider(
+        name=_TENSORRT, options={"trt_fp16_enable": "1"}, precision="fp16", form="core", gpu=True
+    ),
     "openvino": Provider(name="OpenVINOExecutionProvider"),
     "coreml": Provider(name="CoreMLExecutionProvider"),
     "xnnpack": Provider(name="XnnpackExecutionProvider"),
@@ -78,6 +110,11 @@ def parse_providers(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def form_of(provider: str, image: Any, core: Any) -> Any:
+    """Of a model's two forms the one that this provider runs."""
+    return image if PROVIDERS[provider].form == "image" else core
+
+
 def require(provider: str) -> None:
     """Raises ProviderError when `provider` is unknown, or not part of the installed ONNX Runtime."""
     if provider not in PROVIDERS:
@@ -93,9 +130,9 @@ def missing_library(provider: str) -> str:
     """Why the provider's shared library does not load here, in the loader's own words; empty when it does load."""
     import ctypes
 
-    stem = {"cuda": "cuda", "tensorrt": "tensorrt"}.get(provider)
-    if stem is None:
+    if not PROVIDERS[provider].gpu:
         return ""
+    stem = "cuda" if PROVIDERS[provider].name == _CUDA else "tensorrt"
     folder = Path(_runtime().__file__).parent / "capi"
     library = next(iter(sorted(folder.glob(f"*onnxruntime_providers_{stem}.*"))), None)
     if library is None:
@@ -145,7 +182,7 @@ class Session:
 
     def _open(self, model: str | Path | bytes, spinning: bool, optimised: bool, shared: bool) -> Any:
         ort, chosen = _runtime(), PROVIDERS[self.provider]
-        if self.provider in ("cuda", "tensorrt") and hasattr(ort, "preload_dlls"):
+        if chosen.gpu and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN come in torch's own wheels; without them the session would be CPU's
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -165,11 +202,12 @@ class Session:
         if not isinstance(model, bytes):
             inspect(model)  # a file may come from elsewhere
         source = model if isinstance(model, bytes) else str(model)
+        providers = [(chosen.name, dict(chosen.options))]
+        if chosen.name == _TENSORRT:  # what it does not take runs on CUDA, not on the CPU
+            providers.append((_CUDA, dict(PROVIDERS["cuda-tf32"].options)))
         try:
             # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the CPU
-            return ort.InferenceSession(
-                source, options, providers=[(chosen.name, dict(chosen.options))], enable_fallback=0
-            )
+            return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             reason = str(error).split("\n")[0]
             if missing := missing_library(self.provider):
@@ -202,6 +240,9 @@ class Session:
 
     def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         """Inputs in the model's order -> outputs in the model's order. Raises FtkitError when the model cannot run."""
+        if PROVIDERS[self.provider].captured:
+            raise ProviderError(f"provider {self.provider}: expected to be run with IO binding, which `ftkit bench` "
+                                "does, found plain runs. Try cuda")  # fmt: skip
         feed = dict(zip(self.input_names, arrays, strict=True))
         try:
             outputs: list[np.ndarray[Any, Any]] = self._session.run(None, feed)
@@ -212,14 +253,24 @@ class Session:
         return outputs
 
     def bound(self, *arrays: np.ndarray[Any, Any]) -> Callable[[], list[Any]]:
-        """A call that runs on these inputs where they and the outputs (OrtValues) stay: on the provider's device."""
-        device = "cuda" if self.provider in ("cuda", "tensorrt") else "cpu"
-        binding = self._session.io_binding()
-        values = [_runtime().OrtValue.ortvalue_from_numpy(array, device, 0) for array in arrays]
+        """A call that runs on these inputs where they and the outputs (OrtValues) stay: on the provider's device.
+
+        Outputs whose sizes the file tells keep one place, as a captured graph asks for.
+        """
+        device = "cuda" if PROVIDERS[self.provider].gpu else "cpu"
+        binding, value_of = self._session.io_binding(), _runtime().OrtValue
+        values = [value_of.ortvalue_from_numpy(array, device, 0) for array in arrays]
         for name, value in zip(self.input_names, values, strict=True):
             binding.bind_ortvalue_input(name, value)
-        for name in self.output_names:
-            binding.bind_output(name, device)
+        for item in self._session.get_outputs():
+            sizes = list(item.shape)
+            if sizes and arrays and not isinstance(sizes[0], int):
+                sizes[0] = arrays[0].shape[0]  # the batch
+            if item.type == "tensor(float)" and sizes and all(isinstance(size, int) for size in sizes):
+                values.append(value_of.ortvalue_from_shape_and_type(sizes, np.float32, device, 0))
+                binding.bind_ortvalue_output(item.name, values[-1])
+            else:
+                binding.bind_output(item.name, device)
 
         def run(_: object = values) -> list[Any]:  # the values live as long as the call does
             try:

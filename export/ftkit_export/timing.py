@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit_export import nvidia
 from ftkit_export.errors import FtkitError
 from ftkit_export.latency import ROUNDS, Condition, Latency, Parts, Raced
 
@@ -101,7 +102,10 @@ def opened(condition: Condition, *, shared: bool = False) -> Session:
 
 def runner(session: Session, condition: Condition, fed: Sequence[Any]) -> Callable[[], object]:
     """A call that runs the model once, on inputs made beforehand (`feeds`)."""
-    return (lambda: session.run(*fed)) if condition.copies else session.bound(*fed)
+    from ftkit_export.session import PROVIDERS
+
+    copies = condition.copies and not PROVIDERS[condition.provider].captured
+    return (lambda: session.run(*fed)) if copies else session.bound(*fed)
 
 
 def in_turn(calls: Sequence[Callable[[], object]], rounds: int, *, warm_up: tuple[int, float], seconds: float) -> Any:
@@ -164,11 +168,11 @@ def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object
 
 
 def _measure_here(conditions: Sequence[Condition], image: str | None, quick: bool) -> dict[str, Any]:
-    (condition,) = conditions
+    (condition,), before = conditions, nvidia.used_bytes()
     call, batch, start = _begun(condition, image)
     import numpy as np
 
-    from ftkit_export.session import cores
+    from ftkit_export.session import PROVIDERS, cores
 
     gc.disable()
     warm(call, *(BRIEF if quick else (WARM_UP_RUNS, WARM_UP_S)))
@@ -176,12 +180,14 @@ def _measure_here(conditions: Sequence[Condition], image: str | None, quick: boo
     p50, p90, p95, p99 = (float(value) for value in np.percentile(times, (50, 90, 95, 99)))
     low, high = float(times.min()), max(p99, float(times.min()) * 1.001)
     histogram = np.histogram(np.minimum(times, high), bins=BINS, range=(low, high))[0]
+    provider, after = PROVIDERS[condition.provider], nvidia.used_bytes()
     found = Latency(
         provider=condition.provider, threads=condition.threads or cores(), batch=batch,
-        spinning=condition.spinning, copies=condition.copies, runs=len(times), quick=quick,
+        spinning=condition.spinning, copies=condition.copies and not provider.captured, runs=len(times), quick=quick,
         p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99 if len(times) >= 1000 else None, **start,
         peak_rss_bytes=peak_rss_bytes(), size_bytes=Path(condition.model).stat().st_size,
         low_ms=low, high_ms=high, histogram=tuple(int(count) for count in histogram),
+        gpu_bytes=None if before is None or after is None or not provider.gpu else max(0, after - before),
     )  # fmt: skip
     return asdict(found)
 

@@ -95,12 +95,12 @@ def against(
     new = find(candidate, image)
     old = find(baseline, image)
     one, other = (Condition(model=str(path), provider=provider, threads=threads, batch=batch)
-                  for path in (new.shipped, old.shipped))  # fmt: skip
+                  for path in (new.shipped(provider), old.shipped(provider)))  # fmt: skip
     say("latency, in turn")
     found = [compare(one, other, new.image, tolerance=tolerance, seconds=seconds * 2 / 3)]
     say("cold starts, in turn")
     found += compare_starts(one, other, new.image, seconds=seconds / 3)
-    return [*found, compare_sizes(new.shipped.stat().st_size, old.shipped.stat().st_size)]
+    return [*found, compare_sizes(*(Path(item.model).stat().st_size for item in (one, other)))]
 
 
 def against_stored(
@@ -108,9 +108,9 @@ def against_stored(
 ) -> list[Verdict]:  # fmt: skip
     """The same against what bench measured earlier (`stored`), in its condition. Advisory on another machine."""
     found, row = find(model, image), stored["rows"][0]
-    condition = Condition(model=str(found.shipped), provider=stored["provider"], threads=stored["threads"],
-                          batch=row["batch"])  # fmt: skip
-    return _stored(lambda: starts(condition, found.image), found.shipped.stat().st_size, stored, machine())
+    path = found.shipped(stored["provider"])
+    condition = Condition(model=str(path), provider=stored["provider"], threads=stored["threads"], batch=row["batch"])
+    return _stored(lambda: starts(condition, found.image), path.stat().st_size, stored, machine())
 
 
 def against_there(

@@ -11,11 +11,15 @@ import numpy as np
 
 from ftkit.storage import cache_folder
 from ftkit_export.errors import FtkitError
-from ftkit_export.graph import pixel_model
-from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import PROVIDERS, Session, cores, offered
+from ftkit_export.graph import tiny_model
+from ftkit_export.session import PROVIDERS, Session, cores, missing_library, offered
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "pillow")
+SOURCES = {
+    "libcuda.so": ": install the NVIDIA driver",
+    "libnvinfer": ": install TensorRT 10, and put its folder on LD_LIBRARY_PATH",
+    "libcu": ": install torch built for the same CUDA, which brings it",
+}
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 
 
@@ -27,7 +31,7 @@ def examine() -> list[str]:
     if len(runtimes) > 1:
         lines.append(f"error: {' and '.join(runtimes)} install the same module: keep one of them")
     lines.append(_torch_gpu())
-    lines += [_provider(name) for name in PROVIDERS]
+    lines += [_provider(name) for name in PROVIDERS if "-" not in name]  # what has one is another way to run one
     lines.append(f"{cores()} cores; cache at {cache_folder()}")
     return lines
 
@@ -52,14 +56,18 @@ def _provider(name: str) -> str:
     if name not in offered():
         return f"provider {name:<9} absent: this ONNX Runtime was built without it"
     why = does_not_open(name)
-    return f"provider {name:<9} does not open: {why}" if why else f"provider {name:<9} works"
+    if not why:
+        return f"provider {name:<9} works"
+    missing = missing_library(name)
+    source = next((text for library, text in SOURCES.items() if missing.startswith(library)), "")
+    return f"provider {name:<9} does not open: " + (f"{missing.split(':')[0]} is missing{source}" if missing else why)
 
 
 def does_not_open(provider: str) -> str:
     """Why a small model does not run on this provider here; empty when it does."""
     try:
-        session = Session(pixel_model(Preprocess(size=8, resize=8)).SerializeToString(), provider=provider)
-        session.run(np.zeros((1, 8, 8, 3), np.uint8))
+        session = Session(tiny_model().SerializeToString(), provider=provider)
+        session.run(np.zeros((1, 3, 8, 8), np.float32))
     except FtkitError as error:
         return str(error)
     return ""

@@ -21,14 +21,15 @@ from ftkit import terminal, variants
 from ftkit.checkpoint import Run
 from ftkit.evaluate import Metrics, evaluate
 from ftkit.recipe import Export
+from ftkit_export.bench import conditions
 from ftkit_export.bundle import Gate
 from ftkit_export.decision import Paired, Row, paired
 from ftkit_export.graph import IR_VERSION, OPSET
-from ftkit_export.latency import Condition, Latency, machine, measure
+from ftkit_export.latency import Latency, machine, measure
 from ftkit_export.parity import Parity
 from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
-from ftkit_export.session import cores
+from ftkit_export.session import cores, form_of
 
 
 def file_accuracy(
@@ -65,15 +66,19 @@ def latencies(
     paths: Mapping[str, tuple[Path, Path]], photograph: Path, providers: Sequence[str], quick: bool
 ) -> dict[str, list[Latency]]:
     """Variant -> p50, p95, memory on a photograph, each in a fresh process; the first is one thread on the CPU or, for
-    want of it, the first provider."""
+    want of it, the first provider. On a GPU with and without copies."""
     threads = sorted({1, cores()})
     found: dict[str, list[Latency]] = {name: [] for name in paths}
-    for name, (image, _) in paths.items():
+    for name, forms in paths.items():
         for provider in sorted(providers, key=lambda provider: provider != "cpu"):
-            for count in threads if provider == "cpu" else threads[:1]:
-                where = f"{name} on {provider}, {count} thread{'s' if count > 1 else ''}"
+            listed = conditions(form_of(provider, *forms), [provider], threads if provider == "cpu" else [1], [0])
+            for condition in listed:
+                if provider == "cpu" and not condition.spinning:
+                    continue  # `ftkit bench` has it
+                count = condition.threads
+                how = f"{count} thread{'s' if count > 1 else ''}" if provider == "cpu" else "with copies"
+                where = f"{name} on {provider}, {how if condition.copies else 'without copies'}"
                 with terminal.bar(f"latency of {where}"):
-                    condition = Condition(model=str(image), provider=provider, threads=count)
                     last = measure(condition, photograph, quick=quick)
                 found[name].append(last)
                 terminal.say(f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
@@ -131,6 +136,8 @@ def manifest(
         "limits": asdict(context.limits),
         "evidence": {
             "decision": [{**asdict(row), "shippable": row.shippable} for row in made.rows],
+            "agreement": {name: [{**asdict(check), "passed": check.passed} for check in checks]
+                          for name, checks in made.checks.items()},
             "parity": [
                 {
                     "provider": item.provider, "passed": item.passed, "first_divergence": item.first_divergence,

@@ -29,7 +29,7 @@ from ftkit.evaluate import (
     worst_mistakes,
 )  # fmt: skip
 from ftkit_export.foreign import Foreign, fit
-from ftkit_export.parity import softmax
+from ftkit_export.predict import softmax
 from ftkit_export.preprocess import Preprocess
 
 Array = np.ndarray[Any, Any]

@@ -39,7 +39,7 @@ from ftkit_export.golden import write_flat, write_golden
 from ftkit_export.latency import Latency, Raced
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.preprocess import decode
-from ftkit_export.session import require
+from ftkit_export.session import PROVIDERS, require
 from ftkit_export.targets import TARGETS, unshippable
 
 Array = np.ndarray[Any, Any]
@@ -148,6 +148,9 @@ def export(
     """
     for name in providers:
         require(name)
+        if PROVIDERS[name].captured:
+            raise FtkitError(f"--providers {name}: expected one that parity can be measured on, found one for "
+                             "`ftkit bench` alone. Try cuda")  # fmt: skip
     _require_extras(extras or Extras(), settings or run.recipe.export)
     keep_freed_memory()
     canvases = held_out(run, data)

@@ -13,7 +13,7 @@ import json
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from ftkit_export.latency import Raced, race
 from ftkit_export.parity import Check, agreement
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.quantize import RANK_IMAGES, calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
-from ftkit_export.session import Session
+from ftkit_export.session import Session, form_of
 from ftkit_export.targets import TARGETS, Target, here
 from ftkit_export.verify import sha256
 
@@ -73,7 +73,7 @@ class Context:
         return self.target_name == here() if provider == "cpu" else not does_not_open(provider)
 
     def race(self, files: Sequence[Path]) -> list[Raced] | None:
-        """Image forms run in turn on the target, one thread; None where it is neither this machine nor reached."""
+        """Files run in turn on the target, one thread; None where it is neither this machine nor reached."""
         if self.device:
             return self.device.race(files, self.photograph, provider=self.target.provider)
         return race(files, self.photograph, provider=self.target.provider) if self.here else None
@@ -112,10 +112,12 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Variants:
-    """rows: the decision table, fp32 first. shipped: variant name -> its row and core form, one a precision."""
+    """rows: the decision table, fp32 first. shipped: variant name -> its row and core form, one a precision. checks:
+    how far a lower precision agrees, beside its accuracy."""
 
     rows: tuple[Row, ...]
     shipped: Mapping[str, tuple[Row, onnx.ModelProto]]
+    checks: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)
 
 
 def resolve_target(name: str, providers: Sequence[str]) -> str:
@@ -146,7 +148,8 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
         row, best = min(rivals, key=lambda pair: _preference(pair[0]))
         if row.verdict != "refused":
             shipped[precision] = (replace(row, name=precision), best.core)
-    return Variants(rows=tuple(row for row, _ in judged), shipped=shipped)
+    return Variants(rows=tuple(row for row, _ in judged), shipped=shipped,
+                    checks={item.name: item.checks for item in found if item.checks})  # fmt: skip
 
 
 def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str = "cpu") -> Array:
@@ -229,14 +232,17 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
 
 def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
-    """Image forms of all, run in turn on one thread on a real photograph; what the target measured when not here."""
+    """All in the form that the target's provider runs, in turn on one thread on a real photograph; what the target
+    measured when not here."""
     reached = context.here or context.device
     if (context.here and len(candidates) == 1) or not (reached or context.measured):
         return {}
     with tempfile.TemporaryDirectory() as scratch, terminal.bar(f"latency of {len(candidates)} variants"):
         files = [Path(scratch) / f"{number}.onnx" for number in range(len(candidates))]
         for path, item in zip(files, candidates, strict=True):
-            context.write(item.core, path, item.precision, item.kept, plain=False)
+            context.write(
+                item.core, path, item.precision, item.kept, plain=form_of(context.target.provider, False, True)
+            )
         if found := context.race(files):
             return {item.name: times for item, times in zip(candidates, found, strict=True)}
         known = context.measured["sha256"]  # of the very files that ran there

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.dont_write_bytecode = True  # the bundle is sealed: nothing may appear in it
 
-from ftkit_export.bench import bench  # noqa: E402  # after the line above on purpose
+from ftkit_export.bench import bench, find  # noqa: E402  # after the line above on purpose
 from ftkit_export.errors import FtkitError  # noqa: E402
 from ftkit_export.latency import Condition, measure  # noqa: E402
 from ftkit_export.predict import Classifier, image_files  # noqa: E402
@@ -39,9 +39,8 @@ def self_check(provider: str, threads: int) -> int:
     for gate in result.failed_gates:
         print(f"sealed gate  FAILED: {gate}")
     golden = BUNDLE / "golden" / "00.png"
-    latency = measure(
-        Condition(model=str(BUNDLE / "model.onnx"), provider=provider, threads=threads), golden, quick=True
-    )
+    model = str(find(BUNDLE).shipped(provider))
+    latency = measure(Condition(model=model, provider=provider, threads=threads), golden, quick=True)
     print(
         f"latency      p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms ({provider}, {latency.threads} threads)"
     )
