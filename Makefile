@@ -1,10 +1,10 @@
-# make demo: the whole story on real photographs. make test: every test. make check: style and types.
+# make demo: the whole story on real photographs. make test: every test. make check: style and types. make gpu: on a GPU.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/ftkit demo
@@ -32,6 +32,11 @@ bench: $(STAMP)
 	$(BIN)/python bench/gate.py --what cost
 	$(BIN)/python bench/gate.py --what real
 	$(BIN)/python -m pytest bench
+
+# On a machine with an NVIDIA GPU: its tests, then its figures into bench/gpu.md.
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python bench/gpu.py
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null || { echo "error: make: expected $(PYTHON) (3.11 or newer), found none. Try make PYTHON=python3" >&2; exit 2; }

@@ -34,6 +34,7 @@ from ftkit.feed import set_mode, under
 from ftkit.intake import read
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.source import Source
 from ftkit.train import train
 from ftkit_export.preprocess import Preprocess
 
@@ -192,7 +193,7 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
     canvases, backbone = build_canvases(read(data), preprocess), build("efficientnet_lite0", 4)
     model, names = backbone.model.to(memory_format=torch.channels_last), trainable(backbone, "last:2")
     views = Views(canvases=canvases, preprocess=preprocess, augment=Augment(hflip=True, vflip=True), count=4, seed=seed,
-                  device=torch.device("cpu"))  # fmt: skip
+                  source=Source(canvases.array, len(canvases.slots), 224 * 224 * 3, torch.device("cpu")))  # fmt: skip
     rows = canvases.rows("train")
     chunks = [views.pixels(rows, view, start) for view in range(4) for start in range(0, len(rows), CHUNK)]
     graph = trace(model)

@@ -167,7 +167,9 @@ def as_tables(found: Mapping[str, Any]) -> str:
     raced = [f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
              f"{item['ratio_high']:.2f}]" for name, item in found["raced"].items() if name != "fp32"]  # fmt: skip
     quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
-    return "\n".join(["\n\n".join(tables), *raced, *quick])
+    held = {f"{row['variant']} on {row['provider']}": row["gpu_bytes"] for row in found["rows"] if row.get("gpu_bytes")}
+    memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
+    return "\n".join(["\n\n".join(tables), *memory, *raced, *quick])
 
 
 def _ms(value: float) -> str:

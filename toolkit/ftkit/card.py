@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ftkit.terminal import condition
+
 
 def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """run: run.json's data; manifest: as sealed, but for the files. Returns Markdown."""
@@ -18,8 +20,7 @@ def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         )
     )  # fmt: skip
     latency = "\n".join(
-        f"| {item['provider']}, {item['threads']} thread{'s' * (item['threads'] > 1)} | {item['p50_ms']:.1f} | "
-        f"{item['p95_ms']:.1f} | {item['peak_rss_bytes'] / 1e6:.0f} |"
+        f"| {condition(item)} | {item['p50_ms']:.1f} | {item['p95_ms']:.1f} | {item['peak_rss_bytes'] / 1e6:.0f} |"
         for item in chosen
     )
     held, machine = run["abstention"], manifest["machine"]

@@ -103,7 +103,7 @@ def _summary(bundle: Path) -> str:
                      f"{logits['value'] / logits['floor']:.1f} x the framework's own float32 error"))  # fmt: skip
     rows.append(("chosen", f"{manifest['chosen']} for {manifest['target']}"))
     for item in (item for item in evidence["latency"] if item["variant"] == manifest["chosen"]):
-        rows.append(("latency", f"p50 {item['p50_ms']:.1f} ms, p95 {item['p95_ms']:.1f} ms on {item['provider']}, "
-                     f"{item['threads']} thread{'s' if item['threads'] > 1 else ''}"))  # fmt: skip
+        rows.append(("latency", f"p50 {item['p50_ms']:.1f} ms, p95 {item['p95_ms']:.1f} ms on "
+                     f"{terminal.condition(item)}"))  # fmt: skip
     rows.append(("size", f"{item['size_bytes'] / 1e6:.1f} MB"))
     return terminal.table(rows)

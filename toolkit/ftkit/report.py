@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.files import write_atomically
+from ftkit.terminal import condition
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1c1e; --faint: #5c6166; --paper: #fff; --line: #d8dce0;
@@ -204,8 +205,7 @@ def _histogram(item: Mapping[str, Any]) -> str:
         for number, count in enumerate(counts)
         if count
     )
-    where = f"{item['variant']} on {item['provider']}, {item['threads']} thread{'s' if item['threads'] > 1 else ''}"
-    title = f"{where}: {item['runs']} runs, p50 {item['p50_ms']:.2f} ms"
+    title = f"{item['variant']} on {condition(item)}: {item['runs']} runs, p50 {item['p50_ms']:.2f} ms"
     return (f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{bars}'
             f'<text x="0" y="{height - 4}">{item["low_ms"]:.2f} ms</text>'
             f'<text x="{width}" y="{height - 4}" text-anchor="end">{item["high_ms"]:.2f} ms</text></svg>'
@@ -215,12 +215,13 @@ def _histogram(item: Mapping[str, Any]) -> str:
 def _parity_and_latency(evidence: Mapping[str, Any]) -> str:
     parity = [
         (c["name"], c["group"], item["provider"], c["inputs"], c["value"], c["limit"], _verdict(c["passed"]))
-        for item in evidence["parity"] for c in item["checks"]
+        for item in (*evidence["parity"], *({"provider": name, "checks": checks}
+                                            for name, checks in evidence["agreement"].items())) for c in item["checks"]
     ]  # fmt: skip
     latency = [
         (
             item["variant"],
-            f"{item['provider']}, {item['threads']} thread{'s' if item['threads'] > 1 else ''}",
+            condition(item),
             *(item[key] for key in ("p50_ms", "p95_ms", "runs", "first_run_ms", "session_ms")),
             item["peak_rss_bytes"] / 1e6,
             "quick" if item["quick"] else "full",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 Step = Callable[[int, int], None]
 
@@ -73,6 +74,13 @@ def note() -> Iterator[Callable[[str], None]]:
 def clock(seconds: float) -> str:
     """75.2 -> "1:15"."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def condition(item: Mapping[str, Any]) -> str:
+    """A Latency's fields -> "cpu, 2 threads", "cuda, without copies"."""
+    if item["gpu_bytes"] is not None:
+        return f"{item['provider']}, {'with' if item['copies'] else 'without'} copies"
+    return f"{item['provider']}, {item['threads']} thread{'s' * (item['threads'] > 1)}"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
