@@ -226,44 +226,57 @@ with joined(sys.argv[1]) as (device, ranks):
 """
 
 
+def _subset(data: Path, wanted: int) -> Path:
+    """A CSV of so many training photographs, and 40 to judge."""
+    files = random.Random(0).sample(sorted(data.rglob("*.png")), min(wanted + 40, 2223))
+    lines = [f"{path},{path.parent.name},{'train' if n < wanted else ('val', 'test')[n % 2]}"
+             for n, path in enumerate(files)]  # fmt: skip
+    table = data / f"{wanted}.csv"
+    table.write_text("\n".join(["path,label,split", *lines]) + "\n")
+    return table
+
+
+def _best(run: Path) -> float:
+    """Images/s of the best epoch after the first."""
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max(float(epoch["images_per_s"]) for epoch in epochs[1:])
+
+
 def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> str:
-    """`each` images a process and step, full fine-tuning of lite0; and what an all-reduce of its gradients takes."""
+    """`each` images a process and step, full fine-tuning of lite0: together, and as many that tell each other nothing;
+    and what an all-reduce of the gradients takes."""
     data = many_photographs(scratch / "scaling", 1)
     sized = sum(p.numel() for p in build("efficientnet_lite0", 4, "none").model.parameters())
     (scratch / "reduce.py").write_text(REDUCE)
-    lines = [
-        "| processes | images/s in all | efficiency | all-reduce of the gradients | of a flag |",
-        "|---|---|---|---|---|",
-    ]
-    alone = 0.0
-    for count in processes:
-        recipe = scratch / "full.py"
+    lines = ["| processes | images/s in all | of one, times N | of N apart | all-reduce of the gradients | of a flag |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    environment, alone = {**os.environ, "FTKIT_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"}, 0.0
+
+    def command(name: str, batch: int, place: str) -> list[str]:
+        recipe = scratch / f"full-{batch}.py"
         recipe.write_text("from ftkit.recipe import Recipe, Stage\nrecipe = Recipe(name='full', backbone="
                           "'efficientnet_lite0', weights='none', stages=(Stage(train='all', epochs=3, lr=1e-4, "
-                          f"batch_size={each * count}, cache='off'),))\n")  # fmt: skip
-        rows = (data / "train.csv").open("w")
-        rows.write("path,label,split\n")
-        files = random.Random(0).sample(sorted(data.rglob("*.png")), 2000)
-        wanted = each * count * (40 if device == "cuda" else 5)
-        for number, path in enumerate(files[: wanted + 40]):
-            split = "train" if number < wanted else ("val", "test")[number % 2]
-            rows.write(f"{path},{path.parent.name},{split}\n")
-        rows.close()
-        run = scratch / f"scaling-{count}"
+                          f"batch_size={batch}, cache='off'),))\n")  # fmt: skip
+        table = _subset(data, batch * (40 if device == "cuda" else 5))
+        return ["-m", "ftkit", "train", str(table), "--recipe", str(recipe), "--out", str(scratch / name),
+                "--device", place]  # fmt: skip
+
+    for count in processes:
         start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
-        environment = {**os.environ, "FTKIT_CACHE": str(scratch / "cache")}
-        pinned = [] if device == "cuda" or count > 1 else ["taskset", "-c", "0"]
-        command = ["train", data / "train.csv", "--recipe", recipe, "--out", run, "--device", device]
-        subprocess.run([*pinned, *start, "-m", "ftkit", *map(str, command)], check=True, env=environment)
-        epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        speed = max(epoch["images_per_s"] for epoch in epochs[1:])
-        alone = alone or speed / count
-        spent = ["", ""]
+        subprocess.run([*start, *command(f"run-{count}", each * count, device)], check=True, env=environment)
+        speed, spent = _best(scratch / f"run-{count}"), ["", ""]
+        alone, apart = alone or speed / count, speed
         if count > 1:
-            done = subprocess.run([*start, str(scratch / "reduce.py"), device, str(sized)], check=True,
+            running = [subprocess.Popen([sys.executable, *command(f"apart-{count}-{number}", each, device)],
+                                        env={**environment, "CUDA_VISIBLE_DEVICES": str(number)})
+                       for number in range(count)]  # fmt: skip
+            assert not any(process.wait() for process in running)
+            apart = sum(_best(scratch / f"apart-{count}-{number}") for number in range(count))
+            done = subprocess.run([*start, str(scratch / "reduce.py"), device, str(sized)], check=True, env=environment,
                                   stdout=subprocess.PIPE, text=True)  # fmt: skip
             spent = [f"{float(word):.2f} ms" for word in done.stdout.split()[-2:]]
-        lines.append(f"| {count} | {speed:.1f} | {speed / (alone * count):.0%} | {spent[0]} | {spent[1]} |")
+        lines.append(f"| {count} | {speed:.1f} | {speed / (alone * count):.0%} | {speed / apart:.0%} | {spent[0]} | "
+                     f"{spent[1]} |")  # fmt: skip
     return "\n".join(lines)
 
 

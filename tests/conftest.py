@@ -1,9 +1,12 @@
 """One small real run and one bundle of it, shared by every test: real photographs, real weights, the real commands."""
 
+import copy
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before anything of ftkit is imported: tests never touch the user's cache.
 os.environ["FTKIT_CACHE"] = tempfile.mkdtemp(prefix="ftkit-test-cache-")
@@ -13,9 +16,12 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from elpv_dataset import __file__ as elpv_file
+from torch import nn
 
+from ftkit import pipeline
 from ftkit.cli import main
 from ftkit.demo import NOTICE
+from ftkit.weights import fingerprint
 
 PER_CLASS = 30
 TINY = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=6", "stages.1.epochs=2", "stages.1.train=last:1",
@@ -42,6 +48,27 @@ def steps_done(out: Path) -> int:
     except (OSError, ValueError):
         return -1
     return int(data["stage"]) * 1000 + int(data["step"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def converted_once() -> Iterator[None]:
+    """The shared run is converted, and answers in float64, once for all its exports: real results, reused."""
+
+    def once(make: Callable[..., Any]) -> Callable[..., Any]:
+        made: dict[str, Any] = {}
+
+        def again(model: nn.Module, *rest: object) -> Any:
+            key = fingerprint(model) + repr(rest)
+            if key not in made:
+                made[key] = make(model, *rest)
+            return copy.copy(made[key])
+
+        return again
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("export_core", "Reference"):
+            patch.setattr(pipeline, name, once(getattr(pipeline, name)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,9 @@ import pytest
 from conftest import ftkit
 from onnx import numpy_helper
 
+from ftkit import pipeline
 from ftkit.variants import as_table
+from ftkit_export.convert import export_core
 from ftkit_export.decision import Row, paired
 from ftkit_export.predict import Classifier
 from ftkit_export.session import Session
@@ -260,9 +262,10 @@ def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> 
 
 
 def test_the_same_run_gives_the_same_bytes_but_for_timings(
-    run: Path, bundle: Path, keys: tuple[Path, Path], tmp_path: Path
+    run: Path, bundle: Path, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / bundle.name
+    monkeypatch.setattr(pipeline, "export_core", export_core)  # converted anew
     result = ftkit("export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--sign", keys[0])
     assert result.exit_code == 0, result.output
     chosen = [json.loads((folder / "manifest.json").read_text())["chosen"] for folder in (bundle, out)]

@@ -35,9 +35,7 @@ from ftkit_export.session import cores
 Made = TypeVar("Made")
 Tensors = dict[str, torch.Tensor]
 
-PATIENCE = timedelta(
-    minutes=30
-)  # that ranks wait for each other: one machine may decode while another has its canvases
+PATIENCE = timedelta(minutes=30)  # of ranks for each other: one machine may decode while another has its canvases
 
 
 @dataclass(frozen=True)
@@ -195,27 +193,52 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
-class _Sum(torch.autograd.Function):
-    """A sum over the ranks that gradients pass through."""
+class _Normalised(torch.autograd.Function):
+    """Batch normalisation (Ioffe & Szegedy 2015) over all ranks' inputs (n, C, ...), on a CPU: torch's own kernels for
+    what touches the input, one sum over the ranks each way for the few numbers a channel."""
 
     @staticmethod
-    def forward(_ctx: Any, value: torch.Tensor) -> torch.Tensor:
-        total = value.clone()
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, running_mean: torch.Tensor | None,
+        running_var: torch.Tensor | None, eps: float, momentum: float,
+    ) -> torch.Tensor:  # fmt: skip
+        mean, variance = (part.double() for part in torch.batch_norm_update_stats(input, None, None, 0.0))
+        own = mean.new_tensor([input.numel() // input.shape[1]])
+        total = torch.cat([own * mean, own * (variance + mean**2), own])
         dist.all_reduce(total)
-        return total
+        count, (mean, square) = float(total[-1]), (total[:-1] / total[-1]).chunk(2)
+        variance = square - mean**2
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.to(running_mean), momentum)
+            running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)
+        mean, variance = mean.to(weight), variance.to(weight)
+        ctx.save_for_backward(input, weight, mean, variance)
+        ctx.eps, ctx.count = eps, count
+        found: torch.Tensor = torch.native_batch_norm(input, weight, bias, mean, variance, False, 0.0, eps)[0]
+        return found
 
     @staticmethod
-    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """With mean and variance held, then the part that flows through them: sums of the gradient, and of the gradient
+        times the normalised input."""
+        input, weight, mean, variance = ctx.saved_tensors
+        found, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, input, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([by_bias, by_weight])
+        dist.all_reduce(sums)
+        invstd, wide = (variance + ctx.eps).rsqrt(), (1, -1, *(1,) * (input.ndim - 2))
+        slope = -weight * invstd**2 * sums[1] / ctx.count
+        shift = -weight * invstd * sums[0] / ctx.count - slope * mean
+        found.addcmul_(input, slope.view(wide)).add_(shift.view(wide))
+        return found, by_weight, by_bias, None, None, None, None
 
 
 class GlobalBatchNorm(TorchFunctionMode):
     """Within it, BatchNorm in training mode counts the whole global batch, whatever module calls F.batch_norm.
 
-    On CUDA by torch's own SyncBatchNorm kernels, elsewhere by sums over the ranks: mean first, then the variance around
-    it. Statistics of a part of the batch would make the weights depend on the number of ranks.
+    On CUDA by torch's own SyncBatchNorm, which knows no CPU. Statistics of a part of the batch would make the weights
+    depend on the number of ranks.
     """
 
     def __init__(self, world: int):
@@ -231,32 +254,16 @@ class GlobalBatchNorm(TorchFunctionMode):
                  **dict(zip(names, args, strict=False)), **kwargs}  # fmt: skip
         if not given.pop("training"):
             return func(*args, **kwargs)
-        if given["input"].is_cuda:
-            from torch.nn.modules._functions import SyncBatchNorm
+        order = ("input", "weight", "bias", "running_mean", "running_var", "eps", "momentum")
+        if given["weight"] is None:  # without an affine part
+            given["weight"] = given["input"].new_ones(given["input"].shape[1])
+            given["bias"] = given["input"].new_zeros(given["input"].shape[1])
+        values = [given[key] for key in order]
+        if not given["input"].is_cuda:
+            return _Normalised.apply(*values)
+        from torch.nn.modules._functions import SyncBatchNorm
 
-            order = ("input", "weight", "bias", "running_mean", "running_var", "eps", "momentum")
-            return SyncBatchNorm.apply(*(given[key] for key in order), dist.group.WORLD, self.world)
-        return _normalised(**given)
-
-
-def _normalised(
-    input: torch.Tensor, running_mean: torch.Tensor | None, running_var: torch.Tensor | None,
-    weight: torch.Tensor | None, bias: torch.Tensor | None, momentum: float, eps: float,
-) -> torch.Tensor:  # fmt: skip
-    """input (n, C, ...) by the mean and variance over all ranks' inputs (Ioffe & Szegedy 2015)."""
-    over, wide = [0, *range(2, input.ndim)], (1, -1, *(1,) * (input.ndim - 2))
-    size = torch.tensor(input.numel() // input.shape[1])
-    dist.all_reduce(size)
-    count = int(size)
-    mean = _Sum.apply(input.sum(over)) / count
-    centred = input - mean.view(wide)
-    variance = _Sum.apply(centred.square().sum(over)) / count
-    with torch.no_grad():
-        if running_mean is not None and running_var is not None:
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(variance * (count / (count - 1)), momentum)
-    found: torch.Tensor = centred * (variance + eps).rsqrt().view(wide)
-    return found if weight is None or bias is None else found * weight.view(wide) + bias.view(wide)
+        return SyncBatchNorm.apply(*values, dist.group.WORLD, self.world)
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:

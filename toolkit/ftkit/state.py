@@ -190,7 +190,8 @@ class Stopped(KeyboardInterrupt):
 
 class Stop:
     """Within `with Stop() as stop`, Ctrl-C and SIGTERM raise Stopped; within stop.deferred() the first only sets
-    stop.signal, for the loop to see after its step, and the second raises."""
+    stop.signal, for the loop to see after its step, and a second Ctrl-C raises. Not a second SIGTERM: a scheduler's
+    reaches a rank twice, from itself and from torchrun."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -210,7 +211,7 @@ class Stop:
             signal.signal(number, former)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if not self._deferring or self.signal:
+        if not self._deferring or (self.signal and number == signal.SIGINT):
             raise Stopped(number)
         self.signal = number
 
