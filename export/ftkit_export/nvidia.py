@@ -1,4 +1,4 @@
-"""What the NVIDIA driver tells of the first GPU, through its management library; nothing where there is none.
+"""What the NVIDIA driver (NVML) tells of the first GPU that this process may use; nothing where there is none.
 
 facts()         {"gpu": "NVIDIA H200", "driver": "580.65"}
 used_bytes()    memory in use on it, by all processes
@@ -7,6 +7,7 @@ used_bytes()    memory in use on it, by all processes
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import lru_cache
 from typing import Any
 
@@ -21,15 +22,19 @@ class _Memory(ctypes.Structure):
 
 @lru_cache
 def _opened() -> tuple[Any, Any] | None:
-    """The library and the handle of GPU 0, or None."""
+    """The library and the handle of the GPU, or None."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    handle = ctypes.c_void_p()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+    handle, first = ctypes.c_void_p(), os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if library.nvmlInit_v2():
         return None
-    return library, handle
+    if first.isdigit():
+        failed = library.nvmlDeviceGetHandleByIndex_v2(int(first), ctypes.byref(handle))
+    else:
+        failed = library.nvmlDeviceGetHandleByUUID(first.encode(), ctypes.byref(handle))
+    return None if failed else (library, handle)
 
 
 def facts() -> dict[str, str]:

@@ -66,7 +66,7 @@ PROVIDERS: Mapping[str, Provider] = {
     # TensorRT has no option for TF32, which it uses; NVIDIA_TF32_OVERRIDE=0 switches it off for a whole process.
     "tensorrt": Provider(name=_TENSORRT, precision="tf32", form="core", gpu=True),
     "tensorrt-fp16": Provider(
-        name=_TENSORRT, options={"trt_fp16_enable": "1"}, precision="fp16", form="core", gpu=True
+        name=_TENSORRT, options={"trt_fp16_enable": "True"}, precision="fp16", form="core", gpu=True
     ),
     "openvino": Provider(name="OpenVINOExecutionProvider"),
     "coreml": Provider(name="CoreMLExecutionProvider"),
@@ -264,8 +264,8 @@ class Session:
             binding.bind_ortvalue_input(name, value)
         for item in self._session.get_outputs():
             sizes = list(item.shape)
-            if sizes and arrays and not isinstance(sizes[0], int):
-                sizes[0] = arrays[0].shape[0]  # the batch
+            if sizes and self.inputs and self.inputs[0].shape[:1] == tuple(sizes[:1]):
+                sizes[0] = arrays[0].shape[0]  # the batch, by the same name
             if item.type == "tensor(float)" and sizes and all(isinstance(size, int) for size in sizes):
                 values.append(value_of.ortvalue_from_shape_and_type(sizes, np.float32, device, 0))
                 binding.bind_ortvalue_output(item.name, values[-1])

@@ -1,6 +1,9 @@
 """What only a GPU can show: `make gpu` runs these there. Each is skipped, and says so, where there is none."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,13 @@ from conftest import TINY, ftkit, settings
 from ftkit.backbones import build
 from ftkit.canvas import build as build_canvases
 from ftkit.compute import fastest, prepare, ways
-from ftkit.distributed import SOLO
 from ftkit.feed import Feeds, under
 from ftkit.intake import read
 from ftkit.optim import Moving, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.step import fresh_gradients, run_as
+from ftkit.stage import Work
+from ftkit.state import Stopped
+from ftkit.step import fresh_gradients
 from ftkit_export.latency import Condition, measure
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import Session
@@ -78,7 +82,7 @@ def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
     assert feeds.pixels.resident
     feed = feeds.stage(0)
     moving = Moving(backbone.model, under(feeds.trained[0]), stage, make_optimizer(backbone, stage, True), compute)
-    net, _ = run_as(feed, stage, compute, SOLO, None, 100)
+    net = feed.net
 
     def step(number: int) -> None:
         fetched = feed.fetch(np.arange(number, number + 16), torch.Generator().manual_seed(number), slice(0, 16))
@@ -117,22 +121,48 @@ def test_a_captured_graph_answers_as_the_plain_step_and_learns(photos: Path) -> 
 
 
 def test_an_interrupted_run_goes_on(photos: Path, tmp_path: Path) -> None:
-    from ftkit import stage as stages
+    left, changes = tmp_path / "run", [*settings(*TINY), "--device", "cuda"]
 
-    real, left = stages.train_stage, tmp_path / "run"
-    changes = [*settings(*TINY), "--device", "cuda"]
-
-    def interrupted(work, number):  # type: ignore[no-untyped-def]
-        if number == 1:
-            raise KeyboardInterrupt
-        return real(work, number)
+    def pause(work, moving):  # type: ignore[no-untyped-def]
+        if (work.state.stage, work.state.step) == (1, 3):
+            work.state.save(step=moving.tensors())
+            raise Stopped(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ftkit.train.train_stage", interrupted)
+        patch.setattr(Work, "pause", pause)
         assert ftkit("train", photos, "--out", left, *changes).exit_code == 130
     result = ftkit("train", photos, "--out", left, "--resume", "--device", "cuda")
     assert result.exit_code == 0, result.output
-    assert "going on after 1 stages" in result.stdout
+    assert "going on after 1 stages, 0 epochs and 3 steps of the next" in result.stdout
+
+
+CHECK = """
+import torch, torch.distributed as dist
+from torch import nn
+from ftkit.distributed import GlobalBatchNorm
+torch.cuda.set_device(0)
+dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, init_method="tcp://127.0.0.1:29577")
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    one, other = (nn.BatchNorm2d(8).cuda() for _ in range(2))
+    left = torch.randn(6, 8, 5, 5, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    right = left.clone().requires_grad_()
+    left.requires_grad_()
+    with GlobalBatchNorm(1):
+        found = one(left)
+    expected = other(right)
+    for out in (found, expected):
+        (out.float() ** 3).sum().backward()
+    scale = float(right.grad.float().abs().max())
+    assert float((found.float() - expected.float()).abs().max()) < tolerance * 5
+    assert float((left.grad.float() - right.grad.float()).abs().max()) < tolerance * scale
+    assert torch.allclose(one.running_var, other.running_var, rtol=tolerance)
+dist.destroy_process_group()
+"""
+
+
+def test_batchnorm_over_ranks_is_batchnorm_where_there_is_one(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_file_is_equal_on_cuda_and_measured_with_and_without_copies(exported: Path) -> None:

@@ -1,5 +1,6 @@
 """How a stage computes: a faster way is taken when measured and equal; nothing in a step waits for the device."""
 
+import re
 import time
 from pathlib import Path
 
@@ -48,8 +49,8 @@ def test_a_faster_way_is_taken_when_it_is_equal_and_worth_its_making() -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found, said = fastest(net, inputs, [_way("quick", quick)], CPU, steps=1000)
     assert found is quick
-    assert said.startswith("eager 1")
-    assert "quick 0." in said
+    eager, faster = (float(word) for word in re.findall(r"([\d.]+) ms", said))
+    assert eager >= 10 > faster
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
     assert fastest(net, inputs, [_way("quick", quick, worth=60)], CPU, steps=1000)[0] is net, "10 s do not repay 60"
@@ -63,11 +64,11 @@ def test_a_way_that_fails_or_answers_otherwise_is_left_and_said() -> None:
     def fails() -> nn.Module:
         raise RuntimeError("cannot be captured\nwith a long story")
 
-    ways = [Way(name="graph", make=fails, worth=0.0), _way("other", nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)))]
+    ways = [_way("other", nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))), Way(name="graph", make=fails, worth=0.0)]
     found, said = fastest(net, inputs, ways, CPU, steps=1000)
     assert found is net
-    assert "graph failed: cannot be captured," in said
-    assert said.endswith("but other answers")
+    assert ", but other answers, " in said
+    assert said.endswith("graph failed: cannot be captured")
 
 
 def test_rows_that_stay_on_the_device_are_the_rows_that_are_read() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,9 +87,12 @@ def test_a_killed_rank_ends_the_run_and_one_process_goes_on(alone: Path, photos:
     os.kill(rank_processes(process.pid)["1"], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert errors.count("error: rank 0: expected every rank to answer, found one gone. What was saved is kept") == 1
-    assert "Traceback" not in errors.split("ChildFailedError")[0].replace("Traceback (most recent call last):\n  File "
-                                                                          '"<frozen runpy>"', "")  # fmt: skip
+    # Which comes first: that rank 1 no longer answers, or that torchrun asks rank 0 to stop.
+    told = re.findall(
+        r"^(?:error: rank 0: expected every rank to answer, found one gone \(.+\)|stopped; go on with)", errors, re.M
+    )
+    assert len(told) == 1, errors
+    assert "[rank" not in errors, "no traceback of a rank"
     result = ftkit("train", photos, "--out", out, "--resume")
     assert result.exit_code == 0, result.output
     assert "expected ranks 2 as before the interruption, found 1" in result.stderr
@@ -128,6 +132,19 @@ with joined("cpu") as (device, ranks):
             whole, net.running_mean, net.running_var, net.weight, net.bias))
     open(f"{sys.argv[1]}/{ranks.rank}.json", "w").write(json.dumps(found))
 """
+
+
+def test_ranks_of_another_mind_end_with_one_sentence(photos: Path, tmp_path: Path) -> None:
+    """As when somebody typed another seed on the second machine, or a folder is missing on all."""
+    script = tmp_path / "each_its_own.py"
+    script.write_text("import os, sys; from ftkit.cli import main; main([*sys.argv[1:], '--seed', os.environ['RANK']])")
+    for data, said in ((photos, "expected the same recipe, seed, images, labels and splits on every machine"),
+                       (tmp_path / "none", "expected a folder of images or a CSV, found nothing there")):  # fmt: skip
+        command = [*TORCHRUN, str(script), "train", str(data), "--out", str(tmp_path / "run"), *PLAN]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode != 0
+        assert done.stderr.count("error: ") - done.stderr.count("ChildFailedError") <= 2, done.stderr
+        assert done.stderr.count(said) == 1, done.stderr
 
 
 def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
@@ -191,5 +208,5 @@ def test_more_ranks_than_images_in_a_batch_are_refused(photos: Path) -> None:
     from ftkit.step import run_as
     from ftkit_export.errors import FtkitError
 
-    with pytest.raises(FtkitError, match="expected an image for each of 4 ranks, found 2 in all"):
-        run_as(None, Stage(batch_size=2), Compute(device=torch.device("cpu")), Ranks(0, 4, 0, 4), None, 1)  # type: ignore[arg-type]
+    with pytest.raises(FtkitError, match="expected an image for each of 4 ranks, found 2 in a step"):
+        run_as(None, Stage(), Compute(device=torch.device("cpu")), Ranks(0, 4, 0, 4), 2, None, 1)  # type: ignore[arg-type]

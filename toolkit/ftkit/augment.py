@@ -10,6 +10,7 @@ pixels = evaluation(canvases, preprocess)                 # the very pixels the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -129,9 +130,9 @@ class Mixing:
         """The same for some of the images."""
         return Mixing(*(value[part] for value in vars(self).values()))
 
-    def to(self, device: torch.device) -> Mixing:
-        """The same on a device, without waiting."""
-        return Mixing(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Mixing:
+        """The same with every tensor changed: pinned, or moved."""
+        return Mixing(*(change(value) for value in vars(self).values()))
 
 
 def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generator) -> Mixing | None:

@@ -76,25 +76,21 @@ def train(
     device: str, gpus: int | None, seed: int, deterministic: bool, resume: bool,
 ) -> None:  # fmt: skip
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
-    if gpus:
-        sys.exit(_launched(ctx, gpus))
-    from ftkit import state, terminal
+    from ftkit import terminal
     from ftkit.checkpoint import next_free
     from ftkit.override import override
-    from ftkit.recipe import load, restore
+    from ftkit.recipe import load
     from ftkit.train import train as run_training
 
     if resume and out is None:
         raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
+    if gpus:
+        sys.exit(_launched(ctx, gpus))
     said = [name_ for name_ in ("name", "settings", "weights", "seed")
             if ctx.get_parameter_source(name_) is not click.core.ParameterSource.DEFAULT]  # fmt: skip
-    if resume and out and state.exists(out) and not said:
-        plan = state.plan_of(out)
-        recipe, seed = restore(plan["recipe"]), plan["seed"]
-    else:
-        recipe = override(load(name), [*([f"weights={weights}"] if weights else []), *settings])
+    recipe = override(load(name), [*([f"weights={weights}"] if weights else []), *settings])
     run = run_training(recipe, data, out or next_free(Path("runs") / recipe.name), seed=seed, device=device,
-                       resume=resume, deterministic=deterministic)  # fmt: skip
+                       resume=resume, deterministic=deterministic, known=not said)  # fmt: skip
     if _speaks():
         terminal.say(f"run: {run}\nnext: ftkit export {run}")
 

@@ -11,6 +11,7 @@ kernel answered. On a CPU: float32 throughout.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from ftkit_export.errors import FtkitError
 
 Tensors = tuple[torch.Tensor, ...]
 
+# cuBLAS is deterministic only with a fixed workspace, and torch asks once, at the first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 WARM_UP, TIMED = 3, 7  # steps
 GAIN = 0.95  # another way must take at most this share of eager's time
 AGREE = 0.05  # largest difference of logits, relative to the largest: bfloat16 rounds each value by up to 0.4 %
@@ -55,12 +58,12 @@ class Compute:
 
 def prepare(device: torch.device, deterministic: bool) -> Compute:
     """The policy for a device; sets torch's own switches to it."""
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed one
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
         return Compute(device=device, deterministic=deterministic)
-    torch.backends.fp32_precision = "ieee"  # type: ignore[attr-defined]  # since torch 2.9
+    backends: Any = torch.backends
+    for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+        part.fp32_precision = "ieee"
     torch.backends.cudnn.benchmark = not deterministic  # batches have one size: the search pays once
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return Compute(device=device, dtype=dtype, deterministic=deterministic)
@@ -104,6 +107,8 @@ class _Captured(nn.Module):
 
     def __init__(self, net: nn.Module, inputs: Tensors, compute: Compute):
         super().__init__()
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # gradients come from its stream
         shell = _Shell(net)  # capturing replaces the forward of what it is given, and the net is in use elsewhere
         with compute.autocast():
             self.run: Any = torch.cuda.make_graphed_callables(shell, inputs, allow_unused_input=True)
@@ -111,6 +116,14 @@ class _Captured(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.run(*inputs)
         return found
+
+
+def release(net: nn.Module) -> None:
+    """Give back the memory of a captured graph, which it keeps whole batches of activations in."""
+    if isinstance(net, _Captured):
+        net.run = None
+        gc.collect()  # what was captured refers to itself
+        torch.cuda.empty_cache()
 
 
 def fastest(
@@ -133,16 +146,17 @@ def fastest(
             if taken * steps < way.worth:
                 break
             try:
-                candidate: nn.Module = way.make()
+                candidate = _made(way, compute)
                 off = float((_answer(candidate, inputs, compute) - expected).abs().max() / expected.abs().max())
                 seconds = _step_seconds(candidate, inputs, compute)
             except Exception as error:  # capturing and compiling raise anything; eager remains
                 said.append(f"{way.name} failed: {(str(error) or type(error).__name__).splitlines()[0][:60]}")
-                continue
+                break
             wrong = not off <= AGREE
             said.append(f"{way.name} {seconds * 1e3:.1f} ms" + (", but other answers" if wrong else ""))
             if not wrong and seconds <= GAIN * taken:
-                best, taken = candidate, seconds
+                candidate, best, taken = best, candidate, seconds
+            release(candidate)
     except torch.OutOfMemoryError:  # the first step will meet it, and halve
         torch.cuda.empty_cache()
         return net, ""
@@ -154,7 +168,15 @@ def fastest(
     return best, ", ".join(said)
 
 
+def _made(way: Way, compute: Compute) -> nn.Module:
+    if compute.device.type == "cpu":
+        return way.make()
+    with torch.cuda.stream(torch.cuda.current_stream(compute.device)):  # a capture that fails leaves another one
+        return way.make()
+
+
 def _answer(net: nn.Module, inputs: Tensors, compute: Compute) -> torch.Tensor:
+    torch.manual_seed(0)  # of dropout
     with compute.autocast():
         found: torch.Tensor = net(*inputs)
     return found.detach().float().clone()
@@ -181,7 +203,7 @@ def _finish(compute: Compute) -> None:
 
 def deterministic_or_say(error: RuntimeError) -> FtkitError | None:
     """torch's complaint about an operation without a deterministic form, as one sentence; None for any other error."""
-    said = str(error).splitlines()[0]
+    said = (str(error) or " ").splitlines()[0]
     if "does not have a deterministic implementation" not in said:
         return None
     return FtkitError(f"--deterministic: expected only operations with a deterministic form, found {said.split()[0]}. "

@@ -35,7 +35,8 @@ from ftkit_export.session import cores
 Made = TypeVar("Made")
 Tensors = dict[str, torch.Tensor]
 
-PATIENCE = timedelta(minutes=30)  # of ranks for each other: one machine may decode while another has its canvases
+PATIENCE = timedelta(hours=12)  # of ranks for each other: one machine may decode while another has its canvases. A rank
+# that dies is noticed at once: its connections close, and torchrun ends the others
 
 
 @dataclass(frozen=True)
@@ -141,19 +142,30 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield device, ranks
+        dist.destroy_process_group()
+    except FtkitError as error:
+        _tell(str(error))
+        raise type(error)("") from None
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
+        said = (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, dist.DistError) and not any(word in said for word in ("gloo", "Gloo", "NCCL", "nccl")):
             raise
-        if ranks.rank < 2:  # rank 0 tells; rank 1 too, in case rank 0 is the one; at once, for torchrun ends us now
-            print(
-                f"error: rank {ranks.rank}: expected every rank to answer, found one gone. What was saved is kept: try "
-                "the same command with --resume, on as many GPUs as there are", file=sys.stderr, flush=True,
-            )  # fmt: skip
+        _tell(f"rank {ranks.rank}: expected every rank to answer, found one gone ({said[-80:]}). What was saved is "
+              "kept: try the same command with --resume, on as many GPUs as there are")  # fmt: skip
         raise FtkitError("") from None
-    finally:
-        dist.destroy_process_group()
+    finally:  # after a failure the group is left as it is: to end it, NCCL would wait for those who are gone
         terminal.mute(False)
+
+
+def _tell(text: str) -> None:
+    """Print an error, unless another rank was first: at once, for torchrun may end this process next."""
+    key = f"ftkit told {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    try:
+        first = dist.distributed_c10d._get_default_store().add(key, 1) == 1
+    except Exception:  # the store may be gone too
+        first = True
+    if text and first:
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def _placed() -> Ranks:

@@ -30,7 +30,7 @@ from ftkit.distributed import SOLO, Ranks
 from ftkit.optim import Batch
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe
-from ftkit.source import Source, array_source
+from ftkit.source import Source, array_source, pinned
 from ftkit.teacher import Teacher, load
 from ftkit.weights import fingerprint
 from ftkit_export.preprocess import Preprocess
@@ -142,6 +142,12 @@ class Feeds:
         self.trained = [trainable(backbone, stage.train) for stage in recipe.stages]
         self._shared: Activations | str | None = None
 
+    def _pinned(self, host: torch.Tensor) -> torch.Tensor:
+        return pinned(host, self.device)
+
+    def _moved(self, host: torch.Tensor) -> torch.Tensor:
+        return host.to(self.device, non_blocking=True)
+
     def stage(self, number: int) -> Feed:
         """The feed of stage `number`; sets the model's modes for it."""
         stage, names, model = self.recipe.stages[number], self.trained[number], self.backbone.model
@@ -180,11 +186,12 @@ class Feeds:
         def fetch(positions: Array, generator: torch.Generator, part: slice) -> Fetched:
             views = torch.randint(stage.views, (len(positions),), generator=generator).numpy()
             items = activations.items(views[part], positions[part])
-            return Fetched(tensors=[source.fetch(items) for source in sources], labels=self._labels[positions[part]])
+            labels = self._pinned(self._labels[positions[part]])
+            return Fetched(tensors=[source.fetch(items) for source in sources], labels=labels)
 
         def prepare(fetched: Fetched) -> Batch:
             values = [source.take(tensor) for source, tensor in zip(sources, fetched.tensors, strict=True)]
-            tensors, targets = _floats(values), fetched.labels.to(self.device, non_blocking=True)
+            tensors, targets = _floats(values), self._moved(fetched.labels)
             if taught is None:
                 return Batch(inputs=tensors, targets=targets)
             return Batch(inputs=tensors[:-1], targets=targets, teacher=tensors[-1])
@@ -271,27 +278,28 @@ class Feeds:
             draw, labels = drawn(len(positions), generator), self._labels[positions]
             mixing = mixing_of(len(positions), self.preprocess.size, self.recipe.augment, generator)
             if mixing is None:
-                return Fetched(tensors=[self.pixels.fetch(rows[positions[part]])], labels=labels[part],
-                               draw=draw[:, part])  # fmt: skip
+                return Fetched(tensors=[self.pixels.fetch(rows[positions[part]])], labels=self._pinned(labels[part]),
+                               draw=self._pinned(draw[:, part]))  # fmt: skip
             partner = mixing.partner[part]  # it may be another rank's image: both read it
             wanted, place = np.unique(np.r_[np.arange(len(positions))[part], partner.numpy()], return_inverse=True)
-            return Fetched(tensors=[self.pixels.fetch(rows[positions[wanted]])], labels=labels[part],
-                           draw=draw[:, wanted], others=labels[partner],
-                           place=torch.from_numpy(place).view(2, -1), mixing=mixing.of(part))  # fmt: skip
+            return Fetched(tensors=[self.pixels.fetch(rows[positions[wanted]])], labels=self._pinned(labels[part]),
+                           draw=self._pinned(draw[:, wanted]), others=self._pinned(labels[partner]),
+                           place=self._pinned(torch.from_numpy(place).view(2, -1)),
+                           mixing=mixing.of(part).mapped(self._pinned))  # fmt: skip
 
         def prepare(fetched: Fetched) -> Batch:
             assert fetched.draw is not None  # fetch drew it
             canvases, mixing, others = self.pixels.take(fetched.tensors[0]), None, None
             pixels = augmented(canvases, self.preprocess, self.recipe.augment, fetched.draw)
             if fetched.mixing is not None and fetched.place is not None and fetched.others is not None:
-                mixing, place = fetched.mixing.to(self.device), fetched.place.to(self.device, non_blocking=True)
+                mixing, place = fetched.mixing.mapped(self._moved), self._moved(fetched.place)
                 pixels = mixed(pixels[place[0]], pixels[place[1]], mixing)
-                others = fetched.others.to(self.device, non_blocking=True)
+                others = self._moved(fetched.others)
             pixels = channels_last(pixels)
             with torch.no_grad():
                 answers = None if teacher is None else teacher(pixels)
-            return Batch(inputs=(pixels,), targets=fetched.labels.to(self.device, non_blocking=True), teacher=answers,
-                         others=others, share=mixing.share if mixing else None)  # fmt: skip
+            return Batch(inputs=(pixels,), targets=self._moved(fetched.labels), teacher=answers, others=others,
+                         share=mixing.share if mixing else None)  # fmt: skip
 
         def val(positions: Array) -> Tensors:
             canvases = self.pixels.take(self.pixels.fetch(val_rows[positions]))

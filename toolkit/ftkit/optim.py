@@ -213,8 +213,9 @@ class Moving:
         if not flat:
             return
         self.tally = flat["tally"]
-        kinds = self.scaler.state_dict()
-        self.scaler.load_state_dict({key: type(kinds[key])(flat[f"scaler/{key}"]) for key in kinds})
+        kinds = {key: value for key, value in self.scaler.state_dict().items() if f"scaler/{key}" in flat}
+        if kinds:  # not from a run in another precision
+            self.scaler.load_state_dict({key: type(kinds[key])(flat[f"scaler/{key}"]) for key in kinds})
         for role in ("current", "mean"):
             for name, value in getattr(self, role).items():
                 value.copy_(flat[f"{role}/{name}"])

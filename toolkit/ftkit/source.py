@@ -50,13 +50,20 @@ class Source:
 
     def fetch(self, rows: Array) -> torch.Tensor:
         """(n,) row numbers -> their values, or, resident, the numbers themselves; pinned where there is a GPU."""
-        host = torch.from_numpy(np.ascontiguousarray(rows) if self.resident else self._read(rows))
-        return host.pin_memory() if self.device.type == "cuda" else host
+        return pinned(torch.from_numpy(np.ascontiguousarray(rows) if self.resident else self._read(rows)), self.device)
 
     def take(self, fetched: torch.Tensor) -> torch.Tensor:
         """What `fetch` gave -> (n, ...) on the device; queued, not awaited."""
         moved = fetched.to(self.device, non_blocking=True)
         return moved if self._resident is None else self._resident[moved]
+
+
+def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor where a copy to `device` need not wait for it; as it is for a CPU."""
+    if device.type == "cpu":
+        return host
+    with torch.cuda.device(device):  # a thread begins on the first GPU, whatever its rank's is
+        return host.pin_memory()
 
 
 def array_source(array: Array, device: torch.device) -> Source:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ftkit import checkpoint, terminal
 from ftkit.backbones import Backbone
-from ftkit.compute import Compute
+from ftkit.compute import Compute, release
 from ftkit.distributed import Ranks
 from ftkit.evaluate import cka
 from ftkit.fan import best_rate
@@ -99,8 +99,8 @@ def train_stage(work: Work, number: int) -> StageResult:
     moving = Moving(backbone.model, under(names), stage, optimizer, work.compute)
     moving.load(run.tensors("step"))
     example = partial(_read, work, number, feed, _order(work, number, 0), per_epoch, 0)
-    whole = (lambda: example()[1]) if stage.batch_size <= len(labels) else None
-    net, together = run_as(feed, stage, work.compute, work.ranks, whole, total - run.step)
+    size = min(stage.batch_size, len(labels))
+    net, together = run_as(feed, stage, work.compute, work.ranks, size, lambda: example()[1], total - run.step)
     weights = class_weights(labels, len(work.feeds.canvases.images.classes)) if stage.balance == "loss" else None
     with work.stop.deferred():
         for epoch in range(run.epoch, stage.epochs):
@@ -121,6 +121,7 @@ def train_stage(work: Work, number: int) -> StageResult:
                     progress(run.step - per_epoch * epoch, per_epoch)
                     work.pause(moving)
             loss, accuracy = moving.epoch()
+            spent = time.perf_counter() - begun
             broken = not math.isfinite(loss)
             if broken:
                 terminal.say(
@@ -128,13 +129,13 @@ def train_stage(work: Work, number: int) -> StageResult:
                 )
                 break
             score, _ = validate(backbone, feed, work.labels["val"], moving.result, work.ranks)
-            images = max(1, len(jobs)) * min(stage.batch_size, len(labels))
-            speeds = work.ranks.gather(images / work.ranks.world / (time.perf_counter() - begun))
+            speeds = work.ranks.gather(max(1, len(jobs)) * size / work.ranks.world / spent)
             _report_epoch(work, number, loss, accuracy, score, rate(run.step - 1, total, stage, run.lr), speeds)
             if stage.patience and _out_of_patience(run, stage, moving, score):
                 terminal.say(f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts")
                 break
             work.pause(moving)
+        release(net)
         return _settle(work, number, feed, moving, frozen, broken)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ftkit import terminal
-from ftkit.compute import Compute, fastest, ways
+from ftkit.compute import Compute, fastest, release, ways
 from ftkit.distributed import GlobalBatchNorm, Ranks
 from ftkit.feed import Feed, Fetched
 from ftkit.optim import Batch, Moving, gradients
@@ -25,17 +25,17 @@ from ftkit_export.errors import FtkitError
 
 
 def run_as(
-    feed: Feed, stage: Stage, compute: Compute, ranks: Ranks, example: Callable[[], Fetched] | None, steps: int
+    feed: Feed, stage: Stage, compute: Compute, ranks: Ranks, images: int, example: Callable[[], Fetched], steps: int
 ) -> tuple[nn.Module, AbstractContextManager[Any]]:
     """The stage's net as it is run: the fastest way here, or, of several ranks, with gradients averaged over them; and
-    what to be in while it runs. example: reads a whole batch, where there is one; steps: still to come.
+    what to be in while it runs. images: in a step; example: reads one step's; steps: still to come.
 
     Raises FtkitError when a rank would be without an image.
     """
     device = compute.device
-    if stage.batch_size < ranks.world:
+    if images < ranks.world:
         raise FtkitError(f"stage {stage.train}: batch_size: expected an image for each of {ranks.world} ranks, found "
-                         f"{stage.batch_size} in all. Try a larger one, or fewer ranks")  # fmt: skip
+                         f"{images} in a step. Try a larger one, or fewer ranks")  # fmt: skip
     if ranks.world > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 does not know broadcast_buffers' new name
@@ -44,7 +44,7 @@ def run_as(
                 gradient_as_bucket_view=True,
             )  # fmt: skip
         return net, GlobalBatchNorm(ranks.world) if stage.batchnorm else nullcontext()
-    if device.type == "cpu" or steps < 1 or example is None:
+    if device.type == "cpu" or steps < 1:
         return feed.net, nullcontext()
     inputs = feed.prepare(example()).inputs
     found, said = fastest(feed.net, inputs, ways(feed.net, inputs, compute), compute, steps)
@@ -74,6 +74,7 @@ def fresh_gradients(
                     f"stage {moving.stage.train}: expected memory for one image at a time, found too little on the "
                     "GPU. Try a smaller preprocess.size, or --device cpu"
                 ) from None
+            release(net)
             net, micro = feed.net, (min(micro, len(batch.targets)) + 1) // 2
             torch.cuda.empty_cache()
             terminal.say(f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up")

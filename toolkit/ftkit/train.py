@@ -8,6 +8,7 @@ Under torchrun every rank runs this very function; the first one writes, and spe
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -30,10 +31,11 @@ from ftkit.feed import Feeds
 from ftkit.intake import Images, read
 from ftkit.judge import judge
 from ftkit.memory import keep_freed_memory
-from ftkit.recipe import Recipe, resolve
+from ftkit.recipe import Recipe, resolve, restore
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
 from ftkit.weights import fingerprint
+from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 
 HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
@@ -41,12 +43,13 @@ HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 
 def train(
     recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device: str = "auto", resume: bool = False,
-    deterministic: bool = False,
+    deterministic: bool = False, known: bool = False,
 ) -> Path:  # fmt: skip
     """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns `out`.
 
     resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do when it is finished.
-    deterministic: the same weights twice on a GPU too, slower; a CPU gives them anyway, with as many threads.
+    known: a resumed run's own recipe and seed hold, not those given. deterministic: the same weights twice on a GPU
+    too, slower; a CPU gives them anyway, with as many threads.
     Raises FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, a resume with
     another recipe, seed or data, a rank that is gone; Stopped (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the
     run saved.
@@ -57,11 +60,17 @@ def train(
         if ranks.first(lambda: resume and checkpoint.is_finished(out)):
             terminal.say(f"{out}: finished already")
             return out
+        plan = ranks.first(lambda: state.plan_of(out) if known and resume and state.exists(out) else None)
+        if plan:
+            recipe, seed = restore(plan["recipe"]), plan["seed"]
         try:
             _train(recipe, data, out, seed, compute.prepare(place, deterministic), resume, stop, ranks)
         except Stopped as stopped:
             done = f"go on with: {again}" if state.exists(out) else "no stage had begun; what was decoded is kept"
             raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
+        except torch.OutOfMemoryError:
+            raise FtkitError("--device cuda: expected memory for a step's images, found too little on the GPU. Try a "
+                             "smaller batch_size, or --device cpu") from None  # fmt: skip
         except RuntimeError as error:
             raise compute.deterministic_or_say(error) or error from None
     return out
@@ -94,7 +103,10 @@ def _train(
     if ranks.world > 1:
         terminal.say(f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch")
     plan = {"recipe": resolve(recipe), "seed": seed, "data_fingerprint": canvases.fingerprint}
-    run = ranks.together(lambda: state.read(out, plan, ranks)) if going_on else state.State(folder=out, plan=plan)
+    if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
+        raise FtkitError(f"{data}: expected the same recipe, seed, images, labels and splits on every machine, found "
+                         "others. Compare the machines' commands and files")  # fmt: skip
+    run = state.read(out, plan, ranks) if going_on else state.State(folder=out, plan=plan)
     run.ranks = ranks
     run.seconds += time.perf_counter() - begun
     keep_freed_memory()
@@ -109,6 +121,7 @@ def _train(
     compare_circumstances(run, {
         "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(), "memory format": "channels_last",
+        "precision": str(policy.dtype or torch.float32),
         "prefix batch": feeds.views(1).chunk, "weights": backbone.weights, "ranks": ranks.world,
     })  # fmt: skip
     every = torch.from_numpy(canvases.labels).to(device)
