@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,7 +151,8 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         said = (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, dist.DistError) and not any(word in said for word in ("gloo", "Gloo", "NCCL", "nccl")):
             raise
-        _tell(f"rank {ranks.rank}: expected every rank to answer, found one gone ({said[-80:]}). What was saved is "
+        said = re.sub(r"^\[[^\]]*\] *", "", said)  # gloo's own file and line
+        _tell(f"rank {ranks.rank}: expected every rank to answer, found one gone ({said[:60]}). What was saved is "
               "kept: try the same command with --resume, on as many GPUs as there are")  # fmt: skip
         raise FtkitError("") from None
     finally:  # after a failure the group is left as it is: to end it, NCCL would wait for those who are gone
@@ -159,12 +161,14 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
 
 def _tell(text: str) -> None:
     """Print an error, unless another rank was first: at once, for torchrun may end this process next."""
+    if not text:
+        return
     key = f"ftkit told {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
         first = dist.distributed_c10d._get_default_store().add(key, 1) == 1
     except Exception:  # the store may be gone too
         first = True
-    if text and first:
+    if first:
         print(f"error: {text}", file=sys.stderr, flush=True)
 
 
