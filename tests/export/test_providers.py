@@ -1,6 +1,7 @@
 """Every way of running a provider, where a CPU can stand in: the core form, lower precision, capture, GPU memory."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ftkit_export.latency import Condition
 from ftkit_export.parity import compare
 from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
-from ftkit_export.session import PROVIDERS, Provider, Session
+from ftkit_export.session import PROVIDERS, Provider, Session, offered
 from ftkit_export.timing import runner
 from ftkit_export.verify import verify
 
@@ -161,3 +162,41 @@ def test_a_missing_library_is_named_with_where_it_comes_from() -> None:
     assert "does not open: libnvinfer.so.10 is missing: install TensorRT 10" in lines
     with pytest.raises(FtkitError, match=r"libcuda\.so\.1"):
         Session(tiny_model().SerializeToString(), provider="cuda-tf32")
+
+
+OPENED = """
+import torch, onnxruntime, sys
+from ftkit_export.graph import tiny_model
+from ftkit_export.session import PROVIDERS
+onnxruntime.set_default_logger_severity(4)
+onnxruntime.preload_dlls()
+rows = {name: dict(row.options) for name, row in PROVIDERS.items() if row.name == "CUDAExecutionProvider"}
+for name, options in {**rows, "wrong name": {"tf32": "0"}, "wrong value": {"cudnn_conv_algo_search": "FAST"}}.items():
+    try:
+        model = tiny_model().SerializeToString()
+        providers = [("CUDAExecutionProvider", options)]
+        found = onnxruntime.InferenceSession(model, providers=providers, enable_fallback=0).get_providers()[0]
+    except Exception as error:
+        found = str(error)
+    print(name, "unreadable" if "FromProviderOptions" in found else "read", "CudaCall" in found, sep=",")
+"""
+
+
+@pytest.mark.skipif("cuda" not in offered(), reason="needs an ONNX Runtime for CUDA")
+def test_onnxruntimes_cuda_provider_reads_the_options_of_every_row(tmp_path: Path) -> None:
+    """The real provider, behind a driver that finds no GPU: it reads the options first, and fails at the first call."""
+    if _driver_here() or not shutil.which("gcc"):
+        pytest.skip("needs gcc, and no NVIDIA driver")
+    (tmp_path / "cuda.c").write_text(
+        "int cuInit(unsigned f) { return 100; } int cuTensorMapEncodeTiled(void) { return 1; }"
+    )
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, tmp_path / "cuda.c"], check=True
+    )
+    done = subprocess.run([sys.executable, "-c", OPENED], capture_output=True, text=True, check=True,
+                          env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)})  # fmt: skip
+    lines = [line.split(",") for line in done.stdout.splitlines()]
+    assert {line[0]: line[1] for line in lines[-2:]} == {"wrong name": "unreadable", "wrong value": "unreadable"}
+    assert len(lines) == 7
+    assert all(line[1:] == ["read", "True"] for line in lines[:-2]), done.stdout

@@ -61,6 +61,7 @@ def test_four_ranks_end_with_the_weights_of_one(alone: Path, photos: Path, tmp_p
     assert "4 ranks, 4 on this machine" in done.stdout
     assert done.stdout.count("test accuracy") == done.stdout.count("next: ftkit export") == 1, "one rank speaks"
     assert "frozen prefix computed once: 2 views x 92" in done.stdout
+    assert done.stdout.count("img/s a rank") == 2
     assert_same_within_rounding(alone, tmp_path / "run")
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert len(last["images_per_s_by_rank"]) == 4

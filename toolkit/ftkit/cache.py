@@ -176,9 +176,8 @@ def _write(
         try:
             reason = "" if held else _computed(prefix, sample, dtypes, views, beside, progress, ranks)
             found = set(ranks.gather(reason))
-            if found <= {""} and place:
-                publish(place, folder)
-            ranks.gather(None)  # published everywhere
+            if found <= {""}:
+                found = set(ranks.gather(_published(place, folder)))
         finally:
             _gone(place)
         if WIDE not in found or found - {"", WIDE}:
@@ -203,6 +202,16 @@ def _begun(folder: Path, sample: Tensors, dtypes: Sequence[str], items: int) -> 
         _gone(beside)
         return None, f"its cache could not be kept: {error.strerror}"
     return beside, ""
+
+
+def _published(beside: Path | None, folder: Path) -> str:
+    """What kept it from being renamed into place, on the rank that made it."""
+    try:
+        if beside:
+            publish(beside, folder)
+    except OSError as error:
+        return f"its cache could not be kept: {error.strerror}"
+    return ""
 
 
 def _gone(beside: Path | None) -> None:

@@ -151,9 +151,9 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         said = (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, dist.DistError) and not any(word in said for word in ("gloo", "Gloo", "NCCL", "nccl")):
             raise
-        said = re.sub(r"^\[[^\]]*\] *", "", said)  # gloo's own file and line
-        _tell(f"rank {ranks.rank}: expected every rank to answer, found one gone ({said[:60]}). What was saved is "
-              "kept: try the same command with --resume, on as many GPUs as there are")  # fmt: skip
+        said = re.sub(r"^\[[^\]]*\] *", "", said).split(". ")[0][:70]  # gloo begins with its own file and line
+        _tell(f"rank {ranks.rank}: expected every rank to answer, found one gone ({said}). What was saved is kept: try "
+              "the same command with --resume, on as many GPUs as there are")  # fmt: skip
         raise FtkitError("") from None
     finally:  # after a failure the group is left as it is: to end it, NCCL would wait for those who are gone
         terminal.mute(False)

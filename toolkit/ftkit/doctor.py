@@ -47,7 +47,9 @@ def _torch_gpu() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"training: on {torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
+        count, half = torch.cuda.device_count(), torch.cuda.is_bf16_supported(including_emulation=False)
+        return (f"training: on {count} x {torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), "
+                f"in {'bfloat16' if half else 'float16'}")  # fmt: skip
     built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without CUDA"
     return f"training: on the CPU ({built}; no GPU answers)"
 

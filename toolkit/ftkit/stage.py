@@ -262,6 +262,8 @@ def _report_epoch(
         f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {score[0]:.3f}  {lr:.1e} "
         f"{images_per_s:>7.0f} {left:>6}"
     )
+    if len(speeds) > 1 and run.epoch == stage.epochs:
+        terminal.say(f"{stage.train}: {min(speeds):.0f} to {max(speeds):.0f} img/s a rank")
     if not work.ranks.main:
         return
     checkpoint.append(run.folder, {
