@@ -264,7 +264,7 @@ def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> 
                 "--device", place]  # fmt: skip
 
     for count in processes:
-        start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         subprocess.run([*start, *command(f"run-{count}", each * count, device)], check=True, env=environment)
         speed, spent = _best(scratch / f"run-{count}"), ["", ""]
         alone, apart = alone or speed / count, speed

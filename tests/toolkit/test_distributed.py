@@ -10,14 +10,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
+from ftkit import distributed
 from ftkit.backbones import build
 from ftkit.canvas import build as build_canvases
+from ftkit.cli import main
 from ftkit.distributed import Ranks
 from ftkit.feed import Feeds
 from ftkit.intake import read
@@ -26,7 +29,7 @@ from ftkit_export.preprocess import Preprocess
 
 # SGD, since Adam turns the noise of gradients that are zero in theory (a bias before a BatchNorm) into steps.
 PLAN = settings(*TINY, "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.lr=0.1", "stages.1.lr=0.01")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +205,32 @@ def test_gpus_that_are_not_there_are_named(photos: Path, tmp_path: Path) -> None
         result = ftkit("train", photos, "--out", tmp_path / "run", *more)
         assert (result.exit_code, result.stderr.count("error:"), what in result.stderr) == (2, 1, True), result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_every_process_gets_the_very_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What starts them is replaced, for want of GPUs: the command line is what counts here."""
+    started: list[object] = []
+    monkeypatch.setattr(distributed, "pick_device", lambda *_: None)
+    monkeypatch.setattr(distributed, "launch", lambda *given: started.append(given) or 7)
+    said = [
+        "--recipe",
+        "gentle",
+        "--set",
+        "stages.0.epochs=2",
+        "--set",
+        "augment.hflip=true",
+        "--seed",
+        "3",
+        "--deterministic",
+    ]
+    result = ftkit("train", tmp_path / "my photos", "--gpus", "4", "--out", tmp_path / "a run", *said)
+    assert result.exit_code == 7
+    ((count, words),) = started  # type: ignore[misc]
+    assert (count, words[:4]) == (4, ["train", str(tmp_path / "my photos"), "--device", "cuda"])
+    again = main.commands["train"].make_context("train", words[1:], parent=click.Context(main)).params
+    expected = {"name": "gentle", "settings": ("stages.0.epochs=2", "augment.hflip=true"), "seed": 3, "weights": None,
+                "deterministic": True, "resume": False, "gpus": None, "out": tmp_path / "a run"}  # fmt: skip
+    assert {name: again[name] for name in expected} == expected
 
 
 def test_more_ranks_than_images_in_a_batch_are_refused(photos: Path) -> None:

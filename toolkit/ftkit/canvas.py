@@ -128,13 +128,15 @@ def _digests(
         return made
 
     share = max(1, cores() // among)
-    everywhere = ranks.gather(ranks.together(own)) if ranks else [own()]
+    everywhere = ranks.gather([len(paths), ranks.together(own)]) if ranks else [(len(paths), own())]
     merged: dict[str, list[str]] = {}
-    for each in everywhere:
+    same = len({count for count, _ in everywhere}) == 1
+    for _, each in everywhere:
         for number, found in each.items():
-            if merged.setdefault(number, found) != found:
-                raise FtkitError(f"{paths[int(number) * SHARD]}: expected the same images on every machine, found "
-                                 "others here or near it. Copy one machine's folder to the others")  # fmt: skip
+            same = same and merged.setdefault(number, found) == found
+    if not same:
+        raise FtkitError(f"{paths[0].parent}: expected the same images on every machine, found others. Copy one "
+                         "machine's folder to the rest")  # fmt: skip
     return [merged[str(number)] for number in range(len(merged))]
 
 

@@ -113,12 +113,11 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     arguments = ["train", str(ctx.params["data"]), "--device", "cuda"]
     for option in ctx.command.params:
         given = ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
-        if given and option.name not in ("data", "device", "gpus"):
-            value = ctx.params[option.name or ""]
-            values = value if isinstance(value, tuple) else [value]
-            arguments += [
-                part for item in values for part in ([option.opts[0]] if item is True else [option.opts[0], str(item)])
-            ]
+        if not given or option.name in ("data", "device", "gpus"):
+            continue
+        value = ctx.params[option.name or ""]
+        for item in value if isinstance(value, tuple) else [value]:
+            arguments += [option.opts[0]] if item is True else [option.opts[0], str(item)]
     if "--out" not in arguments:
         arguments += ["--out", str(next_free(Path("runs") / Path(ctx.params["name"]).stem))]
     return launch(gpus, arguments)
