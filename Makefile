@@ -35,6 +35,7 @@ bench: $(STAMP)
 
 # On a machine with an NVIDIA GPU: its tests, then its figures into bench/gpu.md.
 gpu: $(STAMP)
+	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('error: make gpu: expected a GPU torch can use, found none. Try ftkit doctor')"
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python bench/gpu.py
 
