@@ -129,7 +129,7 @@ def train_stage(work: Work, number: int) -> StageResult:
                 )
                 break
             score, _ = validate(backbone, feed, work.labels["val"], moving.result, work.ranks)
-            speeds = work.ranks.gather(max(1, len(jobs)) * size / work.ranks.world / spent)
+            speeds = work.ranks.gather(len(jobs) * size / work.ranks.world / spent)
             _report_epoch(work, number, loss, accuracy, score, rate(run.step - 1, total, stage, run.lr), speeds)
             if stage.patience and _out_of_patience(run, stage, moving, score):
                 terminal.say(f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts")
@@ -257,7 +257,7 @@ def _report_epoch(
     images_per_s = sum(speeds)
     run.epoch += 1
     run.lines += 1
-    left = terminal.clock((stage.epochs - run.epoch) * images / max(images_per_s, 1e-9))
+    left = terminal.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""  # none was left
     terminal.say(
         f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {score[0]:.3f}  {lr:.1e} "
         f"{images_per_s:>7.0f} {left:>6}"
