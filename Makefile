@@ -38,6 +38,7 @@ gpu: $(STAMP)
 	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('error: make gpu: expected a GPU torch can use, found none. Try ftkit doctor')"
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python bench/gpu.py
+	$(BIN)/python bench/scaling.py
 
 $(STAMP): pyproject.toml constraints.txt
 	command -v $(PYTHON) >/dev/null || { echo "error: make: expected $(PYTHON) (3.11 or newer), found none. Try make PYTHON=python3" >&2; exit 2; }

@@ -9,6 +9,7 @@ import click
 import yaml
 
 from ftkit.cli import main
+from ftkit.distributed import FRESH_STORE
 
 PAGE = (Path(__file__).parents[1] / "docs" / "several-gpus.md").read_text()
 
@@ -45,7 +46,7 @@ def test_every_torchrun_and_ftkit_command_is_accepted() -> None:
             else:
                 continue
             seen.append(words[0])
-    assert seen == ["ftkit", "torchrun", "torchrun", "srun"]
+    assert seen == ["ftkit", "torchrun", FRESH_STORE, "srun"], "the elastic example has it"
 
 
 def test_the_pytorchjob_mounts_what_it_declares_and_runs_what_there_is() -> None:
@@ -57,4 +58,5 @@ def test_the_pytorchjob_mounts_what_it_declares_and_runs_what_there_is() -> None
     assert container["name"] == "pytorch", "the operator looks for this very name"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert container["command"][0] == "torchrun"
+    assert dict(zip(("name", "value"), FRESH_STORE.split("="), strict=True)) in container["env"]
     _torchrun(container["command"][1:])

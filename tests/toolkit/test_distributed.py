@@ -21,7 +21,7 @@ from ftkit import distributed
 from ftkit.backbones import build
 from ftkit.canvas import build as build_canvases
 from ftkit.cli import main
-from ftkit.distributed import Ranks
+from ftkit.distributed import FRESH_STORE, Ranks
 from ftkit.feed import Feeds
 from ftkit.intake import read
 from ftkit.recipe import Augment, Recipe, Stage
@@ -81,16 +81,29 @@ def rank_processes(agent: int) -> dict[str, int]:
     return found
 
 
-def test_a_killed_rank_ends_the_run_and_one_process_goes_on(alone: Path, photos: Path, tmp_path: Path) -> None:
-    out, script = tmp_path / "run", tmp_path / "every_step_saved.py"
+def kill_rank_1(photos: Path, out: Path, script: Path, *more: str) -> tuple[int, str]:
+    """Two ranks, each step saved; rank 1 is killed in the second stage. Returns torchrun's exit code and complaints."""
     script.write_text(COMMAND)
-    command = [*TORCHRUN, str(script), "train", str(photos), "--out", str(out), *PLAN]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    command = [*TORCHRUN, *more, str(script), "train", str(photos), "--out", str(out), *PLAN]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, **dict([FRESH_STORE.split("=")])})  # fmt: skip
     while process.poll() is None and steps_done(out) < 1002:
         time.sleep(0.005)
     os.kill(rank_processes(process.pid)["1"], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(alone: Path, photos: Path, tmp_path: Path) -> None:
+    code, errors = kill_rank_1(photos, tmp_path / "run", tmp_path / "each_step_saved.py", "--max-restarts", "1")
+    assert code == 0, errors
+    assert_same_within_rounding(alone, tmp_path / "run")
+
+
+def test_a_killed_rank_ends_the_run_and_one_process_goes_on(alone: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, errors = kill_rank_1(photos, out, tmp_path / "each_step_saved.py")
+    assert code != 0
     # Which comes first: that rank 1 no longer answers, or that torchrun asks rank 0 to stop.
     told = re.findall(
         r"^(?:error: rank 0: expected every rank to answer, found one gone \(.+\)|stopped; go on with)", errors, re.M
@@ -231,6 +244,15 @@ def test_every_process_gets_the_very_command(monkeypatch: pytest.MonkeyPatch, tm
     expected = {"name": "gentle", "settings": ("stages.0.epochs=2", "augment.hflip=true"), "seed": 3, "weights": None,
                 "deterministic": True, "resume": False, "gpus": None, "out": tmp_path / "a run"}  # fmt: skip
     assert {name: again[name] for name in expected} == expected
+
+
+def test_ranks_that_cannot_meet_say_so(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    result = ftkit("train", photos, "--device", "cpu")
+    assert (result.exit_code, "rank 1: expected to meet 1 others" in result.stderr) == (2, True), result.stderr
+    assert "Start them with torchrun" in result.stderr
 
 
 def test_more_ranks_than_images_in_a_batch_are_refused(photos: Path) -> None:

@@ -71,7 +71,8 @@ def prepare(device: torch.device, deterministic: bool) -> Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """Another way to run a net. make: does what it takes, once. worth: seconds that a stage must last to try it."""
+    """Another way to run a net. make: does what it takes, once. worth: seconds that a stage must last to try it, a
+    guess until a GPU has measured what making costs."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -79,8 +80,8 @@ class Way:
 
 
 def ways(net: nn.Module, inputs: Tensors, compute: Compute) -> list[Way]:
-    """What may beat eager here: on CUDA a captured graph (capturing takes about a second), then torch.compile (about a
-    minute). None on a CPU, where compiling gave a fifth and cost up to 45 s, nor where the bits must not depend on it.
+    """What may beat eager here: on CUDA a captured graph, then torch.compile. None on a CPU, where compiling gave a
+    fifth and cost up to 45 s, nor where the bits must not depend on it.
     """
     if compute.device.type != "cuda" or compute.deterministic:
         return []

@@ -38,6 +38,8 @@ Tensors = dict[str, torch.Tensor]
 
 PATIENCE = timedelta(hours=12)  # of ranks for each other: one machine may decode while another has its canvases. A rank
 # that dies is noticed at once: its connections close, and torchrun ends the others
+# Without it the ranks that torchrun starts again find the addresses of those before them (torch 2.14, rendezvous c10d).
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,13 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     torch.set_num_threads(share_of_cores(ranks))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        terminal.mute(False)
+        cure = f"Set {FRESH_STORE} for torchrun" if restarted() else "Start them with torchrun"
+        raise FtkitError(f"rank {ranks.rank}: expected to meet {ranks.world - 1} others, found: "
+                         f"{str(error).splitlines()[0]}. {cure}") from None  # fmt: skip
     try:
         yield device, ranks
         dist.destroy_process_group()

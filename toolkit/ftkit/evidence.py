@@ -75,9 +75,7 @@ def latencies(
             for condition in listed:
                 if provider == "cpu" and not condition.spinning:
                     continue  # `ftkit bench` has it
-                count = condition.threads
-                how = f"{count} thread{'s' if count > 1 else ''}" if provider == "cpu" else "with copies"
-                where = f"{name} on {provider}, {how if condition.copies else 'without copies'}"
+                where = f"{name} on {terminal.condition(vars(condition))}"
                 with terminal.bar(f"latency of {where}"):
                     last = measure(condition, photograph, quick=quick)
                 found[name].append(last)

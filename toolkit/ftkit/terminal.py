@@ -77,10 +77,10 @@ def clock(seconds: float) -> str:
 
 
 def condition(item: Mapping[str, Any]) -> str:
-    """A Latency's fields -> "cpu, 2 threads", "cuda, without copies"."""
-    if item["gpu_bytes"] is not None:
+    """A Condition's or Latency's fields -> "cpu, 2 threads", "cuda, without copies"."""
+    if item["provider"] != "cpu":
         return f"{item['provider']}, {'with' if item['copies'] else 'without'} copies"
-    return f"{item['provider']}, {item['threads']} thread{'s' * (item['threads'] > 1)}"
+    return f"cpu, {item['threads']} thread{'s' * (item['threads'] > 1)}"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -33,7 +33,7 @@ from ftkit_export.latency import Raced, race
 from ftkit_export.parity import Check, agreement
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.quantize import RANK_IMAGES, calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
-from ftkit_export.session import Session, form_of
+from ftkit_export.session import PROVIDERS, Session
 from ftkit_export.targets import TARGETS, Target, here
 from ftkit_export.verify import sha256
 
@@ -239,10 +239,9 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
         return {}
     with tempfile.TemporaryDirectory() as scratch, terminal.bar(f"latency of {len(candidates)} variants"):
         files = [Path(scratch) / f"{number}.onnx" for number in range(len(candidates))]
+        plain = PROVIDERS[context.target.provider].form == "core"
         for path, item in zip(files, candidates, strict=True):
-            context.write(
-                item.core, path, item.precision, item.kept, plain=form_of(context.target.provider, False, True)
-            )
+            context.write(item.core, path, item.precision, item.kept, plain=plain)
         if found := context.race(files):
             return {item.name: times for item, times in zip(candidates, found, strict=True)}
         known = context.measured["sha256"]  # of the very files that ran there

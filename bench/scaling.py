@@ -1,0 +1,147 @@
+"""What several processes do together, measured; and what 64 GPUs would, on paper. Writes bench/gpu.md.
+
+    python bench/scaling.py                       GPUs where there are, else the CPU's gloo (7 minutes on 2 cores)
+    python bench/scaling.py --processes 1,2
+
+`torchrun -m ftkit train`, full fine-tuning of lite0 at 224 x 224, as many images a process; then the same from as many
+processes that tell each other nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import tables
+import torch
+from gpu import MODELS, TIMM, many_photographs
+
+from ftkit.backbones import build
+
+PAPER_BATCH = 256  # images a GPU and step
+
+REDUCE = """
+import sys, time, torch, torch.distributed as dist
+from ftkit.distributed import joined
+with joined(sys.argv[1]) as (device, ranks):
+    gradients, times = torch.ones(int(sys.argv[2]), device=device), []
+    for what in (lambda: ranks.sum(gradients), lambda: ranks.largest(0)):
+        for step in range(25):
+            dist.barrier()
+            begun = time.perf_counter()
+            what()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+    if ranks.main:
+        print(sorted(times[5:25])[10] * 1e3, sorted(times[30:])[10] * 1e3)
+"""
+
+
+def _subset(data: Path, wanted: int) -> Path:
+    """A CSV of so many training photographs, and 40 to judge."""
+    files = random.Random(0).sample(sorted(data.rglob("*.png")), min(wanted + 40, 2223))
+    lines = [f"{path},{path.parent.name},{'train' if n < wanted else ('val', 'test')[n % 2]}"
+             for n, path in enumerate(files)]  # fmt: skip
+    table = data / f"{wanted}.csv"
+    table.write_text("\n".join(["path,label,split", *lines]) + "\n")
+    return table
+
+
+def _best(run: Path) -> float:
+    """Images/s of the best epoch after the first."""
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max(float(epoch["images_per_s"]) for epoch in epochs[1:])
+
+
+def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> str:
+    """`each` images a process and step, full fine-tuning of lite0: together, and as many that tell each other nothing;
+    and what an all-reduce of the gradients takes."""
+    data = many_photographs(scratch / "scaling", 1)
+    sized = sum(p.numel() for p in build("efficientnet_lite0", 4, "none").model.parameters())
+    (scratch / "reduce.py").write_text(REDUCE)
+    lines = ["| processes | images/s in all | of one, times N | of N apart | all-reduce of the gradients | of a flag |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    environment, alone = {**os.environ, "FTKIT_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"}, 0.0
+
+    def command(name: str, batch: int, place: str) -> list[str]:
+        recipe = scratch / f"full-{batch}.py"
+        recipe.write_text("from ftkit.recipe import Recipe, Stage\nrecipe = Recipe(name='full', backbone="
+                          "'efficientnet_lite0', weights='none', stages=(Stage(train='all', epochs=3, lr=1e-4, "
+                          f"batch_size={batch}, cache='off'),))\n")  # fmt: skip
+        table = _subset(data, batch * (40 if device == "cuda" else 5))
+        return ["-m", "ftkit", "train", str(table), "--recipe", str(recipe), "--out", str(scratch / name),
+                "--device", place]  # fmt: skip
+
+    for count in processes:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        subprocess.run([*start, *command(f"run-{count}", each * count, device)], check=True, env=environment)
+        speed, spent = _best(scratch / f"run-{count}"), ["", ""]
+        alone, apart = alone or speed / count, speed
+        if count > 1:
+            running = [subprocess.Popen([sys.executable, *command(f"apart-{count}-{number}", each, device)],
+                                        env={**environment, "CUDA_VISIBLE_DEVICES": str(number)})
+                       for number in range(count)]  # fmt: skip
+            assert not any(process.wait() for process in running)
+            apart = sum(_best(scratch / f"apart-{count}-{number}") for number in range(count))
+            done = subprocess.run([*start, str(scratch / "reduce.py"), device, str(sized)], check=True, env=environment,
+                                  stdout=subprocess.PIPE, text=True)  # fmt: skip
+            spent = [f"{float(word):.2f} ms" for word in done.stdout.split()[-2:]]
+        lines.append(f"| {count} | {speed:.1f} | {speed / (alone * count):.0%} | {speed / apart:.0%} | {spent[0]} | "
+                     f"{spent[1]} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def paper() -> str:
+    """Data-parallel efficiency, reckoned from timm's published step: nothing of it is measured.
+
+    Ring all-reduce: 2 (N - 1) / N x bytes at the slowest link, and 2 (N - 1) hops; BatchNorm over the global batch: a
+    gather forward and a sum backward each, log2(N) hops; the flag of a step: log2(N) hops by TCP.
+    """
+    inside, between = 300e9, 40e9  # bytes/s a GPU: 2/3 of NVLink 4's 450 GB/s, 80 % of a 400 Gbit/s adapter
+    lines = ["| model | gradients | step, one GPU | GPUs | all-reduce | BatchNorm | efficiency | all-reduce hidden |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name in MODELS:
+        model = build(MODELS[name], 1000, "none").model
+        size = 4 * sum(p.numel() for p in model.parameters())
+        norms = sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        step = PAPER_BATCH / TIMM[name]
+        for count in (8, 64):
+            bandwidth, hop = (inside, 5e-6) if count <= 8 else (between, 15e-6)
+            rounds = (count - 1).bit_length()
+            reduce = 2 * (count - 1) / count * size / bandwidth + 2 * (count - 1) * hop
+            synced, flag = 2 * norms * rounds * hop, rounds * 50e-6
+            bare, hidden = step / (step + reduce + synced + flag), step / (max(step, reduce) + synced + flag)
+            lines.append(f"| {name} | {size / 1e6:.0f} MB | {step * 1e3:.0f} ms | {count} | {reduce * 1e3:.1f} ms | "
+                         f"{synced * 1e3:.1f} ms | {bare:.1%} | {hidden:.1%} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, reckon, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--processes", default="1,2,4")
+    parser.add_argument("--each", type=int, default=16, help="images a process and step")
+    parser.add_argument("--paper", action="store_true", help="only reckon")
+    options = parser.parse_args()
+    tables.write("paper", paper(), tables.GPU)
+    if options.paper:
+        return
+    gpus = options.device == "cuda"
+    counts = [int(word) for word in options.processes.split(",")]
+    counts = [count for count in counts if not gpus or count <= torch.cuda.device_count()]
+    with tempfile.TemporaryDirectory() as folder:
+        found = scaling(Path(folder), counts, options.device, options.each)
+    tables.write("scaling-gpu" if gpus else "scaling-cpu", found, tables.GPU)
+
+
+if __name__ == "__main__":
+    main()
