@@ -48,13 +48,15 @@ IMAGES_EACH = 32  # of a shard, at least, for a process to be worth its start
 class Canvases:
     """Decoded images: images.images[i] is row i, and lies in shards[slots[i, 0]][slots[i, 1]].
 
-    bad: (file, reason) of those left out. fingerprint: hash of contents, labels, splits and preprocess.
+    bad: (file, reason) of those left out. digests: sha256 of each row's file. fingerprint: hash of contents, labels,
+    splits and preprocess.
     """
 
     images: Images
     shards: tuple[Array, ...]
     slots: Array  # (N, 2) int64
     bad: tuple[tuple[Path, str], ...]
+    digests: tuple[str, ...]
     fingerprint: str
 
     def array(self, rows: Sequence[int] | Array) -> Array:
@@ -107,7 +109,7 @@ def build(
     text = "\n".join([_canvas_key(preprocess), *images.classes, *rows])
     return Canvases(
         images=left, shards=tuple(shards), slots=np.array(slots, np.int64), bad=tuple(bad),
-        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        digests=tuple(digests), fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 
 RUN, METRICS, WEIGHTS = "run.json", "metrics.jsonl", "model.safetensors"
-SCHEMA = 2  # of run.json
+SCHEMA = 3  # of run.json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ftkit import __version__
+from ftkit.cli_look import GROUP_BY, audit_data
 from ftkit.cli_measure import bench, evaluate, report
 from ftkit_export.errors import FtkitError
 
@@ -70,10 +71,15 @@ PROVIDERS = click.option("--providers", default="cpu", show_default=True, metava
 @click.option("--seed", default=0, show_default=True)
 @click.option("--deterministic", is_flag=True, help="The same weights twice on a GPU too; slower.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known.")
+@GROUP_BY
+@click.option("--allow-leakage", is_flag=True, help="Train although splits share images or groups.")
+@click.option("--tensorboard", is_flag=True, help="Events in RUN/tensorboard too.")
+@click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.pass_context
 def train(
     ctx: click.Context, data: Path, name: str, out: Path | None, settings: tuple[str, ...], weights: str | None,
-    device: str, gpus: int | None, seed: int, deterministic: bool, resume: bool,
+    device: str, gpus: int | None, seed: int, deterministic: bool, resume: bool, group_by: str, allow_leakage: bool,
+    tensorboard: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
     from ftkit import terminal
@@ -86,11 +92,13 @@ def train(
         raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
     if gpus:
         sys.exit(_launched(ctx, gpus))
-    said = [name_ for name_ in ("name", "settings", "weights", "seed")
+    terminal.hush(quiet)
+    said = [name_ for name_ in ("name", "settings", "weights", "seed", "group_by")
             if ctx.get_parameter_source(name_) is not click.core.ParameterSource.DEFAULT]  # fmt: skip
     recipe = override(load(name), [*([f"weights={weights}"] if weights else []), *settings])
     run = run_training(recipe, data, out or next_free(Path("runs") / recipe.name), seed=seed, device=device,
-                       resume=resume, deterministic=deterministic, known=not said)  # fmt: skip
+                       resume=resume, deterministic=deterministic, known=not said, group_by=group_by,
+                       allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip
     if _speaks():
         terminal.say(f"run: {run}\nnext: ftkit export {run}")
 
@@ -308,7 +316,7 @@ def demo(out: Path) -> None:
     run_demo(out)
 
 
-for command in (evaluate, bench, report):
+for command in (audit_data, evaluate, bench, report):
     main.add_command(command)
 
 

@@ -76,7 +76,7 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
         told["against"] = {"bundle": str(old), "metrics": dataclasses.asdict(before.metrics),
                            **dataclasses.asdict(change)}  # fmt: skip
     code = {"accepted": 0, "refused": 1}.get(change.verdict, 3) if change else 0
-    _write(as_json, told)
+    write_json(as_json, told)
     sys.exit(code)
 
 
@@ -152,7 +152,7 @@ def bench(
     outcomes = _tell(echo, told, limits, verdicts)
     if save:
         echo(f"saved: {history.append(told, Path.cwd())}")
-    _write(as_json, told)
+    write_json(as_json, told)
     code = judging.exit_code(outcomes)
     if outcomes:
         echo({0: "passed", 1: "FAILED", 3: "inconclusive"}[code])
@@ -228,7 +228,7 @@ def _echo(as_json: Path | None) -> Callable[..., None]:
     return partial(click.echo, err=as_json == Path("-"))
 
 
-def _write(path: Path | None, told: object) -> None:
+def write_json(path: Path | None, told: object) -> None:
     text = json.dumps(told, indent=1, default=str) + "\n"
     if path == Path("-"):
         click.echo(text, nl=False)

@@ -4,18 +4,24 @@
     images.classes, images.of("train")
 
 A CSV has the columns path,label[,split][,group]; its paths are relative to the CSV. With no val split one is made from
-train, and with no test split one is too: stratified by class, seeded, whole groups kept on one side.
+train, and with no test split one is too: stratified by class, seeded; groups and identical files stay on one side.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import SUFFIXES
@@ -58,10 +64,14 @@ def natural(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", text) if part]
 
 
-def read(data: str | Path, seed: int = 0) -> Images:
-    """Read a class folder, a split folder or a CSV. Raises FtkitError naming what is missing and what to try."""
+def read(data: str | Path, seed: int = 0, group_by: str = "") -> Images:
+    """Read a class folder, a split folder or a CSV.
+
+    group_by: a regular expression; its first group (or all it matches) in a file's path below `data` names the image's
+    group. Raises FtkitError naming what is missing and what to try.
+    """
     root = Path(data)
-    rows = _rows(root)
+    rows = _grouped(root, _rows(root), group_by) if group_by else _rows(root)
     classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
     if len(classes) < 2:
         raise FtkitError(
@@ -97,6 +107,27 @@ def _rows(root: Path) -> list[Row]:
     if not rows:
         raise FtkitError(f"{root}: expected images as {root}/CLASS/IMAGE.jpg, found none. Try a folder a class")
     return rows
+
+
+def below(root: Path, path: Path) -> str:
+    """An image's path as a person sees it: from the data folder, or the CSV's."""
+    base = root if root.is_dir() else root.parent
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
+
+
+def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise FtkitError(f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
+                         ) from None  # fmt: skip
+    found = [pattern.search(below(root, path)) for path, _, _, _ in rows]
+    if not any(found):
+        raise FtkitError(f"--group-by {group_by}: expected it to match paths such as {below(root, rows[0][0])}, found "
+                         "no match. Try '([^/]+)_[0-9]+'")  # fmt: skip
+    names = [match and (match[1] if pattern.groups else match[0]) for match in found]
+    return [(path, label, split, name or group)
+            for (path, label, split, group), name in zip(rows, names, strict=True)]  # fmt: skip
 
 
 def _from_folder(root: Path) -> list[Row]:
@@ -159,11 +190,10 @@ def _with_splits(images: Images, seed: int) -> Images:
     items = [image if image.split else replace(image, split="train") for image in images.images]
     if "train" not in {image.split for image in items}:
         raise FtkitError(f"{images.root}: expected a train split, found {', '.join(sorted(given))}. Try adding train/")
-    made = []
-    for split, share in (("test", TEST_SHARE), ("val", VAL_SHARE)):
-        if split not in given:
-            items = _cut(items, split, share, seed)
-            made.append(split)
+    made = [split for split in ("test", "val") if split not in given]
+    together = _together(items) if made else []
+    for split in made:
+        items = _cut(items, together, split, {"test": TEST_SHARE, "val": VAL_SHARE}[split], seed)
     result = replace(images, images=tuple(items), made=tuple(made))
     counts = Counter(image.label for image in result.of("train"))
     for label, name in enumerate(images.classes):
@@ -178,13 +208,38 @@ def _with_splits(images: Images, seed: int) -> Images:
     return result
 
 
-def _cut(items: Sequence[Image], split: str, share: float, seed: int) -> list[Image]:
-    """Move about `share` of train to `split`, class by class; whole groups go together; every class keeps an image."""
+def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """The first member of each item's cluster, when the items of every pair belong together."""
+    ends = np.array(pairs, np.int64).reshape(-1, 2).T
+    _, names = connected_components(coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(count, count)))
+    first: dict[int, int] = {}
+    return [first.setdefault(int(name), number) for number, name in enumerate(names)]
+
+
+def _together(items: Sequence[Image]) -> list[int]:
+    """For each image the first one that must be on its side of a split: of its group, or the same file again. Only
+    files of equal size are read."""
+    seen: dict[str, int] = {}
+    pairs = []
+    sizes = [image.path.stat().st_size for image in items]
+    often = Counter(sizes)
+    for number, (image, size) in enumerate(zip(items, sizes, strict=True)):
+        keys = [f"group {image.group}"] if image.group else []
+        if often[size] > 1:
+            with suppress(OSError):  # canvases name it
+                keys.append(hashlib.sha256(image.path.read_bytes()).hexdigest())
+        pairs += [(seen.setdefault(key, number), number) for key in keys]
+    return clusters(len(items), pairs)
+
+
+def _cut(items: Sequence[Image], together: Sequence[int], split: str, share: float, seed: int) -> list[Image]:
+    """Move about `share` of train to `split`, class by class; what belongs together goes together; every class keeps an
+    image."""
     rng = random.Random(f"{seed}/{split}")
     groups: dict[str, list[int]] = defaultdict(list)
-    for number, image in enumerate(items):
-        if image.split == "train":
-            groups[image.group or f"\0{number}"].append(number)
+    for number, first in enumerate(together):
+        if items[number].split == "train":
+            groups[items[first].group or f"\0{first}"].append(number)
     left = Counter(image.label for image in items if image.split == "train")
     wanted = {label: round(count * share) if count > 1 else 0 for label, count in left.items()}
     for label, count in left.items():

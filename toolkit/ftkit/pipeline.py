@@ -90,7 +90,7 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
     if not Path(where).exists():
         raise FtkitError(f"{where}: expected the images this run was trained on, found nothing. Try --data FOLDER")
     with terminal.bar("decoding") as progress:
-        canvases = build_canvases(read(where, run.data["seed"]), run.preprocess, progress)
+        canvases = build_canvases(read(where, run.data["seed"], run.data["group_by"]), run.preprocess, progress)
     if canvases.fingerprint != run.data["data_fingerprint"]:
         raise FtkitError(
             f"{where}: expected the images this run was trained on, found others (changed, added or removed since). "

@@ -19,6 +19,13 @@ spent: defaultdict[str, float] = defaultdict(float)  # seconds under each bar's 
 
 
 _muted = False
+_quiet = False
+
+
+def hush(wanted: bool) -> None:
+    """Whether warnings and errors are all this process says (--quiet)."""
+    global _quiet
+    _quiet = wanted
 
 
 def mute(wanted: bool) -> None:
@@ -29,7 +36,7 @@ def mute(wanted: bool) -> None:
 
 def say(text: str = "") -> None:
     """One line (or several) on standard output, at once."""
-    if not _muted:
+    if not (_muted or _quiet):
         print(text, flush=True)
 
 
@@ -43,7 +50,11 @@ def warn(text: str) -> None:
 def bar(label: str) -> Iterator[Step]:
     """A progress bar that goes when done: `step(done, total)` moves it."""
     begun = time.perf_counter()
-    with _drawn(label) if sys.stderr.isatty() and not _muted else nullcontext(lambda done, total: None) as step:
+    with (
+        _drawn(label)
+        if sys.stderr.isatty() and not (_muted or _quiet)
+        else nullcontext(lambda done, total: None) as step
+    ):
         yield step
     spent[label] += time.perf_counter() - begun
 

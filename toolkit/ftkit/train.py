@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ftkit import checkpoint, compute, state, teacher, terminal
+from ftkit.audit import audit, named, require_apart
 from ftkit.backbones import Backbone, build, trainable
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
@@ -43,13 +44,15 @@ HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 
 def train(
     recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device: str = "auto", resume: bool = False,
-    deterministic: bool = False, known: bool = False,
+    deterministic: bool = False, known: bool = False, group_by: str = "", allow_leakage: bool = False,
+    tensorboard: bool = False,
 ) -> Path:  # fmt: skip
     """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns `out`.
 
     resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do when it is finished.
     known: a resumed run's own recipe and seed hold, not those given. deterministic: the same weights twice on a GPU
-    too, slower; a CPU gives them anyway, with as many threads.
+    too, slower; a CPU gives them anyway, with as many threads. group_by: as intake.read's. allow_leakage: also when
+    train, val and test share images or groups. tensorboard: events in `out`/tensorboard too.
     Raises FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, a resume with
     another recipe, seed or data, a rank that is gone; Stopped (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the
     run saved.
@@ -62,9 +65,11 @@ def train(
             return out
         plan = ranks.first(lambda: state.plan_of(out) if known and resume and state.exists(out) else None)
         if plan:
-            recipe, seed = restore(plan["recipe"]), plan["seed"]
+            recipe, seed, group_by = restore(plan["recipe"]), plan["seed"], plan["group_by"]
+        plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
         try:
-            _train(recipe, data, out, seed, compute.prepare(place, deterministic), resume, stop, ranks)
+            _train(recipe, data, out, plan, compute.prepare(place, deterministic), resume, stop, ranks, allow_leakage,
+                   tensorboard)  # fmt: skip
         except Stopped as stopped:
             done = f"go on with: {again}" if state.exists(out) else "no stage had begun; what was decoded is kept"
             raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
@@ -76,9 +81,9 @@ def train(
     return out
 
 
-def _planned(recipe: Recipe, data: str | Path, seed: int) -> tuple[Images, Backbone, Preprocess]:
+def _planned(recipe: Recipe, data: str | Path, seed: int, group_by: str) -> tuple[Images, Backbone, Preprocess]:
     """The images and the pretrained model. Raises FtkitError for a typo, before an hour of decoding."""
-    images = read(data, seed)
+    images = read(data, seed, group_by)
     torch.manual_seed(seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
     for stage in recipe.stages:
@@ -89,20 +94,23 @@ def _planned(recipe: Recipe, data: str | Path, seed: int) -> tuple[Images, Backb
 
 
 def _train(
-    recipe: Recipe, data: str | Path, out: Path, seed: int, policy: Compute, resume: bool, stop: Stop, ranks: Ranks
-) -> None:
-    begun, device = time.perf_counter(), policy.device
-    images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed))
+    recipe: Recipe, data: str | Path, out: Path, plan: dict[str, Any], policy: Compute, resume: bool, stop: Stop,
+    ranks: Ranks, allow_leakage: bool, tensorboard: bool,
+) -> None:  # fmt: skip
+    begun, device, seed = time.perf_counter(), policy.device, plan["seed"]
+    images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed, plan["group_by"]))
     going_on = ranks.first(lambda: resume and state.exists(out))
     if not going_on:
         ranks.first(lambda: str(checkpoint.create(out)))
     with terminal.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress, ranks)
+    if not (going_on or allow_leakage):
+        ranks.together(lambda: require_apart(canvases))
     _say_data(canvases)
     terminal.say(f"{recipe.name}: {recipe.backbone} on {policy}\nweights: {backbone.weights}")
     if ranks.world > 1:
         terminal.say(f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch")
-    plan = {"recipe": resolve(recipe), "seed": seed, "data_fingerprint": canvases.fingerprint}
+    plan = {**plan, "data_fingerprint": canvases.fingerprint}
     if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
         raise FtkitError(f"{data}: expected the same recipe, seed, images, labels and splits on every machine, found "
                          "others. Compare the machines' commands and files")  # fmt: skip
@@ -145,6 +153,7 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
         "schema": checkpoint.SCHEMA, "recipe": resolve(work.recipe), "classes": list(images.classes),
         "preprocess": asdict(preprocess),
         **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
+        "group_by": run.plan["group_by"], "audit": named(audit(images, canvases), canvases, most=20),
         "data": str(Path(data).resolve()),
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},

@@ -1,0 +1,121 @@
+"""A data set is looked at before a model learns it: what is wrong is named, mended in a copy, and stops a training."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ftkit
+from PIL import Image
+
+from ftkit.audit import near_duplicates
+from ftkit.intake import read
+from ftkit_export.errors import FtkitError
+
+BROKEN = {
+    "leaks": [{"images": ["test/a/copy.png", "train/a/1.png"], "exact": True},
+              {"images": ["test/a/again.jpg", "train/a/2.png"], "exact": False}],
+    "conflicts": [{"images": ["train/a/3.png", "train/b/twin.png"], "exact": True}],
+    "flat": ["train/a/flat.png"], "tiny": ["train/a/tiny.jpg"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken(elpv: list[tuple[Path, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Split folders with one of each fault."""
+    root = tmp_path_factory.mktemp("broken data") / "cells"
+    for split, count in (("train", 12), ("val", 3), ("test", 3)):
+        for label in ("a", "b"):
+            (root / split / label).mkdir(parents=True)
+            for number in range(count):
+                place = list(BROKEN).index("leaks") + 40 * len(list(root.rglob("*.png")))  # far apart: no siblings
+                shutil.copyfile(elpv[place % len(elpv)][0], root / split / label / f"{number}.png")
+    train, test = root / "train" / "a", root / "test" / "a"
+    shutil.copyfile(train / "1.png", test / "copy.png")
+    Image.open(train / "2.png").save(test / "again.jpg", quality=60)
+    shutil.copyfile(train / "3.png", root / "train" / "b" / "twin.png")
+    shutil.copyfile(train / "4.png", train / "same.png")
+    (train / "cut.png").write_bytes((train / "5.png").read_bytes()[:2000])
+    Image.new("RGB", (300, 300), "grey").save(train / "flat.png")
+    Image.open(train / "6.png").resize((40, 40)).crop((0, 0, 40, 30)).convert("CMYK").save(train / "tiny.jpg")
+    return root
+
+
+def test_every_fault_is_named_and_a_clean_copy_has_none(broken: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in broken.rglob("*.*")}
+    told = ftkit("data", broken, "--json", tmp_path / "a.json", "--sheets", tmp_path / "s", "--fix", tmp_path / "clean")
+    assert told.exit_code == 1, told.output
+    assert "train/a/cut.png: expected an image, found image file is truncated" in told.stdout
+    assert max(map(len, told.stdout.split("sheet:")[0].splitlines())) <= 120
+    found = json.loads((tmp_path / "a.json").read_text())
+    for kind, expected in BROKEN.items():
+        assert found[kind] == expected, kind
+    assert {"images": ["train/a/4.png", "train/a/same.png"], "exact": True} in found["alike"]
+    assert found["formats"]["JPEG (CMYK)"] == 1
+    sheet = Image.open(tmp_path / "s" / "duplicates.jpg")
+    assert np.asarray(sheet)[32:160, 4:132].std() > 5, "the first picture is there"
+    assert {path: path.read_bytes() for path in broken.rglob("*.*")} == before
+    with (tmp_path / "clean" / "images.csv").open() as table:
+        kept = [row["path"] for row in csv.DictReader(table)]
+    gone = {
+        "train/a/1.png",
+        "train/a/2.png",
+        "train/a/3.png",
+        "train/b/twin.png",
+        "train/a/same.png",
+        "train/a/cut.png",
+    }
+    assert {path.relative_to(broken).as_posix() for path in before} - set(kept) == gone
+    assert ftkit("data", tmp_path / "clean" / "images.csv").exit_code == 0
+    again = ftkit("data", broken, "--fix", broken / "clean")
+    assert (again.exit_code, "expected a place outside" in again.stderr) == (2, True)
+
+
+def test_train_stops_on_leakage(broken: Path, tmp_path: Path) -> None:
+    stopped = ftkit("train", broken, "--out", tmp_path / "run")
+    assert stopped.exit_code == 2
+    assert (
+        "expected train, val and test to share no image, found 1 that they share (e.g. test/a/copy.png"
+        in stopped.stderr
+    )
+    assert "--allow-leakage" in stopped.stderr
+
+
+def _sides(images: Iterator[tuple[str, str]]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for key, split in images:
+        found.setdefault(key, set()).add(split)
+    return found
+
+
+def test_identical_files_and_groups_stay_on_one_side_of_a_split_made_here(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
+        for copy in range(2):  # each under two names
+            path = tmp_path / f"class{number % 2}" / f"object{number // 4}_{number}{'ab'[copy]}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+    images = read(tmp_path).images
+    assert {split for image in images for split in [image.split]} == {"train", "val", "test"}
+    assert all(len(s) == 1 for s in _sides((i.path.stem[:-1], i.split) for i in images).values())
+    by_object = read(tmp_path, group_by=r"(object\d+)_").images
+    assert all(len(s) == 1 for s in _sides((i.path.stem.split("_")[0], i.split) for i in by_object).values())
+    assert not all(len(s) == 1 for s in _sides((i.path.stem.split("_")[0], i.split) for i in images).values())
+    for wrong, found in (
+        ("(", "expected a regular expression"),
+        ("nowhere", "expected it to match paths such as class0/"),
+    ):
+        with pytest.raises(FtkitError, match=found.replace("(", r"\(")):
+            read(tmp_path, group_by=wrong)
+
+
+def test_a_thousand_pictures_of_one_thing_are_one_set(elpv: list[tuple[Path, str]]) -> None:
+    cells = np.stack([np.asarray(Image.open(path).resize((32, 32)), np.float32) for path, _ in elpv[:400:10]])
+    noise = np.random.default_rng(0).normal(0, 1, (1100, 32, 32)).astype(np.float32)
+    thumbs = np.concatenate([cells, cells[:1] * 1.1 + noise])
+    (found,) = near_duplicates(thumbs, np.arange(len(thumbs)))
+    assert found.rows == (0, *range(len(cells), len(thumbs)))

@@ -1,0 +1,226 @@
+"""What an audit is told as, shown as and mended by: lines of text, contact sheets, a cleaned copy.
+
+print(as_text(found, canvases))
+write_sheets(Path("sheets"), found, canvases)
+kept, gone = clean(found, canvases)
+write_clean(Path("clean"), kept, images, progress)     # or Path("clean.csv")
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from ftkit import terminal
+from ftkit.audit import FEW, UNEVEN, Alike, Audit
+from ftkit.canvas import Canvases
+from ftkit.files import write_atomically
+from ftkit.intake import SPLITS, Image, Images, below
+from ftkit_export.errors import FtkitError
+
+NAMED = 5  # files of a kind that are named; --json names all
+SHEET, TILE, COLUMNS = 48, 128, 8
+PAIRS = 24  # rows of the sheet of duplicates
+
+
+def as_text(found: Audit, canvases: Canvases) -> str:
+    """The audit as lines, what must be mended last."""
+    splits = [split for split in SPLITS if split in next(iter(found.counts.values()))]
+    rows = [("class", *(f"{split}{'*' if split in found.made else ''}" for split in splits))]
+    rows += [(name, *(str(each[split]) for split in splits)) for name, each in found.counts.items()]
+    lines = [f"{found.images} images of {len(found.classes)} classes", "", terminal.table(rows)]
+    if found.made:
+        lines.append("* made by ftkit: stratified, seeded; groups and identical files kept on one side")
+    lines += ["", f"formats  {_most(found.formats)}", f"sizes    {_most(found.sizes)}",
+              "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(found.classes))]  # fmt: skip
+    if list(found.classes) != sorted(found.classes):
+        lines.append("         in natural order; a plain sort would number them otherwise")
+    return "\n".join([*lines, "", *_remarks(found, canvases)])
+
+
+def _most(counts: dict[str, int]) -> str:
+    shown = [f"{count} {name}" for name, count in list(counts.items())[:4]]
+    return ", ".join(shown) + (f", {len(counts) - 4} more" if len(counts) > 4 else "")
+
+
+def _remarks(found: Audit, canvases: Canvases) -> list[str]:
+    images = canvases.images
+    names = [below(images.root, image.path) for image in images.images]
+
+    def name(row: int) -> str:
+        return f"{names[row]} ({images.images[row].split})"
+
+    def listed(title: str, items: Sequence[str]) -> list[str]:
+        more = [f"  ... and {len(items) - NAMED} more: --json FILE names all"] if len(items) > NAMED else []
+        return [f"{len(items)} {title}", *(f"  {item}" for item in items[:NAMED]), *more] if items else []
+
+    def sets(items: Iterable[Alike], exact: bool) -> list[str]:
+        return [" = ".join(map(name, item.rows[:4])) + (f" = {len(item.rows) - 4} more" if len(item.rows) > 4 else "")
+                for item in items if item.exact is exact]  # fmt: skip
+
+    side = canvases.shards[0].shape[1]
+    inside = [item for item in found.alike if item not in found.leaks and item not in found.conflicts]
+    lines = [
+        *listed("unreadable, left out in training:", [f"{path}: {why}" for path, why in found.bad]),
+        *listed("identical within a split:", sets(inside, True)),
+        *listed("nearly identical within a split:", sets(inside, False)),
+        *listed(f"smaller than half of the {side} pixels trained on:", [name(row) for row in found.tiny]),
+        *listed("over 40 megapixels:", [name(row) for row in found.huge]),
+        *listed("of one flat colour:", [name(row) for row in found.flat]),
+        *listed(f"classes with under {FEW} training images:", list(found.few)),
+    ]  # fmt: skip
+    if found.imbalance > UNEVEN:
+        lines.append(f"classes are uneven, {found.imbalance:.0f} to 1: try --set stages.0.balance=loss")
+    if found.hint:
+        lines.append(f"names suggest groups (one object, one day): if so, try --group-by '{found.hint}'")
+    lines += [
+        *listed("nearly identical on several sides of the split:", sets(found.leaks, False)),
+        *listed("nearly identical under several labels:", sets(found.conflicts, False)),
+        *listed("LEAKS, identical on several sides of the split:", sets(found.leaks, True)),
+        *listed("LEAKS, groups on several sides of the split:", list(found.shared_groups)),
+        *listed("CONFLICTS, identical under several labels:", sets(found.conflicts, True)),
+    ]
+    return [*lines, "ok" if found.passed else "NOT ok: mend it by hand, or with --fix OUT"]
+
+
+def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
+    """A contact sheet a class, spread over its images, and one of what is alike, a line a set; returns the JPEGs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images, labels = canvases.images, canvases.labels
+    written = []
+    for label, name in enumerate(images.classes):
+        rows = np.flatnonzero(labels == label)
+        picks = rows[np.unique(np.linspace(0, len(rows) - 1, min(SHEET, len(rows))).astype(int))] if len(rows) else rows
+        path = folder / f"{label}-{_file_name(name)}.jpg"
+        _sheet(path, f"{name}: {len(picks)} of {len(rows)}", [list(map(int, picks))], canvases)
+        written.append(path)
+    serious = sorted(found.alike, key=lambda item: (item not in found.leaks, item not in found.conflicts))
+    if serious:
+        path = folder / "duplicates.jpg"
+        _sheet(path, f"alike: {min(len(serious), PAIRS)} of {len(serious)} sets, a line each",
+               [list(item.rows[:COLUMNS]) for item in serious[:PAIRS]], canvases)  # fmt: skip
+        written.append(path)
+    return written
+
+
+def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases) -> None:
+    """Images in rows of eight, each set beginning a new row, with their names and splits below."""
+    font, small, text = PIL.ImageFont.load_default(16), PIL.ImageFont.load_default(10), 26
+    height = sum(math.ceil(len(rows) / COLUMNS) for rows in sets) * (TILE + text) + 32
+    sheet = PIL.Image.new("RGB", (COLUMNS * (TILE + 4) + 4, height), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    draw.text((6, 6), title, "black", font)
+    top = 32
+    for rows in sets:
+        for number, row in enumerate(rows):
+            x, y = 4 + number % COLUMNS * (TILE + 4), top + number // COLUMNS * (TILE + text)
+            picture = PIL.Image.fromarray(canvases.array([row])[0]).resize((TILE, TILE), PIL.Image.Resampling.BILINEAR)
+            sheet.paste(picture, (x, y))
+            image = canvases.images.images[row]
+            draw.text((x, y + TILE), image.path.name[-22:], "black", small)
+            draw.text(
+                (x, y + TILE + 11), f"{image.split} {canvases.images.classes[image.label]}"[:22], "dimgrey", small
+            )
+        top += math.ceil(len(rows) / COLUMNS) * (TILE + text)
+    content = io.BytesIO()
+    sheet.save(content, "JPEG", quality=80)
+    write_atomically(path, content.getvalue())
+
+
+def clean(found: Audit, canvases: Canvases) -> tuple[list[Image], dict[str, int]]:
+    """What is left to train on, and how many files went for which reason.
+
+    Unreadable files go. Of identical files one stays: test's before val's before train's, so that the judgement stays
+    the same; of identical files under several labels none, for nobody knows the right one. Near duplicates become one
+    group where ftkit makes the splits; where they are given, those in train go when another is in val or test.
+    """
+    images, gone = canvases.images.images, dict.fromkeys(("unreadable", "identical", "contradicting", "near"), 0)
+    gone["unreadable"] = len(found.bad)
+    left: dict[int, Image] = dict(enumerate(images))
+    for item in found.alike:
+        order = sorted(item.rows, key=lambda row: (-SPLITS.index(images[row].split), row))
+        if item.exact:
+            away, reason = (order, "contradicting") if item in found.conflicts else (order[1:], "identical")
+        elif found.made:
+            first = left.get(min(item.rows), images[min(item.rows)])
+            for row in (row for row in item.rows if row in left):
+                left[row] = replace(left[row], group=left[row].group or first.group or f"alike-{min(item.rows)}")
+            continue
+        else:
+            across = item in found.leaks
+            away, reason = [row for row in item.rows if across and images[row].split == "train"], "near"
+        for row in away:
+            gone[reason] += left.pop(row, None) is not None
+    return [replace(image, split="") if image.split in found.made else image for image in left.values()], gone
+
+
+def _base(images: Images) -> Path:
+    return images.root if images.root.is_dir() else images.root.parent
+
+
+def require_new(out: Path, images: Images) -> None:
+    """Raises FtkitError when `out` exists or lies in the data, which are never touched."""
+    base = _base(images)
+    if out.resolve().is_relative_to(base.resolve()) and (out.suffix != ".csv" or images.root.is_dir()):
+        raise FtkitError(f"--fix {out}: expected a place outside {base}, found one in it. Try ../clean")
+    if out.exists():
+        raise FtkitError(f"--fix {out}: expected a new file or folder, found one there already. Try another name")
+
+
+def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Callable[[int, int], None]) -> Path:
+    """Write the CSV `out`, or the folder `out` with a copy of every file and images.csv; returns the CSV.
+
+    Raises FtkitError as require_new.
+    """
+    require_new(out, images)
+    base = _base(images)
+    if out.suffix == ".csv":
+        write_atomically(out, _table(((image, image.path) for image in kept), images.classes, out.parent))
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        placed = []
+        for number, image in enumerate(kept, start=1):
+            place = beside / image.split / _file_name(images.classes[image.label]) / image.path.name
+            if place.exists():
+                place = place.with_stem(f"{place.stem}-{number}")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(image.path, place)
+            placed.append((image, place))
+            progress(number, len(kept))
+        for licence in base.glob("LICEN[CS]E*"):
+            shutil.copyfile(licence, beside / licence.name)
+        (beside / "images.csv").write_bytes(_table(placed, images.classes, beside))
+        beside.chmod(0o755)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return out / "images.csv"
+
+
+def _file_name(label: str) -> str:
+    """A class as the name of a file: a CSV's labels may hold anything."""
+    return re.sub(r"[^\w .-]+", "_", label).strip(". ") or "_"
+
+
+def _table(rows: Iterable[tuple[Image, Path]], classes: Sequence[str], base: Path) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("path", "label", "split", "group"))
+    for image, path in rows:
+        writer.writerow((Path(os.path.relpath(path, base)).as_posix(), classes[image.label], image.split, image.group))
+    return text.getvalue().encode()
