@@ -36,6 +36,7 @@ IMAGE_FORM_IMAGES = 16  # end to end; the core form has shown the network equal 
 FLOORS = 20.0
 AGREEMENT = {"tf32": (0.9999, 0.999), "fp16": (0.999, 0.99)}  # least cosine of the logits, least share of equal top-1
 CHUNK = 32
+DECADES = np.arange(-12, 1.25, 0.25)  # edges of the histogram of errors: powers of ten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +58,14 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """Every check on one provider, and the first diverging layer where one failed."""
+    """Every check on one provider, and the first diverging layer where one failed. errors: how many logits of the
+    photographs differ from float64 by how much, between the powers of ten in DECADES; smaller ones count as the first.
+    """
 
     provider: str
     checks: tuple[Check, ...]
     first_divergence: str = ""
+    errors: tuple[int, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -160,11 +164,14 @@ def compare(
         pixel_form = pixel_model(preprocess, input_format).SerializeToString()
         image_sessions = Session(image, provider=provider), Session(pixel_form, provider=provider)
     checks: list[Check] = []
+    errors: tuple[int, ...] = ()
     failing = None  # pixels of the first group whose logits differ: a fault may not show on another
     for group, images in {"photographs": photographs, **edge_images(preprocess.size)}.items():
         drawn = canvases if group == "photographs" else np.stack([preprocess.canvas(item) for item in images])
         pixels = preprocess.pixels(drawn)
-        found = _core_checks(reference, core_session, pixels, group, provider)
+        logits = _run(core_session, pixels)
+        found = _core_checks(reference, logits, pixels, group, provider)
+        errors = errors or _histogram(logits, reference.logits(pixels[:FLOAT64_IMAGES], torch.float64))
         if failing is None and not all(check.passed for check in found):
             failing = pixels[:2]
         checks += found
@@ -176,13 +183,19 @@ def compare(
     elsewhere = sum(n for name, n in core_session.assignment().items() if name != PROVIDERS[provider].name)
     checks.append(Check(name="core nodes on another provider", group="graph", value=elsewhere, limit=0))
     diverging = "" if failing is None else first_divergence(reference, core, failing, layers, provider)
-    return Parity(provider=provider, checks=tuple(checks), first_divergence=diverging)
+    return Parity(provider=provider, checks=tuple(checks), first_divergence=diverging, errors=errors)
 
 
-def _core_checks(reference: Reference, session: Session, pixels: Array, group: str, provider: str) -> list[Check]:
+def _histogram(found: Array, expected: Array) -> tuple[int, ...]:
+    apart = np.abs(found[: len(expected)] - expected)
+    apart = apart[np.isfinite(apart)]
+    logs = np.log10(np.maximum(apart, 1e-300)).clip(DECADES[0], DECADES[-1])
+    return tuple(map(int, np.histogram(logs, DECADES)[0]))
+
+
+def _core_checks(reference: Reference, found: Array, pixels: Array, group: str, provider: str) -> list[Check]:
     logits32 = reference.logits(pixels, torch.float32)
     logits64 = reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
-    found = _run(session, pixels)
     if precision := PROVIDERS[provider].precision:
         return agreement(logits32, found, precision, group)
     limit, floor = tolerance(logits32[: len(logits64)], logits64, provider)

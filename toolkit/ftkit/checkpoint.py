@@ -62,8 +62,9 @@ def next_free(base: Path) -> Path:
 
 
 def create(out: Path) -> Path:
-    """A new run folder. Raises FtkitError when `out` holds anything already, or cannot be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """A new run folder; its events may be open already. Raises FtkitError when `out` holds anything else, or cannot be
+    made."""
+    if out.exists() and (not out.is_dir() or any(path.name != "tensorboard" for path in out.iterdir())):
         way = "--resume" if (out / "state").is_dir() else "another --out"
         raise FtkitError(f"{out}: expected a new folder, found one there already. Try {way}, or remove it")
     try:

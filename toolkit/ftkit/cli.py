@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ftkit import __version__
-from ftkit.cli_look import GROUP_BY, audit_data
-from ftkit.cli_measure import bench, evaluate, report
+from ftkit.cli_look import GROUP_BY, RUNTIME, audit_data, report, try_bundle
+from ftkit.cli_measure import bench, evaluate
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -147,22 +147,28 @@ def _launched(ctx: click.Context, gpus: int) -> int:
 @click.option("--ort", is_flag=True, help="ONNX Runtime's own format too, in device/ort.")
 @click.option("--handoff", is_flag=True, help="What TensorRT, OpenVINO, Hailo, RKNN compilers need, in handoff/.")
 @click.option("--zip", "zipped", is_flag=True, help="BUNDLE.zip too.")
+@click.option("--web", is_flag=True, help="A page that runs the file in a browser, in device/web.")
+@RUNTIME
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM).")
+@click.option("-q", "--quiet", is_flag=True, help="Print gates, warnings and errors only.")
 def export(
     run: Path, out: Path | None, settings: tuple[str, ...], providers: str, data: Path | None, quick: bool,
     target: str | None = None, latency: Path | None = None, input_format: str | None = None, c: bool = False,
     ort: bool = False, handoff: bool = False, zipped: bool = False, sign: Path | None = None,
-    device: str | None = None,
+    device: str | None = None, web: bool = False, runtime: Path | None = None, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Export RUN to ONNX, prove the file, and seal a bundle. Exit 1 when a gate fails."""
+    from ftkit import terminal
     from ftkit.checkpoint import open_run
     from ftkit.override import override
     from ftkit.pipeline import Extras, read_measured
     from ftkit.pipeline import export as run_export
     from ftkit.remote import Device
     from ftkit.variants import resolve_target
+    from ftkit.web import runtime as web_runtime
     from ftkit_export.session import parse_providers
 
+    terminal.hush(quiet)
     names = parse_providers(providers)
     opened = open_run(run)
     for setting in settings:
@@ -183,7 +189,7 @@ def export(
         limits = override(opened.recipe, settings).export
         measured = read_measured(latency, opened, resolve_target(limits.target, names)) if latency else {}
         extras = Extras(measured=measured, device=reached, c=c, ort=ort, handoff=handoff,
-                        zipped=zipped, sign=sign)  # fmt: skip
+                        zipped=zipped, sign=sign, web=web_runtime(runtime) if web else None)  # fmt: skip
         done = run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
     for gate in done.gates:
         click.echo(f"{'ok    ' if gate.passed else 'FAILED'}  {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}")
@@ -253,25 +259,32 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--provider", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, all probabilities.")
-def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool) -> None:
+@click.option("--explain", is_flag=True, help="Write a heat map of what spoke for each answer, into --out.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("explained"), show_default=True, metavar="FOLDER")
+def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool, explain: bool, out: Path) -> None:
     """Class and probability of IMAGES (files or folders)."""
     from ftkit_export.errors import ImageError
+    from ftkit_export.explain import Explainer
     from ftkit_export.predict import Classifier, image_files
 
     files = image_files(list(images))
     classify = Classifier(bundle, provider=provider)
-    bad = 0
+    explainer, places, bad = Explainer(bundle) if explain else None, set[Path](), 0
     for path in files:
         try:
             answer = classify(path)
+            heat = explainer.write(path, classify.labels.index(answer.label), out, places) if explainer else None
         except ImageError as error:
             bad += 1
             click.echo(f"error: {error}", err=True)
             continue
         if as_json:
-            click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer)}))
+            more = {"explained": str(heat)} if heat else {}
+            click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer), **more}))
         else:
-            click.echo(f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip())
+            click.echo(
+                f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip() + f"  {heat}" * bool(heat)
+            )
     sys.exit(2 if bad else 0)
 
 
@@ -316,7 +329,7 @@ def demo(out: Path) -> None:
     run_demo(out)
 
 
-for command in (audit_data, evaluate, bench, report):
+for command in (audit_data, evaluate, bench, report, try_bundle):
     main.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""The commands that show: data. Part of the command line in cli.py."""
+"""The commands that show: data, report, try. Part of the command line in cli.py."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from pathlib import Path
 
 import click
 
-from ftkit.cli_measure import JSON, write_json
+from ftkit.cli_measure import JSON, unpacked, write_json
+from ftkit.files import write_atomically
 
 GROUP_BY = click.option(
     "--group-by", default="", metavar="REGEX",
     help="Images whose paths below DATA match alike (its first group) stay on one side of a split.",
 )  # fmt: skip
+
+
+RUNTIME = click.option("--runtime", type=click.Path(path_type=Path), metavar="FILE.tgz",
+                       help="onnxruntime-web as `npm pack` writes it, where there is no network.")  # fmt: skip
 
 
 @click.command("data")
@@ -60,3 +65,52 @@ def audit_data(
         echo(f"next: ftkit train {table}")
     write_json(as_json, named(found, canvases))
     sys.exit(0 if found.passed else 1)
+
+
+@click.command()
+@click.argument("what", metavar="[RUN|BUNDLE|HISTORY]", required=False, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: beside what it tells of]")
+def report(what: Path | None, out: Path | None) -> None:
+    """Write the report of a RUN, or copy the sealed one of a BUNDLE; by default plot what `ftkit bench --save` wrote.
+
+    HISTORY: by default ftkit-bench.jsonl at the root of this repository.
+    """
+    from ftkit import history
+
+    if what and (what / "manifest.json").is_file():
+        page = out or what / "report.html"
+        if out:
+            write_atomically(out, (what / "report.html").read_bytes())
+    elif what and what.is_dir():
+        from ftkit.checkpoint import open_run, read_metrics
+        from ftkit.report import load_pictures, write_report
+
+        run, page = open_run(what), out or what / "report.html"
+        write_report(page, run.data, read_metrics(what), load_pictures(what / "mistakes"))
+    else:
+        path = what or history.place(Path.cwd())
+        page = out or path.with_suffix(".html")
+        history.write_history(history.read(path), page)
+    click.echo(f"report: {page}")
+
+
+@click.command("try")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@click.option("--open", "show", is_flag=True, help="Open it in the browser.")
+@RUNTIME
+def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None) -> None:
+    """Try BUNDLE in a browser on this machine: drop an image or use the camera. Nothing leaves the machine."""
+    import threading
+    import webbrowser
+
+    from ftkit import web
+
+    with unpacked(bundle) as folder, web.serving(folder, web.runtime(runtime), port) as url:
+        click.echo(f"{url}  (Ctrl-C ends)")
+        if show:
+            webbrowser.open(url)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            click.echo("")

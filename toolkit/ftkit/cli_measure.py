@@ -1,4 +1,4 @@
-"""The commands that measure what was exported: eval, bench, report. Part of the command line in cli.py."""
+"""The commands that measure what was exported: eval, bench. Part of the command line in cli.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[Path]:
+def unpacked(path: Path) -> Iterator[Path]:
     """A bundle's folder where `path` is a zip, else the path itself."""
     from ftkit_export import archive
 
@@ -59,15 +59,15 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
     echo, images = _echo(as_json), labelled(data)
     for each in (bundle, old) if old else (bundle,):
-        with _unpacked(each) as path:
+        with unpacked(each) as path:
             require(path, images)
-    with _unpacked(bundle) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
+    with unpacked(bundle) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
         new = answers(path, images, provider=provider, step=step)
     for line in new.unreadable:
         click.echo(f"left out: {line}", err=True)
     before = change = None
     if old:
-        with _unpacked(old) as path, terminal.bar(f"{old.name} on {len(images)} images") as step:
+        with unpacked(old) as path, terminal.bar(f"{old.name} on {len(images)} images") as step:
             before = answers(path, images, provider=provider, step=step)
         change = against(new, before, max_drop=max_drop)
     echo(as_text(new, before, change))
@@ -127,8 +127,8 @@ def bench(
     told: dict[str, Any] = {}
     verdicts, stored = [], read(baseline) if baseline and kept_json else {}
     with ExitStack() as stack:
-        path = stack.enter_context(_unpacked(model))
-        old = stack.enter_context(_unpacked(baseline)) if baseline and not stored else None
+        path = stack.enter_context(unpacked(model))
+        old = stack.enter_context(unpacked(baseline)) if baseline and not stored else None
         say = stack.enter_context(terminal.note())
         if host:
             say(f"measuring on {host}")
@@ -157,19 +157,6 @@ def bench(
     if outcomes:
         echo({0: "passed", 1: "FAILED", 3: "inconclusive"}[code])
     sys.exit(code)
-
-
-@click.command()
-@click.argument("history", required=False, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: beside HISTORY, .html]")
-def report(history: Path | None, out: Path | None) -> None:
-    """Plot what `ftkit bench --save` wrote. HISTORY: by default ftkit-bench.jsonl at the root of this repository."""
-    from ftkit import history as past
-
-    path = history or past.place(Path.cwd())
-    page = out or path.with_suffix(".html")
-    past.write_history(past.read(path), page)
-    click.echo(f"report: {page}")
 
 
 def _tell(

@@ -82,12 +82,21 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017), equal-width bins of the top probability."""
-    top, right = probabilities.max(1), probabilities.argmax(1) == labels
+def reliability(probabilities: Array, labels: Array, bins: int = 15) -> tuple[tuple[int, float, float], ...]:
+    """Equal-width bins of the top probability that hold images: (images, mean probability, share right) each."""
+    top, right = probabilities.max(1).astype(np.float64), probabilities.argmax(1) == labels
     number = np.minimum((top * bins).astype(int), bins - 1)
-    gaps = [abs(float(right[number == b].sum()) - float(top[number == b].sum())) for b in range(bins)]
-    return sum(gaps) / len(labels)
+    return tuple(
+        (int((number == b).sum()), float(top[number == b].mean()), float(right[number == b].mean()))
+        for b in range(bins)
+        if (number == b).any()
+    )
+
+
+def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017): how far the bins' mean probability is from their share right."""
+    found = reliability(probabilities, labels, bins)
+    return sum(images * abs(right - top) for images, top, right in found) / len(labels)
 
 
 def evaluate(probabilities: Array, labels: Array, classes: Sequence[str]) -> Metrics:

@@ -139,6 +139,7 @@ def manifest(
             "parity": [
                 {
                     "provider": item.provider, "passed": item.passed, "first_divergence": item.first_divergence,
+                    "errors": item.errors,
                     "checks": [{**asdict(check), "passed": check.passed} for check in item.checks],
                 }
                 for item in parity

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.files import write_atomically
-from ftkit.report import STYLE
+from ftkit.page import page
 from ftkit_export.errors import FtkitError
 
 NAME = "ftkit-bench.jsonl"
@@ -115,8 +115,9 @@ def changes(values: Sequence[float]) -> list[int]:
     return found
 
 
-def _plot(title: str, lines: Sequence[Mapping[str, Any]], values: Sequence[float]) -> str:
+def plot(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """One series as SVG, with a table of its change points below."""
+    values, title = [float(line["series"][name]) for line in lines], name.partition("|")[2]
     width, height, left = 860, 170, 60
     low, high = min(values) * 0.97, max(values) * 1.03
     marked = changes(values)
@@ -160,13 +161,10 @@ def write_history(lines: Sequence[Mapping[str, Any]], out: Path) -> None:
     if len({name.partition("|")[0] for name in names}) > 1:
         body.append("<p>Several machines: each has plots of its own, and a difference between them is advisory.</p>")
     for name in names:
-        where, _, what = name.partition("|")
+        where = name.partition("|")[0]
         if where != machine:
             machine = where
             body.append(f"<h2>{escape(where)}</h2>")
         there = [line for line in lines if name in line["series"]]
-        body.append(_plot(what, there, [line["series"][name] for line in there]))
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width,initial-scale=1"><title>ftkit: latency over time</title><style>{STYLE}'
-            f"</style></head><body><main>{''.join(body)}</main></body></html>\n")  # fmt: skip
-    write_atomically(out, page.encode())
+        body.append(plot(name, there))
+    write_atomically(out, page("ftkit: latency over time", body))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -111,8 +112,7 @@ def _rows(root: Path) -> list[Row]:
 
 def below(root: Path, path: Path) -> str:
     """An image's path as a person sees it: from the data folder, or the CSV's."""
-    base = root if root.is_dir() else root.parent
-    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
+    return Path(os.path.relpath(path, root if root.is_dir() else root.parent)).as_posix()
 
 
 def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:

@@ -26,6 +26,7 @@ from ftkit.evaluate import (
     abstention,
     evaluate,
     fit_temperature,
+    reliability,
     worst_mistakes,
 )  # fmt: skip
 from ftkit_export.foreign import Foreign, fit
@@ -41,12 +42,14 @@ FOREIGN_EACH = 10  # of each class at least: its mean must stand on more than on
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """temperature and abstention's threshold come from val; metrics by split, calibrated; uncalibrated: as at
-    temperature 1, by split: {"nll": .., "ece": ..}; abstention and mistakes: on test; foreign: out-of-domain statistics
+    temperature 1, by split: {"nll": .., "ece": ..}; reliability: of test, {"before": .., "after": ..} the temperature,
+    as evaluate.reliability; abstention and mistakes: on test; foreign: out-of-domain statistics
     as the exported file will carry them; foreign_kept: share of test images they let pass."""
 
     temperature: float
     metrics: dict[str, Metrics]
     uncalibrated: dict[str, dict[str, float]]
+    reliability: dict[str, tuple[tuple[int, float, float], ...]]
     abstention: Abstention
     mistakes: tuple[Mistake, ...]
     foreign: str
@@ -100,6 +103,10 @@ def judge(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precis
         temperature=temperature,
         metrics={split: evaluate(probabilities[split], labels[split], classes) for split in rows},
         uncalibrated={split: {"nll": item.nll, "ece": item.ece} for split, item in plain.items()},
+        reliability={
+            "before": reliability(softmax(logits["test"]), labels["test"]),
+            "after": reliability(probabilities["test"], labels["test"]),
+        },
         abstention=abstention(probabilities["test"], labels["test"], precision, threshold),
         mistakes=worst_mistakes(probabilities["test"], labels["test"], rows["test"]),
         foreign=foreign.to_text(),

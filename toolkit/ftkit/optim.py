@@ -184,9 +184,14 @@ class Moving:
 
     def epoch(self) -> tuple[float, float]:
         """(mean loss, accuracy) since the last call."""
-        losses, hits, seen = self.tally.tolist()
+        found = self.standing()
         self.tally = torch.zeros(3, dtype=torch.float64)
-        return losses / seen, hits / seen
+        return found
+
+    def standing(self) -> tuple[float, float]:
+        """(mean loss, accuracy) of the epoch so far; NaN before its first step. Waits for the device."""
+        losses, hits, seen = self.tally.tolist()
+        return (losses / seen, hits / seen) if seen else (math.nan, math.nan)
 
     @property
     def result(self) -> State:

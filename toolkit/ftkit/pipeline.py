@@ -18,7 +18,7 @@ import onnx
 from torch import nn
 
 import ftkit
-from ftkit import checkpoint, evidence, terminal, variants
+from ftkit import checkpoint, evidence, terminal, variants, web
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
 from ftkit.card import model_card
@@ -28,19 +28,22 @@ from ftkit.intake import read
 from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Export
 from ftkit.remote import Device
-from ftkit.report import write_report
+from ftkit.report import Picture, pictures, write_report
 from ftkit_export import archive, handoff, plain_c
 from ftkit_export import bundle as bundles
 from ftkit_export.bundle import Gate
 from ftkit_export.convert import export_core, write_ort
 from ftkit_export.decision import Row, choose
 from ftkit_export.errors import FtkitError
+from ftkit_export.explain import FILE as EXPLAIN
+from ftkit_export.explain import Explainer, with_features
 from ftkit_export.golden import write_flat, write_golden
 from ftkit_export.latency import Latency, Raced
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.preprocess import decode
 from ftkit_export.session import PROVIDERS, require
 from ftkit_export.targets import TARGETS, unshippable
+from ftkit_export.verify import sha256
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +55,7 @@ DECODED_BYTES = 500_000_000
 class Extras:
     """What an export may be asked for. measured: latencies from the target device, by variant. device: the target, over
     ssh. c: plain C sources. ort: ONNX Runtime's own format. handoff: what other compilers need. zipped: BUNDLE.zip too.
-    sign: an Ed25519 key."""
+    sign: an Ed25519 key. web: the files of ONNX Runtime Web, for device/web."""
 
     measured: Mapping[str, Any] = field(default_factory=dict)
     device: Device | None = None
@@ -61,6 +64,7 @@ class Extras:
     handoff: bool = False
     zipped: bool = False
     sign: Path | None = None
+    web: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +184,8 @@ def _build(
     made = variants.make(core.model, context)
     terminal.say(variants.as_table(made.rows))
     paths = _write_variants(folder, made, context)
+    if explained := with_features(core.model):
+        context.write(explained, folder / EXPLAIN, "fp32", (), plain=True)
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in run.classes), encoding="utf-8")
 
     parity = []
@@ -216,8 +222,9 @@ def _build(
             for name, pair in paths.items()
         },
     }  # fmt: skip
-    write_report(folder / "report.html", run.data, {**manifest, "gates": [gate.as_dict() for gate in gates]},
-                 checkpoint.read_metrics(run.folder))  # fmt: skip
+    told = {**manifest, "gates": [gate.as_dict() for gate in gates], "model_sha256": sha256(folder / "model.onnx")}
+    write_report(folder / "report.html", run.data, checkpoint.read_metrics(run.folder),
+                 _pictures(folder, canvases, run, limits), told)  # fmt: skip
     (folder / "MODEL_CARD.md").write_text(model_card(run.data, manifest), encoding="utf-8")
     final = bundles.seal(folder, out, manifest, gates, extras.sign)
     if extras.zipped:
@@ -274,6 +281,8 @@ def _add_extras(
             plain_c.write_c(folder / "device" / "c", core, context.preprocess, classes, temperature=context.temperature,
                             threshold=float(context.metadata["abstain_threshold"]),
                             input_format=context.limits.input_format)  # fmt: skip
+    if extras.web:
+        web.add_page(folder, extras.web)
     if extras.ort:
         with terminal.bar("ORT format"):
             write_ort(folder / "model.onnx", folder / "device" / "ort", context.target)
@@ -284,6 +293,14 @@ def _add_extras(
                 folder / "handoff", plain_c.static(core), context.pixels(variants.calibration_rows(context)[:32]),
                 context.pixels(rows), variants.answers(core, context, rows), context.canvases.labels[rows],
             )  # fmt: skip
+
+
+def _pictures(folder: Path, canvases: Canvases, run: Run, limits: Export) -> list[Picture]:
+    """The worst mistakes, with where the model looked; none where photographs must not leave."""
+    if limits.golden == "synthetic":
+        return []
+    explain = Explainer(folder) if (folder / EXPLAIN).is_file() else None
+    return pictures(canvases, run.data["mistakes"], explain)
 
 
 def _spread(rows: Array, count: int) -> Array:

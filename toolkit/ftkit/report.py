@@ -1,137 +1,170 @@
-"""One self-contained report.html: verdict first, then curves, confusion, parity, latency. No network, no script.
+"""One self-contained report.html: verdict first, then how it was trained, how sure it is, what it costs. No script.
 
-write_report(Path("report.html"), run_data, manifest, epochs)
+write_report(Path("report.html"), run_data, epochs, pictures)                    # of a run
+write_report(Path("report.html"), run_data, epochs, pictures, manifest)          # of a bundle: gates and evidence too
 """
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+
+from ftkit.canvas import Canvases
 from ftkit.files import write_atomically
-from ftkit.terminal import condition
+from ftkit.page import anchor, lengths, lines, page, reliability, section, table
+from ftkit.report_file import found_in, gates, latency, parity, variants
+from ftkit_export.explain import Explainer, overlay
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1a1c1e; --faint: #5c6166; --paper: #fff; --line: #d8dce0;
-  --good: #0b6b3a; --bad: #b3261e; --one: #1f5fa8; --two: #b45309; --cell: 31, 95, 168; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --faint: #a8aeb4; --paper: #16181a; --line: #3a3f44;
-  --good: #6fd39a; --bad: #ff8a80; --one: #7db4f0; --two: #f0b067; --cell: 125, 180, 240; } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem }
-p, figcaption { color: var(--faint); margin: .3rem 0 } figure { margin: 0 }
-.good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .8rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
-td.n, th.n { text-align: right } td.cell { text-align: center; padding: .35rem .6rem }
-svg { width: 100%; height: auto; display: block } svg text { fill: var(--faint); font: 12px system-ui, sans-serif }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem 2rem; margin-top: 1rem }
-@media print { body { max-width: none } h2 { break-after: avoid } }
-"""
+Data = Mapping[str, Any]
+SIDE = 160  # pixels of a thumbnail
 
 
-def _number(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return escape(str(value))
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A photograph for the page, as JPEG bytes, and where the model looked, if that is known."""
+
+    photograph: bytes
+    heat: bytes = b""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Header and rows; numbers are set right; a cell that is already markup comes as a 1-tuple."""
-
-    def cell(value: Any) -> str:
-        if isinstance(value, tuple):
-            return f"<td>{value[0]}</td>"
-        return (
-            f'<td class="n">{_number(value)}</td>' if isinstance(value, int | float) else f"<td>{_number(value)}</td>"
-        )
-
-    numeric = [bool(rows) and isinstance(value, int | float) for value in (rows[0] if rows else head)]
-    top = "".join(
-        f'<th{" class=n" if n else ""} scope="col">{escape(h)}</th>' for h, n in zip(head, numeric, strict=True)
-    )
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+def pictures(canvases: Canvases, mistakes: Sequence[Data], explain: Explainer | None = None) -> list[Picture]:
+    """The worst mistakes as thumbnails, with what spoke for the wrong class where that can be shown."""
+    found = []
+    for item in mistakes:
+        canvas = canvases.array([item["row"]])[0]
+        if explain is None:
+            found.append(Picture(photograph=_jpeg(PIL.Image.fromarray(canvas))))
+            continue
+        heat, _ = explain(canvas, item["said_label"])
+        seen = explain.seen(canvas)
+        found.append(Picture(photograph=_jpeg(PIL.Image.fromarray(seen)), heat=_jpeg(overlay(seen, heat))))
+    return found
 
 
-def _interval(paired: Mapping[str, Any] | None) -> str:
-    return f"{100 * paired['low']:+.2f} to {100 * paired['high']:+.2f}" if paired else ""
+def _jpeg(image: PIL.Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.resize((SIDE, SIDE), PIL.Image.Resampling.LANCZOS).save(content, "JPEG", quality=82)
+    return content.getvalue()
 
 
-def _verdict(passed: bool) -> tuple[str]:
-    return ('<span class="good">passed</span>' if passed else '<span class="bad">failed</span>',)
+def write_report(
+    path: Path, run: Data, epochs: Sequence[Data], shown: Sequence[Picture] = (), manifest: Data | None = None
+) -> None:
+    """Write the report of a run, or of one export.
 
-
-def _curves(epochs: Sequence[Mapping[str, Any]]) -> str:
-    """Loss above, accuracies below, a band a stage; drawn as SVG."""
-    width, height, left = 860, 170, 44
-    span = max(1, len(epochs) - 1)
-
-    def x(index: float) -> float:
-        return left + (width - left - 10) * index / span
-
-    def plot(title: str, series: Sequence[tuple[str, str, Sequence[float]]]) -> str:
-        values = [value for _, _, points in series for value in points if value == value]
-        low, high = min(values), max(values)
-        room = (high - low) or 1.0
-
-        def y(value: float) -> float:
-            return 12 + (height - 40) * (high - value) / room
-
-        parts = []
-        stages = [row["stage"] for row in epochs]
-        for stage in sorted(set(stages)):
-            begin = stages.index(stage)
-            if begin:
-                parts.append(f'<line x1="{x(begin - .5):.1f}" x2="{x(begin - .5):.1f}" y1="4" y2="{height - 24}" '
-                             'stroke="var(--line)" stroke-dasharray="4 4"/>')  # fmt: skip
-            parts.append(
-                f'<text x="{x(max(begin - 0.5, 0)) + 4:.1f}" y="{height - 8}">{escape(epochs[begin]["train"])}</text>'
-            )
-        for value in (low, high):
-            parts.append(f'<text x="0" y="{y(value) + 4:.1f}">{value:.3g}</text>')
-        legend = []
-        for name, colour, points in series:
-            path = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(points))
-            parts.append(f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="2"/>')
-            dots = [
-                f'<circle cx="{x(i):.1f}" cy="{y(v):.1f}" r="2.5" fill="var({colour})"/>' for i, v in enumerate(points)
-            ]
-            parts += dots
-            legend.append(f'<span style="color:var({colour})">{escape(name)}</span>')
-        head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-        caption = f"{escape(title)}: {', '.join(legend)}"
-        return f"<figure>{head}{''.join(parts)}</svg><figcaption>{caption}</figcaption></figure>"
-
-    loss = [("training loss", "--one", [row["loss"] for row in epochs])]
-    accuracy = [
-        ("train accuracy", "--one", [row["train_accuracy"] for row in epochs]),
-        ("val accuracy", "--two", [row["val_accuracy"] for row in epochs]),
+    run: run.json; epochs: the lines of metrics.jsonl; manifest: as sealed, less its file hashes.
+    """
+    named = [
+        ("Gates", gates(manifest) if manifest else ""),
+        ("Accuracy on held-out photographs", _accuracy(run, manifest)),
+        ("Training", _training(run, epochs)),
+        ("By class", _classes(_judged(run, manifest))),
+        ("How sure it is", _sureness(run)),
+        ("Worst mistakes", _mistakes(run, shown)),
+        ("Variants", variants(manifest) if manifest else ""),
+        ("Parity with the framework", parity(manifest) if manifest else ""),
+        ("Latency, cold start, memory", latency(manifest) if manifest else ""),
+        ("History", found_in(Path.cwd(), manifest) if manifest else ""),
+        ("Data", _data(run)),
+        ("Reproduce", _reproduce(run, manifest)),
     ]
-    return plot("By epoch", loss) + plot("By epoch", accuracy)
+    there = [(title, text) for title, text in named if text]
+    links = "".join(f'<a href="#{anchor(title)}">{escape(title)}</a>' for title, _ in there)
+    body = [*_verdict(run, manifest), f'<nav aria-label="Sections">{links}</nav>',
+            *(section(title, text) for title, text in there)]  # fmt: skip
+    write_atomically(path, page(f"ftkit: {run['recipe']['name']}", body))
 
 
-def _confusion(metrics: Mapping[str, Any]) -> str:
-    names = metrics["classes"]
+def _judged(run: Data, manifest: Data | None) -> Data:
+    """Test metrics: of the exported file where there is one."""
+    found: Data = manifest["evidence"]["accuracy"]["file"] if manifest else run["metrics"]["test"]
+    return found
+
+
+def _verdict(run: Data, manifest: Data | None) -> list[str]:
+    found, name = _judged(run, manifest), escape(run["recipe"]["name"])
+    right = (f"{found['accuracy']:.1%} of {found['images']} held-out photographs right "
+             f"[{found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}]")  # fmt: skip
+    what = f"{escape(run['recipe']['backbone'])} in {len(run['stages'])} stages over {len(run['classes'])} classes"
+    if manifest is None:
+        return [f"<h1>{name}: trained, not exported yet</h1>", f"<p>{what}; {right}.</p>"]
+    passed = all(gate["passed"] for gate in manifest["gates"])
+    word = '<span class="good">all gates passed</span>' if passed else '<span class="bad">a gate failed</span>'
+    chosen = next(item for item in manifest["evidence"]["decision"] if item["name"] == manifest["chosen"])
+    took = f", {chosen['p50_ms']:.1f} ms (p95 {chosen['p95_ms']:.1f})" if chosen["p50_ms"] and chosen["p95_ms"] else ""
+    return [f"<h1>{name}: {word}</h1>",
+            f"<p>{what}; chosen: {escape(manifest['chosen'])} for {escape(manifest['target'])}, "
+            f"{chosen['size_bytes'] / 1e6:.1f} MB{took}; {right}.</p>"]  # fmt: skip
+
+
+def _accuracy(run: Data, manifest: Data | None) -> str:
+    judged = [("framework", run["metrics"]["test"])]
+    if manifest:
+        judged.insert(0, ("exported file", manifest["evidence"]["accuracy"]["file"]))
+    rows = [
+        (who, m["images"], m["accuracy"], f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}",
+         m["balanced_accuracy"], m["macro_f1"], m["nll"], m["ece"])
+        for who, m in judged
+    ]  # fmt: skip
+    return table(("of the", "images", "accuracy", "95 % interval", "balanced", "macro F1", "NLL", "ECE"), rows)
+
+
+def _training(run: Data, epochs: Sequence[Data]) -> str:
+    begins = [i for i, row in enumerate(epochs) if i == 0 or row["stage"] != epochs[i - 1]["stage"]]
+    bands = [(begin, epochs[begin]["train"]) for begin in begins]
+
+    def of(key: str) -> list[float]:
+        return [float(row[key]) for row in epochs]
+
+    stages = [
+        (s["train"], "kept" if s["kept"] else "left out", s["epochs"], s["lr"], s["val_accuracy"], s["drift"],
+         s["seconds"])
+        for s in run["stages"]
+    ]  # fmt: skip
+    drift = [(s["train"], s["drift"], f"{s['drift']:.3f}") for s in run["stages"] if s["drift"] is not None]
+    return "".join([
+        '<div class="grid">',
+        lines("Loss", [("train", "--one", of("loss")), ("val (NLL)", "--two", of("val_nll"))], bands),
+        lines("Accuracy", [("train", "--one", of("train_accuracy")), ("val", "--two", of("val_accuracy"))], bands),
+        lengths("Likeness of the features to the pretrained ones after each stage (CKA, 1 = unmoved)", drift),
+        "</div>",
+        table(("stage", "verdict", "epochs", "rate", "val accuracy", "CKA", "seconds"), stages),
+        *(f"<p>{escape(s['train'])}: {escape(s['how'])}.</p>" for s in run["stages"]),
+        "<p>A stage that is no better than the one before on val is left out.</p>",
+    ])  # fmt: skip
+
+
+def _classes(found: Data) -> str:
+    names, counts = found["classes"], found["confusion"]
+    rows = [(name, sum(row), recall, precision)
+            for name, row, recall, precision in zip(names, counts, found["recall"], found["precision"], strict=True)
+            ]  # fmt: skip
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    rows = ""
-    for name, counts in zip(names, metrics["confusion"], strict=True):
-        whole = sum(counts) or 1
+    body = ""
+    for name, row in zip(names, counts, strict=True):
+        whole = sum(row) or 1
         cells = "".join(
-            f'<td class="cell" style="background:rgba(var(--cell),{0.55 * count / whole:.2f})">{count}</td>'
-            for count in counts
+            f'<td class="cell" style="background:rgba(var(--cell),{0.55 * n / whole:.2f})">{n}</td>' for n in row
         )
-        rows += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    return (f'<div class="scroll"><table><caption><p>Rows: the true class. Columns: what the file said.</p></caption>'
-            f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>")  # fmt: skip
+        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+    confusion = (
+        '<div class="scroll" tabindex="0" role="region" aria-label="confusion matrix"><table><caption>Confusion. Rows: '
+        "the true class. Columns: what the model said.</caption>"
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+    return f'<div class="grid">{table(("class", "images", "recall", "precision"), rows)}{confusion}</div>'
 
 
-def _doubts(run: Mapping[str, Any]) -> str:
+def _sureness(run: Data) -> str:
     """Calibration before and after, what withholding doubtful answers brings, and how many images pass as familiar."""
     after, before, held = run["metrics"]["test"], run["uncalibrated"]["test"], run["abstention"]
     text = (f"Temperature {run['temperature']:.2f}: NLL {before['nll']:.3f} to {after['nll']:.3f}, "
@@ -142,126 +175,98 @@ def _doubts(run: Mapping[str, Any]) -> str:
         right = "" if held["precision"] is None else f", of which {held['precision']:.1%} are right"
         text += (f"Answers below {held['threshold']:.2f} are doubtful ({held['wanted']:.0%} wanted on val); the other "
                  f"{held['coverage']:.0%} are not{right}. ")  # fmt: skip
-    return text + f"{run['foreign_kept']:.1%} of these photographs pass as familiar (95 % on val)."
-
-
-def _accuracy(run: Mapping[str, Any], evidence: Mapping[str, Any]) -> str:
-    found = evidence["accuracy"]["file"]
-    rows = [
-        (who, m["images"], m["accuracy"], f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}",
-         m["balanced_accuracy"], m["macro_f1"], m["nll"], m["ece"])
-        for who, m in (("exported file", found), ("framework", evidence["accuracy"]["framework"]))
-    ]  # fmt: skip
-    classes = list(zip(found["classes"], found["recall"], found["precision"], strict=True))
-    return "".join([
-        "<h2>Accuracy on held-out photographs</h2>",
-        _table(("of the", "images", "accuracy", "95 % interval", "balanced", "macro F1", "NLL", "ECE"), rows),
-        f"<p>{_doubts(run)}</p>",
-        "<h2>By class</h2>", _table(("class", "recall", "precision"), classes), _confusion(found),
-    ])  # fmt: skip
-
-
-def _training(run: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> str:
-    stages = [
-        (*(s[key] for key in ("train", "epochs", "lr", "val_accuracy", "drift", "seconds")),
-         "kept" if s["kept"] else "left out")
-        for s in run["stages"]
-    ]  # fmt: skip
-    mistakes = [(m["image"], m["class"], m["said"], m["probability"]) for m in run["mistakes"]]
-    return "".join([
-        "<h2>Training</h2>", _curves(epochs),
-        _table(("stage", "epochs", "rate", "val accuracy", "CKA", "seconds", "verdict"), stages),
-        "<p>CKA: likeness of the embedding to the pretrained backbone's, 1 = features unmoved.</p>",
-        "<h2>Worst mistakes</h2>", _table(("image", "is", "said", "probability"), mistakes),
-    ])  # fmt: skip
-
-
-def _variants(manifest: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            row["name"], row["accuracy"], row["paired"] and 100 * row["paired"]["drop"], _interval(row["paired"]),
-            row["ratio"], row["p50_ms"], row["p95_ms"], row["size_bytes"] / 1e6,
-            f"{row['in_8_bits']} of {row['heavy']}", row["verdict"],
-        )
-        for row in manifest["evidence"]["decision"]
-    ]  # fmt: skip
-    return "".join([
-        f"<h2>Variants: {escape(manifest['chosen'])} for {escape(manifest['target'])}</h2>",
-        _table(("variant", "val accuracy", "drop, points", "95 % bounds", "time", "p50 ms", "p95 ms", "MB", "in 8 bits",
-                "verdict"), rows),
-        "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. In "
-        "8 bits: convolutions and matrix products.</p>",
-        *(f"<p>{escape(row['name'])}: {escape(row['reason'])}.</p>" for row in manifest["evidence"]["decision"][1:]),
-    ])  # fmt: skip
-
-
-def _histogram(item: Mapping[str, Any]) -> str:
-    """One measured condition's runs, fastest to 99th percentile, as SVG."""
-    counts, width, height = item["histogram"], 300, 90
-    step, most = width / len(counts), max(counts)
-    bars = "".join(
-        f'<rect x="{number * step:.1f}" y="{(height - 18) * (1 - count / most):.1f}" width="{step - 1:.1f}" '
-        f'height="{(height - 18) * count / most:.1f}" fill="var(--one)"/>'
-        for number, count in enumerate(counts)
-        if count
+    text += f"{run['foreign_kept']:.1%} of these photographs pass as familiar (95 % on val)."
+    named = {f"{when} temperature": run["reliability"][when] for when in ("before", "after")}
+    drawn = reliability("Reliability on held-out photographs", named)
+    return (
+        f'<div class="grid">{drawn}<p>{text} A dot on the dashed line keeps its word; its area is its images.</p></div>'
     )
-    title = f"{item['variant']} on {condition(item)}: {item['runs']} runs, p50 {item['p50_ms']:.2f} ms"
-    return (f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{bars}'
-            f'<text x="0" y="{height - 4}">{item["low_ms"]:.2f} ms</text>'
-            f'<text x="{width}" y="{height - 4}" text-anchor="end">{item["high_ms"]:.2f} ms</text></svg>'
-            f"<figcaption>{escape(title)}</figcaption></figure>")  # fmt: skip
 
 
-def _parity_and_latency(evidence: Mapping[str, Any]) -> str:
-    parity = [
-        (c["name"], c["group"], item["provider"], c["inputs"], c["value"], c["limit"], _verdict(c["passed"]))
-        for item in (*evidence["parity"], *({"provider": name, "checks": checks}
-                                            for name, checks in evidence["agreement"].items())) for c in item["checks"]
-    ]  # fmt: skip
-    latency = [
-        (
-            item["variant"],
-            condition(item),
-            *(item[key] for key in ("p50_ms", "p95_ms", "runs", "first_run_ms", "session_ms")),
-            item["peak_rss_bytes"] / 1e6,
-            "quick" if item["quick"] else "full",
-        )
-        for item in evidence["latency"]
-    ]
+def _mistakes(run: Data, shown: Sequence[Picture]) -> str:
+    if not run["mistakes"]:
+        return "<p>None: every held-out photograph was right.</p>"
+    if not shown:
+        rows = [(m["image"], m["class"], m["said"], m["probability"]) for m in run["mistakes"]]
+        return table(("image", "is", "said", "probability"), rows)
+    items = []
+    for mistake, picture in zip(run["mistakes"], shown, strict=True):
+        said = f"is {mistake['class']}, said {mistake['said']} ({mistake['probability']:.2f})"
+        tags = [_image(picture.photograph, f"{mistake['image']}: {said}")]
+        if picture.heat:
+            tags.append(_image(picture.heat, f"where the model saw {mistake['said']} in {mistake['image']}"))
+        items.append(f'<figure><div class="{"pair" if picture.heat else ""}">{"".join(tags)}</div><figcaption>'
+                     f"{escape(said)}<br>{escape(mistake['image'])}</figcaption></figure>")  # fmt: skip
+    heat = " Beside each, in warm colours, what spoke for the wrong class." if shown[0].heat else ""
+    return f'<p>Wrong, and surest of it first.{heat}</p><div class="pictures">{"".join(items)}</div>'
+
+
+def _image(content: bytes, text: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{escape(text)}" width="{SIDE}" height="{SIDE}" src="data:image/jpeg;base64,{data}">'
+
+
+def _data(run: Data) -> str:
+    found = run["audit"]
+    splits = list(next(iter(found["counts"].values())))
+    rows = [(name, *(each[split] for split in splits)) for name, each in found["counts"].items()]
+    made = [f"{split} (made by ftkit)" if split in found["made"] else split for split in splits]
+    totals = found["totals"]
+    words = {"bad": "unreadable", "alike": "sets of identical or nearly identical images",
+             "leaks": "of them across splits", "conflicts": "of them under several labels",
+             "shared_groups": "groups on several sides", "tiny": "very small", "huge": "very large",
+             "flat": "of one colour"}  # fmt: skip
+    facts = ", ".join(f"{totals[key]} {word}" for key, word in words.items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in list(found["formats"].items())[:4])
+    sizes = ", ".join(f"{count} of {size}" for size, count in list(found["sizes"].items())[:4])
+    word = ('<span class="good">No identical image on two sides or under two labels.</span>' if found["passed"]
+            else '<span class="bad">Splits share images or groups, or an image has two labels.</span>')  # fmt: skip
+    names = [" = ".join(item["images"]) for item in (*found["leaks"], *found["conflicts"])]
+    bad = [f"{path}: {why}" for path, why in found["bad"]]
+    listed = "".join(f"<li>{escape(text)}</li>" for text in [*names, *bad][:20])
     return "".join([
-        "<h2>Parity with the framework</h2>",
-        _table(("compared", "inputs from", "provider", "inputs", "worst", "limit", "verdict"), parity),
-        "<h2>Latency, one photograph at a time</h2>",
-        _table(("variant", "provider", "p50 ms", "p95 ms", "runs", "first run ms", "session ms", "peak MB",
-                "protocol"), latency),
-        f'<div class="grid">{"".join(map(_histogram, evidence["latency"]))}</div>',
+        f"<p>{word} {facts}.</p><p>{escape(kinds)}; {escape(sizes)}. Largest class over smallest in train: "
+        f"{found['imbalance']:.1f}.</p>",
+        f"<details><summary>Which</summary><ul>{listed}</ul></details>" if listed else "",
+        table(("class", *made), rows),
     ])  # fmt: skip
 
 
-def write_report(
-    path: Path, run: Mapping[str, Any], manifest: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]
-) -> None:
-    """Write the report of one export.
+def _reproduce(run: Data, manifest: Data | None) -> str:
+    versions, group = run["environment"], run["group_by"]
+    train = f"ftkit train DATA --recipe recipe.json --seed {run['seed']} --out run"
+    commands = [
+        "pip install " + " ".join(f"{name}=={versions[name]}" for name in ("ftkit", "torch", "torchvision", "timm")),
+        train + (f" --group-by {shlex.quote(group)}" if group else ""),
+    ]
+    facts = {"data": run["data_fingerprint"], "run": run["model_fingerprint"], "backbone weights": run["weights"],
+             "seed": run["seed"], **versions}  # fmt: skip
+    if manifest:
+        changed = {**manifest["limits"]}
+        providers = ",".join(dict.fromkeys(item["provider"] for item in manifest["evidence"]["parity"]))
+        differs = [f"--set {shlex.quote(f'export.{key}={value}')}" for key, value in changed.items()
+                   if value != run["recipe"]["export"].get(key) and value is not None]  # fmt: skip
+        commands += [
+            " ".join(["ftkit export run --out bundle --providers", providers, *differs]),
+            "ftkit verify bundle",
+        ]
+        facts |= {"model.onnx sha256": manifest["model_sha256"], **manifest["machine"]}
+    recipe = {key: value for key, value in run["recipe"].items() if key != "weights"}  # may be a local path
+    return "".join([
+        f"<pre>{escape(chr(10).join(commands))}</pre>",
+        f"<details><summary>recipe.json</summary><pre>{escape(json.dumps({**recipe, 'weights': ''}, indent=1))}</pre>"
+        "</details>",
+        table(("what", "value"), [(key, str(value)) for key, value in facts.items()]),
+    ])  # fmt: skip
 
-    run: run.json; manifest: as sealed, less its file hashes; epochs: the lines of metrics.jsonl.
-    """
-    evidence, found = manifest["evidence"], manifest["evidence"]["accuracy"]["file"]
-    gates = [(g["name"], g["value"], g["limit"], _verdict(g["passed"])) for g in manifest["gates"]]
-    passed = all(gate["passed"] for gate in manifest["gates"])
-    word = '<span class="good">All gates passed</span>' if passed else '<span class="bad">A gate failed</span>'
-    facts = [*manifest["machine"].items(), *run["environment"].items(), ("seed", str(run["seed"])),
-             ("run", manifest["run"]), ("data", manifest["data_fingerprint"])]  # fmt: skip
-    body = [
-        f"<h1>{escape(manifest['name'])}: {word}</h1>",
-        f"<p>{escape(manifest['backbone'])} over {len(manifest['labels'])} classes; "
-        f"chosen variant {manifest['chosen']}; "
-        f"{found['accuracy']:.1%} of {found['images']} held-out photographs right.</p>",
-        "<h2>Gates</h2>", _table(("gate", "value", "limit", "verdict"), gates),
-        _accuracy(run, evidence), _training(run, epochs), _variants(manifest), _parity_and_latency(evidence),
-        "<h2>Where and with what</h2>", _table(("what", "value"), [(k, str(v)) for k, v in facts]),
-    ]  # fmt: skip
-    title = escape(f"ftkit: {manifest['name']}")
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width,initial-scale=1"><title>{title}</title><style>{STYLE}</style></head>'
-            f"<body><main>{''.join(body)}</main></body></html>\n")  # fmt: skip
-    write_atomically(path, page.encode())
+
+def load_pictures(folder: Path) -> list[Picture]:
+    """The thumbnails that a run keeps."""
+    return [Picture(photograph=path.read_bytes()) for path in sorted(folder.glob("*.jpg"))]
+
+
+def save_pictures(folder: Path, shown: Sequence[Picture]) -> None:
+    """Keep thumbnails in a run, NN.jpg."""
+    folder.mkdir(exist_ok=True)
+    for number, picture in enumerate(shown):
+        write_atomically(folder / f"{number:02d}.jpg", picture.photograph)

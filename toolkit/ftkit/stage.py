@@ -24,6 +24,7 @@ from ftkit.backbones import Backbone
 from ftkit.compute import Compute, release
 from ftkit.distributed import Ranks
 from ftkit.evaluate import cka
+from ftkit.events import Log
 from ftkit.fan import best_rate
 from ftkit.feed import Feed, Feeds, Fetched, ahead, under
 from ftkit.optim import Moving, class_weights, make_optimizer, rate
@@ -70,6 +71,7 @@ class Work:
     labels: dict[str, torch.Tensor]  # by split, on the device
     compute: Compute
     ranks: Ranks
+    log: Log
 
     def pause(self, moving: Moving) -> None:
         """Save when it is time or a signal came to any rank; then, after a signal, raise Stopped on all."""
@@ -106,7 +108,8 @@ def train_stage(work: Work, number: int) -> StageResult:
         for epoch in range(run.epoch, stage.epochs):
             begun, jobs = time.perf_counter(), range(run.step, per_epoch * (epoch + 1))
             read = partial(_read, work, number, feed, _order(work, number, epoch), per_epoch)
-            with terminal.bar(f"{stage.train} {epoch + 1}/{stage.epochs}") as progress:
+            standing = partial(_standing, work, number, feed, moving, total, begun, run.step)
+            with terminal.bar(f"{stage.train} {epoch + 1}/{stage.epochs}", standing) as progress:
                 for step, (share, fetched) in ahead(jobs, read):
                     lr = rate(step, total, stage, run.lr)
                     for group in moving.optimizer.param_groups:
@@ -137,6 +140,22 @@ def train_stage(work: Work, number: int) -> StageResult:
             work.pause(moving)
         release(net)
         return _settle(work, number, feed, moving, frozen, broken)
+
+
+def _standing(
+    work: Work, number: int, feed: Feed, moving: Moving, total: int, begun: float, before: int
+) -> str:  # fmt: skip
+    """The line below the bar: how the epoch, the stage and the run go. begun, before: the epoch's start and step."""
+    stage, run = work.recipe.stages[number], work.state
+    (loss, accuracy), done = moving.standing(), run.step - before
+    parts = [f"stage {number + 1} of {len(work.recipe.stages)}"]
+    if done:
+        speed = done / (time.perf_counter() - begun)
+        parts += [f"loss {loss:.3f}", f"accuracy {accuracy:.3f}",
+                  f"rate {rate(run.step - 1, total, stage, run.lr or 0.0):.1e}",
+                  f"{speed * min(stage.batch_size, len(work.labels['train'])):.0f} img/s",
+                  f"stage done in {terminal.clock((total - run.step) / speed)}"]  # fmt: skip
+    return " · ".join([*parts, feed.how])
 
 
 def _order(work: Work, number: int, epoch: int) -> Array:
@@ -266,11 +285,13 @@ def _report_epoch(
         terminal.say(f"{stage.train}: {min(speeds):.0f} to {max(speeds):.0f} img/s a rank")
     if not work.ranks.main:
         return
-    checkpoint.append(run.folder, {
+    line = {
         "stage": number, "train": stage.train, "epoch": run.epoch, "loss": loss, "train_accuracy": accuracy,
         "val_accuracy": score[0], "val_nll": -score[1], "lr": lr, "images_per_s": images_per_s,
         **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
-    })  # fmt: skip
+    }  # fmt: skip
+    checkpoint.append(run.folder, line)
+    work.log(line, run.lines)
 
 
 def compare_circumstances(run: State, now: dict[str, Any]) -> None:

@@ -47,27 +47,38 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def bar(label: str) -> Iterator[Step]:
-    """A progress bar that goes when done: `step(done, total)` moves it."""
-    begun = time.perf_counter()
-    with (
-        _drawn(label)
-        if sys.stderr.isatty() and not (_muted or _quiet)
-        else nullcontext(lambda done, total: None) as step
-    ):
+def bar(label: str, under: Callable[[], str] = str) -> Iterator[Step]:
+    """A progress bar that goes when done: `step(done, total)` moves it.
+
+    under: a line below it, asked for once a second at most, and only where it is seen.
+    """
+    begun, seen = time.perf_counter(), sys.stderr.isatty() and not (_muted or _quiet)
+    with _drawn(label, under) if seen else nullcontext(lambda done, total: None) as step:
         yield step
     spent[label] += time.perf_counter() - begun
 
 
 @contextmanager
-def _drawn(label: str) -> Iterator[Step]:
-    from rich.console import Console
+def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
+    console, told = Console(stderr=True), 0.0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    progress, below = Progress(*columns, console=console), Text(under(), style="dim", overflow="fold")
+    task = progress.add_task(label, total=None)
+
+    def step(done: int, total: int) -> None:
+        nonlocal told
+        progress.update(task, completed=done, total=total)
+        if time.perf_counter() - told >= 1:
+            told = time.perf_counter()
+            below.plain = under()
+
+    with Live(Group(progress, below) if below.plain else progress, console=console, transient=True):
+        yield step
 
 
 @contextmanager

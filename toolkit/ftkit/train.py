@@ -9,11 +9,11 @@ Under torchrun every rank runs this very function; the first one writes, and spe
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ from ftkit.canvas import build as build_canvases
 from ftkit.compute import Compute
 from ftkit.distributed import Ranks, joined, restarted
 from ftkit.evaluate import Mistake
+from ftkit.events import Log, nowhere
+from ftkit.events import tensorboard as log_events
 from ftkit.feed import Feeds
-from ftkit.intake import Images, read
+from ftkit.intake import Images, below, read
 from ftkit.judge import judge
 from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Recipe, resolve, restore
+from ftkit.report import pictures, save_pictures, write_report
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
 from ftkit.weights import fingerprint
@@ -67,9 +70,11 @@ def train(
         if plan:
             recipe, seed, group_by = restore(plan["recipe"]), plan["seed"], plan["group_by"]
         plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
+        events = ranks.main and tensorboard
         try:
-            _train(recipe, data, out, plan, compute.prepare(place, deterministic), resume, stop, ranks, allow_leakage,
-                   tensorboard)  # fmt: skip
+            with log_events(out / "tensorboard") if events else nullcontext(nowhere) as log:
+                _train(recipe, data, out, plan, compute.prepare(place, deterministic), resume, stop, ranks,
+                       allow_leakage, log)  # fmt: skip
         except Stopped as stopped:
             done = f"go on with: {again}" if state.exists(out) else "no stage had begun; what was decoded is kept"
             raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
@@ -95,7 +100,7 @@ def _planned(recipe: Recipe, data: str | Path, seed: int, group_by: str) -> tupl
 
 def _train(
     recipe: Recipe, data: str | Path, out: Path, plan: dict[str, Any], policy: Compute, resume: bool, stop: Stop,
-    ranks: Ranks, allow_leakage: bool, tensorboard: bool,
+    ranks: Ranks, allow_leakage: bool, log: Log,
 ) -> None:  # fmt: skip
     begun, device, seed = time.perf_counter(), policy.device, plan["seed"]
     images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed, plan["group_by"]))
@@ -135,7 +140,7 @@ def _train(
     every = torch.from_numpy(canvases.labels).to(device)
     labels = {split: every[torch.from_numpy(canvases.rows(split))] for split in ("train", "val")}
     work = Work(recipe=recipe, backbone=backbone, feeds=feeds, state=run, stop=stop, seed=seed, labels=labels,
-                compute=policy, ranks=ranks)  # fmt: skip
+                compute=policy, ranks=ranks, log=log)  # fmt: skip
     terminal.say(HEADER)
     for number in range(run.stage, len(recipe.stages)):
         train_stage(work, number)
@@ -149,7 +154,7 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
     backbone.model.cpu().eval()
     verdict = judge(backbone, canvases, preprocess, work.recipe.precision)
     seconds = run.spent
-    checkpoint.finish(run.folder, backbone.model, {
+    data_of_run = {
         "schema": checkpoint.SCHEMA, "recipe": resolve(work.recipe), "classes": list(images.classes),
         "preprocess": asdict(preprocess),
         **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
@@ -159,7 +164,12 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
         "weights": backbone.weights, "model_fingerprint": fingerprint(backbone.model), "stages": run.stages,
         "seconds": seconds, "environment": checkpoint.environment(),
-    })  # fmt: skip
+    }  # fmt: skip
+    shown = pictures(canvases, data_of_run["mistakes"])
+    save_pictures(run.folder / "mistakes", shown)
+    checkpoint.finish(run.folder, backbone.model, data_of_run)
+    write_report(run.folder / "report.html", checkpoint.open_run(run.folder).data,
+                 checkpoint.read_metrics(run.folder), shown)  # fmt: skip
     shutil.rmtree(run.folder / "state")
     test = verdict.metrics["test"]
     terminal.say(
@@ -170,11 +180,11 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
 
 def _named(mistakes: Sequence[Mistake], images: Images, canvases: Canvases) -> list[dict[str, Any]]:
     """Mistakes with the image's place in the data and the classes' names."""
-    root = images.root if images.root.is_dir() else images.root.parent
     return [
         {
-            "image": os.path.relpath(canvases.images.images[item.row].path, root), "class": images.classes[item.label],
-            "said": images.classes[item.said], "probability": item.probability,
+            "image": below(images.root, canvases.images.images[item.row].path), "class": images.classes[item.label],
+            "said": images.classes[item.said], "probability": item.probability, "row": item.row,
+            "said_label": item.said,
         }
         for item in mistakes
     ]  # fmt: skip

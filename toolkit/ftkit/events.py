@@ -1,0 +1,46 @@
+"""TensorBoard events of a run, beside metrics.jsonl: loss, accuracies, rate and speed, an epoch a step.
+
+with tensorboard(run / "tensorboard") as log:
+    log(line, step)        # line: what metrics.jsonl got
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ftkit_export.errors import FtkitError
+
+Log = Callable[[Mapping[str, Any], int], None]
+NAMES = {"loss": "loss/train", "val_nll": "loss/val", "train_accuracy": "accuracy/train",
+         "val_accuracy": "accuracy/val", "lr": "rate", "images_per_s": "images per s", "stage": "stage"}  # fmt: skip
+
+
+def nowhere(line: Mapping[str, Any], step: int) -> None:
+    """The log of a run without events."""
+
+
+@contextmanager
+def tensorboard(folder: Path) -> Iterator[Log]:
+    """Raises FtkitError when the package is not installed."""
+    try:
+        with warnings.catch_warnings():  # its protobuf code announces its own retirement
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise FtkitError("--tensorboard: expected the package tensorboard, found it not installed. "
+                         "Try `pip install 'ftkit[tensorboard]'`") from None  # fmt: skip
+    writer = SummaryWriter(str(folder))
+
+    def log(line: Mapping[str, Any], step: int) -> None:
+        for key, name in NAMES.items():
+            writer.add_scalar(name, line[key], step)
+        writer.flush()
+
+    try:
+        yield log
+    finally:
+        writer.close()

@@ -1,0 +1,120 @@
+"""The part of a report that is about an exported file: gates, variants, parity, latency, history. Each returns HTML.
+
+gates(manifest) + variants(manifest) + parity(manifest) + latency(manifest) + found_in(folder, manifest)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ftkit import history
+from ftkit.page import bars, points, table
+from ftkit.terminal import condition
+from ftkit_export.parity import DECADES
+
+Data = Mapping[str, Any]
+
+
+def _passed(passed: bool) -> tuple[str]:
+    return ('<span class="good">passed</span>' if passed else '<span class="bad">failed</span>',)
+
+
+def gates(manifest: Data) -> str:
+    """Each gate with its value and limit, those that failed first."""
+    rows = sorted(((g["name"], _passed(g["passed"]), g["value"], g["limit"]) for g in manifest["gates"]),
+                  key=lambda row: row[1] == _passed(True))  # fmt: skip
+    return table(("gate", "verdict", "value", "at most"), rows)
+
+
+def variants(manifest: Data) -> str:
+    """The decision: what was tried, what each came to, and why."""
+    decision = manifest["evidence"]["decision"]
+
+    def bounds(paired: Data | None) -> str:
+        if not paired:
+            return ""
+        return f"{100 * paired['drop']:+.2f} [{100 * paired['low']:+.2f} to {100 * paired['high']:+.2f}]"
+
+    rows = [
+        (row["name"], "chosen, " * (row["name"] == manifest["chosen"]) + row["verdict"], row["accuracy"],
+         bounds(row["paired"]), row["ratio"], row["p50_ms"], row["p95_ms"], row["size_bytes"] / 1e6,
+         f"{row['in_8_bits']} of {row['heavy']}")
+        for row in decision
+    ]  # fmt: skip
+    placed = [(row["name"], row["p50_ms"], row["accuracy"], row["name"] == manifest["chosen"])
+              for row in decision if row["p50_ms"] and row["accuracy"] is not None]  # fmt: skip
+    return "".join([
+        table(("variant", "verdict", "val accuracy", "drop in points [95 %]", "time", "p50 ms", "p95", "MB",
+               "in 8 bits"), rows),
+        "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. In "
+        "8 bits: convolutions and matrix products.</p>",
+        *(f"<p>{escape(row['name'])}: {escape(row['reason'])}.</p>" for row in decision[1:]),
+        f'<div class="grid">{points("Accuracy and latency", placed, "p50 ms", "val accuracy")}</div>' if placed else "",
+    ])  # fmt: skip
+
+
+def parity(manifest: Data) -> str:
+    """Every check, and how far the logits are from float64."""
+    evidence = manifest["evidence"]
+    every = [*evidence["parity"],
+             *({"provider": name, "checks": checks} for name, checks in evidence["agreement"].items())]  # fmt: skip
+    rows = [
+        (c["name"], c["group"], item["provider"], _passed(c["passed"]), c["inputs"], c["value"], c["limit"])
+        for item in every
+        for c in item["checks"]
+    ]
+    drawn = []
+    for item in evidence["parity"]:
+        logits = next((c for c in item["checks"] if c["name"] == "core logits" and c["group"] == "photographs"), None)
+        if not logits or not any(item["errors"]):
+            continue
+        filled = [i for i, count in enumerate(item["errors"]) if count]
+        first, last = max(min(filled) - 1, 0), len(DECADES) - 1
+        ends = (float(DECADES[first]), float(DECADES[last]))
+        known = (("framework's own", logits["floor"]), ("limit", logits["limit"]))
+        marks = [((math.log10(value) - ends[0]) / (ends[1] - ends[0]), name) for name, value in known if value]
+        title = f"Logits of photographs on {item['provider']}: distance from float64"
+        edges = (f"1e{ends[0]:g}", f"1e{ends[1]:g}")
+        drawn.append(bars(title, item["errors"][first:], edges, marks, "each bar a quarter of a power of ten"))
+    return f'<div class="grid">{"".join(drawn)}</div>' * bool(drawn) + table(
+        ("compared", "inputs from", "provider", "verdict", "inputs", "worst", "limit"), rows
+    )
+
+
+def latency(manifest: Data) -> str:
+    """One photograph at a time: percentiles, cold start and memory, and the histograms."""
+    found = manifest["evidence"]["latency"]
+    rows = [
+        (item["variant"], condition(item), item["p50_ms"], item["p95_ms"], item["runs"],
+         "quick" if item["quick"] else "full", item["import_ms"], item["session_ms"], item["first_run_ms"],
+         item["import_ms"] + item["session_ms"] + item["first_run_ms"], item["peak_rss_bytes"] / 1e6,
+         item["size_bytes"] / 1e6)
+        for item in found
+    ]  # fmt: skip
+    drawn = "".join(map(_histogram, found))
+    return f'<div class="grid">{drawn}</div>' + table(
+        ("variant", "provider", "p50 ms", "p95", "runs", "protocol", "import ms", "session", "first run", "cold start",
+         "peak MB", "file MB"), rows)  # fmt: skip
+
+
+def _histogram(item: Data) -> str:
+    """One condition's runs, fastest to 99th percentile."""
+    low, high = item["low_ms"], item["high_ms"]
+    marks = [((item["p50_ms"] - low) / ((high - low) or 1), f"p50 {item['p50_ms']:.2f}")]
+    edges = (f"{low:.2f} ms", f"{high:.2f} ms")
+    return bars(f"{item['variant']} on {condition(item)}", item["histogram"], edges, marks,
+                f"{item['runs']} runs, fastest to 99th percentile")  # fmt: skip
+
+
+def found_in(folder: Path, manifest: Data) -> str:
+    """Plots of what `ftkit bench --save` wrote for this model in the repository that `folder` is in."""
+    path = history.place(folder)
+    lines = [line for line in history.read(path) if line["name"] == manifest["name"]] if path.is_file() else []
+    if not lines:
+        return ""
+    names = sorted({name for line in lines for name in line["series"]})[:4]
+    return "".join(history.plot(name, [line for line in lines if name in line["series"]]) for name in names)

@@ -1,0 +1,187 @@
+"""A page that runs a bundle's model.onnx in a browser, through ONNX Runtime Web; nothing leaves the machine.
+
+    add_page(bundle, runtime())            # BUNDLE/device/web, all files local
+    with serving("bundle", files) as url:  # 127.0.0.1 only
+
+The runtime is the npm package onnxruntime-web at one version, checked by its hash, fetched once by npm or given as the
+.tgz that `npm pack` writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from ftkit.storage import cache_folder, clear_abandoned, publish
+from ftkit_export.errors import FtkitError
+from ftkit_export.predict import Classifier
+from ftkit_export.verify import read_manifest
+
+VERSION = "1.30.0"
+SHA512 = (
+    "ab4cbe26baedba45d2cec05610c71c55fa97db92d19a8b171c5f8269126683ca"
+    "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
+)
+FILES = (
+    "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm",
+    "ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm",
+)  # fmt: skip
+PAGE = "device/web"
+TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm", ".json": "application/json"}
+HEADERS = {
+    "Cross-Origin-Opener-Policy": "same-origin",  # with the next one, WASM may use threads
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Content-Security-Policy": "default-src 'self' 'wasm-unsafe-eval' blob: data:; style-src 'self' 'unsafe-inline'",
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def runtime(package: Path | None = None) -> Path:
+    """The folder with ONNX Runtime Web's files, from the cache, from `package` (a .tgz), or fetched by npm.
+
+    Raises FtkitError when npm is missing or fails, or the package is another.
+    """
+    folder = cache_folder() / f"onnxruntime-web-{VERSION}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(folder.parent)
+    beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        _unpack(package or _fetched(beside), beside)
+        publish(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _fetched(folder: Path) -> Path:
+    wanted = f"onnxruntime-web@{VERSION}"
+    npm = shutil.which("npm") or shutil.which("npm", path=str(Path(sys.executable).parent))
+    if npm is None:
+        raise FtkitError(f"--web: expected npm to fetch {wanted}, found none. Try `pip install 'ftkit[web]'`, or "
+                         f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz")  # fmt: skip
+    done = subprocess.run([npm, "pack", wanted, "--silent"], cwd=folder, capture_output=True, text=True, check=False)
+    found = list(folder.glob("*.tgz"))
+    if done.returncode or not found:
+        said = next((line for line in done.stderr.splitlines() if line.strip()), f"exit code {done.returncode}")
+        raise FtkitError(f"--web: expected npm to fetch {wanted}, found: {said}. Try again with a network, or "
+                         f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz")  # fmt: skip
+    return found[0]
+
+
+def _unpack(package: Path, folder: Path) -> None:
+    wrong = f"{package}: expected onnxruntime-web {VERSION} as `npm pack` writes it, found"
+    if not package.is_file():
+        raise FtkitError(f"{wrong} no file. Check the path")
+    content = package.read_bytes()
+    if hashlib.sha512(content).hexdigest() != SHA512:
+        raise FtkitError(f"{wrong} other bytes. Try `npm pack onnxruntime-web@{VERSION}`")
+    with tarfile.open(package) as archive:
+        for name in FILES:
+            member = archive.extractfile(f"package/dist/{name}")
+            assert member  # the hash is right
+            (folder / name).write_bytes(member.read())
+    for path in folder.glob("*.tgz"):
+        path.unlink()
+
+
+def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
+    """Write the page, the runtime's `files` and model.json into `folder`, by default the bundle's device/web.
+
+    model.json: name, labels, input_format, abstain_threshold, out_of_domain, as in the file's metadata, which a browser
+    cannot read.
+    """
+    folder = folder or bundle / PAGE
+    folder.mkdir(parents=True, exist_ok=True)
+    import ftkit_export
+
+    for source in (Path(ftkit_export.__file__).parent / "device" / "web").iterdir():
+        shutil.copyfile(source, folder / source.name)
+    for name in FILES:
+        shutil.copyfile(files / name, folder / name)
+    classify = Classifier(bundle)
+    metadata: dict[str, Any] = classify.session.metadata
+    domain = metadata.get("out_of_domain")
+    told = {
+        "name": json.loads(metadata["recipe"])["name"], "labels": classify.labels,
+        "input_format": classify.input_format, "abstain_threshold": classify.threshold,
+        "out_of_domain": json.loads(domain) if domain else None,
+    }  # fmt: skip
+    (folder / "model.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    """Files of the bundle, and the page's from another folder; to this machine's own browser only."""
+
+    def __init__(self, *args: Any, page: Path, **more: Any):
+        self._page = page
+        self.extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **TYPES}
+        super().__init__(*args, **more)
+
+    def do_GET(self) -> None:
+        """One file; / leads to the page. A page elsewhere that names this host otherwise gets nothing."""
+        if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+            self.send_error(403)
+        elif self.path == "/":
+            self.send_response(302)
+            self.send_header("Location", f"/{PAGE}/")
+            self.end_headers()
+        else:
+            super().do_GET()
+
+    def list_directory(self, path: Any) -> None:
+        """Nothing is listed."""
+        self.send_error(404)
+
+    def translate_path(self, path: str) -> str:
+        """Where a request's file lies."""
+        found = Path(super().translate_path(path))
+        own = Path(self.directory) / PAGE
+        return str(self._page / found.relative_to(own)) if found.is_relative_to(own) else str(found)
+
+    def end_headers(self) -> None:
+        """What every answer carries."""
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the terminal is the user's."""
+
+
+@contextmanager
+def serving(bundle: Path, files: Path, port: int = 0) -> Iterator[str]:
+    """Serve the page for `bundle` on 127.0.0.1 while the block runs; yields its address. port 0: any free one.
+
+    Raises FtkitError when the port is taken, BundleError when it is no bundle.
+    """
+    read_manifest(bundle)
+    with tempfile.TemporaryDirectory() as name:
+        page = Path(name)
+        add_page(bundle, files, page)
+        try:
+            server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=str(bundle), page=page))
+        except OSError as error:
+            raise FtkitError(f"--port {port}: expected a free port, found {error.strerror}. Try another") from None
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/{PAGE}/"
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
