@@ -9,15 +9,15 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/ftkit demo
 
-# Compilers that the runners' tests use, and an ssh server; without them those tests are skipped, and say so.
-PACKAGES := cmake g++ gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static openssh-server openssh-client
+# A browser, compilers that the runners' tests use, and an ssh server; without them those tests are skipped, and say so.
+PACKAGES := chromium cmake g++ gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static openssh-server openssh-client
 
 test: $(STAMP)
-	@for tool in cmake g++ aarch64-linux-gnu-gcc qemu-aarch64-static sshd; do \
+	@for tool in chromium cmake g++ aarch64-linux-gnu-gcc qemu-aarch64-static sshd; do \
 	    PATH="$$PATH:/usr/sbin" command -v $$tool >/dev/null && continue; \
 	    { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q && \
 	        apt-get install -y -q --no-install-recommends $(PACKAGES); } \
-	        || echo "note: without $$tool, some tests of the runners and of ssh are skipped"; \
+	        || echo "note: without $$tool, some tests of pages, of runners or of ssh are skipped"; \
 	done
 	$(BIN)/python -m pytest
 

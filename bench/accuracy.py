@@ -31,7 +31,7 @@ from ftkit.backbones import build
 from ftkit.demo import SETTINGS, write_elpv
 from ftkit.override import override
 from ftkit.recipe import load
-from ftkit.train import train
+from ftkit.training import train
 
 FLIPS = [setting for setting in SETTINGS if setting != "--set"]
 

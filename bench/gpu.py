@@ -38,7 +38,7 @@ from ftkit.feed import Feed, Fetched, set_mode, under
 from ftkit.optim import Batch, Moving, make_optimizer
 from ftkit.recipe import Recipe, Stage
 from ftkit.step import fresh_gradients, run_as
-from ftkit.train import train
+from ftkit.training import train
 from ftkit_export.bench import find
 from ftkit_export.latency import Condition, begin, measure
 from ftkit_export.preprocess import Preprocess

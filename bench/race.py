@@ -35,7 +35,7 @@ from ftkit.intake import read
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.source import Source
-from ftkit.train import train
+from ftkit.training import train
 from ftkit_export.preprocess import Preprocess
 
 HEAD_LR, DEEP_LR, BATCH = 1e-3, 1e-4, 32

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -54,6 +54,13 @@ def opened(bundle: Path) -> Iterator[Path]:
         if len(manifests) != 1:
             raise BundleError(f"{bundle}: expected one bundle in it, found {len(manifests)}. Try `ftkit export --zip`")
         yield manifests[0]
+
+
+@contextmanager
+def unpacked(path: str | Path) -> Iterator[Path]:
+    """A bundle's folder where `path` is a .zip, else the path itself: a folder, or any ONNX file."""
+    with opened(Path(path)) if Path(path).suffix == ".zip" else nullcontext(Path(path)) as found:
+        yield found
 
 
 def _unpack(source: Path, folder: Path) -> None:

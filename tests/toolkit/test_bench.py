@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 from conftest import ftkit
 
-from ftkit.bench import Budget, as_gate, exit_code
+from ftkit.budget import Budget, as_gate, exit_code
 from ftkit.history import append, changes, read, write_history
 from ftkit_export.regression import Verdict
 

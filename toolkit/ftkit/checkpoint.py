@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import nn
 import ftkit
 from ftkit.backbones import Backbone, build
 from ftkit.files import write_atomically
+from ftkit.page import table
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
@@ -44,6 +46,21 @@ class Run:
     classes: tuple[str, ...]
     temperature: float
     data: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Split (val, test) -> what evaluate.Metrics has: accuracy, accuracy_low, accuracy_high, recall, ..."""
+        found: Mapping[str, Any] = self.data["metrics"]
+        return found
+
+    def _repr_html_(self) -> str:
+        test = self.metrics["test"]
+        rows = [(s["train"], "kept" if s["kept"] else "left out", s["epochs"], s["lr"], s["val_accuracy"])
+                for s in self.data["stages"]]  # fmt: skip
+        return (f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} classes, test "
+                f"accuracy {test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}] on "
+                f"{test['images']} images</p>{table(('stage', 'verdict', 'epochs', 'rate', 'val accuracy'), rows)}"
+                )  # fmt: skip
 
     def backbone(self) -> Backbone:
         """The trained model, in eval mode on the CPU."""

@@ -6,13 +6,12 @@ import dataclasses
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit import __version__
+from ftkit import __version__, api
 from ftkit.cli_look import GROUP_BY, RUNTIME, audit_data, report, try_bundle
 from ftkit.cli_measure import bench, evaluate
 from ftkit_export.errors import FtkitError
@@ -82,25 +81,15 @@ def train(
     tensorboard: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
-    from ftkit import terminal
-    from ftkit.checkpoint import next_free
-    from ftkit.override import override
-    from ftkit.recipe import load
-    from ftkit.train import train as run_training
-
-    if resume and out is None:
-        raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
     if gpus:
         sys.exit(_launched(ctx, gpus))
-    terminal.hush(quiet)
     said = [name_ for name_ in ("name", "settings", "weights", "seed", "group_by")
             if ctx.get_parameter_source(name_) is not click.core.ParameterSource.DEFAULT]  # fmt: skip
-    recipe = override(load(name), [*([f"weights={weights}"] if weights else []), *settings])
-    run = run_training(recipe, data, out or next_free(Path("runs") / recipe.name), seed=seed, device=device,
-                       resume=resume, deterministic=deterministic, known=not said, group_by=group_by,
-                       allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip
-    if _speaks():
-        terminal.say(f"run: {run}\nnext: ftkit export {run}")
+    run = api.train(data, out=out, recipe=name, settings=settings, weights=weights, seed=seed, device=device,
+                    resume=resume, deterministic=deterministic, group_by=group_by, allow_leakage=allow_leakage,
+                    tensorboard=tensorboard, quiet=quiet, known=not said)  # fmt: skip
+    if _speaks() and not quiet:
+        click.echo(f"run: {run.folder}\nnext: ftkit export {run.folder}")
 
 
 def _speaks() -> bool:
@@ -158,39 +147,11 @@ def export(
     device: str | None = None, web: bool = False, runtime: Path | None = None, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Export RUN to ONNX, prove the file, and seal a bundle. Exit 1 when a gate fails."""
-    from ftkit import terminal
-    from ftkit.checkpoint import open_run
-    from ftkit.override import override
-    from ftkit.pipeline import Extras, read_measured
-    from ftkit.pipeline import export as run_export
-    from ftkit.remote import Device
-    from ftkit.variants import resolve_target
-    from ftkit.web import runtime as web_runtime
-    from ftkit_export.session import parse_providers
-
-    terminal.hush(quiet)
-    names = parse_providers(providers)
-    opened = open_run(run)
-    for setting in settings:
-        if not setting.startswith("export."):
-            raise FtkitError(
-                f"--set {setting}: expected a field of export, found another. Try export.max_accuracy_drop"
-            )
-    if device and latency:
-        raise FtkitError("--on, --latency: expected one source of the device's times, found two. Leave out --latency")
-    where = out or run.resolve().with_name(run.resolve().name + "-bundle")
-    with Device.reached(device) if device else nullcontext() as reached:
-        if reached and target not in (None, "auto", "cuda", "web", reached.target):
-            raise FtkitError(
-                f"--target {target}: expected what {device} is, {reached.target}, found another. Leave it out"
-            )
-        named = {"target": target or (reached.target if reached else None), "input_format": input_format}
-        settings = (*settings, *(f"export.{key}={value}" for key, value in named.items() if value))
-        limits = override(opened.recipe, settings).export
-        measured = read_measured(latency, opened, resolve_target(limits.target, names)) if latency else {}
-        extras = Extras(measured=measured, device=reached, c=c, ort=ort, handoff=handoff,
-                        zipped=zipped, sign=sign, web=web_runtime(runtime) if web else None)  # fmt: skip
-        done = run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
+    done = api.export(
+        run, out=out, settings=settings, providers=[providers], data=data, quick=quick, target=target, latency=latency,
+        on=device, input_format=input_format, c=c, ort=ort, handoff=handoff, web=web, runtime=runtime, zipped=zipped,
+        sign=sign, quiet=quiet,
+    )  # fmt: skip
     for gate in done.gates:
         click.echo(f"{'ok    ' if gate.passed else 'FAILED'}  {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}")
     click.echo(f"bundle: {done.folder}")
@@ -263,13 +224,15 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
 @click.option("--out", type=click.Path(path_type=Path), default=Path("explained"), show_default=True, metavar="FOLDER")
 def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool, explain: bool, out: Path) -> None:
     """Class and probability of IMAGES (files or folders)."""
+    from ftkit_export.archive import unpacked
     from ftkit_export.errors import ImageError
     from ftkit_export.explain import Explainer
     from ftkit_export.predict import Classifier, image_files
 
-    files = image_files(list(images))
-    classify = Classifier(bundle, provider=provider)
-    explainer, places, bad = Explainer(bundle) if explain else None, set[Path](), 0
+    files, places, bad = image_files(list(images)), set[Path](), 0
+    with unpacked(bundle) as folder:
+        classify = Classifier(folder, provider=provider)
+        explainer = Explainer(folder) if explain else None
     for path in files:
         try:
             answer = classify(path)
@@ -349,7 +312,7 @@ def run_recipe(recipe: Recipe) -> None:
     def whole(
         data: Path, out: Path | None, settings: tuple[str, ...], device: str, seed: int, providers: str, quick: bool
     ) -> None:
-        from ftkit.train import train as run_training
+        from ftkit.training import train as run_training
 
         run = out or next_free(Path("runs") / recipe.name)
         run_training(override(recipe, settings), data, run, seed=seed, device=device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ftkit.cli_measure import JSON, unpacked, write_json
+from ftkit.cli_measure import JSON, write_json
 from ftkit.files import write_atomically
 
 GROUP_BY = click.option(
@@ -105,6 +105,7 @@ def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None) -> Non
     import webbrowser
 
     from ftkit import web
+    from ftkit_export.archive import unpacked
 
     with unpacked(bundle) as folder, web.serving(folder, web.runtime(runtime), port) as url:
         click.echo(f"{url}  (Ctrl-C ends)")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,6 @@ from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit_export.regression import Outcome, Verdict
-
-
-@contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
-    """A bundle's folder where `path` is a zip, else the path itself."""
-    from ftkit_export import archive
-
-    with archive.opened(path) if path.suffix == ".zip" else nullcontext(path) as found:
-        yield found
 
 
 def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
@@ -54,6 +45,7 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
     from ftkit import terminal
     from ftkit.intake import labelled
     from ftkit.release import against, answers, as_text, require
+    from ftkit_export.archive import unpacked
 
     if not 0 < max_drop < 1:
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
@@ -108,8 +100,9 @@ def bench(
 
     Exit 1 when a budget or --against fails, 3 when that cannot be told here.
     """
-    from ftkit import bench as judging
+    from ftkit import budget as judging
     from ftkit import history, remote, terminal
+    from ftkit_export.archive import unpacked
     from ftkit_export.bench import bench as measure
     from ftkit_export.bench import find, read
     from ftkit_export.latency import machine
@@ -163,7 +156,7 @@ def _tell(
     echo: Callable[..., None], told: dict[str, Any], limits: Mapping[str, float], verdicts: Sequence[Verdict]
 ) -> list[Outcome]:
     """Print the tables, budgets and gate; put the verdicts into `told` beside the figures; return the outcomes."""
-    from ftkit import bench as judging
+    from ftkit import budget as judging
 
     outcomes: list[Outcome] = []
     if "rows" in told:

@@ -47,7 +47,7 @@ summary { cursor: pointer; margin: .4rem 0 }
   figure, tr { break-inside: avoid } .scroll { overflow: visible } pre { white-space: pre-wrap } }
 """
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 220, 46, 12, 12, 30
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 224, 46, 12, 12, 36
 Series = tuple[str, str, Sequence[float]]  # name, colour variable, values
 
 
@@ -144,9 +144,9 @@ def axes(
                      f'stroke="var(--line)"/><text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">'
                      f"{value:g}</text>")  # fmt: skip
     for value in ticks(*xs, 6) if x_ticks is None else x_ticks:
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{value:g}</text>')
+        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - 21}" text-anchor="middle">{value:g}</text>')
     if x_name:
-        parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 1}" text-anchor="end">{escape(x_name)}</text>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_name)}</text>')
     if y_name:
         parts.append(f'<text x="{LEFT + 4}" y="{TOP + 2}">{escape(y_name)}</text>')
     return "".join(parts)
@@ -187,7 +187,7 @@ def lines(title: str, series: Sequence[Series], bands: Sequence[tuple[int, str]]
 def bars(title: str, counts: Sequence[int], ends: tuple[str, str], marks: Sequence[tuple[float, str]] = (),
          caption: str = "") -> str:  # fmt: skip
     """A histogram. ends: what its first and last edge are; marks: places (0..1 along it) with a name."""
-    height, most = 130, max(counts) or 1
+    height, most = 136, max(counts) or 1
     inner, step = height - BOTTOM - TOP, (WIDTH - 20) / len(counts)
     parts = [
         f'<rect x="{10 + i * step:.1f}" width="{max(step - 1, 0.5):.1f}" y="{TOP + inner * (1 - count / most):.1f}" '
@@ -202,7 +202,7 @@ def bars(title: str, counts: Sequence[int], ends: tuple[str, str], marks: Sequen
                      f'stroke-dasharray="4 3"/><text x="{at + (4 if side == "start" else -4):.1f}" y="{11 + 14 * i}" '
                      f'text-anchor="{side}">{escape(name)}</text>')  # fmt: skip
     parts.append(f'<line x1="10" x2="{WIDTH - 10}" y1="{height - BOTTOM}" y2="{height - BOTTOM}" stroke="var(--line)"/>'
-                 f'<text x="10" y="{height - 12}">{escape(ends[0])}</text><text x="{WIDTH - 10}" y="{height - 12}" '
+                 f'<text x="10" y="{height - 18}">{escape(ends[0])}</text><text x="{WIDTH - 10}" y="{height - 18}" '
                  f'text-anchor="end">{escape(ends[1])}</text>')  # fmt: skip
     return figure(title, "".join(parts), escape(caption), height)
 

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ftkit.checkpoint import Run
 from ftkit.evaluate import Metrics
 from ftkit.intake import read
 from ftkit.memory import keep_freed_memory
+from ftkit.page import table
 from ftkit.recipe import Export
 from ftkit.remote import Device
 from ftkit.report import Picture, pictures, write_report
@@ -83,6 +85,14 @@ class Exported:
     def passed(self) -> bool:
         """True when every gate passed."""
         return all(gate.passed for gate in self.gates)
+
+    def _repr_html_(self) -> str:
+        gates = [(gate.name, "passed" if gate.passed else "FAILED", gate.value, gate.limit) for gate in self.gates]
+        rows = [("chosen, " * (row.name == self.chosen) + row.name, row.verdict, row.accuracy, row.p50_ms,
+                 row.size_bytes / 1e6) for row in self.rows]  # fmt: skip
+        return "".join([f"<p>{escape(str(self.folder))}: {'all gates passed' if self.passed else 'a gate FAILED'}</p>",
+                        table(("gate", "verdict", "value", "at most"), gates),
+                        table(("variant", "verdict", "val accuracy", "p50 ms", "MB"), rows)])  # fmt: skip
 
 
 def held_out(run: Run, data: str | Path | None) -> Canvases:

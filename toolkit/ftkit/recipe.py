@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -194,12 +195,27 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """A recipe by entry-point name or file path. Raises FtkitError with the choices, or with why it does not import."""
+    """A recipe by entry-point name or file path, or the resolved one of a run.json.
+
+    Raises FtkitError with the choices, or with why it does not import.
+    """
+    if name.endswith(".json"):
+        return _of_json(Path(name))
     module = load_module(name)
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise FtkitError(f"recipe {name}: expected a name `recipe` of type Recipe in it, found none. Try ftkit recipes")
     return recipe
+
+
+def _of_json(path: Path) -> Recipe:
+    """The recipe of a run.json, or alone, as a report shows it."""
+    try:
+        data = json.loads(path.read_text())
+        return restore(data.get("recipe", data) if isinstance(data, dict) else {})
+    except (OSError, ValueError) as error:
+        raise FtkitError(f"recipe {path}: expected a run.json or a report's recipe.json, found {error}. Check the path"
+                         ) from None  # fmt: skip
 
 
 def load_module(name: str) -> types.ModuleType:

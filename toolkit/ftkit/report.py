@@ -251,10 +251,10 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
             "ftkit verify bundle",
         ]
         facts |= {"model.onnx sha256": manifest["model_sha256"], **manifest["machine"]}
-    recipe = {key: value for key, value in run["recipe"].items() if key != "weights"}  # may be a local path
+    recipe = {**run["recipe"], "weights": Path(run["recipe"]["weights"]).name}  # it may be a local path
     return "".join([
         f"<pre>{escape(chr(10).join(commands))}</pre>",
-        f"<details><summary>recipe.json</summary><pre>{escape(json.dumps({**recipe, 'weights': ''}, indent=1))}</pre>"
+        f"<details><summary>recipe.json</summary><pre>{escape(json.dumps(recipe, indent=1))}</pre>"
         "</details>",
         table(("what", "value"), [(key, str(value)) for key, value in facts.items()]),
     ])  # fmt: skip

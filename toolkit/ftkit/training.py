@@ -144,8 +144,7 @@ def _train(
     terminal.say(HEADER)
     for number in range(run.stage, len(recipe.stages)):
         train_stage(work, number)
-    if ranks.main:
-        _finish(work, images, data, preprocess)
+    ranks.together(lambda: _finish(work, images, data, preprocess) if ranks.main else None)
 
 
 def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess) -> None:

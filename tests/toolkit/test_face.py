@@ -1,0 +1,229 @@
+"""What a person meets: the report and the page in a real browser, the Python interface, the explanation, the events."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ftkit, settings
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ftkit as package
+from ftkit import web
+from ftkit.checkpoint import open_run
+from ftkit_export.convert import export_core
+from ftkit_export.explain import Explainer, with_features
+from ftkit_export.predict import Classifier
+from ftkit_export.preprocess import decode
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: make test installs it")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        fake = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=fake)
+        yield opened
+        opened.close()
+
+
+def _open(browser: Any, url: str, width: int = 1280, **more: Any) -> tuple[Any, list[str]]:
+    """A page, and what it complains of."""
+    page, wrong = browser.new_page(viewport={"width": width, "height": 900}, **more), []
+    page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(request.url))
+    page.goto(url)
+    return page, wrong
+
+
+@needs_browser
+def test_the_report_shows_every_figure_on_a_desk_and_on_a_phone(bundle: Path, run: Path, browser: Any) -> None:
+    for width, scheme in ((1280, "light"), (400, "dark")):
+        page, wrong = _open(browser, (bundle / "report.html").as_uri(), width, color_scheme=scheme)
+        titles = page.locator("h2").all_inner_texts()
+        assert {"Gates", "Training", "By class", "How sure it is", "Variants", "Parity with the framework", "Data",
+                "Latency, cold start, memory", "Worst mistakes", "Reproduce"} <= set(titles)  # fmt: skip
+        drawings = page.locator("svg")
+        assert drawings.count() >= 3 + 1 + 1 + 1 + 2, "curves and drift, reliability, decision, parity, latencies"
+        for i in range(drawings.count()):
+            box = drawings.nth(i).bounding_box()
+            assert box["width"] > 150, page.locator("figcaption").nth(i).inner_text()
+            assert box["x"] + box["width"] <= width
+            assert drawings.nth(i).get_attribute("aria-label")
+            outside = drawings.nth(i).evaluate(
+                "(s) => { const b = s.getBoundingClientRect(); return [...s.querySelectorAll('text')].filter((t) => {"
+                "const r = t.getBoundingClientRect(); return r.left < b.left - 1 || r.right > b.right + 1 ||"
+                "r.top < b.top - 2 || r.bottom > b.bottom + 2 }).map((t) => t.textContent) }"
+            )
+            assert outside == [], page.locator("figcaption").nth(i).inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page itself never scrolls sideways"
+        assert all(page.evaluate("[...document.images].map((i) => i.complete && i.naturalWidth > 0 && i.alt !== '')"))
+        assert page.locator("img").count() == 2 * len(open_run(run).data["mistakes"]), "photograph and heat map"
+        assert wrong == []
+    text = (bundle / "report.html").read_text()
+    assert len(text) < 3_000_000
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text), "no network"
+    assert str(run.parent) not in text, "no local path"
+    recipe = json.loads(page.evaluate("document.querySelectorAll('details pre')[0].textContent"))
+    assert recipe == open_run(run).data["recipe"]
+
+
+def test_a_report_of_a_run_is_written_again_and_a_bundles_is_only_copied(
+    run: Path, bundle: Path, tmp_path: Path
+) -> None:
+    before = (run / "report.html").read_bytes()
+    assert ftkit("report", run, "--out", tmp_path / "run.html").exit_code == 0
+    assert (tmp_path / "run.html").read_bytes() == before
+    assert b"trained, not exported yet" in before
+    assert ftkit("report", bundle, "--out", tmp_path / "bundle.html").exit_code == 0
+    assert (tmp_path / "bundle.html").read_bytes() == (bundle / "report.html").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def site(bundle: Path) -> Iterator[str]:
+    with web.serving(bundle, web.runtime()) as url:
+        yield url
+
+
+@needs_browser
+def test_the_browser_computes_what_was_exported(site: str, bundle: Path, photos: Path, browser: Any) -> None:
+    """ONNX Runtime Web itself: golden vectors, then photographs, a camera, a file that is none."""
+    page, wrong = _open(browser, site)
+    page.wait_for_selector("#parity.good, #parity.bad, #engine.bad", timeout=60_000)
+    assert re.match(r"\d+ golden vectors passed, worst at \d\.\d\d of its tolerance", page.inner_text("#parity"))
+    assert "on wasm" in page.inner_text("#engine")
+    classify = Classifier(bundle)
+    for folder in sorted(path for path in photos.iterdir() if path.is_dir()):
+        path = sorted(folder.iterdir())[0]
+        page.evaluate("delete document.getElementById('verdict').dataset.label")
+        page.set_input_files("#file", path)
+        page.wait_for_selector("#verdict[data-label]")
+        answer, verdict = classify(path), page.locator("#verdict")
+        assert verdict.get_attribute("data-label") == answer.label
+        assert verdict.get_attribute("data-remark") == answer.remark
+        found = dict(zip((t.split("\n")[1] for t in page.locator("#bars li").all_inner_texts()),
+                         map(float, page.locator("#bars span").all_inner_texts()), strict=True))  # fmt: skip
+        assert found == {name: pytest.approx(value, abs=2e-3) for name, value in answer.probabilities.items()}
+    assert re.match(r"[\d.]+ ms for 300 x 300 pixels", page.inner_text("#latency"))
+    page.set_input_files("#file", bundle / "labels.txt")
+    page.wait_for_selector("#verdict.bad")
+    assert "expected an image this browser can read" in page.inner_text("#verdict")
+    page.evaluate("delete document.getElementById('verdict').dataset.label")
+    page.click("#camera")
+    page.wait_for_selector("#verdict[data-label]")
+    page.click("#camera")
+    assert page.inner_text("#camera") == "Use the camera"
+    assert wrong == []
+
+
+def test_the_page_is_for_this_machine_only(site: str, bundle: Path) -> None:
+    def status(path: str, host: str = "") -> str:
+        more = ["-H", f"Host: {host}"] if host else []
+        command = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--path-as-is", *more, site + path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert status("../../labels.txt") == "200"
+    assert status("../../manifest.json", host="elsewhere.example:80") == "403"
+    assert status("../../../trace.txt") == "404"
+    assert status("../../golden/") == "404", "nothing is listed"
+    assert not (bundle / "device" / "web").exists(), "the sealed bundle stays as it is"
+
+
+def test_what_is_not_the_runtime_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
+    (tmp_path / "other.tgz").write_bytes(b"other")
+    refused = ftkit("try", bundle, "--runtime", tmp_path / "other.tgz")
+    assert (refused.exit_code, "found other bytes" in refused.stderr) == (2, True)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    missing = ftkit("try", bundle)
+    assert (missing.exit_code, "expected npm to fetch onnxruntime-web" in missing.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "other.tgz"], "nothing half unpacked is left"
+
+
+def test_a_heat_map_adds_up_to_the_logit(bundle: Path, run: Path, photos: Path, tmp_path: Path) -> None:
+    """Zhou et al.: the map's mean and the head's bias are the logit, for every class."""
+    explain, image = Explainer(bundle), decode(next((photos / "poly-ok").iterdir()))
+    model = open_run(run).backbone()
+    head = model.model.get_submodule(model.head)
+    classify = Classifier(bundle / json.loads((bundle / "manifest.json").read_text())["variants"]["fp32"]["core"])
+    logits, _ = classify.session.run(classify.preprocess.pixels(classify.preprocess.canvas(image)[None]))
+    for label in range(4):
+        heat, _ = explain(image, label)
+        assert heat.shape == (3, 3)
+        assert heat.mean() + head.bias[label].item() == pytest.approx(logits[0, label], abs=1e-4)
+    folder = tmp_path / "why"
+    told = ftkit("predict", bundle, photos / "poly-ok", "--explain", "--out", folder, "--json")
+    assert told.exit_code == 0, told.output
+    paths = [Path(json.loads(line)["explained"]) for line in told.stdout.splitlines()]
+    assert len(set(paths)) == len(list((photos / "poly-ok").iterdir()))
+    picture = np.asarray(Image.open(paths[0]), np.int16)
+    assert picture.shape == (96, 96, 3)
+    assert np.abs(picture[..., 0] - picture[..., 2]).max() > 40, "colour over a grey photograph"
+
+
+class Between(torch.nn.Module):
+    """Like MobileNetV3: a layer stands between the average and the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.between, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.between(self.stem(pixels).mean((2, 3)))))
+
+
+def test_a_backbone_without_a_pooled_linear_head_says_so(tmp_path: Path, bundle: Path) -> None:
+    assert with_features(export_core(Between().eval(), 16).model) is None
+    shutil.copytree(bundle, tmp_path / "b")
+    (tmp_path / "b" / "variants" / "explain.onnx").unlink()
+    refused = ftkit("predict", tmp_path / "b", bundle / "golden" / "00.png", "--explain")
+    assert (refused.exit_code, "its backbone has no linear head over averaged" in refused.stderr) == (2, True)
+
+
+def test_python_does_what_the_command_line_does(run: Path, bundle: Path, photos: Path, tmp_path: Path) -> None:
+    """train (with events), export, verify, bench, load; a run and an export show themselves in a notebook."""
+    changes = ["preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=2"]
+    trained = package.train(photos, out=tmp_path / "run", recipe="gentle", settings=changes, tensorboard=True)
+    assert f"test accuracy {trained.metrics['test']['accuracy']:.3f}" in trained._repr_html_()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [item.value for item in events.Scalars("loss/train")] == pytest.approx([line["loss"] for line in lines])
+    done = package.export(run, out=tmp_path / "b", settings=["export.variants=fp32"], quick=True, quiet=True)
+    assert (done.passed, done.folder) == (True, tmp_path / "b")
+    assert "all gates passed" in done._repr_html_()
+    assert package.verify(done.folder).passed
+    assert package.bench(done.folder / "model.onnx", threads=[1], quick=True)["rows"][0]["p50_ms"] > 0
+    zipped = bundle.with_name(bundle.name + ".zip")
+    photo = next((photos / "mono-ok").iterdir())
+    answer = package.load(zipped)(photo)
+    assert f"  {answer.label}  {answer.probability:.3f}" in ftkit("predict", zipped, photo).stdout
+
+
+def test_quiet_says_nothing_and_leakage_can_be_allowed(photos: Path, tmp_path: Path) -> None:
+    for split, picks in (("train", slice(0, 12)), ("val", slice(12, 15)), ("test", slice(11, 15))):
+        for label in ("mono-ok", "poly-ok"):
+            (tmp_path / "d" / split / label).mkdir(parents=True)
+            for path in sorted((photos / label).iterdir())[picks]:
+                shutil.copy(path, tmp_path / "d" / split / label)
+    small = settings("preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=1")
+    command = ("train", tmp_path / "d", "--out", tmp_path / "run", "--recipe", "gentle", *small, "--quiet")
+    assert "found 8 that they share" in ftkit(*command).stderr
+    done = ftkit(*command, "--allow-leakage")
+    assert (done.exit_code, done.output) == (0, "")
+    assert open_run(tmp_path / "run").data["audit"]["totals"]["leaks"] == 8

@@ -1,0 +1,147 @@
+"""ftkit from Python: what each command of the command line calls.
+
+    import ftkit
+
+    run = ftkit.train("photos", recipe="lite0", settings=["stages.1.lr=1e-4"])
+    done = ftkit.export(run, providers=["cpu"])
+    ftkit.verify(done.folder).passed
+    ftkit.bench(done.folder)["rows"][0]["p50_ms"]
+    ftkit.load(done.folder)("photo.jpg").label
+
+Every one raises ftkit_export.errors.FtkitError, whose message says where, what was expected, what was found and what to
+try. In a notebook a run and an export show themselves as tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftkit_export.errors import FtkitError
+
+if TYPE_CHECKING:
+    from ftkit.checkpoint import Run
+    from ftkit.pipeline import Exported
+    from ftkit_export.predict import Classifier
+    from ftkit_export.verify import Verification
+
+
+def train(
+    data: str | Path, *, out: str | Path | None = None, recipe: str = "lite0", settings: Sequence[str] = (),
+    weights: str | None = None, seed: int = 0, device: str = "auto", resume: bool = False, deterministic: bool = False,
+    group_by: str = "", allow_leakage: bool = False, tensorboard: bool = False, quiet: bool = False,
+    known: bool = False,
+) -> Run:  # fmt: skip
+    """Fine-tune on labelled images and return the finished run.
+
+    data: a class folder, split folders or a CSV. out: the run folder, by default runs/RECIPE-N. recipe: a name,
+    FILE.py, or the recipe.json of a report. settings: "stages.1.lr=1e-4" and the like. device: auto, cpu or cuda.
+    resume: go on with the run in `out`; known: with its own recipe and seed. The rest is as `ftkit train` has it.
+    Raises FtkitError for bad data, recipe, weights or settings; Stopped (a KeyboardInterrupt) after Ctrl-C, saved.
+    """
+    from ftkit import terminal
+    from ftkit.checkpoint import next_free, open_run
+    from ftkit.override import override
+    from ftkit.recipe import load as load_recipe
+    from ftkit.training import train as run_training
+
+    if resume and out is None:
+        raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
+    terminal.hush(quiet)
+    plan = override(load_recipe(recipe), [*([f"weights={weights}"] if weights else []), *settings])
+    folder = Path(out) if out else next_free(Path("runs") / plan.name)
+    run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic, known=known,
+                 group_by=group_by, allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip
+    return open_run(folder)
+
+
+def export(
+    run: Run | str | Path, *, out: str | Path | None = None, settings: Sequence[str] = (),
+    providers: Sequence[str] = ("cpu",), data: str | Path | None = None, quick: bool = False,
+    target: str | None = None, latency: str | Path | None = None, on: str | None = None,
+    input_format: str | None = None, c: bool = False, ort: bool = False, handoff: bool = False, web: bool = False,
+    runtime: str | Path | None = None, zipped: bool = False, sign: str | Path | None = None, quiet: bool = False,
+) -> Exported:  # fmt: skip
+    """Export a run to ONNX, prove the file, seal the bundle; `passed` is False, and the folder BUNDLE.failed, when a
+    gate failed.
+
+    run: as `train` returned it, or its folder. out: by default RUN-bundle. settings: "export.p95_ms=8" and the like.
+    data: where the run's images are now, if they moved. on: user@host whose latency decides (ssh); latency: a file of
+    it. runtime: onnxruntime-web's .tgz for web. The other arguments are those of `ftkit export`.
+    """
+    from ftkit import terminal
+    from ftkit.checkpoint import Run, open_run
+    from ftkit.override import override
+    from ftkit.pipeline import Extras, read_measured
+    from ftkit.pipeline import export as run_export
+    from ftkit.remote import Device
+    from ftkit.variants import resolve_target
+    from ftkit.web import runtime as web_runtime
+    from ftkit_export.session import parse_providers
+
+    terminal.hush(quiet)
+    names = parse_providers(",".join(providers))
+    opened = run if isinstance(run, Run) else open_run(run)
+    for setting in settings:
+        if not setting.startswith("export."):
+            raise FtkitError(
+                f"--set {setting}: expected a field of export, found another. Try export.max_accuracy_drop"
+            )
+    if on and latency:
+        raise FtkitError("--on, --latency: expected one source of the device's times, found two. Leave out --latency")
+    where = Path(out) if out else opened.folder.resolve().with_name(opened.folder.resolve().name + "-bundle")
+    files = web_runtime(Path(runtime) if runtime else None) if web else None
+    with Device.reached(on) if on else nullcontext() as reached:
+        if reached and target not in (None, "auto", "cuda", "web", reached.target):
+            raise FtkitError(f"--target {target}: expected what {on} is, {reached.target}, found another. Leave it out")
+        named = {"target": target or (reached.target if reached else None), "input_format": input_format}
+        settings = [*settings, *(f"export.{key}={value}" for key, value in named.items() if value)]
+        limits = override(opened.recipe, settings).export
+        measured = read_measured(Path(latency), opened, resolve_target(limits.target, names)) if latency else {}
+        extras = Extras(measured=measured, device=reached, c=c, ort=ort, handoff=handoff, zipped=zipped,
+                        sign=Path(sign) if sign else None, web=files)  # fmt: skip
+        return run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
+
+
+def verify(bundle: str | Path, *, provider: str = "cpu") -> Verification:
+    """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. Raises BundleError for
+    one that is altered or incomplete."""
+    from ftkit_export import archive
+    from ftkit_export.verify import verify as run_verify
+
+    with archive.opened(Path(bundle)) as folder:
+        return run_verify(folder, provider)
+
+
+def bench(
+    model: str | Path, *, against: str | Path | None = None, providers: Sequence[str] = ("cpu",),
+    threads: Sequence[int] = (), batches: Sequence[int] = (0,), image: str | Path | None = None, quick: bool = False,
+) -> Mapping[str, Any]:  # fmt: skip
+    """Latency, cold start, memory and size of a bundle or any ONNX file, in ms and bytes: what `ftkit bench --json`
+    writes. against: also run in turn with that bundle or file; `against` then holds the verdicts."""
+    from dataclasses import asdict
+
+    from ftkit.budget import against as run_against
+    from ftkit_export.archive import unpacked
+    from ftkit_export.bench import bench as measure
+
+    with unpacked(model) as path:
+        told = measure(path, providers=providers, threads=threads, batches=batches, image=image, quick=quick)
+        if against:
+            with unpacked(against) as old:
+                found = run_against(path, old, provider=providers[0], threads=(*threads, 1)[0], batch=batches[0],
+                                    image=image and Path(image))  # fmt: skip
+            told["against"] = [asdict(item) for item in found]
+    return told
+
+
+def load(bundle: str | Path, *, provider: str = "cpu", threads: int = 0) -> Classifier:
+    """The exported file as a function: load("bundle")("photo.jpg") -> Prediction (label, probability, probabilities,
+    doubtful, foreign). It takes a path, an image file's bytes, or an RGB array (H, W, 3) uint8. threads: 0 = all."""
+    from ftkit_export.archive import unpacked
+    from ftkit_export.predict import Classifier
+
+    with unpacked(bundle) as path:
+        return Classifier(path, provider=provider, threads=threads)
