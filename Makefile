@@ -1,10 +1,10 @@
-# make demo: the whole story on real photographs. make test: every test. make check: style and types. make gpu: on a GPU.
+# make demo: the whole story on real photographs. make test: every test. make check: style, types, documentation. make gpu: on a GPU.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check docs bench gpu clean
 
 demo: $(STAMP)
 	$(BIN)/ftkit demo
@@ -25,6 +25,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The documentation, into site/: open site/index.html.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # About 20 minutes. The long ones (accuracy, races, 300 trials of the gate) have their commands in bench/README.md.
 bench: $(STAMP)
@@ -47,4 +52,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

@@ -1,21 +1,28 @@
 """The examples in docs/ are what their readers' tools would accept."""
 
+import ast
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import click
+import pytest
 import yaml
 
 from ftkit.cli import main
 from ftkit.distributed import FRESH_STORE
 
-PAGE = (Path(__file__).parents[1] / "docs" / "several-gpus.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGE = (ROOT / "docs" / "several-gpus.md").read_text()
 
 
-def _blocks(kind: str) -> list[str]:
-    return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)
+def _blocks(kind: str, page: str = PAGE) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)
 
 
 def _accepted(words: list[str]) -> None:
@@ -60,3 +67,71 @@ def test_the_pytorchjob_mounts_what_it_declares_and_runs_what_there_is() -> None
     assert container["command"][0] == "torchrun"
     assert dict(zip(("name", "value"), FRESH_STORE.split("="), strict=True)) in container["env"]
     _torchrun(container["command"][1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_every_example_is_one_that_runs(page: Path) -> None:
+    """Shell as bash parses it, its ftkit lines as click reads them; Python that compiles; YAML that loads."""
+    text = page.read_text()
+    for block in _blocks("sh", text):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        for line in re.sub(r"\\\n", " ", block).splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["ftkit"]:
+                stop = next((i for i, word in enumerate(words) if word in ("|", "||", "&&", ">", "<", ";")), len(words))
+                _accepted(words[1:stop])
+    for block in _blocks("python", text):
+        compile(block, str(page), "exec")
+    for block in _blocks("yaml", text):
+        yaml.safe_load(block)
+
+
+def _said(node: ast.expr) -> str | None:
+    """A message's text, its placeholders as …"""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return None
+
+
+def test_every_error_has_an_entry_in_troubleshooting() -> None:
+    """From "expected" to the end of the sentence, as the source has it."""
+    kinds = {"FtkitError", "ImageError", "ProviderError", "BundleError", "GateError"}
+    page = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().replace("`", "").split())
+    missing, seen = [], 0
+    for path in [*ROOT.glob("toolkit/ftkit/*.py"), *ROOT.glob("export/ftkit_export/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") in kinds and node.args):
+                continue
+            text = " ".join((_said(node.args[0]) or "").split())
+            sentence = text[max(text.find("expected"), 0) :].split(". ")[0].replace("`", "").rstrip(".")
+            seen += bool(sentence)
+            if sentence not in page:
+                missing.append(f"{path.name}:{node.lineno}: {sentence}")
+    assert seen > 170
+    assert missing == []
+
+
+def test_the_readers_of_metrics_hand_over_every_figure(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within five lines; MLflow and Weights & Biases themselves are stood in for: what they are called with counts."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    got: list[dict[str, Any]] = []
+
+    class Opened:
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    mlflow = SimpleNamespace(start_run=lambda run_name: Opened(), log_metrics=lambda values, step: got.append(values))
+    wandb = SimpleNamespace(init=lambda project: Opened(), log=got.append)
+    monkeypatch.chdir(run.parent)
+    (run.parent / "run").symlink_to(run)
+    page = (ROOT / "docs" / "python.md").read_text()
+    for name, module, keys in (("mlflow", mlflow, {"loss", "lr", "val_accuracy"}), ("wandb", wandb, set(lines[0]))):
+        (code,) = (block for block in _blocks("python", page) if name in block)
+        body = code.split("\n\n", 1)[1]
+        assert len(body.strip().splitlines()) <= 5
+        got.clear()
+        exec(body, {"json": json, name: module})
+        assert [values["loss"] for values in got] == [line["loss"] for line in lines]
+        assert keys <= set(got[0])

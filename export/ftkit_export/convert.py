@@ -82,7 +82,7 @@ def export_core(model: torch.nn.Module, size: int) -> Core:
     proto.ir_version = IR_VERSION
     opset = max(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     if opset != OPSET:
-        raise FtkitError(f"export: expected opset {OPSET}, found {opset}. Try the torch version in constraints.txt")
+        raise FtkitError(f"export: expected opset {OPSET}, found {opset}. Try `pip install -U torch onnxscript`")
     onnx.checker.check_model(proto, full_check=True)
     return Core(proto, layers)
 

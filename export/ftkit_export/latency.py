@@ -185,6 +185,9 @@ def machine() -> dict[str, object]:
             line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
+    board = Path("/proc/device-tree/model")  # an ARM board's own name, where processors have none
+    if board.is_file():
+        cpu = board.read_text().rstrip("\0\n")
     facts: dict[str, object] = {
         **nvidia.facts(),
         "cpu": cpu,

@@ -65,8 +65,11 @@ class Verification:
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):  # hashlib.file_digest is not in every device's Python
+            found.update(part)
+    return found.hexdigest()
 
 
 def read_manifest(bundle: str | Path) -> dict[str, Any]:

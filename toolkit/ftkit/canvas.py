@@ -150,7 +150,8 @@ def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path,
     trained = {image.label for image in left.of("train")}
     for label, name in enumerate(images.classes):
         if label not in trained:
-            path, reason = bad[0]
+            own = {image.path for image in images.images if image.label == label}
+            path, reason = next((item for item in bad if item[0] in own), bad[0])
             raise FtkitError(
                 f"{images.root}: expected readable training images of class {name!r}, found none "
                 f"({len(bad)} bad files, e.g. {path}: {reason}). Try replacing them"

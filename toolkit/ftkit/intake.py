@@ -105,6 +105,8 @@ def _rows(root: Path) -> list[Row]:
     if not root.exists():
         raise FtkitError(f"{root}: expected a folder of images or a CSV, found nothing there. Check the path")
     rows = _from_csv(root) if root.is_file() else _from_folder(root)
+    if not rows and root.is_file():
+        raise FtkitError(f"{root}: expected a row an image, found a header only. Try path,label[,split][,group]")
     if not rows:
         raise FtkitError(f"{root}: expected images as {root}/CLASS/IMAGE.jpg, found none. Try a folder a class")
     return rows
@@ -132,8 +134,13 @@ def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
 
 def _from_folder(root: Path) -> list[Row]:
     top = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    if any(path.name in ("train", "training") for path in top):
-        folders = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+    folders = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+    named = {folders.get(path.name, path.name) for path in top}
+    if named and named <= {"val", "test"}:
+        raise FtkitError(
+            f"{root}: expected train/ beside {' and '.join(sorted(named))}/, found none. Try adding train/"
+        )
+    if "train" in named:
         rows = []
         for split_folder in top:
             split = folders.get(split_folder.name, split_folder.name)

@@ -17,13 +17,34 @@ from ftkit_export.preprocess import Preprocess
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply "a.b=c" settings in order. Raises FtkitError with the field's choices for a typo."""
+    """Apply "a.b=c" settings in order; those of preprocess last and together, for they bound each other, on top of the
+    recipe's or the backbone's own. Raises FtkitError with the field's choices for a typo."""
+    pixels = {}
     for setting in settings:
-        path, equals, text = setting.partition("=")
+        path, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:
             raise FtkitError(f"--set {setting}: expected NAME=VALUE, found no '='. Try --set stages.0.lr=1e-3")
-        recipe = _replace(recipe, path.strip().split("."), text.strip(), setting)
-    return recipe
+        if path.startswith("preprocess."):
+            pixels[path.removeprefix("preprocess.")] = (text, setting)
+        else:
+            recipe = _replace(recipe, path.split("."), text, setting)
+    if not pixels:
+        return recipe
+    parsed = {}
+    hints = typing.get_type_hints(Preprocess)
+    for name, (text, setting) in pixels.items():
+        if name not in hints:
+            raise FtkitError(f"--set {setting}: expected a field, {choices(name, hints)}")
+        parsed[name] = _parse(text, hints[name], setting)
+    return dataclasses.replace(recipe, preprocess=dataclasses.replace(_preprocess(recipe), **parsed))
+
+
+def _preprocess(recipe: Recipe) -> Preprocess:
+    if recipe.preprocess:
+        return recipe.preprocess
+    from ftkit.backbones import build  # here: it takes torch, and most settings do without
+
+    return build(recipe.backbone, 2, "none").preprocess
 
 
 def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
@@ -40,8 +61,6 @@ def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
     if not rest:
         return dataclasses.replace(node, **{name: _parse(text, hints[name], setting)})
     child = getattr(node, name)
-    if child is None and name == "preprocess":
-        child = Preprocess()
     if not (dataclasses.is_dataclass(child) or isinstance(child, tuple)):
         raise FtkitError(f"--set {setting}: expected {name} to have fields, found a plain value. Try {name}=VALUE")
     return dataclasses.replace(node, **{name: _replace(child, rest, text, setting)})
@@ -67,6 +86,8 @@ def _word(kind: Any) -> str:
         return "none"
     if typing.get_origin(kind) is Literal:
         return " or ".join(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "three numbers such as 127,127,127" if typing.get_args(kind)[0] is float else "a field, e.g. stages.0.lr"
     return str(kind) if typing.get_origin(kind) else str(kind.__name__)
 
 

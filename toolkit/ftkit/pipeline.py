@@ -43,7 +43,7 @@ from ftkit_export.golden import write_flat, write_golden
 from ftkit_export.latency import Latency, Raced
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.preprocess import decode
-from ftkit_export.session import PROVIDERS, require
+from ftkit_export.session import PROVIDERS, form_of, require
 from ftkit_export.targets import TARGETS, unshippable
 from ftkit_export.verify import sha256
 
@@ -205,7 +205,7 @@ def _build(
                                   run.temperature, core.layers, provider, limits.input_format))  # fmt: skip
         _say_parity(parity[-1], len(rows))
     latency = evidence.latencies(paths, files[0], providers, quick)
-    shipped = [_measured(row, latency[name], paths[name][0], context) for name, (row, _) in made.shipped.items()]
+    shipped = [_measured(row, latency[name], paths[name], context) for name, (row, _) in made.shipped.items()]
     chosen, missed = choose(shipped, limits.p95_ms, limits.size_mb, limits.memory_mb)
     terminal.say(f"chosen: {chosen.name}" + (f", the nearest; it misses {missed}" if missed else ""))
     golden = photographs if limits.golden == "images" else []
@@ -260,12 +260,13 @@ def _write_variants(folder: Path, made: variants.Variants, context: variants.Con
     return paths
 
 
-def _measured(row: Row, latency: Sequence[Latency], path: Path, context: variants.Context) -> Row:
+def _measured(row: Row, latency: Sequence[Latency], forms: tuple[Path, Path], context: variants.Context) -> Row:
     """The row with the file's size and memory, and the full measurement on the target's provider, one thread, where
     this machine is the target: else the times of the race, or the target's own, stand."""
     row = replace(row, size_bytes=latency[0].size_bytes, peak_rss_bytes=latency[0].peak_rss_bytes)
     if context.device:
-        start = context.device.begin(path, context.photograph, provider=context.target.provider)
+        provider = context.target.provider
+        start = context.device.begin(form_of(provider, *forms), context.photograph, provider=provider)
         return replace(row, peak_rss_bytes=start.peak_rss_bytes)
     for item in latency:
         if context.here and item.provider == context.target.provider and item.threads == 1:

@@ -109,9 +109,7 @@ class Stage:
         if self.lr != "auto" and (isinstance(self.lr, str) or not 0 < self.lr < math.inf):
             raise FtkitError(f"stage.lr: expected a positive rate or auto, found {self.lr}. Try 1e-3")
         if self.lr == "auto" and self.train != "head":
-            raise FtkitError(
-                f"stage.lr: expected a rate for train={self.train!r}, found auto. auto is for train='head'"
-            )
+            raise FtkitError(f"stage.lr: expected a rate for train={self.train!r}, found auto. Try lr=1e-3")
 
 
 @dataclass(frozen=True, kw_only=True)

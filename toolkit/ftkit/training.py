@@ -68,7 +68,7 @@ def train(
             return out
         plan = ranks.first(lambda: state.plan_of(out) if known and resume and state.exists(out) else None)
         if plan:
-            recipe, seed, group_by = restore(plan["recipe"]), plan["seed"], plan["group_by"]
+            recipe, seed, group_by = restore(plan["recipe"]), plan["seed"], plan.get("group_by", "")
         plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
         events = ranks.main and tensorboard
         try:

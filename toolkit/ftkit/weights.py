@@ -12,7 +12,8 @@ import importlib
 import logging
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def _read_file(path: Path) -> State:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors each raise their own
         reason = str(error).splitlines()[0]
-        raise FtkitError(f"{path}: expected .safetensors, or a .pth of plain tensors, found {reason}") from None
+        raise FtkitError(f"{path}: expected .safetensors, or a .pth of plain tensors, found {reason}. "
+                         "Try torch.save(model.state_dict(), FILE)") from None  # fmt: skip
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -105,7 +107,7 @@ def _load_state(model: nn.Module, name: str, head: str, state: State, source: st
         outcome = model.load_state_dict(kept, strict=False)
     except RuntimeError as error:
         raise FtkitError(
-            f"weights {source}: expected those of {name}, found {str(error).splitlines()[1].strip()}"
+            f"weights {source}: expected those of {name}, found {str(error).splitlines()[1].strip()}. Try another file"
         ) from None
     missing = [key for key in outcome.missing_keys if not key.startswith(head + ".")]
     if missing or outcome.unexpected_keys:
@@ -148,10 +150,11 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / file
         if not cached.is_file():
             _require_hub(name, file, library, cached)
-        state = torch.hub.load_state_dict_from_url(entry.url, progress=False, weights_only=True)
+        with _downloading(name, file):
+            state = torch.hub.load_state_dict_from_url(entry.url, progress=False, weights_only=True)
         return _load_state(model, name, head, state, file)
     config: Any = model.pretrained_cfg
-    if not config.get("hf_hub_id") and not config.get("url"):
+    if not config.get("hf_hub_id"):
         raise FtkitError(
             f"weights of {name}: expected published ones, found none. Try --weights FILE or --weights none"
         )
@@ -163,8 +166,20 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
     found = try_to_load_from_cache(repository, file)
     if not isinstance(found, str):
         _require_hub(name, f"{repository}/{file}", library, None)
-        found = hf_hub_download(repository, file)
+        with _downloading(name, f"{repository}/{file}"):
+            found = hf_hub_download(repository, file)
     return _load_state(model, name, head, _read_file(Path(found)), f"{repository}/{file}")
+
+
+@contextmanager
+def _downloading(name: str, file: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # urllib's and the hub's own
+        reason = str(error).splitlines()[0]
+        raise FtkitError(
+            f"weights of {name}: expected to download {file}, found: {reason}. Try again, or --weights FILE"
+        ) from None
 
 
 def _require_hub(name: str, file: str, library: str, place: Path | None) -> None:
