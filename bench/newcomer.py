@@ -51,8 +51,9 @@ def main() -> None:
             if command.startswith("ftkit verify"):
                 verified = time.perf_counter() - whole
     print(terminal.table(rows))
-    print(f"from clone to verified bundle: {terminal.clock(verified)}, {len(commands) - 1} commands; "
-          f"{len([line for line in page.splitlines() if line.strip()])} lines to read")  # fmt: skip
+    lines = [line for line in page.splitlines() if line.strip()]
+    last = next(i for i, line in enumerate(commands, start=2) if line.startswith("ftkit verify"))  # 1 is the clone
+    print(f"from clone to verified bundle: {terminal.clock(verified)}, {last} commands; {len(lines)} lines to read")
 
 
 if __name__ == "__main__":

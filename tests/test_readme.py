@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import TINY, settings
 
 from ftkit.recipe import load
 
@@ -30,6 +31,8 @@ def done(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = command.split()
         if words[1] == "export":
             words += ["--quick", "--set", "export.variants=fp32"]  # differs in time only: two minutes
+        if words[1] == "train":
+            words += settings(*TINY)  # likewise
         if words[0] == "ftkit":  # `pip install .` is how this very environment was made
             result = subprocess.run(
                 [sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, check=False

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess, decode
+from ftkit_export.preprocess import Preprocess, decode, from_frame, to_frame
 from ftkit_export.session import Session
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class Explainer:
             )
         self._session = Session(path)
         self._preprocess = Preprocess(**json.loads(self._session.metadata["preprocess"]))
+        self._format = self._session.metadata.get("input_format", "rgb")
 
     def seen(self, image: Array) -> Array:
         """(H, W, 3) uint8 RGB -> the part that the network sees, (S, S, 3) uint8."""
@@ -103,14 +104,14 @@ class Explainer:
         chosen = int(logits[0].argmax()) if label is None else label
         return np.tensordot(head[chosen], features[0], 1), chosen
 
-    def write(self, path: Path, label: int, folder: Path, taken: set[Path]) -> Path:
-        """One image file's overlay as folder/NAME.png, numbered where `taken` has that name; returns where it is."""
+    def write(self, path: Path, label: int, folder: Path) -> Path:
+        """One image file's overlay as folder/NAME-why.png, numbered where there is such a file; returns where it is."""
         image = decode(path)
-        place, number = folder / f"{path.stem}.png", 1
-        while place in taken:
+        image = from_frame(to_frame(image, self._format), self._format)  # what the model gets of it
+        place, number = folder / f"{path.stem}-why.png", 1
+        while place.exists():
             number += 1
-            place = folder / f"{path.stem}-{number}.png"
-        taken.add(place)
+            place = folder / f"{path.stem}-why-{number}.png"
         folder.mkdir(parents=True, exist_ok=True)
         overlay(self.seen(image), self(image, label)[0]).save(place)
         return place

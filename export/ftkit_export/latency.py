@@ -186,7 +186,7 @@ def machine() -> dict[str, object]:
         ]
         cpu = names[0] if names else cpu
     board = Path("/proc/device-tree/model")  # an ARM board's own name, where processors have none
-    if board.is_file():
+    if board.is_file() and cpu in ("", platform.machine()):
         cpu = board.read_text().rstrip("\0\n")
     facts: dict[str, object] = {
         **nvidia.facts(),

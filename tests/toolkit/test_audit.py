@@ -113,9 +113,44 @@ def test_identical_files_and_groups_stay_on_one_side_of_a_split_made_here(tmp_pa
             read(tmp_path, group_by=wrong)
 
 
-def test_a_thousand_pictures_of_one_thing_are_one_set(elpv: list[tuple[Path, str]]) -> None:
+def test_hundreds_of_pictures_of_one_thing_are_one_set(elpv: list[tuple[Path, str]]) -> None:
     cells = np.stack([np.asarray(Image.open(path).resize((32, 32)), np.float32) for path, _ in elpv[:400:10]])
-    noise = np.random.default_rng(0).normal(0, 0.2, (1100, 32, 32)).astype(np.float32)
+    noise = np.random.default_rng(0).normal(0, 0.2, (500, 32, 32)).astype(np.float32)
     thumbs = np.concatenate([cells, cells[:1] * 1.1 + noise])
     (found,) = near_duplicates(thumbs, np.arange(len(thumbs)))
     assert found.rows == (0, *range(len(cells), len(thumbs)))
+
+
+def test_what_is_cleaned_is_clean_where_ftkit_makes_a_part_of_the_splits(broken: Path, tmp_path: Path) -> None:
+    """train and test given, val not: near duplicates over the two go from train; those in train become one group."""
+    shutil.copytree(broken, tmp_path / "d")
+    shutil.rmtree(tmp_path / "d" / "val")
+    again = Image.open(tmp_path / "d" / "train" / "b" / "7.png")
+    for number in range(2):
+        again.save(tmp_path / "d" / "train" / "b" / f"again{number}.jpg", quality=50 + 20 * number)
+    assert ftkit("data", tmp_path / "d", "--fix", tmp_path / "images.csv").exit_code == 1
+    assert ftkit("data", tmp_path / "images.csv").exit_code == 0
+    with (tmp_path / "images.csv").open() as table:
+        rows = {row["path"].removeprefix("d/"): row for row in csv.DictReader(table)}
+    assert rows["test/a/again.jpg"]["split"] == "test"
+    assert "train/a/2.png" not in rows
+    alike = [rows[f"train/b/{name}"] for name in ("7.png", "again0.jpg", "again1.jpg")]
+    assert {(row["split"], row["group"]) for row in alike} == {("", alike[0]["group"])}
+    assert alike[0]["group"]
+
+
+def test_a_near_duplicate_of_a_file_with_copies_is_told_of_all(elpv: list[tuple[Path, str]], tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        for number, label in enumerate("ab"):
+            (tmp_path / split / label).mkdir(parents=True)
+            shutil.copyfile(elpv[300 * number + len(split) * 50][0], tmp_path / split / label / "own.png")
+            shutil.copyfile(elpv[300 * number + len(split) * 50 + 200][0], tmp_path / split / label / "more.png")
+    first = tmp_path / "train" / "a" / "own.png"
+    shutil.copyfile(first, tmp_path / "test" / "a" / "copy.png")
+    Image.open(first).save(tmp_path / "train" / "a" / "near.jpg", quality=60)
+    ftkit("data", tmp_path, "--json", tmp_path / "a.json")
+    found = json.loads((tmp_path / "a.json").read_text())["leaks"]
+    names = ["test/a/copy.png", "train/a/near.jpg", "train/a/own.png"]
+    assert {"images": names, "exact": False} in found
+    inside = ftkit("data", tmp_path, "--sheets", tmp_path / "sheets")
+    assert (inside.exit_code, "expected a place outside" in inside.stderr) == (2, True)

@@ -1,11 +1,15 @@
 """What a person meets: the report and the page in a real browser, the Python interface, the explanation, the events."""
 
+import http.client
+import http.server
 import json
+import os
 import re
 import shutil
-import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ftkit as package
 from ftkit import web
 from ftkit.checkpoint import open_run
+from ftkit.events import tensorboard
+from ftkit.report import load_pictures, write_report
 from ftkit_export.convert import export_core
 from ftkit_export.explain import Explainer, with_features
 from ftkit_export.predict import Classifier
@@ -31,6 +37,9 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: m
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        yield None
+        return
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
@@ -82,6 +91,18 @@ def test_the_report_shows_every_figure_on_a_desk_and_on_a_phone(bundle: Path, ru
     assert recipe == open_run(run).data["recipe"]
 
 
+def test_what_a_report_shows_is_escaped_and_has_no_place_of_this_machine(run: Path, tmp_path: Path) -> None:
+    data = json.loads((run / "run.json").read_text())
+    data["recipe"]["stages"][0]["teacher"] = "/home/somebody/teacher"
+    data["recipe"]["weights"] = "/home/somebody/weights.pth"
+    data["mistakes"][0]["image"] = data["mistakes"][0]["said"] = '<script>"&'
+    write_report(tmp_path / "r.html", data, [], load_pictures(run / "mistakes"))
+    text = (tmp_path / "r.html").read_text()
+    assert "somebody" not in text
+    assert "<script" not in text
+    assert "&lt;script&gt;&quot;&amp;" in text
+
+
 def test_a_report_of_a_run_is_written_again_and_a_bundles_is_only_copied(
     run: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -131,28 +152,43 @@ def test_the_browser_computes_what_was_exported(site: str, bundle: Path, photos:
 
 
 def test_the_page_is_for_this_machine_only(site: str, bundle: Path) -> None:
-    def status(path: str, host: str = "") -> str:
-        more = ["-H", f"Host: {host}"] if host else []
-        command = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "--path-as-is", *more, site + path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    port = int(site.split(":")[2].split("/")[0])
 
-    assert status("../../labels.txt") == "200"
-    assert status("../../manifest.json", host="elsewhere.example:80") == "403"
-    assert status("../../../trace.txt") == "404"
-    assert status("../../golden/") == "404", "nothing is listed"
+    def status(path: str, host: str = f"127.0.0.1:{port}", method: str = "GET") -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request(method, path, headers={"Host": host})
+        return connection.getresponse().status
+
+    assert status("/labels.txt") == 200
+    assert status("/labels.txt", host="localhost") == 200
+    for method in ("GET", "HEAD"):
+        assert status("/manifest.json", host=f"elsewhere.example:{port}", method=method) == 403
+    assert (bundle.parent / "export.txt").is_file()
+    for path in ("/../export.txt", "/device/web/../../../export.txt", "/%2e%2e/export.txt", "/golden/", "/device/"):
+        assert status(path) == 404, path
+    link = bundle / "link.txt"
+    link.symlink_to(bundle.parent / "export.txt")
+    try:
+        assert status("/link.txt") == 404
+    finally:
+        link.unlink()
     assert not (bundle / "device" / "web").exists(), "the sealed bundle stays as it is"
 
 
 def test_what_is_not_the_runtime_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     (tmp_path / "other.tgz").write_bytes(b"other")
+    precious = tmp_path / ".ssh"  # FTKIT_CACHE may be a folder of the user's own
+    precious.mkdir()
+    os.utime(precious, (0, 0))
     refused = ftkit("try", bundle, "--runtime", tmp_path / "other.tgz")
     assert (refused.exit_code, "found other bytes" in refused.stderr) == (2, True)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     missing = ftkit("try", bundle)
     assert (missing.exit_code, "expected npm to fetch onnxruntime-web" in missing.stderr) == (2, True)
-    assert list(tmp_path.iterdir()) == [tmp_path / "other.tgz"], "nothing half unpacked is left"
+    assert list((tmp_path / "web").iterdir()) == [], "nothing half unpacked is left"
+    assert precious.is_dir()
 
 
 def test_a_heat_map_adds_up_to_the_logit(bundle: Path, run: Path, photos: Path, tmp_path: Path) -> None:
@@ -171,6 +207,8 @@ def test_a_heat_map_adds_up_to_the_logit(bundle: Path, run: Path, photos: Path, 
     assert told.exit_code == 0, told.output
     paths = [Path(json.loads(line)["explained"]) for line in told.stdout.splitlines()]
     assert len(set(paths)) == len(list((photos / "poly-ok").iterdir()))
+    again = ftkit("predict", bundle, next((photos / "poly-ok").iterdir()), "--explain", "--out", folder, "--json")
+    assert Path(json.loads(again.stdout)["explained"]) not in paths, "nothing is written over"
     picture = np.asarray(Image.open(paths[0]), np.int16)
     assert picture.shape == (96, 96, 3)
     assert np.abs(picture[..., 0] - picture[..., 2]).max() > 40, "colour over a grey photograph"
@@ -195,7 +233,22 @@ def test_a_backbone_without_a_pooled_linear_head_says_so(tmp_path: Path, bundle:
     assert (refused.exit_code, "its backbone has no linear head over averaged" in refused.stderr) == (2, True)
 
 
-def test_python_does_what_the_command_line_does(run: Path, bundle: Path, photos: Path, tmp_path: Path) -> None:
+def _served_anyhow(browser: Any, folder: Path) -> tuple[Any, list[str], str]:
+    """device/web by a static server without any header of its own."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.func.log_message = lambda *_: None  # type: ignore[method-assign]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page, wrong = _open(browser, f"http://127.0.0.1:{server.server_port}/device/web/")
+        page.wait_for_selector("#parity.good, #parity.bad, #engine.bad", timeout=60_000)
+        said = page.inner_text("#parity")
+        server.shutdown()
+    return page, wrong, said
+
+
+def test_python_does_what_the_command_line_does(
+    run: Path, bundle: Path, photos: Path, tmp_path: Path, browser: Any
+) -> None:
     """train (with events), export, verify, bench, load; a run and an export show themselves in a notebook."""
     changes = ["preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=2"]
     trained = package.train(photos, out=tmp_path / "run", recipe="gentle", settings=changes, tensorboard=True)
@@ -204,10 +257,15 @@ def test_python_does_what_the_command_line_does(run: Path, bundle: Path, photos:
     events.Reload()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [item.value for item in events.Scalars("loss/train")] == pytest.approx([line["loss"] for line in lines])
-    done = package.export(run, out=tmp_path / "b", settings=["export.variants=fp32"], quick=True, quiet=True)
+    changes = ["export.variants=fp32", "export.golden=synthetic"]
+    done = package.export(run, out=tmp_path / "b", settings=changes, quick=True, quiet=True, web=True)
     assert (done.passed, done.folder) == (True, tmp_path / "b")
     assert "all gates passed" in done._repr_html_()
     assert package.verify(done.folder).passed
+    assert "data:image" not in (done.folder / "report.html").read_text(), "no photograph leaves"
+    if CHROMIUM:
+        _, wrong, said = _served_anyhow(browser, done.folder)
+        assert (wrong, "golden vectors passed" in said) == ([], True)
     assert package.bench(done.folder / "model.onnx", threads=[1], quick=True)["rows"][0]["p50_ms"] > 0
     zipped = bundle.with_name(bundle.name + ".zip")
     photo = next((photos / "mono-ok").iterdir())
@@ -227,3 +285,25 @@ def test_quiet_says_nothing_and_leakage_can_be_allowed(photos: Path, tmp_path: P
     done = ftkit(*command, "--allow-leakage")
     assert (done.exit_code, done.output) == (0, "")
     assert open_run(tmp_path / "run").data["audit"]["totals"]["leaks"] == 8
+
+
+def test_a_run_that_learned_nothing_still_ends(photos: Path, tmp_path: Path) -> None:
+    """The loss is infinite at once: no epoch counts, the untrained head is judged, the report has no curve."""
+    small = settings("preprocess.size=64", "preprocess.resize=64", "stages.0.optimizer=sgd", "stages.0.lr=3e38")
+    done = ftkit("train", photos, "--out", tmp_path / "run", "--recipe", "gentle", *small)
+    assert done.exit_code == 0, done.output
+    assert "the loss is no longer finite" in done.stdout
+    assert not (tmp_path / "run" / "state").exists()
+    assert "Worst mistakes" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_events_of_an_interrupted_run_are_not_doubled(tmp_path: Path) -> None:
+    line = {"loss": 1.0, "val_nll": 1.0, "train_accuracy": 0.5, "val_accuracy": 0.5, "lr": 0.1, "images_per_s": 9.0,
+            "stage": 0}  # fmt: skip
+    for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # the third epoch was not saved
+        with tensorboard(tmp_path, done) as log:
+            for step in steps:
+                log(line, step)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [item.step for item in events.Scalars("loss/train")] == [1, 2, 3, 4]

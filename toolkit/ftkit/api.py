@@ -1,4 +1,4 @@
-"""ftkit from Python: what each command of the command line calls.
+"""ftkit from Python: what the commands of the same names do.
 
     import ftkit
 
@@ -14,6 +14,7 @@ try. In a notebook a run and an export show themselves as tables.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,9 +41,11 @@ def train(
     FILE.py, or the recipe.json of a report. settings: "stages.1.lr=1e-4" and the like. device: auto, cpu or cuda.
     resume: go on with the run in `out`; known: with its own recipe and seed. The rest is as `ftkit train` has it.
     Raises FtkitError for bad data, recipe, weights or settings; Stopped (a KeyboardInterrupt) after Ctrl-C, saved.
+    Under torchrun the first rank returns; the others end here.
     """
     from ftkit import terminal
     from ftkit.checkpoint import next_free, open_run
+    from ftkit.distributed import is_first
     from ftkit.override import override
     from ftkit.recipe import load as load_recipe
     from ftkit.training import train as run_training
@@ -54,6 +57,8 @@ def train(
     folder = Path(out) if out else next_free(Path("runs") / plan.name)
     run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic, known=known,
                  group_by=group_by, allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip
+    if not is_first():
+        sys.exit(0)  # of several ranks one has the run; this one's work is done
     return open_run(folder)
 
 
@@ -127,6 +132,8 @@ def bench(
     from ftkit_export.archive import unpacked
     from ftkit_export.bench import bench as measure
 
+    if against and max(len(providers), len(threads), len(batches)) > 1:
+        raise FtkitError("against: expected one provider, number of threads and batch, found several. Try one")
     with unpacked(model) as path:
         told = measure(path, providers=providers, threads=threads, batches=batches, image=image, quick=quick)
         if against:

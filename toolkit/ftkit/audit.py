@@ -14,6 +14,7 @@ brightness in 140, a crop in none.
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ import PIL.Image
 from scipy.fft import dctn
 
 from ftkit.canvas import Canvases
-from ftkit.intake import SPLITS, Images, below, clusters
+from ftkit.intake import SPLITS, Images, below
 from ftkit_export.errors import FtkitError
 from ftkit_export.session import cores
 
@@ -36,7 +37,7 @@ THUMB = 32  # pixels a side
 BITS_APART, CORRELATION = 8, 0.99
 SURE = 0.999  # where one picture is most of the set, less the mean it is noise; no two solar cells reach this
 FLAT = 1.0  # grey levels of deviation below which an image shows nothing
-BLOCK = 1024
+BLOCK, CHUNK = 256, 4096
 TINY, HUGE = 0.5, 40_000_000  # of the canvas side; pixels
 FEW, UNEVEN = 20, 10.0  # training images of a class; largest class over smallest
 TOTALS = ("bad", "alike", "leaks", "conflicts", "shared_groups", "tiny", "huge", "flat", "sizes")
@@ -91,7 +92,10 @@ def audit(images: Images, canvases: Canvases, progress: Callable[[int, int], Non
     alone = np.ones(total, bool)  # of identical files, one is compared with the rest
     for item in found:
         alone[list(item.rows[1:])] = False
-    found += near_duplicates(thumbs, np.flatnonzero(alone & ~flat))
+    copies = {item.rows[0]: item.rows for item in found}
+    for item in near_duplicates(thumbs, np.flatnonzero(alone & ~flat)):
+        every = sorted(copy for row in item.rows for copy in copies.get(row, (row,)))
+        found.append(Alike(rows=tuple(every), exact=False))
     with ThreadPoolExecutor(cores()) as pool:
         facts = list(pool.map(_header, [image.path for image in kept]))
     side, classes = canvases.shards[0].shape[1], images.classes
@@ -130,14 +134,14 @@ def require_apart(canvases: Canvases) -> None:
     """Raises FtkitError when an identical file, or a group, is on several sides of the split."""
     images = canvases.images
     leaks, groups = _across(identical(canvases), [image.split for image in images.images]), _shared_groups(images)
-    again = f"See `ftkit data {images.root}`; try its --fix OUT, or --allow-leakage"
     if leaks:
         first = ", ".join(below(images.root, images.images[row].path) for row in leaks[0].rows[:3])
         raise FtkitError(f"{images.root}: expected train, val and test to share no image, found {len(leaks)} that they "
-                         f"share (e.g. {first}). {again}")  # fmt: skip
+                         f"share (e.g. {first}). See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, "
+                         "or --allow-leakage")  # fmt: skip
     if groups:
         raise FtkitError(f"{images.root}: expected each group in one of train, val and test, found {len(groups)} in "
-                         f"several (e.g. {groups[0]}). {again}")  # fmt: skip
+                         f"several (e.g. {groups[0]}). Try moving each to one side, or --allow-leakage")  # fmt: skip
 
 
 def identical(canvases: Canvases) -> list[Alike]:
@@ -149,26 +153,34 @@ def identical(canvases: Canvases) -> list[Alike]:
 
 
 def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
-    """thumbs (N, 32, 32) float32 grey; rows: those to compare -> clusters of images that show the same."""
-    if len(rows) < 2:
-        return []
-    signs = _hashes(thumbs[rows])
-    shapes = [_unit(thumbs[rows])]
+    """thumbs (N, 32, 32) float32 grey; rows: those to compare -> sets of images, each alike to the first of its set."""
+    signs, shapes = _hashes(thumbs[rows]), [_unit(thumbs[rows])]
     if len(rows) >= THUMB:  # what all have in common (a frame, a busbar) makes no pair; of a few, it is no average
         shapes.append(_unit(shapes[0] - shapes[0].mean(0)))
-    pairs: list[tuple[int, int]] = []
-    for start in range(0, len(rows), BLOCK):
-        near = signs[start : start + BLOCK] @ signs[start:].T >= 64 - 2 * BITS_APART
-        one, other = np.nonzero(np.triu(near, 1))
-        for place in range(0, len(one), 65536):
-            a, b = start + one[place : place + 65536], start + other[place : place + 65536]
+
+    def same(one: Array, other: Array) -> Array:
+        """Pairs (one[i], other[j]) of the same picture, (n, 2)."""
+        near = np.argwhere(signs[one] @ signs[other].T >= 64 - 2 * BITS_APART)
+        found = []
+        for start in range(0, len(near), CHUNK):
+            a, b = one[near[start : start + CHUNK, 0]], other[near[start : start + CHUNK, 1]]
             sure = np.einsum("ijk,ijk->i", shapes[0][a], shapes[0][b]) >= SURE
             sure |= np.einsum("ijk,ijk->i", shapes[-1][a], shapes[-1][b]) >= CORRELATION
-            pairs += zip(a[sure].tolist(), b[sure].tolist(), strict=True)
-    members: dict[int, list[int]] = defaultdict(list)
-    for number, first in enumerate(clusters(len(rows), pairs)):
-        members[first].append(int(rows[number]))
-    return [Alike(rows=tuple(each), exact=False) for each in members.values() if len(each) > 1]
+            found.append(np.stack([a[sure], b[sure]], 1))
+        return np.concatenate(found) if found else np.empty((0, 2), np.int64)
+
+    sets: dict[int, list[int]] = {}  # by first member: images are compared with those only, or with a block's others
+    for start in range(0, len(rows), BLOCK):
+        block = np.arange(start, min(start + BLOCK, len(rows)))
+        joined = {int(a): int(b) for a, b in same(block, np.array(list(sets), np.int64))[::-1]}
+        left = np.array([number for number in block if int(number) not in joined], np.int64)
+        for a, b in same(left, left):
+            if b < a and int(b) not in joined:
+                joined.setdefault(int(a), int(b))
+        for number in map(int, block):
+            sets.setdefault(joined.get(number, number), []).append(number)
+    return [Alike(rows=tuple(int(rows[number]) for number in each), exact=False)
+            for each in sets.values() if len(each) > 1]  # fmt: skip
 
 
 def _unit(thumbs: Array) -> Array:
@@ -211,10 +223,8 @@ def _header(path: Path) -> tuple[str, int, int]:
 
 def _counts(images: Images) -> dict[str, dict[str, int]]:
     every = Counter((image.label, image.split) for image in images.images)
-    return {
-        name: {split: every[label, split] for split in SPLITS if images.of(split)}
-        for label, name in enumerate(images.classes)
-    }
+    there = [split for split in SPLITS if any(split == other for _, other in every)]
+    return {name: {split: every[label, split] for split in there} for label, name in enumerate(images.classes)}
 
 
 def _across(found: Iterable[Alike], sides: Sequence[object]) -> tuple[Alike, ...]:

@@ -79,9 +79,8 @@ def next_free(base: Path) -> Path:
 
 
 def create(out: Path) -> Path:
-    """A new run folder; its events may be open already. Raises FtkitError when `out` holds anything else, or cannot be
-    made."""
-    if out.exists() and (not out.is_dir() or any(path.name != "tensorboard" for path in out.iterdir())):
+    """A new run folder. Raises FtkitError when `out` holds anything already, or cannot be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         way = "--resume" if (out / "state").is_dir() else "another --out"
         raise FtkitError(f"{out}: expected a new folder, found one there already. Try {way}, or remove it")
     try:
@@ -105,7 +104,9 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, one an epoch."""
+    """The lines of metrics.jsonl, one an epoch; none when no epoch came to an end."""
+    if not (folder / METRICS).is_file():
+        return []
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,7 @@ def train(
                     resume=resume, deterministic=deterministic, group_by=group_by, allow_leakage=allow_leakage,
                     tensorboard=tensorboard, quiet=quiet, known=not said)  # fmt: skip
     if _speaks() and not quiet:
-        click.echo(f"run: {run.folder}\nnext: ftkit export {run.folder}")
+        click.echo(f"run: {run.folder}\nnext: ftkit export {shlex.quote(str(run.folder))}")
 
 
 def _speaks() -> bool:
@@ -101,6 +102,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     """The same command in a process a GPU; its exit code."""
     from ftkit.checkpoint import next_free
     from ftkit.distributed import launch, pick_device
+    from ftkit.recipe import load
 
     if ctx.params["device"] == "cpu":
         raise FtkitError(
@@ -116,7 +118,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
         for item in value if isinstance(value, tuple) else [value]:
             arguments += [option.opts[0]] if item is True else [option.opts[0], str(item)]
     if "--out" not in arguments:
-        arguments += ["--out", str(next_free(Path("runs") / Path(ctx.params["name"]).stem))]
+        arguments += ["--out", str(next_free(Path("runs") / load(ctx.params["name"]).name))]
     return launch(gpus, arguments)
 
 
@@ -182,7 +184,6 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
     from ftkit_export.latency import machine
     from ftkit_export.session import parse_providers
     from ftkit_export.verify import read_manifest
-    from ftkit_export.verify import verify as run_verify
 
     code = 0
     with archive.opened(bundle) as folder:
@@ -190,7 +191,7 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
             archive.check_signature(folder, key)
             click.echo(f"signed with {key.name}")
         for provider in parse_providers(providers):
-            result = run_verify(folder, provider)
+            result = api.verify(folder, provider=provider)
             code = code if result.passed else 1
             click.echo(f"{provider}: {result.files} files unchanged")
             for check in result.checks:
@@ -227,16 +228,16 @@ def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool
     from ftkit_export.archive import unpacked
     from ftkit_export.errors import ImageError
     from ftkit_export.explain import Explainer
-    from ftkit_export.predict import Classifier, image_files
+    from ftkit_export.predict import image_files
 
-    files, places, bad = image_files(list(images)), set[Path](), 0
+    files, bad = image_files(list(images)), 0
     with unpacked(bundle) as folder:
-        classify = Classifier(folder, provider=provider)
+        classify = api.load(folder, provider=provider)
         explainer = Explainer(folder) if explain else None
     for path in files:
         try:
             answer = classify(path)
-            heat = explainer.write(path, classify.labels.index(answer.label), out, places) if explainer else None
+            heat = explainer.write(path, classify.labels.index(answer.label), out) if explainer else None
         except ImageError as error:
             bad += 1
             click.echo(f"error: {error}", err=True)

@@ -48,6 +48,8 @@ def audit_data(
     plan, images = load(recipe), read(folder, group_by=group_by)
     if fix:
         curate.require_new(fix, images)
+    if sheets:
+        curate.require_outside(sheets, images, "--sheets")
     preprocess = plan.preprocess or build(plan.backbone, 2, "none").preprocess
     with terminal.bar("decoding") as step:
         canvases = build_canvases(images, preprocess, step)

@@ -72,7 +72,8 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
                 for item in items if item.exact is exact]  # fmt: skip
 
     side = canvases.shards[0].shape[1]
-    inside = [item for item in found.alike if item not in found.leaks and item not in found.conflicts]
+    across = {(item.rows, item.exact) for item in (*found.leaks, *found.conflicts)}
+    inside = [item for item in found.alike if (item.rows, item.exact) not in across]
     lines = [
         *listed("unreadable, left out in training:", [f"{path}: {why}" for path, why in found.bad]),
         *listed("identical within a split:", sets(inside, True)),
@@ -93,7 +94,8 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         *listed("LEAKS, groups on several sides of the split:", list(found.shared_groups)),
         *listed("CONFLICTS, identical under several labels:", sets(found.conflicts, True)),
     ]
-    return [*lines, "ok" if found.passed else "NOT ok: mend it by hand, or with --fix OUT"]
+    cure = "mend it by hand" if found.shared_groups else "mend it by hand, or with --fix OUT"
+    return [*lines, "ok" if found.passed else f"NOT ok: {cure}"]
 
 
 def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
@@ -107,7 +109,8 @@ def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
         path = folder / f"{label}-{_file_name(name)}.jpg"
         _sheet(path, f"{name}: {len(picks)} of {len(rows)}", [list(map(int, picks))], canvases)
         written.append(path)
-    serious = sorted(found.alike, key=lambda item: (item not in found.leaks, item not in found.conflicts))
+    leaks, conflicts = ({item.rows for item in some} for some in (found.leaks, found.conflicts))
+    serious = sorted(found.alike, key=lambda item: (item.rows not in leaks, item.rows not in conflicts))
     if serious:
         path = folder / "duplicates.jpg"
         _sheet(path, f"alike: {min(len(serious), PAIRS)} of {len(serious)} sets, a line each",
@@ -145,39 +148,58 @@ def clean(found: Audit, canvases: Canvases) -> tuple[list[Image], dict[str, int]
 
     Unreadable files go. Of identical files one stays: test's before val's before train's, so that the judgement stays
     the same; of identical files under several labels none, for nobody knows the right one. Near duplicates become one
-    group where ftkit makes the splits; where they are given, those in train go when another is in val or test.
+    group where ftkit may still put them on one side; where one is in a split that was given, those in train go. Splits
+    that ftkit made, and the train they were cut from, are left open.
     """
     images, gone = canvases.images.images, dict.fromkeys(("unreadable", "identical", "contradicting", "near"), 0)
     gone["unreadable"] = len(found.bad)
+    free = ("train", *found.made)  # what is in the others stays there
+    conflicts = {item.rows for item in found.conflicts}
     left: dict[int, Image] = dict(enumerate(images))
     for item in found.alike:
-        order = sorted(item.rows, key=lambda row: (-SPLITS.index(images[row].split), row))
+        rows = [row for row in item.rows if row in left]
+        rows.sort(key=lambda row: (-SPLITS.index(images[row].split), row))
+        away, reason = [row for row in rows if images[row].split in free], "near"
         if item.exact:
-            away, reason = (order, "contradicting") if item in found.conflicts else (order[1:], "identical")
-        elif found.made:
-            first = left.get(min(item.rows), images[min(item.rows)])
-            for row in (row for row in item.rows if row in left):
-                left[row] = replace(left[row], group=left[row].group or first.group or f"alike-{min(item.rows)}")
+            away, reason = (rows, "contradicting") if item.rows in conflicts else (rows[1:], "identical")
+        elif len(away) == len(rows):  # none is in a split that was given
+            if found.made and rows:
+                _together(left, rows)
             continue
-        else:
-            across = item in found.leaks
-            away, reason = [row for row in item.rows if across and images[row].split == "train"], "near"
         for row in away:
-            gone[reason] += left.pop(row, None) is not None
-    return [replace(image, split="") if image.split in found.made else image for image in left.values()], gone
+            del left[row]
+        gone[reason] += len(away)
+    open_ = free if found.made else ()
+    return [replace(image, split="") if image.split in open_ else image for image in left.values()], gone
+
+
+def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
+    """Make one group of these, with all of the groups that some are in."""
+    groups = {left[row].group for row in rows} - {""}
+    name = min(groups, default=f"alike-{min(rows)}")
+    for row, image in left.items():
+        if row in rows or image.group in groups:
+            left[row] = replace(image, group=name)
 
 
 def _base(images: Images) -> Path:
     return images.root if images.root.is_dir() else images.root.parent
 
 
-def require_new(out: Path, images: Images) -> None:
-    """Raises FtkitError when `out` exists or lies in the data, which are never touched."""
+def require_outside(out: Path, images: Images, option: str) -> None:
+    """Raises FtkitError when `out` lies in the data, which are never touched."""
     base = _base(images)
-    if out.resolve().is_relative_to(base.resolve()) and (out.suffix != ".csv" or images.root.is_dir()):
-        raise FtkitError(f"--fix {out}: expected a place outside {base}, found one in it. Try ../clean")
+    if out.resolve().is_relative_to(base.resolve()) and images.root.is_dir():
+        raise FtkitError(f"{option} {out}: expected a place outside {base}, found one in it. Try ../{out.name}")
+
+
+def require_new(out: Path, images: Images) -> None:
+    """Raises FtkitError when `out` exists, lies in the data, or has no folder to be in."""
+    require_outside(out, images, "--fix")
     if out.exists():
         raise FtkitError(f"--fix {out}: expected a new file or folder, found one there already. Try another name")
+    if not out.resolve().parent.is_dir():
+        raise FtkitError(f"--fix {out}: expected a folder to put it in, found none. Try making {out.parent} first")
 
 
 def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Callable[[int, int], None]) -> Path:
@@ -190,13 +212,12 @@ def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Call
     if out.suffix == ".csv":
         write_atomically(out, _table(((image, image.path) for image in kept), images.classes, out.parent))
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         placed = []
         for number, image in enumerate(kept, start=1):
             place = beside / image.split / _file_name(images.classes[image.label]) / image.path.name
-            if place.exists():
+            while place.exists():
                 place = place.with_stem(f"{place.stem}-{number}")
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(image.path, place)

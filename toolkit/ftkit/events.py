@@ -1,6 +1,6 @@
 """TensorBoard events of a run, beside metrics.jsonl: loss, accuracies, rate and speed, an epoch a step.
 
-with tensorboard(run / "tensorboard") as log:
+with tensorboard(run / "tensorboard", done=0) as log:
     log(line, step)        # line: what metrics.jsonl got
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,20 @@ def nowhere(line: Mapping[str, Any], step: int) -> None:
     """The log of a run without events."""
 
 
-@contextmanager
-def tensorboard(folder: Path) -> Iterator[Log]:
+def require() -> None:
     """Raises FtkitError when the package is not installed."""
-    try:
-        with warnings.catch_warnings():  # its protobuf code announces its own retirement
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    if find_spec("tensorboard") is None:
         raise FtkitError("--tensorboard: expected the package tensorboard, found it not installed. "
-                         "Try `pip install 'ftkit[tensorboard]'`") from None  # fmt: skip
-    writer = SummaryWriter(str(folder))
+                         "Try `pip install 'ftkit[tensorboard]'`")  # fmt: skip
+
+
+@contextmanager
+def tensorboard(folder: Path, done: int) -> Iterator[Log]:
+    """done: epochs of the run that count; what an interrupted one wrote beyond them is hidden."""
+    with warnings.catch_warnings():  # its protobuf code announces its own retirement
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder), purge_step=done + 1 if folder.is_dir() else None)
 
     def log(line: Mapping[str, Any], step: int) -> None:
         for key, name in NAMES.items():

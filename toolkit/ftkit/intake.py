@@ -113,8 +113,10 @@ def _rows(root: Path) -> list[Row]:
 
 
 def below(root: Path, path: Path) -> str:
-    """An image's path as a person sees it: from the data folder, or the CSV's."""
-    return Path(os.path.relpath(path, root if root.is_dir() else root.parent)).as_posix()
+    """An image's path as a person sees it: from the data folder, or the CSV's. Of images elsewhere the last folder and
+    the name: the rest tells of this machine."""
+    found = Path(os.path.relpath(path, root if root.is_dir() else root.parent))
+    return (Path(*path.parts[-2:]) if ".." in found.parts else found).as_posix()
 
 
 def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:

@@ -211,7 +211,7 @@ def _of_json(path: Path) -> Recipe:
     try:
         data = json.loads(path.read_text())
         return restore(data.get("recipe", data) if isinstance(data, dict) else {})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise FtkitError(f"recipe {path}: expected a run.json or a report's recipe.json, found {error}. Check the path"
                          ) from None  # fmt: skip
 

@@ -236,8 +236,9 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
     versions, group = run["environment"], run["group_by"]
     train = f"ftkit train DATA --recipe recipe.json --seed {run['seed']} --out run"
     commands = [
-        "pip install " + " ".join(f"{name}=={versions[name]}" for name in ("ftkit", "torch", "torchvision", "timm")),
-        train + (f" --group-by {shlex.quote(group)}" if group else ""),
+        "pip install "
+        + " ".join(f"{name}=={versions[name].split('+')[0]}" for name in ("ftkit", "torch", "torchvision", "timm")),
+        train + f" --group-by {shlex.quote(group)}" * bool(group) + " --allow-leakage" * (not run["audit"]["passed"]),
     ]
     facts = {"data": run["data_fingerprint"], "run": run["model_fingerprint"], "backbone weights": run["weights"],
              "seed": run["seed"], **versions}  # fmt: skip
@@ -251,7 +252,8 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
             "ftkit verify bundle",
         ]
         facts |= {"model.onnx sha256": manifest["model_sha256"], **manifest["machine"]}
-    recipe = {**run["recipe"], "weights": Path(run["recipe"]["weights"]).name}  # it may be a local path
+    recipe = {**run["recipe"], "weights": Path(run["recipe"]["weights"]).name}  # it may be a local path, as a teacher
+    recipe["stages"] = [{**s, "teacher": s["teacher"] and Path(s["teacher"]).name} for s in recipe["stages"]]
     return "".join([
         f"<pre>{escape(chr(10).join(commands))}</pre>",
         f"<details><summary>recipe.json</summary><pre>{escape(json.dumps(recipe, indent=1))}</pre>"

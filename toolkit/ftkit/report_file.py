@@ -14,6 +14,7 @@ from typing import Any
 from ftkit import history
 from ftkit.page import bars, points, table
 from ftkit.terminal import condition
+from ftkit_export.errors import FtkitError
 from ftkit_export.parity import DECADES
 
 Data = Mapping[str, Any]
@@ -111,10 +112,11 @@ def _histogram(item: Data) -> str:
 
 
 def found_in(folder: Path, manifest: Data) -> str:
-    """Plots of what `ftkit bench --save` wrote for this model in the repository that `folder` is in."""
-    path = history.place(folder)
-    lines = [line for line in history.read(path) if line["name"] == manifest["name"]] if path.is_file() else []
-    if not lines:
-        return ""
-    names = sorted({name for line in lines for name in line["series"]})[:4]
+    """Plots of what `ftkit bench --save` wrote for this model on this machine, where `folder` is in a repository."""
+    path, machine = history.place(folder), manifest["machine"]["fingerprint"]
+    try:
+        lines = [line for line in history.read(path) if line["name"] == manifest["name"]] if path.is_file() else []
+    except FtkitError as error:  # it is the user's file, and no evidence
+        return f"<p>{escape(str(error))}</p>"
+    names = sorted({name for line in lines for name in line["series"] if f"({machine})" in name})
     return "".join(history.plot(name, [line for line in lines if name in line["series"]]) for name in names)

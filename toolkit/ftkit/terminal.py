@@ -62,12 +62,20 @@ def bar(label: str, under: Callable[[], str] = str) -> Iterator[Step]:
 def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
     from rich.console import Console, Group
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.text import Text
 
+    class Clock(ProgressColumn):
+        """How many, how long so far, how long yet: what is known of it."""
+
+        def render(self, task: Task) -> Text:
+            amount = f"{task.completed:.0f}/{task.total:.0f} " if task.total else ""
+            left = f", {clock(task.time_remaining)} left" if task.time_remaining is not None else ""
+            return Text(f"{amount}{clock(task.elapsed or 0)}{left}")
+
     console, told = Console(stderr=True), 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress, below = Progress(*columns, console=console), Text(under(), style="dim", overflow="fold")
+    progress = Progress(TextColumn("{task.description}", markup=False), BarColumn(), Clock(), console=console)
+    below = Text(under(), style="dim", overflow="fold")
     task = progress.add_task(label, total=None)
 
     def step(done: int, total: int) -> None:
@@ -77,14 +85,15 @@ def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
             told = time.perf_counter()
             below.plain = under()
 
-    with Live(Group(progress, below) if below.plain else progress, console=console, transient=True):
+    with Live(Group(progress, below) if below.plain else progress, console=console, transient=True,
+              redirect_stdout=sys.stdout.isatty()):  # fmt: skip
         yield step
 
 
 @contextmanager
 def note() -> Iterator[Callable[[str], None]]:
     """A line on standard error that says what goes on now and goes when done; nothing where that is no terminal."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or _muted or _quiet:
         yield lambda text: None
         return
     from rich.console import Console

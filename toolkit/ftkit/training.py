@@ -13,7 +13,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ftkit.canvas import build as build_canvases
 from ftkit.compute import Compute
 from ftkit.distributed import Ranks, joined, restarted
 from ftkit.evaluate import Mistake
-from ftkit.events import Log, nowhere
+from ftkit.events import Log, nowhere, require
 from ftkit.events import tensorboard as log_events
 from ftkit.feed import Feeds
 from ftkit.intake import Images, below, read
@@ -70,11 +70,12 @@ def train(
         if plan:
             recipe, seed, group_by = restore(plan["recipe"]), plan["seed"], plan.get("group_by", "")
         plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
-        events = ranks.main and tensorboard
+        if tensorboard:
+            ranks.together(require)
         try:
-            with log_events(out / "tensorboard") if events else nullcontext(nowhere) as log:
+            with ExitStack() as opened:
                 _train(recipe, data, out, plan, compute.prepare(place, deterministic), resume, stop, ranks,
-                       allow_leakage, log)  # fmt: skip
+                       allow_leakage, opened if tensorboard else None)  # fmt: skip
         except Stopped as stopped:
             done = f"go on with: {again}" if state.exists(out) else "no stage had begun; what was decoded is kept"
             raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
@@ -100,7 +101,7 @@ def _planned(recipe: Recipe, data: str | Path, seed: int, group_by: str) -> tupl
 
 def _train(
     recipe: Recipe, data: str | Path, out: Path, plan: dict[str, Any], policy: Compute, resume: bool, stop: Stop,
-    ranks: Ranks, allow_leakage: bool, log: Log,
+    ranks: Ranks, allow_leakage: bool, opened: ExitStack | None,
 ) -> None:  # fmt: skip
     begun, device, seed = time.perf_counter(), policy.device, plan["seed"]
     images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed, plan["group_by"]))
@@ -111,6 +112,8 @@ def _train(
         canvases = build_canvases(images, preprocess, progress, ranks)
     if not (going_on or allow_leakage):
         ranks.together(lambda: require_apart(canvases))
+    with terminal.bar("comparing") as progress:
+        found = named(audit(images, canvases, progress), canvases, most=20) if ranks.main else {}
     _say_data(canvases)
     terminal.say(f"{recipe.name}: {recipe.backbone} on {policy}\nweights: {backbone.weights}")
     if ranks.world > 1:
@@ -121,6 +124,9 @@ def _train(
                          "others. Compare the machines' commands and files")  # fmt: skip
     run = state.read(out, plan, ranks) if going_on else state.State(folder=out, plan=plan)
     run.ranks = ranks
+    log: Log = nowhere
+    if opened and ranks.main:
+        log = opened.enter_context(log_events(out / "tensorboard", run.lines))
     run.seconds += time.perf_counter() - begun
     keep_freed_memory()
     backbone.model.to(device).to(memory_format=torch.channels_last)
@@ -144,10 +150,12 @@ def _train(
     terminal.say(HEADER)
     for number in range(run.stage, len(recipe.stages)):
         train_stage(work, number)
-    ranks.together(lambda: _finish(work, images, data, preprocess) if ranks.main else None)
+    ranks.together(lambda: _finish(work, images, data, preprocess, found) if ranks.main else None)
 
 
-def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess) -> None:
+def _finish(
+    work: Work, images: Images, data: str | Path, preprocess: Preprocess, found: dict[str, Any]
+) -> None:  # fmt: skip
     """Judge the chosen weights once, and write the run."""
     run, canvases, backbone = work.state, work.feeds.canvases, work.backbone
     backbone.model.cpu().eval()
@@ -157,7 +165,7 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
         "schema": checkpoint.SCHEMA, "recipe": resolve(work.recipe), "classes": list(images.classes),
         "preprocess": asdict(preprocess),
         **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
-        "group_by": run.plan["group_by"], "audit": named(audit(images, canvases), canvases, most=20),
+        "group_by": run.plan["group_by"], "audit": found,
         "data": str(Path(data).resolve()),
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
@@ -166,9 +174,9 @@ def _finish(work: Work, images: Images, data: str | Path, preprocess: Preprocess
     }  # fmt: skip
     shown = pictures(canvases, data_of_run["mistakes"])
     save_pictures(run.folder / "mistakes", shown)
+    write_report(run.folder / "report.html", json.loads(json.dumps(data_of_run)), checkpoint.read_metrics(run.folder),
+                 shown)  # fmt: skip
     checkpoint.finish(run.folder, backbone.model, data_of_run)
-    write_report(run.folder / "report.html", checkpoint.open_run(run.folder).data,
-                 checkpoint.read_metrics(run.folder), shown)  # fmt: skip
     shutil.rmtree(run.folder / "state")
     test = verdict.metrics["test"]
     terminal.say(

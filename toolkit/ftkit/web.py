@@ -54,7 +54,7 @@ def runtime(package: Path | None = None) -> Path:
 
     Raises FtkitError when npm is missing or fails, or the package is another.
     """
-    folder = cache_folder() / f"onnxruntime-web-{VERSION}"
+    folder = cache_folder() / "web" / f"onnxruntime-web-{VERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
     metadata: dict[str, Any] = classify.session.metadata
     domain = metadata.get("out_of_domain")
     told = {
-        "name": json.loads(metadata["recipe"])["name"], "labels": classify.labels,
+        "name": json.loads(metadata.get("recipe", "{}")).get("name", bundle.name), "labels": classify.labels,
         "input_format": classify.input_format, "abstain_threshold": classify.threshold,
         "out_of_domain": json.loads(domain) if domain else None,
     }  # fmt: skip
@@ -132,16 +132,21 @@ class _Handler(SimpleHTTPRequestHandler):
         self.extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **TYPES}
         super().__init__(*args, **more)
 
-    def do_GET(self) -> None:
-        """One file; / leads to the page. A page elsewhere that names this host otherwise gets nothing."""
-        if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+    def send_head(self) -> Any:
+        """One file; / leads to the page. A page elsewhere that names this host otherwise gets nothing, and nobody gets
+        what a link leads to."""
+        place = Path(self.translate_path(self.path)).resolve()
+        if self.headers.get("Host", "").split(":")[0] not in ("127.0.0.1", "localhost"):
             self.send_error(403)
+        elif not any(place.is_relative_to(Path(root).resolve()) for root in (self.directory, self._page)):
+            self.send_error(404)
         elif self.path == "/":
             self.send_response(302)
             self.send_header("Location", f"/{PAGE}/")
             self.end_headers()
         else:
-            super().do_GET()
+            return super().send_head()
+        return None
 
     def list_directory(self, path: Any) -> None:
         """Nothing is listed."""

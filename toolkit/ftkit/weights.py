@@ -176,7 +176,7 @@ def _downloading(name: str, file: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # urllib's and the hub's own
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FtkitError(
             f"weights of {name}: expected to download {file}, found: {reason}. Try again, or --weights FILE"
         ) from None

@@ -160,7 +160,8 @@ async function answer(source, width, height) {
 }
 
 async function classify(blob) {
-  if (busy) return;
+  if (stream) camera(); // off: a file is what is wanted now
+  while (busy) await new Promise((go) => setTimeout(go, 20));
   busy = true;
   try {
     const image = await createImageBitmap(blob, { colorSpaceConversion: "none", imageOrientation: "from-image" });
@@ -221,7 +222,14 @@ async function camera() {
     if (!stream) return;
     if (!busy) {
       busy = true;
-      await answer(video, video.videoWidth, video.videoHeight).finally(() => { busy = false; });
+      try {
+        await answer(video, video.videoWidth, video.videoHeight);
+      } catch (error) {
+        camera(); // off
+        at("verdict").textContent = `expected the camera's picture to be answered, found: ${error.message}`;
+        at("verdict").className = "bad";
+      }
+      busy = false;
     }
     requestAnimationFrame(step);
   };
