@@ -78,6 +78,7 @@ def run_demo(out: Path) -> None:
     terminal.say()
     terminal.say(f"report  {bundle / 'report.html'}\nmodel   {bundle / 'model.onnx'}")
     terminal.say(f"device  python {bundle / 'device' / 'classify.py'} --self-check")
+    terminal.say(f"try it  ftkit try {bundle}")
     terminal.say(f"done in {terminal.clock(time.perf_counter() - started)}")
 
 
