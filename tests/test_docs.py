@@ -74,7 +74,8 @@ def test_every_example_is_one_that_runs(page: Path) -> None:
     """Shell as bash parses it, its ftkit lines as click reads them; Python that compiles; YAML that loads."""
     text = page.read_text()
     for block in _blocks("sh", text):
-        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        parsed = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+        assert parsed.returncode == 0, f"{block}\n{parsed.stderr}"
         for line in re.sub(r"\\\n", " ", block).splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["ftkit"]:
@@ -83,7 +84,7 @@ def test_every_example_is_one_that_runs(page: Path) -> None:
     for block in _blocks("python", text):
         compile(block, str(page), "exec")
     for block in _blocks("yaml", text):
-        yaml.safe_load(block)
+        assert isinstance(yaml.safe_load(block), dict), block
 
 
 def _said(node: ast.expr) -> str | None:

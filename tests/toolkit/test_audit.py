@@ -113,6 +113,15 @@ def test_identical_files_and_groups_stay_on_one_side_of_a_split_made_here(tmp_pa
             read(tmp_path, group_by=wrong)
 
 
+def test_images_that_show_nothing_are_told_and_not_compared(tmp_path: Path) -> None:
+    for number in range(20):
+        path = tmp_path / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (1, 1), (number, 0, 0)).save(path)
+    told = ftkit("data", tmp_path)
+    assert (told.exit_code, "20 of one flat colour" in told.stdout, told.stdout.endswith("ok\n")) == (0, True, True)
+
+
 def test_hundreds_of_pictures_of_one_thing_are_one_set(elpv: list[tuple[Path, str]]) -> None:
     cells = np.stack([np.asarray(Image.open(path).resize((32, 32)), np.float32) for path, _ in elpv[:400:10]])
     noise = np.random.default_rng(0).normal(0, 0.2, (500, 32, 32)).astype(np.float32)

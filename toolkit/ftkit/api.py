@@ -45,7 +45,6 @@ def train(
     """
     from ftkit import terminal
     from ftkit.checkpoint import next_free, open_run
-    from ftkit.distributed import is_first
     from ftkit.override import override
     from ftkit.recipe import load as load_recipe
     from ftkit.training import train as run_training
@@ -57,7 +56,7 @@ def train(
     folder = Path(out) if out else next_free(Path("runs") / plan.name)
     run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic, known=known,
                  group_by=group_by, allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip
-    if not is_first():
+    if not terminal.is_first():
         sys.exit(0)  # of several ranks one has the run; this one's work is done
     return open_run(folder)
 

@@ -154,6 +154,8 @@ def identical(canvases: Canvases) -> list[Alike]:
 
 def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
     """thumbs (N, 32, 32) float32 grey; rows: those to compare -> sets of images, each alike to the first of its set."""
+    if len(rows) < 2:
+        return []
     signs, shapes = _hashes(thumbs[rows]), [_unit(thumbs[rows])]
     if len(rows) >= THUMB:  # what all have in common (a frame, a busbar) makes no pair; of a few, it is no average
         shapes.append(_unit(shapes[0] - shapes[0].mean(0)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit import __version__, api
+from ftkit import __version__, api, terminal
 from ftkit.cli_look import GROUP_BY, RUNTIME, audit_data, report, try_bundle
 from ftkit.cli_measure import bench, evaluate
 from ftkit_export.errors import FtkitError
@@ -34,7 +34,7 @@ class _Group(click.Group):
                 click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:
-            if _speaks():
+            if terminal.is_first():
                 click.echo(str(stopped) or "stopped: nothing that was finished is lost", err=True)
             ctx.exit(getattr(stopped, "exit_code", 130))
         except OSError as error:
@@ -89,13 +89,8 @@ def train(
     run = api.train(data, out=out, recipe=name, settings=settings, weights=weights, seed=seed, device=device,
                     resume=resume, deterministic=deterministic, group_by=group_by, allow_leakage=allow_leakage,
                     tensorboard=tensorboard, quiet=quiet, known=not said)  # fmt: skip
-    if _speaks() and not quiet:
+    if terminal.is_first() and not quiet:
         click.echo(f"run: {run.folder}\nnext: ftkit export {shlex.quote(str(run.folder))}")
-
-
-def _speaks() -> bool:
-    """Of several ranks, the first one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _launched(ctx: click.Context, gpus: int) -> int:

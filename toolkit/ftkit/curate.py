@@ -177,9 +177,9 @@ def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
     """Make one group of these, with all of the groups that some are in."""
     groups = {left[row].group for row in rows} - {""}
     name = min(groups, default=f"alike-{min(rows)}")
-    for row, image in left.items():
-        if row in rows or image.group in groups:
-            left[row] = replace(image, group=name)
+    others = [row for row, image in left.items() if image.group in groups] if groups else []
+    for row in (*rows, *others):
+        left[row] = replace(left[row], group=name)
 
 
 def _base(images: Images) -> Path:

@@ -126,11 +126,6 @@ class Ranks:
 SOLO = Ranks()
 
 
-def is_first() -> bool:
-    """Whether this process is the first of its ranks, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextmanager
 def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     """This process's device ("auto", "cpu" or "cuda") and its place among the ranks torchrun started, if it did.

@@ -74,7 +74,7 @@ def parity(manifest: Data) -> str:
         if not logits or not any(item["errors"]):
             continue
         filled = [i for i, count in enumerate(item["errors"]) if count]
-        first, last = max(min(filled) - 1, 0), len(DECADES) - 1
+        first, last = max(min(filled) - 1, 0) // 4 * 4, len(DECADES) - 1  # from a whole power of ten
         ends = (float(DECADES[first]), float(DECADES[last]))
         known = (("framework's own", logits["floor"]), ("limit", logits["limit"]))
         marks = [((math.log10(value) - ends[0]) / (ends[1] - ends[0]), name) for name, value in known if value]

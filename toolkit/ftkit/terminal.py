@@ -6,6 +6,7 @@ with bar("decoding") as step:      # nothing is drawn when standard error is no 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import defaultdict
@@ -32,6 +33,11 @@ def mute(wanted: bool) -> None:
     """Whether this process says nothing: of several ranks, one speaks."""
     global _muted
     _muted = wanted
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its ranks, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str = "") -> None:
