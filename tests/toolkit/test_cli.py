@@ -1,7 +1,11 @@
 """The face: help is light, doctor tells the truth, a recipe module runs whole, the demo's data keep modules apart."""
 
+import os
+import pty
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,3 +62,34 @@ def test_a_full_disk_is_one_sentence(photos: Path, tmp_path: Path, monkeypatch: 
     assert result.exit_code == 2
     assert "expected room for canvases" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_terminal_shows_the_stage_as_it_goes_and_ctrl_c_saves_it(photos: Path, tmp_path: Path) -> None:
+    """The real command on a terminal of 80 columns; Ctrl-C as soon as the live view tells a loss and a rate."""
+    small = settings("preprocess.size=32", "preprocess.resize=32", "stages.0.epochs=2000")
+    command = [sys.executable, "-m", "ftkit", "train", photos, "--out", tmp_path / "run", "--recipe", "gentle", *small]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(COLUMNS="80", TERM="xterm")
+        os.execv(sys.executable, [str(word) for word in command])
+    shown, stopped, ended = "", False, time.monotonic() + 90
+    while time.monotonic() < ended:
+        try:
+            part = os.read(terminal, 65536).decode(errors="replace")
+        except OSError:  # the other end is gone
+            break
+        shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", part)
+        if not stopped and re.search(r"stage 1 of 1 · loss [\d.]+ · accuracy [\d.]+ · rate 1.0e-04 · \d+ img/s", shown):
+            stopped = True
+            os.write(terminal, b"\x03")
+    assert stopped, shown[-2000:]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert f"stopped; go on with: ftkit train '{photos}'" in shown
+    assert (tmp_path / "run" / "state").is_dir()
+
+
+def test_the_shell_completes_commands() -> None:
+    asked = {**os.environ, "_FTKIT_COMPLETE": "bash_complete", "COMP_WORDS": "ftkit tr", "COMP_CWORD": "1"}
+    command = [str(Path(sys.executable).with_name("ftkit"))]
+    done = subprocess.run(command, env=asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["plain,train", "plain,try"]
