@@ -4,6 +4,7 @@
     python bench/gate.py --what slow --trials 40         the candidate slowed by 3, 5, 10, 20 %
     python bench/gate.py --what slow --trials 20 --threads 2 --percent 10
     python bench/gate.py --what real                     regressions as they happen
+    python bench/gate.py --what starts --trials 20       cold start and memory, at paths of changing lengths
     python bench/gate.py --what cost                     ftkit's latency against a bare loop
     python bench/gate.py --what table                    the log's table again, into bench/README.md
 
@@ -21,6 +22,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +39,7 @@ import numpy as np
 import tables
 
 from ftkit_export.latency import Condition, machine
-from ftkit_export.regression import PROCESSES, ROUNDS, SECONDS, Sample, Verdict, compare, decide, sample
+from ftkit_export.regression import PROCESSES, ROUNDS, SECONDS, Sample, Verdict, compare, compare_starts, decide, sample
 from ftkit_export.timing import feeds, in_turn, opened, pin, runner
 
 LIMIT = 0.05
@@ -206,6 +208,43 @@ def real(folder: Path) -> None:
               f"{found.spread:.1%} | {found.seconds:.0f} |", flush=True)  # fmt: skip
 
 
+def heavier(model: Path, megabytes: int, path: Path) -> Path:
+    """`model` with so many more MB of weights, of which one number leaves as an output."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    made = onnx.load(model)
+    weights = np.random.default_rng(0).standard_normal((megabytes * 250_000,), np.float32)
+    made.graph.initializer.append(numpy_helper.from_array(weights, "more"))
+    made.graph.node.append(helper.make_node("ArgMax", [made.graph.output[0].name], ["which"], axis=1, keepdims=0))
+    made.graph.node.append(helper.make_node("Gather", ["more", "which"], ["said"]))
+    made.graph.output.append(helper.make_tensor_value_info("said", onnx.TensorProto.FLOAT, None))
+    onnx.save(made, path)
+    return path
+
+
+def starts(folder: Path, trials: int) -> None:
+    """Cold start and memory by the gate, both files under names of lengths drawn anew for each trial."""
+    plain, rng = build(folder, 224), random.Random(0)
+    cases = {"nothing": plain, "10 MB more weights": heavier(plain, 10, folder / "more.onnx")}
+    print("| change | trials | what | failed | inconclusive | passed | ratio | seconds each |\n|" + "---|" * 8)
+    for name, candidate in cases.items():
+        found = []
+        for _ in range(trials):
+            files = [(folder / ("x" * rng.randint(1, 99))).with_suffix(".onnx") for _ in "ab"]
+            for source, file in zip((candidate, plain), files, strict=True):
+                shutil.copy(source, file)
+            found.append(
+                compare_starts(*(Condition(model=str(file), threads=1) for file in files), seconds=SECONDS / 3)
+            )
+        for verdicts in zip(*found, strict=True):
+            counts = (sum(item.verdict == word for item in verdicts) for word in ("failed", "inconclusive", "passed"))
+            ratios = [item.ratio for item in verdicts]
+            seconds = statistics.mean(item.seconds for item in verdicts)
+            print(f"| {name} | {trials} | {verdicts[0].what} | {' | '.join(map(str, counts))} | {min(ratios):.3f} to "
+                  f"{max(ratios):.3f} | {seconds:.0f} |", flush=True)  # fmt: skip
+
+
 def cost(folder: Path) -> None:
     """A bare loop of onnxruntime's run against ftkit's call, in turn in one process; median of paired ratios."""
     import onnxruntime
@@ -227,7 +266,7 @@ def cost(folder: Path) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=["aa", "slow", "real", "cost", "table"], default="aa")
+    parser.add_argument("--what", choices=["aa", "slow", "real", "starts", "cost", "table"], default="aa")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--percent", type=float, nargs="*", default=[3, 5, 10, 20])
@@ -244,6 +283,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if options.what in ("real", "cost"):
             {"real": real, "cost": cost}[options.what](Path(scratch))
+            return
+        if options.what == "starts":
+            starts(Path(scratch), options.trials)
             return
         condition = Condition(model=str(build(Path(scratch), 128)), threads=options.threads)
         for percent in [0] if options.what == "aa" else options.percent:
