@@ -3,7 +3,10 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 import tempfile
+import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,15 @@ def ftkit(*arguments: object) -> Result:
 def settings(*changes: str) -> list[str]:
     """--set for each change."""
     return [part for change in changes for part in ("--set", change)]
+
+
+def bare(folder: Path, *packages: str) -> Path:
+    """The Python of a fresh virtual environment with these packages and no others."""
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "install", "--no-compile", *packages], check=True, capture_output=True)
+    return python
 
 
 def steps_done(out: Path) -> int:

@@ -56,6 +56,21 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def _clamped() -> Iterator[None]:
+    """ReLU6 as a clamp, which it is: the exporter takes hardtanh apart, 33 times, for 2.7 of lite0's 7.4 s."""
+    hardtanh = torch.nn.functional.hardtanh
+
+    def clamp(input: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> torch.Tensor:
+        return input.clamp(min_val, max_val)
+
+    torch.nn.functional.hardtanh = clamp
+    try:
+        yield
+    finally:
+        torch.nn.functional.hardtanh = hardtanh
+
+
 def export_core(model: torch.nn.Module, size: int) -> Core:
     """model in eval mode on CPU -> core form: `pixels` float32 (N, 3, S, S) -> `logits` (N, classes), `embedding`.
 
@@ -64,7 +79,7 @@ def export_core(model: torch.nn.Module, size: int) -> Core:
     """
     example = torch.zeros(2, 3, size, size)  # two images: torch.export takes a batch of one for a constant
     try:
-        with quiet():
+        with quiet(), _clamped():
             program = torch.onnx.export(
                 model, (example,), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
                 input_names=["pixels"], output_names=["logits"], dynamic_shapes=({0: "batch"},),

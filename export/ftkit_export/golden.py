@@ -75,7 +75,7 @@ def write_golden(
             allowed[name] = {"any": {"logits": STEP * float(np.abs(logits).max()), "probabilities": STEP}}
         for item in images:
             name = f"{len(entries):02d}.png"
-            Image.fromarray(item).save(folder / name, optimize=True)
+            Image.fromarray(item).save(folder / name)
             entries.append({"file": name, "group": group, "tolerance": allowed})
         expected["logits"].append(logits64)
         expected["embedding"].append(embedding)

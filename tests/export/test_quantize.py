@@ -4,13 +4,13 @@ import copy
 import dataclasses
 import json
 import subprocess
-import venv
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from conftest import bare
 from onnx import helper, numpy_helper
 
 from ftkit_export.convert import write
@@ -157,10 +157,7 @@ def test_every_target_loads_in_its_oldest_onnxruntime(trained: Trained, tmp_path
         "    print(ort.__version__, p.shape, numpy.isfinite(p).all())\n"
     )
     for version, paths in files.items():
-        venv.create(tmp_path / version, with_pip=True)
-        python = tmp_path / version / "bin" / "python"
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, f"onnxruntime=={version}.*", "numpy<2"], check=True, capture_output=True)
+        python = bare(tmp_path / version, "--no-deps", f"onnxruntime=={version}.*", "numpy<2")
         done = subprocess.run([python, "-c", code, *paths], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("(2, 4) True") == len(paths)
