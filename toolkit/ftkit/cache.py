@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ class Views:
 class Activations:
     """Kept values by name, each (items, ...): all views of the train images, then the val images.
 
-    kind: dtype and what computed them, e.g. "float16 by onnxruntime". found: an earlier run had computed them.
+    kind: dtype and what computed them, e.g. "float16 by onnxruntime". found: an earlier run had computed them. pass_s:
+    seconds an image took, all ranks of the machine at work.
     """
 
     arrays: dict[str, Array]
@@ -109,6 +111,7 @@ class Activations:
     views: int
     kind: str
     found: bool
+    pass_s: float
 
     def items(self, views: Array, positions: Array) -> Array:
         """Item of train position i in view v."""
@@ -140,7 +143,7 @@ def fill(
         sample = _as_tuple(prefix(channels_last(views.pixels(jobs[0][0], 0, 0))))
     if not all(isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample):
         return "a value that crosses the cut is no tensor with one entry an image"
-    text = json.dumps(["prefix-3", key, list(names), views.key, views.chunk])
+    text = json.dumps(["prefix-4", key, list(names), views.key, views.chunk])
     folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
     held = ranks.gather(folder.is_dir())
     if not all(held) and (reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])):
@@ -148,12 +151,12 @@ def fill(
     try:
         os.utime(folder)
         arrays = {name: np.load(folder / f"{number}.npy", mmap_mode="r") for number, name in enumerate(names)}
-        kind, reason = (folder / "kind").read_text(), ""
+        told, reason = json.loads((folder / "told.json").read_text()), ""
     except OSError as error:
-        arrays, kind, reason = {}, "", f"its cache could not be kept: {error.strerror}"
+        arrays, told, reason = {}, {}, f"its cache could not be kept: {error.strerror}"
     if reason := next(filter(None, ranks.gather(reason)), ""):
         return reason
-    return Activations(arrays=arrays, train_rows=train, views=views.count, kind=kind, found=all(held))
+    return Activations(arrays=arrays, train_rows=train, views=views.count, found=all(held), **told)
 
 
 def _write(
@@ -265,7 +268,7 @@ def _computed(
     progress: Callable[[int, int], None], ranks: Ranks,
 ) -> str:  # fmt: skip
     """This rank's share of the passes, into the files in `folder`; or why not (WIDE: a value does not fit float16)."""
-    mine = views.chunks()[ranks.local :: ranks.local_world]
+    mine, begun = views.chunks()[ranks.local :: ranks.local_world], time.perf_counter()
     run, how = runner(prefix, views.pixels(views.jobs()[0][0], 0, 0), share_of_cores(ranks))
     try:
         arrays = [np.load(folder / f"{number}.npy", mmap_mode="r+") for number in range(len(sample))]
@@ -277,7 +280,9 @@ def _computed(
         for array in arrays:
             array.flush()
         if ranks.rank == ranks.node:
-            (folder / "kind").write_text(f"{'/'.join(sorted(set(dtypes)))} by {how}")
+            told = {"kind": f"{'/'.join(sorted(set(dtypes)))} by {how}",
+                    "pass_s": (time.perf_counter() - begun) / len(views)}  # fmt: skip
+            (folder / "told.json").write_text(json.dumps(told))
     except FloatingPointError:  # an image beyond the sample's range
         return WIDE
     except OSError as error:

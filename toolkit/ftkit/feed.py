@@ -61,7 +61,8 @@ class Feed:
 
     fetch(positions, generator, part) draws for a whole batch of train positions and reads what a part of it needs, on
     any thread; prepare makes a Batch of that on the device; val gives what eval_net takes. how: one phrase for the log.
-    kind: what the bits depend on ("live", "float16 by onnxruntime"). net is in training mode where it trains; both nets
+    kind: what the bits depend on ("live", "float16 by onnxruntime"). pass_s: seconds of the frozen part that the cache
+    saves an image; 0 where there is none. net is in training mode where it trains; both nets
     share the model's parameters.
     """
 
@@ -72,6 +73,7 @@ class Feed:
     val: Callable[[Array], Tensors]
     how: str
     kind: str
+    pass_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ class Feeds:
         return Feed(
             net=trained_part(training, suffix), eval_net=trained_part(cut.graph, cut.nodes), fetch=fetch,
             prepare=prepare, val=val, how=how, kind=activations.kind,
+            pass_s=activations.pass_s * self.ranks.local_world / self.ranks.world,
         )  # fmt: skip
 
     def _cut(self, number: int) -> _Cut | str:

@@ -150,11 +150,13 @@ def _standing(
     (loss, accuracy), done = moving.standing(), run.step - before
     parts = [f"stage {number + 1} of {len(work.recipe.stages)}"]
     if done:
-        speed = done / (time.perf_counter() - begun)
+        speed, size = done / (time.perf_counter() - begun), min(stage.batch_size, len(work.labels["train"]))
         parts += [f"loss {loss:.3f}", f"accuracy {accuracy:.3f}",
                   f"rate {rate(run.step - 1, total, stage, run.lr or 0.0):.1e}",
-                  f"{speed * min(stage.batch_size, len(work.labels['train'])):.0f} img/s",
+                  f"{speed * size:.0f} img/s",
                   f"stage done in {terminal.clock((total - run.step) / speed)}"]  # fmt: skip
+        if feed.pass_s:
+            parts.append(f"{terminal.clock(feed.pass_s * run.step * size)} of frozen passes not repeated")
     return " · ".join([*parts, feed.how])
 
 
