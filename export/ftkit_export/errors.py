@@ -3,9 +3,9 @@
     FtkitError                2  bad usage or bad input
     ├── ImageError            2  one image file cannot be decoded
     ├── ProviderError         2  an ONNX Runtime provider is unknown, absent, or not the one that answered
-    ├── BundleError           2  a bundle is incomplete, altered, or not a bundle
-    └── GateError             1  a gate failed: parity, accuracy, budget, regression
+    └── BundleError           2  a bundle is incomplete, altered, or not a bundle
 
+Exit code 1 is a gate's that failed, 3 one's that cannot be told; neither is an error.
 The message is one sentence of the form `WHERE: expected X, found Y. TRY Z`.
 """
 
@@ -30,12 +30,6 @@ class ProviderError(FtkitError):
 
 class BundleError(FtkitError):
     """A bundle is incomplete, altered, or not a bundle."""
-
-
-class GateError(FtkitError):
-    """A gate failed; the message names the gate, the value and the limit."""
-
-    exit_code = 1
 
 
 def choices(found: object, allowed: Iterable[object]) -> str:

@@ -76,6 +76,9 @@ PROVIDERS: Mapping[str, Provider] = {
 }
 
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container its own (Linux, Documentation/admin-guide/cgroup-v2.rst)
+
+
 def _runtime() -> Any:
     import onnxruntime
 
@@ -89,8 +92,14 @@ def processors() -> list[int]:
 
 
 def cores() -> int:
-    """Cores this process may use: fewer than the machine has when it is pinned (taskset, a container's cpuset)."""
-    return len(processors()) or os.cpu_count() or 1
+    """Cores this process may use: fewer than the machine has when it is pinned (taskset, a container's cpuset) or has a
+    quota (`docker run --cpus`, a Kubernetes limit)."""
+    seen = len(processors()) or os.cpu_count() or 1
+    try:
+        quota, period = map(int, QUOTA.read_text().split())
+    except (OSError, ValueError):  # no container's, or "max 100000"
+        return seen
+    return min(seen, max(1, quota // period))
 
 
 def offered() -> list[str]:

@@ -2,14 +2,16 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ftkit_export import session
 from ftkit_export.errors import FtkitError, ProviderError
 from ftkit_export.graph import pixel_model
 from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import Session, offered, parse_providers
+from ftkit_export.session import Session, cores, offered, parse_providers
 
 MODEL = pixel_model(Preprocess(size=8, resize=8)).SerializeToString()
 
@@ -57,3 +59,14 @@ def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(("told", "expected"), [("100000 100000\n", 1), ("50000 100000\n", 1), ("max 100000\n", None)])
+def test_a_containers_quota_bounds_the_threads(
+    told: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`docker run --cpus 1` leaves every core of the machine in sight."""
+    seen = cores()
+    (tmp_path / "cpu.max").write_text(told)
+    monkeypatch.setattr(session, "QUOTA", tmp_path / "cpu.max")
+    assert Session(MODEL).threads == (expected or seen)

@@ -25,12 +25,13 @@ from ftkit_export.errors import FtkitError
 if TYPE_CHECKING:
     from ftkit.checkpoint import Run
     from ftkit.pipeline import Exported
+    from ftkit.recipe import Recipe
     from ftkit_export.predict import Classifier
     from ftkit_export.verify import Verification
 
 
 def train(
-    data: str | Path, *, out: str | Path | None = None, recipe: str = "lite0", settings: Sequence[str] = (),
+    data: str | Path, *, out: str | Path | None = None, recipe: str | Recipe = "lite0", settings: Sequence[str] = (),
     weights: str | None = None, seed: int = 0, device: str = "auto", resume: bool = False, deterministic: bool = False,
     group_by: str = "", allow_leakage: bool = False, tensorboard: bool = False, quiet: bool = False,
     known: bool = False,
@@ -38,21 +39,23 @@ def train(
     """Fine-tune on labelled images and return the finished run.
 
     data: a class folder, split folders or a CSV. out: the run folder, by default runs/RECIPE-N. recipe: a name,
-    FILE.py, or the recipe.json of a report. settings: "stages.1.lr=1e-4" and the like. device: auto, cpu or cuda.
-    resume: go on with the run in `out`; known: with its own recipe and seed. The rest is as `ftkit train` has it.
+    FILE.py, the recipe.json of a report, or a Recipe. settings: "stages.1.lr=1e-4" and the like. device: auto, cpu,
+    cuda. resume: go on with the run in `out`; known: with its own recipe and seed. The rest is as `ftkit train` has it.
     Raises FtkitError for bad data, recipe, weights or settings; Stopped (a KeyboardInterrupt) after Ctrl-C, saved.
     Under torchrun the first rank returns; the others end here.
     """
     from ftkit import terminal
     from ftkit.checkpoint import next_free, open_run
     from ftkit.override import override
+    from ftkit.recipe import Recipe
     from ftkit.recipe import load as load_recipe
     from ftkit.training import train as run_training
 
     if resume and out is None:
         raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
     terminal.hush(quiet)
-    plan = override(load_recipe(recipe), [*([f"weights={weights}"] if weights else []), *settings])
+    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    plan = override(plan, [*([f"weights={weights}"] if weights else []), *settings])
     folder = Path(out) if out else next_free(Path("runs") / plan.name)
     run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic, known=known,
                  group_by=group_by, allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip

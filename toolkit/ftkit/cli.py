@@ -294,8 +294,6 @@ for command in (audit_data, evaluate, bench, report, try_bundle):
 
 def run_recipe(recipe: Recipe) -> None:
     """Train, export and validate one recipe: what `python -m ftkit_recipes.NAME DATA` does."""
-    from ftkit.checkpoint import next_free
-    from ftkit.override import override
 
     @click.command(help=f"Train {recipe.name} on DATA, export it, verify the bundle.")
     @click.argument("data", type=click.Path(path_type=Path))
@@ -308,10 +306,7 @@ def run_recipe(recipe: Recipe) -> None:
     def whole(
         data: Path, out: Path | None, settings: tuple[str, ...], device: str, seed: int, providers: str, quick: bool
     ) -> None:
-        from ftkit.training import train as run_training
-
-        run = out or next_free(Path("runs") / recipe.name)
-        run_training(override(recipe, settings), data, run, seed=seed, device=device)
+        run = api.train(data, out=out, recipe=recipe, settings=settings, seed=seed, device=device).folder
         bundle = run.resolve().with_name(run.resolve().name + "-bundle")
         context = click.get_current_context()
         context.invoke(export, run=run, out=bundle, settings=(), providers=providers, data=None, quick=quick)

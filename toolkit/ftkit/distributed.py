@@ -136,6 +136,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     ranks = _placed()
     device = pick_device(name, ranks.local)
     if ranks.world == 1:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch knows no quota
         yield device, SOLO
         return
     terminal.mute(not ranks.main)
