@@ -231,7 +231,7 @@ def starts(folder: Path, trials: int) -> None:
     for name, candidate in cases.items():
         found = []
         for _ in range(trials):
-            files = [(folder / ("x" * rng.randint(1, 99))).with_suffix(".onnx") for _ in "ab"]
+            files = [folder / f"{'x' * length}.onnx" for length in rng.sample(range(1, 100), 2)]
             for source, file in zip((candidate, plain), files, strict=True):
                 shutil.copy(source, file)
             found.append(

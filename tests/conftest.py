@@ -44,12 +44,12 @@ def settings(*changes: str) -> list[str]:
     return [part for change in changes for part in ("--set", change)]
 
 
-def bare(folder: Path, *packages: str) -> Path:
-    """The Python of a fresh virtual environment with these packages and no others."""
+def bare(folder: Path, *arguments: str) -> Path:
+    """The Python of a fresh virtual environment with what `pip install` makes of these arguments, and no more."""
     venv.create(folder)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "install", "--no-compile", *packages], check=True, capture_output=True)
+    subprocess.run([*pip, "install", "--no-compile", *arguments], check=True, capture_output=True)
     return python
 
 

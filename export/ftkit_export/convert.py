@@ -58,11 +58,11 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _clamped() -> Iterator[None]:
-    """ReLU6 as a clamp, which it is: the exporter takes hardtanh apart, 33 times, for 2.7 of lite0's 7.4 s."""
+    """ReLU6 as a clamp, which it is: the exporter takes hardtanh to pieces, lite0's 33 in 2.2 of 7.4 s."""
     hardtanh = torch.nn.functional.hardtanh
 
     def clamp(input: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> torch.Tensor:
-        return input.clamp(min_val, max_val)
+        return input.copy_(input.clamp(min_val, max_val)) if inplace else input.clamp(min_val, max_val)
 
     torch.nn.functional.hardtanh = clamp
     try:

@@ -5,7 +5,7 @@
     ├── ProviderError         2  an ONNX Runtime provider is unknown, absent, or not the one that answered
     └── BundleError           2  a bundle is incomplete, altered, or not a bundle
 
-Exit code 1 is a gate's that failed, 3 one's that cannot be told; neither is an error.
+Exit codes 1 (a gate failed) and 3 (it cannot be told) are no exceptions.
 The message is one sentence of the form `WHERE: expected X, found Y. TRY Z`.
 """
 

@@ -23,7 +23,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ftkit_export import nvidia
@@ -144,10 +143,11 @@ def begin(
 ) -> Start:  # fmt: skip
     """One cold start, in a fresh process. steady: then p50 and p95 too. Raises as measure.
 
-    even_heap: every large buffer is mapped, and given back when freed: peak memory of one model then differs by 0.5 %,
-    else by 7 % with no more than the length of its path (106 and 114 MB; opening takes 1.3 times as long). glibc only.
+    even_heap: every large buffer is mapped, and given back when freed. Peak memory of one model then varies by 0.5 %;
+    otherwise the length of its path alone moves it by 7 % (lite0: 106 or 114 MB). Opening takes 1.3 times as long.
+    glibc only.
     """
-    return Start(**in_child("begin", [condition], image, EVEN_HEAP if even_heap else {}, steady=steady))
+    return Start(**in_child("begin", [condition], image, EVEN_HEAP if even_heap else None, steady=steady))
 
 
 def race(
@@ -169,13 +169,13 @@ def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Pa
 
 def in_child(
     what: str, conditions: Sequence[Condition], image: str | Path | None = None,
-    environment: Mapping[str, str] = MappingProxyType({}), **more: object,
+    environment: Mapping[str, str] | None = None, **more: object,
 ) -> Any:  # fmt: skip
     """Run one of timing's measurements in a fresh process and return what it prints."""
     job = {"what": what, "conditions": [asdict(item) for item in conditions], "image": image and str(image), **more}
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run([sys.executable, "-B", "-m", "ftkit_export.timing", json.dumps(job)], capture_output=True,
-                          text=True, env={**os.environ, **environment, "PYTHONPATH": path},
+                          text=True, env={**os.environ, **(environment or {}), "PYTHONPATH": path},
                           check=False)  # fmt: skip
     if done.returncode:
         said = done.stderr.strip().removeprefix("error: ")

@@ -93,7 +93,7 @@ def processors() -> list[int]:
 
 def cores() -> int:
     """Cores this process may use: fewer than the machine has when it is pinned (taskset, a container's cpuset) or has a
-    quota (`docker run --cpus`, a Kubernetes limit)."""
+    quota of its own (`docker run --cpus`, a Kubernetes limit; cgroup v2), rounded down."""
     seen = len(processors()) or os.cpu_count() or 1
     try:
         quota, period = map(int, QUOTA.read_text().split())

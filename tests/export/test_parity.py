@@ -15,6 +15,7 @@ from ftkit_export.convert import Core, export_core, write
 from ftkit_export.graph import image_form
 from ftkit_export.parity import Parity, Reference, compare
 from ftkit_export.preprocess import Preprocess
+from ftkit_export.session import Session
 
 PREPROCESS = Preprocess(size=64, resize=70)
 TEMPERATURE = 1.3
@@ -51,6 +52,25 @@ def test_an_equal_file_passes_within_the_frameworks_own_error(
     parity = _compare(*trained, tmp_path)
     assert parity.passed, parity.worst
     assert not parity.first_divergence
+
+
+class InPlace(torch.nn.Module):
+    """Goes on with what its ReLU6 wrote over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU6(inplace=True), torch.nn.Linear(4, 3)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        values = self.stem(pixels) * 20
+        self.act(values)
+        return self.head(values.mean((2, 3)))
+
+
+def test_a_clamp_written_in_place_is_exported_as_one() -> None:
+    model, pixels = InPlace().eval(), torch.randn(2, 3, 16, 16)
+    found = Session(export_core(model, 16).model.SerializeToString()).run(pixels.numpy())[0]
+    np.testing.assert_allclose(found, model(pixels).detach(), atol=1e-4)
 
 
 def test_one_scaled_convolution_is_named(trained: tuple[torch.nn.Module, Core], tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from ftkit.distributed import joined
 from ftkit_export import session
 from ftkit_export.errors import FtkitError, ProviderError
 from ftkit_export.graph import pixel_model
@@ -61,12 +63,19 @@ def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
     assert done.stdout.strip() == "1"
 
 
-@pytest.mark.parametrize(("told", "expected"), [("100000 100000\n", 1), ("50000 100000\n", 1), ("max 100000\n", None)])
+@pytest.mark.parametrize(
+    ("told", "most"), [("250000 100000\n", 2), ("100000 100000\n", 1), ("50000 100000\n", 1), ("max 100000\n", 1000)]
+)
 def test_a_containers_quota_bounds_the_threads(
-    told: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`docker run --cpus 1` leaves every core of the machine in sight."""
-    seen = cores()
-    (tmp_path / "cpu.max").write_text(told)
+    """`docker run --cpus 1` leaves every core of the machine in sight, torch's threads too."""
     monkeypatch.setattr(session, "QUOTA", tmp_path / "cpu.max")
-    assert Session(MODEL).threads == (expected or seen)
+    seen, threads = cores(), torch.get_num_threads()
+    (tmp_path / "cpu.max").write_text(told)
+    try:
+        with joined("cpu"):
+            assert torch.get_num_threads() == min(threads, most)
+    finally:
+        torch.set_num_threads(threads)
+    assert Session(MODEL).threads == min(seen, most)

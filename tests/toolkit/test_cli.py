@@ -84,7 +84,7 @@ def test_a_terminal_shows_the_stage_as_it_goes_and_ctrl_c_saves_it(photos: Path,
             os.write(terminal, b"\x03")
     assert stopped, shown[-2000:]
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-    assert re.search(r"stage done in \d+:\d\d · \d+:\d\d of frozen passes not repeated", " ".join(shown.split()))
+    assert re.search(r"stage done in \d+:\d\d · \d+:\d\d of frozen passes read, not run", " ".join(shown.split()))
     assert f"stopped; go on with: ftkit train '{photos}'" in shown
     assert (tmp_path / "run" / "state").is_dir()
 

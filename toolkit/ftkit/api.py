@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 def train(
-    data: str | Path, *, out: str | Path | None = None, recipe: str | Recipe = "lite0", settings: Sequence[str] = (),
-    weights: str | None = None, seed: int = 0, device: str = "auto", resume: bool = False, deterministic: bool = False,
-    group_by: str = "", allow_leakage: bool = False, tensorboard: bool = False, quiet: bool = False,
-    known: bool = False,
+    data: str | Path, *, out: str | Path | None = None, recipe: str | Path | Recipe = "lite0",
+    settings: Sequence[str] = (), weights: str | None = None, seed: int = 0, device: str = "auto", resume: bool = False,
+    deterministic: bool = False, group_by: str = "", allow_leakage: bool = False, tensorboard: bool = False,
+    quiet: bool = False, known: bool = False,
 ) -> Run:  # fmt: skip
     """Fine-tune on labelled images and return the finished run.
 
@@ -54,7 +54,7 @@ def train(
     if resume and out is None:
         raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
     terminal.hush(quiet)
-    plan = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    plan = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     plan = override(plan, [*([f"weights={weights}"] if weights else []), *settings])
     folder = Path(out) if out else next_free(Path("runs") / plan.name)
     run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic, known=known,

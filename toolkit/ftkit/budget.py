@@ -98,7 +98,7 @@ def against(
                   for path in (new.shipped(provider), old.shipped(provider)))  # fmt: skip
     say("latency, in turn")
     found = [compare(one, other, new.image, tolerance=tolerance, seconds=seconds * 2 / 3)]
-    say("cold starts, in turn")
+    say("cold starts and memory, in turn")
     found += compare_starts(one, other, new.image, seconds=seconds / 3)
     return [*found, compare_sizes(*(Path(item.model).stat().st_size for item in (one, other)))]
 

@@ -103,7 +103,7 @@ class Activations:
     """Kept values by name, each (items, ...): all views of the train images, then the val images.
 
     kind: dtype and what computed them, e.g. "float16 by onnxruntime". found: an earlier run had computed them. pass_s:
-    seconds an image took, all ranks of the machine at work.
+    seconds per image that the run took which filled it, all ranks of its machine at work.
     """
 
     arrays: dict[str, Array]
@@ -268,8 +268,9 @@ def _computed(
     progress: Callable[[int, int], None], ranks: Ranks,
 ) -> str:  # fmt: skip
     """This rank's share of the passes, into the files in `folder`; or why not (WIDE: a value does not fit float16)."""
-    mine, begun = views.chunks()[ranks.local :: ranks.local_world], time.perf_counter()
+    mine = views.chunks()[ranks.local :: ranks.local_world]
     run, how = runner(prefix, views.pixels(views.jobs()[0][0], 0, 0), share_of_cores(ranks))
+    begun = time.perf_counter()
     try:
         arrays = [np.load(folder / f"{number}.npy", mmap_mode="r+") for number in range(len(sample))]
         with np.errstate(over="raise"):

@@ -136,7 +136,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     ranks = _placed()
     device = pick_device(name, ranks.local)
     if ranks.world == 1:
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch knows no quota
+        bound_threads()
         yield device, SOLO
         return
     terminal.mute(not ranks.main)
@@ -206,6 +206,11 @@ def pick_device(name: str, local: int = 0) -> torch.device:
         raise FtkitError(f"--device cuda: expected a GPU for each process on this machine, found {local + 1} or more "
                          f"processes and {gpus} GPUs. Try {gpus} processes")  # fmt: skip
     return torch.device("cuda", local)
+
+
+def bound_threads() -> None:
+    """No more of torch's threads than cores: it counts the machine's, whatever a container's quota says."""
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def share_of_cores(ranks: Ranks) -> int:

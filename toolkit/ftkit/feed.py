@@ -61,9 +61,8 @@ class Feed:
 
     fetch(positions, generator, part) draws for a whole batch of train positions and reads what a part of it needs, on
     any thread; prepare makes a Batch of that on the device; val gives what eval_net takes. how: one phrase for the log.
-    kind: what the bits depend on ("live", "float16 by onnxruntime"). pass_s: seconds of the frozen part that the cache
-    saves an image; 0 where there is none. net is in training mode where it trains; both nets
-    share the model's parameters.
+    kind: what the bits depend on ("live", "float16 by onnxruntime"). pass_s: seconds per image of the frozen part, when
+    it was cached; 0 without a cache. net is in training mode where it trains; both nets share the model's parameters.
     """
 
     net: nn.Module

@@ -24,6 +24,7 @@ from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
 from ftkit.card import model_card
 from ftkit.checkpoint import Run
+from ftkit.distributed import bound_threads
 from ftkit.evaluate import Metrics
 from ftkit.intake import read
 from ftkit.memory import keep_freed_memory
@@ -167,6 +168,7 @@ def export(
                              "`ftkit bench` alone. Try cuda")  # fmt: skip
     _require_extras(extras or Extras(), settings or run.recipe.export)
     keep_freed_memory()
+    bound_threads()
     canvases = held_out(run, data)
     backbone = run.backbone()
     folder = bundles.begin(out)

@@ -156,7 +156,7 @@ def _standing(
                   f"{speed * size:.0f} img/s",
                   f"stage done in {terminal.clock((total - run.step) / speed)}"]  # fmt: skip
         if feed.pass_s:
-            parts.append(f"{terminal.clock(feed.pass_s * run.step * size)} of frozen passes not repeated")
+            parts.append(f"{terminal.clock(feed.pass_s * run.step * size)} of frozen passes read, not run")
     return " · ".join([*parts, feed.how])
 
 
