@@ -49,8 +49,10 @@ class Preprocess:
                 f"preprocess: expected 8 <= size <= resize <= 4096, found size {self.size}, resize {self.resize}. "
                 "Try setting both, e.g. --set preprocess.size=224 --set preprocess.resize=256"
             )
-        if min(self.std) <= 0:
+        if not all(0 < value < np.inf for value in self.std):
             raise FtkitError(f"preprocess.std: expected three positive numbers, found {self.std}. Try 58.4,57.1,57.4")
+        if not np.isfinite(self.mean).all():
+            raise FtkitError(f"preprocess.mean: expected three numbers, found {self.mean}. Try 123.7,116.3,103.5")
 
     def canvas(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 of any size -> (R, R, 3) uint8: fitted, then resized bilinear with antialiasing.

@@ -163,3 +163,12 @@ def test_a_near_duplicate_of_a_file_with_copies_is_told_of_all(elpv: list[tuple[
     assert {"images": names, "exact": False} in found
     inside = ftkit("data", tmp_path, "--sheets", tmp_path / "sheets")
     assert (inside.exit_code, "expected a place outside" in inside.stderr) == (2, True)
+
+
+def test_a_picture_between_two_is_alike_to_both() -> None:
+    """The first and the last are not alike; the last is no less a near duplicate of the one between."""
+    rng = np.random.default_rng(0)
+    picture, change = rng.standard_normal((2, 32, 32)).astype(np.float32)
+    change *= 0.11
+    found = near_duplicates(100 + 30 * np.stack([picture, picture + change, picture + 2 * change]), np.arange(3))
+    assert {frozenset(item.rows) for item in found} == {frozenset({0, 1}), frozenset({1, 2})}

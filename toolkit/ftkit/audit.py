@@ -153,7 +153,8 @@ def identical(canvases: Canvases) -> list[Alike]:
 
 
 def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
-    """thumbs (N, 32, 32) float32 grey; rows: those to compare -> sets of images, each alike to the first of its set."""
+    """thumbs (N, 32, 32) float32 grey; rows: those to compare -> sets of images, each alike to the first of its set. An
+    image may be in several. Two that are alike, of which neither is a first, are told by that one alone."""
     if len(rows) < 2:
         return []
     signs, shapes = _hashes(thumbs[rows]), [_unit(thumbs[rows])]
@@ -181,6 +182,11 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
                 joined.setdefault(int(a), int(b))
         for number in map(int, block):
             sets.setdefault(joined.get(number, number), []).append(number)
+    firsts = np.array(list(sets), np.int64)
+    for start in range(0, len(rows), BLOCK):  # firsts that came later, or second
+        for a, b in same(np.arange(start, min(start + BLOCK, len(rows))), firsts):
+            if int(a) not in sets[int(b)]:
+                sets[int(b)].append(int(a))
     return [Alike(rows=tuple(int(rows[number]) for number in each), exact=False)
             for each in sets.values() if len(each) > 1]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftkit.terminal import condition
@@ -12,23 +12,7 @@ def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """run: run.json's data; manifest: as sealed, but for the files. Returns Markdown."""
     accuracy, evidence = manifest["evidence"]["accuracy"]["file"], manifest["evidence"]
     chosen = [item for item in evidence["latency"] if item["variant"] == manifest["chosen"]]
-    classes = "\n".join(
-        f"| {name} | {support} | {_share(recall)} | {_share(precision)} |"
-        for name, support, recall, precision in zip(
-            accuracy["classes"], (sum(row) for row in accuracy["confusion"]), accuracy["recall"], accuracy["precision"],
-            strict=True,
-        )
-    )  # fmt: skip
-    latency = "\n".join(
-        f"| {condition(item)} | {item['p50_ms']:.1f} | {item['p95_ms']:.1f} | {item['peak_rss_bytes'] / 1e6:.0f} |"
-        for item in chosen
-    )
-    held, machine = run["abstention"], manifest["machine"]
-    doubtful = (
-        f"Answers below a probability of {held['threshold']:.2f} are marked doubtful"
-        if held["threshold"] is not None
-        else "Every answer is marked doubtful: the wanted precision was not reached on val"
-    )
+    machine = manifest["machine"]
     return f"""# {manifest["name"]}
 
 {manifest["backbone"]}, fine-tuned in {len(run["stages"])} stages to {len(manifest["labels"])} classes;
@@ -46,19 +30,20 @@ Accuracy {accuracy["accuracy"]:.3f} [{accuracy["accuracy_low"]:.3f}, {accuracy["
 
 | class | images | recall | precision |
 |---|---|---|---|
-{classes}
+{_classes(accuracy)}
 
 | one photograph at a time | p50 ms | p95 ms | memory MB |
 |---|---|---|---|
-{latency}
+{_latency(chosen)}
 
 Machine: {machine["cpu"]}, {machine["cores"]} cores, ONNX Runtime {machine["onnxruntime"]}.
 
 ## Limits
 
 - The images above resemble the training images. On others (another camera, another light) expect less, and measure.
-- {doubtful}; {run["foreign_kept"]:.0%} of the held-out images pass as familiar, others are marked foreign. Neither
-  mark is a guarantee.
+- {_doubtful(run["abstention"])}.
+- {run["foreign_kept"]:.0%} of the held-out images pass as familiar, others are marked foreign. Neither mark is a
+  guarantee.
 - Probabilities were calibrated on {run["metrics"]["val"]["images"]} val images.
 - Not judged: fairness between groups, resistance to attack, any use in which an error harms.
 
@@ -70,6 +55,28 @@ preprocessing is inside. Outputs: `probabilities` (batch, classes) in the order 
     python device/classify.py --self-check
     python device/classify.py photo.jpg
 """
+
+
+def _classes(accuracy: Mapping[str, Any]) -> str:
+    supports = (sum(row) for row in accuracy["confusion"])
+    rows = zip(accuracy["classes"], supports, accuracy["recall"], accuracy["precision"], strict=True)
+    return "\n".join(
+        "| {} | {} | {} | {} |".format(name.replace("|", "\\|"), support, _share(recall), _share(precision))
+        for name, support, recall, precision in rows
+    )
+
+
+def _latency(measured: Sequence[Mapping[str, Any]]) -> str:
+    return "\n".join(
+        f"| {condition(item)} | {item['p50_ms']:.1f} | {item['p95_ms']:.1f} | {item['peak_rss_bytes'] / 1e6:.0f} |"
+        for item in measured
+    )
+
+
+def _doubtful(held: Mapping[str, Any]) -> str:
+    if held["threshold"] is None:
+        return "Every answer is marked doubtful: the wanted precision was not reached on val"
+    return f"Answers below a probability of {held['threshold']:.2f} are marked doubtful"
 
 
 def _share(value: float | None) -> str:

@@ -89,7 +89,7 @@ def train(
     run = api.train(data, out=out, recipe=name, settings=settings, weights=weights, seed=seed, device=device,
                     resume=resume, deterministic=deterministic, group_by=group_by, allow_leakage=allow_leakage,
                     tensorboard=tensorboard, quiet=quiet, known=not said)  # fmt: skip
-    if terminal.is_first() and not quiet:
+    if not quiet:
         click.echo(f"run: {run.folder}\nnext: ftkit export {shlex.quote(str(run.folder))}")
 
 
@@ -113,6 +113,8 @@ def _launched(ctx: click.Context, gpus: int) -> int:
         for item in value if isinstance(value, tuple) else [value]:
             arguments += [option.opts[0]] if item is True else [option.opts[0], str(item)]
     if "--out" not in arguments:
+        if ctx.params["resume"]:
+            raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
         arguments += ["--out", str(next_free(Path("runs") / load(ctx.params["name"]).name))]
     return launch(gpus, arguments)
 
@@ -157,7 +159,7 @@ def export(
         click.echo(f"error: gate {failed.name}: expected at most {failed.limit:.4g}, found {failed.value:.4g}. "
                    f"Read {done.folder}/report.html", err=True)  # fmt: skip
         sys.exit(1)
-    click.echo(f"next: ftkit verify {done.folder}")
+    click.echo(f"next: ftkit verify {shlex.quote(str(done.folder))}")
 
 
 @main.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ def audit_data(
         with terminal.bar("copying") as step:
             table = curate.write_clean(fix, kept, images, step)
         echo(f"{len(kept)} images in {table}; left out: {', '.join(f'{n} {why}' for why, n in gone.items())}")
-        echo(f"next: ftkit train {table}")
+        echo(f"next: ftkit train {shlex.quote(str(table))}")
     write_json(as_json, named(found, canvases))
     sys.exit(0 if found.passed else 1)
 

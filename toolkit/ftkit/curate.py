@@ -182,15 +182,13 @@ def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
         left[row] = replace(left[row], group=name)
 
 
-def _base(images: Images) -> Path:
-    return images.root if images.root.is_dir() else images.root.parent
-
-
 def require_outside(out: Path, images: Images, option: str) -> None:
-    """Raises FtkitError when `out` lies in the data, which are never touched."""
-    base = _base(images)
-    if out.resolve().is_relative_to(base.resolve()) and images.root.is_dir():
-        raise FtkitError(f"{option} {out}: expected a place outside {base}, found one in it. Try ../{out.name}")
+    """Raises FtkitError when `out` lies in the data folder or, of a CSV, holds its images: they are never touched."""
+    place, root = out.resolve(), images.root.resolve()
+    if (place.is_relative_to(root) if root.is_dir() else any(
+        image.path.resolve().parent == place for image in images.images
+    )):  # fmt: skip
+        raise FtkitError(f"{option} {out}: expected a place outside the data, found one in them. Try ../{out.name}")
 
 
 def require_new(out: Path, images: Images) -> None:
@@ -208,7 +206,7 @@ def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Call
     Raises FtkitError as require_new.
     """
     require_new(out, images)
-    base = _base(images)
+    base = images.root if images.root.is_dir() else images.root.parent
     if out.suffix == ".csv":
         write_atomically(out, _table(((image, image.path) for image in kept), images.classes, out.parent))
         return out

@@ -7,6 +7,7 @@ electroluminescence images of solar cells, monocrystalline or polycrystalline, s
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -77,8 +78,8 @@ def run_demo(out: Path) -> None:
     terminal.say(_summary(bundle))
     terminal.say()
     terminal.say(f"report  {bundle / 'report.html'}\nmodel   {bundle / 'model.onnx'}")
-    terminal.say(f"device  python {bundle / 'device' / 'classify.py'} --self-check")
-    terminal.say(f"try it  ftkit try {bundle}")
+    terminal.say(f"device  python {shlex.quote(str(bundle / 'device' / 'classify.py'))} --self-check")
+    terminal.say(f"try it  ftkit try {shlex.quote(str(bundle))}")
     terminal.say(f"done in {terminal.clock(time.perf_counter() - started)}")
 
 

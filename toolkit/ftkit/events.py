@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +25,20 @@ def nowhere(line: Mapping[str, Any], step: int) -> None:
 
 def require() -> None:
     """Raises FtkitError when the package is not installed."""
-    if find_spec("tensorboard") is None:
+    try:
+        with warnings.catch_warnings():  # its protobuf code announces its own retirement
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
         raise FtkitError("--tensorboard: expected the package tensorboard, found it not installed. "
-                         "Try `pip install 'ftkit[tensorboard]'`")  # fmt: skip
+                         "Try `pip install 'ftkit[tensorboard]'`") from None  # fmt: skip
 
 
 @contextmanager
 def tensorboard(folder: Path, done: int) -> Iterator[Log]:
     """done: epochs of the run that count; what an interrupted one wrote beyond them is hidden."""
-    with warnings.catch_warnings():  # its protobuf code announces its own retirement
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter  # after `require`
+
     writer = SummaryWriter(str(folder), purge_step=done + 1 if folder.is_dir() else None)
 
     def log(line: Mapping[str, Any], step: int) -> None:

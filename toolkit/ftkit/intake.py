@@ -115,8 +115,12 @@ def _rows(root: Path) -> list[Row]:
 def below(root: Path, path: Path) -> str:
     """An image's path as a person sees it: from the data folder, or the CSV's. Of images elsewhere the last folder and
     the name: the rest tells of this machine."""
-    found = Path(os.path.relpath(path, root if root.is_dir() else root.parent))
-    return (Path(*path.parts[-2:]) if ".." in found.parts else found).as_posix()
+    found = _relative(root, path)
+    return Path(*path.parts[-2:]).as_posix() if ".." in Path(found).parts else found
+
+
+def _relative(root: Path, path: Path) -> str:
+    return Path(os.path.relpath(path, root if root.is_dir() else root.parent)).as_posix()
 
 
 def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
@@ -125,10 +129,10 @@ def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
     except re.error as error:
         raise FtkitError(f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
                          ) from None  # fmt: skip
-    found = [pattern.search(below(root, path)) for path, _, _, _ in rows]
+    found = [pattern.search(_relative(root, path)) for path, _, _, _ in rows]
     if not any(found):
-        raise FtkitError(f"--group-by {group_by}: expected it to match paths such as {below(root, rows[0][0])}, found "
-                         "no match. Try '([^/]+)_[0-9]+'")  # fmt: skip
+        raise FtkitError(f"--group-by {group_by}: expected it to match paths such as {_relative(root, rows[0][0])}, "
+                         "found no match. Try '([^/]+)_[0-9]+'")  # fmt: skip
     names = [match and (match[1] if pattern.groups else match[0]) for match in found]
     return [(path, label, split, name or group)
             for (path, label, split, group), name in zip(rows, names, strict=True)]  # fmt: skip
@@ -138,11 +142,7 @@ def _from_folder(root: Path) -> list[Row]:
     top = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     folders = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
     named = {folders.get(path.name, path.name) for path in top}
-    if named and named <= {"val", "test"}:
-        raise FtkitError(
-            f"{root}: expected train/ beside {' and '.join(sorted(named))}/, found none. Try adding train/"
-        )
-    if "train" in named:
+    if "train" in named or (named and named <= {"val", "test"}):
         rows = []
         for split_folder in top:
             split = folders.get(split_folder.name, split_folder.name)

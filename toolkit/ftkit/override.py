@@ -103,6 +103,8 @@ def _as_kind(text: str, kind: Any) -> Any:
         return text
     if typing.get_origin(kind) is Literal:
         return {choice: choice for choice in typing.get_args(kind)}[text]
+    if Ellipsis in typing.get_args(kind):  # stages
+        raise ValueError(text)
     values = tuple(float(part) for part in text.strip("()[]").split(","))
     if len(values) != len(typing.get_args(kind)):
         raise ValueError(text)

@@ -233,12 +233,13 @@ def _data(run: Data) -> str:
 
 
 def _reproduce(run: Data, manifest: Data | None) -> str:
-    versions, group = run["environment"], run["group_by"]
+    versions, group, audit = run["environment"], run["group_by"], run["audit"]
+    leaks = bool(audit["shared_groups"]) or any(item["exact"] for item in audit["leaks"])
     train = f"ftkit train DATA --recipe recipe.json --seed {run['seed']} --out run"
     commands = [
         "pip install "
         + " ".join(f"{name}=={versions[name].split('+')[0]}" for name in ("ftkit", "torch", "torchvision", "timm")),
-        train + f" --group-by {shlex.quote(group)}" * bool(group) + " --allow-leakage" * (not run["audit"]["passed"]),
+        train + f" --group-by {shlex.quote(group)}" * bool(group) + " --allow-leakage" * leaks,
     ]
     facts = {"data": run["data_fingerprint"], "run": run["model_fingerprint"], "backbone weights": run["weights"],
              "seed": run["seed"], **versions}  # fmt: skip

@@ -117,6 +117,6 @@ def found_in(folder: Path, manifest: Data) -> str:
     try:
         lines = [line for line in history.read(path) if line["name"] == manifest["name"]] if path.is_file() else []
     except FtkitError as error:  # it is the user's file, and no evidence
-        return f"<p>{escape(str(error))}</p>"
+        return f"<p>{escape(str(error).replace(str(path), path.name))}</p>"
     names = sorted({name for line in lines for name in line["series"] if f"({machine})" in name})
     return "".join(history.plot(name, [line for line in lines if name in line["series"]]) for name in names)

@@ -37,7 +37,7 @@ def mute(wanted: bool) -> None:
 
 def is_first() -> bool:
     """Whether this process is the first of its ranks, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return not os.environ.get("WORLD_SIZE") or os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str = "") -> None:

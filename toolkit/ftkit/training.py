@@ -124,9 +124,6 @@ def _train(
                          "others. Compare the machines' commands and files")  # fmt: skip
     run = state.read(out, plan, ranks) if going_on else state.State(folder=out, plan=plan)
     run.ranks = ranks
-    log: Log = nowhere
-    if opened and ranks.main:
-        log = opened.enter_context(log_events(out / "tensorboard", run.lines))
     run.seconds += time.perf_counter() - begun
     keep_freed_memory()
     backbone.model.to(device).to(memory_format=torch.channels_last)
@@ -135,6 +132,9 @@ def _train(
     if base := run.tensors("base"):
         backbone.model.load_state_dict(base)
     run.save()
+    log: Log = nowhere
+    if opened and ranks.main:  # not before there is a run to go on with
+        log = opened.enter_context(log_events(out / "tensorboard", run.lines))
     if going_on:
         terminal.say(f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next")
     compare_circumstances(run, {

@@ -135,18 +135,27 @@ class _Handler(SimpleHTTPRequestHandler):
     def send_head(self) -> Any:
         """One file; / leads to the page. A page elsewhere that names this host otherwise gets nothing, and nobody gets
         what a link leads to."""
-        place = Path(self.translate_path(self.path)).resolve()
         if self.headers.get("Host", "").split(":")[0] not in ("127.0.0.1", "localhost"):
             self.send_error(403)
-        elif not any(place.is_relative_to(Path(root).resolve()) for root in (self.directory, self._page)):
-            self.send_error(404)
         elif self.path == "/":
             self.send_response(302)
             self.send_header("Location", f"/{PAGE}/")
             self.end_headers()
+        elif not self._served():
+            self.send_error(404)
         else:
             return super().send_head()
         return None
+
+    def _served(self) -> bool:
+        """Whether a file is asked for that lies in the bundle or with the page, or the page."""
+        try:
+            place = Path(self.translate_path(self.path)).resolve()
+        except ValueError:  # a NUL
+            return False
+        page = self._page.resolve()
+        inside = place.is_relative_to(Path(self.directory).resolve()) or place.is_relative_to(page)
+        return inside and (place == page or not place.is_dir())
 
     def list_directory(self, path: Any) -> None:
         """Nothing is listed."""

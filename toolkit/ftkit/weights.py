@@ -89,6 +89,9 @@ def _read_file(path: Path) -> State:
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise FtkitError(f"{path}: expected tensors by name, found {type(loaded).__name__}. "
+                         "Try torch.save(model.state_dict(), FILE)")  # fmt: skip
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
@@ -150,9 +153,13 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / file
         if not cached.is_file():
             _require_hub(name, file, library, cached)
-        with _downloading(name, file):
-            state = torch.hub.load_state_dict_from_url(entry.url, progress=False, weights_only=True)
-        return _load_state(model, name, head, state, file)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            digest = re.search(
+                r"-([0-9a-f]{8,})\.", file
+            )  # torchvision's names end in the first digits of their sha256
+            with _downloading(name, file):
+                torch.hub.download_url_to_file(entry.url, str(cached), digest and digest[1], progress=False)
+        return _load_state(model, name, head, _read_file(cached), file)
     config: Any = model.pretrained_cfg
     if not config.get("hf_hub_id"):
         raise FtkitError(
@@ -175,7 +182,7 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
 def _downloading(name: str, file: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # urllib's and the hub's own
+    except Exception as error:  # urllib's, torch's, the hub's and its HTTP client's own share no base class
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FtkitError(
             f"weights of {name}: expected to download {file}, found: {reason}. Try again, or --weights FILE"

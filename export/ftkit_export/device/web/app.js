@@ -218,14 +218,15 @@ async function camera() {
   video.srcObject = stream;
   video.muted = video.playsInline = true;
   await video.play();
+  const own = stream;
   const step = async () => {
-    if (!stream) return;
+    if (stream !== own) return;
     if (!busy) {
       busy = true;
       try {
         await answer(video, video.videoWidth, video.videoHeight);
       } catch (error) {
-        camera(); // off
+        if (stream === own) camera(); // off
         at("verdict").textContent = `expected the camera's picture to be answered, found: ${error.message}`;
         at("verdict").className = "bad";
       }
