@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from ftkit_export.graph import pixel_model
-from ftkit_export.parity import RELATIVE, Reference, edge_images, tolerance
+from ftkit_export.parity import RELATIVE, Reference, edge_images, probability_limit, tolerance
 from ftkit_export.predict import softmax
 from ftkit_export.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.session import Session
@@ -64,7 +64,7 @@ def write_golden(
         limits = {name: tolerance(logits32, logits64, name)[0] for name in RELATIVE}
         resizers = 2 * np.abs(softmax(logits64 / temperature) - softmax(graph64 / temperature)).max()
         allowed: dict[str, Any] = {"fp32": {
-            key: {"logits": limit, "probabilities": limit / temperature + float(resizers)}
+            key: {"logits": limit, "probabilities": probability_limit(limit, temperature) + float(resizers)}
             for key, limit in limits.items()
         }}  # fmt: skip
         for name, (image_session, core_session) in sessions.items():

@@ -54,6 +54,16 @@ def test_an_equal_file_passes_within_the_frameworks_own_error(
     assert not parity.first_divergence
 
 
+def test_a_model_that_tells_nothing_apart_is_no_false_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits near zero at a temperature of 20: the softmax's own rounding is then all there is to see."""
+    model = build("efficientnet_lite0", 4).model.eval()
+    with torch.no_grad():
+        model.get_submodule("classifier").weight.mul_(1e-3)
+    monkeypatch.setitem(globals(), "TEMPERATURE", 20.0)
+    parity = _compare(model, export_core(model, PREPROCESS.size), tmp_path, temperature=20.0)
+    assert parity.passed, parity.worst
+
+
 class InPlace(torch.nn.Module):
     """Goes on with what its ReLU6 wrote over."""
 

@@ -253,7 +253,7 @@ def points(title: str, found: Sequence[tuple[str, float, float, bool]], x_name: 
         taken.append(at)
         parts.append(f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="5" fill="var({fill})"/><text class="strong" '
                      f'x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="middle">{i}</text>')  # fmt: skip
-    names = ", ".join(
+    names = "; ".join(
         f"{i} {escape(name)}{' (chosen)' if chosen else ''}" for i, (name, _, _, chosen) in enumerate(found, 1)
     )
     return figure(title, "".join(parts), names)
