@@ -33,6 +33,7 @@ from ftkit_export.convert import export_core, quiet, write
 from ftkit_export.decision import paired
 from ftkit_export.graph import pixel_model
 from ftkit_export.latency import machine, race
+from ftkit_export.parity import Reference
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.quantize import RANK_IMAGES, calibrate, int8, quantized_nodes, rank
 from ftkit_export.session import Session
@@ -64,14 +65,15 @@ def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) ->
     files = [folder / "fp32.onnx", *(folder / f"{name}.onnx" for name in forms)]
     for path, form in zip(files, [core, *forms.values()], strict=True):
         write(form, path, context.metadata)
-    times = race(files, context.photograph, rounds=200)
+    times = race(files, context.photograph)
     right = answers(core, context, rows).argmax(1) == labels
     print("| kept in float | in 8 bits | time of fp32's [95 %] | drop, points [one-sided 95 %] | size | verdict |")
     print("|---|---|---|---|---|---|")
     print(f"| fp32 | 0 | 1, p50 {times[0].p50_ms:.2f} ms | accuracy {right.mean():.4f} of {len(rows)} | 1 | |")
     whole = files[0].stat().st_size
     for (count, form), raced, path in zip(forms.items(), times[1:], files[1:], strict=True):
-        found, share = paired(right, answers(form, context, rows).argmax(1) == labels), path.stat().st_size / whole
+        found = paired(right, answers(form, context, rows).argmax(1) == labels, context.canvases.groups(rows))
+        share = path.stat().st_size / whole
         print(f"| {count} | {quantized_nodes(form)} "
               f"| {raced.ratio:.3f} [{raced.ratio_low:.3f}, {raced.ratio_high:.3f}] "
               f"| {found.drop * 100:+.2f} [{found.low * 100:+.2f}, {found.high * 100:+.2f}] "
@@ -91,9 +93,7 @@ def plain(run: Run, context: Context, core: onnx.ModelProto, folder: Path) -> No
     write(plain_model, folder / "plain.onnx", context.metadata)
     write(core, folder / "core.onnx", context.metadata)
     for threads in (1, 2):
-        ours, other = race(
-            [folder / "core.onnx", folder / "plain.onnx"], context.photograph, threads=threads, rounds=200
-        )
+        ours, other = race([folder / "core.onnx", folder / "plain.onnx"], context.photograph, threads=threads)
         print(f"plain torch.onnx.export, {threads} threads: p50 {other.p50_ms:.2f} ms, core form {ours.p50_ms:.2f} ms, "
               f"ratio {other.ratio:.3f} [{other.ratio_low:.3f}, {other.ratio_high:.3f}]", flush=True)  # fmt: skip
 
@@ -152,7 +152,8 @@ def main() -> None:
     canvases = held_out(run, None)
     core = export_core(run.backbone().model, run.preprocess.size).model
     photograph = canvases.images.images[canvases.rows("test")[0]].path
-    context = Context(canvases=canvases, preprocess=run.preprocess, temperature=run.temperature, limits=Export(),
+    context = Context(reference=Reference(run.backbone().model), canvases=canvases, preprocess=run.preprocess,
+                      temperature=run.temperature, limits=Export(),
                       target_name=here(), photograph=photograph, metadata=metadata(run), measured={})  # fmt: skip
     assert TARGETS[here()].provider == "cpu"
     print(machine())

@@ -10,6 +10,7 @@ The signature is Ed25519 (RFC 8032) over manifest.json, which holds the hash of 
 from __future__ import annotations
 
 import lzma
+import os
 import shutil
 import stat
 import tempfile
@@ -30,12 +31,14 @@ MOST_FILES = 10_000
 
 def pack(bundle: Path, out: Path) -> None:
     """Write `bundle` as a zip: names sorted, dates fixed, under its folder's name. Appears whole or not at all."""
-    beside = out.with_name(out.name + ".tmp")
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
             info = zipfile.ZipInfo((PurePosixPath(bundle.name) / path.relative_to(bundle).as_posix()).as_posix(), EPOCH)
             info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(info, path.read_bytes())
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
     beside.replace(out)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ftkit_export.session import PROVIDERS, cores, form_of
 from ftkit_export.targets import here
 from ftkit_export.verify import MANIFEST, check_files, read_manifest, sha256
 
-SCHEMA = 1
+SCHEMA = 2  # 2: races over several processes
 STARTS, QUICK_STARTS = 5, 3
 SHIPPED = "model.onnx"
 
@@ -44,6 +45,30 @@ class Model:
     def shipped(self, provider: str) -> Path:
         """The file that a device would run on this provider."""
         return next(iter(self.run_by(provider).values()))
+
+    def paths(self) -> list[Path]:
+        """Every file of it, models before the image."""
+        return [*self.files.values(), *self.cores.values(), *filter(None, [self.image])]
+
+    def renamed(self) -> Model:
+        """The same under plain names in one folder, as another machine gets it."""
+        return replace(
+            self,
+            files={name: Path(f"{number}.onnx") for number, name in enumerate(self.files)},
+            cores={name: Path(f"{number}-core.onnx") for number, name in enumerate(self.cores)},
+            image=Path(f"image{self.image.suffix}") if self.image else None,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For another process; `from_json` is its inverse."""
+        named = {kind: {name: str(path) for name, path in getattr(self, kind).items()} for kind in ("files", "cores")}
+        return {**vars(self), **named, "image": self.image and str(self.image)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Model:
+        """Back from `as_json`."""
+        named = {kind: {name: Path(path) for name, path in data[kind].items()} for kind in ("files", "cores")}
+        return Model(**{**data, **named, "image": data["image"] and Path(data["image"])})
 
     def run_by(self, provider: str) -> Mapping[str, Path]:
         """Variant -> the form that this provider runs; a plain model has but one."""
@@ -97,12 +122,12 @@ def starts(condition: Condition, image: Path | None, *, quick: bool = False) -> 
 
 
 def bench(
-    model: str | Path, *, providers: Sequence[str] = ("cpu",), threads: Sequence[int] = (),
+    model: str | Path | Model, *, providers: Sequence[str] = ("cpu",), threads: Sequence[int] = (),
     batches: Sequence[int] = (0,), image: str | Path | None = None, quick: bool = False,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a bundle or a model file. threads: 1 and all cores by default. batches: 0 = what the file fixes, else 1.
-    say: told what is measured next.
+    """Measure a bundle or a model file, or what `find` made of one. threads: 1 and all cores by default. batches: 0 =
+    what the file fixes, else 1. say: told what is measured next.
 
     The result: schema, machine, target, name, run, fingerprint, provider and threads (the first of each, which starts,
     parts and raced hold for, starts for the first batch too), sha256 (variant -> its file that ran), quick, rows (a
@@ -110,7 +135,8 @@ def bench(
     (variant -> Raced, against the first of them that is fp32). Raises FtkitError for a model that is not there, or does
     not run.
     """
-    found, counts = find(model, image), list(threads) or sorted({1, cores()})
+    found = model if isinstance(model, Model) else find(model, image)
+    counts = list(threads) or sorted({1, cores()})
     provider, first = providers[0], counts[0] if providers[0] == "cpu" else 1
     rows, cold, pieces = [], {}, {}
     running = found.run_by(provider)
@@ -167,3 +193,20 @@ def checked(data: Any, where: str) -> dict[str, Any]:
         raise FtkitError(f"{where}: expected what `ftkit bench --json` writes (schema {SCHEMA}), found something else. "
                          "Measure it again, or export the bundle again")  # fmt: skip
     return dict(data)
+
+
+def _main() -> int:
+    """`python -m ftkit_export.bench JSON`: measure what lies in this folder, print it as JSON."""
+    job = json.loads(sys.argv[1])
+    threads = [job["threads"]] if job["threads"] else []
+    try:
+        found = bench(Model.from_json(job["model"]), providers=[job["provider"]], threads=threads, quick=job["quick"])
+    except FtkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

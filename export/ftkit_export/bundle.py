@@ -20,7 +20,7 @@ from typing import Any
 
 from ftkit_export.archive import sign
 from ftkit_export.errors import FtkitError
-from ftkit_export.verify import MANIFEST, SCHEMA, sha256
+from ftkit_export.verify import MANIFEST, SCHEMA, SIGNATURE, sha256, with_digest
 
 # What the Python runner needs of this package: these files import numpy, Pillow and ONNX Runtime only.
 RUNNER_FILES = ("__init__.py", "errors.py", "preprocess.py", "session.py", "foreign.py", "predict.py", "verify.py",
@@ -75,24 +75,38 @@ def seal(
     key: an Ed25519 private key that signs the manifest. Returns where it went. An older `out`.failed is replaced.
     """
     passed = all(gate.passed for gate in gates)
-    files = {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
-    whole = {
-        "schema": SCHEMA,
-        "verdict": "passed" if passed else "failed",
-        **manifest,
-        "gates": [gate.as_dict() for gate in gates],
-        "files": dict(sorted(files.items())),
-    }
-    path = folder / MANIFEST
-    with path.open("w") as file:
-        file.write(json.dumps(whole, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    verdict = "passed" if passed else "failed"
+    write_manifest(folder, {"verdict": verdict, **manifest, "gates": [gate.as_dict() for gate in gates]})
     if key:
         sign(folder, key)
+    for path in sorted(folder.rglob("*"), reverse=True):
+        flush(path)
     final = out if passed else out.with_name(out.name + ".failed")
     if final.exists() and not passed:
         shutil.rmtree(final)
     folder.chmod(0o755)  # mkdtemp made it private
+    flush(folder)
     folder.rename(final)
+    flush(final.parent)
     return final
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
+    """Write manifest.json: `manifest`, with the hash of every file that lies in the folder now, and its own digest."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files = {name: sha256(path) for name, path in sorted(paths.items()) if name not in (MANIFEST, SIGNATURE)}
+    known = {key: value for key, value in manifest.items() if key not in ("digest", "schema", "files")}
+    text = json.dumps({"schema": SCHEMA, **known, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST).write_bytes(with_digest(text))
+
+
+def flush(path: Path) -> None:
+    """Onto the disk, so that a power cut after the rename leaves no empty files; a folder's own entries likewise."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder, on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,12 +1,12 @@
 """int8 is a decision, not a flag: is a candidate as accurate as the reference on the same images, and which to ship?
 
-    found = paired(reference_right, candidate_right)     # two arrays of booleans over the same images
-    found.drop, found.low, found.high                    # in shares, with one-sided 95 % bounds
-    found.verdict(limit=0.01)                            # accepted, refused, inconclusive
+    found = paired(reference_right, candidate_right, groups)     # two arrays of booleans over the same images
+    found.drop, found.low, found.high                            # in shares, with one-sided 95 % bounds
+    found.verdict(limit=0.01)                                    # accepted, refused, inconclusive
 
-Bounds of a paired difference of proportions by Tango's score method (Statistics in Medicine 17, 1998), which holds its
-level where few images, or none, change sides. Where several candidates are looked at until one is accepted, the bounds
-hold for all of them together (Bonferroni): else four looks would accept a bad one up to four times as often.
+The bounds are those of `intervals.difference_bounds`: they hold where few images, or none, change sides, and where
+images come in groups. Where several candidates are looked at until one is accepted, they hold for all of them together
+(Bonferroni): else four looks would accept a bad one up to four times as often.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
+
+from ftkit_export.intervals import Design, difference_bounds, difference_design, ground
 
 Array = np.ndarray[Any, Any]
 Verdict = Literal["accepted", "refused", "inconclusive", "unproven on target"]
 
 LEVEL = 0.05  # chance of accepting, or refusing, against the truth
+MOST = 1000.0  # times as many images as there are: more are not worth naming
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
     """images compared; worse: right before and wrong now; better: the other way. drop, low, high in shares; looks: how
-    many such comparisons the bounds hold for together."""
+    many such comparisons the bounds hold for together. clusters: groups that the bounds rest on, None where the images
+    have none and count as independent; effect: their design effect; df: degrees of freedom of Student's t (None: the
+    normal law)."""
 
     images: int
     worse: int
@@ -37,6 +41,9 @@ class Paired:
     low: float
     high: float
     looks: int = 1
+    clusters: int | None = None
+    effect: float = 1.0
+    df: float | None = None
 
     def verdict(self, limit: float) -> Verdict:
         """accepted: at most `limit` is lost, with 95 % confidence; refused: more is, with the same; else neither."""
@@ -44,48 +51,53 @@ class Paired:
             return "accepted"
         return "refused" if self.low > limit else "inconclusive"
 
-    def images_to_settle(self, limit: float) -> int:
-        """Images that would settle it, at this share of changed sides; one look and none changed: about 2.7 / limit."""
-        z = _z(self.looks)
-        share = (self.worse + self.better) / max(1, self.images)
-        gap = max(abs(limit - self.drop), limit / 10)
-        return math.ceil(max(z * z * (1 - limit) / limit, z * z * share / gap**2))
+    def settled_by(self, limit: float) -> tuple[int, int | None] | None:
+        """(images, clusters) that would settle it, were the shares of changed images as they are; None for more than
+        MOST times as many as here. Clusters: None where the images have no groups."""
+        shares = self.worse / max(1, self.images), self.better / max(1, self.images)
+        here = Design(images=self.images, clusters=self.clusters, effect=self.effect,
+                      df=math.inf if self.df is None else self.df)  # fmt: skip
+
+        def settled(factor: float) -> bool:
+            low, high = difference_bounds(*shares, here.times(factor), 1 - LEVEL / self.looks)
+            return high <= limit or low > limit
+
+        if self.images == 0 or (self.clusters or 2) < 2 or not settled(MOST):
+            return None
+        few, many = 0.0, MOST
+        for _ in range(40):
+            middle = (few + many) / 2
+            few, many = (few, middle) if settled(middle) else (middle, many)
+        enough = here.times(many)
+        return enough.images, enough.clusters
+
+    @property
+    def ground(self) -> str:
+        """What the bounds rest on, in words."""
+        return ground(self.images, self.clusters)
 
 
-def _z(looks: int) -> float:
-    return NormalDist().inv_cdf(1 - LEVEL / looks)
-
-
-def paired(reference: Array, candidate: Array, looks: int = 1) -> Paired:
-    """Two boolean arrays (N,), whether each image was answered right, in the same order."""
-    worse, better = int((reference & ~candidate).sum()), int((~reference & candidate).sum())
+def paired(reference: Array, candidate: Array, groups: Sequence[str] | None = None, looks: int = 1) -> Paired:
+    """Two boolean arrays (N,), whether each image was answered right, in the same order; groups: a name an image, ""
+    for one on its own."""
+    worse = reference & ~candidate
+    better = ~reference & candidate
     images = len(reference)
-    low, high = bounds(worse, better, images, looks)
-    return Paired(images=images, worse=worse, better=better, drop=(worse - better) / max(1, images), low=low, high=high,
-                  looks=looks)  # fmt: skip
-
-
-def bounds(worse: int, better: int, images: int, looks: int = 1) -> tuple[float, float]:
-    """One-sided 95 % bounds of the true drop: where Tango's score statistic reaches the normal quantile."""
-    if images == 0:
-        return -1.0, 1.0
-
-    def score(drop: float) -> float:
-        a = 2.0 * images
-        b = -worse - better + (2 * images - worse + better) * drop
-        c = -better * drop * (1 - drop)
-        root = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # share "better", most likely at this drop
-        variance = images * (2 * root + drop * (1 - drop))
-        return (worse - better - images * drop) / math.sqrt(variance) if variance > 0 else math.inf
-
-    def solve(wanted: float, low: float, high: float) -> float:
-        for _ in range(60):  # score falls as drop rises
-            middle = (low + high) / 2
-            low, high = (middle, high) if score(middle) > wanted else (low, middle)
-        return (low + high) / 2
-
-    drop = (worse - better) / images
-    return solve(_z(looks), -1.0, drop), solve(-_z(looks), drop, 1.0)
+    found = difference_design(worse, better, groups)
+    shares = int(worse.sum()) / max(1, images), int(better.sum()) / max(1, images)
+    low, high = difference_bounds(*shares, found, 1 - LEVEL / looks)
+    return Paired(
+        images=images,
+        worse=int(worse.sum()),
+        better=int(better.sum()),
+        drop=shares[0] - shares[1],
+        low=low,
+        high=high,
+        looks=looks,
+        clusters=found.clusters,
+        effect=found.effect,
+        df=None if math.isinf(found.df) else found.df,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +138,24 @@ def judge(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdic
     if ratio_high is not None and ratio_high >= 1:
         return "refused", f"not faster than fp32: ratio up to {ratio_high:.2f}; accuracy drop {points}"
     if verdict != "accepted":
-        more = f"; about {found.images_to_settle(limit)} val images would settle it" * (verdict == "inconclusive")
-        return verdict, f"accuracy drop {points} on {found.images} images, limit {limit * 100:.2f}{more}"
+        more = _more(found, limit) if verdict == "inconclusive" else ""
+        return verdict, f"accuracy drop {points} on {found.ground}, limit {limit * 100:.2f}{more}"
     if ratio_high is None:
         return (
             "unproven on target",
             f"accuracy drop {points}; its latency on the target is unknown. Try --latency FILE",
         )
     return "accepted", f"accuracy drop {points}; latency at most {ratio_high:.2f} of fp32's"
+
+
+def _more(found: Paired, limit: float) -> str:
+    enough = found.settled_by(limit)
+    if enough is None:
+        return "; more val images of this kind would not settle it"
+    images, clusters = enough
+    if clusters is None:
+        return f"; about {images} val images would settle it"
+    return f"; about {clusters} groups ({images} val images) would settle it"
 
 
 def choose(

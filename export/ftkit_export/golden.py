@@ -1,7 +1,7 @@
 """Golden vectors: real images and formula-made ones, with the answers each variant must give and a tolerance each.
 
 BUNDLE/golden/NN.png          lossless RGB images
-BUNDLE/golden/expected.npz    logits (core form, Pillow's pixels), probabilities and embedding (image form), float64
+BUNDLE/golden/expected.npz    logits, probabilities and embedding on Pillow's pixels, float64
 BUNDLE/golden/golden.json     for each image its group, and per variant the tolerance of logits and of probabilities
 BUNDLE/golden/raw/            a few of them as flat files for C and C++ (index.txt says how to read them)
 BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, as onnxruntime_perf_test and onnx's own runner read them
@@ -24,7 +24,16 @@ from onnx import numpy_helper
 from PIL import Image
 
 from ftkit_export.graph import pixel_model
-from ftkit_export.parity import RELATIVE, Reference, edge_images, probability_limit, tolerance
+from ftkit_export.parity import (
+    RELATIVE,
+    RESAMPLED_PROBABILITY,
+    ROUNDINGS,
+    Reference,
+    edge_images,
+    probability_limit,
+    resampled,
+    tolerance,
+)
 from ftkit_export.predict import softmax
 from ftkit_export.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.session import Session
@@ -32,6 +41,7 @@ from ftkit_export.session import Session
 Array = np.ndarray[Any, Any]
 
 PHOTOGRAPHS = 16
+PRECISIONS = ("tf32", "fp16")  # that a provider may round fp32's values to
 STEP = 0.05  # of int8's and fp16's own largest logit, and of a probability: several rounding steps
 RAW = {"photographs": 4, "noise": 0, "extremes": 4}  # images a group for C and C++: the small ones
 
@@ -43,8 +53,9 @@ def write_golden(
     """Write golden/ and test_data_set_0/ into `bundle`.
 
     photographs: held-out images (H, W, 3) uint8; the first 16 are kept; none leaves the formula-made ones. files:
-    variant -> (image form, core form). The tolerance of fp32's probabilities adds twice what the two legitimate
-    resizers (Pillow's and the graph's, at most 1 grey level apart) make of the same image.
+    variant -> (image form, core form). fp32's answers are the framework's, on Pillow's pixels. The tolerance of its
+    probabilities adds twice what may come of another resizer's rounding (parity.resampled), and no more than parity
+    bounds it by.
     """
     folder = bundle / "golden"
     folder.mkdir()
@@ -56,15 +67,18 @@ def write_golden(
     expected: dict[str, list[Array]] = {"logits": [], "probabilities": [], "embedding": []}
     for group, images in groups.items():
         frames = [to_frame(item, input_format) for item in images]
-        pillow = preprocess.pixels(np.stack([preprocess.canvas(from_frame(item, input_format)) for item in frames]))
-        graph = np.concatenate([pixel_session.run(item[None])[1] for item in frames])
-        logits64 = reference.logits(pillow, torch.float64)
-        graph64, embedding = reference.answers(graph, torch.float64)
+        canvases = np.stack([preprocess.canvas(from_frame(item, input_format)) for item in frames])
+        pillow = preprocess.pixels(canvases)
+        made = np.concatenate([pixel_session.run(item[None])[1] for item in frames])
+        logits64, embedding = reference.answers(pillow, torch.float64)
         logits32 = reference.logits(pillow, torch.float32)
+        moved64 = reference.logits(resampled(made, canvases, preprocess, group), torch.float64)
+        moved = float(np.abs(softmax(logits64 / temperature) - softmax(moved64 / temperature)).max())
+        resizers = 2 * min(moved, RESAMPLED_PROBABILITY)
         limits = {name: tolerance(logits32, logits64, name)[0] for name in RELATIVE}
-        resizers = 2 * np.abs(softmax(logits64 / temperature) - softmax(graph64 / temperature)).max()
+        limits |= {name: ROUNDINGS * reference.rounding(pillow, name) for name in PRECISIONS}
         allowed: dict[str, Any] = {"fp32": {
-            key: {"logits": limit, "probabilities": probability_limit(limit, temperature) + float(resizers)}
+            key: {"logits": limit, "probabilities": probability_limit(limit, temperature) + resizers}
             for key, limit in limits.items()
         }}  # fmt: skip
         for name, (image_session, core_session) in sessions.items():
@@ -79,7 +93,7 @@ def write_golden(
             entries.append({"file": name, "group": group, "tolerance": allowed})
         expected["logits"].append(logits64)
         expected["embedding"].append(embedding)
-        expected["probabilities"].append(softmax(graph64 / temperature))
+        expected["probabilities"].append(softmax(logits64 / temperature))
     arrays = {key: np.concatenate(parts) for key, parts in expected.items()}
     np.savez(folder / "expected.npz", **arrays)  # type: ignore[arg-type]  # numpy's stub mistakes ** for a flag
     (folder / "golden.json").write_text(json.dumps({"images": entries}, indent=1) + "\n")
@@ -95,7 +109,7 @@ def write_flat(bundle: Path, chosen: str, preprocess: Preprocess, temperature: f
     folder, raw = bundle / "golden", bundle / "golden" / "raw"
     entries = json.loads((folder / "golden.json").read_text())["images"]
     with np.load(folder / "expected.npz", allow_pickle=False) as stored:
-        logits, embedding = stored["logits"], stored["embedding"]
+        logits = stored["logits"]
         probabilities = stored["probabilities" if chosen == "fp32" else f"{chosen}/probabilities"]
     groups = [entry["group"] for entry in entries]
     picks = [i for i, group in enumerate(groups) if i - groups.index(group) < RAW[group]]
@@ -114,9 +128,7 @@ def write_flat(bundle: Path, chosen: str, preprocess: Preprocess, temperature: f
     (raw / "index.txt").write_text("\n".join([head, *lines]) + "\n")
     for name, array in (("pixels", pixels), ("logits", logits[picks]), ("probabilities", probabilities[picks])):
         (raw / f"{name}.f32").write_bytes(array.astype("<f4").tobytes())
-    answers = probabilities[picks[0]], embedding[picks[0]]
-    if chosen != "fp32":
-        (answers,) = zip(*Session(bundle / "model.onnx").run(frames[0][None]), strict=True)
+    (answers,) = zip(*Session(bundle / "model.onnx").run(frames[0][None]), strict=True)
     _write_test_data(bundle / "test_data_set_0", frames[0], *answers)
 
 

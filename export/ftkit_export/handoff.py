@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ class Judged:
 
 
 def write_handoff(
-    folder: Path, static_core: Any, calibration: Array, inputs: Array, logits: Array, labels: Array
-) -> None:
-    """calibration (m, 3, S, S), inputs (n, 3, S, S) float32; logits (n, classes) of fp32; labels (n,)."""
+    folder: Path, static_core: Any, calibration: Array, inputs: Array, logits: Array, labels: Array,
+    groups: Sequence[str],
+) -> None:  # fmt: skip
+    """calibration (m, 3, S, S), inputs (n, 3, S, S) float32; logits (n, classes) of fp32; labels (n,); groups: n names,
+    written as numbers, "" as -1."""
     import onnx
 
     (folder / "calibration").mkdir(parents=True)
@@ -50,7 +53,9 @@ def write_handoff(
     for number, item in enumerate(calibration):
         np.save(folder / "calibration" / f"{number:03d}.npy", item[None])
     np.save(folder / "inputs.npy", inputs)
-    np.savez(folder / "expected.npz", logits=logits, labels=labels)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(filter(None, groups)))}
+    np.savez(folder / "expected.npz", logits=logits, labels=labels,
+             groups=np.array([numbers.get(name, -1) for name in groups], np.int64))  # fmt: skip
 
 
 def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
@@ -60,6 +65,7 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
         raise BundleError(f"{path}: expected a hand-off in this bundle, found none. Try `ftkit export RUN --handoff`")
     with np.load(path, allow_pickle=False) as stored:
         expected, labels = stored["logits"].astype(np.float64), stored["labels"]
+        groups = ["" if number < 0 else str(number) for number in stored["groups"]]
     try:
         with np.load(outputs, allow_pickle=False) as stored:
             found = np.asarray(stored["logits"], np.float64).reshape(len(stored["logits"]), -1)
@@ -69,7 +75,7 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
         raise FtkitError(f"{outputs}: expected logits of shape {expected.shape}, in the order of handoff/inputs.npy, "
                          f"found {found.shape}. Run every input")  # fmt: skip
     right, answered = expected.argmax(1) == labels, found.argmax(1) == labels
-    compared = paired(right, answered & np.isfinite(found).all(1))
+    compared = paired(right, answered & np.isfinite(found).all(1), groups)
     lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
     return Judged(
         paired=compared, accuracy=float(answered.mean()), accuracy_fp32=float(right.mean()),

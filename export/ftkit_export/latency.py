@@ -3,7 +3,7 @@
     latency = measure(Condition(model="model.onnx", threads=1), image="photo.png")
     latency.p50_ms, latency.p95_ms
     start = begin(Condition(model="model.onnx", threads=1), image="photo.png")     # cold: a fresh process, once
-    fp32, int8 = race(["model.onnx", "int8.onnx"], image="photo.png")              # in turn, in one process
+    fp32, int8 = race(["model.onnx", "int8.onnx"], image="photo.png")              # in turn, in several processes
 
 Warm-up: at least 20 runs and 1 s. Then at least 200 runs and 10 s (quick: 50 runs and 0.5 s after 0.25 s, and
 marked so). p99 only
@@ -28,7 +28,10 @@ from typing import Any
 from ftkit_export import nvidia
 from ftkit_export.errors import FtkitError
 
-ROUNDS = 60
+ROUNDS = 20  # of a race, in each of its processes
+PROCESSES = 6
+STUDENT_T = 2.571  # 0.975 quantile at PROCESSES - 1 degrees of freedom
+RACE_SECONDS = 20.0  # the most that one process of a race may take
 EVEN_HEAP = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # its default, which glibc raises as it goes unless it is set
 
 
@@ -52,7 +55,7 @@ class Latency:
     """One measured condition. Times in milliseconds a run, sizes in bytes; p99_ms is None below 1000 runs.
 
     gpu_bytes: GPU memory that came to be used between the process's beginning and its last run, on the whole first GPU:
-    keep others off it. None without a GPU.
+    keep others off it. None without a GPU. placement: where the operators ran, in words (session.Session.placement).
     histogram: counts in 40 equal bins from low_ms to high_ms, the fastest run and the 99th percentile; slower runs are
     in the last bin.
     """
@@ -77,6 +80,7 @@ class Latency:
     high_ms: float
     histogram: tuple[int, ...]
     gpu_bytes: int | None = None
+    placement: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +108,18 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Raced:
-    """One of several models run in turn. ratio: median over the rounds of its time over the first model's, with a
-    95 % interval of that median (order statistics)."""
+    """One of several models run in turn. ratio: its time over the first model's, the mean over processes of their
+    medians (of the logarithm), with a 95 % interval. spread: standard deviation over processes of the logarithm of the
+    first model's time over its own, in another session of the same process: the A/A control. processes: that were
+    started; 0 stands for figures of one process alone, which say nothing of another."""
 
     p50_ms: float
     p95_ms: float
     ratio: float
     ratio_low: float
     ratio_high: float
+    spread: float = 0.0
+    processes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +161,54 @@ def begin(
 def race(
     models: Sequence[str | Path], image: str | Path, *, provider: str = "cpu", threads: int = 1, rounds: int = ROUNDS
 ) -> list[Raced]:
-    """Models (of one form) run in turn on one image file in one fresh process, so that noise meets all alike.
+    """Models (of one form) run in turn on one image file, so that noise meets all alike. Raises as measure.
 
-    The order changes from round to round. Raises as measure.
+    In each of several fresh processes the first model is opened twice, the others once, in another order each time: a
+    session's place in memory has a speed of its own, which no number of runs averages out. The interval is Student's t
+    over the processes, and no narrower than the same of the A/A control.
     """
     conditions = [Condition(model=str(model), provider=provider, threads=threads) for model in models]
-    return [Raced(**item) for item in in_child("race", conditions, image, rounds=rounds)]
+    entrants = [conditions[0], *conditions]
+    tables = []
+    for number in range(PROCESSES):
+        shift = number % len(entrants)
+        order = [*range(shift, len(entrants)), *range(shift)]
+        if number % 2:
+            order.reverse()
+        times = in_child("pairs", [entrants[place] for place in order], image, rounds=rounds, seconds=RACE_SECONDS)
+        tables.append([[row[order.index(place)] for place in range(len(entrants))] for row in times])
+    return compared(tables)
+
+
+def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
+    """processes x rounds x (the first model twice, then the others) in ms -> a Raced a model."""
+    import numpy as np
+
+    logs = [np.log(np.array(table)) for table in tables]
+    control = np.array([np.median(log[:, 1] - log[:, 0]) for log in logs])
+    spread = float(control.std(ddof=1))
+    # The control compares one session with one; a candidate is compared with the mean of two.
+    least = spread * math.sqrt(0.75)
+    found = []
+    for place in range(1, logs[0].shape[1]):
+        pooled = np.exp(np.concatenate([log[:, place] for log in logs]))
+        middle = half = 0.0
+        if place > 1:
+            medians = np.array([np.median(log[:, place] - log[:, :2].mean(1)) for log in logs])
+            middle = float(medians.mean())
+            half = STUDENT_T * max(float(medians.std(ddof=1)), least) / math.sqrt(len(logs))
+        found.append(
+            Raced(
+                p50_ms=float(np.percentile(pooled, 50)),
+                p95_ms=float(np.percentile(pooled, 95)),
+                ratio=math.exp(middle),
+                ratio_low=math.exp(middle - half),
+                ratio_high=math.exp(middle + half),
+                spread=spread,
+                processes=len(logs),
+            )
+        )
+    return found
 
 
 def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Parts:

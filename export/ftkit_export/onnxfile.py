@@ -17,6 +17,7 @@ from ftkit_export.errors import BundleError
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's operators, and those built into every ONNX Runtime
 MODEL_FIELDS = {"ir": 1, "graph": 7, "opset": 8, "function": 25}
 DEEPEST = 32  # graphs within graphs
+MAKE_DATA = ("Expand", "Tile", "ConstantOfShape")  # of shapes and constants, what is no shape: a class token an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,39 @@ def inspect(path: str | Path) -> Inspected:
         raise BundleError(f"{where}: {refused}") from None
     except (ValueError, IndexError, UnicodeDecodeError):
         raise BundleError(f"{where}: expected an ONNX model, found other bytes. Export it again") from None
+
+
+def shape_nodes(model: str | Path | bytes) -> set[str]:
+    """Names of the nodes that compute shapes only: what comes of Shape and Size, and of constants with it.
+
+    ONNX Runtime keeps them on the CPU whatever the provider (GetCpuPreferredNodes): there is nothing to gain elsewhere.
+    """
+    data = memoryview(model if isinstance(model, bytes) else Path(model).read_bytes())
+    names: set[str] = set()
+    shapes: set[str] = set()
+    constants: set[str] = {""}
+    for field, value in _fields(data):
+        if field != MODEL_FIELDS["graph"]:
+            continue
+        entries = list(_fields(value))
+        constants |= {_text(item) for number, entry in entries if number == 5 for inner, item in _fields(entry)
+                      if inner == 8}  # fmt: skip
+        for number, entry in entries:
+            if number != 1:
+                continue
+            parts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
+            for inner, item in _fields(entry):
+                if inner in parts:
+                    parts[inner].append(_text(item))
+            inputs, outputs, name, (kind, *_) = parts[1], parts[2], parts[3], parts[4]
+            if kind == "Constant":
+                constants |= set(outputs)
+            elif kind in ("Shape", "Size") or (
+                kind not in MAKE_DATA and shapes & set(inputs) and set(inputs) <= shapes | constants
+            ):
+                shapes |= set(outputs)
+                names |= set(name)
+    return names
 
 
 class _RefusedError(Exception):

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from ftkit_export.errors import FtkitError, ProviderError, choices
-from ftkit_export.onnxfile import inspect
+from ftkit_export.onnxfile import inspect, shape_nodes
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once, at import
+# CUDA numbers GPUs the fastest first unless told otherwise, NVML by their place on the bus: one number, one GPU.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,8 @@ class Provider:
 
     precision: "" = float32, else what it rounds to ("tf32", "fp16"). form: which of a variant's two files it runs,
     "image" or "core"; with the core form, Pillow and numpy make the pixels. gpu: inputs and outputs may stay on a GPU.
-    captured: runs with IO binding only.
+    captured: runs with IO binding only. whole: every operator of a model must run on it; the others leave what they do
+    not take to another provider by design.
     """
 
     name: str
@@ -39,8 +42,10 @@ class Provider:
     form: str = "image"
     gpu: bool = False
     captured: bool = False
+    whole: bool = False
 
 
+_CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _TENSORRT = "TensorrtExecutionProvider"
 
@@ -53,11 +58,12 @@ def _cuda(precision: str = "", search: str = "HEURISTIC", captured: bool = False
         "use_tf32": str(int(precision == "tf32")),
         "enable_cuda_graph": str(int(captured)),
     }
-    return Provider(name=_CUDA, options=options, precision=precision, form="core", gpu=True, captured=captured)
+    return Provider(name=_CUDA, options=options, precision=precision, form="core", gpu=True, captured=captured,
+                    whole=True)  # fmt: skip
 
 
 PROVIDERS: Mapping[str, Provider] = {
-    "cpu": Provider(name="CPUExecutionProvider"),
+    "cpu": Provider(name=_CPU),
     "cuda": _cuda(),
     "cuda-tf32": _cuda("tf32"),
     "cuda-default": _cuda(search="DEFAULT"),
@@ -124,6 +130,17 @@ def form_of(provider: str, image: Any, core: Any) -> Any:
     return image if PROVIDERS[provider].form == "image" else core
 
 
+def engine_cache() -> dict[str, str]:
+    """TensorRT's options for keeping the engines it builds, which takes minutes: next to ftkit's other caches."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("FTKIT_CACHE") or Path(home) / "ftkit") / "tensorrt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home: engines are then built each time
+        return {}
+    return {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder)}
+
+
 def require(provider: str) -> None:
     """Raises ProviderError when `provider` is unknown, or not part of the installed ONNX Runtime."""
     if provider not in PROVIDERS:
@@ -163,6 +180,13 @@ class Input:
     shape: tuple[int | str | None, ...]
 
 
+def in_words(provider: str, operators: int, away: Mapping[str, int]) -> str:
+    """How many operators run on the provider, and how many elsewhere (integer arithmetic on shapes not counted)."""
+    others = ", ".join(f"{count} on {name}" for name, count in sorted(away.items()))
+    here = operators - sum(away.values())
+    return f"{here} of {operators} operators on {provider}, {others}" if others else f"every operator on {provider}"
+
+
 class Session:
     """An ONNX Runtime session that is proven to run on the provider asked for.
 
@@ -170,9 +194,9 @@ class Session:
     spinning: whether idle worker threads spin (lower latency, a busy core). optimised: whether ONNX Runtime may rewrite
     the graph. shared: another session runs between this one's runs, so its threads spin during a run only, each on a
     processor of its own (else two sessions of two threads on two cores differ from themselves by 19 %, or by half when
-    both threads wake on one core). Raises ProviderError when the provider is
-    unknown, absent or not the one that answered, BundleError when the file refers to anything outside it, FtkitError
-    when it does not load.
+    both threads wake on one core). placement: where its operators run, in words. Raises ProviderError when the provider
+    is unknown, absent, not the one that answered, or (CUDA) not the one that computes every operator, BundleError when
+    the file refers to anything outside it, FtkitError when it does not load.
     """
 
     def __init__(
@@ -183,6 +207,7 @@ class Session:
         self.provider, self.threads = provider, threads or cores()
         self._session = self._open(model, spinning, optimised, shared)
         self._prove()
+        self.placement = self._placed(model)
         self.inputs = [Input(name=item.name, type=item.type, shape=tuple(item.shape))
                        for item in self._session.get_inputs()]  # fmt: skip
         self.input_names = [item.name for item in self.inputs]
@@ -213,6 +238,7 @@ class Session:
         source = model if isinstance(model, bytes) else str(model)
         providers = [(chosen.name, dict(chosen.options))]
         if chosen.name == _TENSORRT:  # what it does not take runs on CUDA, not on the CPU
+            providers[0][1].update(engine_cache())
             providers.append((_CUDA, dict(PROVIDERS["cuda-tf32"].options)))
         try:
             # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the CPU
@@ -238,14 +264,36 @@ class Session:
             "Try `ftkit doctor`, or --providers cpu"
         )
 
+    def _placed(self, model: str | Path | bytes) -> str:
+        """Where the operators run, in words. Raises ProviderError where all must run on the provider and do not."""
+        chosen = PROVIDERS[self.provider]
+        if chosen.name == _CPU:
+            return in_words(chosen.name, 0, {})  # there is nowhere else to run
+        parts = self._assigned()
+        if not parts:
+            return "unknown: this ONNX Runtime does not tell where its operators run"
+        away = [item for item in parts if item[0] != chosen.name]
+        if away:
+            shapes = shape_nodes(model)
+            away = [item for item in away if item[1] not in shapes]
+        if away and chosen.whole:
+            named = ", ".join(sorted({f"{kind} on {where}" for where, _, kind in away}))
+            raise ProviderError(self._not_proven(f"{len(away)} of {len(parts)} operators elsewhere: {named}"))
+        return in_words(chosen.name, len(parts), Counter(where for where, _, _ in away))
+
+    def _assigned(self) -> list[tuple[str, str, str]]:
+        """(provider, node's name, operator) of each node, as ONNX Runtime assigned them; none where it cannot tell."""
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return []
+        return [
+            (part.ep_name, node.name, node.op_type)
+            for part in self._session.get_provider_graph_assignment_info()
+            for node in part.get_nodes()
+        ]
+
     def assignment(self) -> dict[str, int]:
         """Number of graph nodes on each provider, as ONNX Runtime assigned them; empty where it cannot tell."""
-        if not hasattr(self._session, "get_provider_graph_assignment_info"):
-            return {}
-        counts: Counter[str] = Counter()
-        for part in self._session.get_provider_graph_assignment_info():
-            counts[part.ep_name] += len(part.get_nodes())
-        return dict(counts)
+        return dict(Counter(where for where, _, _ in self._assigned()))
 
     def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         """Inputs in the model's order -> outputs in the model's order. Raises FtkitError when the model cannot run."""

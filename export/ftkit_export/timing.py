@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit_export import nvidia
 from ftkit_export.errors import FtkitError
-from ftkit_export.latency import ROUNDS, Condition, Latency, Parts, Raced
+from ftkit_export.latency import Condition, Latency, Parts, race
 
 if TYPE_CHECKING:
     from ftkit_export.session import Session
@@ -28,6 +28,7 @@ RUNS, SECONDS = 200, 10.0
 QUICK_RUNS, QUICK_SECONDS = 50, 0.5
 BRIEF = (WARM_UP_RUNS, WARM_UP_S / 4)  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
 BINS = 40
+PART_ROUNDS = 60
 LARGEST = 1 << 30  # bytes of an input that is made up
 FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
 
@@ -150,8 +151,9 @@ def _timed(call: Callable[[], object], runs: int, seconds: float) -> Any:
     return np.array(times)
 
 
-def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object], int, dict[str, float]]:
-    """A call, its batch, and what it took to come to its first answer: import, session, first run."""
+def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object], int, str, dict[str, float]]:
+    """A call, its batch, where its operators run, and what it took to come to its first answer: import, session, first
+    run."""
     started = time.perf_counter()
     from ftkit_export.session import offered
 
@@ -163,13 +165,17 @@ def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object
     call, batch = runner(session, condition, fed), fed[0].shape[0] if fed and fed[0].ndim else 1
     before = time.perf_counter()
     call()
-    return call, batch, {"import_ms": (imported - started) * 1e3, "session_ms": (ready - imported) * 1e3,
-                  "first_run_ms": (time.perf_counter() - before) * 1e3}  # fmt: skip
+    start = {
+        "import_ms": (imported - started) * 1e3,
+        "session_ms": (ready - imported) * 1e3,
+        "first_run_ms": (time.perf_counter() - before) * 1e3,
+    }
+    return call, batch, session.placement, start
 
 
 def _measure_here(conditions: Sequence[Condition], image: str | None, quick: bool) -> dict[str, Any]:
     (condition,), before = conditions, nvidia.used_bytes()
-    call, batch, start = _begun(condition, image)
+    call, batch, placement, start = _begun(condition, image)
     import numpy as np
 
     from ftkit_export.session import PROVIDERS, cores
@@ -187,13 +193,14 @@ def _measure_here(conditions: Sequence[Condition], image: str | None, quick: boo
         p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99 if len(times) >= 1000 else None, **start,
         peak_rss_bytes=peak_rss_bytes(), size_bytes=Path(condition.model).stat().st_size,
         low_ms=low, high_ms=high, histogram=tuple(int(count) for count in histogram),
+        placement=placement,
         gpu_bytes=None if before is None or after is None or not provider.gpu else max(0, after - before),
     )  # fmt: skip
     return asdict(found)
 
 
 def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool) -> dict[str, Any]:
-    call, _, start = _begun(conditions[0], image)
+    call, _, _, start = _begun(conditions[0], image)
     if not steady:
         return {**start, "peak_rss_bytes": peak_rss_bytes()}
     import numpy as np
@@ -231,24 +238,11 @@ def _pairs_here(conditions: Sequence[Condition], image: str | None, rounds: int,
     return [[float(value) for value in row] for row in found]
 
 
-def _race_here(conditions: Sequence[Condition], image: str | None, rounds: int) -> list[dict[str, Any]]:
-    import numpy as np
-
-    calls = [_shared(condition, image) for condition in conditions]
-    pin(conditions)
-    gc.disable()
-    times = in_turn(calls, rounds, warm_up=BRIEF, seconds=math.inf)
-    ratios = np.sort(times / times[:, :1], axis=0)
-    spare = max(0, round(rounds / 2 - 0.98 * rounds**0.5))  # ranks of a 95 % interval of a median
-    found = [
-        Raced(
-            p50_ms=float(np.percentile(times[:, i], 50)), p95_ms=float(np.percentile(times[:, i], 95)),
-            ratio=float(np.median(ratios[:, i])), ratio_low=float(ratios[spare, i]),
-            ratio_high=float(ratios[rounds - 1 - spare, i]),
-        )
-        for i in range(len(calls))
-    ]  # fmt: skip
-    return [asdict(item) for item in found]
+def _race_here(conditions: Sequence[Condition], image: str) -> list[dict[str, Any]]:
+    """latency.race from a process of its own, as another machine is asked for it."""
+    first = conditions[0]
+    models = [condition.model for condition in conditions]
+    return [asdict(item) for item in race(models, image, provider=first.provider, threads=first.threads)]
 
 
 def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
@@ -265,7 +259,7 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
     calls += [runner(session, condition, feeds(session, image, 1))
               for session, condition in zip(sessions, conditions, strict=True)]  # fmt: skip
     gc.disable()
-    times = in_turn(calls, ROUNDS, warm_up=BRIEF, seconds=SECONDS)
+    times = in_turn(calls, PART_ROUNDS, warm_up=BRIEF, seconds=SECONDS)
     decoding, pillow, together, network = (float(value) for value in np.median(times, axis=0))
     found = Parts(decode_ms=decoding, pillow_ms=pillow, network_ms=network, together_ms=together,
                   preprocess_ms=float(np.median(times[:, 2] - times[:, 3])))  # fmt: skip

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ftkit
+from conftest import ftkit, rewrite
 
 from ftkit_export.archive import opened, pack
 from ftkit_export.errors import BundleError
@@ -85,8 +85,7 @@ def test_a_signature_holds_for_its_key_and_its_manifest_only(
     result = ftkit("verify", bundle, "--key", keys[0])
     assert (result.exit_code, "expected an Ed25519 public key in PEM" in result.stderr) == (2, True)
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    path = copy / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "name": "another"}))
+    rewrite(copy / "manifest.json", {"name": "another"})
     assert ftkit("verify", copy).exit_code == 0, "hashes alone do not protect the manifest"
     result = ftkit("verify", copy, "--key", keys[1])
     assert (result.exit_code, "expected a signature by pub.pem, found another" in result.stderr) == (2, True)

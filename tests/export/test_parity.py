@@ -1,19 +1,24 @@
 """Parity tells an equal file from one that is not, and names the layer."""
 
 import copy
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from ftkit.backbones import build
+from ftkit_export import graph
 from ftkit_export.convert import Core, export_core, write
+from ftkit_export.golden import write_golden
 from ftkit_export.graph import image_form
-from ftkit_export.parity import Parity, Reference, compare
+from ftkit_export.parity import Emulated, Parity, Reference, _tf32, agreement, compare
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import Session
 
@@ -137,3 +142,103 @@ def test_nan_never_passes(trained: tuple[torch.nn.Module, Core], tmp_path: Path)
     parity = _compare(model, core, tmp_path, spoil)
     assert not parity.passed
     assert np.isnan(parity.worst.value)
+
+
+def _both(monkeypatch: pytest.MonkeyPatch, change: Callable[[Preprocess], Preprocess]) -> None:
+    """Every graph that makes pixels makes them wrong alike: the file's, and the one that its pixels are read from."""
+    real = graph.preprocess_nodes
+
+    def nodes(preprocess: Preprocess, *rest: Any, **more: Any) -> Any:
+        return real(change(preprocess), *rest, **more)
+
+    monkeypatch.setattr(graph, "preprocess_nodes", nodes)
+
+
+WRONG_ALIKE: dict[str, Callable[[Preprocess], Preprocess]] = {
+    "mean + 1 %": lambda p: replace(p, mean=tuple(value * 1.01 for value in p.mean)),
+    "mean + 0.3 grey levels": lambda p: replace(p, mean=tuple(value + 0.3 for value in p.mean)),
+    "mean + 1 grey level": lambda p: replace(p, mean=tuple(value + 1.0 for value in p.mean)),
+    "mean + 10 grey levels": lambda p: replace(p, mean=tuple(value + 10.0 for value in p.mean)),
+    "std x 1.5": lambda p: replace(p, std=tuple(value * 1.5 for value in p.std)),
+    "std x 1.002": lambda p: replace(p, std=tuple(value * 1.002 for value in p.std)),
+    "another fit": lambda p: replace(p, fit="squash"),
+}
+
+
+@pytest.mark.parametrize("change", WRONG_ALIKE.values(), ids=WRONG_ALIKE.keys())
+def test_a_fault_in_every_graph_that_makes_pixels_is_seen(
+    trained: tuple[torch.nn.Module, Core], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Preprocess], Preprocess],
+) -> None:  # fmt: skip
+    """Such a fault cancels where the reference is fed with the graph's own pixels."""
+    _both(monkeypatch, change)
+    failed = _failed(_compare(*trained, tmp_path))
+    pixel_checks = {"share of pixels off", "mean of a channel, grey levels", "pixels between grey levels"}
+    assert failed & pixel_checks
+    assert not {name for name in failed if name.startswith("core")}
+
+
+def test_a_provider_that_resizes_wrong_in_every_session_is_seen(
+    trained: tuple[torch.nn.Module, Core], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = graph._resized
+
+    def nearest(made: Any, image: str, sizes: str) -> str:
+        name = real(made, image, sizes)
+        del made.nodes[-1].attribute[:]
+        made.nodes[-1].attribute.extend([
+            helper.make_attribute("mode", "nearest"), helper.make_attribute("axes", [1, 2]),
+        ])  # fmt: skip
+        return name
+
+    monkeypatch.setattr(graph, "_resized", nearest)
+    assert "share of pixels off" in _failed(_compare(*trained, tmp_path))
+
+
+@pytest.mark.parametrize("wrong", ["mean + 10 grey levels", "std x 1.5"])
+def test_the_golden_tolerance_does_not_widen_for_a_wrong_graph(
+    trained: tuple[torch.nn.Module, Core], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """It was measured between two resizers, one of them the graph's own: up to 900 times too wide."""
+
+    def tolerances(folder: Path) -> list[float]:
+        folder.mkdir()
+        write_golden(folder, Reference(trained[0]), PHOTOGRAPHS, PREPROCESS, TEMPERATURE, {})
+        entries = json.loads((folder / "golden" / "golden.json").read_text())["images"]
+        return [entry["tolerance"]["fp32"]["cpu"]["probabilities"] for entry in entries]
+
+    good = tolerances(tmp_path / "good")
+    with np.load(tmp_path / "good" / "golden" / "expected.npz") as stored:
+        expected = stored["probabilities"]
+    _both(monkeypatch, WRONG_ALIKE[wrong])
+    assert max(tolerances(tmp_path / "wrong")) < 20 * max(good)
+    with np.load(tmp_path / "wrong" / "golden" / "expected.npz") as stored:
+        np.testing.assert_array_equal(stored["probabilities"], expected)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+@pytest.mark.parametrize("towards_zero", [False, True], ids=["nearest", "towards zero"])
+def test_a_gpu_that_rounds_either_way_passes_and_a_scaled_layer_does_not(
+    trained: tuple[torch.nn.Module, Core], precision: str, towards_zero: bool
+) -> None:
+    """Without a GPU: what a tensor core computes is emulated. A fixed limit failed for truncation."""
+    model, pixels = trained[0].eval(), PREPROCESS.pixels(np.stack([PREPROCESS.canvas(item) for item in PHOTOGRAPHS]))
+    reference = Reference(model)
+    expected, limit = reference.logits(pixels, torch.float32), reference.rounding(pixels, precision)
+    with Emulated(precision, towards_zero=towards_zero), torch.inference_mode():
+        found = model(torch.from_numpy(pixels)).numpy()
+    assert np.abs(found - expected).max() > 0
+    assert all(check.passed for check in agreement(expected, found, limit, precision, "photographs"))
+
+    spoiled = copy.deepcopy(model)
+    with torch.no_grad():
+        spoiled.get_submodule("blocks.3.1.conv_dw").weight.mul_(1.5)
+        found = spoiled(torch.from_numpy(pixels)).numpy()
+    assert not all(check.passed for check in agreement(expected, found, limit, precision, "photographs"))
+
+
+def test_tf32_keeps_ten_bits_of_the_mantissa() -> None:
+    value = torch.tensor([1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11 - 2**-20])
+    nearest = _tf32(value, towards_zero=False).tolist()
+    assert nearest == [1 + 2**-10, 1.0, 1 + 2 * 2**-10, -1 - 2**-10], "halves go to the even one"
+    assert _tf32(value, towards_zero=True).tolist() == [1 + 2**-10, 1.0, 1 + 2**-10, -1.0]

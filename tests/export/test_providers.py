@@ -58,7 +58,7 @@ def test_a_bundle_verifies_on_its_core_forms_where_a_provider_runs_those(bundle:
         assert found.passed
         assert all(check.name.endswith("logits") for check in found.checks)
     exact, rounded = verify(bundle, "core").checks[0], verify(bundle, "rounded").checks[0]
-    assert rounded.value == pytest.approx(exact.value / 50)
+    assert rounded.value < exact.value / 5, "TF32 rounds off much more than CUDA's float32 is allowed"
 
 
 def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(run: Path, bundle: Path) -> None:
@@ -76,8 +76,9 @@ def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(run
     }
     assert all(parity.passed for parity in found.values())
     names = {name: {check.name for check in parity.checks} for name, parity in found.items()}
-    assert names["core"] == {"core logits", "core top-1 disagreements", "core nodes on another provider"}
-    assert "tf32 1 - cosine of logits" in names["rounded"]
+    assert names["core"] == {"core logits", "core top-1 disagreements"}
+    assert "tf32 logits" in names["rounded"]
+    assert all(parity.placement == "every operator on CPUExecutionProvider" for parity in found.values())
     assert not any("pixels" in name or "probabilities" in name for each in names.values() for name in each)
 
 

@@ -5,13 +5,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
+from ftkit.backbones import build
 from ftkit.distributed import joined
 from ftkit_export import session
+from ftkit_export.convert import export_core
 from ftkit_export.errors import FtkitError, ProviderError
 from ftkit_export.graph import pixel_model
+from ftkit_export.onnxfile import shape_nodes
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import Session, offered, parse_providers
 
@@ -82,3 +86,56 @@ def test_a_containers_quota_bounds_the_threads(
     finally:
         torch.set_num_threads(threads)
     assert Session(MODEL).threads == expected
+
+
+def _away(model: bytes, kinds: set[str]) -> list[tuple[str, str, str]]:
+    """What ONNX Runtime would tell of a session on CUDA that left these operators to the CPU."""
+    return [
+        ("CPUExecutionProvider" if node.op_type in kinds else "CUDAExecutionProvider", node.name, node.op_type)
+        for node in onnx.load_from_string(model).graph.node
+    ]
+
+
+@pytest.fixture(scope="module")
+def transformer() -> bytes:
+    """The core form of a vision transformer: its dynamic batch makes arithmetic on shapes."""
+    backbone = build("vit_tiny_patch16_224", 3, "none")
+    model = export_core(backbone.model, 224).model
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"node {number}"
+    return model.SerializeToString()
+
+
+def _placed(monkeypatch: pytest.MonkeyPatch, model: bytes, provider: str, kinds: set[str]) -> str:
+    opened = Session(model)
+    opened.provider = provider
+    monkeypatch.setattr(opened, "_assigned", lambda: _away(model, kinds))
+    return opened._placed(model)
+
+
+def test_arithmetic_on_shapes_may_run_on_the_cpu_and_nothing_else(
+    transformer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _placed(monkeypatch, transformer, "cuda", {"Shape"}) == "every operator on CUDAExecutionProvider"
+    with pytest.raises(ProviderError, match=r"1 of \d+ operators elsewhere: Conv on CPUExecutionProvider"):
+        _placed(monkeypatch, transformer, "cuda", {"Shape", "Conv"})
+    with pytest.raises(ProviderError, match="LayerNormalization on CPU"):
+        _placed(monkeypatch, transformer, "cuda", {"LayerNormalization"})
+    shapes = shape_nodes(transformer)
+    kinds = {node.name: node.op_type for node in onnx.load_from_string(transformer).graph.node}
+    assert {"Shape", "Concat"} <= {kinds[name] for name in shapes}
+    assert not {"Conv", "MatMul", "Gemm", "Add", "Softmax", "Expand"} & {kinds[name] for name in shapes}
+
+
+def test_what_another_provider_takes_over_by_design_is_said(
+    transformer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _placed(monkeypatch, transformer, "openvino", {"Softmax"})
+    assert "12 on CPUExecutionProvider" in found
+
+
+def test_a_runtime_that_cannot_tell_is_unknown_and_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Session(MODEL)
+    opened.provider = "cuda"
+    monkeypatch.setattr(opened, "_assigned", list)
+    assert opened._placed(MODEL).startswith("unknown")

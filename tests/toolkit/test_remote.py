@@ -15,9 +15,11 @@ import pytest
 from conftest import ftkit, settings
 
 from ftkit.remote import Device
+from ftkit_export.bundle import write_manifest
 from ftkit_export.errors import FtkitError
 from ftkit_export.latency import machine
 from ftkit_export.targets import here
+from ftkit_export.verify import check_files, read_manifest
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 needs_sshd = pytest.mark.skipif(not (SSHD and shutil.which("ssh")), reason="needs an OpenSSH server and client")
@@ -68,6 +70,26 @@ def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
     assert found["fingerprint"] and found["rows"][0]["p50_ms"] > 0
     assert list(tmp_path.iterdir()) == [out], "nothing is left there"
     assert ftkit("verify", bundle).exit_code == 0, "the copy was measured, not the sealed bundle"
+
+
+@needs_sshd
+def test_a_strangers_bundle_runs_none_of_its_code_on_the_device(device: str, bundle: Path, tmp_path: Path) -> None:
+    """Its runner is replaced, and the bundle sealed again: all hashes fit."""
+    evil, witness = tmp_path / "evil", tmp_path / "executed"
+    shutil.copytree(bundle, evil)
+    for path in (evil / "device").rglob("*.py"):
+        path.write_text(f"open({str(witness)!r}, 'w')\n")
+    (evil / "manifest.sig").unlink()
+    write_manifest(evil, json.loads((evil / "manifest.json").read_text()))
+    check_files(evil, read_manifest(evil)["files"])
+    result = ftkit("bench", evil, "--ssh", device, "--quick", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    assert not witness.exists()
+
+    model = evil / "variants" / "fp32-core.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    result = ftkit("bench", evil, "--ssh", device, "--quick", "--threads", "1")
+    assert (result.exit_code, "expected sha256" in result.stderr) == (2, True), "hashes before anything is sent"
 
 
 @needs_sshd

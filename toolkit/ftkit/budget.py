@@ -168,8 +168,10 @@ def as_tables(found: Mapping[str, Any]) -> str:
              f"{item['ratio_high']:.2f}]" for name, item in found["raced"].items() if name != "fp32"]  # fmt: skip
     quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
     held = {f"{row['variant']} on {row['provider']}": row["gpu_bytes"] for row in found["rows"] if row.get("gpu_bytes")}
+    placed = [f"{row['variant']} on {row['provider']}: {row['placement']}" for row in found["rows"]
+              if row["provider"] != "cpu" and row.get("placement")]  # fmt: skip
     memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
-    return "\n".join(["\n\n".join(tables), *memory, *raced, *quick])
+    return "\n".join(["\n\n".join(tables), *dict.fromkeys(placed), *memory, *raced, *quick])
 
 
 def _ms(value: float) -> str:

@@ -73,6 +73,10 @@ class Canvases:
         """Row numbers of a split, (n,) int64."""
         return np.array([i for i, image in enumerate(self.images.images) if image.split == split], np.int64)
 
+    def groups(self, rows: Array) -> list[str]:
+        """The group of each row; "" for an image without one."""
+        return [self.images.images[row].group for row in rows]
+
     @property
     def labels(self) -> Array:
         """(N,) int64, one a row."""

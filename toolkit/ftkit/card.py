@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftkit.terminal import condition
+from ftkit_export.intervals import ground
 
 
 def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
@@ -25,8 +26,9 @@ The licence of the images and of the pretrained weights binds the model too; ftk
 
 ## Measured on {accuracy["images"]} held-out images, by the file itself
 
-Accuracy {accuracy["accuracy"]:.3f} [{accuracy["accuracy_low"]:.3f}, {accuracy["accuracy_high"]:.3f}] (95 %), macro F1
-{accuracy["macro_f1"]:.3f}, calibration error (ECE) {accuracy["ece"]:.3f}.
+Accuracy {accuracy["accuracy"]:.3f} [{accuracy["accuracy_low"]:.3f}, {accuracy["accuracy_high"]:.3f}] (95 %;
+{ground(accuracy["images"], accuracy["clusters"])}), macro F1 {accuracy["macro_f1"]:.3f},
+calibration error (ECE) {accuracy["ece"]:.3f}.
 
 | class | images | recall | precision |
 |---|---|---|---|
@@ -76,7 +78,9 @@ def _latency(measured: Sequence[Mapping[str, Any]]) -> str:
 def _doubtful(held: Mapping[str, Any]) -> str:
     if held["threshold"] is None:
         return "Every answer is marked doubtful: the wanted precision was not reached on val"
-    return f"Answers below a probability of {held['threshold']:.2f} are marked doubtful"
+    shown = "shown with 95 % confidence" if held["proven"] else "observed, not proven"
+    return (f"Answers below a probability of {held['threshold']:.2f} are marked doubtful: on val at least "
+            f"{held['wanted']:.0%} of the others were right ({shown})")  # fmt: skip
 
 
 def _share(value: float | None) -> str:

@@ -30,10 +30,11 @@ from ftkit.files import write_atomically
 from ftkit.page import table
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit_export.errors import FtkitError
+from ftkit_export.intervals import ground
 from ftkit_export.preprocess import Preprocess
 
 RUN, METRICS, WEIGHTS = "run.json", "metrics.jsonl", "model.safetensors"
-SCHEMA = 3  # of run.json
+SCHEMA = 4  # of run.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,8 @@ class Run:
                 for s in self.data["stages"]]  # fmt: skip
         return (f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} classes, test "
                 f"accuracy {test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}] on "
-                f"{test['images']} images</p>{table(('stage', 'verdict', 'epochs', 'rate', 'val accuracy'), rows)}"
-                )  # fmt: skip
+                f"{ground(test['images'], test['clusters'])}</p>"
+                f"{table(('stage', 'verdict', 'epochs', 'rate', 'val accuracy'), rows)}")  # fmt: skip
 
     def backbone(self) -> Backbone:
         """The trained model, in eval mode on the CPU."""

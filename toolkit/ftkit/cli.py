@@ -191,6 +191,8 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
             result = api.verify(folder, provider=provider)
             code = code if result.passed else 1
             click.echo(f"{provider}: {result.files} files unchanged")
+            for placement in result.placement:
+                click.echo(f"{provider}: {placement}")
             for check in result.checks:
                 verdict = "ok" if check.passed else "FAILED"
                 click.echo(f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
@@ -231,6 +233,8 @@ def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool
     with unpacked(bundle) as folder:
         classify = api.load(folder, provider=provider)
         explainer = Explainer(folder) if explain else None
+    if provider != "cpu":
+        click.echo(f"{provider}: {classify.session.placement}", err=True)
     for path in files:
         try:
             answer = classify(path)

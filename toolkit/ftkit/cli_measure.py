@@ -36,23 +36,33 @@ JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metava
 @click.option("--against", "old", type=click.Path(path_type=Path), metavar="BUNDLE", help="An older release.")
 @click.option("--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a share.")
 @click.option("--provider", default="cpu", show_default=True)
+@click.option("--group-by", default="", metavar="REGEX", help="Images that belong together: by their paths.")
 @JSON
-def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provider: str, as_json: Path | None) -> None:
-    """Accuracy of BUNDLE's file on labelled images: DATA's test split, or all of DATA.
+def evaluate(
+    bundle: Path, data: Path, old: Path | None, max_drop: float, provider: str, group_by: str, as_json: Path | None
+) -> None:
+    """Accuracy of BUNDLE's file on labelled images: DATA's test split, or all of DATA, without what it was trained on.
 
     With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images cannot tell.
     """
     from ftkit import terminal
     from ftkit.intake import labelled
-    from ftkit.release import against, answers, as_text, require
+    from ftkit.release import against, answers, as_text, require, unseen
     from ftkit_export.archive import unpacked
 
     if not 0 < max_drop < 1:
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
-    echo, images = _echo(as_json), labelled(data)
+    echo, images = _echo(as_json), labelled(data, group_by)
+    left_out: dict[str, int | None] = {}
     for each in (bundle, old) if old else (bundle,):
         with unpacked(each) as path:
             require(path, images)
+            images, seen = unseen(path, images)
+        left_out[str(each)] = seen
+        if seen is None:
+            click.echo(f"{each.name} does not tell what it was trained on: these images may be among it", err=True)
+        elif seen:
+            echo(f"left out: {seen} images that {each.name} was trained on")
     with unpacked(bundle) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
         new = answers(path, images, provider=provider, step=step)
     for line in new.unreadable:
@@ -63,7 +73,7 @@ def evaluate(bundle: Path, data: Path, old: Path | None, max_drop: float, provid
             before = answers(path, images, provider=provider, step=step)
         change = against(new, before, max_drop=max_drop)
     echo(as_text(new, before, change))
-    told: dict[str, Any] = {"bundle": str(bundle), "metrics": dataclasses.asdict(new.metrics)}
+    told: dict[str, Any] = {"bundle": str(bundle), "metrics": dataclasses.asdict(new.metrics), "left_out": left_out}
     if before and change:
         told["against"] = {"bundle": str(old), "metrics": dataclasses.asdict(before.metrics),
                            **dataclasses.asdict(change)}  # fmt: skip

@@ -18,6 +18,7 @@ from pathlib import Path
 from ftkit import terminal
 from ftkit.intake import read
 from ftkit_export.errors import FtkitError
+from ftkit_export.intervals import ground
 
 GROUP = 60  # consecutive cells: one module, roughly
 NOTICE = (
@@ -98,7 +99,9 @@ def _summary(bundle: Path) -> str:
     accuracy = evidence["accuracy"]["file"]
     rows = [("what", "measured")]
     interval = f"[{accuracy['accuracy_low']:.3f}, {accuracy['accuracy_high']:.3f}]"
-    rows.append(("accuracy", f"{accuracy['accuracy']:.3f} {interval} on {accuracy['images']} held-out photographs"))
+    rows.append(
+        ("accuracy", f"{accuracy['accuracy']:.3f} {interval} on {ground(accuracy['images'], accuracy['clusters'])}")
+    )
     for item in evidence["parity"]:
         logits = max((c for c in item["checks"] if c["floor"] is not None), key=lambda c: c["value"] / c["limit"])
         rows.append(("parity", f"{'passed' if item['passed'] else 'FAILED'} on {item['provider']}: logits within "

@@ -1,8 +1,8 @@
 """How good, honestly: accuracy with its interval, per class, confusion, calibration before and after temperature.
 
 metrics = evaluate(probabilities, labels, classes)
-temperature = fit_temperature(logits, labels)
-threshold = abstain_threshold(probabilities, labels, precision=0.95)
+temperature = fit_temperature(logits, labels, groups)
+threshold, proven = abstain_threshold(probabilities, labels, 0.95, groups)
 similarity = cka(embedding, embedding_before)
 """
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from sklearn.metrics import (
     confusion_matrix,
     precision_recall_curve,
@@ -21,17 +23,27 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )  # fmt: skip
 
+from ftkit_export.intervals import LEAST_EFFECT, Design, clopper_pearson, design, share_interval
+
 Array = np.ndarray[Any, Any]
 
-Z95 = 1.959964
+COLDEST, HOTTEST = 0.05, 20.0  # temperatures
+# Standard deviation of log T around 0 before any image is seen: networks fine-tuned with a cross-entropy mostly need
+# temperatures of 0.6 to 1.6. A perfect val split of any size asks for 0; a few dozen images are no evidence for it.
+PRIOR_SPREAD = 0.25
+CALIBRATION_FOLDS = 5
+LEVEL = 0.05  # chance that the precision claimed at the abstain threshold is not reached
+STARTS = (0.25, 0.5, 0.75, 1.0)  # shares of images answered at which the search for the threshold begins
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
     """Of one split. Shares in 0..1; confusion[i][j] counts class i called j.
 
-    recall and precision are per class: None where the class has no images, or was never the answer. balanced_accuracy
-    and macro_f1 are means over the classes that have images. top5: None below six classes.
+    accuracy_low, accuracy_high: 95 % interval; clusters: groups of images that it rests on, None where images have no
+    groups and count as independent. recall and precision are per class: None where the class has no images, or was
+    never the answer. balanced_accuracy and macro_f1 are means over the classes that have images. top5: None below six
+    classes.
     """
 
     images: int
@@ -47,19 +59,22 @@ class Metrics:
     recall: tuple[float | None, ...]
     precision: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
+    clusters: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Abstention:
     """Answers below the threshold are withheld. precision: share right of the rest; coverage: share of images answered.
 
-    threshold None: the precision wanted was not reached on val at any threshold.
+    threshold None: the precision wanted was not reached on val at any threshold. proven: val shows with 95 % confidence
+    that it is reached; else it was only observed there.
     """
 
     wanted: float
     threshold: float | None
     precision: float | None
     coverage: float
+    proven: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +85,6 @@ class Mistake:
     label: int
     said: int
     probability: float
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): (low, high)."""
-    if count == 0:
-        return 0.0, 1.0
-    share, z2 = right / count, Z95**2 / count
-    centre = (share + z2 / 2) / (1 + z2)
-    half = Z95 * math.sqrt(share * (1 - share) / count + z2 / count / 4) / (1 + z2)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def reliability(probabilities: Array, labels: Array, bins: int = 15) -> tuple[tuple[int, float, float], ...]:
@@ -99,13 +104,15 @@ def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
     return sum(images * abs(right - top) for images, top, right in found) / len(labels)
 
 
-def evaluate(probabilities: Array, labels: Array, classes: Sequence[str]) -> Metrics:
-    """probabilities (N, classes), labels (N,) int -> Metrics."""
+def evaluate(
+    probabilities: Array, labels: Array, classes: Sequence[str], groups: Sequence[str] | None = None
+) -> Metrics:
+    """probabilities (N, classes), labels (N,) int, groups N names ("" for an image on its own) -> Metrics."""
     found, every = probabilities.argmax(1), np.arange(len(classes))
     confusion = confusion_matrix(labels, found, labels=every)
     precision, recall, f1, support = precision_recall_fscore_support(labels, found, labels=every, zero_division=0.0)
     there, right = support > 0, int(confusion.trace())
-    low, high = wilson(right, len(labels))
+    low, high, clusters = share_interval(found == labels, groups)
     chosen = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), 1e-12)
     return Metrics(
         images=len(labels), accuracy=right / len(labels), accuracy_low=low, accuracy_high=high,
@@ -113,7 +120,7 @@ def evaluate(probabilities: Array, labels: Array, classes: Sequence[str]) -> Met
         top5=float(top_k_accuracy_score(labels, probabilities, k=5, labels=every)) if len(classes) > 5 else None,
         nll=float(-np.log(chosen).mean()), ece=ece(probabilities, labels), classes=tuple(classes),
         recall=_where(recall, there), precision=_where(precision, confusion.sum(0) > 0),
-        confusion=tuple(tuple(map(int, row)) for row in confusion),
+        confusion=tuple(tuple(map(int, row)) for row in confusion), clusters=clusters,
     )  # fmt: skip
 
 
@@ -121,22 +128,57 @@ def _where(values: Array, known: Array) -> tuple[float | None, ...]:
     return tuple(float(value) if sure else None for value, sure in zip(values, known, strict=True))
 
 
-def abstain_threshold(probabilities: Array, labels: Array, precision: float) -> float | None:
-    """The lowest top probability above which at least `precision` of the answers are right; None when there is none."""
-    top, right = probabilities.max(1), probabilities.argmax(1) == labels
+def abstain_threshold(
+    probabilities: Array, labels: Array, precision: float, groups: Sequence[str] | None = None
+) -> tuple[float | None, bool]:
+    """(threshold, proven): the lowest top probability above which the answers are right often enough.
+
+    proven: at least `precision` of them are, with 95 % confidence. The search looks at many thresholds, so it goes from
+    few answers to many and stops at the first that fails, from several starts that share the chance of an error (fixed
+    sequence testing; Angelopoulos et al. 2021, Learn then Test). Where nothing is proven, the lowest threshold at which
+    `precision` was observed, and False; (None, False) where it was not.
+    """
+    top = probabilities.max(1)
+    right = probabilities.argmax(1) == labels
     if not right.any():
-        return None
+        return None, False
+
+    order = np.argsort(-top, kind="stable")
+    last_of_ties = np.append(np.flatnonzero(np.diff(top[order])), len(top) - 1)
+    proven = None
+    for start in STARTS:
+        for last in last_of_ties[last_of_ties >= math.ceil(start * len(top)) - 1]:
+            answered = order[: last + 1]
+            named = [groups[row] for row in answered] if groups is not None else None
+            if _precision_bound(right[answered], named, 1 - LEVEL / len(STARTS)) < precision:
+                break
+            proven = float(top[order[last]]) if proven is None else min(proven, float(top[order[last]]))
+    if proven is not None:
+        return proven, True
+
     found, _, thresholds = precision_recall_curve(right, top)
     good = np.flatnonzero(found[:-1] >= precision)
-    return float(thresholds[good[0]]) if len(good) else None
+    return (float(thresholds[good[0]]) if len(good) else None), False
 
 
-def abstention(probabilities: Array, labels: Array, wanted: float, threshold: float | None) -> Abstention:
+def _precision_bound(right: Array, groups: Sequence[str] | None, level: float) -> float:
+    """Lower bound of the share right, at the effective number of images."""
+    share = float(right.mean())
+    found = design(right, groups, share * (1 - share) / len(right), 1.0)
+    if found.df <= 0:
+        return 0.0
+    normal = Design(images=0).quantile(level)
+    return clopper_pearson(share, len(right) / found.effect * (normal / found.quantile(level)) ** 2, level)[0]
+
+
+def abstention(
+    probabilities: Array, labels: Array, wanted: float, threshold: float | None, proven: bool = False
+) -> Abstention:
     """What a threshold chosen elsewhere comes to on these images."""
     top, right = probabilities.max(1), probabilities.argmax(1) == labels
     answered = top >= threshold if threshold is not None else np.zeros(len(top), bool)
     return Abstention(
-        wanted=wanted, threshold=threshold, coverage=float(answered.mean()),
+        wanted=wanted, threshold=threshold, coverage=float(answered.mean()), proven=proven,
         precision=float(right[answered].mean()) if answered.any() else None,
     )  # fmt: skip
 
@@ -161,20 +203,39 @@ def cka(one: Array, other: Array) -> float:
     return float(cross / max(float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)), 1e-300))
 
 
-def fit_temperature(logits: Array, labels: Array) -> float:
-    """The T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), within 0.05 .. 20."""
-    import torch  # here: `ftkit eval` needs the rest of this file on machines without it
-    import torch.nn.functional as F
+def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None = None) -> float:
+    """The T of softmax(logits / T) (Guo et al. 2017), or 1 where the images do not show that another one is better.
 
-    values, targets = torch.from_numpy(logits).double(), torch.from_numpy(labels)
-    log_t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([log_t], max_iter=100, line_search_fn="strong_wolfe")
+    T minimises the NLL and a prior towards 1; it is kept where it lowers the NLL of images that it was not fitted on
+    (folds; a group stays in one) by more than one standard error, so that it does no harm where images are few.
+    """
+    if len(labels) == 0:
+        return 1.0
+    names = [name or f"\0{number}" for number, name in enumerate(groups or [""] * len(labels))]
+    _, clusters = np.unique(names, return_inverse=True)
+    folds = np.random.default_rng(0).permutation(clusters.max() + 1)[clusters] % CALIBRATION_FOLDS
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(values / log_t.exp(), targets)
-        loss.backward()
-        return loss
+    before = _nll(logits, labels, 1.0)
+    gain = np.zeros(len(labels))
+    for fold in np.unique(folds):
+        held = folds == fold
+        if held.all():
+            return 1.0
+        gain[held] = before[held] - _nll(logits[held], labels[held], _temperature(logits[~held], labels[~held]))
+    spread = design(gain, groups, float(gain.var()) / len(gain), LEAST_EFFECT)
+    error = math.sqrt(float(gain.var()) / len(gain) * spread.effect)
+    return _temperature(logits, labels) if gain.mean() > error else 1.0
 
-    optimizer.step(closure)
-    return float(log_t.detach().exp().clamp(0.05, 20))
+
+def _temperature(logits: Array, labels: Array) -> float:
+    def loss(log_t: float) -> float:
+        return float(_nll(logits, labels, math.exp(log_t)).sum()) + (log_t / PRIOR_SPREAD) ** 2 / 2
+
+    bounds = math.log(COLDEST), math.log(HOTTEST)
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
+
+
+def _nll(logits: Array, labels: Array, temperature: float) -> Array:
+    """(N,) of each image."""
+    found: Array = -log_softmax(logits.astype(np.float64) / temperature, axis=1)[np.arange(len(labels)), labels]
+    return found

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -90,15 +91,26 @@ def read(data: str | Path, seed: int = 0, group_by: str = "") -> Images:
 Row = tuple[Path, str, str, str]  # path, label, split or "", group or ""
 
 
-def labelled(data: str | Path) -> list[tuple[Path, str]]:
-    """Images with the names of their classes, to be judged and not trained on: the test split where one is given, else
-    all of them. Raises FtkitError as read, but asks for no more than one image."""
+class Labelled(NamedTuple):
+    """An image to be judged, with the name of its class, and of its group ("" for none)."""
+
+    path: Path
+    label: str
+    group: str
+
+
+def labelled(data: str | Path, group_by: str = "") -> list[Labelled]:
+    """Images to be judged and not trained on: the test split where one is given, else all of them.
+
+    group_by: as read's. Raises FtkitError as read, but asks for no more than one image.
+    """
     root = Path(data)
-    rows = _rows(root)
+    rows = _grouped(root, _rows(root), group_by) if group_by else _rows(root)
     chosen = [row for row in rows if row[2] == "test"] or [row for row in rows if not row[2]]
     if not chosen:
         raise FtkitError(f"{root}: expected a test split, found train and val only. Try a folder of held-out images")
-    return sorted(((path, label) for path, label, _, _ in chosen), key=lambda row: natural(row[0].as_posix()))
+    images = [Labelled(path, label, group) for path, label, _, group in chosen]
+    return sorted(images, key=lambda image: natural(image.path.as_posix()))
 
 
 def _rows(root: Path) -> list[Row]:

@@ -43,8 +43,9 @@ FOREIGN_EACH = 10  # of each class at least: its mean must stand on more than on
 class Verdict:
     """temperature and abstention's threshold come from val; metrics by split, calibrated; uncalibrated: as at
     temperature 1, by split: {"nll": .., "ece": ..}; reliability: of test, {"before": .., "after": ..} the temperature,
-    as evaluate.reliability; abstention and mistakes: on test; foreign: out-of-domain statistics
-    as the exported file will carry them; foreign_kept: share of test images they let pass."""
+    as evaluate.reliability; abstention and mistakes: on test; foreign: out-of-domain statistics as the exported file
+    will carry them; foreign_kept: share of test images they let pass; answers: of test, the class number of each image.
+    """
 
     temperature: float
     metrics: dict[str, Metrics]
@@ -54,6 +55,7 @@ class Verdict:
     mistakes: tuple[Mistake, ...]
     foreign: str
     foreign_kept: float
+    answers: tuple[int, ...]
 
 
 class WithEmbedding(nn.Module):
@@ -93,24 +95,26 @@ def judge(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precis
     labels = {split: canvases.labels[rows[split]] for split in rows}
     found = {split: answers(rows[split], f"evaluating {split}") for split in rows}
     logits = {split: found[split][0] for split in rows}
+    groups = {split: canvases.groups(rows[split]) for split in rows}
     foreign = _foreign(answers, canvases, found["val"][1])
-    temperature = fit_temperature(logits["val"], labels["val"])
+    temperature = fit_temperature(logits["val"], labels["val"], groups["val"])
     probabilities = {split: softmax(logits[split] / temperature) for split in rows}
-    threshold = abstain_threshold(probabilities["val"], labels["val"], precision)
+    threshold, proven = abstain_threshold(probabilities["val"], labels["val"], precision, groups["val"])
     classes = canvases.images.classes
     plain = {split: evaluate(softmax(logits[split]), labels[split], classes) for split in rows}
     return Verdict(
         temperature=temperature,
-        metrics={split: evaluate(probabilities[split], labels[split], classes) for split in rows},
+        metrics={split: evaluate(probabilities[split], labels[split], classes, groups[split]) for split in rows},
         uncalibrated={split: {"nll": item.nll, "ece": item.ece} for split, item in plain.items()},
         reliability={
             "before": reliability(softmax(logits["test"]), labels["test"]),
             "after": reliability(probabilities["test"], labels["test"]),
         },
-        abstention=abstention(probabilities["test"], labels["test"], precision, threshold),
+        abstention=abstention(probabilities["test"], labels["test"], precision, threshold, proven),
         mistakes=worst_mistakes(probabilities["test"], labels["test"], rows["test"]),
         foreign=foreign.to_text(),
         foreign_kept=float((foreign.score(found["test"][1]) <= foreign.threshold).mean()),
+        answers=tuple(map(int, logits["test"].argmax(1))),
     )
 
 

@@ -30,6 +30,7 @@ from ftkit.intake import read
 from ftkit.memory import keep_freed_memory
 from ftkit.page import table
 from ftkit.recipe import Export
+from ftkit.release import TRAINED_ON
 from ftkit.remote import Device
 from ftkit.report import Picture, pictures, write_report
 from ftkit_export import archive, handoff, plain_c
@@ -189,8 +190,8 @@ def _build(
     files = [canvases.images.images[row].path for row in rows]
     reference, photographs = Reference(model), _decoded(files)
     context = variants.Context(
-        canvases=canvases, preprocess=run.preprocess, temperature=run.temperature, limits=limits, photograph=files[0],
-        target_name=variants.resolve_target(limits.target, providers), measured=extras.measured,
+        reference=reference, canvases=canvases, preprocess=run.preprocess, temperature=run.temperature, limits=limits,
+        photograph=files[0], target_name=variants.resolve_target(limits.target, providers), measured=extras.measured,
         device=extras.device, metadata={**metadata(run), "input_format": limits.input_format},
     )  # fmt: skip
     made = variants.make(core.model, context)
@@ -198,6 +199,7 @@ def _build(
     paths = _write_variants(folder, made, context)
     if explained := with_features(core.model):
         context.write(explained, folder / EXPLAIN, "fp32", (), plain=True)
+    shutil.copyfile(run.folder / TRAINED_ON, folder / TRAINED_ON)
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in run.classes), encoding="utf-8")
 
     parity = []
@@ -221,12 +223,10 @@ def _build(
     bundles.add_runners(folder)
     _add_extras(folder, core.model, context, run.classes, extras)
 
-    file_metrics, against = evidence.file_accuracy(folder, chosen.name, core.model, context, run.classes)
+    file_metrics, against = evidence.file_accuracy(folder, run, context, run.classes)
     terminal.say(f"accuracy of the file on {file_metrics.images} held-out photographs: {file_metrics.accuracy:.4f} "
                  f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
-    gates = evidence.judge(
-        limits, run, parity, chosen, file_metrics, against, evidence.out_of_order(folder, run.classes)
-    )
+    gates = evidence.judge(limits, run, parity, chosen, against, evidence.out_of_order(folder, run.classes))
     manifest = {
         **evidence.manifest(run, parity, file_metrics, against, latency, context, made, chosen),
         "variants": {
@@ -305,6 +305,7 @@ def _add_extras(
             handoff.write_handoff(
                 folder / "handoff", plain_c.static(core), context.pixels(variants.calibration_rows(context)[:32]),
                 context.pixels(rows), variants.answers(core, context, rows), context.canvases.labels[rows],
+                context.canvases.groups(rows),
             )  # fmt: skip
 
 

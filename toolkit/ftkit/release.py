@@ -1,6 +1,7 @@
 """A shipped file judged on labelled images, and against the release before it. ONNX Runtime only, no torch.
 
-new = answers("bundle", labelled("photos"), provider="cpu")
+images, seen = unseen("bundle", labelled("photos"))
+new = answers("bundle", images, provider="cpu")
 new.metrics.accuracy
 change = against(new, answers("old-bundle", ...), max_drop=0.01)
 change.verdict, change.regressed, change.classes
@@ -8,6 +9,7 @@ change.verdict, change.regressed, change.classes
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +19,28 @@ import numpy as np
 
 from ftkit import terminal
 from ftkit.evaluate import Metrics, evaluate
+from ftkit.intake import Labelled
 from ftkit_export.decision import Paired, Verdict, paired
 from ftkit_export.errors import FtkitError, ImageError, choices
+from ftkit_export.intervals import ground
 from ftkit_export.predict import Classifier
 from ftkit_export.preprocess import decode
 
 Array = np.ndarray[Any, Any]
 
 LISTED = 20  # images that are printed; --json has them all
+TRAINED_ON = "trained_on.txt"  # in a run and in its bundle: a digest a line of each train and val image
+DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, and no two alike by chance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What one file says. labels: the class names of the images; said: the answers; unreadable: paths left out."""
+    """What one file says. labels: the class names of the images; groups: "" for none; said: the answers; unreadable:
+    paths left out."""
 
     files: tuple[Path, ...]
     labels: tuple[str, ...]
+    groups: tuple[str, ...]
     said: tuple[str, ...]
     probability: tuple[float, ...]
     metrics: Metrics
@@ -74,49 +82,80 @@ class Change:
         return [name for name, found in self.classes.items() if found.verdict(self.max_drop) == "refused"]
 
 
-def require(bundle: str | Path, images: Sequence[tuple[Path, str]]) -> None:
+def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelled], int | None]:
+    """The images that the bundle's model was not trained on, by their content, and how many it was: None where
+    `bundle` does not tell (a bare model.onnx, or a bundle of an older ftkit).
+
+    Raises FtkitError when none is left.
+    """
+    path = Path(bundle) / TRAINED_ON
+    if not path.is_file():
+        return list(images), None
+    known = set(path.read_text().split())
+    left = [image for image in images if trained_on_digest(image.path) not in known]
+    if not left:
+        raise FtkitError(f"{images[0].path.parent}: expected images that the model was not trained on, found that it "
+                         f"was on all {len(images)}. Try held-out images")  # fmt: skip
+    return left, len(images) - len(left)
+
+
+def trained_on_digest(path: Path) -> str:
+    """The file's digest as TRAINED_ON has it; "" for a file that cannot be read, which is said elsewhere."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:DIGEST]
+    except OSError:
+        return ""
+
+
+def require(bundle: str | Path, images: Sequence[Labelled]) -> None:
     """Raises FtkitError when `bundle` is none, or does not know the class of an image."""
     known = Classifier(bundle).labels
-    for path, label in images:
+    for path, label, _ in images:
         if label not in known:
             raise FtkitError(f"{path}: expected a class that {bundle} knows, {choices(label, known)}")
 
 
 def answers(
-    bundle: str | Path, images: Sequence[tuple[Path, str]], *, provider: str = "cpu",
+    bundle: str | Path, images: Sequence[Labelled], *, provider: str = "cpu",
     step: Callable[[int, int], object] = lambda done, total: None,
 ) -> Answers:  # fmt: skip
-    """File bytes -> answer for each (path, class name), as a device would. step: told how many are done.
+    """File bytes -> answer for each image, as a device would. step: told how many are done.
 
     Raises FtkitError as require, and when no image can be read.
     """
     classify = Classifier(bundle, provider=provider)
     known = {name: number for number, name in enumerate(classify.labels)}
-    found, kept, unreadable = [], [], []
-    for number, (path, label) in enumerate(images, start=1):
+    found, kept, unreadable = [], list[Labelled](), []
+    for number, image in enumerate(images, start=1):
         try:
-            found.append(classify.probabilities(decode(path)))
-            kept.append((path, label))
+            found.append(classify.probabilities(decode(image.path)))
+            kept.append(image)
         except ImageError as error:
             unreadable.append(str(error))
         step(number, len(images))
     if not kept:
-        raise FtkitError(f"{images[0][0]}: expected images that can be read, found none. {unreadable[0]}")
+        raise FtkitError(f"{images[0].path}: expected images that can be read, found none. {unreadable[0]}")
     probabilities = np.stack(found)
-    labels = np.array([known[label] for _, label in kept])
+    labels = np.array([known[image.label] for image in kept])
+    groups = tuple(image.group for image in kept)
     return Answers(
-        files=tuple(path for path, _ in kept), labels=tuple(label for _, label in kept),
+        files=tuple(image.path for image in kept), labels=tuple(image.label for image in kept), groups=groups,
         said=tuple(classify.labels[best] for best in probabilities.argmax(1)),
         probability=tuple(float(value) for value in probabilities.max(1)),
-        metrics=evaluate(probabilities, labels, classify.labels), unreadable=tuple(unreadable),
+        metrics=evaluate(probabilities, labels, classify.labels, groups), unreadable=tuple(unreadable),
     )  # fmt: skip
 
 
 def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
     """Paired comparison of two releases on the same images; each of the bounds is one-sided, 95 %."""
     before, after, labels = old.right, new.right, np.array(new.labels)
-    overall, names = paired(before, after), [name for name in new.metrics.classes if name in set(new.labels)]
-    classes = {name: paired(before[labels == name], after[labels == name], looks=len(names)) for name in names}
+    groups = np.array(new.groups)
+    overall = paired(before, after, list(groups))
+    names = [name for name in new.metrics.classes if name in set(new.labels)]
+    classes = {}
+    for name in names:
+        own = labels == name
+        classes[name] = paired(before[own], after[own], list(groups[own]), looks=len(names))
     regressed = [
         Regressed(image=str(path), label=label, said=said, probability=probability)
         for path, label, said, probability, was, now in zip(
@@ -136,8 +175,8 @@ def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
 def as_text(new: Answers, old: Answers | None = None, change: Change | None = None) -> str:
     """What a person reads, within 80 columns but for paths: accuracy, a row a class, what changed since `old`."""
     found = new.metrics
-    lines = [f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on {found.images} "
-             f"images; NLL {found.nll:.3f}, ECE {found.ece:.3f}"]  # fmt: skip
+    lines = [f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on "
+             f"{ground(found.images, found.clusters)}", f"NLL {found.nll:.3f}, ECE {found.ece:.3f}"]  # fmt: skip
     rows = [("class", "images", "recall", "precision", *["drop, points [95 %]"] * bool(change))]
     for place, name in enumerate(found.classes):
         shares = [f"{value:.3f}" if value is not None else "-"

@@ -1,6 +1,6 @@
 """Measure on the device itself, over plain OpenSSH: nothing is installed there, and nothing is left there.
 
-    found = bench("pi@camera", Path("bundle"), quick=False)            # what classify.py --bench prints there
+    found = bench("pi@camera", Path("bundle"), quick=False)            # what `ftkit bench` would say there
     with Device.reached("pi@camera") as device:
         device.target, device.race(files, photograph)
 
@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import ftkit_export
-from ftkit_export.bench import checked
+from ftkit_export.bench import checked, find
 from ftkit_export.bundle import RUNNER_FILES
-from ftkit_export.errors import FtkitError
-from ftkit_export.latency import ROUNDS, Condition, Raced, Start
-from ftkit_export.verify import read_manifest
+from ftkit_export.errors import BundleError, FtkitError
+from ftkit_export.latency import Condition, Raced, Start
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 MAKE_FOLDER = "mktemp -d"
@@ -70,7 +69,7 @@ class Device:
         names = [f"{number}.onnx" for number in range(len(models))]
         _send(self.host, self.folder, {**dict(zip(names, models, strict=True)), f"image{image.suffix}": image})
         conditions = [asdict(Condition(model=name, provider=provider, threads=threads)) for name in names]
-        job = {"what": "race", "conditions": conditions, "image": f"image{image.suffix}", "rounds": ROUNDS}
+        job = {"what": "race", "conditions": conditions, "image": f"image{image.suffix}"}
         return [Raced(**item) for item in self.run("-m", "ftkit_export.timing", json.dumps(job))]
 
     def begin(self, model: Path, image: Path, *, provider: str = "cpu") -> Start:
@@ -88,17 +87,21 @@ class Device:
 def bench(
     where: str, bundle: Path, *, provider: str = "cpu", threads: int = 0, quick: bool = False
 ) -> dict[str, Any]:  # fmt: skip
-    """Copy a bundle, run its own `device/classify.py --bench` there, bring the figures back. threads: 0 = 1 and all.
+    """Measure a bundle there with this ftkit's own code, and bring the figures back. threads: 0 = 1 and all.
 
-    Raises FtkitError with the device's own words, BundleError when `bundle` is none.
+    Only the bundle's models and its first golden image are sent, their hashes checked before: a bundle may come from
+    elsewhere, and nothing of it is executed. Raises FtkitError with the device's own words, BundleError when `bundle`
+    is none or was altered.
     """
-    read_manifest(bundle)
-    files = {path.relative_to(bundle).as_posix(): path for path in bundle.rglob("*") if path.is_file()}
+    model = find(bundle)
+    if not model.cores:
+        raise BundleError(f"{bundle}: expected a bundle to measure on another machine, found a single file. "
+                          "Try a folder that `ftkit export` made")  # fmt: skip
+    there = model.renamed()
     with Device.reached(where) as device:
-        _send(device.host, device.folder, {f"bundle/{name}": path for name, path in files.items()})
-        words = ["bundle/device/classify.py", "--bench", "--json", "--provider", provider, "--threads", str(threads)]
-        words += ["--quick"] * quick
-        return checked(device.run(*words), f"{where}, {bundle.name}/device/classify.py --bench")
+        _send(device.host, device.folder, dict(zip(map(str, there.paths()), model.paths(), strict=True)))
+        job = {"model": there.as_json(), "provider": provider, "threads": threads, "quick": quick}
+        return checked(device.run("-m", "ftkit_export.bench", json.dumps(job)), f"{where}, {bundle.name}")
 
 
 def _parse(where: str) -> tuple[str, str]:

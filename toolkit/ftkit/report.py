@@ -23,6 +23,7 @@ from ftkit.files import write_atomically
 from ftkit.page import anchor, lengths, lines, page, reliability, section, table
 from ftkit.report_file import found_in, gates, latency, parity, variants
 from ftkit_export.explain import Explainer, overlay
+from ftkit_export.intervals import ground
 
 Data = Mapping[str, Any]
 SIDE = 160  # pixels of a thumbnail
@@ -92,8 +93,8 @@ def _judged(run: Data, manifest: Data | None) -> Data:
 
 def _verdict(run: Data, manifest: Data | None) -> list[str]:
     found, name = _judged(run, manifest), escape(run["recipe"]["name"])
-    right = (f"{found['accuracy']:.1%} of {found['images']} held-out photographs right "
-             f"[{found['accuracy_low']:.1%} to {found['accuracy_high']:.1%}]")  # fmt: skip
+    right = (f"{found['accuracy']:.1%} of the held-out photographs right [{found['accuracy_low']:.1%} to "
+             f"{found['accuracy_high']:.1%}; {ground(found['images'], found['clusters'])}]")  # fmt: skip
     what = f"{escape(run['recipe']['backbone'])} in {len(run['stages'])} stages over {len(run['classes'])} classes"
     if manifest is None:
         return [f"<h1>{name}: trained, not exported yet</h1>", f"<p>{what}; {right}.</p>"]
@@ -112,10 +113,13 @@ def _accuracy(run: Data, manifest: Data | None) -> str:
         judged.insert(0, ("exported file", manifest["evidence"]["accuracy"]["file"]))
     rows = [
         (who, m["images"], m["accuracy"], f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}",
+         "none: as if independent" if m["clusters"] is None else m["clusters"],
          m["balanced_accuracy"], m["macro_f1"], m["nll"], m["ece"])
         for who, m in judged
     ]  # fmt: skip
-    return table(("of the", "images", "accuracy", "95 % interval", "balanced", "macro F1", "NLL", "ECE"), rows)
+    return table(
+        ("of the", "images", "accuracy", "95 % interval", "groups", "balanced", "macro F1", "NLL", "ECE"), rows
+    )
 
 
 def _training(run: Data, epochs: Sequence[Data]) -> str:
@@ -173,8 +177,9 @@ def _sureness(run: Data) -> str:
         text += f"No threshold on val reached a precision of {held['wanted']:.0%}: every answer is marked doubtful. "
     else:
         right = "" if held["precision"] is None else f", of which {held['precision']:.1%} are right"
-        text += (f"Answers below {held['threshold']:.2f} are doubtful ({held['wanted']:.0%} wanted on val); the other "
-                 f"{held['coverage']:.0%} are not{right}. ")  # fmt: skip
+        shown = "with 95 % confidence" if held["proven"] else "though too few images to be sure of it"
+        text += (f"Answers below {held['threshold']:.2f} are doubtful: above it at least {held['wanted']:.0%} were "
+                 f"right on val, {shown}. Here {held['coverage']:.0%} are above{right}. ")  # fmt: skip
     text += f"{run['foreign_kept']:.1%} of these photographs pass as familiar (95 % on val)."
     named = {f"{when} temperature": run["reliability"][when] for when in ("before", "after")}
     drawn = reliability("Reliability on held-out photographs", named)

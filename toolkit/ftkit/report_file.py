@@ -81,8 +81,11 @@ def parity(manifest: Data) -> str:
         title = f"Logits of photographs on {item['provider']}: distance from float64"
         edges = (f"1e{ends[0]:g}", f"1e{ends[1]:g}")
         drawn.append(bars(title, item["errors"][first:], edges, marks, "each bar a quarter of a power of ten"))
-    return f'<div class="grid">{"".join(drawn)}</div>' * bool(drawn) + table(
-        ("compared", "inputs from", "provider", "verdict", "inputs", "worst", "limit"), rows
+    placed = "".join(f"<p>{escape(item['provider'])}: {escape(item['placement'])}.</p>" for item in evidence["parity"])
+    return (
+        f'<div class="grid">{"".join(drawn)}</div>' * bool(drawn)
+        + placed
+        + table(("compared", "inputs from", "provider", "verdict", "inputs", "worst", "limit"), rows)
     )
 
 

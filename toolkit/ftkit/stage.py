@@ -31,7 +31,7 @@ from ftkit.optim import Moving, class_weights, make_optimizer, rate
 from ftkit.recipe import Recipe, Stage
 from ftkit.state import State, Stop, Stopped, seeded
 from ftkit.step import fresh_gradients, run_as
-from ftkit.validate import Score, detached, validate
+from ftkit.validate import Score, Validation, detached, validate
 from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
 
@@ -72,6 +72,11 @@ class Work:
     compute: Compute
     ranks: Ranks
     log: Log
+
+    @property
+    def balanced(self) -> bool:
+        """Whether stages compete on balanced accuracy: where any of them balances its classes."""
+        return any(stage.balance for stage in self.recipe.stages)
 
     def pause(self, moving: Moving) -> None:
         """Save when it is time or a signal came to any rank; then, after a signal, raise Stopped on all."""
@@ -131,10 +136,10 @@ def train_stage(work: Work, number: int) -> StageResult:
                     f"{stage.train}: the loss is no longer finite; what was good before is kept. Try a lower lr"
                 )
                 break
-            score, _ = validate(backbone, feed, work.labels["val"], moving.result, work.ranks)
+            judged = _validated(work, feed, moving.result)
             speeds = work.ranks.gather(len(jobs) * size / work.ranks.world / spent)
-            _report_epoch(work, number, loss, accuracy, score, rate(run.step - 1, total, stage, run.lr), speeds)
-            if stage.patience and _out_of_patience(run, stage, moving, score):
+            _report_epoch(work, number, loss, accuracy, judged, rate(run.step - 1, total, stage, run.lr), speeds)
+            if stage.patience and _out_of_patience(run, stage, moving, judged.score):
                 terminal.say(f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts")
                 break
             work.pause(moving)
@@ -228,10 +233,11 @@ def _out_of_patience(run: State, stage: Stage, moving: Moving, score: Score) -> 
 def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, broken: bool) -> StageResult:
     """End a stage: audit what was frozen, keep the better weights, commit."""
     stage, run, model = work.recipe.stages[number], work.state, work.backbone.model
-    result, score, drift = moving.best or moving.result, NEVER, None
+    result, score, drift, accuracy = moving.best or moving.result, NEVER, None, 0.0
     if not broken or moving.best:
-        score, embedding = validate(work.backbone, feed, work.labels["val"], result, work.ranks)
-        drift = cka(embedding, run.tensors("pristine")["embedding"].numpy())
+        judged = _validated(work, feed, result)
+        score, accuracy = judged.score, judged.accuracy
+        drift = cka(judged.embedding, run.tensors("pristine")["embedding"].numpy())
     best = run.best or NEVER
     better = score > best
     model.load_state_dict(detached(result if better else moving.before), strict=False)
@@ -241,7 +247,7 @@ def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, br
         )
     assert run.lr is not None  # train_stage set it
     outcome = StageResult(
-        train=stage.train, epochs=run.epoch, lr=run.lr, val_accuracy=max(score[0], 0.0),
+        train=stage.train, epochs=run.epoch, lr=run.lr, val_accuracy=accuracy,
         val_nll=None if score is NEVER else -score[1], drift=drift, seconds=run.stage_spent, how=feed.how, kept=better,
     )  # fmt: skip
     if not better:
@@ -256,8 +262,12 @@ def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, br
 def _remember_pristine(work: Work, feed: Feed) -> None:
     """Before anything has trained: what the pretrained backbone makes of the val images."""
     if "pristine" not in work.state.files:
-        _, embedding = validate(work.backbone, feed, work.labels["val"], {}, work.ranks)
-        work.state.save(pristine={"embedding": torch.from_numpy(embedding)})
+        judged = _validated(work, feed, {})
+        work.state.save(pristine={"embedding": torch.from_numpy(judged.embedding)})
+
+
+def _validated(work: Work, feed: Feed, weights: dict[str, torch.Tensor]) -> Validation:
+    return validate(work.backbone, feed, work.labels["val"], weights, work.ranks, balanced=work.balanced)
 
 
 def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
@@ -270,7 +280,7 @@ def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
 
 
 def _report_epoch(
-    work: Work, number: int, loss: float, accuracy: float, score: Score, lr: float, speeds: list[float]
+    work: Work, number: int, loss: float, accuracy: float, judged: Validation, lr: float, speeds: list[float]
 ) -> None:
     """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on. speeds: images/s by rank,
     which add up."""
@@ -280,8 +290,8 @@ def _report_epoch(
     run.lines += 1
     left = terminal.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""  # none was left
     terminal.say(
-        f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {score[0]:.3f}  {lr:.1e} "
-        f"{images_per_s:>7.0f} {left:>6}"
+        f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {judged.accuracy:.3f}  "
+        f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"
     )
     if len(speeds) > 1 and run.epoch == stage.epochs:
         terminal.say(f"{stage.train}: {min(speeds):.0f} to {max(speeds):.0f} img/s a rank")
@@ -289,7 +299,7 @@ def _report_epoch(
         return
     line = {
         "stage": number, "train": stage.train, "epoch": run.epoch, "loss": loss, "train_accuracy": accuracy,
-        "val_accuracy": score[0], "val_nll": -score[1], "lr": lr, "images_per_s": images_per_s,
+        "val_accuracy": judged.accuracy, "val_nll": -judged.score[1], "lr": lr, "images_per_s": images_per_s,
         **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
     }  # fmt: skip
     checkpoint.append(run.folder, line)

@@ -39,9 +39,9 @@ class State:
     """Where a run stands. plan: what it was begun with (recipe, seed, data_fingerprint), never changed.
 
     stage, epoch, step: done so far (steps and epochs count within the stage). lr: the stage's peak rate.
-    best: (accuracy, -NLL) of what has been kept; stage_best: of the stage's best epoch; waited: epochs since it.
-    stages: outcomes of finished ones. lines: of metrics.jsonl that count. seconds: spent before an interruption, in all
-    and in this stage.
+    best: the score on val (validate.Score) of what has been kept; stage_best: of the stage's best epoch; waited: epochs
+    since it. stages: outcomes of finished ones. lines: of metrics.jsonl that count. seconds: spent before an
+    interruption, in all and in this stage.
     circumstances: what the bits depend on (threads, device, cache, ...). files: role -> file in RUN/state.
     """
 

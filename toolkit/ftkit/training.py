@@ -31,15 +31,18 @@ from ftkit.evaluate import Mistake
 from ftkit.events import Log, nowhere, require
 from ftkit.events import tensorboard as log_events
 from ftkit.feed import Feeds
+from ftkit.files import write_atomically
 from ftkit.intake import Images, below, read
 from ftkit.judge import judge
 from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Recipe, resolve, restore
+from ftkit.release import DIGEST, TRAINED_ON
 from ftkit.report import pictures, save_pictures, write_report
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
 from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
+from ftkit_export.intervals import ground
 from ftkit_export.preprocess import Preprocess
 
 HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
@@ -176,12 +179,14 @@ def _finish(
     save_pictures(run.folder / "mistakes", shown)
     write_report(run.folder / "report.html", json.loads(json.dumps(data_of_run)), checkpoint.read_metrics(run.folder),
                  shown)  # fmt: skip
+    digests = sorted(canvases.digests[row][:DIGEST] for split in ("train", "val") for row in canvases.rows(split))
+    write_atomically(run.folder / TRAINED_ON, "".join(f"{digest}\n" for digest in digests).encode())
     checkpoint.finish(run.folder, backbone.model, data_of_run)
     shutil.rmtree(run.folder / "state")
     test = verdict.metrics["test"]
     terminal.say(
-        f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on {test.images} "
-        f"images; trained in {terminal.clock(seconds)}"
+        f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
+        f"{ground(test.images, test.clusters)}; trained in {terminal.clock(seconds)}"
     )
 
 

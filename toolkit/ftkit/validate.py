@@ -1,10 +1,12 @@
 """A stage's score on the val split, and the embeddings that tell how far its features have moved.
 
-(accuracy, minus_nll), embedding = validate(backbone, feed, labels, weights, ranks)
+result = validate(backbone, feed, labels, weights, ranks, balanced=False)
+result.score > best_score
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from ftkit.distributed import Ranks
 from ftkit.feed import Feed
 
 Array = np.ndarray[Any, Any]
-Score = tuple[float, float]  # accuracy, -NLL on val
+Score = tuple[float, float]  # on val: what stages compete on (accuracy, or balanced accuracy), then -NLL
 
 EVAL_BATCH = 64
 DRIFT_IMAGES = 2048  # val images whose embeddings are compared
@@ -28,13 +30,25 @@ def detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in values.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Weights judged on the val split. embedding: (n, D) of its first images."""
+
+    score: Score
+    accuracy: float
+    embedding: Array
+
+
 @torch.inference_mode()
 def validate(
-    backbone: Backbone, feed: Feed, labels: torch.Tensor, weights: dict[str, torch.Tensor], ranks: Ranks
-) -> tuple[Score, Array]:
-    """(accuracy, -NLL) on the val split of these weights, and its first embeddings; the model is left as it was.
+    backbone: Backbone, feed: Feed, labels: torch.Tensor, weights: dict[str, torch.Tensor], ranks: Ranks,
+    *, balanced: bool,
+) -> Validation:  # fmt: skip
+    """Judge these weights on the val split; the model is left as it was.
 
-    Ranks take turns at its batches and sum what are zeros elsewhere: every rank has every logit, exactly.
+    balanced: the score is balanced accuracy, the mean recall of the classes: what a stage that balances its classes is
+    trained for, and what its plain accuracy may fall for. Ranks take turns at its batches and sum what are zeros
+    elsewhere: every rank has every logit, exactly.
     """
     model = backbone.model
     modes = [module.training for module in model.modules()]
@@ -54,6 +68,8 @@ def validate(
         module.training = mode
     ranks.sum(whole)
     ranks.sum(kept)
-    accuracy = (whole.argmax(1) == labels).float().mean()
-    score = ranks.first(lambda: [float(accuracy), -float(F.cross_entropy(whole, labels))])
-    return (score[0], score[1]), kept.cpu().numpy()
+    right = (whole.argmax(1) == labels).float()
+    recalls = torch.stack([right[labels == label].mean() for label in labels.unique()])
+    compared = recalls.mean() if balanced else right.mean()
+    told = ranks.first(lambda: [float(compared), -float(F.cross_entropy(whole, labels)), float(right.mean())])
+    return Validation(score=(told[0], told[1]), accuracy=told[2], embedding=kept.cpu().numpy())

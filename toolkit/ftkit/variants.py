@@ -30,7 +30,7 @@ from ftkit_export.convert import write
 from ftkit_export.decision import Paired, Row, judge, paired
 from ftkit_export.graph import image_form
 from ftkit_export.latency import Raced, race
-from ftkit_export.parity import Check, agreement
+from ftkit_export.parity import FLOAT64_IMAGES, Check, Reference, agreement
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.quantize import RANK_IMAGES, calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
 from ftkit_export.session import PROVIDERS, Session
@@ -47,8 +47,9 @@ BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kep
 class Context:
     """What a decision rests on. photograph: a real image file for the latency; metadata: what every file carries;
     measured: for a target that is not this machine, what `device/classify.py --bench` printed there, or nothing.
-    device: the target itself, reached over ssh."""
+    device: the target itself, reached over ssh. reference: the framework's own answers."""
 
+    reference: Reference
     canvases: Canvases
     preprocess: Preprocess
     temperature: float
@@ -158,6 +159,12 @@ def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str 
     return np.concatenate([session.run(context.pixels(rows[i : i + BATCH]))[0] for i in range(0, len(rows), BATCH)])
 
 
+def spread_evenly(rows: Array, count: int) -> Array:
+    """At most `count` of the rows, from all over them: they lie in order of class."""
+    found: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+    return found
+
+
 def calibration_rows(context: Context) -> Array:
     """Training rows, spread over the set (rows lie in order of class), mixed."""
     rows = context.canvases.rows("train")
@@ -204,7 +211,8 @@ def _held(fp32: Candidate, rung: Candidate, context: Context) -> bool:
 def _compared(fp32: Candidate, rung: Candidate, context: Context) -> Paired:
     """Bounds that hold for every rung there may be: the ladder is climbed until one is accepted."""
     looks = len(RUNGS) + bool(context.limits.qat_epochs) if rung.name.startswith("int8") else 1
-    return paired(fp32.right, rung.right, looks)
+    groups = context.canvases.groups(context.canvases.rows("val"))
+    return paired(fp32.right, rung.right, groups, looks)
 
 
 def _trained(fp32: Candidate, ranges: Any, context: Context, logits: Array, labels: Array) -> Candidate:
@@ -226,7 +234,9 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
     rows, provider = context.canvases.rows("val"), context.target.provider if context.here else "cpu"
     with terminal.bar("fp16 on val"):
         found = answers(model, context, rows, provider)
-    checks = agreement(logits, found, "fp16", f"val images on {provider}")
+    sample = context.pixels(spread_evenly(rows, FLOAT64_IMAGES))
+    rounding = context.reference.rounding(sample, "fp16")
+    checks = agreement(logits, found, rounding, "fp16", f"val images on {provider}")
     return Candidate(name="fp16", core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found),
                      kept=tuple(kept), checks=tuple(checks))  # fmt: skip
 
