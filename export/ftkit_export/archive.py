@@ -22,11 +22,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ftkit_export.errors import BundleError, FtkitError
-from ftkit_export.verify import MANIFEST, SIGNATURE
+from ftkit_export.verify import MANIFEST, SIGNATURE, check_files, read_manifest
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip can hold: no file's own date makes two archives differ
 LARGEST = 4 << 30  # bytes unpacked
 MOST_FILES = 10_000
+LARGEST_MANIFEST = 64 << 20
 
 
 def pack(bundle: Path, out: Path) -> None:
@@ -43,15 +44,21 @@ def pack(bundle: Path, out: Path) -> None:
 
 
 @contextmanager
-def opened(bundle: Path) -> Iterator[Path]:
+def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
     """A bundle's folder, or the folder in a zip, unpacked for as long as the block runs.
 
-    Raises BundleError for a zip that would write outside, holds links, or unpacks to more than 4 GB or 10,000 files.
+    key: a public key that must have signed the manifest; of a zip that is checked before anything is unpacked. Raises
+    BundleError for another signature, and for a zip that would write outside, holds links, or unpacks to more than 4 GB
+    or 10,000 files.
     """
     if not bundle.is_file():
+        if key:
+            check_signature(bundle, key)
         yield bundle
         return
     with tempfile.TemporaryDirectory() as scratch:
+        if key:
+            _check_signature_inside(bundle, key)
         _unpack(bundle, Path(scratch))
         manifests = [path.parent for path in Path(scratch).glob(f"**/{MANIFEST}")]
         if len(manifests) != 1:
@@ -60,10 +67,33 @@ def opened(bundle: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def unpacked(path: str | Path) -> Iterator[Path]:
-    """A bundle's folder where `path` is a .zip, else the path itself: a folder, or any ONNX file."""
-    with opened(Path(path)) if Path(path).suffix == ".zip" else nullcontext(Path(path)) as found:
+def unpacked(path: str | Path, key: Path | None = None) -> Iterator[Path]:
+    """A bundle's folder where `path` is a .zip, else the path itself: a folder, or any ONNX file.
+
+    key: a public key that must have signed it, as which every file must be too: raises BundleError else.
+    """
+    where = Path(path)
+    if key and where.is_file() and where.suffix != ".zip":
+        raise BundleError(f"{where}: expected a signed bundle, found a single file. Try the bundle's folder or zip")
+    with opened(where, key) if key or where.suffix == ".zip" else nullcontext(where) as found:
+        if key:
+            check_files(found, read_manifest(found)["files"])
         yield found
+
+
+def _check_signature_inside(source: Path, key: Path) -> None:
+    """Of the one manifest in a zip, read alone."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = [entry for entry in archive.infolist() if PurePosixPath(entry.filename).name == MANIFEST]
+            if len(entries) != 1 or entries[0].file_size > LARGEST_MANIFEST:
+                raise BundleError(f"{source}: expected one manifest, found {len(entries)}, or a huge one. "
+                                  "Do not trust it")  # fmt: skip
+            place = PurePosixPath(entries[0].filename).with_name(SIGNATURE).as_posix()
+            signature = archive.read(place) if place in archive.namelist() else None
+            _check(archive.read(entries[0]), signature, key, f"{source}: {place}")
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError, EOFError, OSError) as error:
+        raise BundleError(f"{source}: expected a zipped bundle, found: {error}. Copy it again") from None
 
 
 def _unpack(source: Path, folder: Path) -> None:
@@ -108,16 +138,23 @@ def sign(bundle: Path, key: Path) -> None:
 
 def check_signature(bundle: Path, key: Path) -> None:
     """Raises BundleError when the bundle is not signed, or not with the other half of this public key (PEM)."""
+    path, manifest = bundle / SIGNATURE, bundle / MANIFEST
+    if not manifest.is_file():
+        raise BundleError(f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`")
+    _check(manifest.read_bytes(), path.read_bytes() if path.is_file() else None, key, str(path))
+
+
+def _check(manifest: bytes, signature: bytes | None, key: Path, where: str) -> None:
+    public = _load(key, "load_pem_public_key", "Ed25519PublicKey", "public")
     from cryptography.exceptions import InvalidSignature
 
-    public, path = _load(key, "load_pem_public_key", "Ed25519PublicKey", "public"), bundle / SIGNATURE
-    if not path.is_file():
-        raise BundleError(f"{path}: expected a signature, found none. Ask for a bundle made with --sign")
+    if signature is None:
+        raise BundleError(f"{where}: expected a signature, found none. Ask for a bundle made with --sign")
     try:
-        public.verify(path.read_bytes(), (bundle / MANIFEST).read_bytes())
+        public.verify(signature, manifest)
     except InvalidSignature:
         raise BundleError(
-            f"{path}: expected a signature by {key.name}, found another. Do not trust this bundle"
+            f"{where}: expected a signature by {key.name}, found another. Do not trust this bundle"
         ) from None
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -40,15 +41,45 @@ class Core:
     layers: Mapping[str, str]
 
 
+def exact_float32() -> None:
+    """float32 products in float32 on CUDA: TF32 off.
+
+    torch has two sets of switches. Where only the new ones are set, every later read of the legacy ones raises, and
+    torch.export reads them; where the legacy ones are set last, the new ones are undone.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    for part in _precisions():
+        part.fp32_precision = "ieee"
+
+
+def _precisions() -> tuple[Any, ...]:
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+
+
+@contextmanager
+def _same_precision() -> Iterator[None]:
+    """torch.export works within torch.backends.cudnn.flags, which on leaving sets cuDNN's precisions to "none"."""
+    before = [part.fp32_precision for part in _precisions()]
+    try:
+        yield
+    finally:
+        for part, precision in zip(_precisions(), before, strict=True):
+            if part.fp32_precision != precision:
+                part.fp32_precision = precision
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence for an export: exporters log and warn about their own internals, which no user can act on."""
+    """Silence for an export: exporters log and warn about their own internals, which no user can act on. What they
+    change of torch's precision is undone."""
     loggers = [logging.getLogger(name) for name in QUIETED]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _same_precision():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,6 +2,7 @@
 
     FtkitError                2  bad usage or bad input
     ├── ImageError            2  one image file cannot be decoded
+    │   └── UnavailableImageError  it cannot be read now; another time it may
     ├── ProviderError         2  an ONNX Runtime provider is unknown, absent, or not the one that answered
     └── BundleError           2  a bundle is incomplete, altered, or not a bundle
 
@@ -22,6 +23,10 @@ class FtkitError(Exception):
 
 class ImageError(FtkitError):
     """One image file cannot be decoded."""
+
+
+class UnavailableImageError(ImageError):
+    """One image file cannot be read now, for a reason that does not lie in its content: no memory, no permission."""
 
 
 class ProviderError(FtkitError):

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess, decode, from_frame, to_frame
+from ftkit_export.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.session import Session
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Explainer:
 
     def write(self, path: Path, label: int, folder: Path) -> Path:
         """One image file's overlay as folder/NAME-why.png, numbered where there is such a file; returns where it is."""
-        image = decode(path)
+        image = self._preprocess.decode(path)
         image = from_frame(to_frame(image, self._format), self._format)  # what the model gets of it
         place, number = folder / f"{path.stem}-why.png", 1
         while place.exists():

@@ -19,6 +19,9 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
+DTYPES = {"means": np.float16, "directions": np.float16, "weights": np.float32}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
     """means (classes, D) and directions (K, D) float16, of the embedding scaled to length 1. rest: variance of every
@@ -55,10 +58,14 @@ class Foreign:
     def from_text(text: str) -> Foreign:
         """Back from a model's metadata. Raises ValueError or KeyError when it is none."""
         data = json.loads(text)
-        for name in ("means", "directions", "weights"):
+        for name, dtype in DTYPES.items():
             item = data[name]
-            data[name] = np.frombuffer(base64.b64decode(item["base64"]), item["dtype"]).reshape(item["shape"])
-        return Foreign(**data)
+            data[name] = np.frombuffer(base64.b64decode(item["base64"], validate=True), dtype).reshape(item["shape"])
+        found = Foreign(**data)
+        shapes = found.means.ndim, found.directions.ndim, found.weights.shape, found.means.shape[1:]
+        if shapes != (2, 2, found.directions.shape[:1], found.directions.shape[1:]) or not found.rest > 0:
+            raise ValueError("out-of-domain statistics that do not fit each other")
+        return found
 
 
 def _unit(embedding: Array) -> Array:

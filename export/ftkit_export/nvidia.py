@@ -1,4 +1,5 @@
-"""What the NVIDIA driver (NVML) tells of the first GPU that this process may use; nothing where there is none.
+"""What the NVIDIA driver (NVML) tells of the first GPU that this process may use; nothing where there is none, or where
+it cannot be known which of several it is.
 
 facts()         {"gpu": "NVIDIA H200", "driver": "580.65"}
 used_bytes()    memory in use on it, by all processes
@@ -28,13 +29,22 @@ def _opened() -> tuple[Any, Any] | None:
     except OSError:
         return None
     handle, first = ctypes.c_void_p(), os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if library.nvmlInit_v2():
+    count = ctypes.c_uint()
+    if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return None
+    if first.isdigit() and not same_numbers(count.value):
         return None
     if first.isdigit():
         failed = library.nvmlDeviceGetHandleByIndex_v2(int(first), ctypes.byref(handle))
     else:
         failed = library.nvmlDeviceGetHandleByUUID(first.encode(), ctypes.byref(handle))
     return None if failed else (library, handle)
+
+
+def same_numbers(gpus: int) -> bool:
+    """Whether CUDA's number of a GPU is NVML's, which counts along the bus: CUDA counts the fastest first unless told
+    otherwise (session.py tells it, where the user does not)."""
+    return gpus == 1 or os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") == "PCI_BUS_ID"
 
 
 def facts() -> dict[str, str]:

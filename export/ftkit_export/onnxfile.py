@@ -15,6 +15,7 @@ from pathlib import Path
 from ftkit_export.errors import BundleError
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's operators, and those built into every ONNX Runtime
+EXTERNAL = ("EPContext",)  # com.microsoft: a compiled engine for one provider, in the file or at a path it names
 MODEL_FIELDS = {"ir": 1, "graph": 7, "opset": 8, "function": 25}
 DEEPEST = 32  # graphs within graphs
 MAKE_DATA = ("Expand", "Tile", "ConstantOfShape")  # of shapes and constants, what is no shape: a class token an image
@@ -117,6 +118,9 @@ def _node(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
     for field, value in _fields(data):
         if field == 4:
             name = _text(value)
+            if name in EXTERNAL:
+                raise _RefusedError(f"expected operators that compute, found {name}, which opens an engine or a file. "
+                                    "Do not trust this file")  # fmt: skip
             nodes[name] = nodes.get(name, 0) + 1
         elif field == 7:
             _known(_text(value))

@@ -17,7 +17,7 @@ import numpy as np
 
 from ftkit_export.errors import BundleError, FtkitError
 from ftkit_export.foreign import Foreign
-from ftkit_export.preprocess import SUFFIXES, Preprocess, decode, from_frame, to_frame
+from ftkit_export.preprocess import INPUT_FORMATS, SUFFIXES, Preprocess, from_frame, to_frame
 from ftkit_export.session import PROVIDERS, Session
 from ftkit_export.verify import read_manifest
 
@@ -53,21 +53,28 @@ class Classifier:
         if not path.is_file():
             raise BundleError(f"{model}: expected a bundle or a model.onnx, found neither. Try `ftkit export RUN`")
         self.session = Session(path, provider=provider, threads=threads)
+        metadata = self.session.metadata
+        if "labels" not in metadata:
+            raise BundleError(f"{path}: expected labels in its metadata, found none. Try a file ftkit exported")
+        self.core = self.session.input_names == ["pixels"]
         try:
-            self.labels: list[str] = json.loads(self.session.metadata["labels"])
-        except (KeyError, ValueError):
+            self.labels = _labels(metadata["labels"])
+            self.preprocess = Preprocess(**json.loads(metadata.get("preprocess", "{}")))
+            self.temperature = float(metadata.get("temperature", 1))
+            self.input_format = metadata.get("input_format", "rgb")
+            self.threshold = float(metadata.get("abstain_threshold", 0))
+            self.familiar = Foreign.from_text(metadata["out_of_domain"]) if metadata.get("out_of_domain") else None
+            if self.input_format not in INPUT_FORMATS or not self.temperature > 0:
+                raise ValueError(f"input_format {self.input_format}, temperature {self.temperature}")
+        except (ValueError, KeyError, TypeError, AttributeError, FtkitError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BundleError(
-                f"{path}: expected labels in its metadata, found none. Try a file ftkit exported"
+                f"{path}: expected the metadata that ftkit writes, found it damaged ({reason}). Copy the file again"
             ) from None
 
-        metadata = self.session.metadata
-        self.core = self.session.input_names == ["pixels"]
-        if self.core:
-            self.preprocess = Preprocess(**json.loads(metadata["preprocess"]))
-            self.temperature = float(metadata["temperature"])
-        self.input_format = metadata.get("input_format", "rgb")
-        self.threshold = float(metadata.get("abstain_threshold", 0))
-        self.familiar = Foreign.from_text(metadata["out_of_domain"]) if metadata.get("out_of_domain") else None
+    def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
+        """An image file (path or bytes) -> (H, W, 3) uint8 RGB, as training decoded its own."""
+        return self.preprocess.decode(source)
 
     def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
@@ -84,7 +91,7 @@ class Classifier:
 
     def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
         """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a bad file."""
-        pixels = image if isinstance(image, np.ndarray) else decode(image)
+        pixels = image if isinstance(image, np.ndarray) else self.decode(image)
         return self.frame(to_frame(pixels, self.input_format))
 
     def frame(self, frame: np.ndarray[Any, Any]) -> Prediction:
@@ -105,6 +112,14 @@ def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     shifted = np.exp(logits - logits.max(-1, keepdims=True))
     result: np.ndarray[Any, Any] = shifted / shifted.sum(-1, keepdims=True)
     return result
+
+
+def _labels(text: str) -> list[str]:
+    """Raises ValueError for what is no list of names."""
+    found = json.loads(text)
+    if not isinstance(found, list) or not found or not all(isinstance(label, str) for label in found):
+        raise ValueError("labels that are no names")
+    return found
 
 
 def _core_form(bundle: Path) -> str:

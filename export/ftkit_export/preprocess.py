@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ftkit_export.errors import FtkitError, ImageError
+from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
 
 FITS = ("crop", "squash", "pad")
+WHITE = 65535
+TWELVE_BITS = 4095
 INPUT_FORMATS = ("rgb", "bgr", "grey", "nv12")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -32,7 +34,8 @@ class Preprocess:
     size: S, side of the network's input in pixels. resize: R, side of the canvas; R >= S.
     mean, std: per channel, in grey levels (0..255): pixel = (level - mean) / std.
     fit: "crop" keeps the centre square, "squash" resizes the whole image, "pad" letterboxes with black.
-    Raises FtkitError when a field makes no sense.
+    white: of 16-bit images, the value that is white (4095 of a 12-bit camera); None: 65535, and images that keep to the
+    lowest 12 bits are refused (`decode`). Raises FtkitError when a field makes no sense.
     """
 
     size: int = 224
@@ -40,6 +43,7 @@ class Preprocess:
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     fit: str = "crop"
+    white: int | None = None
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -51,8 +55,14 @@ class Preprocess:
             )
         if not all(0 < value < np.inf for value in self.std):
             raise FtkitError(f"preprocess.std: expected three positive numbers, found {self.std}. Try 58.4,57.1,57.4")
+        if self.white is not None and not 0 < self.white <= WHITE:
+            raise FtkitError(f"preprocess.white: expected 1 to {WHITE}, found {self.white}. Try 4095 for 12 bits")
         if not np.isfinite(self.mean).all():
             raise FtkitError(f"preprocess.mean: expected three numbers, found {self.mean}. Try 123.7,116.3,103.5")
+
+    def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
+        """An image file (path or bytes) -> (H, W, 3) uint8 RGB, as `decode` with this definition's white."""
+        return decode(source, self.white)
 
     def canvas(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 of any size -> (R, R, 3) uint8: fitted, then resized bilinear with antialiasing.
@@ -136,17 +146,25 @@ def _nv12_matrix() -> np.ndarray[Any, Any]:
     return np.array([[LUMA, *row] for row in CHROMA])
 
 
-def decode(source: str | Path | bytes) -> np.ndarray[Any, Any]:
+def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[Any, Any]:
     """An image file (path or bytes) -> (H, W, 3) uint8 RGB, upright by its EXIF orientation.
 
-    16-bit grey keeps its high byte; transparency is laid over white, as viewers show it; CMYK is converted.
-    Raises ImageError naming the file and the reason (truncated, empty, not an image, too large to be honest).
+    8-bit grey, palettes, CMYK and 1 bit are converted as Pillow does. Transparency is laid over white, as viewers show
+    it. 16-bit grey: level = 255 value / `white`, rounded; without a `white` it is 65535, and an image that keeps to the
+    lowest 12 bits is refused: it may be a 12-bit camera's, or a dark scene, and only the user knows. 32-bit integers:
+    the same within 0 .. 65535. Floats: 0 .. 1. Values beyond are refused; no image is scaled by its own extremes, for
+    then its grey would depend on what else it shows. 16-bit colour keeps its high byte (Pillow reads no more).
+
+    Raises ImageError naming the file and the reason (truncated, empty, not an image, too large to be honest, of unknown
+    depth), UnavailableImageError where it cannot be read now.
     """
     name = "image" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except OSError as error:
-        raise ImageError(f"{name}: expected a readable image file, found {error.strerror}. Check the path") from None
+        raise UnavailableImageError(
+            f"{name}: expected a readable image file, found {error.strerror}. Check the path"
+        ) from None
     if not data:
         raise ImageError(f"{name}: expected an image, found an empty file. Remove or replace it")
     try:
@@ -154,22 +172,49 @@ def decode(source: str | Path | bytes) -> np.ndarray[Any, Any]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+                return np.asarray(_to_rgb(ImageOps.exif_transpose(image), white))
+    except _UnknownDepthError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except MemoryError:
+        raise UnavailableImageError(
+            f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
+        ) from None
     except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
         reason = "no known image format" if "cannot identify" in str(error) else str(error).split("\n")[0]
         raise ImageError(f"{name}: expected an image, found {reason}. Remove or replace it") from None
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        high_byte = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-        return Image.fromarray(high_byte).convert("RGB")
-    if image.mode in ("I", "F"):
-        levels = np.asarray(image).astype(np.float64)
-        if levels.max(initial=0) > 255:
-            levels = levels / 257  # 16-bit data in a wider container
-        return Image.fromarray(levels.clip(0, 255).astype(np.uint8)).convert("RGB")
+class _UnknownDepthError(Exception):
+    """What the image's values mean cannot be known."""
+
+
+def _to_rgb(image: Image.Image, white: int | None) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return Image.fromarray(_from_integers(np.asarray(image).astype(np.int64), white)).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray(_from_floats(np.asarray(image).astype(np.float64))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_integers(values: np.ndarray[Any, Any], white: int | None) -> np.ndarray[Any, Any]:
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    if low < 0 or high > WHITE:
+        raise _UnknownDepthError(f"expected integers of 0 to {WHITE}, found {low} to {high}. Convert it to 8 bits")
+    if white is None and 0 < high <= TWELVE_BITS:
+        raise _UnknownDepthError(
+            f"expected 16-bit values that use their range, found none above {high}: 12 bits, or a dark scene. "
+            f"Try --set preprocess.white={TWELVE_BITS} (or {WHITE}), or convert it to 8 bits"
+        )
+    levels: np.ndarray[Any, Any] = np.rint(values * (255 / (white or WHITE))).clip(0, 255).astype(np.uint8)
+    return levels
+
+
+def _from_floats(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > 1:
+        found = f"{np.nanmin(values):.4g} to {np.nanmax(values):.4g}" if np.isfinite(values).any() else "no numbers"
+        raise _UnknownDepthError(f"expected floating-point values of 0 to 1, found {found}. Convert it to 8 bits")
+    levels: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
+    return levels

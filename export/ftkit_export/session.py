@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ftkit_export.errors import FtkitError, ProviderError, choices
+from ftkit_export.errors import BundleError, FtkitError, ProviderError, choices
 from ftkit_export.onnxfile import inspect, shape_nodes
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once, at import
@@ -212,7 +212,7 @@ class Session:
                        for item in self._session.get_inputs()]  # fmt: skip
         self.input_names = [item.name for item in self.inputs]
         self.output_names = [item.name for item in self._session.get_outputs()]
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.metadata = self._read_metadata(model)
 
     def _open(self, model: str | Path | bytes, spinning: bool, optimised: bool, shared: bool) -> Any:
         ort, chosen = _runtime(), PROVIDERS[self.provider]
@@ -256,6 +256,15 @@ class Session:
         if active != PROVIDERS[self.provider].name:
             why = missing_library(self.provider) or "its device did not answer"
             raise ProviderError(self._not_proven(f"{active}: {why}"))
+
+    def _read_metadata(self, model: str | Path | bytes) -> dict[str, str]:
+        try:
+            return dict(self._session.get_modelmeta().custom_metadata_map)
+        except UnicodeDecodeError as error:
+            where = "model" if isinstance(model, bytes) else str(model)
+            raise BundleError(
+                f"{where}: expected metadata in UTF-8, found other bytes ({error.reason}). Copy the file again"
+            ) from None
 
     def _not_proven(self, found: str) -> str:
         wanted = PROVIDERS[self.provider].name

@@ -29,6 +29,7 @@ QUICK_RUNS, QUICK_SECONDS = 50, 0.5
 BRIEF = (WARM_UP_RUNS, WARM_UP_S / 4)  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
 BINS = 40
 PART_ROUNDS = 60
+ANSWERED = 8  # images a run
 LARGEST = 1 << 30  # bytes of an input that is made up
 FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
 
@@ -60,13 +61,13 @@ def feeds(session: Session, image: str | None, batch: int) -> list[Any]:
 def _from_image(session: Session, image: str, batch: int) -> Any:
     import numpy as np
 
-    from ftkit_export.preprocess import Preprocess, decode, to_frame
+    from ftkit_export.preprocess import Preprocess, to_frame
 
-    if session.input_names[0] != "pixels":  # the image form takes a frame, the core form normalised pixels
-        frame = to_frame(decode(image), session.metadata.get("input_format", "rgb"))
-        return np.repeat(frame[None], batch or 1, axis=0)
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
-    return np.repeat(preprocess.pixels(preprocess.canvas(decode(image))[None]), batch or 1, axis=0)
+    if session.input_names[0] != "pixels":  # the image form takes a frame, the core form normalised pixels
+        frame = to_frame(preprocess.decode(image), session.metadata.get("input_format", "rgb"))
+        return np.repeat(frame[None], batch or 1, axis=0)
+    return np.repeat(preprocess.pixels(preprocess.canvas(preprocess.decode(image))[None]), batch or 1, axis=0)
 
 
 def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) -> Any:
@@ -245,15 +246,29 @@ def _race_here(conditions: Sequence[Condition], image: str) -> list[dict[str, An
     return [asdict(item) for item in race(models, image, provider=first.provider, threads=first.threads)]
 
 
+def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[float]]:
+    """Logits of a core form, a row an image. image: an .npy file of canvases (n, R, R, 3) uint8."""
+    import numpy as np
+
+    from ftkit_export.preprocess import Preprocess
+
+    session = opened(conditions[0])
+    preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
+    canvases = np.load(image, mmap_mode="r", allow_pickle=False)
+    return [row for start in range(0, len(canvases), ANSWERED)
+            for row in session.run(preprocess.pixels(canvases[start : start + ANSWERED]))[0].tolist()]  # fmt: skip
+
+
 def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
     import numpy as np
 
-    from ftkit_export.preprocess import Preprocess, decode
+    from ftkit_export.preprocess import Preprocess
 
     sessions, data = [opened(condition, shared=True) for condition in conditions], Path(image).read_bytes()
-    preprocess, pixels = Preprocess(**json.loads(sessions[1].metadata["preprocess"])), decode(data)
+    preprocess = Preprocess(**json.loads(sessions[1].metadata["preprocess"]))
+    pixels = preprocess.decode(data)
     calls: list[Callable[[], object]] = [
-        lambda: decode(data),
+        lambda: preprocess.decode(data),
         lambda: preprocess.pixels(preprocess.canvas(pixels)[None]),
     ]
     calls += [runner(session, condition, feeds(session, image, 1))
@@ -268,6 +283,7 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
 
 WORK: dict[str, Callable[..., Any]] = {
     "measure": _measure_here, "begin": _begin_here, "pairs": _pairs_here, "race": _race_here, "parts": _parts_here,
+    "answers": _answers_here,
 }  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def _races(trials: int, *, faster: float = 0.0) -> int:
     beside the noise of each run."""
     rng, said = np.random.default_rng(5), 0
     for _ in range(trials):
-        sessions = rng.normal(0, 0.01, (PROCESSES, 1, 3)) + [0, 0, -faster]
+        sessions = rng.normal([0, 0, -faster], 0.01, (PROCESSES, 1, 3))
         times = 5 * np.exp(sessions + 0.03 * np.abs(rng.standard_t(3, (PROCESSES, ROUNDS, 3))))
         said += compared(times.tolist())[1].ratio_high < 1
     return said

@@ -43,10 +43,46 @@ def test_palette_image_with_a_transparent_colour_is_laid_over_white() -> None:
     assert (found[:, 15:] == RED_BLUE[:, 15:]).all()
 
 
-def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
+def test_sixteen_bit_grey_is_a_255th_of_its_range() -> None:
     levels = np.linspace(0, 65535, 300).astype(np.uint16).reshape(10, 30)
     found = decode(_saved(Image.fromarray(levels), "PNG"))
-    assert (found == (levels >> 8).astype(np.uint8)[..., None]).all()
+    assert (found == np.rint(levels / 257).astype(np.uint8)[..., None]).all()
+
+
+def test_twelve_bits_in_sixteen_are_refused_until_their_white_is_said() -> None:
+    """A 12-bit camera's pictures kept 16 grey levels."""
+    levels = np.linspace(0, 4095, 4096).astype(np.uint16).reshape(64, 64)
+    picture = _saved(Image.fromarray(levels), "PNG")
+    with pytest.raises(ImageError, match=r"found none above 4095.*preprocess\.white=4095"):
+        decode(picture)
+    found = Preprocess(white=4095).decode(picture)
+    assert len(np.unique(found)) == 256
+    assert (found[-1, -1] == 255).all()
+    dark = Preprocess(white=65535).decode(picture)
+    assert dark.max() == 16
+    assert decode(_saved(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG")).max() == 0, "black is black at any depth"
+    with pytest.raises(FtkitError, match=r"preprocess\.white: expected 1 to 65535"):
+        Preprocess(white=0)
+
+
+def test_integers_are_not_scaled_image_by_image() -> None:
+    """One bright speck must not darken the rest: mode I was divided by 257 where it had one."""
+    plain, speck = np.full((8, 8), 30_000, np.int32), np.full((8, 8), 30_000, np.int32)
+    speck[0, 0] = 65_535
+    one, other = (decode(_saved(Image.fromarray(values), "TIFF")) for values in (plain, speck))
+    assert one[4, 4, 0] == other[4, 4, 0] == round(30_000 / 257)
+    for values in (np.full((4, 4), 70_000, np.int32), np.full((4, 4), -1, np.int32)):
+        with pytest.raises(ImageError, match="expected integers of 0 to 65535"):
+            decode(_saved(Image.fromarray(values), "TIFF"))
+
+
+def test_floating_point_images_are_0_to_1_or_refused() -> None:
+    """They came out black."""
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    assert (decode(_saved(Image.fromarray(ramp), "TIFF"))[..., 0].ravel() == np.arange(256)).all()
+    for values in (ramp * 255, ramp - 0.5, np.full((4, 4), np.nan, np.float32)):
+        with pytest.raises(ImageError, match="expected floating-point values of 0 to 1"):
+            decode(_saved(Image.fromarray(values), "TIFF"))
 
 
 def test_cmyk_jpeg_becomes_rgb() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ftkit import cache
 from ftkit.augment import evaluation
 from ftkit.backbones import build
-from ftkit.cache import Activations, Views, check, fill
+from ftkit.cache import Activations, Views, attributes, check, fill
 from ftkit.canvas import build as build_canvases
 from ftkit.feed import Feeds
 from ftkit.intake import read
@@ -88,17 +88,65 @@ def test_views_differ_and_are_the_same_again(views: Views) -> None:
     )
 
 
-def test_a_cache_that_no_longer_equals_a_live_pass_is_not_used(photos: Path, views: Views) -> None:
-    backbone = build("resnet18", 4, "none")
+def _feeds(views: Views) -> Feeds:
     recipe = Recipe(name="x", backbone="resnet18", stages=(Stage(),))
-    feeds = Feeds(backbone, recipe, views.canvases, PREPROCESS, 0, torch.device("cpu"))
-    assert "frozen prefix computed once" in feeds.stage(0).how
+    torch.manual_seed(0)
+    backbone = build("resnet18", 4, "none")
+    return Feeds(backbone, recipe, views.canvases, PREPROCESS, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("place", ["first view", "last view", "val"])
+def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
+    views: Views, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it is wrong: the check saw one chunk of the last view, and the entry stayed for ever."""
+    assert "frozen prefix computed once" in _feeds(views).stage(0).how
     (file,) = (cache.cache_folder() / "prefix").glob("*/0.npy")
     array = np.load(file, mmap_mode="r+")
-    array[:8] *= 1.01
+    right = np.array(array)
+    train, val = (len(views.canvases.rows(split)) for split in ("train", "val"))
+    count = (len(array) - val) // train
+    rows = {"first view": slice(0, train), "last view": slice((count - 1) * train, count * train),
+            "val": slice(count * train, None)}  # fmt: skip
+    array[rows[place]] *= 1.01
     array.flush()
-    assert "differs from a live pass by" in feeds.stage(0).how
-    assert feeds.stage(0).kind == "live"
+    del array
+    assert "frozen prefix computed once" in _feeds(views).stage(0).how
+    assert "differs from a live pass by" in capsys.readouterr().err
+    np.testing.assert_array_equal(np.load(file), right)
+    assert "found in the cache" in _feeds(views).stage(0).how
+
+
+@pytest.mark.parametrize("file", ["told.json", "0.npy"])
+@pytest.mark.parametrize("content", [b"", b'{"kind"', b"\x93NUMPY\x01"], ids=["empty", "cut", "header"])
+def test_a_damaged_entry_counts_as_absent(views: Views, file: str, content: bytes) -> None:
+    """It was a traceback in every later run."""
+    net = Scaled(1.0)
+    first = fill(net, "damaged", ["means"], views)
+    assert isinstance(first, Activations)
+    right = np.array(first.arrays["means"])
+    (first.folder / file).write_bytes(content)
+    again = fill(net, "damaged", ["means"], views)
+    assert isinstance(again, Activations)
+    assert not again.found
+    np.testing.assert_array_equal(again.arrays["means"], right)
+
+
+def test_attributes_that_no_weight_and_no_code_tells_of_are_part_of_the_key(views: Views) -> None:
+    """The same weights with another eps, stride or padding answered with the former's activations."""
+
+    def net(**changed: object) -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.LeakyReLU()).eval()
+        for name, value in changed.items():
+            setattr(next(module for module in made if hasattr(module, name)), name, value)
+        return made
+
+    kept = [fill(net(**changed), "same", ["values"], views)
+            for changed in ({}, {"eps": 1e-3}, {"negative_slope": 0.2}, {})]  # fmt: skip
+    assert [isinstance(item, Activations) and item.found for item in kept] == [False, False, False, True]
+    assert attributes(net()) == attributes(net().train())
+    assert attributes(net()) != attributes(net(stride=(2, 2)))
 
 
 def test_room_is_made_from_what_killed_runs_left_and_what_is_unused_longest(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ImageOps
 
 from ftkit import canvas, storage
 from ftkit.intake import read
-from ftkit_export.errors import FtkitError
+from ftkit_export.errors import FtkitError, UnavailableImageError
 from ftkit_export.preprocess import Preprocess, decode
 
 PREPROCESS = Preprocess(size=64, resize=72)
@@ -20,7 +21,7 @@ BUILD = """
 import sys
 from ftkit.canvas import build
 from ftkit.intake import read
-from ftkit_export.errors import FtkitError
+from ftkit_export.errors import FtkitError, UnavailableImageError
 from ftkit_export.preprocess import Preprocess
 canvases = build(read(sys.argv[1]), Preprocess(size=64, resize=72))
 print(int(canvases.array(range(len(canvases.slots))).astype("int64").sum()))
@@ -80,7 +81,7 @@ def test_an_image_that_kills_its_decoder_is_named(
     (tmp_path / "sitecustomize.py").write_text(
         "import os, ftkit_export.preprocess as p\n"
         "real = p.decode\n"
-        f"p.decode = lambda path: os._exit(11) if str(path) == {str(victim)!r} else real(path)\n"
+        f"p.decode = lambda path, white: os._exit(11) if str(path) == {str(victim)!r} else real(path, white)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(FtkitError, match="found that its process ended with code 11") as caught:
@@ -101,3 +102,53 @@ def test_a_disk_without_room_is_told_before_anything_is_decoded(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "canvases").iterdir())
+
+
+@pytest.mark.parametrize("fewest", [8, 10_000], ids=["processes", "in this process"])
+def test_an_image_that_memory_ran_out_for_is_no_bad_image(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fewest: int
+) -> None:
+    """It was remembered under its content's hash, and missing from every later run."""
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(canvas, "FEWEST", fewest)
+    victim = sorted(photos.rglob("*.png"))[17]
+    short = (
+        "import ftkit_export.preprocess as p\n"
+        f"turned, victim = p.ImageOps.exif_transpose, p.Image.open({str(victim)!r}).tobytes()\n"
+        "def short(image):\n"
+        "    if image.tobytes() == victim:\n"
+        "        raise MemoryError\n"
+        "    return turned(image)\n"
+        "p.ImageOps.exif_transpose = short\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(short)
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        patch.setattr("ftkit_export.preprocess.ImageOps.exif_transpose", ImageOps.exif_transpose)
+        if fewest > 1000:
+            exec(short, {})
+        with pytest.raises(FtkitError, match="expected memory to decode it") as caught:
+            canvas.build(read(photos), PREPROCESS)
+    assert str(victim) in str(caught.value)
+    assert not list((tmp_path / "cache" / "canvases").iterdir()), "nothing is remembered"
+    assert canvas.build(read(photos), PREPROCESS).bad == ()
+
+
+def test_a_file_that_is_not_there_is_not_bad_for_good(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableImageError, match="No such file"):
+        decode(tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize("file", ["bad.json", "canvases.npy"])
+@pytest.mark.parametrize("content", [b"", b'{"3"', b"\x93NUMPY\x01"], ids=["empty", "cut", "header"])
+def test_a_damaged_shard_counts_as_absent(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes
+) -> None:
+    """It was a traceback in every later run."""
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
+    first = canvas.build(read(photos), PREPROCESS)
+    right = first.array(np.arange(len(first.slots)))
+    (shard,) = (tmp_path / "canvases").iterdir()
+    (shard / file).write_bytes(content)
+    again = canvas.build(read(photos), PREPROCESS)
+    np.testing.assert_array_equal(again.array(np.arange(len(again.slots))), right)

@@ -1,6 +1,9 @@
 """How a stage computes: a faster way is taken when measured and equal; nothing in a step waits for the device."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +22,8 @@ from ftkit.feed import Feeds
 from ftkit.intake import read
 from ftkit.optim import Batch, Moving, gradients, loss_of
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.source import Source, array_source
+from ftkit.source import Source, array_source, free_bytes
+from ftkit_export.nvidia import same_numbers
 from ftkit_export.preprocess import Preprocess
 
 CPU = Compute(device=torch.device("cpu"))
@@ -139,3 +143,48 @@ def test_an_operation_without_a_deterministic_form_is_one_sentence(photos: Path,
         assert ftkit("train", photos, "--out", tmp_path / "run", "--deterministic", *small).exit_code == 0
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+PREPARED = """
+import torch
+from ftkit.compute import prepare
+from ftkit.backbones import build
+from ftkit_export.convert import export_core
+def told():
+    b = torch.backends
+    parts = [part.fp32_precision for part in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn)]
+    return parts, b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32
+prepare(torch.device("cuda"), False)
+before = told()
+export_core(build("resnet18", 3, "none").model.eval(), 32)
+assert told() == before == (["ieee"] * 3, False, False), (before, told())
+"""
+
+
+def test_an_export_after_cuda_training_works_and_leaves_tf32_off() -> None:
+    """Every one raised: torch.export reads the legacy switch, which may not be left alone. It also resets the new ones.
+
+    In a process of its own, with the policy for CUDA set on a machine that need not have it."""
+    done = subprocess.run([sys.executable, "-c", PREPARED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory_that_torch_holds_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 60)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert free_bytes(torch.device("cuda")) == 43
+
+
+def test_a_number_means_one_gpu_to_cuda_and_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA counts the fastest first, the driver's library along the bus."""
+    code = "import os, ftkit_export.session; print(os.environ['CUDA_DEVICE_ORDER'])"
+    plain = {key: value for key, value in os.environ.items() if key != "CUDA_DEVICE_ORDER"}
+    for given, expected in (({}, "PCI_BUS_ID"), ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "FASTEST_FIRST")):
+        done = subprocess.run([sys.executable, "-c", code], env={**plain, **given}, capture_output=True, text=True,
+                              check=True)  # fmt: skip
+        assert done.stdout.strip() == expected
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert (same_numbers(1), same_numbers(2)) == (True, False)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert same_numbers(2)

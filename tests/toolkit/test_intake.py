@@ -55,6 +55,37 @@ def test_a_split_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert [len(images.of(split)) for split in ("train", "val", "test")] == [8, 4, 6]
 
 
+@pytest.mark.parametrize(
+    "names", [("Training", "Validation", "Testing"), ("TRAIN", "Val", "test"), ("train", "valid", "Test")]
+)
+def test_split_folders_are_known_in_any_case_and_by_their_common_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """photos/Training and photos/Testing became two classes."""
+    for name, count in zip(names, (4, 2, 3), strict=True):
+        _folder(tmp_path / name, cat=count, dog=count)
+    images = read(tmp_path)
+    assert images.classes == ("cat", "dog")
+    assert images.made == ()
+    assert [len(images.of(split)) for split in ("train", "val", "test")] == [8, 4, 6]
+
+
+def test_splits_of_a_csv_are_known_in_any_case(tmp_path: Path) -> None:
+    lines = ["path,label,split"]
+    for number in range(12):
+        _image(tmp_path / f"{number}.png", number)
+        lines.append(f"{number}.png,{'ab'[number % 2]},{('Train', 'Testing', 'VAL')[number // 4]}")
+    (tmp_path / "set.csv").write_text("\n".join(lines))
+    assert {image.split for image in read(tmp_path / "set.csv").images} == {"train", "test", "val"}
+
+
+def test_a_class_named_like_a_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FtkitError, match="found 'Test' beside 'cat'"):
+        read(_folder(tmp_path / "one", cat=5, dog=5, Test=5))
+    for split in ("train", "test"):
+        _folder(tmp_path / "two" / split, cat=4, Train=4)
+    with pytest.raises(FtkitError, match="found a folder named like a split"):
+        read(tmp_path / "two")
+
+
 def test_a_csv_keeps_groups_on_one_side(tmp_path: Path) -> None:
     lines = ["path,label,group"]
     for number in range(60):
@@ -138,7 +169,8 @@ def _csv(text: str) -> "object":
         (_csv("path,label\na.png,x\ngone.png,y\n"), "set.csv line 3: expected an image at"),
         (_csv("file,label\na.png,x\n"), "expected a column 'path', found file, label"),
         (_csv("path,class\na.png,x\n"), "expected a column 'label', found path, class"),
-        (_csv("path,label,split\na.png,x,training\n"), "expected split train, val or test, found 'training'"),
+        (_csv("path,label,split\na.png,x,holdout\n"), "expected split train, val or test, found 'holdout'"),
+        (_csv('path,label\na.png,"x\ny"\n'), "expected a label on one line, found"),
         (_csv("path,label\na.png,\n"), "expected a label, found none"),
     ],
     ids=[
@@ -150,6 +182,7 @@ def _csv(text: str) -> "object":
         "csv path",
         "csv label",
         "csv split",
+        "csv label of two lines",
         "csv no label",
     ],
 )

@@ -104,6 +104,31 @@ def test_the_devices_own_latency_chooses_the_variant(device: str, run: Path, tmp
 
 
 @needs_sshd
+def test_the_answers_of_8_bits_are_the_devices_own(device: str, run: Path, tmp_path: Path) -> None:
+    """A device whose 8-bit kernels answer otherwise, here by a sitecustomize that turns their logits around."""
+    fake = tmp_path / "python"
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'ftkit_export.timing' in ' '.join(sys.orig_argv) and '\"answers\"' in ' '.join(sys.orig_argv):\n"
+        "    import ftkit_export.session as s\n"
+        "    real = s.Session.run\n"
+        "    s.Session.run = lambda self, *a: [-real(self, *a)[0], *real(self, *a)[1:]]\n"
+    )
+    fake.write_text(f'#!/bin/sh\nPYTHONPATH="{site}:$PWD" exec {sys.executable} "$@"\n')
+    fake.chmod(0o755)
+    host = device.partition(":")[0]
+    result = ftkit("export", run, "--out", tmp_path / "bundle", "--quick", "--on", f"{host}:{fake}")
+    assert result.exit_code == 0, result.output
+    decision = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["evidence"]["decision"]
+    fp32, int8 = decision[:2]
+    assert fp32["accuracy"] > 0.5
+    assert int8["accuracy"] < 0.3, "these answers cannot be this machine's"
+    assert int8["verdict"] == "refused"
+
+
+@needs_sshd
 def test_a_device_that_lacks_python_or_does_not_answer_is_one_sentence(device: str) -> None:
     host = device.partition(":")[0]
     for where in (f"{host}:/no/such/python", "nobody@127.0.0.1"):

@@ -116,3 +116,30 @@ def test_a_disk_that_fills_leaves_the_last_save_and_one_sentence(stopped: Path, 
     assert result.exit_code == 2
     assert "to write 13.7 MB, found File too large. Free some disk" in result.stderr
     assert ftkit("train", photos, "--out", out, "--resume").exit_code == 0
+
+
+def test_two_processes_do_not_work_on_one_run(photos: Path, tmp_path: Path) -> None:
+    """They took the same folder and deleted each other's state. The lock ends with its process."""
+    out = tmp_path / "run"
+    first = begin(photos, out, *settings(*TINY))
+    wait_for(first, out, 2)
+    for more, said in ((["--resume"], f"found process {first.pid} at it"), ([], "another process trains in")):
+        second = ftkit("train", photos, "--out", out, *more, *([] if more else settings(*TINY)))
+        assert second.exit_code == 2
+        assert said in second.stderr
+    first.kill()
+    first.communicate()
+    assert ftkit("train", photos, "--out", out, "--resume").exit_code == 0
+    assert not (out / ".lock").exists()
+
+
+def test_two_processes_without_a_folder_take_two(photos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ftkit", "train", str(photos), *settings(*TINY, "stages.0.epochs=1")]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]  # fmt: skip
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["lite0-1", "lite0-2"]
+    typo = [*command, "--set", "stages.0.train=nonsense"]
+    assert subprocess.run(typo, cwd=tmp_path, capture_output=True, check=False).returncode == 2
+    assert not (tmp_path / "runs" / "lite0-3").exists(), "a typo leaves no folder"

@@ -1,7 +1,14 @@
 """A run: its trace, its folder, its choices, the same again with the same seed."""
 
+import hashlib
+import http.server
 import json
+import os
 import re
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -93,17 +100,63 @@ def test_a_loss_that_explodes_leaves_the_weights_before_it(photos: Path, tmp_pat
 def test_weights_that_would_need_a_network_name_the_file_and_two_ways(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ftkit.weights.HUBS", {"timm": "hub.invalid", "torchvision": "hub.invalid"})
+    """A proxy that refuses is as good as no network, and is there on every machine."""
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     for backbone, file in (
         ("resnet50", "resnet50.a1_in1k/model.safetensors"),
         ("shufflenet_v2_x1_0", "shufflenetv2_x1"),
     ):
-        result = ftkit("train", photos, "--recipe", "staged_resnet50", "--set", f"backbone={backbone}")
-        assert result.exit_code == 2
-        assert file in result.stderr
-        assert "Try --weights FILE" in result.stderr
-        assert "or " in result.stderr.split("Try --weights FILE")[1]
+        command = [sys.executable, "-m", "ftkit", "train", str(photos), "--recipe", "staged_resnet50", "--set",
+                   f"backbone={backbone}"]  # fmt: skip
+        begun = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 2
+        assert file in done.stderr
+        assert "Try --weights FILE" in done.stderr
+        assert "or " in done.stderr.split("Try --weights FILE")[1]
+        assert "Traceback" not in done.stderr
+        assert time.monotonic() - begun < 20, "the hub's own client tries again for 23 s"
+
+
+class _Mirror(http.server.BaseHTTPRequestHandler):
+    """A mirror of the hub that has one file."""
+
+    content = b""
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+        self.wfile.write(self.content)
+
+    def _answer(self) -> None:
+        self.send_response(200)
+        for name, value in (("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"'), ("X-Repo-Commit", "a" * 40),
+                            ("Content-Length", str(len(self.content)))):  # fmt: skip
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_weights_come_through_a_mirror_where_the_hubs_own_name_is_unknown(tmp_path: Path) -> None:
+    """A look-up of the hub's name refused everyone behind a proxy or a mirror."""
+    donor = build("resnet18", 1000, "none").model
+    _Mirror.content = safetensors.torch.save(dict(donor.state_dict()))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Mirror) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                       "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+        script = "from ftkit.backbones import build; print(build('resnet18', 4).model.conv1.weight[0, 0, 0, 0].item())"
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True,
+                              check=False)  # fmt: skip
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == donor.conv1.weight[0, 0, 0, 0].item()
 
 
 def test_weights_come_from_a_file_and_must_fit(photos: Path, tmp_path: Path) -> None:

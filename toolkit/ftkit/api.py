@@ -14,9 +14,10 @@ try. In a notebook a run and an export show themselves as tables.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def train(
     Under torchrun the first rank returns; the others end here.
     """
     from ftkit import terminal
-    from ftkit.checkpoint import next_free, open_run
+    from ftkit.checkpoint import claim, next_free, open_run
     from ftkit.override import override
     from ftkit.recipe import Recipe
     from ftkit.recipe import load as load_recipe
@@ -56,9 +57,15 @@ def train(
     terminal.hush(quiet)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     plan = override(plan, [*([f"weights={weights}"] if weights else []), *settings])
-    folder = Path(out) if out else next_free(Path("runs") / plan.name)
-    run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic, known=known,
-                 group_by=group_by, allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # the ranks of one run must agree on its folder
+    folder = Path(out) if out else (claim if alone else next_free)(Path("runs") / plan.name)
+    try:
+        run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic,
+                     known=known, group_by=group_by, allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip
+    finally:
+        if not out:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing began
     if not terminal.is_first():
         sys.exit(0)  # of several ranks one has the run; this one's work is done
     return open_run(folder)

@@ -30,8 +30,8 @@ import numpy as np
 from ftkit.intake import Images
 from ftkit.recipe import restore_preprocess
 from ftkit.storage import cache_folder, clear_abandoned, publish, reserve
-from ftkit_export.errors import FtkitError, ImageError
-from ftkit_export.preprocess import Preprocess, decode
+from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
+from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import cores
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ Array = np.ndarray[Any, Any]
 
 SHARD = 512  # images; at 256 x 256 a shard is 100 MB
 FEWEST = 128  # images that processes are started for; starting takes 0.3 s
+UNREADABLE = "unreadable"  # in place of a digest
 IMAGES_EACH = 32  # of a shard, at least, for a process to be worth its start
 
 
@@ -99,7 +100,11 @@ def build(
     digests: list[str] = []
     for number, found in enumerate(_digests(paths, preprocess, progress, ranks)):
         part = paths[number * SHARD : (number + 1) * SHARD]
-        array, reasons = _opened(_folder(found, preprocess))
+        shard = _opened(_folder(found, preprocess), len(part), preprocess.resize)
+        if shard is None:
+            raise FtkitError(f"{_folder(found, preprocess)}: expected the canvases just written, found them gone or "
+                             "damaged. Check the disk, or try FTKIT_CACHE=another folder")  # fmt: skip
+        array, reasons = shard
         shards.append(array)
         for slot, path in enumerate(part):
             if slot in reasons:
@@ -168,14 +173,14 @@ def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path,
 
 
 def _canvas_key(preprocess: Preprocess) -> str:
-    return f"canvas-1 {preprocess.fit} {preprocess.resize}"
+    return f"canvas-2 {preprocess.fit} {preprocess.resize} {preprocess.white}"
 
 
 def _digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        return f"unreadable: {error.strerror}"
+        return f"{UNREADABLE}: {error.strerror}"
 
 
 def _folder(digests: Sequence[str], preprocess: Preprocess) -> Path:
@@ -183,10 +188,15 @@ def _folder(digests: Sequence[str], preprocess: Preprocess) -> Path:
     return cache_folder() / "canvases" / key
 
 
-def _opened(folder: Path) -> tuple[Array, dict[int, str]]:
-    """One shard (n, R, R, 3) uint8, memory-mapped, and slot -> reason for its bad files (their slots are black)."""
-    stored = {int(slot): reason for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
-    return np.load(folder / "canvases.npy", mmap_mode="r"), stored
+def _opened(folder: Path, count: int, side: int) -> tuple[Array, dict[int, str]] | None:
+    """One shard (count, side, side, 3) uint8, memory-mapped, and slot -> reason for its bad files (their slots are
+    black); None where there is none, or it is damaged: cut short by a crash, or half deleted by hand."""
+    try:
+        stored = {int(slot): str(reason) for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
+        array = np.load(folder / "canvases.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError, AttributeError):
+        return None
+    return (array, stored) if array.shape == (count, side, side, 3) and array.dtype == np.uint8 else None
 
 
 def _write(
@@ -194,9 +204,10 @@ def _write(
     progress: Callable[[int], None],
 ) -> None:  # fmt: skip
     """One shard into the cache, unless it is there."""
-    folder = _folder(digests, preprocess)
-    if not folder.is_dir():
-        side, beside = preprocess.resize, None
+    folder, side = _folder(digests, preprocess), preprocess.resize
+    if _opened(folder, len(paths), side) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        beside = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             clear_abandoned(folder.parent)
@@ -204,7 +215,7 @@ def _write(
             file = beside / "canvases.npy"
             np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(paths), side, side, 3)).flush()
             reserve(file)
-            reasons = decoders.decode(file, paths, progress)
+            reasons = decoders.decode(file, paths, digests, progress)
             (beside / "bad.json").write_text(json.dumps(reasons))
             publish(beside, folder)
         except OSError as error:
@@ -232,19 +243,25 @@ class _Decoders:
             process.kill()
             process.communicate()
 
-    def decode(self, file: Path, paths: Sequence[Path], progress: Callable[[int], None]) -> dict[int, str]:
+    def decode(
+        self, file: Path, paths: Sequence[Path], digests: Sequence[str], progress: Callable[[int], None]
+    ) -> dict[int, str]:
         """Decode `paths` into the shard's file -> slot: reason for the bad ones. A few are decoded in this process.
 
-        Raises FtkitError, naming the image, when a process ends without a word (a decoder crashed, memory ran out).
+        The reasons are kept under the hashes of the contents, so they must lie in the contents. Raises FtkitError,
+        naming the image, for one that could not be read for another reason (memory ran out), and when a process ends
+        without a word (a decoder crashed).
         """
         reasons: dict[int, str] = {}
-        for done, (slot, reason) in enumerate(self._answers(file, paths), start=1):
+        for done, (slot, reason, lasting) in enumerate(self._answers(file, paths), start=1):
+            if reason and not lasting and not digests[slot].startswith(UNREADABLE):
+                raise FtkitError(f"{paths[slot]}: {reason}")
             if reason:
                 reasons[slot] = reason
             progress(done)
         return reasons
 
-    def _answers(self, file: Path, paths: Sequence[Path]) -> Iterator[tuple[int, str]]:
+    def _answers(self, file: Path, paths: Sequence[Path]) -> Iterator[tuple[int, str, bool]]:
         if not self._processes and (len(paths) < FEWEST or self._most < 2):
             yield from decode_into(file, enumerate(paths), self._preprocess)
             return
@@ -266,7 +283,8 @@ class _Decoders:
                     f"{path}: expected to decode it, found that its process ended with code {process.wait()}. "
                     "Try removing that file, or check the free memory"
                 )
-            yield slot, json.loads(line)
+            reason, lasting = json.loads(line)
+            yield slot, reason, lasting
 
 
 def _start() -> subprocess.Popen[str]:
@@ -278,15 +296,20 @@ def _start() -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def decode_into(file: Path, items: Iterable[tuple[int, Path]], preprocess: Preprocess) -> Iterator[tuple[int, str]]:
-    """Decode (slot, path) into the shard's file; yields (slot, "" or why not) for each, in order."""
+def decode_into(
+    file: Path, items: Iterable[tuple[int, Path]], preprocess: Preprocess
+) -> Iterator[tuple[int, str, bool]]:
+    """Decode (slot, path) into the shard's file; yields (slot, "" or why not, whether that lies in the file's content)
+    for each, in order."""
     array = np.load(file, mmap_mode="r+")
     for slot, path in items:
         try:
-            array[slot] = preprocess.canvas(decode(path))
-            yield slot, ""
+            array[slot] = preprocess.canvas(preprocess.decode(path))
+            yield slot, "", True
         except ImageError as error:
-            yield slot, str(error).removeprefix(f"{path}: ")
+            yield slot, str(error).removeprefix(f"{path}: "), not isinstance(error, UnavailableImageError)
+        except MemoryError:
+            yield slot, "expected memory for its canvas, found too little. Close other programs", False
     array.flush()
 
 
@@ -295,8 +318,8 @@ def _work() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         items = ((slot, Path(path)) for slot, path in job["items"])
-        for _, reason in decode_into(Path(job["file"]), items, restore_preprocess(job["preprocess"])):
-            print(json.dumps(reason), flush=True)
+        for _, *answer in decode_into(Path(job["file"]), items, restore_preprocess(job["preprocess"])):
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

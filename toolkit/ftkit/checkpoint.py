@@ -27,6 +27,7 @@ from torch import nn
 import ftkit
 from ftkit.backbones import Backbone, build
 from ftkit.files import write_atomically
+from ftkit.lock import LOCK, in_use
 from ftkit.page import table
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit_export.errors import FtkitError
@@ -79,9 +80,24 @@ def next_free(base: Path) -> Path:
     return base.with_name(f"{base.name}-{number}")
 
 
+def claim(base: Path) -> Path:
+    """runs/lite0-1, runs/lite0-2, ...: the first that did not exist, made now: no other process takes it too."""
+    while True:
+        folder = next_free(base)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise FtkitError(f"{folder}: expected a place to write to, found {error.strerror}. Try --out") from None
+        return folder
+
+
 def create(out: Path) -> Path:
     """A new run folder. Raises FtkitError when `out` holds anything already, or cannot be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_dir() and in_use(out):
+        raise FtkitError(f"{out}: expected a new folder, found one that another process trains in. Try another --out")
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         way = "--resume" if (out / "state").is_dir() else "another --out"
         raise FtkitError(f"{out}: expected a new folder, found one there already. Try {way}, or remove it")
     try:

@@ -14,7 +14,7 @@ import click
 
 from ftkit import __version__, api, terminal
 from ftkit.cli_look import GROUP_BY, RUNTIME, audit_data, report, try_bundle
-from ftkit.cli_measure import bench, evaluate
+from ftkit.cli_measure import KEY, bench, evaluate
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def train(
 
 def _launched(ctx: click.Context, gpus: int) -> int:
     """The same command in a process a GPU; its exit code."""
-    from ftkit.checkpoint import next_free
+    from ftkit.checkpoint import claim
     from ftkit.distributed import launch, pick_device
     from ftkit.recipe import load
 
@@ -115,7 +115,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     if "--out" not in arguments:
         if ctx.params["resume"]:
             raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
-        arguments += ["--out", str(next_free(Path("runs") / load(ctx.params["name"]).name))]
+        arguments += ["--out", str(claim(Path("runs") / load(ctx.params["name"]).name))]
     return launch(gpus, arguments)
 
 
@@ -165,7 +165,7 @@ def export(
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @PROVIDERS
-@click.option("--key", type=click.Path(path_type=Path), metavar="PUB", help="Public key that must have signed it.")
+@KEY
 @click.option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz",
               help="What another compiler made of handoff/inputs.npy: `logits`.")  # fmt: skip
 @click.option(
@@ -183,9 +183,8 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
     from ftkit_export.verify import read_manifest
 
     code = 0
-    with archive.opened(bundle) as folder:
+    with archive.opened(bundle, key) as folder:
         if key:
-            archive.check_signature(folder, key)
             click.echo(f"signed with {key.name}")
         for provider in parse_providers(providers):
             result = api.verify(folder, provider=provider)
@@ -222,7 +221,10 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, all probabilities.")
 @click.option("--explain", is_flag=True, help="Write a heat map of what spoke for each answer, into --out.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("explained"), show_default=True, metavar="FOLDER")
-def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool, explain: bool, out: Path) -> None:
+@KEY
+def predict(
+    bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool, explain: bool, out: Path, key: Path | None
+) -> None:
     """Class and probability of IMAGES (files or folders)."""
     from ftkit_export.archive import unpacked
     from ftkit_export.errors import ImageError
@@ -230,7 +232,7 @@ def predict(bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool
     from ftkit_export.predict import image_files
 
     files, bad = image_files(list(images)), 0
-    with unpacked(bundle) as folder:
+    with unpacked(bundle, key) as folder:
         classify = api.load(folder, provider=provider)
         explainer = Explainer(folder) if explain else None
     if provider != "cpu":

@@ -30,6 +30,9 @@ JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metava
                     help="All figures; - prints.")  # fmt: skip
 
 
+KEY = click.option("--key", type=click.Path(path_type=Path), metavar="PUB", help="Public key that must have signed it.")
+
+
 @click.command("eval")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
@@ -37,10 +40,12 @@ JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metava
 @click.option("--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a share.")
 @click.option("--provider", default="cpu", show_default=True)
 @click.option("--group-by", default="", metavar="REGEX", help="Images that belong together: by their paths.")
+@KEY
 @JSON
 def evaluate(
-    bundle: Path, data: Path, old: Path | None, max_drop: float, provider: str, group_by: str, as_json: Path | None
-) -> None:
+    bundle: Path, data: Path, old: Path | None, max_drop: float, provider: str, group_by: str, key: Path | None,
+    as_json: Path | None,
+) -> None:  # fmt: skip
     """Accuracy of BUNDLE's file on labelled images: DATA's test split, or all of DATA, without what it was trained on.
 
     With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images cannot tell.
@@ -55,7 +60,7 @@ def evaluate(
     echo, images = _echo(as_json), labelled(data, group_by)
     left_out: dict[str, int | None] = {}
     for each in (bundle, old) if old else (bundle,):
-        with unpacked(each) as path:
+        with unpacked(each, key) as path:
             require(path, images)
             images, seen = unseen(path, images)
         left_out[str(each)] = seen
@@ -63,13 +68,13 @@ def evaluate(
             click.echo(f"{each.name} does not tell what it was trained on: these images may be among it", err=True)
         elif seen:
             echo(f"left out: {seen} images that {each.name} was trained on")
-    with unpacked(bundle) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
+    with unpacked(bundle, key) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
         new = answers(path, images, provider=provider, step=step)
     for line in new.unreadable:
         click.echo(f"left out: {line}", err=True)
     before = change = None
     if old:
-        with unpacked(old) as path, terminal.bar(f"{old.name} on {len(images)} images") as step:
+        with unpacked(old, key) as path, terminal.bar(f"{old.name} on {len(images)} images") as step:
             before = answers(path, images, provider=provider, step=step)
         change = against(new, before, max_drop=max_drop)
     echo(as_text(new, before, change))
@@ -98,13 +103,14 @@ def evaluate(
 @click.option("--quick", is_flag=True, help="Shorter runs, marked as such.")
 @click.option("--save", is_flag=True, help="Append to ftkit-bench.jsonl at the root of this repository.")
 @click.option("--ssh", "host", metavar="USER@HOST", help="Measure there; USER@HOST:PYTHON names the interpreter.")
+@KEY
 @JSON
 @click.pass_context
 def bench(
     ctx: click.Context, model: Path, baseline: Path | None, budgets: tuple[str, ...], providers: str,
     threads: str | None, batch: str | None,
     image: Path | None, max_slowdown: float, seconds: float, quick: bool, save: bool, host: str | None,
-    as_json: Path | None,
+    key: Path | None, as_json: Path | None,
 ) -> None:  # fmt: skip
     """Latency, cold start, memory and size of MODEL: a bundle or any ONNX file.
 
@@ -130,8 +136,8 @@ def bench(
     told: dict[str, Any] = {}
     verdicts, stored = [], read(baseline) if baseline and kept_json else {}
     with ExitStack() as stack:
-        path = stack.enter_context(unpacked(model))
-        old = stack.enter_context(unpacked(baseline)) if baseline and not stored else None
+        path = stack.enter_context(unpacked(model, key))
+        old = stack.enter_context(unpacked(baseline, key)) if baseline and not stored else None
         say = stack.enter_context(terminal.note())
         if host:
             say(f"measuring on {host}")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftkit_export.convert import exact_float32
 from ftkit_export.errors import FtkitError
 
 Tensors = tuple[torch.Tensor, ...]
@@ -61,9 +62,7 @@ def prepare(device: torch.device, deterministic: bool) -> Compute:
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
         return Compute(device=device, deterministic=deterministic)
-    backends: Any = torch.backends
-    for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
-        part.fp32_precision = "ieee"
+    exact_float32()
     torch.backends.cudnn.benchmark = not deterministic  # batches have one size: the search pays once
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return Compute(device=device, dtype=dtype, deterministic=deterministic)

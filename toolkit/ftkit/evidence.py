@@ -27,7 +27,6 @@ from ftkit_export.graph import IR_VERSION, OPSET
 from ftkit_export.latency import Latency, machine, measure
 from ftkit_export.parity import Parity
 from ftkit_export.predict import Classifier
-from ftkit_export.preprocess import decode
 from ftkit_export.session import cores, form_of
 
 
@@ -40,7 +39,7 @@ def file_accuracy(
     found, labels = [], context.canvases.labels[rows]
     with terminal.bar("accuracy of the file") as progress:
         for number, row in enumerate(rows, start=1):
-            found.append(classify.probabilities(decode(context.canvases.images.images[row].path)))
+            found.append(classify.probabilities(classify.decode(context.canvases.images.images[row].path)))
             progress(number, len(rows))
     probabilities = np.stack(found)
     groups = context.canvases.groups(rows)
@@ -51,7 +50,8 @@ def file_accuracy(
 
 def out_of_order(folder: Path, classes: Sequence[str]) -> int:
     """Classes that the file's metadata or labels.txt (which runners without a JSON reader use) has elsewhere."""
-    written = (folder / "labels.txt").read_text(encoding="utf-8").splitlines()
+    # Not splitlines: U+2028 and the like are characters of a label, and end no line for a runner.
+    written = (folder / "labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     said = Classifier(folder).labels
     return sum(
         found != list(classes)[place : place + 1]

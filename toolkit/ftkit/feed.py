@@ -24,7 +24,7 @@ from torch import fx, nn
 from ftkit import terminal
 from ftkit.augment import Mixing, augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.backbones import Backbone, trainable
-from ftkit.cache import Activations, Tensors, Views, channels_last, check, fill
+from ftkit.cache import Activations, Tensors, Views, channels_last, check, discard, fill
 from ftkit.canvas import Canvases
 from ftkit.distributed import SOLO, Ranks
 from ftkit.optim import Batch
@@ -162,14 +162,28 @@ class Feeds:
         kept = self._activations(number, cut)
         if isinstance(kept, str):
             return self._live(kept, teacher)
-        reason = check(frozen_part(cut.graph, [cut.nodes]), cut.names, kept, self.views(kept.views))
-        if reason := next(filter(None, self.ranks.gather(reason)), ""):  # one rank's is every rank's
+        reason = self._checked(cut, kept)
+        if reason and kept.found:  # an earlier run's, of which something changed that its key does not tell
+            terminal.warn(f"cache: expected what a live pass gives, found that {reason}. It is computed anew")
+            discard(kept, self.ranks)
+            if kept is self._shared:
+                self._shared = None
+            kept = self._activations(number, cut)
+            if isinstance(kept, str):
+                return self._live(kept, teacher)
+            reason = self._checked(cut, kept)
+        if reason:
             return self._live(reason, teacher)
         training = trace(model)
         suffix = frontier(training, under(names)) if training else []
         if training is None or [node.name for node in suffix] != cut.names:
             return self._live("the graph differs between training and evaluation", teacher)
         return self._cached(number, cut, training, suffix, kept, teacher)
+
+    def _checked(self, cut: _Cut, kept: Activations) -> str:
+        """What differs from a live pass on any rank; "" when nothing does."""
+        reason = check(frozen_part(cut.graph, [cut.nodes]), cut.names, kept, self.views(kept.views))
+        return next(filter(None, self.ranks.gather(reason)), "")
 
     def _cached(
         self, number: int, cut: _Cut, training: fx.GraphModule, suffix: list[fx.Node], activations: Activations,

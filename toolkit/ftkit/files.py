@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from ftkit_export.errors import FtkitError
@@ -14,7 +15,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises FtkitError, naming the file, when the disk is full; what was there stays.
     """
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # two writers share none
     try:
         with beside.open("wb") as file:
             file.write(content)

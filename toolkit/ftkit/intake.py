@@ -29,6 +29,10 @@ from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import SUFFIXES
 
 SPLITS = ("train", "val", "test")
+# In any case: what others call the three.
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+               "testing": "test"}  # fmt: skip
+LINE_ENDS = "\n\r"  # labels.txt has a label a line
 VAL_SHARE = 0.1
 TEST_SHARE = 0.15
 
@@ -152,20 +156,22 @@ def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
 
 def _from_folder(root: Path) -> list[Row]:
     top = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    folders = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-    named = {folders.get(path.name, path.name) for path in top}
-    if "train" in named or (named and named <= {"val", "test"}):
-        rows = []
-        for split_folder in top:
-            split = folders.get(split_folder.name, split_folder.name)
-            if split not in SPLITS:
-                raise FtkitError(
-                    f"{split_folder}: expected train, val and test beside each other, found {split_folder.name!r}. "
-                    "Try moving it out of the data folder"
-                )
-            rows += [(path, label, split, "") for path, label in _class_folders(split_folder)]
-        return rows
-    return [(path, label, "", "") for path, label in _class_folders(root)]
+    splits = {path: SPLIT_NAMES[path.name.lower()] for path in top if path.name.lower() in SPLIT_NAMES}
+    if not splits:
+        return [(path, label, "", "") for path, label in _class_folders(root)]
+
+    others = sorted(path.name for path in top if path not in splits)
+    if others:
+        named = sorted(path.name for path in splits)
+        raise FtkitError(f"{root}: expected either splits (train, val, test) or classes, found {named[0]!r} beside "
+                         f"{others[0]!r}. Rename the one, or move the other out of the data folder")  # fmt: skip
+    rows = []
+    for folder, split in splits.items():
+        for path, label in _class_folders(folder):
+            if label.lower() in SPLIT_NAMES:
+                raise FtkitError(f"{folder / label}: expected a class, found a folder named like a split. Rename it")
+            rows.append((path, label, split, ""))
+    return rows
 
 
 def _class_folders(root: Path) -> list[tuple[Path, str]]:
@@ -198,7 +204,9 @@ def _from_csv(path: Path) -> list[Row]:
             raise FtkitError(f"{path} line {number}: expected an image at {image}, found none. Check the path column")
         if not line["label"]:
             raise FtkitError(f"{path} line {number}: expected a label, found none. Fill in the label column")
-        split = line.get("split", "")
+        if any(character in line["label"] for character in LINE_ENDS):
+            raise FtkitError(f"{path} line {number}: expected a label on one line, found {line['label']!r}. Correct it")
+        split = SPLIT_NAMES.get(line.get("split", "").lower(), line.get("split", ""))
         if split and split not in SPLITS:
             raise FtkitError(f"{path} line {number}: expected split train, val or test, found {split!r}. Correct it")
         rows.append((image, line["label"], split, line.get("group", "")))

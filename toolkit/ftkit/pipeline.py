@@ -44,7 +44,7 @@ from ftkit_export.explain import Explainer, with_features
 from ftkit_export.golden import write_flat, write_golden
 from ftkit_export.latency import Latency, Raced
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
-from ftkit_export.preprocess import decode
+from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import PROVIDERS, form_of, require
 from ftkit_export.targets import TARGETS, unshippable
 from ftkit_export.verify import sha256
@@ -188,7 +188,7 @@ def _build(
         core = export_core(model, run.preprocess.size)
     rows = _spread(canvases.rows("test"), PARITY_IMAGES)
     files = [canvases.images.images[row].path for row in rows]
-    reference, photographs = Reference(model), _decoded(files)
+    reference, photographs = Reference(model), _decoded(files, run.preprocess)
     context = variants.Context(
         reference=reference, canvases=canvases, preprocess=run.preprocess, temperature=run.temperature, limits=limits,
         photograph=files[0], target_name=variants.resolve_target(limits.target, providers), measured=extras.measured,
@@ -323,11 +323,11 @@ def _spread(rows: Array, count: int) -> Array:
     return np.random.default_rng(0).permutation(rows[picks])
 
 
-def _decoded(paths: Sequence[Path]) -> list[Array]:
+def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:
     """The first images, as the device will decode them: as many as float64 sees, within a bound on memory."""
     found: list[Array] = []
     for path in paths[:FLOAT64_IMAGES]:
-        found.append(decode(path))
+        found.append(preprocess.decode(path))
         if sum(image.nbytes for image in found) > DECODED_BYTES:
             break
     return found

@@ -24,7 +24,6 @@ from ftkit_export.decision import Paired, Verdict, paired
 from ftkit_export.errors import FtkitError, ImageError, choices
 from ftkit_export.intervals import ground
 from ftkit_export.predict import Classifier
-from ftkit_export.preprocess import decode
 
 Array = np.ndarray[Any, Any]
 
@@ -128,7 +127,7 @@ def answers(
     found, kept, unreadable = [], list[Labelled](), []
     for number, image in enumerate(images, start=1):
         try:
-            found.append(classify.probabilities(decode(image.path)))
+            found.append(classify.probabilities(classify.decode(image.path)))
             kept.append(image)
         except ImageError as error:
             unreadable.append(str(error))

@@ -16,11 +16,14 @@ import re
 import shlex
 import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import ftkit_export
 from ftkit_export.bench import checked, find
@@ -30,6 +33,7 @@ from ftkit_export.latency import Condition, Raced, Start
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 MAKE_FOLDER = "mktemp -d"
+CANVASES = "canvases.npy"
 NEEDED = "numpy, onnxruntime and Pillow"
 
 
@@ -78,6 +82,19 @@ class Device:
         condition = asdict(Condition(model="0.onnx", provider=provider, threads=1))
         job = {"what": "begin", "conditions": [condition], "image": f"image{image.suffix}", "steady": True}
         return Start(**self.run("-m", "ftkit_export.timing", json.dumps(job)))
+
+    def put_canvases(self, canvases: np.ndarray[Any, Any]) -> None:
+        """Send images (n, R, R, 3) uint8, for `answers`."""
+        with tempfile.TemporaryDirectory() as scratch:
+            np.save(Path(scratch) / CANVASES, canvases)
+            _send(self.host, self.folder, {CANVASES: Path(scratch) / CANVASES})
+
+    def answers(self, core: Path, *, provider: str = "cpu") -> np.ndarray[Any, Any]:
+        """Logits (n, classes) of a core form there, of the canvases that `put_canvases` sent."""
+        _send(self.host, self.folder, {"0.onnx": core})
+        conditions = [asdict(Condition(model="0.onnx", provider=provider))]
+        job = {"what": "answers", "conditions": conditions, "image": CANVASES}
+        return np.array(self.run("-m", "ftkit_export.timing", json.dumps(job)))
 
     def run(self, *words: str) -> Any:
         """Python there, in the folder; the JSON that it prints last."""

@@ -21,6 +21,12 @@ RESIDENT_SHARE = 0.5  # of the free memory
 CHUNK = 512  # rows a copy to the device
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that a tensor could get: what the driver calls free, and what torch holds and does not use."""
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + max(0, idle)
+
+
 class Source:
     """read(rows) -> (n, ...) of the first `rows` row numbers. room: free bytes on the device; by default as it tells,
     none on a CPU, whose memory the stored arrays share already."""
@@ -30,7 +36,7 @@ class Source:
     ):
         self._read, self.device = read, device
         if room is None:
-            room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+            room = free_bytes(device) if device.type == "cuda" else 0
         self._resident = self._all(rows) if rows * row_bytes <= RESIDENT_SHARE * room else None
 
     @property

