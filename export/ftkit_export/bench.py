@@ -12,19 +12,22 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ftkit_export.errors import FtkitError
-from ftkit_export.latency import Condition, Start, begin, machine, measure, parts, race
+from ftkit_export.latency import Condition, Latency, Parts, Raced, Start, begin, machine, measure, parts, race
 from ftkit_export.session import PROVIDERS, cores, form_of
 from ftkit_export.targets import here
 from ftkit_export.verify import MANIFEST, check_files, read_manifest, sha256
 
 SCHEMA = 2  # 2: races over several processes
 STARTS, QUICK_STARTS = 5, 3
-SHIPPED = "model.onnx"
+# Of a field's type as written -> what JSON has for it.
+TYPES: dict[str, tuple[type, ...]] = {
+    "float": (float, int), "int": (int,), "bool": (bool,), "str": (str,), "tuple": (list, tuple),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,18 +178,46 @@ def read(path: str | Path) -> dict[str, Any]:
     return checked(data, str(path))
 
 
+def fits(kind: Any, data: Mapping[str, Any]) -> bool:
+    """Whether `data` has a dataclass's fields, each of its type; others with None are let pass."""
+    for item in fields(kind):
+        if item.name not in data and item.default is MISSING:
+            return False
+        value = data.get(item.name, item.default)
+        word = str(item.type).split(" ")[0].split("[")[0]
+        kinds = TYPES[word]
+        if "None" in str(item.type) and value is None:
+            continue
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            return False
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        if isinstance(value, list | tuple) and not all(type(each) is int for each in value):
+            return False
+    return set(data) - {item.name for item in fields(kind)} <= {key for key, value in data.items() if value is None}
+
+
 def checked(data: Any, where: str) -> dict[str, Any]:
     """`data` when it is what bench returns, whole enough to be judged; else FtkitError."""
     try:
-        row, machine_ = data["rows"][0], data["machine"]
-        cold = [Start(**start) for start in data["starts"][row["variant"]]]
-        numbers = [row["p50_ms"], row["p95_ms"], row["size_bytes"], data["threads"],
-                   *(value for start in cold for value in vars(start).values())]  # fmt: skip
+        rows = [(row["variant"], fits(Latency, {**row, "variant": None})) for row in data["rows"]]
+        cold = {name: [fits(Start, start) for start in starts] for name, starts in data["starts"].items()}
+        others = [*(fits(Parts, part) for part in data["parts"].values()),
+                  *(fits(Raced, raced) for raced in data["raced"].values())]  # fmt: skip
+        numbers = [data["threads"]]
+        numbers += [row[key] for row in data["rows"] for key in ("p50_ms", "p95_ms", "size_bytes")]
         whole = (
-            data["schema"] == SCHEMA and len(cold) > 1 and isinstance(machine_["fingerprint"], str)
-            and isinstance(data["provider"], str) and {"sha256", "parts", "raced", "quick"} <= set(data)
+            data["schema"] == SCHEMA
+            and all(good for _, good in rows)
+            and {name for name, _ in rows} == set(cold)
+            and all(len(starts) > 1 and all(starts) for starts in cold.values())
+            and all(others)
+            and isinstance(data["machine"]["fingerprint"], str)
+            and isinstance(data["provider"], str)
+            and isinstance(data["sha256"], dict)
+            and "quick" in data
             and all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers)
-        )  # fmt: skip
+        )
     except (KeyError, IndexError, TypeError, AttributeError):
         whole = False
     if not whole:

@@ -66,7 +66,10 @@ class Classifier:
             self.familiar = Foreign.from_text(metadata["out_of_domain"]) if metadata.get("out_of_domain") else None
             if self.input_format not in INPUT_FORMATS or not self.temperature > 0:
                 raise ValueError(f"input_format {self.input_format}, temperature {self.temperature}")
-        except (ValueError, KeyError, TypeError, AttributeError, FtkitError) as error:
+            classes = self.session.outputs[0].shape[-1:]
+            if isinstance(classes[0], int) and classes[0] != len(self.labels):
+                raise ValueError(f"{len(self.labels)} labels for {classes[0]} classes")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, FtkitError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BundleError(
                 f"{path}: expected the metadata that ftkit writes, found it damaged ({reason}). Copy the file again"

@@ -46,6 +46,12 @@ class Preprocess:
     white: int | None = None
 
     def __post_init__(self) -> None:
+        whole = all(isinstance(value, int) for value in (self.size, self.resize, self.white or 1))
+        if not (whole and _three_numbers(self.mean) and _three_numbers(self.std)):
+            raise FtkitError(
+                "preprocess: expected whole numbers for size, resize and white, three numbers for mean and std, "
+                f"found {vars(self)}. Try `ftkit recipes lite0`"
+            )
         if self.fit not in FITS:
             raise FtkitError(f"preprocess.fit: expected one of {', '.join(FITS)}, found {self.fit!r}. Try crop")
         if not 8 <= self.size <= self.resize <= 4096:
@@ -91,6 +97,10 @@ class Preprocess:
         crop = canvases[:, start : start + self.size, start : start + self.size].astype(np.float32)
         scaled = (crop - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+
+
+def _three_numbers(values: object) -> bool:
+    return isinstance(values, tuple | list) and len(values) == 3 and all(isinstance(v, int | float) for v in values)
 
 
 def _resize(image: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:

@@ -172,8 +172,8 @@ def missing_library(provider: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One input as the file declares it. type: in ONNX Runtime's words, "tensor(float)". shape: an int, or a name (or
-    None) where the size is free."""
+    """One input or output as the file declares it. type: in ONNX Runtime's words, "tensor(float)". shape: an int, or a
+    name (or None) where the size is free."""
 
     name: str
     type: str
@@ -210,8 +210,10 @@ class Session:
         self.placement = self._placed(model)
         self.inputs = [Input(name=item.name, type=item.type, shape=tuple(item.shape))
                        for item in self._session.get_inputs()]  # fmt: skip
+        self.outputs = [Input(name=item.name, type=item.type, shape=tuple(item.shape))
+                        for item in self._session.get_outputs()]  # fmt: skip
         self.input_names = [item.name for item in self.inputs]
-        self.output_names = [item.name for item in self._session.get_outputs()]
+        self.output_names = [item.name for item in self.outputs]
         self.metadata = self._read_metadata(model)
 
     def _open(self, model: str | Path | bytes, spinning: bool, optimised: bool, shared: bool) -> Any:

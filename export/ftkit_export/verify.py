@@ -80,13 +80,13 @@ def sha256(path: Path) -> str:
 
 
 def with_digest(text: str) -> bytes:
-    """A manifest's JSON with its own digest in it: SHA-256 of these very bytes, with zeros in the digest's place."""
+    """A JSON object with its own digest in it: SHA-256 of these very bytes, with zeros in the digest's place."""
     data = text.replace("{", "{\n " + DIGEST_KEY + '"' + NO_DIGEST + '",', 1).encode()
     return data.replace(NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether a manifest's bytes are those that its digest was made of."""
+    """Whether the bytes of `with_digest` are those that the digest was made of."""
     head = ("{\n " + DIGEST_KEY + '"').encode()
     digest = data[len(head) : len(head) + len(NO_DIGEST)]
     blank = head + NO_DIGEST.encode() + data[len(head) + len(NO_DIGEST) :]
@@ -126,6 +126,7 @@ def _variant_files(path: Path, manifest: dict[str, Any]) -> list[str]:
             manifest["variants"][manifest["chosen"]]["file"] == "model.onnx"
             and {"input_format", "preprocess", "limits", "run"} <= set(manifest)
             and set(named) <= set(manifest["files"].keys())
+            and all(isinstance(digest, str) for digest in manifest["files"].values())
             and [gate["passed"] for gate in manifest["gates"]] != []
         )
     except (KeyError, TypeError, AttributeError):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ftkit, rewrite
 
+import ftkit_export.archive as archives
 from ftkit_export.archive import opened, pack
 from ftkit_export.errors import BundleError
 from ftkit_export.verify import verify
@@ -114,3 +115,38 @@ def test_new_evidence_goes_into_a_copy(bundle: Path, tmp_path: Path) -> None:
         assert ftkit("verify", bundle, "--add-to", wrong).exit_code == 2
     (copy / "evidence" / "run.sh").write_text("")
     assert "expected only files the manifest lists" in ftkit("verify", copy).stderr
+
+
+def _stranger(bundle: Path, keys: tuple[Path, Path], folder: Path) -> Path:
+    """A zip whose manifest was altered after it was signed, and which holds much to unpack."""
+    copy = Path(shutil.copytree(bundle, folder / "copy"))
+    rewrite(copy / "manifest.json", {"name": "another"})
+    (copy / "padding").write_bytes(bytes(200_000_000))
+    pack(copy, folder / "stranger.zip")
+    return folder / "stranger.zip"
+
+
+@pytest.mark.parametrize("command", ["verify", "predict", "eval", "bench"])
+def test_a_zip_that_is_not_signed_with_the_key_is_refused_before_it_is_unpacked(
+    bundle: Path, keys: tuple[Path, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    zipped = _stranger(bundle, keys, tmp_path)
+    unpacked = []
+    monkeypatch.setattr(archives, "_unpack", lambda *paths: unpacked.append(paths))
+    more = {"predict": [next(photos.rglob("*.png"))], "eval": [photos]}.get(command, [])
+    result = ftkit(command, zipped, *more, "--key", keys[1])
+    assert (result.exit_code, "expected a signature by pub.pem, found another" in result.stderr) == (2, True)
+    assert not unpacked
+
+
+def test_every_command_that_opens_a_bundle_can_ask_for_its_signature(
+    bundle: Path, keys: tuple[Path, Path], photos: Path, tmp_path: Path
+) -> None:
+    zipped, image = bundle.with_name(bundle.name + ".zip"), next(photos.rglob("*.png"))
+    for where in (bundle, zipped):
+        assert ftkit("predict", where, image, "--key", keys[1]).exit_code == 0
+    assert ftkit("predict", bundle / "model.onnx", image, "--key", keys[1]).exit_code == 2, "a file has no signature"
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / "labels.txt").write_text("cat\n")
+    result = ftkit("predict", copy, image, "--key", keys[1])
+    assert (result.exit_code, "labels.txt: expected sha256" in result.stderr) == (2, True), "the hashes count too"

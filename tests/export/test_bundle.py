@@ -14,7 +14,8 @@ import pytest
 from conftest import bare, ftkit, rewrite
 from onnx import numpy_helper
 
-from ftkit import pipeline
+from ftkit import evidence, pipeline
+from ftkit.recipe import Export
 from ftkit.variants import as_table
 from ftkit_export.convert import export_core
 from ftkit_export.decision import Row, paired
@@ -336,3 +337,12 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path,
         latency.write_text(content)
         result = ftkit("export", run, "--out", tmp_path / "x", *told)
         assert (result.exit_code, said in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(("lost", "passes"), [(0, True), (1, True), (20, False)])
+def test_one_image_that_changes_sides_fails_no_gate_and_many_do(lost: int, passes: bool) -> None:
+    """A tie among 60 images is 1.7 points, where 1 is allowed."""
+    against = paired(np.ones(60, bool), np.arange(60) >= lost)
+    chosen = Row(name="fp32", verdict="reference", reason="", accuracy=0.9)
+    gates = evidence.judge(Export(), [], chosen, against, 0)
+    assert all(gate.passed for gate in gates) == passes

@@ -1,5 +1,6 @@
 """A file from elsewhere is read before it is loaded: nothing outside it is touched, nothing unknown is run."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ftkit_export.errors import BundleError
 from ftkit_export.onnxfile import inspect
+from ftkit_export.predict import Classifier
 from ftkit_export.session import Session
 
 
@@ -101,3 +103,39 @@ def test_a_model_cut_short_is_no_model(tmp_path: Path) -> None:
         path.write_bytes(whole[:end])
         with pytest.raises(BundleError):
             inspect(path)
+
+
+def test_an_engine_that_opens_files_of_its_own_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """com.microsoft is built into every ONNX Runtime, but EPContext in it names another file, or holds an engine."""
+    node = helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft", embed_mode=0,
+                            ep_cache_context="../../engine.bin", source="TensorrtExecutionProvider")  # fmt: skip
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy")
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=imports, ir_version=8)
+    path = tmp_path / "engine.onnx"
+    path.write_bytes(model.SerializeToString())
+    for use in (inspect, Session):
+        with pytest.raises(BundleError, match="found EPContext, which opens an engine or a file"):
+            use(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("labels", "no JSON"), ("labels", "[1, 2]"), ("labels", '["a"]'), ("preprocess", "[]"),
+     ("preprocess", '{"size": "big"}'), ("temperature", "warm"), ("temperature", "-1"), ("input_format", "yuv"),
+     ("out_of_domain", "{}"), ("out_of_domain", '{"means": {"base64": "!"}}'), ("abstain_threshold", "")],
+)  # fmt: skip
+def test_damaged_metadata_is_one_sentence(bundle: Path, tmp_path: Path, key: str, value: str) -> None:
+    model = onnx.load(bundle / "model.onnx")
+    next(item for item in model.metadata_props if item.key == key).value = value
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match=r"model\.onnx: expected the metadata that ftkit writes, found it damaged"):
+        Classifier(tmp_path / "model.onnx")
+
+
+def test_metadata_that_is_no_text_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
+    data = (bundle / "model.onnx").read_bytes()
+    name = json.loads((bundle / "manifest.json").read_text())["labels"][0].encode()
+    (tmp_path / "model.onnx").write_bytes(data.replace(name, b"\xff" * len(name)))
+    with pytest.raises(BundleError, match="expected metadata in UTF-8"):
+        Classifier(tmp_path / "model.onnx")

@@ -1,5 +1,6 @@
 """Class folders, split folders and CSVs; honest splits; bad input in one clear sentence."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
+from ftkit import evidence
 from ftkit.canvas import build
+from ftkit.files import write_atomically
 from ftkit.intake import read
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
@@ -201,3 +204,34 @@ def test_bad_data_is_told_in_one_sentence_with_exit_2(make: object, said: str, t
 def test_a_class_with_one_image_trains_with_it(tmp_path: Path) -> None:
     images = read(_folder(tmp_path, many=20, one=1))
     assert [image.split for image in images.images if image.label == 1] == ["train"]
+
+
+def test_a_label_with_a_line_separator_keeps_its_place_in_the_exported_file(tmp_path: Path) -> None:
+    """U+2028 ends a line for Python's splitlines, and for no runner: such labels failed the label gate."""
+    labels = ["a\u2028b", "c", "d\x85e"]
+    (tmp_path / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    classifier = type("Classifier", (), {"labels": labels})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "Classifier", lambda folder: classifier)
+        assert evidence.out_of_order(tmp_path, labels) == 0
+        assert evidence.out_of_order(tmp_path, [*labels[1:], labels[0]]) > 0
+
+
+def test_two_writers_of_one_file_share_no_temporary_name(tmp_path: Path) -> None:
+    path, failures = tmp_path / "state.json", []
+
+    def write(content: bytes) -> None:
+        try:
+            for _ in range(150):
+                write_atomically(path, content)
+        except FtkitError as error:
+            failures.append(error)
+
+    writers = [threading.Thread(target=write, args=(bytes([letter]) * 5000,)) for letter in b"abcd"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not failures
+    assert len(set(path.read_bytes())) == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["state.json"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from ftkit.augment import evaluation
 from ftkit.backbones import build, trainable
 from ftkit.canvas import build as build_canvases
 from ftkit.checkpoint import open_run
+from ftkit.distributed import SOLO
 from ftkit.feed import Feed, Feeds, ahead
 from ftkit.intake import read
 from ftkit.optim import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.step import fresh_gradients
 from ftkit.teacher import Teacher
+from ftkit.validate import Validation, validate
 from ftkit_export.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=64, resize=64)
@@ -151,9 +154,9 @@ def test_something_frozen_that_moves_aborts_the_run(
 ) -> None:
     real = stage.validate
 
-    def meddling(backbone, *rest):  # type: ignore[no-untyped-def]
+    def meddling(backbone, *rest, **more):  # type: ignore[no-untyped-def]
         backbone.model.bn1.running_mean.add_(1e-7)
-        return real(backbone, *rest)
+        return real(backbone, *rest, **more)
 
     monkeypatch.setattr(stage, "validate", meddling)
     result = ftkit("train", photos, "--out", tmp_path / "run", *settings(*TINY))
@@ -239,3 +242,51 @@ def test_a_teacher_of_other_classes_is_refused_at_once(run: Path, photos: Path, 
     result = ftkit("train", two, "--out", tmp_path / "run", "--set", f"stages.0.teacher={run}")
     assert (result.exit_code, "expected a run of the classes mono-ok, poly-ok" in result.stderr) == (2, True)
     assert not (tmp_path / "run").exists()
+
+
+def test_stages_that_balance_their_classes_compete_on_balanced_accuracy() -> None:
+    """Plain accuracy favours the model that forgets the rare class: 0.9 against 0.8 here."""
+    backbone = build("resnet18", 2, "none")
+    labels, pixels = torch.tensor([0] * 18 + [1] * 2), torch.zeros(20, 3, 32, 32)
+    pixels[18:], pixels[:4] = 1.0, 1.0  # the rare class is bright, and so are four of the others
+    feed = Feed(net=backbone.model, eval_net=backbone.model, fetch=None, prepare=None, val=lambda rows: (pixels[rows],),
+                how="", kind="")  # type: ignore[arg-type]  # fmt: skip
+    head = backbone.model.fc
+
+    def judged(balanced: bool, sees_brightness: bool) -> Validation:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            bright = backbone.model.eval().forward_head(backbone.model.forward_features(pixels[18:19]), pre_logits=True)
+            dark = backbone.model.forward_head(backbone.model.forward_features(pixels[4:5]), pre_logits=True)
+            direction = (bright - dark)[0] * sees_brightness
+            head.weight.copy_(torch.stack([-direction, direction]))
+            middle = float(direction @ (bright + dark)[0] / 2)
+            head.bias.copy_(torch.tensor([middle, -middle]) if sees_brightness else torch.tensor([1.0, 0.0]))
+        return validate(backbone, feed, labels, {}, SOLO, balanced=balanced)
+
+    seeing, blind = judged(False, True), judged(False, False)
+    assert (round(seeing.accuracy, 3), round(blind.accuracy, 3)) == (0.8, 0.9)
+    assert blind.score > seeing.score
+    seeing, blind = judged(True, True), judged(True, False)
+    assert seeing.score[0] == pytest.approx((14 / 18 + 1) / 2)
+    assert blind.score[0] == 0.5
+    assert seeing.score > blind.score
+    assert (round(seeing.accuracy, 3), round(blind.accuracy, 3)) == (0.8, 0.9), "what the trace shows stays accuracy"
+
+
+def test_a_recipe_competes_on_balanced_accuracy_where_any_stage_balances(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = stage.validate
+
+    def spied(*rest: Any, balanced: bool) -> Any:
+        asked.append(balanced)
+        return real(*rest, balanced=balanced)
+
+    monkeypatch.setattr(stage, "validate", spied)
+    for change, expected in (("stages.0.balance=loss", True), ("stages.0.balance=none", False)):
+        asked.clear()
+        result = ftkit("train", photos, "--out", tmp_path / change, *settings(*TINY, "stages.0.epochs=1", change))
+        assert result.exit_code == 0, result.output
+        assert set(asked) == {expected}

@@ -194,7 +194,7 @@ def _opened(folder: Path, count: int, side: int) -> tuple[Array, dict[int, str]]
     try:
         stored = {int(slot): str(reason) for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
         array = np.load(folder / "canvases.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError, AttributeError):
+    except Exception:  # numpy reads an array's header with Python's own parser, which raises whatever it meets
         return None
     return (array, stored) if array.shape == (count, side, side, 3) and array.dtype == np.uint8 else None
 

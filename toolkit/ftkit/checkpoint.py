@@ -33,6 +33,7 @@ from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground
 from ftkit_export.preprocess import Preprocess
+from ftkit_export.verify import is_whole, with_digest
 
 RUN, METRICS, WEIGHTS = "run.json", "metrics.jsonl", "model.safetensors"
 SCHEMA = 4  # of run.json
@@ -131,7 +132,7 @@ def finish(folder: Path, model: nn.Module, data: Mapping[str, Any]) -> None:
     """Write the chosen weights, then run.json."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS, safetensors.torch.save(state))
-    write_atomically(folder / RUN, (json.dumps(data, indent=1) + "\n").encode())
+    write_atomically(folder / RUN, with_digest(json.dumps(data, indent=1) + "\n"))
 
 
 def environment() -> dict[str, str]:
@@ -154,12 +155,15 @@ def open_run(folder: str | Path) -> Run:
         found = "one that was not finished" if unfinished else "none"
         raise FtkitError(f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found {found}. Try `ftkit train DATA`")
     try:
-        data = json.loads((path / RUN).read_text())
+        content = (path / RUN).read_bytes()
+        data = json.loads(content)
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
+        if not is_whole(content):
+            raise ValueError("another digest than its own: it was edited, or damaged")
         return Run(
             folder=path, recipe=restore(data["recipe"]), preprocess=restore_preprocess(data["preprocess"]),
             classes=tuple(data["classes"]), temperature=float(data["temperature"]), data=data,
         )  # fmt: skip
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FtkitError(f"{path / RUN}: expected a run of this ftkit, found {error!r}. Train again") from None

@@ -82,7 +82,7 @@ def latencies(
 
 
 def judge(
-    limits: Export, run: Run, parity: Sequence[Parity], chosen: Row, against: Paired,
+    limits: Export, parity: Sequence[Parity], chosen: Row, against: Paired,
     out_of_order: int,
 ) -> list[Gate]:  # fmt: skip
     """Every gate of the export, in one place."""

@@ -226,7 +226,7 @@ def _build(
     file_metrics, against = evidence.file_accuracy(folder, run, context, run.classes)
     terminal.say(f"accuracy of the file on {file_metrics.images} held-out photographs: {file_metrics.accuracy:.4f} "
                  f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
-    gates = evidence.judge(limits, run, parity, chosen, against, evidence.out_of_order(folder, run.classes))
+    gates = evidence.judge(limits, parity, chosen, against, evidence.out_of_order(folder, run.classes))
     manifest = {
         **evidence.manifest(run, parity, file_metrics, against, latency, context, made, chosen),
         "variants": {

@@ -76,7 +76,7 @@ class Work:
     @property
     def balanced(self) -> bool:
         """Whether stages compete on balanced accuracy: where any of them balances its classes."""
-        return any(stage.balance for stage in self.recipe.stages)
+        return any(stage.balance != "none" for stage in self.recipe.stages)
 
     def pause(self, moving: Moving) -> None:
         """Save when it is time or a signal came to any rank; then, after a signal, raise Stopped on all."""
