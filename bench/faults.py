@@ -1,6 +1,6 @@
 """Planted faults, each through the whole export: caught, by which gate, at which place. And no false alarm.
 
-ftkit train photos --out RUN && python bench/faults.py RUN            (16 exports, about 10 minutes on 2 cores)
+ftkit train photos --out RUN && python bench/faults.py RUN            (22 exports, about 14 minutes on 2 cores)
 python bench/faults.py --backbones                                    (the recipes' backbones, random weights)
 """
 
@@ -167,12 +167,24 @@ def overflow(stack: ExitStack) -> None:
     stack.enter_context(patch.object(quantize, "LARGEST_HALF", 1e30))
 
 
+def pixels_everywhere(**changed: Callable[[float], float]) -> Callable[[ExitStack], None]:
+    """The same wrong mean or std in every graph that makes pixels: the file's, and the one that parity reads its pixels
+    from. Also what a provider would do that miscomputes the normalisation in every session."""
+    real = graph.preprocess_nodes
+
+    def nodes(preprocess: Preprocess, *rest: Any, **more: Any) -> Any:
+        wrong = {name: tuple(map(change, getattr(preprocess, name))) for name, change in changed.items()}
+        return real(replace(preprocess, **wrong), *rest, **more)
+
+    return lambda stack: stack.enter_context(patch.object(graph, "preprocess_nodes", nodes))
+
+
 def cpu_as_cuda(stack: ExitStack) -> None:
     real = session.Session._open
 
-    def opened(self: session.Session, model: Any, spinning: bool) -> Any:
+    def opened(self: session.Session, *rest: Any) -> Any:
         with patch.object(self, "provider", "cpu"):
-            return real(self, model, spinning)
+            return real(self, *rest)
 
     stack.enter_context(patch.object(session.Session, "_open", opened))
 
@@ -221,6 +233,17 @@ def channels_swapped(proto: onnx.ModelProto) -> None:
 FP32, INT8, FP16 = Export(variants="fp32"), Export(), Export(target="cuda")
 FAULTS = [
     Fault("wrong mean", image_forms(mean_off), ("parity", "probabilities"), FP32),
+    *(
+        Fault(f"{name} in every graph", pixels_everywhere(**{field: change}), ("parity", said), FP32)
+        for name, field, change, said in (
+            ("mean + 1 %", "mean", lambda v: v * 1.01, "share of pixels off"),
+            ("mean + 0.3 grey levels", "mean", lambda v: v + 0.3, "pixels between grey levels"),
+            ("mean + 1 grey level", "mean", lambda v: v + 1, "limit"),
+            ("mean + 10 grey levels", "mean", lambda v: v + 10, "limit"),
+            ("std x 1.5", "std", lambda v: v * 1.5, "limit"),
+            ("std x 1.002", "std", lambda v: v * 1.002, "pixels between grey levels"),
+        )
+    ),
     Fault("BGR for RGB", edited(channels_swapped), ("parity", "core logits"), FP32),
     Fault("nearest for antialiased resize", nearest, ("parity", "share of pixels off"), FP32),
     Fault("crop off by 8 pixels", shifted, ("parity", "share of pixels off"), FP32),
@@ -270,7 +293,7 @@ def flipped(sealed: Path) -> tuple[int, int]:
         path.write_bytes(spoiled)
         with refused() as said:
             verify(sealed)
-            if path.name.startswith("manifest"):  # a flip in the seal itself is for the signature
+            if path.name == "manifest.sig":  # a flip in the signature is for its key
                 archive.check_signature(sealed, sealed.parent / "pub.pem")
         caught += bool(said)
         path.write_bytes(original)

@@ -14,7 +14,8 @@ import pytest
 from conftest import TINY, ftkit, settings
 
 from ftkit.cli import main
-from ftkit.demo import GROUP, write_elpv
+from ftkit.demo import GROUP, GROUPS, write_elpv
+from ftkit.intake import read
 from ftkit_export.errors import FtkitError
 from ftkit_export.verify import verify
 
@@ -36,11 +37,14 @@ def test_doctor_says_which_providers_open_a_session_and_why_not() -> None:
     assert all("absent: " in line or "does not open: " in line for line in others)
 
 
-def test_the_demo_keeps_runs_of_cells_on_one_side(tmp_path: Path) -> None:
+def test_the_demo_keeps_runs_of_cells_on_one_side_and_groups_them(tmp_path: Path) -> None:
     assert write_elpv(tmp_path, split=True) == 2223
-    sides: dict[int, set[str]] = {}
-    for path in tmp_path.rglob("*.png"):
-        sides.setdefault((int(path.stem[4:]) - 1) // GROUP, set()).add(path.parts[-3])
+    images = read(tmp_path, group_by=GROUPS[1])
+    sides: dict[str, set[str]] = {}
+    for image in images.images:
+        cell = int(image.path.stem.rpartition("cell")[2])
+        assert image.group == f"module{(cell - 1) // GROUP:02d}"
+        sides.setdefault(image.group, set()).add(image.split)
     assert all(len(splits) == 1 for splits in sides.values())
     classes = {split: len(list((tmp_path / split).iterdir())) for split in ("train", "val", "test")}
     assert classes == {"train": 4, "val": 4, "test": 4}
