@@ -251,7 +251,7 @@ FAULTS = [
     Fault("one convolution x 1.01", edited(scaled), ("parity", "core logits", "layer"), FP32),
     Fault("BatchNorm left in training mode", training_mode, ("parity", "core logits", "layer"), FP32),
     Fault("softmax over the wrong axis", image_forms(wrong_axis), ("parity", "probabilities"), FP32),
-    Fault("a frame declared RGB that is BGR", image_forms(declared_rgb), ("parity", "probabilities, noise"), FP32),
+    Fault("a frame declared RGB that is BGR", image_forms(declared_rgb), ("parity", "probabilities"), FP32),
     Fault("per-tensor int8", per_tensor, ("refused", "accuracy drop"), INT8, "int8"),
     Fault("calibration on noise", noise_calibration, ("accuracy drop", "chosen: fp32"), INT8, "int8"),
     Fault("fp16 overflow", overflow, ("refused", "fp16"), FP16, "fp16"),

@@ -28,11 +28,21 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip can hold: no file's own
 LARGEST = 4 << 30  # bytes unpacked
 MOST_FILES = 10_000
 LARGEST_MANIFEST = 64 << 20
+LARGEST_SIGNATURE = 4096
 
 
 def pack(bundle: Path, out: Path) -> None:
     """Write `bundle` as a zip: names sorted, dates fixed, under its folder's name. Appears whole or not at all."""
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        _write_zip(bundle, beside)
+        beside.replace(out)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise FtkitError(f"{out}: expected to write a zip, found {error.strerror}. Free some disk") from None
+
+
+def _write_zip(bundle: Path, beside: Path) -> None:
     with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
             info = zipfile.ZipInfo((PurePosixPath(bundle.name) / path.relative_to(bundle).as_posix()).as_posix(), EPOCH)
@@ -40,7 +50,6 @@ def pack(bundle: Path, out: Path) -> None:
             archive.writestr(info, path.read_bytes())
     with beside.open("rb") as file:
         os.fsync(file.fileno())
-    beside.replace(out)
 
 
 @contextmanager
@@ -90,7 +99,7 @@ def _check_signature_inside(source: Path, key: Path) -> None:
                 raise BundleError(f"{source}: expected one manifest, found {len(entries)}, or a huge one. "
                                   "Do not trust it")  # fmt: skip
             place = PurePosixPath(entries[0].filename).with_name(SIGNATURE).as_posix()
-            signature = archive.read(place) if place in archive.namelist() else None
+            signature = archive.open(place).read(LARGEST_SIGNATURE) if place in archive.namelist() else None
             _check(archive.read(entries[0]), signature, key, f"{source}: {place}")
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError, EOFError, OSError) as error:
         raise BundleError(f"{source}: expected a zipped bundle, found: {error}. Copy it again") from None

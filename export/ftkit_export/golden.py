@@ -27,11 +27,11 @@ from ftkit_export.graph import pixel_model
 from ftkit_export.parity import (
     RELATIVE,
     RESAMPLED_PROBABILITY,
-    ROUNDINGS,
     Reference,
     edge_images,
     probability_limit,
     resampled,
+    rounding_limit,
     tolerance,
 )
 from ftkit_export.predict import softmax
@@ -76,7 +76,8 @@ def write_golden(
         moved = float(np.abs(softmax(logits64 / temperature) - softmax(moved64 / temperature)).max())
         resizers = 2 * min(moved, RESAMPLED_PROBABILITY)
         limits = {name: tolerance(logits32, logits64, name)[0] for name in RELATIVE}
-        limits |= {name: ROUNDINGS * reference.rounding(pillow, name) for name in PRECISIONS}
+        scale = float(np.abs(logits64).max())
+        limits |= {name: rounding_limit(reference.rounding(pillow, name), scale) for name in PRECISIONS}
         allowed: dict[str, Any] = {"fp32": {
             key: {"logits": limit, "probabilities": probability_limit(limit, temperature) + resizers}
             for key, limit in limits.items()

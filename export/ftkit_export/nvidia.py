@@ -33,7 +33,7 @@ def _opened() -> tuple[Any, Any] | None:
     if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return None
     if first.isdigit() and not same_numbers(count.value):
-        return None
+        return None  # which of them CUDA calls the first is not known here
     if first.isdigit():
         failed = library.nvmlDeviceGetHandleByIndex_v2(int(first), ctypes.byref(handle))
     else:
@@ -42,8 +42,8 @@ def _opened() -> tuple[Any, Any] | None:
 
 
 def same_numbers(gpus: int) -> bool:
-    """Whether CUDA's number of a GPU is NVML's, which counts along the bus: CUDA counts the fastest first unless told
-    otherwise (session.py tells it, where the user does not)."""
+    """Whether CUDA's number of a GPU is NVML's, which counts along the bus: CUDA counts the fastest first, unless
+    CUDA_DEVICE_ORDER=PCI_BUS_ID says otherwise. It is the user's to set: it changes which GPU is used."""
     return gpus == 1 or os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") == "PCI_BUS_ID"
 
 

@@ -18,7 +18,10 @@ DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's operators, and thos
 EXTERNAL = ("EPContext",)  # com.microsoft: a compiled engine for one provider, in the file or at a path it names
 MODEL_FIELDS = {"ir": 1, "graph": 7, "opset": 8, "function": 25}
 DEEPEST = 32  # graphs within graphs
-MAKE_DATA = ("Expand", "Tile", "ConstantOfShape")  # of shapes and constants, what is no shape: a class token an image
+# What computes on shapes, and may be shape arithmetic itself; Expand, Resize and the like make data of a shape.
+ON_SHAPES = ("Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity", "Add", "Sub", "Mul",
+             "Div", "Mod", "Min", "Max", "Neg", "Abs", "Range", "Equal", "Where", "ReduceProd")  # fmt: skip
+INTEGERS = (6, 7, 9)  # TensorProto.DataType: int32, int64, bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,11 @@ def shape_nodes(model: str | Path | bytes) -> set[str]:
         if field != MODEL_FIELDS["graph"]:
             continue
         entries = list(_fields(value))
-        constants |= {_text(item) for number, entry in entries if number == 5 for inner, item in _fields(entry)
-                      if inner == 8}  # fmt: skip
+        for number, entry in entries:
+            if number == 5:
+                tensor = dict(_fields(entry))
+                if tensor.get(2) in INTEGERS and 8 in tensor:
+                    constants.add(_text(tensor[8]))
         for number, entry in entries:
             if number != 1:
                 continue
@@ -64,14 +70,12 @@ def shape_nodes(model: str | Path | bytes) -> set[str]:
                 if inner in parts:
                     parts[inner].append(_text(item))
             inputs, outputs, name, (kind, *_) = parts[1], parts[2], parts[3], parts[4]
-            if kind == "Constant":
-                constants |= set(outputs)
-            elif kind in ("Shape", "Size") or (
-                kind not in MAKE_DATA and shapes & set(inputs) and set(inputs) <= shapes | constants
+            if kind in ("Shape", "Size") or (
+                kind in ON_SHAPES and shapes & set(inputs) and set(inputs) <= shapes | constants
             ):
                 shapes |= set(outputs)
                 names |= set(name)
-    return names
+    return names - {""}
 
 
 class _RefusedError(Exception):

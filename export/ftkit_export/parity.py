@@ -6,7 +6,7 @@ max|ONNX - torch64| <= max(20 f, 1e-5 s); probabilities at that over the tempera
 softmax; top-1 must be equal outside ties (top-2 margin < 2 tolerances). Measured over 30 groups on 6 backbones: worst
 8 f, no false alarm.
 CUDA in float32 with TF32 off: 1e-3 s. What rounds to TF32 or float16 is held to ROUNDINGS times what that rounding does
-to this very model, emulated in the framework in both directions (to nearest, towards zero).
+to this very model, emulated in the framework in both directions (to nearest, towards zero), and to CEILING.
 
 The image form's pixels come from the definition of Preprocess, in Pillow and numpy; never from the graph under test.
 What the graph makes of an image is compared with them after normalisation, in grey levels: apart by at most
@@ -46,6 +46,7 @@ IMAGE_FORM_IMAGES = 16  # end to end; the core form has shown the network equal 
 FLOORS = 20.0
 ROUNDING = 4 * float(np.finfo(np.float32).eps)  # exp, sum, quotient; smaller logits do not make it smaller
 ROUNDINGS = 4.0  # a GPU accumulates in another order, and may round where the emulation does not
+CEILING = 0.1  # of the largest logit: a model that rounding moves further must not run in that precision
 # Two resizers of one definition. Measured on three fits, four sizes, photographs, noise and odd shapes: at most so many
 # grey levels, but for 1 in 1,000 values; 0.043 on average of an image's channel; 1e-5 from a whole level.
 RESAMPLED_LEVELS = {"photographs": 1, "noise": 2, "extremes": 2}
@@ -278,7 +279,7 @@ def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: st
     levels, undoing the normalisation that the recipe asks for."""
     levels = _levels(made, preprocess)
     apart = levels - _cropped(canvases, preprocess)
-    beyond = float((np.abs(apart) > RESAMPLED_LEVELS[group] + WHOLE_LEVELS).mean())
+    beyond = float((np.abs(apart) > RESAMPLED_LEVELS[group] + WHOLE_LEVELS).mean((1, 2, 3)).max())
     drift = float(np.abs(apart.mean((1, 2))).max())
     fraction = float(np.abs(levels - levels.round()).max())
     values = (("share of pixels off", beyond, RESAMPLED_SHARE), ("mean of a channel, grey levels", drift, MEAN_LEVELS),
@@ -311,6 +312,11 @@ def _cropped(canvases: Array, preprocess: Preprocess) -> Array:
     return found
 
 
+def rounding_limit(rounding: float, scale: float) -> float:
+    """What a lower precision may make of logits: rounding as emulated (Reference.rounding), scale: their largest."""
+    return min(ROUNDINGS * rounding, CEILING * scale) if np.isfinite(rounding) else 0.0
+
+
 def agreement(expected: Array, found: Array, rounding: float, precision: str, group: str) -> list[Check]:
     """Checks of a lower precision on the same inputs: logits (N, classes) against float32's. rounding: what emulated
     rounding to that precision does to the logits of this model (Reference.rounding).
@@ -318,7 +324,7 @@ def agreement(expected: Array, found: Array, rounding: float, precision: str, gr
     Top-1 may differ where the two best logits are nearer to each other than twice the limit: a tie.
     """
     expected, found = expected.astype(np.float64), found.astype(np.float64)
-    limit = ROUNDINGS * rounding if np.isfinite(rounding) else 0.0
+    limit = rounding_limit(rounding, float(np.abs(expected).max()))
     broken = int((np.isfinite(expected) & ~np.isfinite(found)).sum())
     top = np.sort(expected, -1)
     clear = top[:, -1] - top[:, -2] >= 2 * limit

@@ -190,6 +190,10 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
             f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
         ) from None
     except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
+        if "out of memory" in str(error):  # a codec's own
+            raise UnavailableImageError(
+                f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
+            ) from None
         reason = "no known image format" if "cannot identify" in str(error) else str(error).split("\n")[0]
         raise ImageError(f"{name}: expected an image, found {reason}. Remove or replace it") from None
 
@@ -211,8 +215,10 @@ def _to_rgb(image: Image.Image, white: int | None) -> Image.Image:
 
 def _from_integers(values: np.ndarray[Any, Any], white: int | None) -> np.ndarray[Any, Any]:
     low, high = int(values.min(initial=0)), int(values.max(initial=0))
-    if low < 0 or high > WHITE:
-        raise _UnknownDepthError(f"expected integers of 0 to {WHITE}, found {low} to {high}. Convert it to 8 bits")
+    if low < 0 or high > (white or WHITE):
+        raise _UnknownDepthError(
+            f"expected integers of 0 to {white or WHITE}, found {low} to {high}. Convert it to 8 bits"
+        )
     if white is None and 0 < high <= TWELVE_BITS:
         raise _UnknownDepthError(
             f"expected 16-bit values that use their range, found none above {high}: 12 bits, or a dark scene. "

@@ -8,6 +8,7 @@ Every provider's options stand in the one table below. ONNX Runtime's telemetry 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,8 +22,6 @@ from ftkit_export.errors import BundleError, FtkitError, ProviderError, choices
 from ftkit_export.onnxfile import inspect, shape_nodes
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once, at import
-# CUDA numbers GPUs the fastest first unless told otherwise, NVML by their place on the bus: one number, one GPU.
-os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +129,15 @@ def form_of(provider: str, image: Any, core: Any) -> Any:
     return image if PROVIDERS[provider].form == "image" else core
 
 
-def engine_cache() -> dict[str, str]:
-    """TensorRT's options for keeping the engines it builds, which takes minutes: next to ftkit's other caches."""
+def engine_cache(model: bytes) -> dict[str, str]:
+    """TensorRT's options for keeping the engines it builds, which takes minutes: next to ftkit's other caches.
+
+    A folder a model: ONNX Runtime finds an engine by the graph's names and shapes, and would take that of another
+    model's weights (microsoft/onnxruntime, issue 6455).
+    """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("FTKIT_CACHE") or Path(home) / "ftkit") / "tensorrt"
+    place = Path(os.environ.get("FTKIT_CACHE") or Path(home) / "ftkit") / "tensorrt"
+    folder = place / f"{hashlib.sha256(model).hexdigest()[:32]}-{_runtime().__version__}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a read-only home: engines are then built each time
@@ -240,7 +244,7 @@ class Session:
         source = model if isinstance(model, bytes) else str(model)
         providers = [(chosen.name, dict(chosen.options))]
         if chosen.name == _TENSORRT:  # what it does not take runs on CUDA, not on the CPU
-            providers[0][1].update(engine_cache())
+            providers[0][1].update(engine_cache(model if isinstance(model, bytes) else Path(model).read_bytes()))
             providers.append((_CUDA, dict(PROVIDERS["cuda-tf32"].options)))
         try:
             # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the CPU

@@ -2,13 +2,16 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
 
+from ftkit_export import intervals
 from ftkit_export.decision import paired
 from ftkit_export.intervals import (
     Design,
+    Prior,
     clopper_pearson,
     design,
     difference_bounds,
@@ -98,26 +101,54 @@ def test_a_drop_at_the_limit_is_accepted_at_its_level_when_it_comes_in_groups(cl
     assert naive / trials > 2 * level
 
 
-def test_the_variance_is_that_of_a_linear_model_with_the_cr2_correction() -> None:
-    """By its definition: adjusted residuals (I - H)^-1/2 e, summed within groups (here with whole matrices)."""
+def test_the_variance_and_its_degrees_of_freedom_are_those_of_a_linear_model_with_the_cr2_correction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By their definition: adjusted residuals (I - H)^-1/2 e, summed within groups, with whole matrices."""
+    monkeypatch.setattr(intervals, "PRIOR_EVENTS", 0.0)
     sizes = (3, 8, 5, 12)
-    values = RNG.random(sum(sizes))
+    total, bounds = sum(sizes), np.cumsum((0, *sizes))
+    values = RNG.random(total)
     groups = [str(number) for number, size in enumerate(sizes) for _ in range(size)]
-    total = sum(sizes)
-    residuals = values - values.mean()
-    variance = 0.0
-    for start, size in zip((0, *itertools.accumulate(sizes[:-1])), sizes, strict=True):
-        inner = np.eye(size) - np.ones((size, size)) / total
+    variance, rows = 0.0, []
+    for start, end in itertools.pairwise(bounds):
+        inner = np.eye(end - start) - np.ones((end - start, end - start)) / total
         eigen, vectors = np.linalg.eigh(inner)
-        adjusted = vectors @ np.diag(eigen**-0.5) @ vectors.T @ residuals[start : start + size]
-        variance += (adjusted.sum() / total) ** 2
-    found = design(values, groups, variance, 0.0)
-    assert found.effect == pytest.approx(1.0)
+        adjusted = vectors @ np.diag(eigen**-0.5) @ vectors.T
+        variance += ((adjusted @ (values - values.mean())[start:end]).sum() / total) ** 2
+        residual_maker = np.eye(total)[start:end] - 1 / total
+        rows.append((adjusted @ residual_maker).sum(0))
+    found = design(values, groups, Prior(correlation=0.0, least_effect=0.0))
+    assert found.effect == pytest.approx(variance / (values.var() / total))
+
+    correlation = 0.3
+    same = np.equal.outer(groups, groups)
+    covariance = np.where(same, correlation, 0.0) + (1 - correlation) * np.eye(total)
+    matrix = np.array(rows) @ covariance @ np.array(rows).T
+    shares = np.array(sizes) / total
+    df = intervals._degrees_of_freedom(shares, np.array(sizes) * (1 + (np.array(sizes) - 1) * correlation))
+    assert df == pytest.approx(np.trace(matrix) ** 2 / (matrix**2).sum())
 
 
 def test_equal_groups_have_the_degrees_of_freedom_of_a_t_test() -> None:
-    values = np.repeat(np.array([-1.0, 1.0] * 10), 5) + RNG.normal(0, 0.1, 100)
-    found = design(values, [str(number // 5) for number in range(100)], 1.0, 0.0)
-    assert found.df == pytest.approx(19, rel=1e-6)
-    lopsided = np.where(np.arange(100) < 5, 1.0, 0.0)
-    assert design(lopsided, [str(number // 5) for number in range(100)], 1.0, 0.0).df < 3, "one group makes it all"
+    sizes = np.full(20, 0.05)
+    assert intervals._degrees_of_freedom(sizes, np.ones(20)) == pytest.approx(19)
+
+
+def test_bounds_move_little_with_one_image_more_or_less() -> None:
+    """Without a prior, no change at all counted as independent images, and one change as one group's doing."""
+    groups = [str(number // 100) for number in range(2000)]
+    right = np.ones(2000, bool)
+    highs = [paired(right, np.arange(2000) >= lost, groups, looks=4).high for lost in range(6)]
+    assert all(0.7 < after / before < 1.4 for before, after in itertools.pairwise(highs)), highs
+    assert highs[0] > paired(right, right, looks=4).high
+    modules = [str(number // 54) for number in range(375)]
+    lows = [share_interval(np.arange(375) >= wrong, modules)[0] for wrong in range(4)]
+    assert 0.8 < lows[0] < 0.97
+    assert all(abs(after - before) < 0.03 for before, after in itertools.pairwise(lows)), lows
+
+
+def test_as_many_groups_as_images_take_no_time() -> None:
+    begun = time.perf_counter()
+    share_interval(RNG.random(40_000) < 0.9, [str(number // 2) for number in range(40_000)])
+    assert time.perf_counter() - begun < 5, "a matrix of groups by groups would not fit in memory"

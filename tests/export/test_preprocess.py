@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ftkit_export.errors import FtkitError, ImageError
+from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
 from ftkit_export.graph import pixel_model
 from ftkit_export.parity import edge_images
 from ftkit_export.preprocess import FITS, INPUT_FORMATS, Preprocess, decode, from_frame, to_frame
@@ -58,6 +58,8 @@ def test_twelve_bits_in_sixteen_are_refused_until_their_white_is_said() -> None:
     found = Preprocess(white=4095).decode(picture)
     assert len(np.unique(found)) == 256
     assert (found[-1, -1] == 255).all()
+    with pytest.raises(ImageError, match="expected integers of 0 to 4095, found 0 to 60000"):
+        Preprocess(white=4095).decode(_saved(Image.fromarray(np.array([[0, 60_000]], np.uint16)), "PNG"))
     dark = Preprocess(white=65535).decode(picture)
     assert dark.max() == 16
     assert decode(_saved(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG")).max() == 0, "black is black at any depth"
@@ -177,3 +179,14 @@ def test_frames_keep_the_picture() -> None:
     red = to_frame(image[8:12], "nv12")[..., 0]  # BT.601: Y 81, U 90, V 240
     assert np.abs(red[0, 0].astype(int) - 81) <= 1
     assert np.abs(red[4, :2].astype(int) - [90, 240]).max() <= 1
+
+
+def test_a_codec_that_runs_out_of_memory_blames_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow tells it as an OSError, which was taken for a bad file and remembered."""
+
+    def load(self: object) -> None:
+        raise OSError("out of memory when reading image file")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(UnavailableImageError, match="expected memory to decode it"):
+        decode(_saved(Image.fromarray(RED_BLUE), "JPEG"))

@@ -139,3 +139,18 @@ def test_a_runtime_that_cannot_tell_is_unknown_and_no_proof(monkeypatch: pytest.
     opened.provider = "cuda"
     monkeypatch.setattr(opened, "_assigned", list)
     assert opened._placed(MODEL).startswith("unknown")
+
+
+def test_tensorrt_keeps_its_engines_where_the_other_caches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each session built them anew, which takes minutes. ONNX Runtime tells engines apart by the graph's names and
+    shapes, not by its weights: two runs of one recipe must not share a folder."""
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
+    one, other, again = (session.engine_cache(model) for model in (b"one", b"other", b"one"))
+    assert one == again != other
+    folder = Path(one["trt_engine_cache_path"])
+    assert one["trt_engine_cache_enable"] == "True"
+    assert folder.is_dir()
+    assert folder.parent == tmp_path / "cache" / "tensorrt"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "file"))
+    assert session.engine_cache(b"one") == {}, "no place for them is no error"

@@ -80,6 +80,10 @@ def test_splits_of_a_csv_are_known_in_any_case(tmp_path: Path) -> None:
     assert {image.split for image in read(tmp_path / "set.csv").images} == {"train", "test", "val"}
 
 
+def test_valid_and_invalid_parts_are_classes(tmp_path: Path) -> None:
+    assert read(_folder(tmp_path, valid=8, invalid=8)).classes == ("invalid", "valid")
+
+
 def test_a_class_named_like_a_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FtkitError, match="found 'Test' beside 'cat'"):
         read(_folder(tmp_path / "one", cat=5, dog=5, Test=5))

@@ -16,6 +16,10 @@ import safetensors.torch
 import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
+from ftkit.checkpoint import claim
+from ftkit.lock import in_use, locked
+from ftkit_export.errors import FtkitError
+
 
 def begin(photos: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", COMMAND, "train", str(photos), "--out", str(out), *more]
@@ -143,3 +147,20 @@ def test_two_processes_without_a_folder_take_two(photos: Path, tmp_path: Path) -
     typo = [*command, "--set", "stages.0.train=nonsense"]
     assert subprocess.run(typo, cwd=tmp_path, capture_output=True, check=False).returncode == 2
     assert not (tmp_path / "runs" / "lite0-3").exists(), "a typo leaves no folder"
+
+
+def test_a_file_system_without_locks_is_no_other_process(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("ftkit.lock.fcntl.flock", flock)
+    with locked(tmp_path):
+        assert not in_use(tmp_path)
+
+
+def test_a_link_to_nowhere_is_told_and_not_tried_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(FtkitError, match="found a broken link"):
+        claim(tmp_path / "runs" / "lite0")

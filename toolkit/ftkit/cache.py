@@ -27,6 +27,7 @@ import numpy as np
 import onnxruntime
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from ftkit.augment import augmented, drawn, evaluation
@@ -35,7 +36,7 @@ from ftkit.distributed import SOLO, Ranks, share_of_cores
 from ftkit.recipe import Augment
 from ftkit.source import Source
 from ftkit.state import seeded
-from ftkit.storage import cache_folder, clear_abandoned, publish, reserve
+from ftkit.storage import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit_export.convert import quiet
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import Session
@@ -52,7 +53,7 @@ DISK_SHARE = 0.5  # of the free disk that a cache may take
 WIDE = "float16 is too narrow"
 PLAIN = (bool, int, float, str, tuple, type(None))
 UNTOLD = ("training",)  # attributes that decide nothing here: the prefix is in eval mode
-VERSIONS = [torch.__version__, timm.__version__, onnxruntime.__version__]
+VERSIONS = [torch.__version__, torchvision.__version__, timm.__version__, onnxruntime.__version__]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +155,9 @@ def fill(
     folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
     shapes = [(len(views), *value.shape[1:]) for value in sample]
     held = ranks.gather(_opened(folder, shapes) is not None)
+    held = [held[node] for node in ranks.gather(ranks.node)]  # what a machine's first rank saw holds for all of it
     if not held[ranks.rank] and ranks.rank == ranks.node:
-        shutil.rmtree(folder, ignore_errors=True)  # damaged is absent
+        put_away(folder)  # damaged is absent
     if not all(held) and (reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])):
         return reason
     opened = _opened(folder, shapes)
@@ -186,7 +188,7 @@ def _opened(folder: Path, shapes: Sequence[tuple[int, ...]]) -> tuple[list[Array
 def discard(activations: Activations, ranks: Ranks = SOLO) -> None:
     """Remove an entry that is not what its key says, so that it is computed anew."""
     if ranks.rank == ranks.node:
-        shutil.rmtree(activations.folder, ignore_errors=True)
+        put_away(activations.folder)
     ranks.gather(None)
 
 

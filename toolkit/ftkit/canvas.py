@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL
 
 from ftkit.intake import Images
 from ftkit.recipe import restore_preprocess
-from ftkit.storage import cache_folder, clear_abandoned, publish, reserve
+from ftkit.storage import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import cores
@@ -184,7 +185,7 @@ def _digest(path: Path) -> str:
 
 
 def _folder(digests: Sequence[str], preprocess: Preprocess) -> Path:
-    key = hashlib.sha256("\n".join([_canvas_key(preprocess), *digests]).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\n".join([_canvas_key(preprocess), PIL.__version__, *digests]).encode()).hexdigest()[:32]
     return cache_folder() / "canvases" / key
 
 
@@ -206,7 +207,7 @@ def _write(
     """One shard into the cache, unless it is there."""
     folder, side = _folder(digests, preprocess), preprocess.resize
     if _opened(folder, len(paths), side) is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        put_away(folder)  # damaged is absent
         beside = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

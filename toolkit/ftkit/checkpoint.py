@@ -88,7 +88,8 @@ def claim(base: Path) -> Path:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
+            if folder.is_symlink() or not folder.exists():  # a link to nowhere, here or above
+                raise FtkitError(f"{folder}: expected a place to write to, found a broken link. Try --out") from None
         except OSError as error:
             raise FtkitError(f"{folder}: expected a place to write to, found {error.strerror}. Try --out") from None
         return folder

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,12 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     if "--out" not in arguments:
         if ctx.params["resume"]:
             raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
-        arguments += ["--out", str(claim(Path("runs") / load(ctx.params["name"]).name))]
+        folder = claim(Path("runs") / load(ctx.params["name"]).name)
+        try:
+            return launch(gpus, [*arguments, "--out", str(folder)])
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing began
     return launch(gpus, arguments)
 
 

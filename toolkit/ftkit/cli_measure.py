@@ -57,19 +57,26 @@ def evaluate(
 
     if not 0 < max_drop < 1:
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
-    echo, images = _echo(as_json), labelled(data, group_by)
+    echo, every = _echo(as_json), labelled(data, group_by)
+    images = every
     left_out: dict[str, int | None] = {}
     for each in (bundle, old) if old else (bundle,):
         with unpacked(each, key) as path:
-            require(path, images)
-            images, seen = unseen(path, images)
+            require(path, every)
+            left, seen = unseen(path, every)
+        kept = set(left)
+        images = [image for image in images if image in kept]
         left_out[str(each)] = seen
         if seen is None:
             click.echo(f"{each.name} does not tell what it was trained on: these images may be among it", err=True)
         elif seen:
             echo(f"left out: {seen} images that {each.name} was trained on")
+    if not images:
+        raise FtkitError(f"{data}: expected images that neither bundle was trained on, found none. Try held-out images")
     with unpacked(bundle, key) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
         new = answers(path, images, provider=provider, step=step)
+    if provider != "cpu":
+        echo(f"{provider}: {new.placement}")
     for line in new.unreadable:
         click.echo(f"left out: {line}", err=True)
     before = change = None

@@ -23,7 +23,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )  # fmt: skip
 
-from ftkit_export.intervals import LEAST_EFFECT, Design, clopper_pearson, design, share_interval
+from ftkit_export.intervals import PROVEN_SHARE, SHARE, Design, clopper_pearson, design, share_interval
 
 Array = np.ndarray[Any, Any]
 
@@ -33,6 +33,7 @@ COLDEST, HOTTEST = 0.05, 20.0  # temperatures
 PRIOR_SPREAD = 0.25
 CALIBRATION_FOLDS = 5
 LEVEL = 0.05  # chance that the precision claimed at the abstain threshold is not reached
+LOOKED_AT = 200  # thresholds, from each start
 STARTS = (0.25, 0.5, 0.75, 1.0)  # shares of images answered at which the search for the threshold begins
 
 
@@ -147,7 +148,7 @@ def abstain_threshold(
     last_of_ties = np.append(np.flatnonzero(np.diff(top[order])), len(top) - 1)
     proven = None
     for start in STARTS:
-        for last in last_of_ties[last_of_ties >= math.ceil(start * len(top)) - 1]:
+        for last in _thinned(last_of_ties[last_of_ties >= math.ceil(start * len(top)) - 1]):
             answered = order[: last + 1]
             named = [groups[row] for row in answered] if groups is not None else None
             if _precision_bound(right[answered], named, 1 - LEVEL / len(STARTS)) < precision:
@@ -161,10 +162,16 @@ def abstain_threshold(
     return (float(thresholds[good[0]]) if len(good) else None), False
 
 
+def _thinned(places: Array) -> Array:
+    """At most LOOKED_AT of them, evenly, the last one too."""
+    found: Array = places[np.unique(np.linspace(0, len(places) - 1, min(LOOKED_AT, len(places))).round().astype(int))]
+    return found
+
+
 def _precision_bound(right: Array, groups: Sequence[str] | None, level: float) -> float:
     """Lower bound of the share right, at the effective number of images."""
     share = float(right.mean())
-    found = design(right, groups, share * (1 - share) / len(right), 1.0)
+    found = design(right, groups, PROVEN_SHARE)
     if found.df <= 0:
         return 0.0
     normal = Design(images=0).quantile(level)
@@ -222,8 +229,9 @@ def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None =
         if held.all():
             return 1.0
         gain[held] = before[held] - _nll(logits[held], labels[held], _temperature(logits[~held], labels[~held]))
-    spread = design(gain, groups, float(gain.var()) / len(gain), LEAST_EFFECT)
-    error = math.sqrt(float(gain.var()) / len(gain) * spread.effect)
+    # Gains lie where errors do: what is known of their grouping is the errors' design effect.
+    effect = design(logits.argmax(1) == labels, groups, SHARE).effect
+    error = math.sqrt(float(gain.var()) / len(gain) * effect)
     return _temperature(logits, labels) if gain.mean() > error else 1.0
 
 

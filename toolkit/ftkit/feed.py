@@ -282,8 +282,21 @@ class Feeds:
         if teacher is None:
             return None
         teacher.to(self.device)
-        with terminal.bar("teacher") as progress:
-            return fill(teacher, teacher.key, ["teacher"], self.views(count), progress, self.ranks)
+        views = self.views(count)
+
+        def filled() -> Activations | str:
+            with terminal.bar("teacher") as progress:
+                return fill(teacher, teacher.key, ["teacher"], views, progress, self.ranks)
+
+        kept = filled()
+        if isinstance(kept, str):
+            return kept
+        reason = next(filter(None, self.ranks.gather(check(teacher, ["teacher"], kept, views))), "")
+        if reason and kept.found:
+            terminal.warn(f"cache: expected what a live pass gives, found that {reason}. It is computed anew")
+            discard(kept, self.ranks)
+            return filled()
+        return reason or kept
 
     def _live(self, reason: str, teacher: Teacher | None) -> Feed:
         rows, val_rows = self.canvases.rows("train"), self.canvases.rows("val")

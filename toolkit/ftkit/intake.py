@@ -157,10 +157,12 @@ def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
 def _from_folder(root: Path) -> list[Row]:
     top = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     splits = {path: SPLIT_NAMES[path.name.lower()] for path in top if path.name.lower() in SPLIT_NAMES}
+    others = sorted(path.name for path in top if path not in splits)
+    if "train" not in splits.values() and others:  # "valid" beside "invalid" are what parts are called, too
+        splits = {path: split for path, split in splits.items() if path.name.lower() not in ("valid", "validation")}
     if not splits:
         return [(path, label, "", "") for path, label in _class_folders(root)]
 
-    others = sorted(path.name for path in top if path not in splits)
     if others:
         named = sorted(path.name for path in splits)
         raise FtkitError(f"{root}: expected either splits (train, val, test) or classes, found {named[0]!r} beside "

@@ -1,4 +1,5 @@
-"""One process at a time works on a run folder; the lock ends with its process, however that ends.
+"""One process at a time works on a run folder; the lock ends with its process, however that ends. File systems without
+locks have none.
 
 with locked(out):        # FtkitError when another process has it
     ...
@@ -56,7 +57,7 @@ def _taken(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.read(descriptor, 20).decode(errors="replace").strip()
             os.close(descriptor)
             who = f"process {holder}" if holder else "another process"
@@ -64,6 +65,8 @@ def _taken(path: Path) -> int:
                 f"{path.parent}: expected a run that nothing else works on, found {who} at it. "
                 "Wait for it, or try another --out"
             ) from None
+        except OSError:  # a file system without locks: some NFS and Lustre mounts
+            return descriptor
         # Its last holder may have removed the file between our opening and locking it.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == path.stat().st_ino:

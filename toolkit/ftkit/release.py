@@ -35,7 +35,7 @@ DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, and no two
 @dataclass(frozen=True, kw_only=True)
 class Answers:
     """What one file says. labels: the class names of the images; groups: "" for none; said: the answers; unreadable:
-    paths left out."""
+    paths left out; placement: where the operators ran, in words (session.Session.placement)."""
 
     files: tuple[Path, ...]
     labels: tuple[str, ...]
@@ -44,6 +44,7 @@ class Answers:
     probability: tuple[float, ...]
     metrics: Metrics
     unreadable: tuple[str, ...]
+    placement: str = ""
 
     @property
     def right(self) -> Array:
@@ -142,6 +143,7 @@ def answers(
         said=tuple(classify.labels[best] for best in probabilities.argmax(1)),
         probability=tuple(float(value) for value in probabilities.max(1)),
         metrics=evaluate(probabilities, labels, classify.labels, groups), unreadable=tuple(unreadable),
+        placement=classify.session.placement,
     )  # fmt: skip
 
 

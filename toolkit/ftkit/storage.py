@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import time
 from pathlib import Path
@@ -36,6 +37,14 @@ def clear_abandoned(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another run may just have published it
             if time.time() - path.stat().st_mtime > ABANDONED:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def put_away(folder: Path) -> None:
+    """Remove an entry, at once for whoever looks for it, and without harm to whoever has it mapped."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):  # there is none, or another run was first
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def publish(beside: Path, folder: Path) -> None:
