@@ -119,13 +119,13 @@ def export(
         return run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
 
 
-def verify(bundle: str | Path, *, provider: str = "cpu") -> Verification:
-    """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. Raises BundleError for
-    one that is altered or incomplete."""
+def verify(bundle: str | Path, *, provider: str = "cpu", key: str | Path | None = None) -> Verification:
+    """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. key: the public key that
+    must have signed it. Raises BundleError for one that is altered, incomplete, or signed by another."""
     from ftkit_export import archive
     from ftkit_export.verify import verify as run_verify
 
-    with archive.opened(Path(bundle)) as folder:
+    with archive.opened(Path(bundle), Path(key) if key else None) as folder:
         return run_verify(folder, provider)
 
 
@@ -153,11 +153,12 @@ def bench(
     return told
 
 
-def load(bundle: str | Path, *, provider: str = "cpu", threads: int = 0) -> Classifier:
+def load(bundle: str | Path, *, provider: str = "cpu", threads: int = 0, key: str | Path | None = None) -> Classifier:
     """The exported file as a function: load("bundle")("photo.jpg") -> Prediction (label, probability, probabilities,
-    doubtful, foreign). It takes a path, an image file's bytes, or an RGB array (H, W, 3) uint8. threads: 0 = all."""
+    doubtful, foreign). It takes a path, an image file's bytes, or an RGB array (H, W, 3) uint8. threads: 0 = all. key:
+    the public key that must have signed the bundle, whose hashes are then checked too."""
     from ftkit_export.archive import unpacked
     from ftkit_export.predict import Classifier
 
-    with unpacked(bundle) as path:
+    with unpacked(bundle, Path(key) if key else None) as path:
         return Classifier(path, provider=provider, threads=threads)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ftkit.cli_measure import JSON, write_json
+from ftkit.cli_measure import JSON, KEY, write_json
 from ftkit.files import write_atomically
 
 GROUP_BY = click.option(
@@ -102,7 +102,8 @@ def report(what: Path | None, out: Path | None) -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 @RUNTIME
-def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None) -> None:
+@KEY
+def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None, key: Path | None) -> None:
     """Try BUNDLE in a browser on this machine: drop an image or use the camera. Nothing leaves the machine."""
     import threading
     import webbrowser
@@ -110,7 +111,7 @@ def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None) -> Non
     from ftkit import web
     from ftkit_export.archive import unpacked
 
-    with unpacked(bundle) as folder, web.serving(folder, web.runtime(runtime), port) as url:
+    with unpacked(bundle, key) as folder, web.serving(folder, web.runtime(runtime), port) as url:
         click.echo(f"{url}  (Ctrl-C ends)")
         if show:
             webbrowser.open(url)
