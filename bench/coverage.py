@@ -27,6 +27,7 @@ from ftkit_export.latency import PROCESSES, machine, race
 Array = np.ndarray[Any, Any]
 
 TRIALS = 4000
+ONE_IN_TEN = math.inf  # only every tenth group changes, and so much the more
 
 
 def tango(worse: int, better: int, images: int, level: float) -> tuple[float, float]:
@@ -81,6 +82,7 @@ def shares() -> None:
     settings += [(n, g, c, u) for n, g in ((50, 10), (200, 20), (2000, 20), (2000, 50)) for c in (0.05, 0.2)
                  for u in (False, True)]  # fmt: skip
     settings += [(375, 7, 0.1, False), (375, 7, 0.1, True)]
+    settings += [(n, g, ONE_IN_TEN, False) for n, g in ((200, 20), (2000, 20), (375, 7))]
     for images, clusters, correlation, unequal in settings:
         cells, naive = [], 0
         for share in (0.70, 0.85, 0.95):
@@ -88,8 +90,11 @@ def shares() -> None:
             for _ in range(TRIALS):
                 if clusters:
                     counts = sizes(rng, clusters, images, unequal)
-                    spread = 1 / correlation - 1 if correlation else 0.0
-                    chances = rng.beta(share * spread, (1 - share) * spread, clusters) if spread else share
+                    if correlation == ONE_IN_TEN:
+                        chances = 1 - min(1.0, 10 * (1 - share)) * (rng.random(clusters) < 0.1)
+                    else:
+                        spread = 1 / correlation - 1 if correlation else 0.0
+                        chances = rng.beta(share * spread, (1 - share) * spread, clusters) if spread else share
                     right = rng.random(counts.sum()) < np.repeat(np.broadcast_to(chances, clusters), counts)
                     low, high, _ = share_interval(right, names(counts))
                     alone = share_interval(right)
@@ -97,10 +102,12 @@ def shares() -> None:
                 else:
                     low, high, _ = share_interval(rng.random(images) < share)
                 covered += low <= share <= high
-            cells.append(f"{covered / TRIALS:.3f}")
+            known = correlation != ONE_IN_TEN or share > 0.9  # a tenth of the groups cannot lower it further
+            cells.append(f"{covered / TRIALS:.3f}" if known else "")
         if clusters:
             group = f"{clusters}{', unequal' if unequal else ''}"
-            row(images, group, f"correlated {correlation:g}", *cells, f"{naive / TRIALS:.3f}")
+            how = "one group in ten" if correlation == ONE_IN_TEN else f"correlated {correlation:g}"
+            row(images, group, how, *cells, f"{naive / TRIALS:.3f}")
         else:
             row(images, "none", "", *cells, "")
 
@@ -109,7 +116,10 @@ def drawn(rng: np.random.Generator, counts: Array, worse: float, better: float, 
     """Images that changed for the worse and for the better."""
 
     def rates(share: float) -> Array:
-        factor = rng.gamma(1 / vary**2, vary**2, len(counts)) if vary else np.ones(len(counts))
+        if vary == ONE_IN_TEN:
+            factor = 10.0 * (rng.random(len(counts)) < 0.1)
+        else:
+            factor = rng.gamma(1 / vary**2, vary**2, len(counts)) if vary else np.ones(len(counts))
         return np.minimum(0.45, share * factor)
 
     one, other = np.repeat(rates(worse), counts), np.repeat(rates(better), counts)
@@ -126,6 +136,9 @@ def differences() -> None:
     settings += [(n, g, v, drop, better) for n, g in ((600, 30), (600, 15), (2000, 20)) for v in (0.0, 1.0, 2.0)
                  for drop, better in ((0.02, 0.02), (0.01, 0.03))]  # fmt: skip
     settings += [(200, 20, 1.0, 0.02, 0.02), (600, 30, 2.0, 0.02, 0.0), (375, 7, 1.0, 0.02, 0.02)]
+    settings += [
+        (n, g, ONE_IN_TEN, 0.02, better) for n, g in ((600, 30), (2000, 20), (375, 7)) for better in (0.0, 0.02)
+    ]
     for images, clusters, vary, drop, better in settings:
         for level in (0.05, 0.0125):
             told = np.zeros(6)
@@ -139,7 +152,8 @@ def differences() -> None:
                 score = (0.0, 1.0) if clusters else tango(int(worse.sum()), int(up.sum()), len(worse), 1 - level)
                 told += (high <= drop, low > drop, plain[1] <= drop, plain[0] > drop, score[1] <= drop, score[0] > drop)
             part = [f"{100 * value / TRIALS:.1f}" for value in told]
-            row(images, clusters or "none", vary if clusters else "", f"{100 * drop:g}, {100 * better:g} points",
+            how = "one group in ten" if vary == ONE_IN_TEN else vary
+            row(images, clusters or "none", how if clusters else "", f"{100 * drop:g}, {100 * better:g} points",
                 f"{100 * level:g} %", f"{part[0]} %", f"{part[1]} %", f"{part[2]} / {part[3]} %" if clusters else "",
                 "" if clusters else f"{part[4]} / {part[5]} %")  # fmt: skip
 

@@ -238,9 +238,9 @@ FAULTS = [
         for name, field, change, said in (
             ("mean + 1 %", "mean", lambda v: v * 1.01, "share of pixels off"),
             ("mean + 0.3 grey levels", "mean", lambda v: v + 0.3, "pixels between grey levels"),
-            ("mean + 1 grey level", "mean", lambda v: v + 1, "limit"),
-            ("mean + 10 grey levels", "mean", lambda v: v + 10, "limit"),
-            ("std x 1.5", "std", lambda v: v * 1.5, "limit"),
+            ("mean + 1 grey level", "mean", lambda v: v + 1, "mean of a channel"),
+            ("mean + 10 grey levels", "mean", lambda v: v + 10, "share of pixels off"),
+            ("std x 1.5", "std", lambda v: v * 1.5, "share of pixels off"),
             ("std x 1.002", "std", lambda v: v * 1.002, "pixels between grey levels"),
         )
     ),
@@ -269,6 +269,8 @@ def verdict(run: Run, fault: Fault, folder: Path) -> str:
         return f"{row.verdict}: {row.reason}; chosen: {done.chosen}"
     failed = [gate for gate in done.gates if not gate.passed]
     place = "".join(f"; layer {item.first_divergence}" for item in done.parity if item.first_divergence)
+    checks = {check.name for item in done.parity for check in item.checks if not check.passed}
+    place += f"; also {', '.join(sorted(checks))}" if len(checks) > 1 else ""
     return "; ".join(f"gate {gate.name}: {gate.value:.3g}, limit {gate.limit:.3g}" for gate in failed) + place
 
 

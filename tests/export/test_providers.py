@@ -117,6 +117,7 @@ DRIVER = """
 typedef struct { unsigned long long total, free, used; } memory;
 static int known(void *device) { return device == (void *)7; }
 int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = (void *)7; return index != 0; }
 int nvmlDeviceGetName(void *device, char *text, unsigned size) {
     strncpy(text, "NVIDIA Test", size);

@@ -214,7 +214,8 @@ def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None =
     """The T of softmax(logits / T) (Guo et al. 2017), or 1 where the images do not show that another one is better.
 
     T minimises the NLL and a prior towards 1; it is kept where it lowers the NLL of images that it was not fitted on
-    (folds; a group stays in one) by more than one standard error, so that it does no harm where images are few.
+    (folds; a group stays in one) by more than one standard error, so that it does no harm where images are few. By more
+    than two where T is below 1: claims that come out too sure cost more than claims that come out too doubtful.
     """
     if len(labels) == 0:
         return 1.0
@@ -232,7 +233,8 @@ def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None =
     # Gains lie where errors do: what is known of their grouping is the errors' design effect.
     effect = design(logits.argmax(1) == labels, groups, SHARE).effect
     error = math.sqrt(float(gain.var()) / len(gain) * effect)
-    return _temperature(logits, labels) if gain.mean() > error else 1.0
+    temperature = _temperature(logits, labels)
+    return temperature if gain.mean() > (1 if temperature > 1 else 2) * error else 1.0
 
 
 def _temperature(logits: Array, labels: Array) -> float:
