@@ -306,10 +306,6 @@ class Session:
             for node in part.get_nodes()
         ]
 
-    def assignment(self) -> dict[str, int]:
-        """Number of graph nodes on each provider, as ONNX Runtime assigned them; empty where it cannot tell."""
-        return dict(Counter(where for where, _, _ in self._assigned()))
-
     def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         """Inputs in the model's order -> outputs in the model's order. Raises FtkitError when the model cannot run."""
         if PROVIDERS[self.provider].captured:

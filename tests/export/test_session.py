@@ -32,7 +32,8 @@ def _cuda_works() -> bool:
 
 def test_every_node_runs_on_the_cpu_when_asked() -> None:
     session = Session(MODEL, provider="cpu", threads=1)
-    assert list(session.assignment()) == ["CPUExecutionProvider"]
+    assert {where for where, _, _ in session._assigned()} == {"CPUExecutionProvider"}
+    assert session.placement == "every operator on CPUExecutionProvider"
     assert session.run(np.zeros((2, 5, 9, 3), np.uint8))[0].shape == (2, 8, 8, 3)
 
 

@@ -17,7 +17,7 @@ from ftkit import terminal
 from ftkit.augment import evaluation
 from ftkit.backbones import Backbone, features
 from ftkit.cache import CHUNK, runner
-from ftkit.canvas import Canvases
+from ftkit.canvas import Canvases, spread_evenly
 from ftkit.evaluate import (
     Abstention,
     Metrics,
@@ -124,12 +124,6 @@ def _foreign(answers: Answers, canvases: Canvases, val: Array) -> Foreign:
     labels = canvases.labels[rows]
     present = np.unique(labels)
     each = max(FOREIGN_EACH, -(-FOREIGN_IMAGES // len(present)))
-    rows = np.concatenate([_spread(rows[labels == label], each) for label in present])
+    rows = np.concatenate([spread_evenly(rows[labels == label], each) for label in present])
     _, embedding = answers(rows, "what is familiar")
     return fit(embedding, canvases.labels[rows], val)
-
-
-def _spread(rows: Array, count: int) -> Array:
-    """At most `count` of them, evenly."""
-    picks: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
-    return picks

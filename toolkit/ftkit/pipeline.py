@@ -20,7 +20,7 @@ from torch import nn
 
 import ftkit
 from ftkit import checkpoint, evidence, terminal, variants, web
-from ftkit.canvas import Canvases
+from ftkit.canvas import Canvases, spread_evenly
 from ftkit.canvas import build as build_canvases
 from ftkit.card import model_card
 from ftkit.checkpoint import Run
@@ -186,7 +186,7 @@ def _build(
 ) -> Exported:  # fmt: skip
     with terminal.bar("converting to ONNX"):
         core = export_core(model, run.preprocess.size)
-    rows = _spread(canvases.rows("test"), PARITY_IMAGES)
+    rows = np.random.default_rng(0).permutation(spread_evenly(canvases.rows("test"), PARITY_IMAGES))
     files = [canvases.images.images[row].path for row in rows]
     reference, photographs = Reference(model), _decoded(files, run.preprocess)
     context = variants.Context(
@@ -315,12 +315,6 @@ def _pictures(folder: Path, canvases: Canvases, run: Run, limits: Export) -> lis
         return []
     explain = Explainer(folder) if (folder / EXPLAIN).is_file() else None
     return pictures(canvases, run.data["mistakes"], explain)
-
-
-def _spread(rows: Array, count: int) -> Array:
-    """At most `count`, from all over the set and mixed: rows lie in order of class."""
-    picks = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
-    return np.random.default_rng(0).permutation(rows[picks])
 
 
 def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 
 from ftkit import terminal
-from ftkit.canvas import Canvases
+from ftkit.canvas import Canvases, spread_evenly
 from ftkit.doctor import does_not_open
 from ftkit.recipe import Export
 from ftkit.remote import Device
@@ -179,12 +179,6 @@ def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu
         path = Path(scratch) / "core.onnx"
         context.write(core, path, "", (), plain=True)
         return context.device.answers(path, provider=provider)
-
-
-def spread_evenly(rows: Array, count: int) -> Array:
-    """At most `count` of the rows, from all over them: they lie in order of class."""
-    found: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
-    return found
 
 
 def calibration_rows(context: Context) -> Array:
