@@ -282,7 +282,7 @@ def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: st
     beyond = float((np.abs(apart) > RESAMPLED_LEVELS[group] + WHOLE_LEVELS).mean((1, 2, 3)).max())
     drift = float(np.abs(apart.mean((1, 2))).max())
     fraction = float(np.abs(levels - levels.round()).max())
-    values = (("share of pixels off", beyond, RESAMPLED_SHARE), ("mean of a channel, grey levels", drift, MEAN_LEVELS),
+    values = (("share of pixels off", beyond, RESAMPLED_SHARE), ("mean of a channel", drift, MEAN_LEVELS),
               ("pixels between grey levels", fraction, WHOLE_LEVELS))  # fmt: skip
     return [Check(name=name, group=group, value=value, limit=limit, inputs=len(made)) for name, value, limit in values]
 

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -110,14 +109,12 @@ def test_weights_that_would_need_a_network_name_the_file_and_two_ways(
     ):
         command = [sys.executable, "-m", "ftkit", "train", str(photos), "--recipe", "staged_resnet50", "--set",
                    f"backbone={backbone}"]  # fmt: skip
-        begun = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 2
         assert file in done.stderr
         assert "Try --weights FILE" in done.stderr
         assert "or " in done.stderr.split("Try --weights FILE")[1]
         assert "Traceback" not in done.stderr
-        assert time.monotonic() - begun < 20, "the hub's own client tries again for 23 s"
 
 
 class _Mirror(http.server.BaseHTTPRequestHandler):
