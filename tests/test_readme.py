@@ -1,17 +1,22 @@
 """The README tells the truth: its commands run, its code works."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import TINY, settings
+from PIL import Image
 
 from ftkit.recipe import load
+from ftkit_export.predict import Classifier
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -47,12 +52,35 @@ def test_the_commands_leave_a_verified_bundle(done: Path) -> None:
     assert promised <= {path.name for path in (done / "bundle").iterdir()}
 
 
-def test_the_five_lines_classify(done: Path) -> None:
-    photo = next(iter((done / "photos" / "mono-ok").iterdir()))
-    shutil.copy(photo, done / "photo.jpg")
+def _transparent(photo: Path, target: Path) -> None:
+    """Its lower half is transparent over black, which nobody sees."""
+    pixels = np.asarray(Image.open(photo).convert("RGBA")).copy()
+    pixels[len(pixels) // 2 :] = 0
+    Image.fromarray(pixels).save(target, "PNG")
+
+
+def _rotated(photo: Path, target: Path) -> None:
+    """Stored lying on its side, and upside down on top of that, with the tag that turns it upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    half = Image.open(photo).convert("RGB").crop((0, 0, 300, 120))
+    half.save(target, "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize("make", [_transparent, _rotated])
+def test_the_plain_lines_answer_as_ftkit_does(done: Path, make: Callable[[Path, Path], None]) -> None:
+    """They dropped transparency and the camera's turn: of 400 drawings 163 got another label."""
+    make(next(iter((done / "photos" / "mono-ok").iterdir())), done / "photo.jpg")
     code = next(block for block in _blocks("python") if "onnxruntime" in block)
-    result = subprocess.run([sys.executable, "-c", code], cwd=done, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() in {"mono-ok", "mono-defect", "poly-ok", "poly-defect"}
+    script = code + "print(json.dumps(probabilities[0].tolist()))"
+    result = subprocess.run([sys.executable, "-c", script], cwd=done, capture_output=True, text=True, check=True)
+    label, values = result.stdout.splitlines()
+    answer = Classifier(done / "bundle")(done / "photo.jpg")
+    assert label == answer.label
+    assert json.loads(values) == pytest.approx(list(answer.probabilities.values()), abs=1e-5)
+    careless = np.asarray(Image.open(done / "photo.jpg").convert("RGB"))
+    other = Classifier(done / "bundle").probabilities(careless)
+    assert np.abs(other - list(answer.probabilities.values())).max() > 0.01, "the picture tells them apart"
 
 
 def test_the_workflow_passes_a_release_that_did_not_change(done: Path) -> None:
