@@ -79,7 +79,8 @@ def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
 def unpacked(path: str | Path, key: Path | None = None) -> Iterator[Path]:
     """A bundle's folder where `path` is a .zip, else the path itself: a folder, or any ONNX file.
 
-    key: a public key that must have signed it, as which every file must be too: raises BundleError else.
+    key: a public key that must have signed the bundle; then every file's hash is checked as well. Raises BundleError
+    when one of them does not fit.
     """
     where = Path(path)
     if key and where.is_file() and where.suffix != ".zip":

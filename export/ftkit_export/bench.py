@@ -179,7 +179,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def fits(kind: Any, data: Mapping[str, Any]) -> bool:
-    """Whether `data` has a dataclass's fields, each of its type; others with None are let pass."""
+    """Whether `data` has a dataclass's fields and no others, each of its type and finite."""
     for item in fields(kind):
         if item.name not in data and item.default is MISSING:
             return False
@@ -194,13 +194,14 @@ def fits(kind: Any, data: Mapping[str, Any]) -> bool:
             return False
         if isinstance(value, list | tuple) and not all(type(each) is int for each in value):
             return False
-    return set(data) - {item.name for item in fields(kind)} <= {key for key, value in data.items() if value is None}
+    return set(data) <= {item.name for item in fields(kind)}
 
 
 def checked(data: Any, where: str) -> dict[str, Any]:
     """`data` when it is what bench returns, whole enough to be judged; else FtkitError."""
     try:
-        rows = [(row["variant"], fits(Latency, {**row, "variant": None})) for row in data["rows"]]
+        rows = [(row["variant"], {key: value for key, value in row.items() if key != "variant"})
+                for row in data["rows"]]  # fmt: skip
         cold = {name: [fits(Start, start) for start in starts] for name, starts in data["starts"].items()}
         others = [*(fits(Parts, part) for part in data["parts"].values()),
                   *(fits(Raced, raced) for raced in data["raced"].values())]  # fmt: skip
@@ -208,7 +209,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
         numbers += [row[key] for row in data["rows"] for key in ("p50_ms", "p95_ms", "size_bytes")]
         whole = (
             data["schema"] == SCHEMA
-            and all(good for _, good in rows)
+            and all(fits(Latency, row) for _, row in rows)
             and {name for name, _ in rows} == set(cold)
             and all(len(starts) > 1 and all(starts) for starts in cold.values())
             and all(others)

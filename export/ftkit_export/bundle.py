@@ -95,8 +95,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
     """Write manifest.json: `manifest`, with the hash of every file that lies in the folder now, and its own digest."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     files = {name: sha256(path) for name, path in sorted(paths.items()) if name not in (MANIFEST, SIGNATURE)}
-    known = {key: value for key, value in manifest.items() if key not in ("digest", "schema", "files")}
-    text = json.dumps({"schema": SCHEMA, **known, "files": files}, indent=1) + "\n"
+    text = json.dumps({"schema": SCHEMA, **manifest, "files": files}, indent=1) + "\n"
     (folder / MANIFEST).write_bytes(with_digest(text))
 
 

@@ -185,12 +185,8 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
                 return np.asarray(_to_rgb(ImageOps.exif_transpose(image), white))
     except _UnknownDepthError as error:
         raise ImageError(f"{name}: {error}") from None
-    except MemoryError:
-        raise UnavailableImageError(
-            f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
-        ) from None
     except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
-        if "out of memory" in str(error):  # a codec's own
+        if isinstance(error, MemoryError) or "out of memory" in str(error):  # the latter is how codecs tell it
             raise UnavailableImageError(
                 f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
             ) from None

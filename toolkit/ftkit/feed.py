@@ -159,31 +159,37 @@ class Feeds:
         cut = self._cut(number)
         if isinstance(cut, str):
             return self._live(cut, teacher)
-        kept = self._activations(number, cut)
+        prefix = frozen_part(cut.graph, [cut.nodes])
+        kept = self._trusted(lambda: self._activations(number, cut), prefix, cut.names)
         if isinstance(kept, str):
             return self._live(kept, teacher)
-        reason = self._checked(cut, kept)
-        if reason and kept.found:  # an earlier run's, of which something changed that its key does not tell
-            terminal.warn(f"cache: expected what a live pass gives, found that {reason}. It is computed anew")
-            discard(kept, self.ranks)
-            if kept is self._shared:
-                self._shared = None
-            kept = self._activations(number, cut)
-            if isinstance(kept, str):
-                return self._live(kept, teacher)
-            reason = self._checked(cut, kept)
-        if reason:
-            return self._live(reason, teacher)
         training = trace(model)
         suffix = frontier(training, under(names)) if training else []
         if training is None or [node.name for node in suffix] != cut.names:
             return self._live("the graph differs between training and evaluation", teacher)
         return self._cached(number, cut, training, suffix, kept, teacher)
 
-    def _checked(self, cut: _Cut, kept: Activations) -> str:
-        """What differs from a live pass on any rank; "" when nothing does."""
-        reason = check(frozen_part(cut.graph, [cut.nodes]), cut.names, kept, self.views(kept.views))
-        return next(filter(None, self.ranks.gather(reason)), "")
+    def _trusted(
+        self, make: Callable[[], Activations | str], prefix: nn.Module, names: Sequence[str]
+    ) -> Activations | str:
+        """What `make` finds or computes, when it equals a live pass of `prefix` on every rank; else the reason why not.
+
+        An entry of an earlier run that differs is replaced, once: something changed that its key does not tell.
+        """
+        kept, reason = make(), ""
+        for again in (True, False):
+            if isinstance(kept, str):
+                return kept
+            different = self.ranks.gather(check(prefix, names, kept, self.views(kept.views)))
+            reason = next(filter(None, different), "")
+            if not (reason and kept.found and again):
+                break
+            terminal.warn(f"cache: expected what a live pass gives, found that {reason}. It is computed anew")
+            discard(kept, self.ranks)
+            if kept is self._shared:
+                self._shared = None
+            kept = make()
+        return reason or kept
 
     def _cached(
         self, number: int, cut: _Cut, training: fx.GraphModule, suffix: list[fx.Node], activations: Activations,
@@ -282,21 +288,12 @@ class Feeds:
         if teacher is None:
             return None
         teacher.to(self.device)
-        views = self.views(count)
 
-        def filled() -> Activations | str:
+        def made() -> Activations | str:
             with terminal.bar("teacher") as progress:
-                return fill(teacher, teacher.key, ["teacher"], views, progress, self.ranks)
+                return fill(teacher, teacher.key, ["teacher"], self.views(count), progress, self.ranks)
 
-        kept = filled()
-        if isinstance(kept, str):
-            return kept
-        reason = next(filter(None, self.ranks.gather(check(teacher, ["teacher"], kept, views))), "")
-        if reason and kept.found:
-            terminal.warn(f"cache: expected what a live pass gives, found that {reason}. It is computed anew")
-            discard(kept, self.ranks)
-            return filled()
-        return reason or kept
+        return self._trusted(made, teacher, ["teacher"])
 
     def _live(self, reason: str, teacher: Teacher | None) -> Feed:
         rows, val_rows = self.canvases.rows("train"), self.canvases.rows("val")

@@ -73,16 +73,6 @@ class Context:
         provider = self.target.provider
         return self.target_name == here() if provider == "cpu" else not does_not_open(provider)
 
-    @cached_property
-    def _val_sent(self) -> bool:
-        if self.device:
-            self.device.put_canvases(self.canvases.array(self.canvases.rows("val")))
-        return True
-
-    def send_val(self) -> None:
-        """Send the val images to the device, once."""
-        _ = self._val_sent
-
     def race(self, files: Sequence[Path]) -> list[Raced] | None:
         """Files run in turn on the target, one thread; None where it is neither this machine nor reached."""
         if self.device:
@@ -147,6 +137,8 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     fp32 = Candidate(name="fp32", core=core, right=logits.argmax(1) == labels)
     found = [fp32]
     wanted = context.target.variants if context.limits.variants == "auto" else ()
+    if context.device and wanted:
+        context.device.put_canvases(context.canvases.array(rows))
     if "int8" in wanted:
         found += _ladder(fp32, context, logits, labels)
     if "fp16" in wanted:
@@ -171,10 +163,9 @@ def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str 
 
 def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu") -> Array:
     """Logits of the val images where the file will run: on the device, where there is one. Another processor's 8-bit
-    kernels saturate, round and accumulate in their own way."""
+    kernels saturate, round and accumulate in their own way. The device has the images already (`make`)."""
     if not context.device:
         return answers(core, context, context.canvases.rows("val"), provider)
-    context.send_val()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "core.onnx"
         context.write(core, path, "", (), plain=True)
