@@ -232,9 +232,10 @@ def _with_splits(images: Images, seed: int) -> Images:
             raise FtkitError(f"{images.root}: expected training images of class {name!r}, found none. Try adding some")
     for split in ("val", "test"):
         if not result.of(split):
+            grouped = any(image.group for image in items)
+            cure = "more groups, for each stays whole in one split" if grouped else "at least 4 images a class"
             raise FtkitError(
-                f"{images.root}: expected enough images for a {split} split, found {len(items)} in all. "
-                "Try at least 4 images a class"
+                f"{images.root}: expected enough images for a {split} split, found {len(items)} in all. Try {cure}"
             )
     return result
 
