@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,3 +173,91 @@ def test_a_picture_between_two_is_alike_to_both() -> None:
     change *= 0.11
     found = near_duplicates(100 + 30 * np.stack([picture, picture + change, picture + 2 * change]), np.arange(3))
     assert {frozenset(item.rows) for item in found} == {frozenset({0, 1}), frozenset({1, 2})}
+
+
+def _patterns(folder: Path, names: list[str], shape: tuple[int, int] = (48, 48)) -> None:
+    """Images that have nothing to do with each other."""
+    rng = np.random.default_rng(zlib.crc32(" ".join(names).encode()))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8))
+        coarse.resize(shape[::-1], Image.Resampling.BICUBIC).save(folder / name)
+
+
+def test_classes_that_test_and_val_cannot_judge_are_told(tmp_path: Path) -> None:
+    _patterns(tmp_path / "d" / "many", [f"{number}.png" for number in range(30)])
+    _patterns(tmp_path / "d" / "single", ["one.png"])
+    told = ftkit("data", tmp_path / "d", "--json", tmp_path / "a.json")
+    assert told.exit_code == 0
+    assert "test says nothing:\n  single" in told.stdout
+    assert json.loads((tmp_path / "a.json").read_text())["unjudged"] == {"val": ["single"], "test": ["single"]}
+
+
+def test_train_stops_on_what_data_calls_a_conflict(tmp_path: Path) -> None:
+    for label in "ab":
+        _patterns(tmp_path / "d" / label, [f"{label}{number}.png" for number in range(12)])
+    shutil.copyfile(tmp_path / "d" / "a" / "a3.png", tmp_path / "d" / "b" / "twin.png")
+    assert ftkit("data", tmp_path / "d").stdout.splitlines()[-1].startswith("NOT ok")
+    stopped = ftkit("train", tmp_path / "d", "--out", tmp_path / "run")
+    assert (stopped.exit_code, "found 1 under several (e.g. a/a3.png, b/twin.png)" in stopped.stderr) == (2, True)
+
+
+def test_near_duplicates_end_in_a_word_on_fix_which_takes_out_what_contradicts(tmp_path: Path) -> None:
+    """Two of three nearly identical images are a, the third b: it goes. Of one a and one b, nobody knows: both go."""
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        for label in "ab":
+            _patterns(tmp_path / "d" / split / label, [f"{split}{label}{number}.png" for number in range(count)])
+    train = tmp_path / "d" / "train"
+    shapes = np.random.default_rng(9).integers(0, 256, (2, 6, 6, 3), np.uint8)
+    for number, names in enumerate((("a/x.png", "a/x.jpg", "b/x.jpg"), ("a/y.png", "b/y.jpg"))):
+        picture = Image.fromarray(shapes[number]).resize((48, 48), Image.Resampling.BICUBIC)
+        for quality, name in zip((70, 80, 90), names, strict=False):
+            picture.save(train / name, **({"quality": quality} if name.endswith("jpg") else {}))
+    told = ftkit("data", tmp_path / "d", "--fix", tmp_path / "clean.csv")
+    assert told.exit_code == 0
+    assert "ok, but 2 sets of near duplicates are under several labels" in told.stdout
+    assert "3 contradicting" in told.stdout
+    left = (tmp_path / "clean.csv").read_text()
+    assert [name in left for name in ("a/x.png", "a/x.jpg", "b/x.jpg", "a/y.png", "b/y.jpg")] == [
+        True,
+        True,
+        *[False] * 3,
+    ]
+    assert ftkit("data", tmp_path / "clean.csv").stdout.endswith("\nok\n")
+
+
+def test_a_chain_of_near_duplicates_is_no_group(tmp_path: Path) -> None:
+    """Each picture is alike to the next; the ends have little in common. --fix made one group of all."""
+    rng = np.random.default_rng(1)
+    start, end = rng.normal(0, 40, (2, 8, 8))
+    for number, share in enumerate(np.linspace(0, np.pi / 2, 30)):
+        shape = np.cos(share) * start + np.sin(share) * end + 128
+        picture = Image.fromarray(shape.clip(0, 255).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        (tmp_path / "d" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / "d" / "a" / f"{number:02}.png")
+    _patterns(tmp_path / "d" / "b", [f"b{number}.png" for number in range(30)])
+    told = ftkit("data", tmp_path / "d", "--fix", tmp_path / "clean.csv", "--json", tmp_path / "a.json")
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert len(found["near_groups"]) > 2
+    assert "grouped: 3" in told.stdout
+    assert "parted: " in told.stdout
+    with (tmp_path / "clean.csv").open() as table:
+        groups = {Path(row["path"]).stem: row["group"] for row in csv.DictReader(table)}
+    chain = tmp_path / "d" / "a"
+    shapes = {path.stem: np.asarray(Image.open(path), float) for path in chain.iterdir()}
+    for one, first in shapes.items():
+        for other, second in shapes.items():
+            if groups[one] and groups[one] == groups[other]:
+                assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.95, (one, other)
+
+
+def test_data_says_what_a_crop_leaves_and_what_it_emptied(tmp_path: Path) -> None:
+    for label in "ab":
+        _patterns(tmp_path / label, [f"{label}{number}.png" for number in range(8)], shape=(40, 160))
+    wide = np.full((40, 160, 3), 255, np.uint8)
+    wide[:, :30] = np.random.default_rng(0).integers(0, 255, (40, 30, 3))
+    Image.fromarray(wide).save(tmp_path / "a" / "edge.png")
+    told = ftkit("data", tmp_path, "--json", tmp_path / "a.json")
+    assert "crop keeps 25% of the median image's area, and under half of 17 images" in told.stdout
+    assert "preprocess.fit=pad" in told.stdout
+    assert json.loads((tmp_path / "a.json").read_text())["emptied"] == ["a/edge.png"]

@@ -179,6 +179,10 @@ def _csv(text: str) -> "object":
         (_csv("path,label,split\na.png,x,holdout\n"), "expected split train, val or test, found 'holdout'"),
         (_csv('path,label\na.png,"x\ny"\n'), "expected a label on one line, found"),
         (_csv("path,label\na.png,\n"), "expected a label, found none"),
+        (
+            _csv('path,label\na.png,"food, drink"\n\na.png,food, drink\n'),
+            "line 4: expected 2 fields (path, label), found 3",
+        ),
     ],
     ids=[
         "missing",
@@ -191,6 +195,7 @@ def _csv(text: str) -> "object":
         "csv split",
         "csv label of two lines",
         "csv no label",
+        "csv label with a comma",
     ],
 )
 def test_bad_data_is_told_in_one_sentence_with_exit_2(make: object, said: str, tmp_path: Path) -> None:
@@ -203,6 +208,15 @@ def test_bad_data_is_told_in_one_sentence_with_exit_2(make: object, said: str, t
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not out.exists()
+
+
+def test_paths_of_a_csv_may_have_backslashes_and_rows_may_end_in_commas(tmp_path: Path) -> None:
+    lines = ["path,label"]
+    for number in range(12):
+        _image(tmp_path / "in" / "here" / f"{number}.png", number)
+        lines.append(f"in\\here\\{number}.png,{'ab'[number % 2]},,")
+    (tmp_path / "set.csv").write_text("\r\n".join(lines))
+    assert {image.path.parent for image in read(tmp_path / "set.csv").images} == {tmp_path / "in" / "here"}
 
 
 def test_a_class_with_one_image_trains_with_it(tmp_path: Path) -> None:

@@ -24,11 +24,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.fft import dctn
 
 from ftkit.canvas import Canvases
-from ftkit.intake import SPLITS, Images, below
+from ftkit.intake import SPLITS, Images, below, clusters
 from ftkit_export.errors import FtkitError
+from ftkit_export.preprocess import Preprocess, decode
 from ftkit_export.session import cores
 
 Array = np.ndarray[Any, Any]
@@ -36,11 +38,16 @@ Array = np.ndarray[Any, Any]
 THUMB = 32  # pixels a side
 BITS_APART, CORRELATION = 8, 0.99
 SURE = 0.999  # where one picture is most of the set, less the mean it is noise; no two solar cells reach this
+# Two images that are each alike to a third may be twice as far apart as a pair; a group of near duplicates holds none
+# that are further apart than that. In units of 1 - CORRELATION, of which the angle's double is four times.
+GROUP_APART = 4.0
+MOST_GROUPED = 5000  # of images that hang together; a table of all their pairs is made
 FLAT = 1.0  # grey levels of deviation below which an image shows nothing
 BLOCK, CHUNK = 256, 4096
 TINY, HUGE = 0.5, 40_000_000  # of the canvas side; pixels
 FEW, UNEVEN = 20, 10.0  # training images of a class; largest class over smallest
-TOTALS = ("bad", "alike", "leaks", "conflicts", "shared_groups", "tiny", "huge", "flat", "sizes")
+TOTALS = ("bad", "alike", "leaks", "conflicts", "shared_groups", "tiny", "huge", "flat", "emptied", "sizes")
+HALF = 0.5  # of an image's area
 HINTS = (r"^(?:.*/)?([^/]*?[A-Za-z0-9])[-_ ]+[A-Za-z]*[0-9]+\.[^./]+$", r"^(?:.*/)?([^/_-]+)[-_][^/]*$")
 
 
@@ -57,7 +64,12 @@ class Audit:
     """What was found. counts: images by class and split; formats, sizes: "JPEG" and "640 x 480", the most frequent
     first; alike: identical and near duplicates; tiny, huge, flat: rows; shared_groups: on several sides of the split;
     imbalance: the largest class in train over the smallest; few: classes with under 20 training images; hint: a
-    --group-by for file names that suggest groups."""
+    --group-by for file names that suggest groups.
+
+    near_groups: near duplicates as groups that a split should keep on one side, rows; no group is a chain whose ends
+    are not alike. unjudged: split -> classes without an image in it. crop_keeps: share of an image's area in its centre
+    square, (median over the images, number of images under half). emptied: rows of one flat colour only because the
+    recipe's crop left out what they show."""
 
     images: int
     classes: tuple[str, ...]
@@ -76,6 +88,10 @@ class Audit:
     imbalance: float
     few: tuple[str, ...]
     hint: str
+    near_groups: tuple[tuple[int, ...], ...]
+    unjudged: dict[str, tuple[str, ...]]
+    crop_keeps: tuple[float, int]
+    emptied: tuple[int, ...]
 
     @property
     def passed(self) -> bool:
@@ -86,33 +102,51 @@ class Audit:
 def audit(images: Images, canvases: Canvases, progress: Callable[[int, int], None] = lambda done, total: None) -> Audit:
     """images: as read; canvases: of them. progress(done, total) counts images."""
     kept, total = canvases.images.images, len(canvases.images.images)
-    found = identical(canvases)
+    alike = identical(canvases)
     thumbs = _thumbnails(canvases, progress)
     flat = thumbs.std((1, 2)) < FLAT
+
     alone = np.ones(total, bool)  # of identical files, one is compared with the rest
-    for item in found:
+    for item in alike:
         alone[list(item.rows[1:])] = False
-    copies = {item.rows[0]: item.rows for item in found}
-    for item in near_duplicates(thumbs, np.flatnonzero(alone & ~flat)):
-        every = sorted(copy for row in item.rows for copy in copies.get(row, (row,)))
-        found.append(Alike(rows=tuple(every), exact=False))
+    copies = {item.rows[0]: item.rows for item in alike}
+    near = near_duplicates(thumbs, np.flatnonzero(alone & ~flat))
+    near_groups = without_chains(near, thumbs)
+
+    def with_copies(rows: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted(copy for row in rows for copy in copies.get(row, (row,))))
+
+    alike += [Alike(rows=with_copies(item.rows), exact=False) for item in near]
+
     with ThreadPoolExecutor(cores()) as pool:
         facts = list(pool.map(_header, [image.path for image in kept]))
+    squares = np.array([min(width, height) / max(width, height, 1) for _, width, height in facts])
     side, classes = canvases.shards[0].shape[1], images.classes
     train = Counter(image.label for image in images.of("train"))
+    flat_rows = [int(row) for row in np.flatnonzero(flat)]
     return Audit(
-        images=len(images.images), classes=classes, made=images.made, counts=_counts(images),
+        images=len(images.images),
+        classes=classes,
+        made=images.made,
+        counts=_counts(images),
         bad=tuple((below(images.root, path), why) for path, why in canvases.bad),
         formats=dict(Counter(kind for kind, _, _ in facts).most_common()),
         sizes=dict(Counter(f"{width} x {height}" for _, width, height in facts).most_common()),
-        alike=tuple(found), leaks=_across(found, [image.split for image in kept]),
-        conflicts=_across(found, [image.label for image in kept]), shared_groups=_shared_groups(canvases.images),
+        alike=tuple(alike),
+        leaks=_across(alike, [image.split for image in kept]),
+        conflicts=_across(alike, [image.label for image in kept]),
+        shared_groups=_shared_groups(canvases.images),
         tiny=tuple(row for row, (_, w, h) in enumerate(facts) if min(w, h) < TINY * side),
         huge=tuple(row for row, (_, w, h) in enumerate(facts) if w * h > HUGE),
-        flat=tuple(map(int, np.flatnonzero(flat))), imbalance=max(train.values()) / min(train.values()),
+        flat=tuple(flat_rows),
+        imbalance=max(train.values()) / min(train.values()),
         few=tuple(classes[label] for label, count in sorted(train.items()) if count < FEW),
         hint=_hint(images) if not any(image.group for image in images.images) else "",
-    )  # fmt: skip
+        near_groups=tuple(with_copies(rows) for rows in near_groups),
+        unjudged={split: names for split in ("val", "test") if (names := canvases.images.unjudged(split))},
+        crop_keeps=(float(np.median(squares)), int((squares < HALF).sum())),
+        emptied=tuple(row for row in flat_rows if squares[row] < 1 and not _is_flat(kept[row].path)),
+    )
 
 
 def named(found: Audit, canvases: Canvases, most: int | None = None) -> dict[str, Any]:
@@ -122,8 +156,9 @@ def named(found: Audit, canvases: Canvases, most: int | None = None) -> dict[str
     for kind in ("alike", "leaks", "conflicts"):
         told[kind] = [{"images": [names[row] for row in item["rows"][:most]], "exact": item["exact"]}
                       for item in told[kind][:most]]  # fmt: skip
-    for kind in ("tiny", "huge", "flat"):
+    for kind in ("tiny", "huge", "flat", "emptied"):
         told[kind] = [names[row] for row in told[kind][:most]]
+    told["near_groups"] = [[names[row] for row in rows[:most]] for rows in found.near_groups[:most]]
     told["totals"] = {kind: len(getattr(found, kind)) for kind in TOTALS}
     told["bad"], told["shared_groups"] = found.bad[:most], found.shared_groups[:most]
     told["sizes"] = dict(list(found.sizes.items())[:most])
@@ -131,9 +166,12 @@ def named(found: Audit, canvases: Canvases, most: int | None = None) -> dict[str
 
 
 def require_apart(canvases: Canvases) -> None:
-    """Raises FtkitError when an identical file, or a group, is on several sides of the split."""
+    """Raises FtkitError when an identical file, or a group, is on several sides of the split, or identical files have
+    several labels: what `Audit.passed` calls not ok."""
     images = canvases.images
-    leaks, groups = _across(identical(canvases), [image.split for image in images.images]), _shared_groups(images)
+    copies, groups = identical(canvases), _shared_groups(images)
+    leaks = _across(copies, [image.split for image in images.images])
+    conflicts = _across(copies, [image.label for image in images.images])
     if leaks:
         first = ", ".join(below(images.root, images.images[row].path) for row in leaks[0].rows[:3])
         raise FtkitError(f"{images.root}: expected train, val and test to share no image, found {len(leaks)} that they "
@@ -142,6 +180,12 @@ def require_apart(canvases: Canvases) -> None:
     if groups:
         raise FtkitError(f"{images.root}: expected each group in one of train, val and test, found {len(groups)} in "
                          f"several (e.g. {groups[0]}). Try moving each to one side, or --allow-leakage")  # fmt: skip
+    if conflicts:
+        first = ", ".join(below(images.root, images.images[row].path) for row in conflicts[0].rows[:3])
+        raise FtkitError(
+            f"{images.root}: expected each image under one label, found {len(conflicts)} under several (e.g. {first}). "
+            f"See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, or --allow-leakage"
+        )
 
 
 def identical(canvases: Canvases) -> list[Alike]:
@@ -191,6 +235,52 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
             for each in sets.values() if len(each) > 1]  # fmt: skip
 
 
+def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]]:
+    """Sets of near duplicates -> groups, each image in one at most. thumbs (N, 32, 32) float32 grey, of all rows.
+
+    Images that hang together through others make one group as long as its worst pair is no more than twice as far apart
+    as near duplicates may be (complete linkage); else they make several, and some pairs that are alike are parted.
+    """
+    rows = sorted({row for item in near for row in item.rows})
+    at = {row: number for number, row in enumerate(rows)}
+    pairs = [(at[item.rows[0]], at[row]) for item in near for row in item.rows[1:]]
+    members: dict[int, list[int]] = defaultdict(list)
+    for number, first in enumerate(clusters(len(rows), pairs) if rows else []):
+        members[first].append(rows[number])
+
+    plain = _unit(thumbs)
+    apart = _unit(plain - plain.mean(0)) if len(thumbs) >= THUMB else plain
+    found: list[tuple[int, ...]] = []
+    for together in members.values():
+        if len(together) > MOST_GROUPED:
+            found += _by_first(near, set(together))
+            continue
+        own = np.array(together)
+        distances = np.minimum(_distances(plain[own], 1 - SURE), _distances(apart[own], 1 - CORRELATION))
+        labels = fcluster(linkage(distances, method="complete"), GROUP_APART, criterion="distance")
+        found += [tuple(int(row) for row in own[labels == label]) for label in np.unique(labels)]
+    return [group for group in found if len(group) > 1]
+
+
+def _distances(shapes: Array, unit: float) -> Array:
+    """1 - correlation of all pairs, in multiples of `unit`; condensed, as scipy.spatial.distance.pdist orders them."""
+    flat = shapes.reshape(len(shapes), -1)
+    correlation = flat @ flat.T
+    upper = np.triu_indices(len(flat), 1)
+    return np.asarray(np.clip(1 - correlation[upper], 0, None) / unit, np.float64)
+
+
+def _by_first(near: Sequence[Alike], rows: set[int]) -> list[tuple[int, ...]]:
+    """Of too many images for a table of pairs: each goes with the first of the first set that it is in."""
+    taken: set[int] = set()
+    groups = []
+    for item in near:
+        group = [row for row in item.rows if row in rows and row not in taken]
+        taken.update(group)
+        groups.append(tuple(group))
+    return groups
+
+
 def _unit(thumbs: Array) -> Array:
     """Each of mean 0 and length 1: products of two are their correlation."""
     apart = thumbs - thumbs.mean((1, 2), keepdims=True)
@@ -227,6 +317,15 @@ def _header(path: Path) -> tuple[str, int, int]:
             return kind, image.width, image.height
     except Exception:  # readable a moment ago; Pillow raises whatever its decoders raise
         return "gone", 0, 0
+
+
+def _is_flat(path: Path) -> bool:
+    """Whether a whole image, and not only its centre square, is of one colour."""
+    try:
+        thumb = Preprocess(size=THUMB, resize=THUMB, fit="squash").canvas(decode(path))
+    except FtkitError:  # readable a moment ago
+        return True
+    return bool(thumb.mean(-1).std() < FLAT)
 
 
 def _counts(images: Images) -> dict[str, dict[str, int]]:

@@ -73,7 +73,7 @@ PROVIDERS = click.option("--providers", default="cpu", show_default=True, metava
 @click.option("--deterministic", is_flag=True, help="The same weights twice on a GPU too; slower.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known.")
 @GROUP_BY
-@click.option("--allow-leakage", is_flag=True, help="Train although splits share images or groups.")
+@click.option("--allow-leakage", is_flag=True, help="Train although `ftkit data` says NOT ok.")
 @click.option("--tensorboard", is_flag=True, help="Events in RUN/tensorboard too.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.pass_context

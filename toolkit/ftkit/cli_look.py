@@ -61,10 +61,10 @@ def audit_data(
     for path in curate.write_sheets(sheets, found, canvases) if sheets else ():
         echo(f"sheet: {path}")
     if fix:
-        kept, gone = curate.clean(found, canvases)
+        cleaned = curate.clean(found, canvases)
         with terminal.bar("copying") as step:
-            table = curate.write_clean(fix, kept, images, step)
-        echo(f"{len(kept)} images in {table}; left out: {', '.join(f'{n} {why}' for why, n in gone.items())}")
+            table = curate.write_clean(fix, cleaned.images, images, step)
+        echo(f"{len(cleaned.images)} images in {table}\n{cleaned}")
         echo(f"next: ftkit train {shlex.quote(str(table))}")
     write_json(as_json, named(found, canvases))
     sys.exit(0 if found.passed else 1)

@@ -2,8 +2,8 @@
 
 print(as_text(found, canvases))
 write_sheets(Path("sheets"), found, canvases)
-kept, gone = clean(found, canvases)
-write_clean(Path("clean"), kept, images, progress)     # or Path("clean.csv")
+cleaned = clean(found, canvases)
+write_clean(Path("clean"), cleaned.images, images, progress)     # or Path("clean.csv")
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from ftkit.files import write_atomically
 from ftkit.intake import SPLITS, Image, Images, below
 from ftkit_export.errors import FtkitError
 
+MOSTLY_KEPT = 0.7  # of the median image: below, the crop is worth a word
 NAMED = 5  # files of a kind that are named; --json names all
 SHEET, TILE, COLUMNS = 48, 128, 8
 PAIRS = 24  # rows of the sheet of duplicates
@@ -45,7 +47,8 @@ def as_text(found: Audit, canvases: Canvases) -> str:
     if found.made:
         lines.append("* made by ftkit: stratified, seeded; groups and identical files kept on one side")
     lines += ["", f"formats  {_most(found.formats)}", f"sizes    {_most(found.sizes)}",
-              "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(found.classes))]  # fmt: skip
+              "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(found.classes)),
+              *_fit(found)]  # fmt: skip
     if list(found.classes) != sorted(found.classes):
         lines.append("         in natural order; a plain sort would number them otherwise")
     return "\n".join([*lines, "", *_remarks(found, canvases)])
@@ -83,6 +86,9 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         *listed("of one flat colour:", [name(row) for row in found.flat]),
         *listed(f"classes with under {FEW} training images:", list(found.few)),
     ]  # fmt: skip
+    lines += listed("shown whole, and emptied by this recipe's crop:", [name(row) for row in found.emptied])
+    for split, classes in found.unjudged.items():
+        lines += listed(f"classes without a {split} image, of which {split} says nothing:", classes)
     if found.imbalance > UNEVEN:
         lines.append(f"classes are uneven, {found.imbalance:.0f} to 1: try --set stages.0.balance=loss")
     if found.hint:
@@ -94,8 +100,34 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         *listed("LEAKS, groups on several sides of the split:", list(found.shared_groups)),
         *listed("CONFLICTS, identical under several labels:", sets(found.conflicts, True)),
     ]
-    cure = "mend it by hand" if found.shared_groups else "mend it by hand, or with --fix OUT"
-    return [*lines, "ok" if found.passed else f"NOT ok: {cure}"]
+    return [*lines, _conclusion(found)]
+
+
+def _fit(found: Audit) -> list[str]:
+    """What the centre square leaves of images that are not square, where that matters."""
+    share, under_half = found.crop_keeps
+    if share > MOSTLY_KEPT and not under_half and not found.emptied:
+        return []
+    return [
+        f"fit      crop keeps {share:.0%} of the median image's area, and under half of {under_half} images; "
+        "pad keeps all:",
+        "         if what matters is near an edge, try --set preprocess.fit=pad",
+    ]
+
+
+def _conclusion(found: Audit) -> str:
+    """The last line: whether a training may begin, and what --fix would still mend."""
+    near = [
+        f"{sum(not item.exact for item in items)} sets of near duplicates are {where}"
+        for items, where in ((found.leaks, "on several sides of the split"), (found.conflicts, "under several labels"))
+        if any(not item.exact for item in items)
+    ]
+    if not found.passed:
+        cure = "mend it by hand" if found.shared_groups else "mend it by hand, or with --fix OUT"
+        return f"NOT ok: {cure}"
+    if near:
+        return f"ok, but {' and '.join(near)}: look at them, or try --fix OUT"
+    return "ok"
 
 
 def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
@@ -143,34 +175,82 @@ def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases
     write_atomically(path, content.getvalue())
 
 
-def clean(found: Audit, canvases: Canvases) -> tuple[list[Image], dict[str, int]]:
-    """What is left to train on, and how many files went for which reason.
+@dataclass(frozen=True, kw_only=True)
+class Cleaned:
+    """images: what is left to train on; left_out: reason -> files; groups: of near duplicates, their sizes; parted:
+    sets of near duplicates that lie in several groups."""
+
+    images: tuple[Image, ...]
+    left_out: dict[str, int]
+    groups: tuple[int, ...]
+    parted: int
+
+    def __str__(self) -> str:
+        left_out = ", ".join(f"{count} {why}" for why, count in self.left_out.items() if count)
+        lines = [f"left out: {left_out or 'none'}"]
+        if self.groups:
+            lines.append(
+                f"grouped: {sum(self.groups)} near duplicates in {len(self.groups)} groups, the largest of "
+                f"{max(self.groups)}; each stays on one side of a split"
+            )
+        if self.parted:
+            lines.append(
+                f"parted: {self.parted} sets of near duplicates lie in several groups; one group of them would be a "
+                "chain whose ends are not alike"
+            )
+        return "\n".join(lines)
+
+
+def clean(found: Audit, canvases: Canvases) -> Cleaned:
+    """What is left to train on.
 
     Unreadable files go. Of identical files one stays: test's before val's before train's, so that the judgement stays
-    the same; of identical files under several labels none, for nobody knows the right one. Near duplicates become one
-    group where ftkit may still put them on one side; where one is in a split that was given, those in train go. Splits
-    that ftkit made, and the train they were cut from, are left open.
+    the same; of identical files under several labels none, for nobody knows the right one; of nearly identical ones
+    those that most of their set contradict. Other near duplicates become one group where ftkit may still put them on
+    one side (`Audit.near_groups`); where one is in a split that was given, those in train go. Splits that ftkit made,
+    and the train they were cut from, are left open.
     """
-    images, gone = canvases.images.images, dict.fromkeys(("unreadable", "identical", "contradicting", "near"), 0)
-    gone["unreadable"] = len(found.bad)
+    images = canvases.images.images
+    gone = {"unreadable": len(found.bad), "identical": 0, "contradicting": 0, "near duplicates": 0}
     free = ("train", *found.made)  # what is in the others stays there
     conflicts = {item.rows for item in found.conflicts}
     left: dict[int, Image] = dict(enumerate(images))
+
+    def leave_out(rows: Iterable[int], reason: str) -> None:
+        for row in rows:
+            gone[reason] += left.pop(row, None) is not None
+
     for item in found.alike:
         rows = [row for row in item.rows if row in left]
         rows.sort(key=lambda row: (-SPLITS.index(images[row].split), row))
-        away, reason = [row for row in rows if images[row].split in free], "near"
-        if item.exact:
-            away, reason = (rows, "contradicting") if item.rows in conflicts else (rows[1:], "identical")
-        elif len(away) == len(rows):  # none is in a split that was given
-            if found.made and rows:
-                _together(left, rows)
-            continue
-        for row in away:
-            del left[row]
-        gone[reason] += len(away)
+        if item.rows in conflicts:
+            leave_out(_contradicting(rows, images, item.exact), "contradicting")
+        elif item.exact:
+            leave_out(rows[1:], "identical")
+        elif any(images[row].split not in free for row in rows):
+            leave_out([row for row in rows if images[row].split in free], "near duplicates")
+
+    groups = []
+    for near in found.near_groups if found.made else ():
+        rows = [row for row in near if row in left and images[row].split in free]
+        if len(rows) > 1:
+            _together(left, rows)
+            groups.append(len(rows))
+    near_left = [[row for row in item.rows if row in left] for item in found.alike if not item.exact]
+    parted = sum(len({left[row].group or str(row) for row in rows}) > 1 for rows in near_left) if found.made else 0
+
     open_ = free if found.made else ()
-    return [replace(image, split="") if image.split in open_ else image for image in left.values()], gone
+    kept = (replace(image, split="") if image.split in open_ else image for image in left.values())
+    return Cleaned(images=tuple(kept), left_out=gone, groups=tuple(groups), parted=parted)
+
+
+def _contradicting(rows: Sequence[int], images: Sequence[Image], exact: bool) -> list[int]:
+    """Those of a set under several labels that must go: all, but for near duplicates of the label that most have."""
+    counts = Counter(images[row].label for row in rows)
+    most = max(counts, key=lambda label: counts[label], default=None)
+    if exact or most is None or counts[most] * 2 <= len(rows):
+        return list(rows) if len(counts) > 1 else []
+    return [row for row in rows if images[row].label != most]
 
 
 def _together(left: dict[int, Image], rows: Sequence[int]) -> None:

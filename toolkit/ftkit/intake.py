@@ -15,11 +15,11 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -32,6 +32,7 @@ SPLITS = ("train", "val", "test")
 # In any case: what others call the three.
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
                "testing": "test"}  # fmt: skip
+SURPLUS = "\0"  # key of the fields that a row has beyond the header
 LINE_ENDS = "\n\r"  # labels.txt has a label a line
 VAL_SHARE = 0.1
 TEST_SHARE = 0.15
@@ -59,6 +60,11 @@ class Images:
     def of(self, split: str) -> tuple[Image, ...]:
         """The images of one split, in order of path."""
         return tuple(image for image in self.images if image.split == split)
+
+    def unjudged(self, split: str) -> tuple[str, ...]:
+        """Classes without an image in a split, which then says nothing of them."""
+        there = {image.label for image in self.of(split)}
+        return tuple(name for label, name in enumerate(self.classes) if label not in there)
 
     def without(self, bad: set[Path]) -> Images:
         """The same set less some files."""
@@ -189,30 +195,51 @@ def _class_folders(root: Path) -> list[tuple[Path, str]]:
 def _from_csv(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restkey=SURPLUS)
             columns = [column.strip() for column in reader.fieldnames or ()]
-            table = [{str(k).strip(): (v or "").strip() for k, v in line.items() if k} for line in reader]
+            table = [(reader.line_num, line) for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise FtkitError(f"{path}: expected a CSV in UTF-8, found {error}. Try path,label[,split][,group]") from None
+
     for column in ("path", "label"):
         if column not in columns:
             raise FtkitError(
                 f"{path}: expected a column {column!r}, found {', '.join(columns) or 'none'}. Try path,label"
             )
-    rows = []
-    for number, line in enumerate(table, start=2):
-        image = path.parent / line["path"]
-        if not line["path"] or not image.is_file():
-            raise FtkitError(f"{path} line {number}: expected an image at {image}, found none. Check the path column")
-        if not line["label"]:
-            raise FtkitError(f"{path} line {number}: expected a label, found none. Fill in the label column")
-        if any(character in line["label"] for character in LINE_ENDS):
-            raise FtkitError(f"{path} line {number}: expected a label on one line, found {line['label']!r}. Correct it")
-        split = SPLIT_NAMES.get(line.get("split", "").lower(), line.get("split", ""))
-        if split and split not in SPLITS:
-            raise FtkitError(f"{path} line {number}: expected split train, val or test, found {split!r}. Correct it")
-        rows.append((image, line["label"], split, line.get("group", "")))
-    return rows
+    return [_csv_row(path, number, columns, line) for number, line in table]
+
+
+def _csv_row(path: Path, number: int, columns: Sequence[str], line: Mapping[str, Any]) -> Row:
+    """One row of the CSV `path`, which ends in line `number`. Raises FtkitError naming that line."""
+    where = f"{path} line {number}"
+    surplus = line.get(SURPLUS, [])
+    if any(text.strip() for text in surplus):  # commas at the end of a row are what some spreadsheets write
+        raise FtkitError(
+            f"{where}: expected {len(columns)} fields ({', '.join(columns)}), found {len(columns) + len(surplus)}. "
+            'Quote a field that has a comma in it: "food, drink"'
+        )
+    fields = {str(column).strip(): (text or "").strip() for column, text in line.items() if column != SURPLUS}
+
+    image = _image_file(path.parent, fields["path"])
+    if image is None:
+        raise FtkitError(
+            f"{where}: expected an image at {path.parent / fields['path']}, found none. Check the path column"
+        )
+    label = fields["label"]
+    if not label:
+        raise FtkitError(f"{where}: expected a label, found none. Fill in the label column")
+    if any(character in label for character in LINE_ENDS):
+        raise FtkitError(f"{where}: expected a label on one line, found {label!r}. Correct it")
+    split = SPLIT_NAMES.get(fields.get("split", "").lower(), fields.get("split", ""))
+    if split and split not in SPLITS:
+        raise FtkitError(f"{where}: expected split train, val or test, found {split!r}. Correct it")
+    return image, label, split, fields.get("group", "")
+
+
+def _image_file(folder: Path, text: str) -> Path | None:
+    """The image that a CSV in `folder` names; backslashes, as Windows writes them, are understood."""
+    candidates = (folder / text, folder / text.replace("\\", "/")) if text else ()
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _with_splits(images: Images, seed: int) -> Images:

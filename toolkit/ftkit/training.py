@@ -215,7 +215,14 @@ def _say_data(canvases: Canvases) -> None:
     counts = ", ".join(f"{len(images.of(split))} {split}" for split in ("train", "val", "test"))
     made = f" ({' and '.join(images.made)} made here)" if images.made else ""
     terminal.say(f"{len(images.images)} images of {len(images.classes)} classes: {counts}{made}")
+    for split in ("val", "test"):
+        if missing := images.unjudged(split):
+            terminal.say(f"no {split} image of {', '.join(missing)}: {split} says nothing of {_them(missing)}")
     for path, reason in canvases.bad[:5]:
         terminal.say(f"left out {path}: {reason}")
     if canvases.bad:
         terminal.say(f"{len(canvases.bad)} unreadable files left out")
+
+
+def _them(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
