@@ -1,5 +1,6 @@
 """Class folders, split folders and CSVs; honest splits; bad input in one clear sentence."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from ftkit import evidence
 from ftkit.canvas import build
 from ftkit.files import write_atomically
-from ftkit.intake import read
+from ftkit.intake import read, splits_csv
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 
@@ -217,6 +218,27 @@ def test_paths_of_a_csv_may_have_backslashes_and_rows_may_end_in_commas(tmp_path
         lines.append(f"in\\here\\{number}.png,{'ab'[number % 2]},,")
     (tmp_path / "set.csv").write_text("\r\n".join(lines))
     assert {image.path.parent for image in read(tmp_path / "set.csv").images} == {tmp_path / "in" / "here"}
+
+
+@pytest.mark.parametrize("place", ["data", "."], ids=["below the CSV", "beside its folder too"])
+def test_splits_written_are_read_again_from_another_place(tmp_path: Path, place: str) -> None:
+    _folder(tmp_path / "data" / "in", a=12, b=12)
+    _folder(tmp_path / place / "other", a=3)
+    lines = ["path,label,group"]
+    for image in sorted((tmp_path).rglob("*.png")):
+        lines.append(f"{os.path.relpath(image, tmp_path / 'data')},{image.parent.name},{image.stem}")
+    (tmp_path / "data" / "set.csv").write_text("\n".join(lines))
+    images = read(tmp_path / "data" / "set.csv", seed=3)
+    (tmp_path / "splits.csv").write_bytes(splits_csv(images))
+    again = read(tmp_path / "splits.csv", root=tmp_path / place)
+    assert again.made == ()
+    assert {(i.path.resolve(), i.split, i.group, i.label) for i in again.images} == {
+        (i.path.resolve(), i.split, i.group, i.label) for i in images.images
+    }
+    for root, found in ((tmp_path / "no", "no such folder"), (tmp_path, "which is no CSV")):
+        data = tmp_path / ("splits.csv" if "no such" in found else "data")
+        with pytest.raises(FtkitError, match=found):
+            read(data, root=root)
 
 
 def test_a_class_with_one_image_trains_with_it(tmp_path: Path) -> None:

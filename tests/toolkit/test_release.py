@@ -53,6 +53,15 @@ def test_images_that_the_model_was_trained_on_are_left_out_and_counted(
     expected = json.loads((run / "run.json").read_text())["metrics"]["test"]
     assert (found["metrics"]["images"], found["metrics"]["accuracy"]) == (splits["test"], expected["accuracy"])
 
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(photos, moved)
+    shutil.copytree(photos / "mono-ok", moved / "new class")  # of which splits.csv does not know
+    again = ftkit("eval", bundle, bundle / "splits.csv", "--root", moved, "--json", "-")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["metrics"] == found["metrics"]
+    assert "left out" not in again.stderr, "it names the test images"
+    assert str(photos) not in (bundle / "splits.csv").read_text()
+
     trained = set((bundle / "trained_on.txt").read_text().split())
     only = tmp_path / "seen" / "mono-ok"
     only.mkdir(parents=True)

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def train(
     data: str | Path, *, out: str | Path | None = None, recipe: str | Path | Recipe = "lite0",
     settings: Sequence[str] = (), weights: str | None = None, seed: int = 0, device: str = "auto", resume: bool = False,
-    deterministic: bool = False, group_by: str = "", allow_leakage: bool = False, tensorboard: bool = False,
-    quiet: bool = False, known: bool = False,
+    deterministic: bool = False, group_by: str = "", root: str | Path | None = None, allow_leakage: bool = False,
+    tensorboard: bool = False, quiet: bool = False, known: bool = False,
 ) -> Run:  # fmt: skip
     """Fine-tune on labelled images and return the finished run.
 
@@ -61,7 +61,8 @@ def train(
     folder = Path(out) if out else (claim if alone else next_free)(Path("runs") / plan.name)
     try:
         run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic,
-                     known=known, group_by=group_by, allow_leakage=allow_leakage, tensorboard=tensorboard)  # fmt: skip
+                     known=known, group_by=group_by, root=root, allow_leakage=allow_leakage,
+                     tensorboard=tensorboard)  # fmt: skip
     finally:
         if not out:
             with suppress(OSError):

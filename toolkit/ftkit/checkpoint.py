@@ -36,7 +36,7 @@ from ftkit_export.preprocess import Preprocess
 from ftkit_export.verify import is_whole, with_digest
 
 RUN, METRICS, WEIGHTS = "run.json", "metrics.jsonl", "model.safetensors"
-SCHEMA = 4  # of run.json
+SCHEMA = 5  # of run.json
 
 
 @dataclass(frozen=True, kw_only=True)

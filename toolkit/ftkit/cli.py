@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ftkit import __version__, api, terminal
-from ftkit.cli_look import GROUP_BY, RUNTIME, audit_data, report, try_bundle
+from ftkit.cli_look import GROUP_BY, ROOT, RUNTIME, audit_data, report, try_bundle
 from ftkit.cli_measure import KEY, bench, evaluate
 from ftkit_export.errors import FtkitError
 
@@ -73,23 +73,38 @@ PROVIDERS = click.option("--providers", default="cpu", show_default=True, metava
 @click.option("--deterministic", is_flag=True, help="The same weights twice on a GPU too; slower.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known.")
 @GROUP_BY
+@ROOT
 @click.option("--allow-leakage", is_flag=True, help="Train although `ftkit data` says NOT ok.")
 @click.option("--tensorboard", is_flag=True, help="Events in RUN/tensorboard too.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.pass_context
 def train(
     ctx: click.Context, data: Path, name: str, out: Path | None, settings: tuple[str, ...], weights: str | None,
-    device: str, gpus: int | None, seed: int, deterministic: bool, resume: bool, group_by: str, allow_leakage: bool,
-    tensorboard: bool, quiet: bool,
+    device: str, gpus: int | None, seed: int, deterministic: bool, resume: bool, group_by: str, root: Path | None,
+    allow_leakage: bool, tensorboard: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
     if gpus:
         sys.exit(_launched(ctx, gpus))
     said = [name_ for name_ in ("name", "settings", "weights", "seed", "group_by")
             if ctx.get_parameter_source(name_) is not click.core.ParameterSource.DEFAULT]  # fmt: skip
-    run = api.train(data, out=out, recipe=name, settings=settings, weights=weights, seed=seed, device=device,
-                    resume=resume, deterministic=deterministic, group_by=group_by, allow_leakage=allow_leakage,
-                    tensorboard=tensorboard, quiet=quiet, known=not said)  # fmt: skip
+    run = api.train(
+        data,
+        out=out,
+        recipe=name,
+        settings=settings,
+        weights=weights,
+        seed=seed,
+        device=device,
+        resume=resume,
+        deterministic=deterministic,
+        group_by=group_by,
+        root=root,
+        allow_leakage=allow_leakage,
+        tensorboard=tensorboard,
+        quiet=quiet,
+        known=not said,
+    )
     if not quiet:
         click.echo(f"run: {run.folder}\nnext: ftkit export {shlex.quote(str(run.folder))}")
 

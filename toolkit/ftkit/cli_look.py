@@ -18,6 +18,12 @@ GROUP_BY = click.option(
 )  # fmt: skip
 
 
+ROOT = click.option(
+    "--root", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="What the paths of a CSV are relative to. [default: its own folder]",
+)  # fmt: skip
+
+
 RUNTIME = click.option("--runtime", type=click.Path(path_type=Path), metavar="FILE.tgz",
                        help="onnxruntime-web as `npm pack` writes it, where there is no network.")  # fmt: skip
 
@@ -25,6 +31,7 @@ RUNTIME = click.option("--runtime", type=click.Path(path_type=Path), metavar="FI
 @click.command("data")
 @click.argument("folder", metavar="DATA", type=click.Path(path_type=Path))
 @GROUP_BY
+@ROOT
 @click.option("--recipe", default="lite0", show_default=True, metavar="NAME|FILE.py", help="Whose image size.")
 @click.option(
     "--sheets", type=click.Path(path_type=Path), metavar="FOLDER", help="Contact sheets: classes, duplicates."
@@ -32,8 +39,14 @@ RUNTIME = click.option("--runtime", type=click.Path(path_type=Path), metavar="FI
 @click.option("--fix", type=click.Path(path_type=Path), metavar="OUT", help="A cleaned copy, or OUT.csv. DATA stays.")
 @JSON
 def audit_data(
-    folder: Path, group_by: str, recipe: str, sheets: Path | None, fix: Path | None, as_json: Path | None
-) -> None:  # fmt: skip
+    folder: Path,
+    group_by: str,
+    root: Path | None,
+    recipe: str,
+    sheets: Path | None,
+    fix: Path | None,
+    as_json: Path | None,
+) -> None:
     """Audit DATA: counts, bad files, duplicates, leakage, contradicting labels, sizes, imbalance.
 
     Exit 1 when splits share an image or a group, or an image has two labels. What is decoded here is not decoded again
@@ -46,7 +59,7 @@ def audit_data(
     from ftkit.intake import read
     from ftkit.recipe import load
 
-    plan, images = load(recipe), read(folder, group_by=group_by)
+    plan, images = load(recipe), read(folder, group_by=group_by, root=root)
     if fix:
         curate.require_new(fix, images)
     if sheets:

@@ -40,12 +40,21 @@ KEY = click.option("--key", type=click.Path(path_type=Path), metavar="PUB", help
 @click.option("--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a share.")
 @click.option("--provider", default="cpu", show_default=True)
 @click.option("--group-by", default="", metavar="REGEX", help="Images that belong together: by their paths.")
+@click.option("--root", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="What the paths of a CSV are relative to. [default: its own folder]")  # fmt: skip
 @KEY
 @JSON
 def evaluate(
-    bundle: Path, data: Path, old: Path | None, max_drop: float, provider: str, group_by: str, key: Path | None,
+    bundle: Path,
+    data: Path,
+    old: Path | None,
+    max_drop: float,
+    provider: str,
+    group_by: str,
+    root: Path | None,
+    key: Path | None,
     as_json: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Accuracy of BUNDLE's file on labelled images: DATA's test split, or all of DATA, without what it was trained on.
 
     With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images cannot tell.
@@ -57,7 +66,7 @@ def evaluate(
 
     if not 0 < max_drop < 1:
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
-    echo, every = _echo(as_json), labelled(data, group_by)
+    echo, every = _echo(as_json), labelled(data, group_by, root)
     images = every
     left_out: dict[str, int | None] = {}
     for each in (bundle, old) if old else (bundle,):

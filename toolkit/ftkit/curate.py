@@ -8,7 +8,6 @@ write_clean(Path("clean"), cleaned.images, images, progress)     # or Path("clea
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import os
@@ -29,7 +28,7 @@ from ftkit import terminal
 from ftkit.audit import FEW, UNEVEN, Alike, Audit
 from ftkit.canvas import Canvases
 from ftkit.files import write_atomically
-from ftkit.intake import SPLITS, Image, Images, below
+from ftkit.intake import SPLITS, Image, Images, as_csv, below
 from ftkit_export.errors import FtkitError
 
 MOSTLY_KEPT = 0.7  # of the median image: below, the crop is worth a word
@@ -288,7 +287,7 @@ def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Call
     require_new(out, images)
     base = images.root if images.root.is_dir() else images.root.parent
     if out.suffix == ".csv":
-        write_atomically(out, _table(((image, image.path) for image in kept), images.classes, out.parent))
+        write_atomically(out, as_csv(((image, _from(out.parent, image.path)) for image in kept), images.classes))
         return out
     beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -299,11 +298,11 @@ def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Call
                 place = place.with_stem(f"{place.stem}-{number}")
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(image.path, place)
-            placed.append((image, place))
+            placed.append((image, _from(beside, place)))
             progress(number, len(kept))
         for licence in base.glob("LICEN[CS]E*"):
             shutil.copyfile(licence, beside / licence.name)
-        (beside / "images.csv").write_bytes(_table(placed, images.classes, beside))
+        (beside / "images.csv").write_bytes(as_csv(placed, images.classes))
         beside.chmod(0o755)
         beside.rename(out)
     finally:
@@ -316,10 +315,6 @@ def _file_name(label: str) -> str:
     return re.sub(r"[^\w .-]+", "_", label).strip(". ") or "_"
 
 
-def _table(rows: Iterable[tuple[Image, Path]], classes: Sequence[str], base: Path) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("path", "label", "split", "group"))
-    for image, path in rows:
-        writer.writerow((Path(os.path.relpath(path, base)).as_posix(), classes[image.label], image.split, image.group))
-    return text.getvalue().encode()
+def _from(folder: Path, path: Path) -> str:
+    """A path as a CSV in `folder` has it."""
+    return Path(os.path.relpath(path, folder)).as_posix()

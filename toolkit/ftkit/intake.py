@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,14 +77,14 @@ def natural(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", text) if part]
 
 
-def read(data: str | Path, seed: int = 0, group_by: str = "") -> Images:
+def read(data: str | Path, seed: int = 0, group_by: str = "", root: str | Path | None = None) -> Images:
     """Read a class folder, a split folder or a CSV.
 
     group_by: a regular expression; its first group (or all it matches) in a file's path below `data` names the image's
-    group. Raises FtkitError naming what is missing and what to try.
+    group. root: the folder that a CSV's paths are relative to, by default its own. Raises FtkitError naming what is
+    missing and what to try.
     """
-    root = Path(data)
-    rows = _grouped(root, _rows(root), group_by) if group_by else _rows(root)
+    root, rows = _rows(Path(data), Path(root) if root else None, group_by)
     classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
     if len(classes) < 2:
         raise FtkitError(
@@ -109,13 +110,12 @@ class Labelled(NamedTuple):
     group: str
 
 
-def labelled(data: str | Path, group_by: str = "") -> list[Labelled]:
+def labelled(data: str | Path, group_by: str = "", root: str | Path | None = None) -> list[Labelled]:
     """Images to be judged and not trained on: the test split where one is given, else all of them.
 
-    group_by: as read's. Raises FtkitError as read, but asks for no more than one image.
+    group_by, root: as read's. Raises FtkitError as read, but asks for no more than one image.
     """
-    root = Path(data)
-    rows = _grouped(root, _rows(root), group_by) if group_by else _rows(root)
+    root, rows = _rows(Path(data), Path(root) if root else None, group_by)
     chosen = [row for row in rows if row[2] == "test"] or [row for row in rows if not row[2]]
     if not chosen:
         raise FtkitError(f"{root}: expected a test split, found train and val only. Try a folder of held-out images")
@@ -123,15 +123,42 @@ def labelled(data: str | Path, group_by: str = "") -> list[Labelled]:
     return sorted(images, key=lambda image: natural(image.path.as_posix()))
 
 
-def _rows(root: Path) -> list[Row]:
-    if not root.exists():
-        raise FtkitError(f"{root}: expected a folder of images or a CSV, found nothing there. Check the path")
-    rows = _from_csv(root) if root.is_file() else _from_folder(root)
-    if not rows and root.is_file():
-        raise FtkitError(f"{root}: expected a row an image, found a header only. Try path,label[,split][,group]")
+def as_csv(rows: Iterable[tuple[Image, str]], classes: Sequence[str]) -> bytes:
+    """The set as a CSV that `read` takes; rows: an image and its path as the CSV shall have it."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("path", "label", "split", "group"))
+    writer.writerows((path, classes[image.label], image.split, image.group) for image, path in rows)
+    return text.getvalue().encode()
+
+
+def splits_csv(images: Images) -> bytes:
+    """Every image with its split, as `as_csv`; paths relative to the data folder, or to the CSV's, or, where images lie
+    elsewhere too, to the folder that holds them all: `root` of `read`."""
+    folder = images.root if images.root.is_dir() else images.root.parent
+    paths = [image.path.resolve() for image in images.images]
+    if not all(path.is_relative_to(folder.resolve()) for path in paths):
+        folder = Path(os.path.commonpath([path.parent for path in paths]))
+    names = (path.relative_to(folder.resolve()).as_posix() for path in paths)
+    return as_csv(zip(images.images, names, strict=True), images.classes)
+
+
+def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[Row]]:
+    """Where the images' paths begin (`below`), and the images."""
+    if not data.exists():
+        raise FtkitError(f"{data}: expected a folder of images or a CSV, found nothing there. Check the path")
+    if root and not (root.is_dir() and data.is_file()):
+        found = f"{data}, which is no CSV" if root.is_dir() else "no such folder"
+        raise FtkitError(
+            f"--root {root}: expected the folder that a CSV's paths are relative to, found {found}. Try it without"
+        )
+    rows = _from_csv(data, root or data.parent) if data.is_file() else _from_folder(data)
+    if not rows and data.is_file():
+        raise FtkitError(f"{data}: expected a row an image, found a header only. Try path,label[,split][,group]")
     if not rows:
-        raise FtkitError(f"{root}: expected images as {root}/CLASS/IMAGE.jpg, found none. Try a folder a class")
-    return rows
+        raise FtkitError(f"{data}: expected images as {data}/CLASS/IMAGE.jpg, found none. Try a folder a class")
+    top = root or data
+    return top, _grouped(top, rows, group_by) if group_by else rows
 
 
 def below(root: Path, path: Path) -> str:
@@ -192,7 +219,8 @@ def _class_folders(root: Path) -> list[tuple[Path, str]]:
     ]
 
 
-def _from_csv(path: Path) -> list[Row]:
+def _from_csv(path: Path, folder: Path) -> list[Row]:
+    """The rows of a CSV whose paths are relative to `folder`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restkey=SURPLUS)
@@ -206,12 +234,11 @@ def _from_csv(path: Path) -> list[Row]:
             raise FtkitError(
                 f"{path}: expected a column {column!r}, found {', '.join(columns) or 'none'}. Try path,label"
             )
-    return [_csv_row(path, number, columns, line) for number, line in table]
+    return [_csv_row(folder, f"{path} line {number}", columns, line) for number, line in table]
 
 
-def _csv_row(path: Path, number: int, columns: Sequence[str], line: Mapping[str, Any]) -> Row:
-    """One row of the CSV `path`, which ends in line `number`. Raises FtkitError naming that line."""
-    where = f"{path} line {number}"
+def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> Row:
+    """One row of a CSV; where: its file and line, for FtkitError."""
     surplus = line.get(SURPLUS, [])
     if any(text.strip() for text in surplus):  # commas at the end of a row are what some spreadsheets write
         raise FtkitError(
@@ -220,11 +247,9 @@ def _csv_row(path: Path, number: int, columns: Sequence[str], line: Mapping[str,
         )
     fields = {str(column).strip(): (text or "").strip() for column, text in line.items() if column != SURPLUS}
 
-    image = _image_file(path.parent, fields["path"])
+    image = _image_file(folder, fields["path"])
     if image is None:
-        raise FtkitError(
-            f"{where}: expected an image at {path.parent / fields['path']}, found none. Check the path column"
-        )
+        raise FtkitError(f"{where}: expected an image at {folder / fields['path']}, found none. Check the path column")
     label = fields["label"]
     if not label:
         raise FtkitError(f"{where}: expected a label, found none. Fill in the label column")

@@ -30,7 +30,7 @@ from ftkit.intake import read
 from ftkit.memory import keep_freed_memory
 from ftkit.page import table
 from ftkit.recipe import Export
-from ftkit.release import TRAINED_ON
+from ftkit.release import SPLITS_CSV, TRAINED_ON
 from ftkit.remote import Device
 from ftkit.report import Picture, pictures, write_report
 from ftkit_export import archive, handoff, plain_c
@@ -106,7 +106,8 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
     if not Path(where).exists():
         raise FtkitError(f"{where}: expected the images this run was trained on, found nothing. Try --data FOLDER")
     with terminal.bar("decoding") as progress:
-        canvases = build_canvases(read(where, run.data["seed"], run.data["group_by"]), run.preprocess, progress)
+        images = read(where, run.data["seed"], run.data["group_by"], None if data else run.data["root"])
+        canvases = build_canvases(images, run.preprocess, progress)
     if canvases.fingerprint != run.data["data_fingerprint"]:
         raise FtkitError(
             f"{where}: expected the images this run was trained on, found others (changed, added or removed since). "
@@ -199,7 +200,8 @@ def _build(
     paths = _write_variants(folder, made, context)
     if explained := with_features(core.model):
         context.write(explained, folder / EXPLAIN, "fp32", (), plain=True)
-    shutil.copyfile(run.folder / TRAINED_ON, folder / TRAINED_ON)
+    for name in (TRAINED_ON, SPLITS_CSV):
+        shutil.copyfile(run.folder / name, folder / name)
     (folder / "labels.txt").write_text("".join(f"{label}\n" for label in run.classes), encoding="utf-8")
 
     parity = []

@@ -29,6 +29,7 @@ Array = np.ndarray[Any, Any]
 
 LISTED = 20  # images that are printed; --json has them all
 TRAINED_ON = "trained_on.txt"  # in a run and in its bundle: a digest a line of each train and val image
+SPLITS_CSV = "splits.csv"  # in a run and in its bundle: every image with its split, as intake.read takes it
 DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, and no two alike by chance
 
 

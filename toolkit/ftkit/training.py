@@ -32,12 +32,12 @@ from ftkit.events import Log, nowhere, require
 from ftkit.events import tensorboard as log_events
 from ftkit.feed import Feeds
 from ftkit.files import write_atomically
-from ftkit.intake import Images, below, read
+from ftkit.intake import Images, below, read, splits_csv
 from ftkit.judge import judge
 from ftkit.lock import locked
 from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Recipe, resolve, restore
-from ftkit.release import DIGEST, TRAINED_ON
+from ftkit.release import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.report import pictures, save_pictures, write_report
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
@@ -52,14 +52,14 @@ HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 def train(
     recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device: str = "auto", resume: bool = False,
     deterministic: bool = False, known: bool = False, group_by: str = "", allow_leakage: bool = False,
-    tensorboard: bool = False,
+    tensorboard: bool = False, root: str | Path | None = None,
 ) -> Path:  # fmt: skip
     """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns `out`.
 
     resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do when it is finished.
     known: a resumed run's own recipe and seed hold, not those given. deterministic: the same weights twice on a GPU
-    too, slower; a CPU gives them anyway, with as many threads. group_by: as intake.read's. allow_leakage: also when
-    train, val and test share images or groups. tensorboard: events in `out`/tensorboard too.
+    too, slower; a CPU gives them anyway, with as many threads. group_by, root: as intake.read's. allow_leakage: also
+    when train, val and test share images or groups, or identical files have two labels. tensorboard: events in `out`/tensorboard too.
     Raises FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, a resume with
     another recipe, seed or data, a rank that is gone; Stopped (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the
     run saved.
@@ -79,7 +79,7 @@ def train(
         try:
             with ExitStack() as opened:
                 _train(recipe, data, out, plan, compute.prepare(place, deterministic), resume, stop, ranks,
-                       allow_leakage, tensorboard, opened)  # fmt: skip
+                       allow_leakage, tensorboard, Path(root) if root else None, opened)  # fmt: skip
         except Stopped as stopped:
             done = f"go on with: {again}" if state.exists(out) else "no stage had begun; what was decoded is kept"
             raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
@@ -91,9 +91,11 @@ def train(
     return out
 
 
-def _planned(recipe: Recipe, data: str | Path, seed: int, group_by: str) -> tuple[Images, Backbone, Preprocess]:
+def _planned(
+    recipe: Recipe, data: str | Path, seed: int, group_by: str, root: Path | None
+) -> tuple[Images, Backbone, Preprocess]:
     """The images and the pretrained model. Raises FtkitError for a typo, before an hour of decoding."""
-    images = read(data, seed, group_by)
+    images = read(data, seed, group_by, root)
     torch.manual_seed(seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
     for stage in recipe.stages:
@@ -105,10 +107,10 @@ def _planned(recipe: Recipe, data: str | Path, seed: int, group_by: str) -> tupl
 
 def _train(
     recipe: Recipe, data: str | Path, out: Path, plan: dict[str, Any], policy: Compute, resume: bool, stop: Stop,
-    ranks: Ranks, allow_leakage: bool, tensorboard: bool, opened: ExitStack,
+    ranks: Ranks, allow_leakage: bool, tensorboard: bool, root: Path | None, opened: ExitStack,
 ) -> None:  # fmt: skip
     begun, device, seed = time.perf_counter(), policy.device, plan["seed"]
-    images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed, plan["group_by"]))
+    images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed, plan["group_by"], root))
     going_on = ranks.first(lambda: _begun(out, resume, opened))
     with terminal.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress, ranks)
@@ -152,7 +154,7 @@ def _train(
     terminal.say(HEADER)
     for number in range(run.stage, len(recipe.stages)):
         train_stage(work, number)
-    ranks.together(lambda: _finish(work, images, data, preprocess, found) if ranks.main else None)
+    ranks.together(lambda: _finish(work, images, data, root, preprocess, found) if ranks.main else None)
 
 
 def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
@@ -165,7 +167,7 @@ def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
 
 
 def _finish(
-    work: Work, images: Images, data: str | Path, preprocess: Preprocess, found: dict[str, Any]
+    work: Work, images: Images, data: str | Path, root: Path | None, preprocess: Preprocess, found: dict[str, Any]
 ) -> None:  # fmt: skip
     """Judge the chosen weights once, and write the run."""
     run, canvases, backbone = work.state, work.feeds.canvases, work.backbone
@@ -177,7 +179,7 @@ def _finish(
         "preprocess": asdict(preprocess),
         **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
         "group_by": run.plan["group_by"], "audit": found,
-        "data": str(Path(data).resolve()),
+        "data": str(Path(data).resolve()), "root": root and str(root.resolve()),
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
         "weights": backbone.weights, "model_fingerprint": fingerprint(backbone.model), "stages": run.stages,
@@ -189,6 +191,7 @@ def _finish(
                  shown)  # fmt: skip
     digests = sorted(canvases.digests[row][:DIGEST] for split in ("train", "val") for row in canvases.rows(split))
     write_atomically(run.folder / TRAINED_ON, "".join(f"{digest}\n" for digest in digests).encode())
+    write_atomically(run.folder / SPLITS_CSV, splits_csv(canvases.images))
     checkpoint.finish(run.folder, backbone.model, data_of_run)
     shutil.rmtree(run.folder / "state")
     test = verdict.metrics["test"]
