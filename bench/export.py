@@ -154,7 +154,8 @@ def main() -> None:
     photograph = canvases.images.images[canvases.rows("test")[0]].path
     context = Context(reference=Reference(run.backbone().model), canvases=canvases, preprocess=run.preprocess,
                       temperature=run.temperature, limits=Export(),
-                      target_name=here(), photograph=photograph, metadata=metadata(run), measured={})  # fmt: skip
+                      target_name=here(), photograph=photograph, frame=run.data["audit"]["frame"],
+                      metadata=metadata(run), measured={})  # fmt: skip
     assert TARGETS[here()].provider == "cpu"
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:

@@ -22,7 +22,7 @@ from ftkit_export.session import PROVIDERS, cores, form_of
 from ftkit_export.targets import here
 from ftkit_export.verify import MANIFEST, check_files, read_manifest, sha256
 
-SCHEMA = 2  # 2: races over several processes
+SCHEMA = 3  # 3: the size of the frames; 2: races over several processes
 STARTS, QUICK_STARTS = 5, 3
 # Of a field's type as written -> what JSON has for it.
 TYPES: dict[str, tuple[type, ...]] = {
@@ -35,7 +35,7 @@ class Model:
     """What is measured. files: variant -> image form, the shipped one first (of a plain model: "model" -> it).
 
     cores: variant -> core form. name: the recipe's, or the file's. fingerprint: sha256 of the manifest, or of the file.
-    image: fed to ftkit's own files.
+    image: fed to ftkit's own files. frame: the size it is brought to, "640x480"; "": its own.
     """
 
     files: Mapping[str, Path]
@@ -44,6 +44,7 @@ class Model:
     fingerprint: str
     image: Path | None
     run: str = ""
+    frame: str = ""
 
     def shipped(self, provider: str) -> Path:
         """The file that a device would run on this provider."""
@@ -79,10 +80,11 @@ class Model:
         return {name: found[name] for name in self.files}
 
 
-def find(model: str | Path, image: str | Path | None = None) -> Model:
+def find(model: str | Path, image: str | Path | None = None, frame: str | None = None) -> Model:
     """A bundle's variants, its files checked, or a single ONNX file.
 
-    Raises BundleError for a bundle that is not whole, FtkitError when there is nothing to measure.
+    frame: by default the bundle's own, which its budgets are judged at, and of an `image` or another file none. Raises
+    BundleError for a bundle that is not whole, FtkitError when there is nothing to measure.
     """
     path = Path(model)
     if path.is_dir():
@@ -95,21 +97,29 @@ def find(model: str | Path, image: str | Path | None = None) -> Model:
             cores={name: path / pair["core"] for name, pair in pairs.items()},
             name=str(manifest.get("name", path.name)), fingerprint=sha256(path / MANIFEST), run=manifest["run"],
             image=Path(image) if image else path / "golden" / "00.png",
+            frame=frame or ("" if image else manifest["frame"]),
         )  # fmt: skip
     if not path.is_file():
         raise FtkitError(f"{path}: expected a bundle or an ONNX file, found nothing there. Check the path")
     return Model(
-        files={"model": path}, cores={}, name=path.name, fingerprint=sha256(path), image=Path(image) if image else None
+        files={"model": path},
+        cores={},
+        name=path.name,
+        fingerprint=sha256(path),
+        image=Path(image) if image else None,
+        frame=frame or "",
     )
 
 
-def conditions(path: Path, providers: Sequence[str], threads: Sequence[int], batches: Sequence[int]) -> list[Condition]:
+def conditions(
+    path: Path, providers: Sequence[str], threads: Sequence[int], batches: Sequence[int], frame: str = ""
+) -> list[Condition]:
     """Provider x threads x batch. On the CPU several threads also without spinning; on a GPU also without copies."""
     found = []
     for provider in providers:
         for count in threads if provider == "cpu" else [1]:
             for batch in batches:
-                plain = Condition(model=str(path), provider=provider, threads=count, batch=batch)
+                plain = Condition(model=str(path), provider=provider, threads=count, batch=batch, frame=frame)
                 if not PROVIDERS[provider].captured:
                     found.append(plain)
                 if provider == "cpu" and count > 1:
@@ -126,11 +136,11 @@ def starts(condition: Condition, image: Path | None, *, quick: bool = False) -> 
 
 def bench(
     model: str | Path | Model, *, providers: Sequence[str] = ("cpu",), threads: Sequence[int] = (),
-    batches: Sequence[int] = (0,), image: str | Path | None = None, quick: bool = False,
+    batches: Sequence[int] = (0,), image: str | Path | None = None, quick: bool = False, frame: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a bundle or a model file, or what `find` made of one. threads: 1 and all cores by default. batches: 0 =
-    what the file fixes, else 1. say: told what is measured next.
+    what the file fixes, else 1. frame: as find's. say: told what is measured next.
 
     The result: schema, machine, target, name, run, fingerprint, provider and threads (the first of each, which starts,
     parts and raced hold for, starts for the first batch too), sha256 (variant -> its file that ran), quick, rows (a
@@ -138,14 +148,14 @@ def bench(
     (variant -> Raced, against the first of them that is fp32). Raises FtkitError for a model that is not there, or does
     not run.
     """
-    found = model if isinstance(model, Model) else find(model, image)
+    found = model if isinstance(model, Model) else find(model, image, frame)
     counts = list(threads) or sorted({1, cores()})
     provider, first = providers[0], counts[0] if providers[0] == "cpu" else 1
     rows, cold, pieces = [], {}, {}
     running = found.run_by(provider)
     for name, path in running.items():
         listed = [item for each in providers
-                  for item in conditions(found.run_by(each)[name], [each], counts, batches)]  # fmt: skip
+                  for item in conditions(found.run_by(each)[name], [each], counts, batches, found.frame)]  # fmt: skip
         for condition in listed:
             say(f"{name} on {condition.provider}, {condition.threads} threads")
             rows.append({"variant": name, **asdict(measure(condition, found.image, quick=quick))})
@@ -153,17 +163,18 @@ def bench(
         cold[name] = [asdict(start) for start in starts(listed[0], found.image, quick=quick)]
         if name in found.cores and found.image and path != found.cores[name]:
             say(f"{name}: decoding, preprocessing, network")
-            condition = Condition(model=str(path), provider=provider, threads=first)
+            condition = Condition(model=str(path), provider=provider, threads=first, frame=found.frame)
             pieces[name] = asdict(parts(condition, found.cores[name], found.image))
     raced = {}
     if found.image and found.cores:
         say("variants in turn")
         order = sorted(running, key=lambda name: name != "fp32")
-        results = race([running[name] for name in order], found.image, provider=provider, threads=first)
+        results = race([running[name] for name in order], found.image, provider=provider, threads=first,
+                       frame=found.frame)  # fmt: skip
         raced = {name: asdict(item) for name, item in zip(order, results, strict=True)}
     return {
         "schema": SCHEMA, "machine": machine(), "target": here(), "name": found.name, "run": found.run,
-        "fingerprint": found.fingerprint,
+        "fingerprint": found.fingerprint, "frame": rows[0]["frame"],
         "provider": provider, "threads": first, "sha256": {name: sha256(path) for name, path in running.items()},
         "quick": quick, "rows": rows, "starts": cold, "parts": pieces, "raced": raced,
     }  # fmt: skip
@@ -215,6 +226,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
             and all(others)
             and isinstance(data["machine"]["fingerprint"], str)
             and isinstance(data["provider"], str)
+            and isinstance(data["frame"], str)
             and isinstance(data["sha256"], dict)
             and "quick" in data
             and all(isinstance(number, int | float) and 0 < number < math.inf for number in numbers)

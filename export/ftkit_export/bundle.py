@@ -4,7 +4,8 @@
     ...                                    # evidence, then report
     seal(folder, out, manifest, gates)     # the manifest comes last
 
-A bundle whose gate failed goes to BUNDLE.failed, never to BUNDLE.
+A bundle whose gate failed goes to BUNDLE.failed, one with a gate that could not be settled to BUNDLE.inconclusive;
+neither ever to BUNDLE.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ftkit_export.archive import sign
 from ftkit_export.errors import FtkitError
@@ -26,23 +27,51 @@ from ftkit_export.verify import MANIFEST, SCHEMA, SIGNATURE, sha256, with_digest
 RUNNER_FILES = ("__init__.py", "errors.py", "preprocess.py", "session.py", "foreign.py", "predict.py", "verify.py",
                 "onnxfile.py", "targets.py", "nvidia.py", "latency.py", "timing.py", "bench.py")  # fmt: skip
 
+Outcome = Literal["passed", "failed", "inconclusive"]
+WORST_FIRST: tuple[Outcome, ...] = ("failed", "inconclusive")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One judged quantity: passed when value <= limit."""
+    """One judged quantity: passed when value <= limit.
+
+    low, high: of one measured in several processes, the least and the largest value: all must be within. value is NaN
+    where nothing was measured. unsettled: why a value beyond the limit is not the last word, "" where it is.
+    """
 
     name: str
     value: float
     limit: float
+    low: float | None = None
+    high: float | None = None
+    unsettled: str = ""
 
     @property
     def passed(self) -> bool:
         """False also for NaN."""
-        return bool(self.value <= self.limit)
+        return bool((self.value if self.high is None else self.high) <= self.limit)
+
+    @property
+    def verdict(self) -> Outcome:
+        """passed, failed or inconclusive."""
+        if self.passed:
+            return "passed"
+        within = self.low is not None and self.low <= self.limit
+        return "inconclusive" if within or self.unsettled else "failed"
+
+    def __str__(self) -> str:
+        spread = "" if self.low is None or self.high is None else f" [{self.low:.4g} to {self.high:.4g}]"
+        return f"{self.name}: {self.value:.4g}{spread}, limit {self.limit:.4g}"
 
     def as_dict(self) -> dict[str, Any]:
         """Fields and verdict, for the manifest."""
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "passed": self.passed, "verdict": self.verdict}
+
+
+def overall(verdicts: Iterable[Outcome]) -> Outcome:
+    """failed where one gate failed, else inconclusive where one is, else passed."""
+    verdicts = set(verdicts)
+    return next((verdict for verdict in WORST_FIRST if verdict in verdicts), "passed")
 
 
 def begin(out: Path) -> Path:
@@ -70,20 +99,21 @@ def add_runners(folder: Path) -> None:
 def seal(
     folder: Path, out: Path, manifest: Mapping[str, object], gates: Sequence[Gate], key: Path | None = None
 ) -> Path:
-    """Write the manifest with every file's hash, and move the folder to `out`, or to `out`.failed when a gate failed.
+    """Write the manifest with every file's hash, and move the folder to `out`, or to `out`.failed or .inconclusive.
 
-    key: an Ed25519 private key that signs the manifest. Returns where it went. An older `out`.failed is replaced.
+    key: an Ed25519 private key that signs the manifest. Returns where it went. An older one of the latter is replaced.
     """
-    passed = all(gate.passed for gate in gates)
-    verdict = "passed" if passed else "failed"
+    verdict = overall(gate.verdict for gate in gates)
     write_manifest(folder, {"verdict": verdict, **manifest, "gates": [gate.as_dict() for gate in gates]})
     if key:
         sign(folder, key)
     for path in sorted(folder.rglob("*"), reverse=True):
         flush(path)
-    final = out if passed else out.with_name(out.name + ".failed")
-    if final.exists() and not passed:
-        shutil.rmtree(final)
+    final = out
+    if verdict != "passed":
+        final = out.with_name(f"{out.name}.{verdict}")
+        for name in WORST_FIRST:  # an earlier export's
+            shutil.rmtree(out.with_name(f"{out.name}.{name}"), ignore_errors=True)
     folder.chmod(0o755)  # mkdtemp made it private
     flush(folder)
     folder.rename(final)

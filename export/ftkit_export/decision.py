@@ -156,25 +156,3 @@ def _more(found: Paired, limit: float) -> str:
     if clusters is None:
         return f"; about {images} val images would settle it"
     return f"; about {clusters} groups ({images} val images) would settle it"
-
-
-def choose(
-    rows: Sequence[Row], p95_ms: float | None, size_mb: float | None, memory_mb: float | None
-) -> tuple[Row, str]:
-    """(row, which budget it misses): the fastest shippable row that meets every budget, the smaller of two as fast.
-
-    Where none does, the row that misses by the smallest factor, and that budget in words.
-    """
-
-    def misses(row: Row) -> list[tuple[float, str]]:
-        measured = (("p95 ms", row.p95_ms, p95_ms), ("size in MB", row.size_bytes / 1e6, size_mb),
-                    ("memory in MB", row.peak_rss_bytes and row.peak_rss_bytes / 1e6, memory_mb))  # fmt: skip
-        return [(value / limit, f"{name} {value:.4g}, limit {limit:g}") for name, value, limit in measured
-                if limit is not None and value is not None and not value <= limit]  # fmt: skip
-
-    allowed = [row for row in rows if row.shippable]
-    meeting = [row for row in allowed if not misses(row)]
-    if meeting:
-        return min(meeting, key=lambda row: (row.p50_ms or 0, row.size_bytes)), ""
-    nearest = min(allowed, key=lambda row: max(misses(row))[0])
-    return nearest, max(misses(nearest))[1]

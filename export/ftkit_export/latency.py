@@ -21,7 +21,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ EVEN_HEAP = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # its default, which glibc rai
 class Condition:
     """What is run and how. threads: 0 = all cores. batch: 0 = what the file fixes, else 1. spinning: idle threads keep
     a core busy. copies: inputs and outputs pass through host memory; False: they stay on the device. optimised: ONNX
-    Runtime may rewrite the graph."""
+    Runtime may rewrite the graph. frame: "640x480", width and height of what an image form is fed: it resizes inside,
+    so its time depends on them. "": the image as it is."""
 
     model: str
     provider: str = "cpu"
@@ -48,6 +49,7 @@ class Condition:
     spinning: bool = True
     copies: bool = True
     optimised: bool = True
+    frame: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class Latency:
     gpu_bytes: GPU memory that came to be used between the process's beginning and its last run, on the whole first GPU:
     keep others off it. None without a GPU. placement: where the operators ran, in words (session.Session.placement).
     histogram: counts in 40 equal bins from low_ms to high_ms, the fastest run and the 99th percentile; slower runs are
-    in the last bin.
+    in the last bin. frame: width and height of what an image form was fed, "640x480"; "" for other files.
     """
 
     provider: str
@@ -81,6 +83,7 @@ class Latency:
     histogram: tuple[int, ...]
     gpu_bytes: int | None = None
     placement: str = ""
+    frame: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +162,13 @@ def begin(
 
 
 def race(
-    models: Sequence[str | Path], image: str | Path, *, provider: str = "cpu", threads: int = 1, rounds: int = ROUNDS
+    models: Sequence[str | Path],
+    image: str | Path,
+    *,
+    provider: str = "cpu",
+    threads: int = 1,
+    rounds: int = ROUNDS,
+    frame: str = "",
 ) -> list[Raced]:
     """Models (of one form) run in turn on one image file, so that noise meets all alike. Raises as measure.
 
@@ -167,7 +176,7 @@ def race(
     session's place in memory has a speed of its own, which no number of runs averages out. The interval is Student's t
     over the processes, and no narrower than the same of the A/A control.
     """
-    conditions = [Condition(model=str(model), provider=provider, threads=threads) for model in models]
+    conditions = [Condition(model=str(model), provider=provider, threads=threads, frame=frame) for model in models]
     entrants = [conditions[0], *conditions]
     tables = []
     for number in range(PROCESSES):
@@ -213,8 +222,14 @@ def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
 
 def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Parts:
     """What the time of one photograph is made of. Raises as measure."""
-    core = Condition(model=str(core_form), provider=image_form.provider, threads=image_form.threads)
+    core = replace(image_form, model=str(core_form))
     return Parts(**in_child("parts", [image_form, core], image))
+
+
+def over_sizes(condition: Condition, image: str | Path, frames: Sequence[str]) -> list[tuple[str, float, float]]:
+    """(frame, p50 ms, p95 ms) of an image form fed with each of these sizes, in one process. Raises as measure."""
+    times = in_child("sizes", [replace(condition, frame=frame) for frame in frames], image)
+    return [(frame, p50, p95) for frame, (p50, p95) in zip(frames, times, strict=True)]
 
 
 def in_child(

@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
 FITS = ("crop", "squash", "pad")
 WHITE = 65535
 TWELVE_BITS = 4095
+LONGEST, MOST_PIXELS = 20_000, 200_000_000  # side and area of a frame that is made up to be measured with
 INPUT_FORMATS = ("rgb", "bgr", "grey", "nv12")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -66,6 +68,10 @@ class Preprocess:
         if not np.isfinite(self.mean).all():
             raise FtkitError(f"preprocess.mean: expected three numbers, found {self.mean}. Try 123.7,116.3,103.5")
 
+    def at(self, size: int) -> Preprocess:
+        """The same for another input size; the canvas keeps its proportion to it."""
+        return replace(self, size=size, resize=max(size, round(self.resize * size / self.size)))
+
     def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
         """An image file (path or bytes) -> (H, W, 3) uint8 RGB, as `decode` with this definition's white."""
         return decode(source, self.white)
@@ -108,6 +114,26 @@ def _resize(image: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[
         return np.ascontiguousarray(image)
     resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(resized)
+
+
+def parse_frame(text: str) -> tuple[int, int]:
+    """ "640x480" -> (640, 480), width and height in pixels. Raises FtkitError for anything else."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip().lower().replace(" ", ""))
+    width, height = (int(number) for number in found.groups()) if found else (0, 0)
+    if not (0 < width <= LONGEST and 0 < height <= LONGEST and width * height <= MOST_PIXELS):
+        raise FtkitError(
+            f"frame {text}: expected WIDTHxHEIGHT, each 1 to {LONGEST} and {MOST_PIXELS // 1_000_000} megapixels at "
+            "most, found another. Try 640x480"
+        )
+    return width, height
+
+
+def scaled(image: np.ndarray[Any, Any], frame: str) -> np.ndarray[Any, Any]:
+    """(H, W, 3) uint8 -> the same picture at the size of `frame` ("640x480"), to be measured with; "" leaves it."""
+    if not frame:
+        return image
+    width, height = parse_frame(frame)
+    return _resize(image, height, width)
 
 
 # BT.601, limited range, as cameras deliver NV12: R, G, B = 1.164 (Y - 16) + these times (U - 128, V - 128).

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ QUICK_RUNS, QUICK_SECONDS = 50, 0.5
 BRIEF = (WARM_UP_RUNS, WARM_UP_S / 4)  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
 BINS = 40
 PART_ROUNDS = 60
+SIZE_WARM_UP, SIZE_RUNS = 5, 40  # runs at each size
 ANSWERED = 8  # images a run
 LARGEST = 1 << 30  # bytes of an input that is made up
 FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
@@ -48,25 +49,27 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
-def feeds(session: Session, image: str | None, batch: int) -> list[Any]:
+def feeds(session: Session, image: str | None, batch: int, frame: str = "") -> list[Any]:
     """What the session is fed with: the image as ftkit's own file wants it, else noise after its signature.
 
-    Raises FtkitError for an input that cannot be made, or that has another batch.
+    frame: the size the image is brought to, "640x480". Raises FtkitError for an input that cannot be made, or that has
+    another batch.
     """
     if image and "preprocess" in session.metadata:
-        return [_from_image(session, image, batch)]
+        return [_from_image(session, image, batch, frame)]
     return [_noise(item.name, item.type, item.shape, batch) for item in session.inputs]
 
 
-def _from_image(session: Session, image: str, batch: int) -> Any:
+def _from_image(session: Session, image: str, batch: int, frame: str) -> Any:
     import numpy as np
 
-    from ftkit_export.preprocess import Preprocess, to_frame
+    from ftkit_export.preprocess import Preprocess, scaled, to_frame
 
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
     if session.input_names[0] != "pixels":  # the image form takes a frame, the core form normalised pixels
-        frame = to_frame(preprocess.decode(image), session.metadata.get("input_format", "rgb"))
-        return np.repeat(frame[None], batch or 1, axis=0)
+        picture = scaled(preprocess.decode(image), frame)
+        camera = to_frame(picture, session.metadata.get("input_format", "rgb"))
+        return np.repeat(camera[None], batch or 1, axis=0)
     return np.repeat(preprocess.pixels(preprocess.canvas(preprocess.decode(image))[None]), batch or 1, axis=0)
 
 
@@ -152,9 +155,19 @@ def _timed(call: Callable[[], object], runs: int, seconds: float) -> Any:
     return np.array(times)
 
 
-def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object], int, str, dict[str, float]]:
-    """A call, its batch, where its operators run, and what it took to come to its first answer: import, session, first
-    run."""
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A model that has answered once. call: runs it again; frame: "640x480" of an image form's input; start: what it
+    took to come to the first answer, in ms: import, session, first run."""
+
+    call: Callable[[], object]
+    batch: int
+    frame: str
+    placement: str
+    start: dict[str, float]
+
+
+def _begun(condition: Condition, image: str | None) -> _Begun:
     started = time.perf_counter()
     from ftkit_export.session import offered
 
@@ -162,8 +175,8 @@ def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object
     imported = time.perf_counter()
     session = opened(condition)
     ready = time.perf_counter()
-    fed = feeds(session, image, condition.batch)
-    call, batch = runner(session, condition, fed), fed[0].shape[0] if fed and fed[0].ndim else 1
+    fed = feeds(session, image, condition.batch, condition.frame)
+    call = runner(session, condition, fed)
     before = time.perf_counter()
     call()
     start = {
@@ -171,12 +184,27 @@ def _begun(condition: Condition, image: str | None) -> tuple[Callable[[], object
         "session_ms": (ready - imported) * 1e3,
         "first_run_ms": (time.perf_counter() - before) * 1e3,
     }
-    return call, batch, session.placement, start
+    return _Begun(
+        call=call,
+        batch=fed[0].shape[0] if fed and fed[0].ndim else 1,
+        frame=_frame(session, fed),
+        placement=session.placement,
+        start=start,
+    )
+
+
+def _frame(session: Session, fed: Sequence[Any]) -> str:
+    """Width and height of the camera frame that an image form is fed; "" of other files."""
+    if "preprocess" not in session.metadata or session.input_names[0] == "pixels":
+        return ""
+    rows, columns = fed[0].shape[1:3]
+    return f"{columns}x{rows * 2 // 3 if session.metadata.get('input_format') == 'nv12' else rows}"
 
 
 def _measure_here(conditions: Sequence[Condition], image: str | None, quick: bool) -> dict[str, Any]:
     (condition,), before = conditions, nvidia.used_bytes()
-    call, batch, placement, start = _begun(condition, image)
+    begun = _begun(condition, image)
+    call = begun.call
     import numpy as np
 
     from ftkit_export.session import PROVIDERS, cores
@@ -189,26 +217,26 @@ def _measure_here(conditions: Sequence[Condition], image: str | None, quick: boo
     histogram = np.histogram(np.minimum(times, high), bins=BINS, range=(low, high))[0]
     provider, after = PROVIDERS[condition.provider], nvidia.used_bytes()
     found = Latency(
-        provider=condition.provider, threads=condition.threads or cores(), batch=batch,
+        provider=condition.provider, threads=condition.threads or cores(), batch=begun.batch,
         spinning=condition.spinning, copies=condition.copies and not provider.captured, runs=len(times), quick=quick,
-        p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99 if len(times) >= 1000 else None, **start,
+        p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99 if len(times) >= 1000 else None, **begun.start,
         peak_rss_bytes=peak_rss_bytes(), size_bytes=Path(condition.model).stat().st_size,
         low_ms=low, high_ms=high, histogram=tuple(int(count) for count in histogram),
-        placement=placement,
+        placement=begun.placement, frame=begun.frame,
         gpu_bytes=None if before is None or after is None or not provider.gpu else max(0, after - before),
     )  # fmt: skip
     return asdict(found)
 
 
 def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool) -> dict[str, Any]:
-    call, _, _, start = _begun(conditions[0], image)
+    begun = _begun(conditions[0], image)
     if not steady:
-        return {**start, "peak_rss_bytes": peak_rss_bytes()}
+        return {**begun.start, "peak_rss_bytes": peak_rss_bytes()}
     import numpy as np
 
-    warm(call, *BRIEF)
-    p50, p95 = np.percentile(_timed(call, QUICK_RUNS, 0), (50, 95))
-    return {**start, "p50_ms": float(p50), "p95_ms": float(p95), "peak_rss_bytes": peak_rss_bytes()}
+    warm(begun.call, *BRIEF)
+    p50, p95 = np.percentile(_timed(begun.call, QUICK_RUNS, 0), (50, 95))
+    return {**begun.start, "p50_ms": float(p50), "p95_ms": float(p95), "peak_rss_bytes": peak_rss_bytes()}
 
 
 def pin(conditions: Sequence[Condition]) -> None:
@@ -221,7 +249,7 @@ def pin(conditions: Sequence[Condition]) -> None:
 
 def _shared(condition: Condition, image: str | None) -> Callable[[], object]:
     session = opened(condition, shared=True)
-    return runner(session, condition, feeds(session, image, condition.batch))
+    return runner(session, condition, feeds(session, image, condition.batch, condition.frame))
 
 
 def _pairs_here(conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float) -> list[list[float]]:
@@ -243,7 +271,8 @@ def _race_here(conditions: Sequence[Condition], image: str) -> list[dict[str, An
     """latency.race from a process of its own, as another machine is asked for it."""
     first = conditions[0]
     models = [condition.model for condition in conditions]
-    return [asdict(item) for item in race(models, image, provider=first.provider, threads=first.threads)]
+    return [asdict(item) for item in race(models, image, provider=first.provider, threads=first.threads,
+                                         frame=first.frame)]  # fmt: skip
 
 
 def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[float]]:
@@ -262,16 +291,16 @@ def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[floa
 def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
     import numpy as np
 
-    from ftkit_export.preprocess import Preprocess
+    from ftkit_export.preprocess import Preprocess, scaled
 
     sessions, data = [opened(condition, shared=True) for condition in conditions], Path(image).read_bytes()
     preprocess = Preprocess(**json.loads(sessions[1].metadata["preprocess"]))
-    pixels = preprocess.decode(data)
+    pixels = scaled(preprocess.decode(data), conditions[0].frame)
     calls: list[Callable[[], object]] = [
         lambda: preprocess.decode(data),
         lambda: preprocess.pixels(preprocess.canvas(pixels)[None]),
     ]
-    calls += [runner(session, condition, feeds(session, image, 1))
+    calls += [runner(session, condition, feeds(session, image, 1, condition.frame))
               for session, condition in zip(sessions, conditions, strict=True)]  # fmt: skip
     gc.disable()
     times = in_turn(calls, PART_ROUNDS, warm_up=BRIEF, seconds=SECONDS)
@@ -281,9 +310,23 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
     return asdict(found)
 
 
+def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]]:
+    """p50 and p95 in ms of one model at each condition's frame."""
+    import numpy as np
+
+    session = opened(conditions[0])
+    gc.disable()
+    found = []
+    for condition in conditions:
+        call = runner(session, condition, feeds(session, image, 1, condition.frame))
+        warm(call, SIZE_WARM_UP, 0)
+        found.append([float(value) for value in np.percentile(_timed(call, SIZE_RUNS, 0), (50, 95))])
+    return found
+
+
 WORK: dict[str, Callable[..., Any]] = {
     "measure": _measure_here, "begin": _begin_here, "pairs": _pairs_here, "race": _race_here, "parts": _parts_here,
-    "answers": _answers_here,
+    "answers": _answers_here, "sizes": _sizes_here,
 }  # fmt: skip
 
 

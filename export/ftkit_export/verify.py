@@ -24,7 +24,7 @@ from ftkit_export.session import PROVIDERS, Session
 
 Array = np.ndarray[Any, Any]
 
-SCHEMA = 3  # 3: the manifest carries its own digest
+SCHEMA = 4  # 4: the size of the frames that latency is judged at; 3: the manifest carries its own digest
 MANIFEST = "manifest.json"
 DIGEST_KEY = '"digest": '
 NO_DIGEST = "0" * 64

@@ -15,6 +15,7 @@ from conftest import bare, ftkit, rewrite
 from onnx import numpy_helper
 
 from ftkit import evidence, pipeline
+from ftkit.evaluate import evaluate
 from ftkit.recipe import Export
 from ftkit.variants import as_table
 from ftkit_export.convert import export_core
@@ -154,7 +155,7 @@ def test_a_missing_and_an_extra_file_are_named(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema": 99}, "expected schema 3, found 99. Try a newer ftkit"),
+        ({"schema": 99}, "expected schema 4, found 99. Try a newer ftkit"),
         ({"files": {"../outside": "0"}}, "expected gates, variants and the files they name"),
         ({"variants": {}}, "expected gates, variants and the files they name"),
         ({"gates": []}, "expected gates, variants and the files they name"),
@@ -313,10 +314,10 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path,
     }
     latency.write_text(json.dumps(measured))
     result = ftkit("export", run, "--out", tmp_path / "unproven", *told, "--set", "export.p95_ms=9999")
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == 3, result.output
     assert "unproven" in result.stdout, "another file's latency proves nothing"
     assert "not measured on the target: try --latency" in result.stderr
-    runner = tmp_path / "unproven.failed" / "device" / "classify.py"
+    runner = tmp_path / "unproven.inconclusive" / "device" / "classify.py"
     command = [sys.executable, runner, "--bench", "--quick", "--threads", "1"]
     measured = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert (measured["raced"]["fp32"]["ratio"], measured["target"], measured["threads"]) == (1, here(), 1)
@@ -344,5 +345,7 @@ def test_one_image_that_changes_sides_fails_no_gate_and_many_do(lost: int, passe
     """A tie among 60 images is 1.7 points, where 1 is allowed."""
     against = paired(np.ones(60, bool), np.arange(60) >= lost)
     chosen = Row(name="fp32", verdict="reference", reason="", accuracy=0.9)
-    gates = evidence.judge(Export(), [], chosen, against, 0)
+    metrics = evaluate(np.eye(2)[[0] * 60], np.zeros(60, int), "ab")
+    measured = evidence.Measured(parity=[], chosen=chosen, metrics=metrics, against=against, out_of_order=0)
+    gates = evidence.judge(Export(), measured)
     assert all(gate.passed for gate in gates) == passes

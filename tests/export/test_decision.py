@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ftkit_export.decision import Row, choose, judge, paired
+from ftkit_export.decision import judge, paired
 from ftkit_export.intervals import Design, difference_bounds
 
 
@@ -76,19 +76,3 @@ def test_speed_must_be_proven_and_real() -> None:
     assert judge(found, 0.01, 0.7)[0] == "accepted"
     assert judge(found, 0.01, None)[0] == "unproven on target"
     assert judge(found, 0.01, 1.02)[0] == "refused"
-
-
-def _row(name: str, verdict: str, p50: float, size: int) -> Row:
-    return Row(name=name, verdict=verdict, reason="", accuracy=0.9, p50_ms=p50, p95_ms=p50 + 1, size_bytes=size,
-               peak_rss_bytes=90_000_000)  # fmt: skip
-
-
-def test_the_fastest_that_meets_every_budget_wins_and_the_nearest_miss_is_named() -> None:
-    fp32, int8 = _row("fp32", "reference", 10, 13_000_000), _row("int8", "accepted", 6, 4_000_000)
-    refused = _row("fp16", "refused", 1, 1)
-    assert choose([fp32, int8, refused], None, None, None) == (int8, "")
-    assert choose([fp32, refused], None, None, None) == (fp32, "")
-    assert choose([fp32, int8], 12, 20, 100) == (int8, "")
-    row, missed = choose([fp32, int8], 5, 3, None)
-    assert (row, missed) == (int8, "p95 ms 7, limit 5")
-    assert choose([fp32], 12, 20, 80)[1] == "memory in MB 90, limit 80"

@@ -132,10 +132,12 @@ def verify(bundle: str | Path, *, provider: str = "cpu", key: str | Path | None 
 
 def bench(
     model: str | Path, *, against: str | Path | None = None, providers: Sequence[str] = ("cpu",),
-    threads: Sequence[int] = (), batches: Sequence[int] = (0,), image: str | Path | None = None, quick: bool = False,
+    threads: Sequence[int] = (), batches: Sequence[int] = (0,), image: str | Path | None = None,
+    frame: str | None = None, quick: bool = False,
 ) -> Mapping[str, Any]:  # fmt: skip
     """Latency, cold start, memory and size of a bundle or any ONNX file, in ms and bytes: what `ftkit bench --json`
-    writes. against: also run in turn with that bundle or file; `against` then holds the verdicts."""
+    writes. frame: "640x480", the size of the frames, by default what the bundle names. against: also run in turn
+    with that bundle or file; `against` then holds the verdicts."""
     from dataclasses import asdict
 
     from ftkit.budget import against as run_against
@@ -145,11 +147,12 @@ def bench(
     if against and max(len(providers), len(threads), len(batches)) > 1:
         raise FtkitError("against: expected one provider, number of threads and batch, found several. Try one")
     with unpacked(model) as path:
-        told = measure(path, providers=providers, threads=threads, batches=batches, image=image, quick=quick)
+        told = measure(path, providers=providers, threads=threads, batches=batches, image=image, frame=frame,
+                       quick=quick)  # fmt: skip
         if against:
             with unpacked(against) as old:
                 found = run_against(path, old, provider=providers[0], threads=(*threads, 1)[0], batch=batches[0],
-                                    image=image and Path(image))  # fmt: skip
+                                    image=image and Path(image), frame=frame)  # fmt: skip
             told["against"] = [asdict(item) for item in found]
     return told
 

@@ -13,6 +13,7 @@ brightness in 140, a crop in none.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -47,6 +48,7 @@ BLOCK, CHUNK = 256, 4096
 TINY, HUGE = 0.5, 40_000_000  # of the canvas side; pixels
 FEW, UNEVEN = 20, 10.0  # training images of a class; largest class over smallest
 TOTALS = ("bad", "alike", "leaks", "conflicts", "shared_groups", "tiny", "huge", "flat", "emptied", "sizes")
+LARGE_FRAME = 0.95  # share of images that are no larger
 HALF = 0.5  # of an image's area
 HINTS = (r"^(?:.*/)?([^/]*?[A-Za-z0-9])[-_ ]+[A-Za-z]*[0-9]+\.[^./]+$", r"^(?:.*/)?([^/_-]+)[-_][^/]*$")
 
@@ -69,7 +71,7 @@ class Audit:
     near_groups: near duplicates as groups that a split should keep on one side, rows; no group is a chain whose ends
     are not alike. unjudged: split -> classes without an image in it. crop_keeps: share of an image's area in its centre
     square, (median over the images, number of images under half). emptied: rows of one flat colour only because the
-    recipe's crop left out what they show."""
+    recipe's crop left out what they show. frame: "640x480", the size that 95 % of the images do not exceed, by area."""
 
     images: int
     classes: tuple[str, ...]
@@ -92,6 +94,7 @@ class Audit:
     unjudged: dict[str, tuple[str, ...]]
     crop_keeps: tuple[float, int]
     emptied: tuple[int, ...]
+    frame: str
 
     @property
     def passed(self) -> bool:
@@ -146,6 +149,7 @@ def audit(images: Images, canvases: Canvases, progress: Callable[[int, int], Non
         unjudged={split: names for split in ("val", "test") if (names := canvases.images.unjudged(split))},
         crop_keeps=(float(np.median(squares)), int((squares < HALF).sum())),
         emptied=tuple(row for row in flat_rows if squares[row] < 1 and not _is_flat(kept[row].path)),
+        frame=_frame([(width, height) for _, width, height in facts]),
     )
 
 
@@ -317,6 +321,13 @@ def _header(path: Path) -> tuple[str, int, int]:
             return kind, image.width, image.height
     except Exception:  # readable a moment ago; Pillow raises whatever its decoders raise
         return "gone", 0, 0
+
+
+def _frame(sizes: Sequence[tuple[int, int]]) -> str:
+    """The 95th percentile of (width, height) by area, "640x480"."""
+    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    width, height = ordered[math.ceil(LARGE_FRAME * len(ordered)) - 1]
+    return f"{width}x{height}"
 
 
 def _is_flat(path: Path) -> bool:

@@ -7,6 +7,7 @@ gate = against("bundle", "old-bundle", provider="cpu", threads=1)
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +35,11 @@ BUDGETS = ("p50_ms", "p95_ms", "cold_ms", "memory_mb", "size_mb")
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit and what was measured, a value a process. passed: every process is within; failed: none is; else it is
-    not sure. By the sign test six that agree are 98 % confidence, the four of a quick bench 94 %."""
+    """A limit and what was measured, a value a process, the longest measurement first; none where it could not be.
+
+    passed: every process is within; failed: none is; else it is not sure. By the sign test six that agree are 98 %
+    confidence, the four of a quick measurement 94 %.
+    """
 
     name: str
     limit: float
@@ -45,10 +49,17 @@ class Budget:
     def verdict(self) -> Outcome:
         """passed, failed or inconclusive."""
         within = sum(value <= self.limit for value in self.values)
+        if not self.values:
+            return "inconclusive"
         return "passed" if within == len(self.values) else "inconclusive" if within else "failed"
 
+    @property
+    def excess(self) -> float:
+        """The value over the limit; infinite where none was measured."""
+        return self.values[0] / self.limit if self.values else math.inf
+
     def __str__(self) -> str:
-        values = f"{min(self.values):.4g}"
+        values = f"{min(self.values):.4g}" if self.values else "not measured"
         if len(self.values) > 1:
             values += f" to {max(self.values):.4g} in {len(self.values)} processes"
         return f"{self.name} {values}, limit {self.limit:g}"
@@ -73,29 +84,45 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
 def judge(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]:
     """Budgets of the shipped variant in the first condition that was measured: first provider, threads and batch."""
     row = found["rows"][0]
-    cold = [Start(**start) for start in found["starts"][row["variant"]]]
+    starts = [Start(**start) for start in found["starts"][row["variant"]]]
+    return budgets(limits, starts, p50_ms=row["p50_ms"], p95_ms=row["p95_ms"], size_bytes=row["size_bytes"])
+
+
+def budgets(
+    limits: Mapping[str, float],
+    starts: Sequence[Start],
+    *,
+    p50_ms: float | None,
+    p95_ms: float | None,
+    size_bytes: int,
+) -> list[Budget]:
+    """What `ftkit bench` and `ftkit export` judge alike. starts: a process each; p50_ms, p95_ms: of a longer
+    measurement, None where there is none; then the latencies of `starts` do not count either."""
     values: dict[str, tuple[float, ...]] = {
-        "p50_ms": (row["p50_ms"], *(start.p50_ms for start in cold)),
-        "p95_ms": (row["p95_ms"], *(start.p95_ms for start in cold)),
-        "cold_ms": tuple(start.cold_ms for start in cold),
-        "memory_mb": tuple(start.peak_rss_bytes / 1e6 for start in cold),
-        "size_mb": (row["size_bytes"] / 1e6,),
+        "p50_ms": () if p50_ms is None else (p50_ms, *(start.p50_ms for start in starts)),
+        "p95_ms": () if p95_ms is None else (p95_ms, *(start.p95_ms for start in starts)),
+        "cold_ms": tuple(start.cold_ms for start in starts),
+        "memory_mb": tuple(start.peak_rss_bytes / 1e6 for start in starts),
+        "size_mb": (size_bytes / 1e6,),
     }
     return [Budget(name=name, limit=limit, values=values[name]) for name, limit in limits.items()]
 
 
 def against(
     candidate: str | Path, baseline: str | Path, *, provider: str = "cpu", threads: int = 1, batch: int = 0,
-    tolerance: float = TOLERANCE, seconds: float = SECONDS, image: str | Path | None = None,
+    tolerance: float = TOLERANCE, seconds: float = SECONDS, image: str | Path | None = None, frame: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[Verdict]:  # fmt: skip
     """The gate: latency, cold start, memory and size of a bundle (its model.onnx) or any ONNX file, each run in turn
-    with the baseline's. seconds: the most that it takes, two thirds of it for the latency. Raises FtkitError as find.
+    with the baseline's, on frames of the candidate's size. seconds: the most that it takes, two thirds of it for the
+    latency. Raises FtkitError as find.
     """
-    new = find(candidate, image)
+    new = find(candidate, image, frame)
     old = find(baseline, image)
-    one, other = (Condition(model=str(path), provider=provider, threads=threads, batch=batch)
-                  for path in (new.shipped(provider), old.shipped(provider)))  # fmt: skip
+    one, other = (
+        Condition(model=str(path), provider=provider, threads=threads, batch=batch, frame=new.frame)
+        for path in (new.shipped(provider), old.shipped(provider))
+    )
     say("latency, in turn")
     found = [compare(one, other, new.image, tolerance=tolerance, seconds=seconds * 2 / 3)]
     say("cold starts and memory, in turn")
@@ -107,9 +134,15 @@ def against_stored(
     model: str | Path, stored: Mapping[str, Any], *, image: str | Path | None = None
 ) -> list[Verdict]:  # fmt: skip
     """The same against what bench measured earlier (`stored`), in its condition. Advisory on another machine."""
-    found, row = find(model, image), stored["rows"][0]
+    found, row = find(model, image, stored["frame"]), stored["rows"][0]
     path = found.shipped(stored["provider"])
-    condition = Condition(model=str(path), provider=stored["provider"], threads=stored["threads"], batch=row["batch"])
+    condition = Condition(
+        model=str(path),
+        provider=stored["provider"],
+        threads=stored["threads"],
+        batch=row["batch"],
+        frame=found.frame,
+    )
     return _stored(lambda: starts(condition, found.image), path.stat().st_size, stored, machine())
 
 
@@ -119,6 +152,11 @@ def against_there(
     """The same for what another machine measured. measure: does it again, to confirm a failure."""
     row = found["rows"][0]
     here, there = ((item["provider"], item["threads"]) for item in (found, stored))
+    if found["frame"] != stored["frame"]:
+        raise FtkitError(
+            f"--against: expected figures of the same frames, found {found['frame'] or 'none'} and "
+            f"{stored['frame'] or 'none'}. Measure the baseline again"
+        )
     if here != there:
         raise FtkitError(f"--against: expected figures of {here[0]} on {here[1]} threads, found {there[0]} on "
                          f"{there[1]}. Try --providers {there[0]} --threads {there[1]}")  # fmt: skip
@@ -167,11 +205,12 @@ def as_tables(found: Mapping[str, Any]) -> str:
     raced = [f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
              f"{item['ratio_high']:.2f}]" for name, item in found["raced"].items() if name != "fp32"]  # fmt: skip
     quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
+    frames = [f"{terminal.frames(found['frame'])}, decoding apart"] if found["frame"] else []
     held = {f"{row['variant']} on {row['provider']}": row["gpu_bytes"] for row in found["rows"] if row.get("gpu_bytes")}
     placed = [f"{row['variant']} on {row['provider']}: {row['placement']}" for row in found["rows"]
               if row["provider"] != "cpu" and row.get("placement")]  # fmt: skip
     memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
-    return "\n".join(["\n\n".join(tables), *dict.fromkeys(placed), *memory, *raced, *quick])
+    return "\n".join(["\n\n".join(tables), *frames, *dict.fromkeys(placed), *memory, *raced, *quick])
 
 
 def _ms(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftkit.terminal import condition
+from ftkit.terminal import condition, frames
 from ftkit_export.intervals import ground
 
 
@@ -34,7 +34,7 @@ calibration error (ECE) {accuracy["ece"]:.3f}.
 |---|---|---|---|
 {_classes(accuracy)}
 
-| one photograph at a time | p50 ms | p95 ms | memory MB |
+| one image at a time, {frames(manifest["frame"])} | p50 ms | p95 ms | memory MB |
 |---|---|---|---|
 {_latency(chosen)}
 

@@ -20,6 +20,7 @@ from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit.recipe import Recipe
+    from ftkit_export.bundle import Gate
 
 
 class _Group(click.Group):
@@ -140,6 +141,9 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     return launch(gpus, arguments)
 
 
+MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}
+
+
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="BUNDLE", help="Bundle folder. [default: RUN-bundle]")
@@ -166,21 +170,32 @@ def export(
     ort: bool = False, handoff: bool = False, zipped: bool = False, sign: Path | None = None,
     device: str | None = None, web: bool = False, runtime: Path | None = None, quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Export RUN to ONNX, prove the file, and seal a bundle. Exit 1 when a gate fails."""
+    """Export RUN to ONNX, prove the file, and seal a bundle.
+
+    Exit 1 when a gate fails, 3 when none fails and one cannot be settled here.
+    """
     done = api.export(
         run, out=out, settings=settings, providers=[providers], data=data, quick=quick, target=target, latency=latency,
         on=device, input_format=input_format, c=c, ort=ort, handoff=handoff, web=web, runtime=runtime, zipped=zipped,
         sign=sign, quiet=quiet,
     )  # fmt: skip
     for gate in done.gates:
-        click.echo(f"{'ok    ' if gate.passed else 'FAILED'}  {gate.name}: {gate.value:.4g}, limit {gate.limit:.4g}")
+        click.echo(f"{MARKS[gate.verdict]}  {gate}")
+        if gate.unsettled and not gate.passed:
+            click.echo(f"        {gate.unsettled}")
     click.echo(f"bundle: {done.folder}")
     if not done.passed:
-        failed = next(gate for gate in done.gates if not gate.passed)
-        click.echo(f"error: gate {failed.name}: expected at most {failed.limit:.4g}, found {failed.value:.4g}. "
-                   f"Read {done.folder}/report.html", err=True)  # fmt: skip
-        sys.exit(1)
+        open_ = [gate for gate in done.gates if gate.verdict == done.verdict]
+        click.echo(
+            f"error: {'; '.join(map(_missed, open_))}. Read {done.folder}/report.html",
+            err=True,
+        )
+        sys.exit(3 if done.verdict == "inconclusive" else 1)
     click.echo(f"next: ftkit verify {shlex.quote(str(done.folder))}")
+
+
+def _missed(gate: Gate) -> str:
+    return f"gate {gate.name}: expected at most {gate.limit:.4g}, found {gate.value:.4g}"
 
 
 @main.command()

@@ -114,6 +114,7 @@ def evaluate(
 @click.option("--batch", metavar="N,M", help="[default: what the file fixes, else 1]")
 @click.option("--image", type=click.Path(path_type=Path, exists=True),
               help="What a file of ftkit's runs on. [default: a golden image; noise for other files]")  # fmt: skip
+@click.option("--frame", metavar="WxH", help="Size of the frames that it runs on. [default: what the bundle names]")
 @click.option("--max-slowdown", default=0.05, show_default=True, help="What --against tolerates, as a share.")
 @click.option("--seconds", default=120.0, show_default=True, help="The most that --against may take.")
 @click.option("--quick", is_flag=True, help="Shorter runs, marked as such.")
@@ -123,11 +124,23 @@ def evaluate(
 @JSON
 @click.pass_context
 def bench(
-    ctx: click.Context, model: Path, baseline: Path | None, budgets: tuple[str, ...], providers: str,
-    threads: str | None, batch: str | None,
-    image: Path | None, max_slowdown: float, seconds: float, quick: bool, save: bool, host: str | None,
-    key: Path | None, as_json: Path | None,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    model: Path,
+    baseline: Path | None,
+    budgets: tuple[str, ...],
+    providers: str,
+    threads: str | None,
+    batch: str | None,
+    image: Path | None,
+    frame: str | None,
+    max_slowdown: float,
+    seconds: float,
+    quick: bool,
+    save: bool,
+    host: str | None,
+    key: Path | None,
+    as_json: Path | None,
+) -> None:
     """Latency, cold start, memory and size of MODEL: a bundle or any ONNX file.
 
     Exit 1 when a budget or --against fails, 3 when that cannot be told here.
@@ -138,11 +151,14 @@ def bench(
     from ftkit_export.bench import bench as measure
     from ftkit_export.bench import find, read
     from ftkit_export.latency import machine
+    from ftkit_export.preprocess import parse_frame
     from ftkit_export.session import parse_providers
 
     echo = _echo(as_json)
     limits, names = judging.parse_budgets(budgets), parse_providers(providers)
     counts, batches = _numbers("--threads", threads or ""), _numbers("--batch", batch or "") or [0]
+    if frame:
+        parse_frame(frame)
     if not 0 < max_slowdown < 1 or not 1 <= seconds < 1e5:
         raise FtkitError("--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
                          f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120")  # fmt: skip
@@ -162,12 +178,22 @@ def bench(
             verdicts = judging.against_there(there, told, stored) if stored else []
         elif not baseline or limits or save:
             told = measure(path, providers=names, threads=counts or ([1] if baseline else []), batches=batches,
-                           image=image, quick=quick, say=say)  # fmt: skip
+                           image=image, frame=frame, quick=quick, say=say)  # fmt: skip
         if stored and not host:
             verdicts = judging.against_stored(path, stored, image=image)
         elif old:
-            verdicts = judging.against(path, old, provider=names[0], threads=(counts or [1])[0], batch=batches[0],
-                                       image=image, tolerance=max_slowdown, seconds=seconds, say=say)  # fmt: skip
+            verdicts = judging.against(
+                path,
+                old,
+                provider=names[0],
+                threads=(counts or [1])[0],
+                batch=batches[0],
+                image=image,
+                frame=frame,
+                tolerance=max_slowdown,
+                seconds=seconds,
+                say=say,
+            )
         facts = {
             "model": find(path).fingerprint,
             "baseline": find(old).fingerprint if old else stored.get("fingerprint"),
@@ -219,9 +245,9 @@ def _check_together(
     if host and baseline and not kept_json:
         raise FtkitError(f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
                          "Try --ssh HOST --json FILE for the baseline first")  # fmt: skip
-    _refuse(ctx, "--ssh", bool(host), "batch", "image", "max_slowdown", "seconds")
-    _refuse(ctx, "--against FILE.json", kept_json and not host, "threads", "providers", "batch", "max_slowdown",
-            "seconds")  # fmt: skip
+    _refuse(ctx, "--ssh", bool(host), "batch", "image", "frame", "max_slowdown", "seconds")
+    _refuse(ctx, "--against FILE.json", kept_json and not host, "threads", "providers", "batch", "frame",
+            "max_slowdown", "seconds")  # fmt: skip
     _refuse(ctx, "--against without --budget or --save", not table, "quick")
     if (host or baseline) and several:
         raise FtkitError("--ssh, --against: expected one provider, number of threads and batch, found several. Try one")

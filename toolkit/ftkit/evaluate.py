@@ -42,9 +42,9 @@ class Metrics:
     """Of one split. Shares in 0..1; confusion[i][j] counts class i called j.
 
     accuracy_low, accuracy_high: 95 % interval; clusters: groups of images that it rests on, None where images have no
-    groups and count as independent. recall and precision are per class: None where the class has no images, or was
-    never the answer. balanced_accuracy and macro_f1 are means over the classes that have images. top5: None below six
-    classes.
+    groups and count as independent. recall (with its 95 % interval) and precision are per class: None where the class
+    has no images, or was never the answer. balanced_accuracy and macro_f1 are means over the classes that have images.
+    top5: None below six classes.
     """
 
     images: int
@@ -58,6 +58,8 @@ class Metrics:
     ece: float
     classes: tuple[str, ...]
     recall: tuple[float | None, ...]
+    recall_low: tuple[float | None, ...]
+    recall_high: tuple[float | None, ...]
     precision: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     clusters: int | None = None
@@ -114,15 +116,34 @@ def evaluate(
     precision, recall, f1, support = precision_recall_fscore_support(labels, found, labels=every, zero_division=0.0)
     there, right = support > 0, int(confusion.trace())
     low, high, clusters = share_interval(found == labels, groups)
+    bounds = _recall_bounds(found, labels, len(classes), groups)
     chosen = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), 1e-12)
     return Metrics(
         images=len(labels), accuracy=right / len(labels), accuracy_low=low, accuracy_high=high,
         balanced_accuracy=float(recall[there].mean()), macro_f1=float(f1[there].mean()),
         top5=float(top_k_accuracy_score(labels, probabilities, k=5, labels=every)) if len(classes) > 5 else None,
         nll=float(-np.log(chosen).mean()), ece=ece(probabilities, labels), classes=tuple(classes),
-        recall=_where(recall, there), precision=_where(precision, confusion.sum(0) > 0),
+        recall=_where(recall, there), recall_low=_where(bounds[0], there), recall_high=_where(bounds[1], there),
+        precision=_where(precision, confusion.sum(0) > 0),
         confusion=tuple(tuple(map(int, row)) for row in confusion), clusters=clusters,
     )  # fmt: skip
+
+
+def worst_class(metrics: Metrics) -> int | None:
+    """The class of the lowest recall; None where no class has images."""
+    known = [label for label, recall in enumerate(metrics.recall) if recall is not None]
+    return min(known, key=lambda label: metrics.recall[label] or 0.0, default=None)
+
+
+def _recall_bounds(answers: Array, labels: Array, classes: int, groups: Sequence[str] | None) -> Array:
+    """(2, classes): 95 % interval of each class's recall; 0 and 1 of a class without images."""
+    names = None if groups is None else np.array(groups)
+    bounds = np.empty((2, classes))
+    for label in range(classes):
+        own = labels == label
+        low, high, _ = share_interval(answers[own] == label, None if names is None else list(names[own]))
+        bounds[:, label] = low, high
+    return bounds
 
 
 def _where(values: Array, known: Array) -> tuple[float | None, ...]:

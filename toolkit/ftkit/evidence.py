@@ -1,15 +1,15 @@
 """What an export measures on the finished files, and the one place where its gates are judged.
 
 metrics, against = file_accuracy(folder, chosen, core, context, classes)
-found = latencies(paths, photograph, providers, quick)
-gates = judge(limits, run, parity, chosen, metrics, against, out_of_order(folder, classes))
+found = latencies(paths, photograph, frame, providers, quick)
+gates = judge(limits, Measured(parity=..., chosen=..., ...))
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,23 @@ import numpy as np
 
 import ftkit
 from ftkit import terminal, variants
+from ftkit.budget import Budget
+from ftkit.budget import budgets as judge_budgets
 from ftkit.checkpoint import Run
 from ftkit.evaluate import Metrics, evaluate
 from ftkit.recipe import Export
-from ftkit_export.bench import conditions
+from ftkit_export.bench import QUICK_STARTS, STARTS, conditions, starts
 from ftkit_export.bundle import Gate
 from ftkit_export.decision import Paired, Row, paired
 from ftkit_export.graph import IR_VERSION, OPSET
-from ftkit_export.latency import Latency, machine, measure
-from ftkit_export.parity import Parity
+from ftkit_export.latency import Condition, Latency, Start, machine, measure
+from ftkit_export.latency import over_sizes as latency_over_sizes
+from ftkit_export.parity import Check, Parity
 from ftkit_export.predict import Classifier
+from ftkit_export.preprocess import parse_frame
 from ftkit_export.session import cores, form_of
+
+BUDGETS = ("p95_ms", "size_mb", "memory_mb")  # fields of recipe.Export
 
 
 def file_accuracy(
@@ -61,15 +67,16 @@ def out_of_order(folder: Path, classes: Sequence[str]) -> int:
 
 
 def latencies(
-    paths: Mapping[str, tuple[Path, Path]], photograph: Path, providers: Sequence[str], quick: bool
+    paths: Mapping[str, tuple[Path, Path]], photograph: Path, frame: str, providers: Sequence[str], quick: bool
 ) -> dict[str, list[Latency]]:
-    """Variant -> p50, p95, memory on a photograph, each in a fresh process; the first is one thread on the CPU or, for
-    want of it, the first provider. On a GPU with and without copies."""
+    """Variant -> p50, p95, memory on a photograph at the size of `frame`, each in a fresh process; the first is one
+    thread on the CPU or, for want of it, the first provider. On a GPU with and without copies."""
     threads = sorted({1, cores()})
     found: dict[str, list[Latency]] = {name: [] for name in paths}
     for name, forms in paths.items():
         for provider in sorted(providers, key=lambda provider: provider != "cpu"):
-            listed = conditions(form_of(provider, *forms), [provider], threads if provider == "cpu" else [1], [0])
+            path, counts = form_of(provider, *forms), threads if provider == "cpu" else [1]
+            listed = conditions(path, [provider], counts, [0], frame)
             for condition in listed:
                 if provider == "cpu" and not condition.spinning:
                     continue  # `ftkit bench` has it
@@ -81,35 +88,151 @@ def latencies(
     return found
 
 
-def judge(
-    limits: Export, parity: Sequence[Parity], chosen: Row, against: Paired,
-    out_of_order: int,
-) -> list[Gate]:  # fmt: skip
+def budgets(row: Row, forms: tuple[Path, Path], context: variants.Context, *, quick: bool) -> list[Budget]:
+    """The export's budgets, held against a shipped variant on its target, in several processes as `ftkit bench
+    --budget` does. row: with the full measurement, where there is one."""
+    limits = {name: getattr(context.limits, name) for name in BUDGETS if getattr(context.limits, name) is not None}
+    starts: Sequence[Start] = []
+    if limits.keys() & {"p95_ms", "memory_mb"}:
+        with terminal.bar(f"budgets of {row.name}"):
+            starts = _starts(row, forms, context, quick)
+    return judge_budgets(limits, starts, p50_ms=row.p50_ms, p95_ms=row.p95_ms, size_bytes=row.size_bytes)
+
+
+def _starts(row: Row, forms: tuple[Path, Path], context: variants.Context, quick: bool) -> Sequence[Start]:
+    """Fresh processes on the target; none where it is neither here, nor reached, nor measured this very file."""
+    provider = context.target.provider
+    path, count = form_of(provider, *forms), QUICK_STARTS if quick else STARTS
+    if context.device:
+        return context.device.starts(path, context.photograph, provider=provider, frame=context.frame, count=count)
+    if context.here:
+        condition = Condition(model=str(path), provider=provider, threads=1, frame=context.frame)
+        return starts(condition, context.photograph, quick=quick)
+    if row.p95_ms is not None:  # this very file's, as measured there
+        return [Start(**start) for start in context.measured.get("starts", {}).get(row.name, ())]
+    return []
+
+
+def choose(rows: Sequence[Row], judged: Mapping[str, Sequence[Budget]]) -> Row:
+    """The fastest shippable row that meets every budget, the smaller of two as fast; else the fastest of those that
+    surely miss none; else the one that misses by the smallest factor. judged: row name -> its budgets."""
+    allowed = [row for row in rows if row.shippable]
+    for verdicts in ({"passed"}, {"passed", "inconclusive"}):
+        meeting = [row for row in allowed if {item.verdict for item in judged[row.name]} <= verdicts]
+        if meeting:
+            return min(meeting, key=lambda row: (row.p50_ms or 0, row.size_bytes))
+    return min(allowed, key=lambda row: max(item.excess for item in judged[row.name]))
+
+
+def would_meet(rows: Sequence[Row], limits: Export) -> list[Row]:
+    """Variants that are not proven and would, by their figures in the decision table, meet the budgets."""
+    return [
+        row
+        for row in rows
+        if not row.shippable
+        and row.verdict != "refused"
+        and (limits.p95_ms is None or (row.p95_ms is not None and row.p95_ms <= limits.p95_ms))
+        and (limits.size_mb is None or row.size_bytes / 1e6 <= limits.size_mb)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the gates are judged on. metrics: of the file on test, against: paired with the framework there; budgets: of
+    the chosen row; unproven: variants that would meet them all, were they proven: a budget that is missed is then not
+    settled. frame: the size that latencies were measured at. out_of_order: classes elsewhere than in the run."""
+
+    parity: Sequence[Parity]
+    chosen: Row
+    metrics: Metrics
+    against: Paired
+    out_of_order: int
+    budgets: Sequence[Budget] = ()
+    unproven: Sequence[Row] = ()
+    frame: str = ""
+
+
+def judge(limits: Export, measured: Measured) -> list[Gate]:
     """Every gate of the export, in one place."""
+    chosen = measured.chosen
     gates = []
-    for item in parity:
+    for item in measured.parity:
         worst = item.worst
-        label = f"parity on {item.provider} ({worst.name}, {worst.group})"
+        label = f"parity on {item.provider} ({worst.name}, {input_group(worst)})"
         gates.append(Gate(name=label, value=worst.value, limit=worst.limit))
-    gates.append(Gate(name="labels out of order", value=out_of_order, limit=0))
+    gates.append(Gate(name="labels out of order", value=measured.out_of_order, limit=0))
+
     # fp32 is held to the framework by parity, and int8 was accepted on val with confidence: on test, a drop within what
     # chance allows is no contradiction, and one image more or less is none either.
-    gates.append(Gate(name=f"accuracy drop of the file ({chosen.name}, lower 95 % bound)", value=against.low,
-                      limit=limits.max_accuracy_drop))  # fmt: skip
-    for name, value, limit in (
-        ("p95 ms, one thread", chosen.p95_ms, limits.p95_ms),
-        ("size in MB", chosen.size_bytes / 1e6, limits.size_mb),
-        ("memory in MB", (chosen.peak_rss_bytes or math.nan) / 1e6, limits.memory_mb),
-    ):
-        if limit is not None:
-            where = chosen.name if value is not None else f"{chosen.name}, not measured on the target: try --latency"
-            gates.append(Gate(name=f"{name} ({where})", value=math.nan if value is None else value, limit=limit))
+    name = f"accuracy drop of the file ({chosen.name}, lower 95 % bound)"
+    gates.append(Gate(name=name, value=measured.against.low, limit=limits.max_accuracy_drop))
+
+    if limits.min_recall is not None:
+        gates.append(_recall(measured.metrics, limits.min_recall))
+
+    words = {
+        "p95_ms": f"p95 ms, one thread, {terminal.frames(measured.frame)}",
+        "size_mb": "size in MB",
+        "memory_mb": "memory in MB",
+    }
+    for budget in measured.budgets:
+        several = len(budget.values) > 1
+        where, unsettled = chosen.name, ""
+        if measured.unproven:
+            unsettled = f"{measured.unproven[0].name} would meet it, but is not proven"
+        if not budget.values:
+            where += ", not measured on the target: try --latency"
+            unsettled = "not measured on the target"
+        gates.append(
+            Gate(
+                name=f"{words[budget.name]} ({where})",
+                value=budget.values[0] if budget.values else math.nan,
+                limit=budget.limit,
+                low=min(budget.values) if several else None,
+                high=max(budget.values) if several else None,
+                unsettled=unsettled,
+            )
+        )
     return gates
+
+
+def input_group(check: Check) -> str:
+    """Whose inputs a parity check compared, in words: the files of a bundle call the user's images photographs."""
+    return "images" if check.group == "photographs" else check.group
+
+
+def _recall(metrics: Metrics, least: float) -> Gate:
+    """Whether every class is found often enough: of the class that is least sure of it, the share that is missed."""
+    lows = [0.0 if low is None else low for low in metrics.recall_low]
+    label = min(range(len(lows)), key=lambda label: (metrics.recall[label] is not None, lows[label]))
+    recall, low, high = metrics.recall[label], metrics.recall_low[label], metrics.recall_high[label]
+    if recall is None or low is None or high is None:
+        name = f"images missed of class {metrics.classes[label]}, of which test has none"
+        return Gate(name=name, value=math.nan, limit=1 - least, unsettled="no test image of that class")
+    name = f"images missed of class {metrics.classes[label]}"
+    return Gate(name=name, value=1 - recall, limit=1 - least, low=1 - high, high=1 - low)
+
+
+SIZES = ("320x240", "640x480", "1280x720", "1920x1080", "4000x3000")
+
+
+def over_sizes(row: Row, forms: tuple[Path, Path], context: variants.Context) -> list[tuple[str, float, float]]:
+    """(frame, p50 ms, p95 ms) of the chosen image form on the target's CPU, one thread, smallest first; none where the
+    target is neither here nor reached, or runs the core form."""
+    if not (context.here or context.device) or context.target.provider != "cpu":
+        return []
+    area = {frame: math.prod(parse_frame(frame)) for frame in {*SIZES, context.frame}}
+    listed = sorted(area, key=lambda frame: area[frame])
+    with terminal.bar("latency over frame sizes"):
+        if context.device:
+            return context.device.over_sizes(forms[0], context.photograph, listed)
+        return latency_over_sizes(Condition(model=str(forms[0]), threads=1), context.photograph, listed)
 
 
 def manifest(
     run: Run, parity: Sequence[Parity], file_metrics: Metrics, against: Paired,
     latency: Mapping[str, Sequence[Latency]], context: variants.Context, made: variants.Variants, chosen: Row,
+    sizes: Sequence[tuple[str, float, float]],
 ) -> dict[str, Any]:  # fmt: skip
     target = context.target
     return {
@@ -122,6 +245,9 @@ def manifest(
         "temperature": run.temperature,
         "target": context.target_name,
         "chosen": chosen.name,
+        "frame": context.frame,
+        "figures": {"p50_ms": chosen.p50_ms, "p95_ms": chosen.p95_ms, "size_bytes": chosen.size_bytes,
+                    "peak_rss_bytes": chosen.peak_rss_bytes},
         "opset": OPSET,
         "ir": IR_VERSION,
         "oldest_onnxruntime": target.oldest,
@@ -144,6 +270,7 @@ def manifest(
             "accuracy": {"framework": run.data["metrics"]["test"], "file": asdict(file_metrics),
                          "against_framework": asdict(against)},
             "decided_on": context.device.machine if context.device else context.measured.get("machine", machine()),
+            "latency_over_sizes": [{"frame": frame, "p50_ms": p50, "p95_ms": p95} for frame, p50, p95 in sizes],
             "latency": [{"variant": name, **asdict(item)} for name, items in latency.items() for item in items],
         },
         "machine": machine(),

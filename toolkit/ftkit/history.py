@@ -20,6 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ftkit import terminal
 from ftkit.files import write_atomically
 from ftkit.page import page
 from ftkit_export.errors import FtkitError
@@ -85,11 +86,13 @@ def _series(line: Mapping[str, Any]) -> dict[str, float]:
     """What each plotted line gets of one measurement."""
     where = f"{line['machine']['cpu']}, {line['machine']['cores']} cores ({line['machine']['fingerprint']})"
     where, quick = f"{where}|{line['name']}", ", quick" if line["quick"] else ""
+    frame = line.get("frame", "")  # of older lines the golden image's own, which they do not tell
+    frames = f", {terminal.frames(frame)}" if frame else ""
     found = {}
     for row in line["rows"]:
         threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
         more = f"{'' if row['spinning'] else ', no spinning'}{'' if row['copies'] else ', no copies'}"
-        condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}{more}{quick}"
+        condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}{more}{frames}{quick}"
         found[f"{where}: p50 of {condition}"] = float(row["p50_ms"])
     for name, value in line["cold_ms"].items():
         found[f"{where}: cold start of {name}{quick}"] = float(value)

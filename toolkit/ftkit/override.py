@@ -11,6 +11,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from ftkit import terminal
 from ftkit.recipe import Recipe
 from ftkit_export.errors import FtkitError, choices
 from ftkit_export.preprocess import Preprocess
@@ -36,7 +37,13 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         if name not in hints:
             raise FtkitError(f"--set {setting}: expected a field, {choices(name, hints)}")
         parsed[name] = _parse(text, hints[name], setting)
-    return dataclasses.replace(recipe, preprocess=dataclasses.replace(_preprocess(recipe), **parsed))
+    preprocess = _preprocess(recipe)
+    if "size" in parsed and "resize" not in parsed and preprocess.size:
+        # A canvas of the old size would leave the network its middle only.
+        parsed["resize"] = preprocess.at(parsed["size"]).resize
+        if parsed["resize"] != preprocess.resize:
+            terminal.say(f"preprocess.resize: {parsed['resize']}, in proportion to the size (--set sets another)")
+    return dataclasses.replace(recipe, preprocess=dataclasses.replace(preprocess, **parsed))
 
 
 def _preprocess(recipe: Recipe) -> Preprocess:

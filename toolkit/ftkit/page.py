@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ftkit.terminal import short
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1c1e; --faint: #555a60; --paper: #fff; --line: #d8dce0; --band: #f3f5f8;
   --good: #0b6b3a; --bad: #b3261e; --one: #1f5fa8; --two: #b45309; --cell: 31, 95, 168; }
@@ -26,11 +28,21 @@ p, figcaption, caption { color: var(--faint); margin: .3rem 0; text-align: left 
 figcaption, caption { font-size: .9rem } a { color: var(--one) }
 nav { margin: .8rem 0; font-size: .9rem } nav a { margin-right: .9rem; white-space: nowrap; display: inline-block }
 .good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
-.scroll { overflow-x: auto } .scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--one) }
+/* Shadows at the edges of what is wider than its place: they go where there is no more to see. */
+.scroll { overflow-x: auto; max-width: 100%; background: linear-gradient(to right, var(--paper) 30%, transparent) left,
+  linear-gradient(to left, var(--paper) 30%, transparent) right,
+  radial-gradient(farthest-side at 0 50%, rgba(128, 128, 128, .55), transparent) left,
+  radial-gradient(farthest-side at 100% 50%, rgba(128, 128, 128, .55), transparent) right;
+  background-repeat: no-repeat; background-size: 2.5rem 100%, 2.5rem 100%, 1rem 100%, 1rem 100%;
+  background-attachment: local, local, scroll, scroll }
+.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--one) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem }
 th, td { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
-td.cell { text-align: center; padding: .35rem .6rem; min-width: 3rem }
+td.cell { text-align: center; padding: .35rem .3rem; min-width: 2.4rem } .confusion { margin-top: .8rem }
+.confusion th[scope=col] { text-align: center; padding: .25rem .3rem }
+@media (max-width: 40rem) { th, td { padding-right: .6rem; font-size: .85rem }
+  td.cell { padding: .25rem .1rem; min-width: 1.5rem } }
 svg { width: 100%; height: auto; display: block } svg text { fill: var(--faint); font: 12px system-ui, sans-serif }
 svg text.strong { fill: var(--ink); font-weight: 600 }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 2rem;
@@ -77,7 +89,7 @@ def number(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return short(value)
     return escape(str(value))
 
 

@@ -33,11 +33,13 @@ from ftkit.recipe import Export
 from ftkit.release import SPLITS_CSV, TRAINED_ON
 from ftkit.remote import Device
 from ftkit.report import Picture, pictures, write_report
+from ftkit.signpost import signpost
+from ftkit.terminal import short
 from ftkit_export import archive, handoff, plain_c
 from ftkit_export import bundle as bundles
-from ftkit_export.bundle import Gate
+from ftkit_export.bundle import Gate, Outcome
 from ftkit_export.convert import export_core, write_ort
-from ftkit_export.decision import Row, choose
+from ftkit_export.decision import Row
 from ftkit_export.errors import FtkitError
 from ftkit_export.explain import FILE as EXPLAIN
 from ftkit_export.explain import Explainer, with_features
@@ -73,7 +75,8 @@ class Extras:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What an export came to. folder: BUNDLE, or BUNDLE.failed when a gate failed. rows: the decision table."""
+    """The result of an export. folder: BUNDLE, or BUNDLE.failed when a gate failed, BUNDLE.inconclusive when one could
+    not be settled. rows: the decision table."""
 
     folder: Path
     gates: tuple[Gate, ...]
@@ -86,13 +89,18 @@ class Exported:
     @property
     def passed(self) -> bool:
         """True when every gate passed."""
-        return all(gate.passed for gate in self.gates)
+        return self.verdict == "passed"
+
+    @property
+    def verdict(self) -> Outcome:
+        """passed, failed, or inconclusive where no gate failed and one could not be settled."""
+        return bundles.overall(gate.verdict for gate in self.gates)
 
     def _repr_html_(self) -> str:
-        gates = [(gate.name, "passed" if gate.passed else "FAILED", gate.value, gate.limit) for gate in self.gates]
+        gates = [(gate.name, gate.verdict, gate.value, gate.limit) for gate in self.gates]
         rows = [("chosen, " * (row.name == self.chosen) + row.name, row.verdict, row.accuracy, row.p50_ms,
                  row.size_bytes / 1e6) for row in self.rows]  # fmt: skip
-        return "".join([f"<p>{escape(str(self.folder))}: {'all gates passed' if self.passed else 'a gate FAILED'}</p>",
+        return "".join([f"<p>{escape(str(self.folder))}: {'all gates passed' if self.passed else self.verdict}</p>",
                         table(("gate", "verdict", "value", "at most"), gates),
                         table(("variant", "verdict", "val accuracy", "p50 ms", "MB"), rows)])  # fmt: skip
 
@@ -191,12 +199,21 @@ def _build(
     files = [canvases.images.images[row].path for row in rows]
     reference, photographs = Reference(model), _decoded(files, run.preprocess)
     context = variants.Context(
-        reference=reference, canvases=canvases, preprocess=run.preprocess, temperature=run.temperature, limits=limits,
-        photograph=files[0], target_name=variants.resolve_target(limits.target, providers), measured=extras.measured,
-        device=extras.device, metadata={**metadata(run), "input_format": limits.input_format},
-    )  # fmt: skip
+        reference=reference,
+        canvases=canvases,
+        preprocess=run.preprocess,
+        temperature=run.temperature,
+        limits=limits,
+        photograph=files[0],
+        frame=limits.frame or run.data["audit"]["frame"],
+        target_name=variants.resolve_target(limits.target, providers),
+        measured=extras.measured,
+        device=extras.device,
+        metadata={**metadata(run), "input_format": limits.input_format},
+    )
     made = variants.make(core.model, context)
     terminal.say(variants.as_table(made.rows))
+    terminal.say(f"times: one thread, {terminal.frames(context.frame)}, decoding apart")
     paths = _write_variants(folder, made, context)
     if explained := with_features(core.model):
         context.write(explained, folder / EXPLAIN, "fp32", (), plain=True)
@@ -210,10 +227,16 @@ def _build(
             parity.append(compare(reference, *paths["fp32"][::-1], canvases.array(rows), photographs, run.preprocess,
                                   run.temperature, core.layers, provider, limits.input_format))  # fmt: skip
         _say_parity(parity[-1], len(rows))
-    latency = evidence.latencies(paths, files[0], providers, quick)
+    latency = evidence.latencies(paths, files[0], context.frame, providers, quick)
     shipped = [_measured(row, latency[name], paths[name], context) for name, (row, _) in made.shipped.items()]
-    chosen, missed = choose(shipped, limits.p95_ms, limits.size_mb, limits.memory_mb)
-    terminal.say(f"chosen: {chosen.name}" + (f", the nearest; it misses {missed}" if missed else ""))
+    budgets = {row.name: evidence.budgets(row, paths[row.name], context, quick=quick) for row in shipped}
+    chosen = evidence.choose(shipped, budgets)
+    missed = [item for item in budgets[chosen.name] if item.verdict != "passed"]
+    unproven = evidence.would_meet(made.rows, limits) if missed else []
+    terminal.say(f"chosen: {chosen.name}" + (", the nearest to its budgets" if missed else ""))
+    for line in signpost(run, model, missed, unproven, made.rows, context) if missed else ():
+        terminal.say(line)
+    sizes = evidence.over_sizes(chosen, paths[chosen.name], context)
     golden = photographs if limits.golden == "images" else []
     with terminal.bar("golden vectors"):
         write_golden(folder, reference, golden, run.preprocess, run.temperature, paths, limits.input_format)
@@ -226,11 +249,23 @@ def _build(
     _add_extras(folder, core.model, context, run.classes, extras)
 
     file_metrics, against = evidence.file_accuracy(folder, run, context, run.classes)
-    terminal.say(f"accuracy of the file on {file_metrics.images} held-out photographs: {file_metrics.accuracy:.4f} "
+    terminal.say(f"accuracy of the file on {file_metrics.images} held-out images: {file_metrics.accuracy:.4f} "
                  f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
-    gates = evidence.judge(limits, parity, chosen, against, evidence.out_of_order(folder, run.classes))
+    gates = evidence.judge(
+        limits,
+        evidence.Measured(
+            parity=parity,
+            chosen=chosen,
+            metrics=file_metrics,
+            against=against,
+            out_of_order=evidence.out_of_order(folder, run.classes),
+            budgets=budgets[chosen.name],
+            unproven=unproven,
+            frame=context.frame,
+        ),
+    )
     manifest = {
-        **evidence.manifest(run, parity, file_metrics, against, latency, context, made, chosen),
+        **evidence.manifest(run, parity, file_metrics, against, latency, context, made, chosen, sizes),
         "variants": {
             name: {form: path.relative_to(folder).as_posix() for form, path in zip(("file", "core"), pair, strict=True)}
             for name, pair in paths.items()
@@ -270,7 +305,8 @@ def _measured(row: Row, latency: Sequence[Latency], forms: tuple[Path, Path], co
     row = replace(row, size_bytes=latency[0].size_bytes, peak_rss_bytes=latency[0].peak_rss_bytes)
     if context.device:
         provider = context.target.provider
-        start = context.device.begin(form_of(provider, *forms), context.photograph, provider=provider)
+        (start,) = context.device.starts(form_of(provider, *forms), context.photograph, provider=provider,
+                                         frame=context.frame, count=1)  # fmt: skip
         return replace(row, peak_rss_bytes=start.peak_rss_bytes)
     for item in latency:
         if context.here and item.provider == context.target.provider and item.threads == 1:
@@ -330,9 +366,11 @@ def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:
 
 
 def _say_parity(parity: Parity, photographs: int) -> None:
-    worst = parity.worst
-    terminal.say(f"parity on {parity.provider} over {photographs} held-out photographs, noise and odd sizes: "
+    worst, group = parity.worst, evidence.input_group
+    terminal.say(f"parity on {parity.provider} over {photographs} held-out images, noise and odd sizes: "
                  f"{'passed' if parity.passed else 'FAILED'}")  # fmt: skip
-    terminal.say(f"  nearest to its limit: {worst.name}, {worst.group}: {worst.value:.2g} of {worst.limit:.2g}")
+    terminal.say(
+        f"  nearest to its limit: {worst.name}, {group(worst)}: {short(worst.value)} of {short(worst.limit)} allowed"
+    )
     if parity.first_divergence:
         terminal.say(f"first diverging layer: {parity.first_divergence}")

@@ -88,7 +88,7 @@ class Measured:
         self.calls += 1
         found = find(model, image)
         condition = Condition(model=str(found.shipped(provider)), provider=provider, threads=threads, batch=batch,
-                              spinning=spinning)  # fmt: skip
+                              spinning=spinning, frame=found.frame)  # fmt: skip
         row = {"variant": "shipped", **asdict(measure(condition, found.image, quick=quick))}
         cold = [asdict(start) for start in starts(condition, found.image, quick=quick)]
         self._tell(row)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftkit_export.errors import FtkitError, choices
-from ftkit_export.preprocess import INPUT_FORMATS, Preprocess
+from ftkit_export.preprocess import INPUT_FORMATS, Preprocess, parse_frame
 from ftkit_export.targets import TARGETS
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -117,8 +117,13 @@ class Export:
     """Variants, gates and budgets of the exported file; a budget of None is not gated.
 
     max_accuracy_drop: how far the file may fall below the framework, in shares (0.01 = 1 point): fp32 on test; int8 and
-    fp16 on val, with confidence. p95_ms: milliseconds at one thread, image form, on this machine. size_mb: megabytes
-    (1e6 bytes). memory_mb: highest resident memory of a process that runs the file.
+    fp16 on val, with confidence.
+    min_recall: share of every class's test images that must be right, judged by the 95 % interval of the class that is
+    least sure of it.
+    p95_ms: milliseconds at one thread, image form, on this machine, held in each of several processes.
+    frame: "640x480", width and height of the camera's frames, which the file resizes: what latencies are measured and
+    judged at; None takes the size that 95 % of the data's own images do not exceed, by area.
+    size_mb: megabytes (1e6 bytes). memory_mb: highest resident memory of a process that runs the file.
     target: where the file shall run (ftkit_export.targets); "auto" = this machine. variants: "auto" = what the target
     has beside fp32, decided by measurement; "fp32" = none. calibration: minmax, percentile or entropy over so many
     training images. qat_epochs: fake-quantized epochs, as a last stage, when no int8 form holds the accuracy.
@@ -127,7 +132,9 @@ class Export:
     """
 
     max_accuracy_drop: float = 0.01
+    min_recall: float | None = None
     p95_ms: float | None = None
+    frame: str | None = None
     size_mb: float | None = None
     memory_mb: float | None = None
     target: str = "auto"
@@ -147,6 +154,10 @@ class Export:
         _within("export", self, {
             "max_accuracy_drop": (0, 1), "calibration_images": (8, 100_000), "qat_epochs": (0, 1000),
         })  # fmt: skip
+        if self.frame is not None:
+            parse_frame(self.frame)
+        if self.min_recall is not None:
+            _within("export", self, {"min_recall": (0, 1)})
         for name in ("p95_ms", "size_mb", "memory_mb"):
             if getattr(self, name) is not None:
                 _within("export", self, {name: (0, math.inf)})

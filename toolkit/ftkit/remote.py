@@ -68,20 +68,30 @@ class Device:
             with suppress(FtkitError):  # what was measured counts, also where the connection is gone now
                 _ssh(host, f"rm -rf {folder}")
 
-    def race(self, models: Sequence[Path], image: Path, *, provider: str = "cpu", threads: int = 1) -> list[Raced]:
+    def race(
+        self, models: Sequence[Path], image: Path, *, provider: str = "cpu", threads: int = 1, frame: str = ""
+    ) -> list[Raced]:
         """latency.race, there."""
         names = [f"{number}.onnx" for number in range(len(models))]
         _send(self.host, self.folder, {**dict(zip(names, models, strict=True)), f"image{image.suffix}": image})
-        conditions = [asdict(Condition(model=name, provider=provider, threads=threads)) for name in names]
+        conditions = [asdict(Condition(model=name, provider=provider, threads=threads, frame=frame)) for name in names]
         job = {"what": "race", "conditions": conditions, "image": f"image{image.suffix}"}
         return [Raced(**item) for item in self.run("-m", "ftkit_export.timing", json.dumps(job))]
 
-    def begin(self, model: Path, image: Path, *, provider: str = "cpu") -> Start:
-        """latency.begin, there, on one thread."""
+    def starts(self, model: Path, image: Path, *, provider: str = "cpu", frame: str = "", count: int) -> list[Start]:
+        """latency.begin, there, on one thread, so many times."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
-        condition = asdict(Condition(model="0.onnx", provider=provider, threads=1))
+        condition = asdict(Condition(model="0.onnx", provider=provider, threads=1, frame=frame))
         job = {"what": "begin", "conditions": [condition], "image": f"image{image.suffix}", "steady": True}
-        return Start(**self.run("-m", "ftkit_export.timing", json.dumps(job)))
+        return [Start(**self.run("-m", "ftkit_export.timing", json.dumps(job))) for _ in range(count)]
+
+    def over_sizes(self, model: Path, image: Path, frames: Sequence[str]) -> list[tuple[str, float, float]]:
+        """latency.over_sizes, there, on one thread of the CPU."""
+        _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
+        conditions = [asdict(Condition(model="0.onnx", threads=1, frame=frame)) for frame in frames]
+        job = {"what": "sizes", "conditions": conditions, "image": f"image{image.suffix}"}
+        times = self.run("-m", "ftkit_export.timing", json.dumps(job))
+        return [(frame, float(p50), float(p95)) for frame, (p50, p95) in zip(frames, times, strict=True)]
 
     def put_canvases(self, canvases: np.ndarray[Any, Any]) -> None:
         """Send images (n, R, R, 3) uint8, for `answers`."""

@@ -22,11 +22,15 @@ from ftkit.canvas import Canvases
 from ftkit.files import write_atomically
 from ftkit.page import anchor, lengths, lines, page, reliability, section, table
 from ftkit.report_file import found_in, gates, latency, parity, variants
+from ftkit.terminal import frames
+from ftkit_export.bundle import overall
 from ftkit_export.explain import Explainer, overlay
 from ftkit_export.intervals import ground
 
 Data = Mapping[str, Any]
 SIDE = 160  # pixels of a thumbnail
+HALF = 0.5  # recall below which a class is marked
+NAMED_COLUMNS = 5  # classes of a confusion matrix; of more, its columns have numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ def write_report(
     """
     named = [
         ("Gates", gates(manifest) if manifest else ""),
-        ("Accuracy on held-out photographs", _accuracy(run, manifest)),
+        ("Accuracy on held-out images", _accuracy(run, manifest)),
         ("Training", _training(run, epochs)),
         ("By class", _classes(_judged(run, manifest))),
         ("How sure it is", _sureness(run)),
@@ -93,18 +97,41 @@ def _judged(run: Data, manifest: Data | None) -> Data:
 
 def _verdict(run: Data, manifest: Data | None) -> list[str]:
     found, name = _judged(run, manifest), escape(run["recipe"]["name"])
-    right = (f"{found['accuracy']:.1%} of the held-out photographs right [{found['accuracy_low']:.1%} to "
-             f"{found['accuracy_high']:.1%}; {ground(found['images'], found['clusters'])}]")  # fmt: skip
+    right = (
+        f"{found['accuracy']:.1%} of the held-out images right [{found['accuracy_low']:.1%} to "
+        f"{found['accuracy_high']:.1%}; {ground(found['images'], found['clusters'])}]; {_weakest(found)}"
+    )
     what = f"{escape(run['recipe']['backbone'])} in {len(run['stages'])} stages over {len(run['classes'])} classes"
     if manifest is None:
         return [f"<h1>{name}: trained, not exported yet</h1>", f"<p>{what}; {right}.</p>"]
-    passed = all(gate["passed"] for gate in manifest["gates"])
-    word = '<span class="good">all gates passed</span>' if passed else '<span class="bad">a gate failed</span>'
-    chosen = next(item for item in manifest["evidence"]["decision"] if item["name"] == manifest["chosen"])
-    took = f", {chosen['p50_ms']:.1f} ms (p95 {chosen['p95_ms']:.1f})" if chosen["p50_ms"] and chosen["p95_ms"] else ""
-    return [f"<h1>{name}: {word}</h1>",
-            f"<p>{what}; chosen: {escape(manifest['chosen'])} for {escape(manifest['target'])}, "
-            f"{chosen['size_bytes'] / 1e6:.1f} MB{took}; {right}.</p>"]  # fmt: skip
+    verdict = overall(gate["verdict"] for gate in manifest["gates"])
+    word = {
+        "passed": '<span class="good">all gates passed</span>',
+        "failed": '<span class="bad">a gate failed</span>',
+        "inconclusive": '<span class="bad">a gate is not settled</span>',
+    }[verdict]
+    figures = manifest["figures"]
+    took = ""
+    if figures["p50_ms"] and figures["p95_ms"]:
+        took = f", {figures['p50_ms']:.1f} ms (p95 {figures['p95_ms']:.1f}) on {frames(manifest['frame'])}"
+    return [
+        f"<h1>{name}: {word}</h1>",
+        f"<p>{what}; chosen: {escape(manifest['chosen'])} for {escape(manifest['target'])}, "
+        f"{figures['size_bytes'] / 1e6:.1f} MB{took}; {right}.</p>",
+    ]
+
+
+def _weakest(found: Data) -> str:
+    """Balanced accuracy, and the class that accuracy may hide."""
+    known = [
+        (recall, name) for recall, name in zip(found["recall"], found["classes"], strict=True) if recall is not None
+    ]
+    recall, name = min(known)
+    weak = f"worst class {escape(name)}: {recall:.1%}"
+    unjudged = [name for recall, name in zip(found["recall"], found["classes"], strict=True) if recall is None]
+    missing = f"; no test image of {escape(', '.join(unjudged))}" if unjudged else ""
+    marked = f'<span class="bad">{weak}</span>' if recall < HALF else weak
+    return f"balanced {found['balanced_accuracy']:.1%}, {marked}{missing}"
 
 
 def _accuracy(run: Data, manifest: Data | None) -> str:
@@ -149,23 +176,38 @@ def _training(run: Data, epochs: Sequence[Data]) -> str:
 
 def _classes(found: Data) -> str:
     names, counts = found["classes"], found["confusion"]
-    rows = [(name, sum(row), recall, precision)
-            for name, row, recall, precision in zip(names, counts, found["recall"], found["precision"], strict=True)
-            ]  # fmt: skip
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    rows = [
+        (name, sum(row), recall, "" if low is None else f"{low:.2f} to {high:.2f}", precision)
+        for name, row, recall, low, high, precision in zip(
+            names,
+            counts,
+            found["recall"],
+            found["recall_low"],
+            found["recall_high"],
+            found["precision"],
+            strict=True,
+        )
+    ]
+    numbered = len(names) > NAMED_COLUMNS
+    head = "".join(
+        f'<th scope="col" title="{escape(name)}">{number if numbered else escape(name)}</th>'
+        for number, name in enumerate(names, start=1)
+    )
     body = ""
-    for name, row in zip(names, counts, strict=True):
+    for number, (name, row) in enumerate(zip(names, counts, strict=True), start=1):
+        said = f"{number} {escape(name)}" if numbered else escape(name)
         whole = sum(row) or 1
         cells = "".join(
             f'<td class="cell" style="background:rgba(var(--cell),{0.55 * n / whole:.2f})">{n}</td>' for n in row
         )
-        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
+        body += f'<tr><th scope="row">{said}</th>{cells}</tr>'
     confusion = (
-        '<div class="scroll" tabindex="0" role="region" aria-label="confusion matrix"><table><caption>Confusion. Rows: '
-        "the true class. Columns: what the model said.</caption>"
+        '<div class="scroll confusion" tabindex="0" role="region" aria-label="confusion matrix"><table>'
+        "<caption>Confusion. Rows: the true class. Columns: what the model said.</caption>"
         f"<thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-    return f'<div class="grid">{table(("class", "images", "recall", "precision"), rows)}{confusion}</div>'
+    listed = table(("class", "images", "recall", "95 % interval", "precision"), rows)
+    return f"{listed}{confusion}" if numbered else f'<div class="grid">{listed}{confusion}</div>'
 
 
 def _sureness(run: Data) -> str:
@@ -180,9 +222,9 @@ def _sureness(run: Data) -> str:
         shown = "with 95 % confidence" if held["proven"] else "though too few images to be sure of it"
         text += (f"Answers below {held['threshold']:.2f} are doubtful: above it at least {held['wanted']:.0%} were "
                  f"right on val, {shown}. Here {held['coverage']:.0%} are above{right}. ")  # fmt: skip
-    text += f"{run['foreign_kept']:.1%} of these photographs pass as familiar (95 % on val)."
+    text += f"{run['foreign_kept']:.1%} of these images pass as familiar (95 % on val)."
     named = {f"{when} temperature": run["reliability"][when] for when in ("before", "after")}
-    drawn = reliability("Reliability on held-out photographs", named)
+    drawn = reliability("Reliability on held-out images", named)
     return (
         f'<div class="grid">{drawn}<p>{text} A dot on the dashed line keeps its word; its area is its images.</p></div>'
     )
@@ -190,7 +232,7 @@ def _sureness(run: Data) -> str:
 
 def _mistakes(run: Data, shown: Sequence[Picture]) -> str:
     if not run["mistakes"]:
-        return "<p>None: every held-out photograph was right.</p>"
+        return "<p>None: every held-out image was right.</p>"
     if not shown:
         rows = [(m["image"], m["class"], m["said"], m["probability"]) for m in run["mistakes"]]
         return table(("image", "is", "said", "probability"), rows)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ftkit import history
 from ftkit.page import bars, points, table
-from ftkit.terminal import condition
+from ftkit.terminal import condition, frames, short
 from ftkit_export.errors import FtkitError
 from ftkit_export.parity import DECADES
 
@@ -21,14 +21,27 @@ Data = Mapping[str, Any]
 
 
 def _passed(passed: bool) -> tuple[str]:
-    return ('<span class="good">passed</span>' if passed else '<span class="bad">failed</span>',)
+    return _verdict("passed" if passed else "failed")
+
+
+def _verdict(verdict: str) -> tuple[str]:
+    return (f'<span class="{"good" if verdict == "passed" else "bad"}">{verdict}</span>',)
 
 
 def gates(manifest: Data) -> str:
-    """Each gate with its value and limit, those that failed first."""
-    rows = sorted(((g["name"], _passed(g["passed"]), g["value"], g["limit"]) for g in manifest["gates"]),
-                  key=lambda row: row[1] == _passed(True))  # fmt: skip
-    return table(("gate", "verdict", "value", "at most"), rows)
+    """Each gate with its value and limit, those that did not pass first."""
+    order = ("failed", "inconclusive", "passed")
+    rows = [
+        (
+            gate["name"] + (f"; {gate['unsettled']}" if gate["unsettled"] and not gate["passed"] else ""),
+            _verdict(gate["verdict"]),
+            gate["value"],
+            "" if gate["low"] is None else f"{short(gate['low'])} to {short(gate['high'])}",
+            gate["limit"],
+        )
+        for gate in sorted(manifest["gates"], key=lambda gate: order.index(gate["verdict"]))
+    ]
+    return table(("gate", "verdict", "value", "range", "at most"), rows)
 
 
 def variants(manifest: Data) -> str:
@@ -64,7 +77,14 @@ def parity(manifest: Data) -> str:
     every = [*evidence["parity"],
              *({"provider": name, "checks": checks} for name, checks in evidence["agreement"].items())]  # fmt: skip
     rows = [
-        (c["name"], c["group"], item["provider"], _passed(c["passed"]), c["inputs"], c["value"], c["limit"])
+        (
+            c["name"],
+            "images" if c["group"] == "photographs" else c["group"],
+            item["provider"],
+            _passed(c["passed"]),
+            c["inputs"],
+            f"{short(c['value'])} of {short(c['limit'])} allowed",
+        )
         for item in every
         for c in item["checks"]
     ]
@@ -78,19 +98,19 @@ def parity(manifest: Data) -> str:
         ends = (float(DECADES[first]), float(DECADES[last]))
         known = (("framework's own", logits["floor"]), ("limit", logits["limit"]))
         marks = [((math.log10(value) - ends[0]) / (ends[1] - ends[0]), name) for name, value in known if value]
-        title = f"Logits of photographs on {item['provider']}: distance from float64"
+        title = f"Logits of images on {item['provider']}: distance from float64"
         edges = (f"1e{ends[0]:g}", f"1e{ends[1]:g}")
         drawn.append(bars(title, item["errors"][first:], edges, marks, "each bar a quarter of a power of ten"))
     placed = "".join(f"<p>{escape(item['provider'])}: {escape(item['placement'])}.</p>" for item in evidence["parity"])
     return (
         f'<div class="grid">{"".join(drawn)}</div>' * bool(drawn)
         + placed
-        + table(("compared", "inputs from", "provider", "verdict", "inputs", "worst", "limit"), rows)
+        + table(("compared", "inputs from", "provider", "verdict", "inputs", "worst"), rows)
     )
 
 
 def latency(manifest: Data) -> str:
-    """One photograph at a time: percentiles, cold start and memory, and the histograms."""
+    """One image at a time: percentiles, cold start and memory, over frame sizes, and the histograms."""
     found = manifest["evidence"]["latency"]
     rows = [
         (item["variant"], condition(item), item["p50_ms"], item["p95_ms"], item["runs"],
@@ -100,7 +120,14 @@ def latency(manifest: Data) -> str:
         for item in found
     ]  # fmt: skip
     drawn = "".join(map(_histogram, found))
-    return f'<div class="grid">{drawn}</div>' + table(
+    said = f"<p>{frames(manifest['frame'])}, which the file resizes; decoding apart.</p>"
+    over = manifest["evidence"]["latency_over_sizes"]
+    sizes = table(
+        ("frame", "p50 ms", "p95"),
+        [(item["frame"].replace("x", " x "), item["p50_ms"], item["p95_ms"]) for item in over],
+        f"{manifest['chosen']} over frame sizes, one thread",
+    )
+    return said + f'<div class="grid">{drawn}{f"<div>{sizes}</div>" if over else ""}</div>' + table(
         ("variant", "provider", "p50 ms", "p95", "runs", "protocol", "import ms", "session", "first run", "cold start",
          "peak MB", "file MB"), rows)  # fmt: skip
 

@@ -6,6 +6,7 @@ with bar("decoding") as step:      # nothing is drawn when standard error is no 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -111,6 +112,19 @@ def note() -> Iterator[Callable[[str], None]]:
 def clock(seconds: float) -> str:
     """75.2 -> "1:15"."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def short(value: float) -> str:
+    """A figure for people: 0.02679 -> "0.02679", 0.0000065 -> "6.5e-6"."""
+    if value == 0 or abs(value) >= 1e-3 or not math.isfinite(value):
+        return f"{value:.4g}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def frames(frame: str) -> str:
+    """ "640x480" -> "frames of 640 x 480"."""
+    return f"frames of {frame.replace('x', ' x ')}"
 
 
 def condition(item: Mapping[str, Any]) -> str:

@@ -59,7 +59,8 @@ def train(
     resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do when it is finished.
     known: a resumed run's own recipe and seed hold, not those given. deterministic: the same weights twice on a GPU
     too, slower; a CPU gives them anyway, with as many threads. group_by, root: as intake.read's. allow_leakage: also
-    when train, val and test share images or groups, or identical files have two labels. tensorboard: events in `out`/tensorboard too.
+    when train, val and test share images or groups, or identical files have two labels. tensorboard: events in
+    `out`/tensorboard too.
     Raises FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, a resume with
     another recipe, seed or data, a rank that is gone; Stopped (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the
     run saved.

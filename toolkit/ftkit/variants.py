@@ -45,7 +45,8 @@ BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kep
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a decision rests on. photograph: a real image file for the latency; metadata: what every file carries;
+    """What a decision rests on. photograph: a real image file for the latency, frame: the size that it is brought to,
+    "640x480"; metadata: what every file carries;
     measured: for a target that is not this machine, what `device/classify.py --bench` printed there, or nothing.
     device: the target itself, reached over ssh. reference: the framework's own answers."""
 
@@ -56,6 +57,7 @@ class Context:
     limits: Export
     target_name: str
     photograph: Path
+    frame: str
     metadata: Mapping[str, str]
     measured: Mapping[str, Any]
     device: Device | None = None
@@ -76,8 +78,10 @@ class Context:
     def race(self, files: Sequence[Path]) -> list[Raced] | None:
         """Files run in turn on the target, one thread; None where it is neither this machine nor reached."""
         if self.device:
-            return self.device.race(files, self.photograph, provider=self.target.provider)
-        return race(files, self.photograph, provider=self.target.provider) if self.here else None
+            return self.device.race(files, self.photograph, provider=self.target.provider, frame=self.frame)
+        if not self.here:
+            return None
+        return race(files, self.photograph, provider=self.target.provider, frame=self.frame)
 
     def image_form(self, core: onnx.ModelProto) -> onnx.ModelProto:
         """The file a device gets, of a core form."""

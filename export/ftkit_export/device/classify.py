@@ -39,10 +39,13 @@ def self_check(provider: str, threads: int) -> int:
     for gate in result.failed_gates:
         print(f"sealed gate  FAILED: {gate}")
     golden = BUNDLE / "golden" / "00.png"
-    model = str(find(BUNDLE).shipped(provider))
-    latency = measure(Condition(model=model, provider=provider, threads=threads), golden, quick=True)
+    found = find(BUNDLE)
+    condition = Condition(model=str(found.shipped(provider)), provider=provider, threads=threads, frame=found.frame)
+    latency = measure(condition, golden, quick=True)
+    frames = f", frames of {latency.frame}" if latency.frame else ""
     print(
-        f"latency      p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms ({provider}, {latency.threads} threads)"
+        f"latency      p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms "
+        f"({provider}, {latency.threads} threads{frames})"
     )
     print("self-check passed" if result.passed else "self-check FAILED")
     return 0 if result.passed else 1

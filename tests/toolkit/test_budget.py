@@ -1,0 +1,172 @@
+"""Budgets: one judge for an export and for bench, frames of a known size, and a way on where one is missed."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY, ftkit, settings
+
+from ftkit.budget import Budget, budgets
+from ftkit.evaluate import evaluate
+from ftkit.evidence import Measured, choose, judge
+from ftkit.recipe import load
+from ftkit_export.bundle import Gate, overall
+from ftkit_export.decision import Row, paired
+from ftkit_export.latency import Condition, Start, over_sizes
+from ftkit_export.preprocess import Preprocess, parse_frame
+
+
+def _row(name: str, verdict: str, p50: float, size: int) -> Row:
+    return Row(name=name, verdict=verdict, reason="", accuracy=0.9, p50_ms=p50, p95_ms=p50 + 1, size_bytes=size)
+
+
+def _judged(row: Row, spread: float = 0.0, **limits: float) -> list[Budget]:
+    start = Start(
+        import_ms=1, session_ms=1, first_run_ms=1, peak_rss_bytes=90_000_000, p95_ms=(row.p95_ms or 0) + spread
+    )
+    return budgets(limits, [start], p50_ms=row.p50_ms, p95_ms=row.p95_ms, size_bytes=row.size_bytes)
+
+
+def test_the_fastest_that_meets_every_budget_wins_then_one_that_may_then_the_nearest() -> None:
+    fp32, int8 = _row("fp32", "reference", 10, 13_000_000), _row("int8", "accepted", 6, 4_000_000)
+    refused = _row("fp16", "refused", 1, 1)
+
+    def chosen(rows: list[Row], spread: float = 0.0, **limits: float) -> str:
+        return choose(rows, {row.name: _judged(row, spread, **limits) for row in rows}).name
+
+    assert chosen([fp32, int8, refused]) == "int8"
+    assert chosen([fp32, refused]) == "fp32"
+    assert chosen([fp32, int8], p95_ms=12, size_mb=20, memory_mb=100) == "int8"
+    assert chosen([fp32, int8], p95_ms=5, size_mb=3) == "int8", "nearest to both"
+    assert chosen([_row("fp32", "reference", 3, 9), int8], spread=2, p95_ms=8) == "fp32", "the other only may"
+    assert chosen([fp32, int8], spread=2, p95_ms=8) == "int8"
+
+
+def test_a_budget_is_passed_failed_or_not_settled_by_all_its_processes() -> None:
+    row = _row("fp32", "reference", 10, 13_000_000)
+    assert [_judged(row, 2, p95_ms=limit)[0].verdict for limit in (13, 12, 10)] == ["passed", "inconclusive", "failed"]
+    (unmeasured,) = budgets({"p95_ms": 5}, [], p50_ms=None, p95_ms=None, size_bytes=1)
+    assert (unmeasured.verdict, unmeasured.excess) == ("inconclusive", float("inf"))
+
+    def gate(**changes: float | str) -> Gate:
+        return Gate(**{"name": "p95", "value": 11.0, "limit": 12.0, **changes})  # type: ignore[arg-type]
+
+    assert gate().verdict == "passed"
+    assert gate(low=10.5, high=12.5).verdict == "inconclusive"
+    assert gate(value=13.0, low=12.5, high=14.0).verdict == "failed"
+    assert gate(value=13.0, unsettled="int8 would").verdict == "inconclusive"
+    assert gate(value=float("nan")).verdict == "failed"
+    assert overall(["passed", "inconclusive"]) == "inconclusive"
+    assert overall(["inconclusive", "failed"]) == "failed"
+
+
+def test_a_larger_frame_takes_longer_and_is_named_everywhere(bundle: Path, run: Path) -> None:
+    """One file took 3 ms at 60 x 60 and 37 at 4000 x 3000, and passed "p95 3.18, limit 4"."""
+    sizes = over_sizes(Condition(model=str(bundle / "model.onnx"), threads=1), bundle / "golden" / "00.png",
+                       ["60x60", "4000x3000"])  # fmt: skip
+    assert sizes[1][2] > 2 * sizes[0][2]
+
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    own = json.loads((run / "run.json").read_text())["audit"]["frame"]
+    assert manifest["frame"] == own == "300x300", "the photographs' own size"
+    assert {item["frame"] for item in manifest["evidence"]["latency"]} == {own}
+    over = {item["frame"]: item["p95_ms"] for item in manifest["evidence"]["latency_over_sizes"]}
+    assert {own, "640x480", "4000x3000"} <= set(over)
+    assert "frames of 300 x 300, decoding apart" in (bundle.parent / "export.txt").read_text()
+    assert "frames of 300 x 300" in (bundle / "MODEL_CARD.md").read_text()
+    assert "frames of 300 x 300" in (bundle / "report.html").read_text()
+
+
+def test_bench_runs_on_the_bundles_frames_and_on_those_it_is_told(bundle: Path, tmp_path: Path) -> None:
+    rows = []
+    for more in ([], ["--frame", "2000 x 1500"]):
+        done = ftkit("bench", bundle, "--quick", "--threads", "1", *more, "--json", tmp_path / "b.json")
+        assert done.exit_code == 0, done.output
+        rows.append(json.loads((tmp_path / "b.json").read_text()))
+        assert f"frames of {rows[-1]['frame'].replace('x', ' x ')}, decoding apart" in done.stdout
+    assert [found["frame"] for found in rows] == ["300x300", "2000x1500"]
+    assert rows[1]["rows"][0]["p50_ms"] > rows[0]["rows"][0]["p50_ms"]
+    wrong = ftkit("bench", bundle, "--frame", "large")
+    assert (wrong.exit_code, "frame large: expected WIDTHxHEIGHT" in wrong.stderr) == (2, True)
+    for text in ("0x5", "640", "30000x1", "20000x20000"):
+        with pytest.raises(Exception, match="expected WIDTHxHEIGHT"):
+            parse_frame(text)
+
+
+def test_a_missed_budget_says_all_that_is_missed_and_a_command_that_leads_on(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    limits = settings("export.p95_ms=0.4", "export.size_mb=1", "export.frame=64x64", "export.variants=fp32")
+    done = ftkit("export", run, "--out", out, "--quick", *limits)
+    assert done.exit_code == 1, done.output
+    assert "missed: p95_ms" in done.stdout
+    assert "missed: size_mb" in done.stdout
+    assert "gate p95 ms, one thread, frames of 64 x 64 (fp32)" in done.stderr
+    assert "size in MB (fp32): expected at most 1" in done.stderr
+    table = re.findall(r"^(\d+) x \1\s+([\d.]+)/([\d.]+)", done.stdout, re.MULTILINE)
+    assert table
+    assert all(int(size) < 96 for size, _, _ in table)
+
+
+def test_the_size_of_an_input_takes_its_canvas_along(capsys: pytest.CaptureFixture[str]) -> None:
+    """--set preprocess.size=112 alone kept resize at 224, and the network saw the middle half of each picture."""
+    from ftkit.override import override
+
+    alone = override(load("lite0"), ["preprocess.size=112"]).preprocess
+    both = override(load("lite0"), ["preprocess.size=112", "preprocess.resize=150"]).preprocess
+    assert alone and both
+    assert (alone.size, alone.resize, both.resize) == (112, 112, 150)
+    assert "preprocess.resize: 112" in capsys.readouterr().out
+    assert Preprocess(size=224, resize=256).at(112).resize == 128
+
+
+def test_the_command_of_a_signpost_trains(run: Path, tmp_path: Path) -> None:
+    from ftkit.checkpoint import open_run
+    from ftkit.signpost import _command
+
+    words = shlex.split(_command(open_run(run), 64))
+    words[words.index("--out") + 1] = str(tmp_path / "smaller")
+    done = ftkit(*words[1:], *settings("stages.0.epochs=1", "stages.1.epochs=1"))
+    assert done.exit_code == 0, done.output
+    assert open_run(tmp_path / "smaller").preprocess.size == 64
+    assert "preprocess.size=96" in TINY
+
+
+@pytest.mark.parametrize(("right", "verdict"), [([50, 50], "passed"), ([50, 38], "inconclusive"), ([50, 10], "failed")])
+def test_a_class_that_is_seldom_found_fails_the_gate_that_was_asked_for(right: list[int], verdict: str) -> None:
+    labels = np.repeat([0, 1], 50)
+    answers = np.concatenate([np.where(np.arange(50) < count, label, 1 - label) for label, count in enumerate(right)])
+    metrics = evaluate(np.eye(2)[answers], labels, ("a", "b"))
+    row = _row("fp32", "reference", 1, 1)
+    same = paired(answers == labels, answers == labels)
+    measured = Measured(parity=[], chosen=row, metrics=metrics, against=same, out_of_order=0)
+    gates = judge(replace(load("lite0").export, min_recall=0.8), measured)
+    assert [gate.verdict for gate in gates if "missed of class" in gate.name] == [verdict]
+    assert len(judge(load("lite0").export, measured)) == len(gates) - 1
+    unseen = evaluate(np.eye(3)[answers], labels, ("a", "b", "c"))
+    gate = judge(replace(load("lite0").export, min_recall=0.8), replace(measured, metrics=unseen))[-1]
+    assert (gate.verdict, "class c" in gate.name) == ("inconclusive", True)
+
+
+def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(bundle: Path, run: Path, tmp_path: Path) -> None:
+    """A class with recall 0.23 stood behind "all gates passed"."""
+    out = tmp_path / "bundle"
+    done = ftkit("export", run, "--out", out, "--quick", *settings("export.p95_ms=9999", "export.variants=fp32"))
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((out / "manifest.json").read_text())
+    page = (out / "report.html").read_text()
+    (gate,) = (gate for gate in manifest["gates"] if gate["name"].startswith("p95"))
+    assert gate["value"] == manifest["figures"]["p95_ms"]
+    assert gate["low"] <= gate["value"] <= gate["high"] < 9999
+    header = page.split("<nav")[0]
+    assert f"(p95 {gate['value']:.1f})" in header
+    metrics = manifest["evidence"]["accuracy"]["file"]
+    recall, name = min(zip(metrics["recall"], metrics["classes"], strict=True))
+    assert f"worst class {name}: {recall:.1%}" in header
+    assert f"balanced {metrics['balanced_accuracy']:.1%}" in header
+
+    again = ftkit("bench", out, "--quick", "--budget", "p95_ms=9999", "--threads", "1")
+    assert (again.exit_code, "in 4 processes" in again.stdout) == (0, True), "one judge: as many processes"

@@ -1,0 +1,137 @@
+"""Where to go when an export misses a budget: what else would meet it, measured, with the command to run.
+
+    for line in signpost(run, missed, unproven, row, ratio, context):
+        print(line)
+
+Shorter times come from a smaller input. How long the very network takes at another resolution needs no training to
+know: it is exported anew and timed on the spot, in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ftkit import terminal, variants
+from ftkit.budget import Budget
+from ftkit.checkpoint import Run
+from ftkit_export.convert import export_core, write
+from ftkit_export.decision import Row
+from ftkit_export.errors import FtkitError
+from ftkit_export.graph import image_form
+from ftkit_export.latency import Condition, over_sizes
+
+STEP = 32  # pixels: what most backbones halve five times
+LEAST = 64  # pixels
+TRIED = 2  # resolutions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Smaller:
+    """The same network at another input size, as timed. int8_p95_ms: worked out from the ratio that int8 has at the
+    run's own size; None where it has none."""
+
+    size: int
+    p50_ms: float
+    p95_ms: float
+    int8_p95_ms: float | None
+
+
+def signpost(
+    run: Run,
+    model: nn.Module,
+    missed: Sequence[Budget],
+    unproven: Sequence[Row],
+    rows: Sequence[Row],
+    context: variants.Context,
+) -> list[str]:
+    """What to say of budgets that are missed, or not sure to be met. rows: the decision table."""
+    lines = [f"missed: {item}" if item.verdict == "failed" else f"not sure: {item}" for item in missed]
+    lines += [_unproven(row, context.limits.max_accuracy_drop) for row in unproven]
+    slow = next((item for item in missed if item.name == "p95_ms" and item.values), None)
+    if slow and context.target.provider == "cpu" and (context.here or context.device):
+        lines += _resolutions(run, model, slow, rows, context)
+    if any(item.name == "size_mb" for item in missed) and not unproven:
+        lines.append("a smaller file takes a smaller backbone: docs/recipes.md has the sizes")
+    return lines
+
+
+def _unproven(row: Row, limit: float) -> str:
+    p95 = f"p95 {row.p95_ms:.1f} ms, " if row.p95_ms else ""
+    figures = f"{p95}{row.size_bytes / 1e6:.1f} MB"
+    if row.paired is None or row.verdict != "inconclusive":
+        return f"{row.name} would meet them ({figures}); {row.verdict}: {row.reason}"
+    beyond = (row.paired.high - limit) * 100
+    more = row.reason.rpartition("; ")[2]
+    return f"{row.name} would meet them ({figures}); its accuracy is inconclusive by {beyond:.2f} points: {more}"
+
+
+def _resolutions(run: Run, model: nn.Module, slow: Budget, rows: Sequence[Row], context: variants.Context) -> list[str]:
+    """A table of smaller inputs, and the command for the largest that is likely to meet the budget."""
+    ratios = [row.ratio for row in rows if row.name.startswith("int8") and row.verdict != "refused" and row.ratio]
+    ratio = min(ratios, default=None)
+    timed = _timed(run, model, slow, ratio, context)
+    if not timed:
+        return []
+    table = [("input", "fp32 p50/p95 ms", "int8 p95 ms, if its accuracy holds")]
+    for item in timed:
+        int8 = "" if item.int8_p95_ms is None else f"about {item.int8_p95_ms:.1f}"
+        table.append((f"{item.size} x {item.size}", f"{item.p50_ms:.1f}/{item.p95_ms:.1f}", int8))
+
+    lines = [f"the same network on smaller inputs, not trained for them ({terminal.frames(context.frame)}):"]
+    lines.append(terminal.table(table))
+    best = next((item for item in timed if item.p95_ms <= slow.limit), None)
+    best = best or next((item for item in timed if (item.int8_p95_ms or slow.limit * 2) <= slow.limit), None)
+    if best:
+        lines.append(f"try: {_command(run, best.size)}")
+    else:
+        lines.append("none of them meets it: try a smaller backbone (docs/recipes.md)")
+    return lines
+
+
+def _timed(run: Run, model: nn.Module, slow: Budget, ratio: float | None, context: variants.Context) -> list[Smaller]:
+    """The largest sizes that may meet the budget in fp32, or in int8, largest first; none for a network that takes one
+    size only."""
+    own, excess = run.preprocess.size, slow.excess
+    wanted = {_rounded(own / excess**0.5), _rounded(own / (excess * (ratio or 1)) ** 0.5)}
+    wanted |= {size - STEP for size in wanted}
+    sizes = sorted({max(size, LEAST) for size in wanted if max(size, LEAST) < own}, reverse=True)
+    found = []
+    with tempfile.TemporaryDirectory() as scratch, terminal.bar("other input sizes"):
+        for size in sizes[: 2 * TRIED]:
+            smaller = run.preprocess.at(size)
+            path = Path(scratch) / f"{size}.onnx"
+            try:
+                core = export_core(model, size).model
+            except FtkitError:
+                return []
+            form = image_form(core, smaller, run.temperature, context.limits.input_format)
+            write(form, path, {**context.metadata, "preprocess": json.dumps(asdict(smaller))})
+            if context.device:
+                (timed,) = context.device.over_sizes(path, context.photograph, [context.frame])
+            else:
+                (timed,) = over_sizes(Condition(model=str(path), threads=1), context.photograph, [context.frame])
+            _, p50, p95 = timed
+            found.append(Smaller(size=size, p50_ms=p50, p95_ms=p95, int8_p95_ms=ratio and p95 * ratio))
+    return found
+
+
+def _rounded(size: float) -> int:
+    return int(size) // STEP * STEP
+
+
+def _command(run: Run, size: int) -> str:
+    """Train the same recipe on the same data at another size."""
+    words = ["ftkit", "train", run.data["data"], "--recipe", str(run.folder / "run.json")]
+    words += ["--set", f"preprocess.size={size}", "--out", f"{run.folder}-{size}"]
+    if run.data["group_by"]:
+        words += ["--group-by", run.data["group_by"]]
+    if run.data["root"]:
+        words += ["--root", run.data["root"]]
+    return shlex.join(words)
