@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy import stats
 
 from ftkit_export.intervals import Design, difference_bounds, difference_design, ground
 
@@ -24,6 +25,7 @@ Array = np.ndarray[Any, Any]
 Verdict = Literal["accepted", "refused", "inconclusive", "unproven on target"]
 
 LEVEL = 0.05  # chance of accepting, or refusing, against the truth
+POWER = 0.8  # chance that as many images as are said to settle a question do
 MOST = 1000.0  # times as many images as there are: more are not worth naming
 
 
@@ -52,15 +54,22 @@ class Paired:
         return "refused" if self.low > limit else "inconclusive"
 
     def settled_by(self, limit: float) -> tuple[int, int | None] | None:
-        """(images, clusters) that would settle it, were the shares of changed images as they are; None for more than
-        MOST times as many as here. Clusters: None where the images have no groups."""
+        """(images, clusters) that would settle it in four of five cases, were the true shares of changed images those
+        seen here; None for more than MOST times as many as here. Clusters: None where the images have no groups.
+
+        The next images will show shares of their own: bounds that just reach the limit at these would settle it as
+        often as not. So the bounds must clear the limit by as much as chance moves the drop, at POWER.
+        """
         shares = self.worse / max(1, self.images), self.better / max(1, self.images)
         here = Design(images=self.images, clusters=self.clusters, effect=self.effect,
                       df=math.inf if self.df is None else self.df)  # fmt: skip
+        chance = 0.0  # where no answer changed, none is expected to
+        if self.worse or self.better:
+            chance = float(stats.norm.ppf(POWER) / stats.norm.ppf(1 - LEVEL / self.looks))
 
         def settled(factor: float) -> bool:
             low, high = difference_bounds(*shares, here.times(factor), 1 - LEVEL / self.looks)
-            return high <= limit or low > limit
+            return high + chance * (high - self.drop) <= limit or low - chance * (self.drop - low) > limit
 
         if self.images == 0 or (self.clusters or 2) < 2 or not settled(MOST):
             return None

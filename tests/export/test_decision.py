@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ftkit_export.decision import judge, paired
+from ftkit_export.decision import Paired, judge, paired
 from ftkit_export.intervals import Design, difference_bounds
 
 
@@ -62,7 +62,7 @@ def test_the_images_that_would_settle_it_do() -> None:
     found = paired(np.arange(200) > 1, np.arange(200) < 198)
     more, clusters = found.settled_by(0.01) or (0, 0)
     assert clusters is None
-    assert bounds(round(0.01 * more), round(0.01 * more), more)[1] == pytest.approx(0.01, rel=0.1)
+    assert bounds(round(0.01 * more), round(0.01 * more), more)[1] <= 0.01
     groups = [str(number // 20) for number in range(200)]
     grouped = paired(np.arange(200) > 1, np.arange(200) < 198, groups)
     many, clusters = grouped.settled_by(0.01) or (0, 0)
@@ -76,3 +76,31 @@ def test_speed_must_be_proven_and_real() -> None:
     assert judge(found, 0.01, 0.7)[0] == "accepted"
     assert judge(found, 0.01, None)[0] == "unproven on target"
     assert judge(found, 0.01, 1.02)[0] == "refused"
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "size"), [(0.0, 0.0, 0), (0.01, 0.01, 0), (0.03, 0.005, 0), (0.01, 0.01, 20)]
+)
+def test_as_many_images_as_are_said_to_settle_it_do(worse: float, better: float, size: int) -> None:
+    """ "About 498 images would settle it", after 523 did not. Drawn anew at the very shares that were seen, so many
+    settle it in about four of five cases. size: of groups, 0 for none."""
+    rng = np.random.default_rng(0)
+
+    def drawn(images: int, exact: bool) -> Paired:
+        change = rng.random(images)
+        if exact:
+            change = np.linspace(0, 1, images, endpoint=False)[rng.permutation(images)]
+        reference = ~((change >= worse) & (change < worse + better))
+        candidate = change >= worse
+        groups = [f"g{number // size}" for number in range(images)] if size else None
+        return paired(reference, candidate & reference | (candidate & ~reference), groups)
+
+    few = drawn(200, exact=True)
+    assert few.verdict(0.01) == "inconclusive"
+    settles = few.settled_by(0.01)
+    assert settles
+    enough = settles[0]
+    rate = np.mean([drawn(enough, exact=False).verdict(0.01) != "inconclusive" for _ in range(200)])
+    assert rate >= 0.68
+    quarter = np.mean([drawn(enough // 4, exact=False).verdict(0.01) != "inconclusive" for _ in range(200)])
+    assert quarter <= 0.68
