@@ -18,6 +18,7 @@ from ftkit import evidence, pipeline
 from ftkit.evaluate import evaluate
 from ftkit.recipe import Export
 from ftkit.variants import as_table
+from ftkit_export.bundle import begin
 from ftkit_export.convert import export_core
 from ftkit_export.decision import Row, paired
 from ftkit_export.errors import BundleError
@@ -264,6 +265,20 @@ def test_a_name_that_leads_outside_the_bundle_is_refused(copy: Path) -> None:
     rewrite(copy / "manifest.json", {"files": {**files, "../outside": "0"}})
     result = ftkit("verify", copy)
     assert (result.exit_code, "expected names inside the bundle" in result.stderr) == (2, True)
+
+
+def test_what_a_killed_export_left_goes_and_what_a_living_one_builds_stays(tmp_path: Path) -> None:
+    script = "import sys, time; from pathlib import Path; from ftkit_export.bundle import begin\n"
+    script += f"print(begin(Path({str(tmp_path / 'bundle')!r})), flush=True); time.sleep(60)"
+    killed, living = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in "ab")
+    assert killed.stdout and living.stdout
+    left, built = (Path(process.stdout.readline().strip()) for process in (killed, living) if process.stdout)
+    killed.kill()
+    killed.communicate()
+    mine = begin(tmp_path / "bundle")
+    living.kill()
+    living.communicate()
+    assert (left.exists(), built.exists(), mine.exists()) == (False, True, True)
 
 
 def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> None:

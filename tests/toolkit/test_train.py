@@ -184,10 +184,10 @@ def test_export_of_something_that_is_no_run_says_so(photos: Path, tmp_path: Path
     assert result.exit_code == 2
     assert "expected a run (with run.json and model.safetensors), found none" in result.stderr
     (tmp_path / "metrics.jsonl").write_text("")
-    assert "found one that was not finished" in ftkit("export", tmp_path).stderr
+    assert "expected a run (with run.json" in ftkit("export", tmp_path).stderr
     (tmp_path / "run.json").write_text('{"schema": 1}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "expected a run of this ftkit, found ValueError('schema 1, not 4')" in ftkit("export", tmp_path).stderr
+    assert "expected a run of this ftkit, found ValueError('schema 1, not 5')" in ftkit("export", tmp_path).stderr
 
 
 def test_export_refuses_images_that_changed_since(run: Path, photos: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -152,9 +153,10 @@ def open_run(folder: str | Path) -> Run:
     """Read a finished run. Raises FtkitError when it is none, or was not finished."""
     path = Path(folder)
     if not is_finished(path):
-        unfinished = (path / METRICS).is_file() or (path / "state").is_dir()
-        found = "one that was not finished" if unfinished else "none"
-        raise FtkitError(f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found {found}. Try `ftkit train DATA`")
+        if (path / "state" / "state.json").is_file():
+            again = f"ftkit train DATA --out {shlex.quote(str(folder))} --resume"
+            raise FtkitError(f"{folder}: expected a finished run, found one that is not finished. Try `{again}`")
+        raise FtkitError(f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found none. Try `ftkit train DATA`")
     try:
         content = (path / RUN).read_bytes()
         data = json.loads(content)

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from ftkit.audit import FEW, UNEVEN, Alike, Audit
 from ftkit.canvas import Canvases
 from ftkit.files import write_atomically
 from ftkit.intake import SPLITS, Image, Images, as_csv, below
+from ftkit_export.bundle import beside
 from ftkit_export.errors import FtkitError
 
 MOSTLY_KEPT = 0.7  # of the median image: below, the crop is worth a word
@@ -289,24 +289,24 @@ def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Call
     if out.suffix == ".csv":
         write_atomically(out, as_csv(((image, _from(out.parent, image.path)) for image in kept), images.classes))
         return out
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    folder = beside(out)
     try:
         placed = []
         for number, image in enumerate(kept, start=1):
-            place = beside / image.split / _file_name(images.classes[image.label]) / image.path.name
+            place = folder / image.split / _file_name(images.classes[image.label]) / image.path.name
             while place.exists():
                 place = place.with_stem(f"{place.stem}-{number}")
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(image.path, place)
-            placed.append((image, _from(beside, place)))
+            placed.append((image, _from(folder, place)))
             progress(number, len(kept))
         for licence in base.glob("LICEN[CS]E*"):
-            shutil.copyfile(licence, beside / licence.name)
-        (beside / "images.csv").write_bytes(as_csv(placed, images.classes))
-        beside.chmod(0o755)
-        beside.rename(out)
+            shutil.copyfile(licence, folder / licence.name)
+        (folder / "images.csv").write_bytes(as_csv(placed, images.classes))
+        folder.chmod(0o755)
+        folder.rename(out)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return out / "images.csv"
 
 
