@@ -12,6 +12,7 @@ The message is one sentence of the form `WHERE: expected X, found Y. TRY Z`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -37,7 +38,35 @@ class BundleError(FtkitError):
     """A bundle is incomplete, altered, or not a bundle."""
 
 
+# What people call a thing elsewhere -> what it is called here: nearer in meaning than any name by its letters.
+SYNONYMS = {
+    "letterbox": "pad", "contain": "pad", "padding": "pad", "centre": "crop", "center": "crop", "cover": "crop",
+    "stretch": "squash", "resize": "squash", "gray": "grey", "yuv": "nv12", "yuv420": "nv12", "nv21": "nv12",
+    "one_cycle": "onecycle", "cos": "cosine", "linear": "cosine", "class_weights": "loss", "weighted": "loss",
+    "oversample": "sample", "gpu": "cuda", "trt": "tensorrt", "raspberry-pi": "arm64", "arm": "arm64", "jetson": "cuda",
+    "browser": "web", "wasm": "web", "learning_rate": "lr", "batch": "batch_size", "wd": "weight_decay",
+    "imgsz": "size", "img_size": "size", "image_size": "size", "input_size": "size", "resolution": "size",
+    "model": "backbone", "arch": "backbone", "latency": "p95_ms", "latency_ms": "p95_ms", "p95": "p95_ms",
+    "p50": "p50_ms", "memory": "memory_mb", "max_drop": "max_accuracy_drop", "accuracy_drop": "max_accuracy_drop",
+    "recall": "min_recall", "ram": "memory_mb", "model_size": "size_mb", "layers": "train", "unfreeze": "train",
+}  # fmt: skip
+LIKE = 0.7  # of 1: names that are less alike by their letters are no suggestion
+
+
+def nearest(found: object, allowed: Iterable[object]) -> str:
+    """The allowed name that was most likely meant, by meaning before letters; "" for none."""
+    word = str(found).lower().replace("-", "_")
+    names = [str(name) for name in allowed]
+    meant = SYNONYMS.get(word) or SYNONYMS.get(str(found).lower(), "")
+    if meant in names:
+        return meant
+    like = difflib.get_close_matches(str(found).lower(), names, n=1, cutoff=LIKE)
+    return like[0] if like else ""
+
+
 def choices(found: object, allowed: Iterable[object]) -> str:
-    """`found 'x'. Try one of: a, b` for a wrong name; `allowed` is any iterable of names."""
-    names = ", ".join(sorted(str(name) for name in allowed))
-    return f"found {str(found)!r}. Try one of: {names}"
+    """`found 'x'. Try b; there are: a, b` for a wrong name; `allowed` is any iterable of names."""
+    names = sorted(str(name) for name in allowed)
+    meant = nearest(found, names)
+    listed = ", ".join(names)
+    return f"found {str(found)!r}. Try {f'{meant}; there are' if meant else 'one of'}: {listed}"

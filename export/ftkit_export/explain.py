@@ -104,9 +104,11 @@ class Explainer:
         chosen = int(logits[0].argmax()) if label is None else label
         return np.tensordot(head[chosen], features[0], 1), chosen
 
-    def write(self, path: Path, label: int, folder: Path) -> Path:
-        """One image file's overlay as folder/NAME-why.png, numbered where there is such a file; returns where it is."""
-        image = self._preprocess.decode(path)
+    def write(self, path: Path, label: int, folder: Path, content: bytes | Path | None = None) -> Path:
+        """One image file's overlay as folder/NAME-why.png, numbered where there is such a file; returns where it is.
+
+        content: the image, where it is not what lies at `path`."""
+        image = self._preprocess.decode(content or path)
         image = from_frame(to_frame(image, self._format), self._format)  # what the model gets of it
         place, number = folder / f"{path.stem}-why.png", 1
         while place.exists():

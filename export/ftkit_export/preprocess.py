@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
+from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError, choices
 
 FITS = ("crop", "squash", "pad")
 WHITE = 65535
+MAX_PIXELS = "FTKIT_MAX_PIXELS"  # environment variable: the largest image that is decoded, by default Pillow's limit
 TWELVE_BITS = 4095
 LONGEST, MOST_PIXELS = 20_000, 200_000_000  # side and area of a frame that is made up to be measured with
 INPUT_FORMATS = ("rgb", "bgr", "grey", "nv12")
@@ -55,7 +57,7 @@ class Preprocess:
                 f"found {vars(self)}. Try `ftkit recipes lite0`"
             )
         if self.fit not in FITS:
-            raise FtkitError(f"preprocess.fit: expected one of {', '.join(FITS)}, found {self.fit!r}. Try crop")
+            raise FtkitError(f"preprocess.fit: expected a known value, {choices(self.fit, FITS)}")
         if not 8 <= self.size <= self.resize <= 4096:
             raise FtkitError(
                 f"preprocess: expected 8 <= size <= resize <= 4096, found size {self.size}, resize {self.resize}. "
@@ -203,6 +205,8 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
         ) from None
     if not data:
         raise ImageError(f"{name}: expected an image, found an empty file. Remove or replace it")
+    if asked := os.environ.get(MAX_PIXELS):
+        Image.MAX_IMAGE_PIXELS = int(asked)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -211,6 +215,12 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
                 return np.asarray(_to_rgb(ImageOps.exif_transpose(image), white))
     except _UnknownDepthError as error:
         raise ImageError(f"{name}: {error}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        sizes = [f"{int(number) / 1e6:.0f}" for number in re.findall(r"(\d+) pixels", str(error))]
+        raise ImageError(
+            f"{name}: expected an image of at most {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels, found one of "
+            f"{sizes[0] if sizes else 'more'}. If it is no mistake, try --max-pixels with a larger number"
+        ) from None
     except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
         if isinstance(error, MemoryError) or "out of memory" in str(error):  # the latter is how codecs tell it
             raise UnavailableImageError(

@@ -49,7 +49,7 @@ def test_an_absent_provider_is_refused_with_what_there_is() -> None:
 
 
 def test_an_unknown_provider_is_answered_with_the_choices() -> None:
-    with pytest.raises(ProviderError, match=r"'gpu'\. Try one of: coreml, cpu, cuda"):
+    with pytest.raises(ProviderError, match=r"'gpu'\. Try cuda; there are: coreml, cpu, cuda"):
         parse_providers("cpu,gpu")
     assert parse_providers("cpu, cuda,cpu") == ["cpu", "cuda"]
 

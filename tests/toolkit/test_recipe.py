@@ -41,11 +41,11 @@ def test_settings_reach_every_level() -> None:
     [
         (
             "stage.0.lr=1",
-            "found 'stage'. Try one of: augment, backbone, export, name, precision, preprocess, stages, weights",
+            "found 'stage'. Try --set stages.0.lr=1",
         ),
         (
             "stages.0.learning_rate=1",
-            "Try one of: balance, batch_size, batchnorm, cache, clip, ema, epochs, label_smoothing, layer_decay, lr",
+            "Try lr; there are: balance, batch_size, batchnorm, cache, clip, ema, epochs, label_smoothing, layer_decay, lr",
         ),
         ("stages.7.lr=1", "found '7'. Try one of: 0, 1"),
         ("stages.0.lr=fast", "expected float or auto, found 'fast'"),
@@ -70,7 +70,7 @@ def test_a_typo_is_answered_with_the_choices(setting: str, said: str, photos: Pa
 def test_an_unknown_recipe_is_answered_with_the_names(photos: Path) -> None:
     result = ftkit("train", photos, "--recipe", "lite9")
     assert result.exit_code == 2
-    assert "found 'lite9'. Try one of: efficientnet_b0, gentle, lite0" in result.stderr
+    assert "found 'lite9'. Try lite2; there are: efficientnet_b0, gentle, lite0" in result.stderr
 
 
 @pytest.mark.parametrize(

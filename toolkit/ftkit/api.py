@@ -46,17 +46,20 @@ def train(
     Under torchrun the first rank returns; the others end here.
     """
     from ftkit import terminal
-    from ftkit.checkpoint import claim, next_free, open_run
     from ftkit.override import override
     from ftkit.recipe import Recipe
     from ftkit.recipe import load as load_recipe
-    from ftkit.training import train as run_training
 
     if resume and out is None:
         raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
     terminal.hush(quiet)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     plan = override(plan, [*([f"weights={weights}"] if weights else []), *settings])
+
+    # They take seconds to import: a typo has been told by now.
+    from ftkit.checkpoint import claim, next_free, open_run
+    from ftkit.training import train as run_training
+
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # the ranks of one run must agree on its folder
     folder = Path(out) if out else (claim if alone else next_free)(Path("runs") / plan.name)
     try:
@@ -87,8 +90,15 @@ def export(
     it. runtime: onnxruntime-web's .tgz for web. The other arguments are those of `ftkit export`.
     """
     from ftkit import terminal
-    from ftkit.checkpoint import Run, open_run
     from ftkit.override import override
+    from ftkit.recipe import Recipe, Stage
+
+    for setting in settings:
+        if not setting.startswith("export."):
+            raise FtkitError(f"--set {setting}: expected a field of export, found another. Try --set export.{setting}")
+    override(Recipe(name="", backbone="", stages=(Stage(),)), settings)  # a typo is told before seconds of imports
+
+    from ftkit.checkpoint import Run, open_run
     from ftkit.pipeline import Extras, read_measured
     from ftkit.pipeline import export as run_export
     from ftkit.remote import Device
@@ -99,11 +109,6 @@ def export(
     terminal.hush(quiet)
     names = parse_providers(",".join(providers))
     opened = run if isinstance(run, Run) else open_run(run)
-    for setting in settings:
-        if not setting.startswith("export."):
-            raise FtkitError(
-                f"--set {setting}: expected a field of export, found another. Try export.max_accuracy_drop"
-            )
     if on and latency:
         raise FtkitError("--on, --latency: expected one source of the device's times, found two. Leave out --latency")
     where = Path(out) if out else opened.folder.resolve().with_name(opened.folder.resolve().name + "-bundle")

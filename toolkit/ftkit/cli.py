@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from contextlib import suppress
@@ -16,6 +17,7 @@ import click
 from ftkit import __version__, api, terminal
 from ftkit.cli_look import GROUP_BY, ROOT, RUNTIME, audit_data, report, try_bundle
 from ftkit.cli_measure import KEY, bench, evaluate
+from ftkit.cli_options import MAX_PIXELS, Command
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 class _Group(click.Group):
     """Turns FtkitError into one line on standard error and its exit code; FTKIT_DEBUG=1 shows the traceback."""
+
+    command_class = Command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -75,6 +79,7 @@ PROVIDERS = click.option("--providers", default="cpu", show_default=True, metava
 @click.option("--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known.")
 @GROUP_BY
 @ROOT
+@MAX_PIXELS
 @click.option("--allow-leakage", is_flag=True, help="Train although `ftkit data` says NOT ok.")
 @click.option("--tensorboard", is_flag=True, help="Events in RUN/tensorboard too.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
@@ -163,6 +168,7 @@ MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}
 @click.option("--web", is_flag=True, help="A page that runs the file in a browser, in device/web.")
 @RUNTIME
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM).")
+@MAX_PIXELS
 @click.option("-q", "--quiet", is_flag=True, help="Print gates, warnings and errors only.")
 def export(
     run: Path, out: Path | None, settings: tuple[str, ...], providers: str, data: Path | None, quick: bool,
@@ -250,24 +256,36 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
     sys.exit(code)
 
 
+STANDARD_INPUT = Path("-")
+
+
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--provider", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, all probabilities.")
 @click.option("--explain", is_flag=True, help="Write a heat map of what spoke for each answer, into --out.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("explained"), show_default=True, metavar="FOLDER")
+@MAX_PIXELS
 @KEY
 def predict(
     bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool, explain: bool, out: Path, key: Path | None
 ) -> None:
-    """Class and probability of IMAGES (files or folders)."""
+    """Class and probability of IMAGES: files, folders, or - for one on standard input."""
     from ftkit_export.archive import unpacked
     from ftkit_export.errors import ImageError
     from ftkit_export.explain import Explainer
     from ftkit_export.predict import image_files
 
-    files, bad = image_files(list(images)), 0
+    for path in images:
+        if re.match(r"\w+:/", str(path)):
+            raise FtkitError(
+                f"{path}: expected a file or a folder, found a web address. Try curl -s URL | ftkit predict BUNDLE -"
+            )
+    files: list[Path] = []
+    for path in images:
+        files += [path] if path == STANDARD_INPUT else image_files([path])
+    bad = 0
     with unpacked(bundle, key) as folder:
         classify = api.load(folder, provider=provider)
         explainer = Explainer(folder) if explain else None
@@ -275,8 +293,9 @@ def predict(
         click.echo(f"{provider}: {classify.session.placement}", err=True)
     for path in files:
         try:
-            answer = classify(path)
-            heat = explainer.write(path, classify.labels.index(answer.label), out) if explainer else None
+            content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path
+            answer = classify(content)
+            heat = explainer.write(path, classify.labels.index(answer.label), out, content) if explainer else None
         except ImageError as error:
             bad += 1
             click.echo(f"error: {error}", err=True)

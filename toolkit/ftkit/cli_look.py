@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from ftkit.cli_measure import JSON, KEY, write_json
+from ftkit.cli_options import MAX_PIXELS, Command
 from ftkit.files import write_atomically
 
 GROUP_BY = click.option(
@@ -28,10 +29,11 @@ RUNTIME = click.option("--runtime", type=click.Path(path_type=Path), metavar="FI
                        help="onnxruntime-web as `npm pack` writes it, where there is no network.")  # fmt: skip
 
 
-@click.command("data")
+@click.command("data", cls=Command)
 @click.argument("folder", metavar="DATA", type=click.Path(path_type=Path))
 @GROUP_BY
 @ROOT
+@MAX_PIXELS
 @click.option("--recipe", default="lite0", show_default=True, metavar="NAME|FILE.py", help="Whose image size.")
 @click.option(
     "--sheets", type=click.Path(path_type=Path), metavar="FOLDER", help="Contact sheets: classes, duplicates."
@@ -83,7 +85,7 @@ def audit_data(
     sys.exit(0 if found.passed else 1)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("what", metavar="[RUN|BUNDLE|HISTORY]", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: beside what it tells of]")
 def report(what: Path | None, out: Path | None) -> None:
@@ -110,7 +112,7 @@ def report(what: Path | None, out: Path | None) -> None:
     click.echo(f"report: {page}")
 
 
-@click.command("try")
+@click.command("try", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")

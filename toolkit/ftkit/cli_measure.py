@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ftkit.cli_options import MAX_PIXELS, Command
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -33,13 +34,14 @@ JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metava
 KEY = click.option("--key", type=click.Path(path_type=Path), metavar="PUB", help="Public key that must have signed it.")
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--against", "old", type=click.Path(path_type=Path), metavar="BUNDLE", help="An older release.")
 @click.option("--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a share.")
 @click.option("--provider", default="cpu", show_default=True)
 @click.option("--group-by", default="", metavar="REGEX", help="Images that belong together: by their paths.")
+@MAX_PIXELS
 @click.option("--root", type=click.Path(path_type=Path), metavar="FOLDER",
               help="What the paths of a CSV are relative to. [default: its own folder]")  # fmt: skip
 @KEY
@@ -103,7 +105,7 @@ def evaluate(
     sys.exit(code)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--against", "baseline", type=click.Path(path_type=Path), metavar="BASELINE",
               help="A bundle or ONNX file to run in turn with, or the JSON of an earlier bench.")  # fmt: skip

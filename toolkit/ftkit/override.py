@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ftkit import terminal
-from ftkit.recipe import Recipe
-from ftkit_export.errors import FtkitError, choices
+from ftkit.recipe import Augment, Export, Recipe, Stage
+from ftkit_export.errors import FtkitError, choices, nearest
 from ftkit_export.preprocess import Preprocess
 
 
@@ -35,8 +35,10 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     hints = typing.get_type_hints(Preprocess)
     for name, (text, setting) in pixels.items():
         if name not in hints:
-            raise FtkitError(f"--set {setting}: expected a field, {choices(name, hints)}")
+            raise FtkitError(f"--set {setting}: expected a field of preprocess, {choices(name, hints)}")
         parsed[name] = _parse(text, hints[name], setting)
+    alone = {name: value for name, value in parsed.items() if name not in ("size", "resize")}
+    Preprocess(**alone)  # a wrong value is told before the backbone, whose own the others are, is built: in no time
     preprocess = _preprocess(recipe)
     if "size" in parsed and "resize" not in parsed and preprocess.size:
         # A canvas of the old size would leave the network its middle only.
@@ -64,13 +66,31 @@ def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
         return (*node[:at], value, *node[at + 1 :])
     hints = typing.get_type_hints(type(node))
     if name not in hints:
-        raise FtkitError(f"--set {setting}: expected a field, {choices(name, hints)}")
+        raise FtkitError(f"--set {setting}: expected a field, {_fields(name, path, node, hints, text)}")
     if not rest:
         return dataclasses.replace(node, **{name: _parse(text, hints[name], setting)})
     child = getattr(node, name)
     if not (dataclasses.is_dataclass(child) or isinstance(child, tuple)):
         raise FtkitError(f"--set {setting}: expected {name} to have fields, found a plain value. Try {name}=VALUE")
     return dataclasses.replace(node, **{name: _replace(child, rest, text, setting)})
+
+
+def _fields(name: str, path: Sequence[str], node: Any, hints: Mapping[str, Any], text: str) -> str:
+    """What was found and what to try: a field of that name elsewhere in the recipe, before one of like letters here."""
+    leaf = path[-1]
+    for place, fields in _places(node).items():
+        if leaf in fields or nearest(leaf, fields):
+            field = leaf if leaf in fields else nearest(leaf, fields)
+            return f"found {name!r}. Try --set {place}{field}={text}"
+    return choices(name, hints)
+
+
+def _places(node: Any) -> dict[str, list[str]]:
+    """Prefix -> names of the fields below it, of a recipe; of another node, its own."""
+    if not isinstance(node, Recipe):
+        return {}
+    kinds = {"export.": Export, "stages.0.": Stage, "preprocess.": Preprocess, "augment.": Augment}
+    return {place: [field.name for field in dataclasses.fields(kind)] for place, kind in kinds.items()}
 
 
 def _missing(setting: str) -> Any:

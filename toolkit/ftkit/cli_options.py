@@ -1,0 +1,82 @@
+"""What commands share: suggestions for options that do not exist, and options of several commands."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+import click
+
+from ftkit_export.errors import LIKE
+from ftkit_export.preprocess import MAX_PIXELS as LIMIT
+
+# Options that other tools have, and how it is said here.
+ELSEWHERE = {
+    "p95": "--set export.p95_ms=8",
+    "p95-ms": "--set export.p95_ms=8",
+    "latency-ms": "--set export.p95_ms=8",
+    "size-mb": "--set export.size_mb=5",
+    "memory-mb": "--set export.memory_mb=200",
+    "max-drop": "--set export.max_accuracy_drop=0.01",
+    "frame": "--set export.frame=640x480",
+    "lr": "--set stages.1.lr=1e-4",
+    "epochs": "--set stages.0.epochs=10",
+    "batch-size": "--set stages.0.batch_size=16",
+    "imgsz": "--set preprocess.size=160",
+    "img-size": "--set preprocess.size=160",
+    "size": "--set preprocess.size=160",
+    "fit": "--set preprocess.fit=pad",
+    "backbone": "--set backbone=NAME",
+    "model": "--recipe",
+    "output": "--out",
+    "name": "--out",
+}
+BUDGETS = {
+    "p50": "p50_ms=8",
+    "p50-ms": "p50_ms=8",
+    "p95": "p95_ms=8",
+    "p95-ms": "p95_ms=8",
+    "cold-ms": "cold_ms=300",
+    "memory-mb": "memory_mb=200",
+    "size-mb": "size_mb=5",
+}
+
+
+class Command(click.Command):
+    """Answers an option that does not exist with what was likely meant, by meaning before letters."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's. Raises NoSuchOption with the suggestion."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            meant = self._meant(error.option_name)
+            told = f"No such option {error.option_name!r}.{f' Try {meant}.' if meant else ''}"
+            raise click.NoSuchOption(error.option_name, told, ctx=ctx) from None
+
+    def _meant(self, wrong: str) -> str:
+        name = wrong.lstrip("-").lower()
+        own = {option.lstrip("-"): option for item in self.params for option in item.opts if option.startswith("--")}
+        if "budget" in own and name in BUDGETS:
+            return f"--budget {BUDGETS[name]}"
+        said = ELSEWHERE.get(name, "")
+        if said and said.split()[0].lstrip("-") in own:
+            return said
+        like = difflib.get_close_matches(name, own, n=1, cutoff=LIKE)
+        return own[like[0]] if like else ""
+
+
+def _allow(_: click.Context, __: click.Parameter, pixels: int | None) -> None:
+    """For this process and those that it starts to decode."""
+    if pixels:
+        os.environ[LIMIT] = str(pixels)
+
+
+MAX_PIXELS = click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    metavar="N",
+    expose_value=False,
+    callback=_allow,
+    help="Largest image to decode. [default: Pillow's limit, 89 million]",
+)
