@@ -32,7 +32,7 @@ from ftkit.intake import Images
 from ftkit.recipe import restore_preprocess
 from ftkit.storage import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.preprocess import MAX_PIXELS, Preprocess
 from ftkit_export.session import cores
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path,
 
 
 def _canvas_key(preprocess: Preprocess) -> str:
-    return f"canvas-2 {preprocess.fit} {preprocess.resize} {preprocess.white}"
+    limit = os.environ.get(MAX_PIXELS)  # what is too large for one limit is not bad for another
+    return f"canvas-2 {preprocess.fit} {preprocess.resize} {preprocess.white}{f' {limit}' if limit else ''}"
 
 
 def _digest(path: Path) -> str:
@@ -199,6 +200,7 @@ def _opened(folder: Path, count: int, side: int) -> tuple[Array, dict[int, str]]
     """One shard (count, side, side, 3) uint8, memory-mapped, and slot -> reason for its bad files (their slots are
     black); None where there is none, or it is damaged: cut short by a crash, or half deleted by hand."""
     try:
+        os.utime(folder)  # used now: the cache forgets what has been unused longest
         stored = {int(slot): str(reason) for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
         array = np.load(folder / "canvases.npy", mmap_mode="r")
     except Exception:  # numpy reads an array's header with Python's own parser, which raises whatever it meets

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ftkit import __version__, api, terminal
-from ftkit.cli_look import GROUP_BY, ROOT, RUNTIME, audit_data, report, try_bundle
+from ftkit.cli_look import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
 from ftkit.cli_measure import KEY, bench, evaluate
 from ftkit.cli_options import MAX_PIXELS, Command
 from ftkit_export.errors import FtkitError
@@ -351,7 +351,7 @@ def demo(out: Path) -> None:
     run_demo(out)
 
 
-for command in (audit_data, evaluate, bench, report, try_bundle):
+for command in (audit_data, evaluate, bench, report, try_bundle, cache):
     main.add_command(command)
 
 

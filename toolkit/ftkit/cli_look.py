@@ -86,6 +86,32 @@ def audit_data(
 
 
 @click.command(cls=Command)
+@click.option("--clear", is_flag=True, help="Remove all of it.")
+@click.option("--unused", type=click.IntRange(0), metavar="DAYS", help="Remove what was not used for so many days.")
+def cache(clear: bool, unused: int | None) -> None:
+    """List what ftkit keeps between runs: decoded images and frozen activations. All of it can be made again.
+
+    FTKIT_CACHE moves it; FTKIT_CACHE_GB limits it (20): the longest unused goes first.
+    """
+    from ftkit import storage, terminal
+
+    held = storage.entries()
+    if clear or unused is not None:
+        gone = [entry for entry in held if clear or entry.used_s >= (unused or 0) * 86_400]
+        for entry in gone:
+            storage.put_away(entry.folder)
+        click.echo(f"removed: {sum(entry.size_bytes for entry in gone) / 1e9:.2f} GB in {len(gone)} entries")
+        held = storage.entries()
+    rows = [("kind", "entries", "GB", "last used")]
+    for kind, words in (("canvases", "decoded images"), ("prefix", "frozen activations")):
+        own = [entry for entry in held if entry.kind == kind]
+        used = f"{min(entry.used_s for entry in own) / 86_400:.0f} days ago" if own else ""
+        rows.append((words, str(len(own)), f"{sum(entry.size_bytes for entry in own) / 1e9:.2f}", used))
+    click.echo(terminal.table(rows))
+    click.echo(f"{storage.cache_folder()}: at most {storage.limit_bytes() / 1e9:g} GB")
+
+
+@click.command(cls=Command)
 @click.argument("what", metavar="[RUN|BUNDLE|HISTORY]", required=False, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: beside what it tells of]")
 def report(what: Path | None, out: Path | None) -> None:

@@ -7,6 +7,7 @@ verdict.folder, verdict.passed
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -46,7 +47,7 @@ from ftkit_export.explain import Explainer, with_features
 from ftkit_export.golden import write_flat, write_golden
 from ftkit_export.latency import Latency, Raced
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.preprocess import MAX_PIXELS, Preprocess
 from ftkit_export.session import PROVIDERS, form_of, require
 from ftkit_export.targets import TARGETS, unshippable
 from ftkit_export.verify import sha256
@@ -113,6 +114,8 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
     where = data or run.data["data"]
     if not Path(where).exists():
         raise FtkitError(f"{where}: expected the images this run was trained on, found nothing. Try --data FOLDER")
+    if run.data["max_pixels"]:
+        os.environ.setdefault(MAX_PIXELS, run.data["max_pixels"])
     with terminal.bar("decoding") as progress:
         images = read(where, run.data["seed"], run.data["group_by"], None if data else run.data["root"])
         canvases = build_canvases(images, run.preprocess, progress)

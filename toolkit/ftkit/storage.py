@@ -12,8 +12,15 @@ import os
 import secrets
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from ftkit_export.errors import FtkitError
+
+KINDS = ("canvases", "prefix")
+LIMIT_GB = 20
+LARGE = 1e9  # bytes of cache that are worth a word
+BEGUN = time.time()  # of this process
 ABANDONED = 86_400  # seconds after which a hidden folder in the cache is what a killed run left
 
 
@@ -37,6 +44,53 @@ def clear_abandoned(folder: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another run may just have published it
             if time.time() - path.stat().st_mtime > ABANDONED:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One entry of the cache. used_s: seconds since it was last used."""
+
+    folder: Path
+    kind: str
+    size_bytes: int
+    used_s: float
+
+
+def entries() -> list[Entry]:
+    """What the cache holds, the longest unused first."""
+    found = []
+    for kind in KINDS:
+        for folder in (cache_folder() / kind).glob("[!.]*"):
+            with contextlib.suppress(OSError):  # another run may just remove it
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                used = max(0.0, time.time() - folder.stat().st_mtime)
+                found.append(Entry(folder=folder, kind=kind, size_bytes=size, used_s=used))
+    return sorted(found, key=lambda entry: -entry.used_s)
+
+
+def limit_bytes() -> float:
+    """$FTKIT_CACHE_GB, by default 20 GB. Raises FtkitError for what is no number."""
+    text = os.environ.get("FTKIT_CACHE_GB", str(LIMIT_GB))
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise FtkitError(f"FTKIT_CACHE_GB: expected gigabytes, 0 or more, found {text!r}. Try FTKIT_CACHE_GB=20")
+    return limit * 1e9
+
+
+def trim() -> tuple[int, int]:
+    """Remove what has been unused longest until the cache keeps to its limit; what this process used stays, for it may
+    have it mapped. Returns (bytes left, bytes removed)."""
+    held = entries()
+    total, removed = sum(entry.size_bytes for entry in held), 0
+    for entry in held:
+        if total - removed <= limit_bytes() or entry.used_s < time.time() - BEGUN:
+            break
+        put_away(entry.folder)
+        removed += entry.size_bytes
+    return total - removed, removed
 
 
 def put_away(folder: Path) -> None:

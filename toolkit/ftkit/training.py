@@ -9,6 +9,7 @@ Under torchrun every rank runs this very function; the first one writes, and spe
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import time
@@ -41,10 +42,11 @@ from ftkit.release import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.report import pictures, save_pictures, write_report
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
+from ftkit.storage import LARGE, limit_bytes, trim
 from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.preprocess import MAX_PIXELS, Preprocess
 
 HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 
@@ -181,6 +183,7 @@ def _finish(
         **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
         "group_by": run.plan["group_by"], "audit": found,
         "data": str(Path(data).resolve()), "root": root and str(root.resolve()),
+        "max_pixels": os.environ.get(MAX_PIXELS),
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
         "weights": backbone.weights, "model_fingerprint": fingerprint(backbone.model), "stages": run.stages,
@@ -196,6 +199,10 @@ def _finish(
     checkpoint.finish(run.folder, backbone.model, data_of_run)
     shutil.rmtree(run.folder / "state")
     test = verdict.metrics["test"]
+    left, removed = trim()
+    if left > LARGE:
+        gone = f"; {removed / 1e9:.1f} GB of the longest unused removed" if removed else ""
+        terminal.say(f"cache: {left / 1e9:.1f} GB of at most {limit_bytes() / 1e9:g} (`ftkit cache`){gone}")
     terminal.say(
         f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
         f"{ground(test.images, test.clusters)}; trained in {terminal.clock(seconds)}"
