@@ -102,8 +102,13 @@ class Audit:
         return not (self.shared_groups or any(item.exact for item in (*self.leaks, *self.conflicts)))
 
 
-def audit(images: Images, canvases: Canvases, progress: Callable[[int, int], None] = lambda done, total: None) -> Audit:
-    """images: as read; canvases: of them. progress(done, total) counts images."""
+def audit(
+    images: Images,
+    canvases: Canvases,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    fit: str = "crop",
+) -> Audit:
+    """images: as read; canvases: of them, made with `fit`. progress(done, total) counts images."""
     kept, total = canvases.images.images, len(canvases.images.images)
     alike = identical(canvases)
     thumbs = _thumbnails(canvases, progress)
@@ -124,6 +129,8 @@ def audit(images: Images, canvases: Canvases, progress: Callable[[int, int], Non
     with ThreadPoolExecutor(cores()) as pool:
         facts = list(pool.map(_header, [image.path for image in kept]))
     squares = np.array([min(width, height) / max(width, height, 1) for _, width, height in facts])
+    if fit != "crop":  # which keeps all
+        squares[:] = 1.0
     side, classes = canvases.shards[0].shape[1], images.classes
     train = Counter(image.label for image in images.of("train"))
     flat_rows = [int(row) for row in np.flatnonzero(flat)]

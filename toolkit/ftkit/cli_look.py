@@ -70,7 +70,7 @@ def audit_data(
     with terminal.bar("decoding") as step:
         canvases = build_canvases(images, preprocess, step)
     with terminal.bar("comparing") as step:
-        found = audit(images, canvases, step)
+        found = audit(images, canvases, step, preprocess.fit)
     echo = partial(click.echo, err=as_json == Path("-"))
     echo(curate.as_text(found, canvases))
     for path in curate.write_sheets(sheets, found, canvases) if sheets else ():

@@ -82,7 +82,7 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         *listed("nearly identical within a split:", sets(inside, False)),
         *listed(f"smaller than half of the {side} pixels trained on:", [name(row) for row in found.tiny]),
         *listed("over 40 megapixels:", [name(row) for row in found.huge]),
-        *listed("of one flat colour:", [name(row) for row in found.flat]),
+        *listed("of one flat colour:", [name(row) for row in found.flat if row not in found.emptied]),
         *listed(f"classes with under {FEW} training images:", list(found.few)),
     ]  # fmt: skip
     lines += listed("shown whole, and emptied by this recipe's crop:", [name(row) for row in found.emptied])

@@ -10,6 +10,7 @@ know: it is exported anew and timed on the spot, in seconds.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import tempfile
 from collections.abc import Sequence
@@ -53,27 +54,56 @@ def signpost(
 ) -> list[str]:
     """What to say of budgets that are missed, or not sure to be met. rows: the decision table."""
     lines = [f"missed: {item}" if item.verdict == "failed" else f"not sure: {item}" for item in missed]
-    lines += [_unproven(row, context.limits.max_accuracy_drop) for row in unproven]
+    if unproven:  # nothing smaller is needed: this one's accuracy is all that is open
+        lines.append(_unproven(_surest(unproven), context))
+        return lines
+    large = next((item for item in missed if item.name == "size_mb"), None)
+    small = [row for row in rows if large and row.name.startswith("int8") and row.size_bytes / 1e6 <= large.limit]
+    small = [row for row in small if row.verdict != "refused" and not row.shippable]
+    if small:
+        best = _surest(small)
+        lines.append(f"{best.name} would meet size_mb alone: {best.size_bytes / 1e6:.1f} MB; {_open(best, context)}")
+    elif large:
+        lines.append("a smaller file takes a smaller backbone: docs/recipes.md has the sizes")
     slow = next((item for item in missed if item.name == "p95_ms" and item.values), None)
     if slow and context.target.provider == "cpu" and (context.here or context.device):
-        lines += _resolutions(run, model, slow, rows, context)
-    if any(item.name == "size_mb" for item in missed) and not unproven:
-        lines.append("a smaller file takes a smaller backbone: docs/recipes.md has the sizes")
+        lines += _resolutions(run, model, slow, rows, context, only_int8=bool(small))
     return lines
 
 
-def _unproven(row: Row, limit: float) -> str:
-    p95 = f"p95 {row.p95_ms:.1f} ms, " if row.p95_ms else ""
-    figures = f"{p95}{row.size_bytes / 1e6:.1f} MB"
+def _open(row: Row, context: variants.Context) -> str:
+    """What keeps a variant from being shipped."""
     if row.paired is None or row.verdict != "inconclusive":
-        return f"{row.name} would meet them ({figures}); {row.verdict}: {row.reason}"
-    beyond = (row.paired.high - limit) * 100
-    more = row.reason.rpartition("; ")[2]
-    return f"{row.name} would meet them ({figures}); its accuracy is inconclusive by {beyond:.2f} points: {more}"
+        return f"{row.verdict}: {row.reason}"
+    beyond = (row.paired.high - context.limits.max_accuracy_drop) * 100
+    enough = math.ceil(row.paired.high * 1000) / 1000
+    return (
+        f"its accuracy is inconclusive by {beyond:.2f} points: {row.reason.rpartition('; ')[2]}, or a wider limit: "
+        f"--set export.max_accuracy_drop={enough:g}"
+    )
 
 
-def _resolutions(run: Run, model: nn.Module, slow: Budget, rows: Sequence[Row], context: variants.Context) -> list[str]:
-    """A table of smaller inputs, and the command for the largest that is likely to meet the budget."""
+def _surest(rows: Sequence[Row]) -> Row:
+    """The one that surely loses least."""
+    return min(rows, key=lambda row: row.paired.high if row.paired else 1.0)
+
+
+def _unproven(row: Row, context: variants.Context) -> str:
+    p95 = f"p95 {row.p95_ms:.1f} ms, " if row.p95_ms else ""
+    return f"{row.name} would meet them ({p95}{row.size_bytes / 1e6:.1f} MB); {_open(row, context)}"
+
+
+def _resolutions(
+    run: Run,
+    model: nn.Module,
+    slow: Budget,
+    rows: Sequence[Row],
+    context: variants.Context,
+    *,
+    only_int8: bool,
+) -> list[str]:
+    """A table of smaller inputs, and the command for the largest that is likely to meet the budget. only_int8: float32
+    is too large a file whatever its input."""
     ratios = [row.ratio for row in rows if row.name.startswith("int8") and row.verdict != "refused" and row.ratio]
     ratio = min(ratios, default=None)
     timed = _timed(run, model, slow, ratio, context)
@@ -86,7 +116,9 @@ def _resolutions(run: Run, model: nn.Module, slow: Budget, rows: Sequence[Row], 
 
     lines = [f"the same network on smaller inputs, not trained for them ({terminal.frames(context.frame)}):"]
     lines.append(terminal.table(table))
-    best = next((item for item in timed if item.p95_ms <= slow.limit), None)
+    best = None
+    if not only_int8:
+        best = next((item for item in timed if item.p95_ms <= slow.limit), None)
     best = best or next((item for item in timed if (item.int8_p95_ms or slow.limit * 2) <= slow.limit), None)
     if best:
         lines.append(f"try: {_command(run, best.size)}")

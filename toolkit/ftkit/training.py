@@ -120,7 +120,7 @@ def _train(
     if not (going_on or allow_leakage):
         ranks.together(lambda: require_apart(canvases))
     with terminal.bar("comparing") as progress:
-        found = named(audit(images, canvases, progress), canvases, most=20) if ranks.main else {}
+        found = named(audit(images, canvases, progress, preprocess.fit), canvases, most=20) if ranks.main else {}
     _say_data(canvases)
     terminal.say(f"{recipe.name}: {recipe.backbone} on {policy}\nweights: {backbone.weights}")
     if ranks.world > 1:
