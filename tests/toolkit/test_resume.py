@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,11 @@ def test_a_link_to_nowhere_is_told_and_not_tried_for_ever(tmp_path: Path) -> Non
     (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
     with pytest.raises(FtkitError, match="found a broken link"):
         claim(tmp_path / "runs" / "lite0")
+
+
+def test_runs_that_begin_at_once_get_a_folder_each(tmp_path: Path) -> None:
+    """Without --out two took the same one, and the second was told to free some disk."""
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(claim, [tmp_path / "runs" / "lite0"] * 24))
+    assert len(folders) == 24
+    assert all(folder.is_dir() for folder in folders)
