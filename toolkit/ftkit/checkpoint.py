@@ -93,7 +93,8 @@ def claim(base: Path) -> Path:
                 raise FtkitError(f"{folder}: expected a place to write to, found a broken link. Try --out") from None
         except OSError as error:
             raise FtkitError(f"{folder}: expected a place to write to, found {error.strerror}. Try --out") from None
-        return folder
+        else:
+            return folder  # not after another process was first: then the next number is tried
 
 
 def create(out: Path) -> Path:
