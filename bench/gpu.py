@@ -33,12 +33,12 @@ from torchvision.datasets import ImageFolder
 from ftkit.backbones import build
 from ftkit.compute import prepare
 from ftkit.demo import SETTINGS, write_elpv
-from ftkit.distributed import SOLO, pick_device
 from ftkit.feed import Feed, Fetched, set_mode, under
 from ftkit.optim import Batch, Moving, make_optimizer
 from ftkit.recipe import Recipe, Stage
 from ftkit.step import fresh_gradients, run_as
 from ftkit.training import train
+from ftkit.utils.distributed import SOLO, pick_device
 from ftkit_export.bench import find
 from ftkit_export.latency import Condition, begin, measure
 from ftkit_export.preprocess import Preprocess

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ftkit import terminal
 from ftkit.demo import write_elpv
+from ftkit.utils import console
 
 EACH = 100  # images of two classes
 ROOT = Path(__file__).parents[1]
@@ -50,10 +50,10 @@ def main() -> None:
                 raise SystemExit(f"{command}: exit {done.returncode}")
             if command.startswith("ftkit verify"):
                 verified = time.perf_counter() - whole
-    print(terminal.table(rows))
+    print(console.table(rows))
     lines = [line for line in page.splitlines() if line.strip()]
     last = next(i for i, line in enumerate(commands, start=2) if line.startswith("ftkit verify"))  # 1 is the clone
-    print(f"from clone to verified bundle: {terminal.clock(verified)}, {last} commands; {len(lines)} lines to read")
+    print(f"from clone to verified bundle: {console.clock(verified)}, {last} commands; {len(lines)} lines to read")
 
 
 if __name__ == "__main__":

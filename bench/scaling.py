@@ -29,7 +29,7 @@ PAPER_BATCH = 256  # images a GPU and step
 
 REDUCE = """
 import sys, time, torch, torch.distributed as dist
-from ftkit.distributed import joined
+from ftkit.utils.distributed import joined
 with joined(sys.argv[1]) as (device, ranks):
     gradients, times = torch.ones(int(sys.argv[2]), device=device), []
     for what in (lambda: ranks.sum(gradients), lambda: ranks.largest(0)):

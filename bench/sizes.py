@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 
 import ftkit
-from ftkit import terminal
 from ftkit.backbones import build
 from ftkit.checkpoint import open_run
 from ftkit.demo import write_elpv
 from ftkit.intake import read
 from ftkit.override import override
 from ftkit.recipe import load
+from ftkit.utils import console
 from ftkit_export.convert import export_core, write
 from ftkit_export.decision import paired
 from ftkit_export.graph import image_form
@@ -72,7 +72,7 @@ def train(folder: Path) -> None:
                 f"{data['seconds']:.0f}",
             )
         )
-    print(terminal.table(rows))
+    print(console.table(rows))
 
 
 def time(folder: Path) -> None:
@@ -95,7 +95,7 @@ def time(folder: Path) -> None:
             megabytes = f"{path.stat().st_size / 1e6:.1f}"
             ratio = f"{item.ratio:.2f}"
             rows.append((recipe, str(size), f"{item.p50_ms:.2f}", f"{item.p95_ms:.2f}", ratio, megabytes))
-    print(f"{terminal.frames(FRAME)}, one thread, fp32\n{terminal.table(rows)}\n{machine()}")
+    print(f"{console.frames(FRAME)}, one thread, fp32\n{console.table(rows)}\n{machine()}")
 
 
 def main() -> None:

@@ -20,15 +20,15 @@ from pathlib import Path
 
 import tables
 
-from ftkit import terminal
 from ftkit.cli import main as ftkit
 from ftkit.demo import SETTINGS, write_elpv
+from ftkit.utils import console
 from ftkit_export.latency import Condition, parts
 
 
 def timed(command: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     """Seconds of one command, and of each of its parts."""
-    terminal.spent.clear()
+    console.spent.clear()
     begun, found = time.perf_counter(), Counter[str]()
     try:
         code = ftkit(command, standalone_mode=False)
@@ -36,7 +36,7 @@ def timed(command: tuple[str, ...]) -> tuple[float, dict[str, float]]:
         code = done.code
     assert not code, command
     whole = time.perf_counter() - begun
-    for label, seconds in terminal.spent.items():
+    for label, seconds in console.spent.items():
         found[re.sub(r" \d+/\d+$", "", label)] += seconds  # type: ignore[assignment]
     return whole, dict(found.most_common())
 

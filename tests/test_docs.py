@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ftkit.cli import main
-from ftkit.distributed import FRESH_STORE
+from ftkit.utils.distributed import FRESH_STORE
 from ftkit_export import errors
 
 ROOT = Path(__file__).parents[1]

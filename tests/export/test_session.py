@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ftkit.backbones import build
-from ftkit.distributed import joined
+from ftkit.utils.distributed import joined
 from ftkit_export import session
 from ftkit_export.convert import export_core
 from ftkit_export.errors import FtkitError, ProviderError

@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on(photos: Path, tmp_path: Path) -> None:
 CHECK = """
 import torch, torch.distributed as dist
 from torch import nn
-from ftkit.distributed import GlobalBatchNorm
+from ftkit.utils.distributed import GlobalBatchNorm
 torch.cuda.set_device(0)
 dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, init_method="tcp://127.0.0.1:29577")
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):

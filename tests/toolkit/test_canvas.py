@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import ImageOps
 
-from ftkit import canvas, storage
+from ftkit import canvas
 from ftkit.intake import read
+from ftkit.utils import cache_folder
 from ftkit_export.errors import FtkitError, UnavailableImageError
 from ftkit_export.preprocess import Preprocess, decode
 
@@ -65,7 +66,7 @@ def test_a_killed_build_leaves_nothing_a_reader_could_take_for_a_shard(photos: P
     left = list((tmp_path / "canvases").iterdir())
     assert all(path.name.startswith(".") for path in left)
     for path in left:
-        os.utime(path, (time.time() - 2 * storage.ABANDONED,) * 2)
+        os.utime(path, (time.time() - 2 * cache_folder.ABANDONED,) * 2)
     again, first = start(photos, tmp_path), start(photos, tmp_path / "elsewhere")
     assert again.communicate(timeout=120)[0] == first.communicate(timeout=120)[0]
     assert not [path for path in (tmp_path / "canvases").iterdir() if path.name.startswith(".")], "cleared away"

@@ -17,14 +17,14 @@ import safetensors.torch
 import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
-from ftkit import distributed
 from ftkit.backbones import build
 from ftkit.canvas import build as build_canvases
 from ftkit.cli import main
-from ftkit.distributed import FRESH_STORE, Ranks
 from ftkit.feed import Feeds
 from ftkit.intake import read
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.utils import distributed
+from ftkit.utils.distributed import FRESH_STORE, Ranks
 from ftkit_export.preprocess import Preprocess
 
 # SGD, since Adam turns the noise of gradients that are zero in theory (a bias before a BatchNorm) into steps.
@@ -55,7 +55,7 @@ def assert_same_within_rounding(one: Path, other: Path) -> None:
 
 
 def test_four_ranks_end_with_the_weights_of_one(alone: Path, photos: Path, tmp_path: Path) -> None:
-    script = "import sys; from ftkit.distributed import launch; sys.exit(launch(4, sys.argv[1:]))"
+    script = "import sys; from ftkit.utils.distributed import launch; sys.exit(launch(4, sys.argv[1:]))"
     command = [sys.executable, "-c", script, "train", str(photos), "--out", str(tmp_path / "run"), *PLAN]
     environment = {**os.environ, "FTKIT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
@@ -120,7 +120,7 @@ CHECKS = """
 import json, sys
 import torch
 from torch import nn
-from ftkit.distributed import GlobalBatchNorm, joined
+from ftkit.utils.distributed import GlobalBatchNorm, joined
 from ftkit_export.errors import FtkitError
 
 with joined("cpu") as (device, ranks):

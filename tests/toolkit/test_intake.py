@@ -11,8 +11,8 @@ from PIL import Image
 
 from ftkit import evidence
 from ftkit.canvas import build
-from ftkit.files import write_atomically
 from ftkit.intake import read, splits_csv
+from ftkit.utils.files import write_atomically
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 

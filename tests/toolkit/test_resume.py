@@ -18,7 +18,7 @@ import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
 from ftkit.checkpoint import claim
-from ftkit.lock import in_use, locked
+from ftkit.utils.lock import in_use, locked
 from ftkit_export.errors import FtkitError
 
 
@@ -156,7 +156,7 @@ def test_a_file_system_without_locks_is_no_other_process(
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("ftkit.lock.fcntl.flock", flock)
+    monkeypatch.setattr("ftkit.utils.lock.fcntl.flock", flock)
     with locked(tmp_path):
         assert not in_use(tmp_path)
 

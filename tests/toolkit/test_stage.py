@@ -17,13 +17,13 @@ from ftkit.augment import evaluation
 from ftkit.backbones import build, trainable
 from ftkit.canvas import build as build_canvases
 from ftkit.checkpoint import open_run
-from ftkit.distributed import SOLO
 from ftkit.feed import Feed, Feeds, ahead
 from ftkit.intake import read
 from ftkit.optim import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.step import fresh_gradients
 from ftkit.teacher import Teacher
+from ftkit.utils.distributed import SOLO
 from ftkit.validate import Validation, validate
 from ftkit_export.preprocess import Preprocess
 

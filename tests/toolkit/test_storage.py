@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ftkit
 
-from ftkit import storage
+from ftkit.utils import cache_folder
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def _left(cache: Path) -> set[str]:
 def test_the_longest_unused_goes_until_the_limit_is_kept_and_what_is_in_use_stays(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "BEGUN", time.time() - 60)
-    assert storage.trim() == (4_000_000, 0)
+    monkeypatch.setattr(cache_folder, "BEGUN", time.time() - 60)
+    assert cache_folder.trim() == (4_000_000, 0)
     monkeypatch.setenv("FTKIT_CACHE_GB", "0.0025")
-    assert storage.trim() == (2_000_000, 2_000_000)
+    assert cache_folder.trim() == (2_000_000, 2_000_000)
     assert _left(cache) == {"2", "3"}
     monkeypatch.setenv("FTKIT_CACHE_GB", "0")
-    storage.trim()
+    cache_folder.trim()
     assert _left(cache) == {"3"}, "this process used it"
     monkeypatch.setenv("FTKIT_CACHE_GB", "much")
     told = ftkit("cache")
@@ -54,7 +54,7 @@ def test_the_command_lists_and_clears(cache: Path) -> None:
 
 def test_opening_an_entry_marks_it_used(run: Path, photos: Path, tmp_path: Path) -> None:
     """So that what every run of today needs is not what goes first."""
-    for entry in storage.entries():
+    for entry in cache_folder.entries():
         os.utime(entry.folder, (1, 1))
     assert ftkit("data", photos).exit_code == 0
-    assert any(entry.kind == "canvases" and entry.used_s < 3600 for entry in storage.entries())
+    assert any(entry.kind == "canvases" and entry.used_s < 3600 for entry in cache_folder.entries())

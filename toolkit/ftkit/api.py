@@ -45,14 +45,14 @@ def train(
     Raises FtkitError for bad data, recipe, weights or settings; Stopped (a KeyboardInterrupt) after Ctrl-C, saved.
     Under torchrun the first rank returns; the others end here.
     """
-    from ftkit import terminal
     from ftkit.override import override
     from ftkit.recipe import Recipe
     from ftkit.recipe import load as load_recipe
+    from ftkit.utils import console
 
     if resume and out is None:
         raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
-    terminal.hush(quiet)
+    console.hush(quiet)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     plan = override(plan, [*([f"weights={weights}"] if weights else []), *settings])
 
@@ -70,7 +70,7 @@ def train(
         if not out:
             with suppress(OSError):
                 folder.rmdir()  # where nothing began
-    if not terminal.is_first():
+    if not console.is_first():
         sys.exit(0)  # of several ranks one has the run; this one's work is done
     return open_run(folder)
 
@@ -89,9 +89,9 @@ def export(
     data: where the run's images are now, if they moved. on: user@host whose latency decides (ssh); latency: a file of
     it. runtime: onnxruntime-web's .tgz for web. The other arguments are those of `ftkit export`.
     """
-    from ftkit import terminal
     from ftkit.override import override
     from ftkit.recipe import Recipe, Stage
+    from ftkit.utils import console
 
     for setting in settings:
         if not setting.startswith("export."):
@@ -106,7 +106,7 @@ def export(
     from ftkit.web import runtime as web_runtime
     from ftkit_export.session import parse_providers
 
-    terminal.hush(quiet)
+    console.hush(quiet)
     names = parse_providers(",".join(providers))
     opened = run if isinstance(run, Run) else open_run(run)
     if on and latency:

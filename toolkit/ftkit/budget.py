@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftkit import terminal
+from ftkit.utils import console
 from ftkit_export.bench import find, starts
 from ftkit_export.errors import FtkitError, choices
 from ftkit_export.latency import Condition, Start, machine
@@ -196,16 +196,16 @@ def as_tables(found: Mapping[str, Any]) -> str:
         times = [statistics.median(item[key] for item in items) for key in ("import_ms", "session_ms", "first_run_ms")]
         peak = statistics.median(item["peak_rss_bytes"] for item in items)
         cold.append((name, *(f"{value:.0f}" for value in (*times, sum(times), peak / 1e6)), f"{sizes[name] / 1e6:.1f}"))
-    tables = [terminal.table(rows), terminal.table(cold)]
+    tables = [console.table(rows), console.table(cold)]
     if found["parts"]:
         keys = ("decode_ms", "preprocess_ms", "network_ms", "together_ms", "pillow_ms")
         head = ("variant", "decode ms", "preprocess", "network", "the last two", "Pillow's preprocess")
-        tables.append(terminal.table([head, *((name, *(_ms(part[key]) for key in keys))
+        tables.append(console.table([head, *((name, *(_ms(part[key]) for key in keys))
                                               for name, part in found["parts"].items())]))  # fmt: skip
     raced = [f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
              f"{item['ratio_high']:.2f}]" for name, item in found["raced"].items() if name != "fp32"]  # fmt: skip
     quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
-    frames = [f"{terminal.frames(found['frame'])}, decoding apart"] if found["frame"] else []
+    frames = [f"{console.frames(found['frame'])}, decoding apart"] if found["frame"] else []
     held = {f"{row['variant']} on {row['provider']}": row["gpu_bytes"] for row in found["rows"] if row.get("gpu_bytes")}
     placed = [f"{row['variant']} on {row['provider']}: {row['placement']}" for row in found["rows"]
               if row["provider"] != "cpu" and row.get("placement")]  # fmt: skip
@@ -231,7 +231,7 @@ def as_gate(verdicts: Sequence[Verdict]) -> str:
             f"{item.margin:.0%}", str(item.processes), f"{item.seconds:.0f}", item.verdict,
         ))  # fmt: skip
     reasons = [textwrap.fill(f"{item.what}: {item.reason}", 80, subsequent_indent="  ") for item in verdicts]
-    return "\n".join([terminal.table(rows), *reasons])
+    return "\n".join([console.table(rows), *reasons])
 
 
 def _mark(outcome: Outcome) -> str:

@@ -32,11 +32,11 @@ from torch import nn
 
 from ftkit.augment import augmented, drawn, evaluation
 from ftkit.canvas import Canvases
-from ftkit.distributed import SOLO, Ranks, share_of_cores
 from ftkit.recipe import Augment
 from ftkit.source import Source
 from ftkit.state import seeded
-from ftkit.storage import cache_folder, clear_abandoned, publish, put_away, reserve
+from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
+from ftkit.utils.distributed import SOLO, Ranks, share_of_cores
 from ftkit_export.convert import quiet
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import Session

@@ -30,13 +30,13 @@ import PIL
 
 from ftkit.intake import Images
 from ftkit.recipe import restore_preprocess
-from ftkit.storage import cache_folder, clear_abandoned, publish, put_away, reserve
+from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
 from ftkit_export.preprocess import MAX_PIXELS, Preprocess
 from ftkit_export.session import cores
 
 if TYPE_CHECKING:
-    from ftkit.distributed import Ranks
+    from ftkit.utils.distributed import Ranks
 
 Array = np.ndarray[Any, Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftkit.terminal import condition, frames
+from ftkit.utils.console import condition, frames
 from ftkit_export.intervals import ground
 
 

@@ -27,10 +27,10 @@ from torch import nn
 
 import ftkit
 from ftkit.backbones import Backbone, build
-from ftkit.files import write_atomically
-from ftkit.lock import LOCK, in_use
 from ftkit.page import table
 from ftkit.recipe import Recipe, restore, restore_preprocess
+from ftkit.utils.files import write_atomically
+from ftkit.utils.lock import LOCK, in_use
 from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground
 from ftkit_export.preprocess import Preprocess

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit import __version__, api, terminal
+from ftkit import __version__, api
 from ftkit.cli_look import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
 from ftkit.cli_measure import KEY, bench, evaluate
 from ftkit.cli_options import MAX_PIXELS, Command
+from ftkit.utils import console
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class _Group(click.Group):
                 click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:
-            if terminal.is_first():
+            if console.is_first():
                 click.echo(str(stopped) or "stopped: nothing that was finished is lost", err=True)
             ctx.exit(getattr(stopped, "exit_code", 130))
         except OSError as error:
@@ -118,8 +119,8 @@ def train(
 def _launched(ctx: click.Context, gpus: int) -> int:
     """The same command in a process a GPU; its exit code."""
     from ftkit.checkpoint import claim
-    from ftkit.distributed import launch, pick_device
     from ftkit.recipe import load
+    from ftkit.utils.distributed import launch, pick_device
 
     if ctx.params["device"] == "cpu":
         raise FtkitError(

@@ -11,7 +11,7 @@ import click
 
 from ftkit.cli_measure import JSON, KEY, write_json
 from ftkit.cli_options import MAX_PIXELS, Command
-from ftkit.files import write_atomically
+from ftkit.utils.files import write_atomically
 
 GROUP_BY = click.option(
     "--group-by", default="", metavar="REGEX",
@@ -54,12 +54,13 @@ def audit_data(
     Exit 1 when splits share an image or a group, or an image has two labels. What is decoded here is not decoded again
     by `ftkit train`.
     """
-    from ftkit import curate, terminal
+    from ftkit import curate
     from ftkit.audit import audit, named
     from ftkit.backbones import build
     from ftkit.canvas import build as build_canvases
     from ftkit.intake import read
     from ftkit.recipe import load
+    from ftkit.utils import console
 
     plan, images = load(recipe), read(folder, group_by=group_by, root=root)
     if fix:
@@ -67,9 +68,9 @@ def audit_data(
     if sheets:
         curate.require_outside(sheets, images, "--sheets")
     preprocess = plan.preprocess or build(plan.backbone, 2, "none").preprocess
-    with terminal.bar("decoding") as step:
+    with console.bar("decoding") as step:
         canvases = build_canvases(images, preprocess, step)
-    with terminal.bar("comparing") as step:
+    with console.bar("comparing") as step:
         found = audit(images, canvases, step, preprocess.fit)
     echo = partial(click.echo, err=as_json == Path("-"))
     echo(curate.as_text(found, canvases))
@@ -77,7 +78,7 @@ def audit_data(
         echo(f"sheet: {path}")
     if fix:
         cleaned = curate.clean(found, canvases)
-        with terminal.bar("copying") as step:
+        with console.bar("copying") as step:
             table = curate.write_clean(fix, cleaned.images, images, step)
         echo(f"{len(cleaned.images)} images in {table}\n{cleaned}")
         echo(f"next: ftkit train {shlex.quote(str(table))}")
@@ -93,22 +94,22 @@ def cache(clear: bool, unused: int | None) -> None:
 
     FTKIT_CACHE moves it; FTKIT_CACHE_GB limits it (20): the longest unused goes first.
     """
-    from ftkit import storage, terminal
+    from ftkit.utils import cache_folder, console
 
-    held = storage.entries()
+    held = cache_folder.entries()
     if clear or unused is not None:
         gone = [entry for entry in held if clear or entry.used_s >= (unused or 0) * 86_400]
         for entry in gone:
-            storage.put_away(entry.folder)
+            cache_folder.put_away(entry.folder)
         click.echo(f"removed: {sum(entry.size_bytes for entry in gone) / 1e9:.2f} GB in {len(gone)} entries")
-        held = storage.entries()
+        held = cache_folder.entries()
     rows = [("kind", "entries", "GB", "last used")]
     for kind, words in (("canvases", "decoded images"), ("prefix", "frozen activations")):
         own = [entry for entry in held if entry.kind == kind]
         used = f"{min(entry.used_s for entry in own) / 86_400:.0f} days ago" if own else ""
         rows.append((words, str(len(own)), f"{sum(entry.size_bytes for entry in own) / 1e9:.2f}", used))
-    click.echo(terminal.table(rows))
-    click.echo(f"{storage.cache_folder()}: at most {storage.limit_bytes() / 1e9:g} GB")
+    click.echo(console.table(rows))
+    click.echo(f"{cache_folder.cache_folder()}: at most {cache_folder.limit_bytes() / 1e9:g} GB")
 
 
 @click.command(cls=Command)

@@ -61,9 +61,9 @@ def evaluate(
 
     With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images cannot tell.
     """
-    from ftkit import terminal
     from ftkit.intake import labelled
     from ftkit.release import against, answers, as_text, require, unseen
+    from ftkit.utils import console
     from ftkit_export.archive import unpacked
 
     if not 0 < max_drop < 1:
@@ -84,7 +84,7 @@ def evaluate(
             echo(f"left out: {seen} images that {each.name} was trained on")
     if not images:
         raise FtkitError(f"{data}: expected images that neither bundle was trained on, found none. Try held-out images")
-    with unpacked(bundle, key) as path, terminal.bar(f"{bundle.name} on {len(images)} images") as step:
+    with unpacked(bundle, key) as path, console.bar(f"{bundle.name} on {len(images)} images") as step:
         new = answers(path, images, provider=provider, step=step)
     if provider != "cpu":
         echo(f"{provider}: {new.placement}")
@@ -92,7 +92,7 @@ def evaluate(
         click.echo(f"left out: {line}", err=True)
     before = change = None
     if old:
-        with unpacked(old, key) as path, terminal.bar(f"{old.name} on {len(images)} images") as step:
+        with unpacked(old, key) as path, console.bar(f"{old.name} on {len(images)} images") as step:
             before = answers(path, images, provider=provider, step=step)
         change = against(new, before, max_drop=max_drop)
     echo(as_text(new, before, change))
@@ -148,7 +148,8 @@ def bench(
     Exit 1 when a budget or --against fails, 3 when that cannot be told here.
     """
     from ftkit import budget as judging
-    from ftkit import history, remote, terminal
+    from ftkit import history, remote
+    from ftkit.utils import console
     from ftkit_export.archive import unpacked
     from ftkit_export.bench import bench as measure
     from ftkit_export.bench import find, read
@@ -172,7 +173,7 @@ def bench(
     with ExitStack() as stack:
         path = stack.enter_context(unpacked(model, key))
         old = stack.enter_context(unpacked(baseline, key)) if baseline and not stored else None
-        say = stack.enter_context(terminal.note())
+        say = stack.enter_context(console.note())
         if host:
             say(f"measuring on {host}")
             there = partial(remote.bench, host, path, provider=names[0], threads=(counts or [0])[0], quick=quick)
@@ -273,6 +274,6 @@ def write_json(path: Path | None, told: object) -> None:
     if path == Path("-"):
         click.echo(text, nl=False)
     elif path:
-        from ftkit.files import write_atomically
+        from ftkit.utils.files import write_atomically
 
         write_atomically(path, text.encode())

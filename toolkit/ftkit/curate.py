@@ -23,11 +23,11 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from ftkit import terminal
 from ftkit.audit import FEW, UNEVEN, Alike, Audit
 from ftkit.canvas import Canvases
-from ftkit.files import write_atomically
 from ftkit.intake import SPLITS, Image, Images, as_csv, below
+from ftkit.utils import console
+from ftkit.utils.files import write_atomically
 from ftkit_export.bundle import beside
 from ftkit_export.errors import FtkitError
 
@@ -42,7 +42,7 @@ def as_text(found: Audit, canvases: Canvases) -> str:
     splits = [split for split in SPLITS if split in next(iter(found.counts.values()))]
     rows = [("class", *(f"{split}{'*' if split in found.made else ''}" for split in splits))]
     rows += [(name, *(str(each[split]) for split in splits)) for name, each in found.counts.items()]
-    lines = [f"{found.images} images of {len(found.classes)} classes", "", terminal.table(rows)]
+    lines = [f"{found.images} images of {len(found.classes)} classes", "", console.table(rows)]
     if found.made:
         lines.append("* made by ftkit: stratified, seeded; groups and identical files kept on one side")
     lines += ["", f"formats  {_most(found.formats)}", f"sizes    {_most(found.sizes)}",

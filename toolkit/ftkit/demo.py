@@ -15,8 +15,8 @@ import time
 from importlib import resources, util
 from pathlib import Path
 
-from ftkit import terminal
 from ftkit.intake import read
+from ftkit.utils import console
 from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground
 
@@ -67,9 +67,9 @@ def run_demo(out: Path) -> None:
         raise FtkitError(f"{out}: expected a new folder, found one there already. Try --out another, or remove it")
     started = time.perf_counter()
     data, run, bundle = out / "photos", out / "run", out / "bundle"
-    terminal.say(NOTICE)
+    console.say(NOTICE)
     count = write_elpv(data, split=True)
-    terminal.say(
+    console.say(
         f"{count} photographs written to {data}; runs of {GROUP} consecutive cells (about one module) kept together"
     )
     _step("train", str(data), "--out", str(run), *SETTINGS, *GROUPS)
@@ -77,17 +77,17 @@ def run_demo(out: Path) -> None:
     _step("verify", str(bundle))
     shown = [next(iter(sorted(folder.iterdir()))) for folder in sorted((data / "test").iterdir())]
     _step("predict", str(bundle), *map(str, shown))
-    terminal.say()
-    terminal.say(_summary(bundle))
-    terminal.say()
-    terminal.say(f"report  {bundle / 'report.html'}\nmodel   {bundle / 'model.onnx'}")
-    terminal.say(f"device  python {shlex.quote(str(bundle / 'device' / 'classify.py'))} --self-check")
-    terminal.say(f"try it  ftkit try {shlex.quote(str(bundle))}")
-    terminal.say(f"done in {terminal.clock(time.perf_counter() - started)}")
+    console.say()
+    console.say(_summary(bundle))
+    console.say()
+    console.say(f"report  {bundle / 'report.html'}\nmodel   {bundle / 'model.onnx'}")
+    console.say(f"device  python {shlex.quote(str(bundle / 'device' / 'classify.py'))} --self-check")
+    console.say(f"try it  ftkit try {shlex.quote(str(bundle))}")
+    console.say(f"done in {console.clock(time.perf_counter() - started)}")
 
 
 def _step(*arguments: str) -> None:
-    terminal.say(f"\n$ ftkit {shlex.join(arguments)}")
+    console.say(f"\n$ ftkit {shlex.join(arguments)}")
     done = subprocess.run([sys.executable, "-m", "ftkit", *arguments], check=False)
     if done.returncode:
         raise FtkitError(
@@ -111,6 +111,6 @@ def _summary(bundle: Path) -> str:
     rows.append(("chosen", f"{manifest['chosen']} for {manifest['target']}"))
     for item in (item for item in evidence["latency"] if item["variant"] == manifest["chosen"]):
         rows.append(("latency", f"p50 {item['p50_ms']:.1f} ms, p95 {item['p95_ms']:.1f} ms on "
-                     f"{terminal.condition(item)}"))  # fmt: skip
+                     f"{console.condition(item)}"))  # fmt: skip
     rows.append(("size", f"{item['size_bytes'] / 1e6:.1f} MB"))
-    return terminal.table(rows)
+    return console.table(rows)

@@ -9,7 +9,7 @@ from importlib import metadata
 
 import numpy as np
 
-from ftkit.storage import cache_folder
+from ftkit.utils.cache_folder import cache_folder
 from ftkit_export.errors import FtkitError
 from ftkit_export.graph import tiny_model
 from ftkit_export.session import PROVIDERS, Session, cores, missing_library, offered

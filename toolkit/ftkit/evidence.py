@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 import ftkit
-from ftkit import terminal, variants
+from ftkit import variants
 from ftkit.budget import Budget
 from ftkit.budget import budgets as judge_budgets
 from ftkit.checkpoint import Run
 from ftkit.evaluate import Metrics, evaluate
 from ftkit.recipe import Export
+from ftkit.utils import console
 from ftkit_export.bench import QUICK_STARTS, STARTS, conditions, starts
 from ftkit_export.bundle import Gate
 from ftkit_export.decision import Paired, Row, paired
@@ -43,7 +44,7 @@ def file_accuracy(
     framework, which the run has kept."""
     classify, rows = Classifier(folder), context.canvases.rows("test")
     found, labels = [], context.canvases.labels[rows]
-    with terminal.bar("accuracy of the file") as progress:
+    with console.bar("accuracy of the file") as progress:
         for number, row in enumerate(rows, start=1):
             found.append(classify.probabilities(classify.decode(context.canvases.images.images[row].path)))
             progress(number, len(rows))
@@ -80,11 +81,11 @@ def latencies(
             for condition in listed:
                 if provider == "cpu" and not condition.spinning:
                     continue  # `ftkit bench` has it
-                where = f"{name} on {terminal.condition(vars(condition))}"
-                with terminal.bar(f"latency of {where}"):
+                where = f"{name} on {console.condition(vars(condition))}"
+                with console.bar(f"latency of {where}"):
                     last = measure(condition, photograph, quick=quick)
                 found[name].append(last)
-                terminal.say(f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
+                console.say(f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
     return found
 
 
@@ -94,7 +95,7 @@ def budgets(row: Row, forms: tuple[Path, Path], context: variants.Context, *, qu
     limits = {name: getattr(context.limits, name) for name in BUDGETS if getattr(context.limits, name) is not None}
     starts: Sequence[Start] = []
     if limits.keys() & {"p95_ms", "memory_mb"}:
-        with terminal.bar(f"budgets of {row.name}"):
+        with console.bar(f"budgets of {row.name}"):
             starts = _starts(row, forms, context, quick)
     return judge_budgets(limits, starts, p50_ms=row.p50_ms, p95_ms=row.p95_ms, size_bytes=row.size_bytes)
 
@@ -171,7 +172,7 @@ def judge(limits: Export, measured: Measured) -> list[Gate]:
         gates.append(_recall(measured.metrics, limits.min_recall))
 
     words = {
-        "p95_ms": f"p95 ms, one thread, {terminal.frames(measured.frame)}",
+        "p95_ms": f"p95 ms, one thread, {console.frames(measured.frame)}",
         "size_mb": "size in MB",
         "memory_mb": "memory in MB",
     }
@@ -223,7 +224,7 @@ def over_sizes(row: Row, forms: tuple[Path, Path], context: variants.Context) ->
         return []
     area = {frame: math.prod(parse_frame(frame)) for frame in {*SIZES, context.frame}}
     listed = sorted(area, key=lambda frame: area[frame])
-    with terminal.bar("latency over frame sizes"):
+    with console.bar("latency over frame sizes"):
         if context.device:
             return context.device.over_sizes(forms[0], context.photograph, listed)
         return latency_over_sizes(Condition(model=str(forms[0]), threads=1), context.photograph, listed)

@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from ftkit import terminal
 from ftkit.augment import Mixing, augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.backbones import Backbone, trainable
 from ftkit.cache import Activations, Tensors, Views, channels_last, check, discard, fill
 from ftkit.canvas import Canvases
-from ftkit.distributed import SOLO, Ranks
 from ftkit.optim import Batch
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe
 from ftkit.source import Source, array_source, pinned
 from ftkit.teacher import Teacher, load
+from ftkit.utils import console
+from ftkit.utils.distributed import SOLO, Ranks
 from ftkit.weights import fingerprint
 from ftkit_export.preprocess import Preprocess
 
@@ -184,7 +184,7 @@ class Feeds:
             reason = next(filter(None, different), "")
             if not (reason and kept.found and again):
                 break
-            terminal.warn(f"cache: expected what a live pass gives, found that {reason}. It is computed anew")
+            console.warn(f"cache: expected what a live pass gives, found that {reason}. It is computed anew")
             discard(kept, self.ranks)
             if kept is self._shared:
                 self._shared = None
@@ -279,7 +279,7 @@ class Feeds:
         wanted = {node.name for cut in cuts for node in cut}
         names = [node.name for node in graph.graph.nodes if node.name in wanted]
         prefix = frozen_part(graph, cuts)
-        with terminal.bar("frozen prefix") as progress:
+        with console.bar("frozen prefix") as progress:
             key = prefix.code + fingerprint(prefix)
             return fill(prefix, key, names, self.views(count), progress, self.ranks)
 
@@ -290,7 +290,7 @@ class Feeds:
         teacher.to(self.device)
 
         def made() -> Activations | str:
-            with terminal.bar("teacher") as progress:
+            with console.bar("teacher") as progress:
                 return fill(teacher, teacher.key, ["teacher"], self.views(count), progress, self.ranks)
 
         return self._trusted(made, teacher, ["teacher"])

@@ -20,9 +20,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ftkit import terminal
-from ftkit.files import write_atomically
 from ftkit.page import page
+from ftkit.utils import console
+from ftkit.utils.files import write_atomically
 from ftkit_export.errors import FtkitError
 
 NAME = "ftkit-bench.jsonl"
@@ -87,7 +87,7 @@ def _series(line: Mapping[str, Any]) -> dict[str, float]:
     where = f"{line['machine']['cpu']}, {line['machine']['cores']} cores ({line['machine']['fingerprint']})"
     where, quick = f"{where}|{line['name']}", ", quick" if line["quick"] else ""
     frame = line.get("frame", "")  # of older lines the golden image's own, which they do not tell
-    frames = f", {terminal.frames(frame)}" if frame else ""
+    frames = f", {console.frames(frame)}" if frame else ""
     found = {}
     for row in line["rows"]:
         threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit import terminal
 from ftkit.augment import evaluation
 from ftkit.backbones import Backbone, features
 from ftkit.cache import CHUNK, runner
@@ -29,6 +28,7 @@ from ftkit.evaluate import (
     reliability,
     worst_mistakes,
 )  # fmt: skip
+from ftkit.utils import console
 from ftkit_export.foreign import Foreign, fit
 from ftkit_export.predict import softmax
 from ftkit_export.preprocess import Preprocess
@@ -82,7 +82,7 @@ class Answers:
 
     def __call__(self, rows: Array, label: str) -> list[Array]:
         parts = []
-        with terminal.bar(label) as progress:
+        with console.bar(label) as progress:
             for start in range(0, len(rows), CHUNK):
                 parts.append(self._run(self._pixels(rows[start : start + CHUNK])))
                 progress(start + len(parts[-1][0]), len(rows))

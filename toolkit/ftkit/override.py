@@ -11,8 +11,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from ftkit import terminal
 from ftkit.recipe import Augment, Export, Recipe, Stage
+from ftkit.utils import console
 from ftkit_export.errors import FtkitError, choices, nearest
 from ftkit_export.preprocess import Preprocess
 
@@ -44,7 +44,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         # A canvas of the old size would leave the network its middle only.
         parsed["resize"] = preprocess.at(parsed["size"]).resize
         if parsed["resize"] != preprocess.resize:
-            terminal.say(f"preprocess.resize: {parsed['resize']}, in proportion to the size (--set sets another)")
+            console.say(f"preprocess.resize: {parsed['resize']}, in proportion to the size (--set sets another)")
     return dataclasses.replace(recipe, preprocess=dataclasses.replace(preprocess, **parsed))
 
 

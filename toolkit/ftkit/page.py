@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ftkit.terminal import short
+from ftkit.utils.console import short
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1c1e; --faint: #555a60; --paper: #fff; --line: #d8dce0; --band: #f3f5f8;

@@ -20,22 +20,23 @@ import onnx
 from torch import nn
 
 import ftkit
-from ftkit import checkpoint, evidence, terminal, variants, web
+from ftkit import checkpoint, evidence, variants, web
 from ftkit.canvas import Canvases, spread_evenly
 from ftkit.canvas import build as build_canvases
 from ftkit.card import model_card
 from ftkit.checkpoint import Run
-from ftkit.distributed import bound_threads
 from ftkit.evaluate import Metrics
 from ftkit.intake import read
-from ftkit.memory import keep_freed_memory
 from ftkit.page import table
 from ftkit.recipe import Export
 from ftkit.release import SPLITS_CSV, TRAINED_ON
 from ftkit.remote import Device
 from ftkit.report import Picture, pictures, write_report
 from ftkit.signpost import signpost
-from ftkit.terminal import short
+from ftkit.utils import console
+from ftkit.utils.console import short
+from ftkit.utils.distributed import bound_threads
+from ftkit.utils.malloc import keep_freed_memory
 from ftkit_export import archive, handoff, plain_c
 from ftkit_export import bundle as bundles
 from ftkit_export.bundle import Gate, Outcome
@@ -116,7 +117,7 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
         raise FtkitError(f"{where}: expected the images this run was trained on, found nothing. Try --data FOLDER")
     if run.data["max_pixels"]:
         os.environ.setdefault(MAX_PIXELS, run.data["max_pixels"])
-    with terminal.bar("decoding") as progress:
+    with console.bar("decoding") as progress:
         images = read(where, run.data["seed"], run.data["group_by"], None if data else run.data["root"])
         canvases = build_canvases(images, run.preprocess, progress)
     if canvases.fingerprint != run.data["data_fingerprint"]:
@@ -196,7 +197,7 @@ def _build(
     run: Run, model: nn.Module, canvases: Canvases, folder: Path, out: Path, limits: Export,
     providers: Sequence[str], quick: bool, extras: Extras,
 ) -> Exported:  # fmt: skip
-    with terminal.bar("converting to ONNX"):
+    with console.bar("converting to ONNX"):
         core = export_core(model, run.preprocess.size)
     rows = np.random.default_rng(0).permutation(spread_evenly(canvases.rows("test"), PARITY_IMAGES))
     files = [canvases.images.images[row].path for row in rows]
@@ -215,8 +216,8 @@ def _build(
         metadata={**metadata(run), "input_format": limits.input_format},
     )
     made = variants.make(core.model, context)
-    terminal.say(variants.as_table(made.rows))
-    terminal.say(f"times: one thread, {terminal.frames(context.frame)}, decoding apart")
+    console.say(variants.as_table(made.rows))
+    console.say(f"times: one thread, {console.frames(context.frame)}, decoding apart")
     paths = _write_variants(folder, made, context)
     if explained := with_features(core.model):
         context.write(explained, folder / EXPLAIN, "fp32", (), plain=True)
@@ -226,7 +227,7 @@ def _build(
 
     parity = []
     for provider in providers:
-        with terminal.bar(f"parity on {provider}"):
+        with console.bar(f"parity on {provider}"):
             parity.append(compare(reference, *paths["fp32"][::-1], canvases.array(rows), photographs, run.preprocess,
                                   run.temperature, core.layers, provider, limits.input_format))  # fmt: skip
         _say_parity(parity[-1], len(rows))
@@ -236,12 +237,12 @@ def _build(
     chosen = evidence.choose(shipped, budgets)
     missed = [item for item in budgets[chosen.name] if item.verdict != "passed"]
     unproven = evidence.would_meet(made.rows, limits) if missed else []
-    terminal.say(f"chosen: {chosen.name}" + (", the nearest to its budgets" if missed else ""))
+    console.say(f"chosen: {chosen.name}" + (", the nearest to its budgets" if missed else ""))
     for line in signpost(run, model, missed, unproven, made.rows, context) if missed else ():
-        terminal.say(line)
+        console.say(line)
     sizes = evidence.over_sizes(chosen, paths[chosen.name], context)
     golden = photographs if limits.golden == "images" else []
-    with terminal.bar("golden vectors"):
+    with console.bar("golden vectors"):
         write_golden(folder, reference, golden, run.preprocess, run.temperature, paths, limits.input_format)
         paths[chosen.name][0].rename(folder / "model.onnx")
         write_flat(folder, chosen.name, run.preprocess, run.temperature, limits.input_format)
@@ -252,7 +253,7 @@ def _build(
     _add_extras(folder, core.model, context, run.classes, extras)
 
     file_metrics, against = evidence.file_accuracy(folder, run, context, run.classes)
-    terminal.say(f"accuracy of the file on {file_metrics.images} held-out images: {file_metrics.accuracy:.4f} "
+    console.say(f"accuracy of the file on {file_metrics.images} held-out images: {file_metrics.accuracy:.4f} "
                  f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
     gates = evidence.judge(
         limits,
@@ -331,18 +332,18 @@ def _add_extras(
     folder: Path, core: onnx.ModelProto, context: variants.Context, classes: Sequence[str], extras: Extras
 ) -> None:
     if extras.c:
-        with terminal.bar("plain C"):
+        with console.bar("plain C"):
             plain_c.write_c(folder / "device" / "c", core, context.preprocess, classes, temperature=context.temperature,
                             threshold=float(context.metadata["abstain_threshold"]),
                             input_format=context.limits.input_format)  # fmt: skip
     if extras.web:
         web.add_page(folder, extras.web)
     if extras.ort:
-        with terminal.bar("ORT format"):
+        with console.bar("ORT format"):
             write_ort(folder / "model.onnx", folder / "device" / "ort", context.target)
     if extras.handoff:
         rows = context.canvases.rows("val")[:: max(1, -(-len(context.canvases.rows("val")) // handoff.IMAGES))]
-        with terminal.bar("hand-off"):
+        with console.bar("hand-off"):
             handoff.write_handoff(
                 folder / "handoff", plain_c.static(core), context.pixels(variants.calibration_rows(context)[:32]),
                 context.pixels(rows), variants.answers(core, context, rows), context.canvases.labels[rows],
@@ -370,10 +371,10 @@ def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:
 
 def _say_parity(parity: Parity, photographs: int) -> None:
     worst, group = parity.worst, evidence.input_group
-    terminal.say(f"parity on {parity.provider} over {photographs} held-out images, noise and odd sizes: "
+    console.say(f"parity on {parity.provider} over {photographs} held-out images, noise and odd sizes: "
                  f"{'passed' if parity.passed else 'FAILED'}")  # fmt: skip
-    terminal.say(
+    console.say(
         f"  nearest to its limit: {worst.name}, {group(worst)}: {short(worst.value)} of {short(worst.limit)} allowed"
     )
     if parity.first_divergence:
-        terminal.say(f"first diverging layer: {parity.first_divergence}")
+        console.say(f"first diverging layer: {parity.first_divergence}")

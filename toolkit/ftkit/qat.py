@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import nn
 
-from ftkit import terminal
+from ftkit.utils import console
 from ftkit_export.errors import FtkitError
 
 Array = np.ndarray[Any, Any]
@@ -173,7 +173,7 @@ def fine_tune(
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     steps = epochs * -(-len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with terminal.bar("quantization-aware stage") as progress:
+    with console.bar("quantization-aware stage") as progress:
         done = 0
         for epoch in range(epochs):
             order, total = np.random.default_rng(epoch).permutation(len(labels)), 0.0
@@ -190,7 +190,7 @@ def fine_tune(
                 schedule.step()
                 total, done = total + float(loss.detach()) * len(rows), done + 1
                 progress(done, steps)
-            terminal.say(f"quantization-aware stage  {epoch + 1}/{epochs}  loss {total / len(order):.3f}")
+            console.say(f"quantization-aware stage  {epoch + 1}/{epochs}  loss {total / len(order):.3f}")
     trained = copy.deepcopy(core)
     found = dict(zip(model.names, model.weights, strict=True))
     for item in trained.graph.initializer:

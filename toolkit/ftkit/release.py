@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ftkit import terminal
 from ftkit.evaluate import Metrics, evaluate
 from ftkit.intake import Labelled
+from ftkit.utils import console
 from ftkit_export.decision import Paired, Verdict, paired
 from ftkit_export.errors import FtkitError, ImageError, choices
 from ftkit_export.intervals import ground
@@ -185,7 +185,7 @@ def as_text(new: Answers, old: Answers | None = None, change: Change | None = No
                   for value in (found.recall[place], found.precision[place])]  # fmt: skip
         drop = [_points(change.classes[name]) if name in change.classes else ""] if change else []
         rows.append((name, str(sum(found.confusion[place])), *shares, *drop))
-    lines.append(terminal.table(rows))
+    lines.append(console.table(rows))
     if old and change:
         lines.append(f"{len(change.regressed)} formerly right and now wrong, {change.repaired} the other way")
         lines += [f"  {item.image}  {item.label} -> {item.said} {item.probability:.3f}"

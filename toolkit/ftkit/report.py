@@ -19,10 +19,10 @@ from typing import Any
 import PIL.Image
 
 from ftkit.canvas import Canvases
-from ftkit.files import write_atomically
 from ftkit.page import anchor, lengths, lines, page, reliability, section, table
 from ftkit.report_file import found_in, gates, latency, parity, variants
-from ftkit.terminal import frames
+from ftkit.utils.console import frames
+from ftkit.utils.files import write_atomically
 from ftkit_export.bundle import overall
 from ftkit_export.explain import Explainer, overlay
 from ftkit_export.intervals import ground

@@ -13,7 +13,7 @@ from typing import Any
 
 from ftkit import history
 from ftkit.page import bars, points, table
-from ftkit.terminal import condition, frames, short
+from ftkit.utils.console import condition, frames, short
 from ftkit_export.errors import FtkitError
 from ftkit_export.parity import DECADES
 

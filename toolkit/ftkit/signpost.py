@@ -19,9 +19,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ftkit import terminal, variants
+from ftkit import variants
 from ftkit.budget import Budget
 from ftkit.checkpoint import Run
+from ftkit.utils import console
 from ftkit_export.convert import export_core, write
 from ftkit_export.decision import Row
 from ftkit_export.errors import FtkitError
@@ -114,8 +115,8 @@ def _resolutions(
         int8 = "" if item.int8_p95_ms is None else f"about {item.int8_p95_ms:.1f}"
         table.append((f"{item.size} x {item.size}", f"{item.p50_ms:.1f}/{item.p95_ms:.1f}", int8))
 
-    lines = [f"the same network on smaller inputs, not trained for them ({terminal.frames(context.frame)}):"]
-    lines.append(terminal.table(table))
+    lines = [f"the same network on smaller inputs, not trained for them ({console.frames(context.frame)}):"]
+    lines.append(console.table(table))
     best = None
     if not only_int8:
         best = next((item for item in timed if item.p95_ms <= slow.limit), None)
@@ -135,7 +136,7 @@ def _timed(run: Run, model: nn.Module, slow: Budget, ratio: float | None, contex
     wanted |= {size - STEP for size in wanted}
     sizes = sorted({max(size, LEAST) for size in wanted if max(size, LEAST) < own}, reverse=True)
     found = []
-    with tempfile.TemporaryDirectory() as scratch, terminal.bar("other input sizes"):
+    with tempfile.TemporaryDirectory() as scratch, console.bar("other input sizes"):
         for size in sizes[: 2 * TRIED]:
             smaller = run.preprocess.at(size)
             path = Path(scratch) / f"{size}.onnx"

@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit import checkpoint, terminal
+from ftkit import checkpoint
 from ftkit.backbones import Backbone
 from ftkit.compute import Compute, release
-from ftkit.distributed import Ranks
 from ftkit.evaluate import cka
 from ftkit.events import Log
 from ftkit.fan import best_rate
@@ -31,6 +30,8 @@ from ftkit.optim import Moving, class_weights, make_optimizer, rate
 from ftkit.recipe import Recipe, Stage
 from ftkit.state import State, Stop, Stopped, seeded
 from ftkit.step import fresh_gradients, run_as
+from ftkit.utils import console
+from ftkit.utils.distributed import Ranks
 from ftkit.validate import Score, Validation, detached, validate
 from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
@@ -96,7 +97,7 @@ def train_stage(work: Work, number: int) -> StageResult:
     stage, run, backbone, labels = work.recipe.stages[number], work.state, work.backbone, work.labels["train"]
     run.begin_stage()
     feed, names = work.feeds.stage(number), work.feeds.trained[number]
-    terminal.say(f"{stage.train}: {feed.how}")
+    console.say(f"{stage.train}: {feed.how}")
     compare_circumstances(run, {f"stage {number}": feed.kind})
     _remember_pristine(work, feed)
     frozen, per_epoch = _frozen_fingerprint(backbone.model, names), max(1, len(labels) // stage.batch_size)
@@ -114,7 +115,7 @@ def train_stage(work: Work, number: int) -> StageResult:
             begun, jobs = time.perf_counter(), range(run.step, per_epoch * (epoch + 1))
             read = partial(_read, work, number, feed, _order(work, number, epoch), per_epoch)
             standing = partial(_standing, work, number, feed, moving, total, begun, run.step)
-            with terminal.bar(f"{stage.train} {epoch + 1}/{stage.epochs}", standing) as progress:
+            with console.bar(f"{stage.train} {epoch + 1}/{stage.epochs}", standing) as progress:
                 for step, (share, fetched) in ahead(jobs, read):
                     lr = rate(step, total, stage, run.lr)
                     for group in moving.optimizer.param_groups:
@@ -132,7 +133,7 @@ def train_stage(work: Work, number: int) -> StageResult:
             spent = time.perf_counter() - begun
             broken = not math.isfinite(loss)
             if broken:
-                terminal.say(
+                console.say(
                     f"{stage.train}: the loss is no longer finite; what was good before is kept. Try a lower lr"
                 )
                 break
@@ -140,7 +141,7 @@ def train_stage(work: Work, number: int) -> StageResult:
             speeds = work.ranks.gather(len(jobs) * size / work.ranks.world / spent)
             _report_epoch(work, number, loss, accuracy, judged, rate(run.step - 1, total, stage, run.lr), speeds)
             if stage.patience and _out_of_patience(run, stage, moving, judged.score):
-                terminal.say(f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts")
+                console.say(f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts")
                 break
             work.pause(moving)
         release(net)
@@ -159,9 +160,9 @@ def _standing(
         parts += [f"loss {loss:.3f}", f"accuracy {accuracy:.3f}",
                   f"rate {rate(run.step - 1, total, stage, run.lr or 0.0):.1e}",
                   f"{speed * size:.0f} img/s",
-                  f"stage done in {terminal.clock((total - run.step) / speed)}"]  # fmt: skip
+                  f"stage done in {console.clock((total - run.step) / speed)}"]  # fmt: skip
         if feed.pass_s:
-            parts.append(f"{terminal.clock(feed.pass_s * run.step * size)} of frozen passes read, not run")
+            parts.append(f"{console.clock(feed.pass_s * run.step * size)} of frozen passes read, not run")
     return " · ".join([*parts, feed.how])
 
 
@@ -217,7 +218,7 @@ def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
 
     found = best_rate(stage, work.backbone, feed, batches(), per_epoch * stage.epochs, work.labels["val"])
     found = work.ranks.first(lambda: found)
-    terminal.say(f"{stage.train}: rate {found:.0e}, the best of a fan on val")
+    console.say(f"{stage.train}: rate {found:.0e}, the best of a fan on val")
     return found
 
 
@@ -251,7 +252,7 @@ def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, br
         val_nll=None if score is NEVER else -score[1], drift=drift, seconds=run.stage_spent, how=feed.how, kept=better,
     )  # fmt: skip
     if not better:
-        terminal.say(f"{stage.train}: no better than before on val; its weights are left out")
+        console.say(f"{stage.train}: no better than before on val; its weights are left out")
     run.stages.append(asdict(outcome))
     run.best = max(score, best)
     run.next_stage()
@@ -288,13 +289,13 @@ def _report_epoch(
     images_per_s = sum(speeds)
     run.epoch += 1
     run.lines += 1
-    left = terminal.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""  # none was left
-    terminal.say(
+    left = console.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""  # none was left
+    console.say(
         f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {judged.accuracy:.3f}  "
         f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"
     )
     if len(speeds) > 1 and run.epoch == stage.epochs:
-        terminal.say(f"{stage.train}: {min(speeds):.0f} to {max(speeds):.0f} img/s a rank")
+        console.say(f"{stage.train}: {min(speeds):.0f} to {max(speeds):.0f} img/s a rank")
     if not work.ranks.main:
         return
     line = {
@@ -311,6 +312,6 @@ def compare_circumstances(run: State, now: dict[str, Any]) -> None:
     for name, value in now.items():
         before = run.circumstances.setdefault(name, value)
         if before != value:
-            terminal.warn(f"resume: expected {name} {before} as before the interruption, found {value}: the weights "
+            console.warn(f"resume: expected {name} {before} as before the interruption, found {value}: the weights "
                           "will be as good, not the same bit for bit")  # fmt: skip
             run.circumstances[name] = value

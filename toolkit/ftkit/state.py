@@ -26,8 +26,8 @@ import safetensors.torch
 import torch
 
 from ftkit.checkpoint import METRICS
-from ftkit.distributed import SOLO, Ranks
-from ftkit.files import write_atomically
+from ftkit.utils.distributed import SOLO, Ranks
+from ftkit.utils.files import write_atomically
 from ftkit_export.errors import FtkitError
 
 SAVE_EVERY = 20.0  # seconds

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ftkit import terminal
 from ftkit.compute import Compute, fastest, release, ways
-from ftkit.distributed import GlobalBatchNorm, Ranks
 from ftkit.feed import Feed, Fetched
 from ftkit.optim import Batch, Moving, gradients
 from ftkit.recipe import Stage
+from ftkit.utils import console
+from ftkit.utils.distributed import GlobalBatchNorm, Ranks
 from ftkit_export.errors import FtkitError
 
 
@@ -49,7 +49,7 @@ def run_as(
     inputs = feed.prepare(example()).inputs
     found, said = fastest(feed.net, inputs, ways(feed.net, inputs, compute), compute, steps)
     if said:
-        terminal.say(f"{stage.train}: {said}")
+        console.say(f"{stage.train}: {said}")
     return found, nullcontext()
 
 
@@ -77,4 +77,4 @@ def fresh_gradients(
             release(net)
             net, micro = feed.net, (min(micro, len(batch.targets)) + 1) // 2
             torch.cuda.empty_cache()
-            terminal.say(f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up")
+            console.say(f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up")

@@ -21,28 +21,29 @@ from typing import Any
 
 import torch
 
-from ftkit import checkpoint, compute, state, teacher, terminal
+from ftkit import checkpoint, compute, state, teacher
 from ftkit.audit import audit, named, require_apart
 from ftkit.backbones import Backbone, build, trainable
 from ftkit.canvas import Canvases
 from ftkit.canvas import build as build_canvases
 from ftkit.compute import Compute
-from ftkit.distributed import Ranks, joined, restarted
 from ftkit.evaluate import Mistake
 from ftkit.events import Log, nowhere, require
 from ftkit.events import tensorboard as log_events
 from ftkit.feed import Feeds
-from ftkit.files import write_atomically
 from ftkit.intake import Images, below, read, splits_csv
 from ftkit.judge import judge
-from ftkit.lock import locked
-from ftkit.memory import keep_freed_memory
 from ftkit.recipe import Recipe, resolve, restore
 from ftkit.release import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.report import pictures, save_pictures, write_report
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
-from ftkit.storage import LARGE, limit_bytes, trim
+from ftkit.utils import console
+from ftkit.utils.cache_folder import LARGE, limit_bytes, trim
+from ftkit.utils.distributed import Ranks, joined, restarted
+from ftkit.utils.files import write_atomically
+from ftkit.utils.lock import locked
+from ftkit.utils.malloc import keep_freed_memory
 from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground
@@ -71,7 +72,7 @@ def train(
     resume = resume or restarted()
     with Stop() as stop, joined(device) as (place, ranks):
         if ranks.first(lambda: resume and checkpoint.is_finished(out)):
-            terminal.say(f"{out}: finished already")
+            console.say(f"{out}: finished already")
             return out
         plan = ranks.first(lambda: state.plan_of(out) if known and resume and state.exists(out) else None)
         if plan:
@@ -115,16 +116,16 @@ def _train(
     begun, device, seed = time.perf_counter(), policy.device, plan["seed"]
     images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed, plan["group_by"], root))
     going_on = ranks.first(lambda: _begun(out, resume, opened))
-    with terminal.bar("decoding") as progress:
+    with console.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress, ranks)
     if not (going_on or allow_leakage):
         ranks.together(lambda: require_apart(canvases))
-    with terminal.bar("comparing") as progress:
+    with console.bar("comparing") as progress:
         found = named(audit(images, canvases, progress, preprocess.fit), canvases, most=20) if ranks.main else {}
     _say_data(canvases)
-    terminal.say(f"{recipe.name}: {recipe.backbone} on {policy}\nweights: {backbone.weights}")
+    console.say(f"{recipe.name}: {recipe.backbone} on {policy}\nweights: {backbone.weights}")
     if ranks.world > 1:
-        terminal.say(f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch")
+        console.say(f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch")
     plan = {**plan, "data_fingerprint": canvases.fingerprint}
     if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
         raise FtkitError(f"{data}: expected the same recipe, seed, images, labels and splits on every machine, found "
@@ -143,7 +144,7 @@ def _train(
     if tensorboard and ranks.main:  # not before there is a run to go on with
         log = opened.enter_context(log_events(out / "tensorboard", run.lines))
     if going_on:
-        terminal.say(f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next")
+        console.say(f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next")
     compare_circumstances(run, {
         "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(), "memory format": "channels_last",
@@ -154,7 +155,7 @@ def _train(
     labels = {split: every[torch.from_numpy(canvases.rows(split))] for split in ("train", "val")}
     work = Work(recipe=recipe, backbone=backbone, feeds=feeds, state=run, stop=stop, seed=seed, labels=labels,
                 compute=policy, ranks=ranks, log=log)  # fmt: skip
-    terminal.say(HEADER)
+    console.say(HEADER)
     for number in range(run.stage, len(recipe.stages)):
         train_stage(work, number)
     ranks.together(lambda: _finish(work, images, data, root, preprocess, found) if ranks.main else None)
@@ -202,10 +203,10 @@ def _finish(
     left, removed = trim()
     if left > LARGE:
         gone = f"; {removed / 1e9:.1f} GB of the longest unused removed" if removed else ""
-        terminal.say(f"cache: {left / 1e9:.1f} GB of at most {limit_bytes() / 1e9:g} (`ftkit cache`){gone}")
-    terminal.say(
+        console.say(f"cache: {left / 1e9:.1f} GB of at most {limit_bytes() / 1e9:g} (`ftkit cache`){gone}")
+    console.say(
         f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
-        f"{ground(test.images, test.clusters)}; trained in {terminal.clock(seconds)}"
+        f"{ground(test.images, test.clusters)}; trained in {console.clock(seconds)}"
     )
 
 
@@ -225,14 +226,14 @@ def _say_data(canvases: Canvases) -> None:
     images = canvases.images
     counts = ", ".join(f"{len(images.of(split))} {split}" for split in ("train", "val", "test"))
     made = f" ({' and '.join(images.made)} made here)" if images.made else ""
-    terminal.say(f"{len(images.images)} images of {len(images.classes)} classes: {counts}{made}")
+    console.say(f"{len(images.images)} images of {len(images.classes)} classes: {counts}{made}")
     for split in ("val", "test"):
         if missing := images.unjudged(split):
-            terminal.say(f"no {split} image of {', '.join(missing)}: {split} says nothing of {_them(missing)}")
+            console.say(f"no {split} image of {', '.join(missing)}: {split} says nothing of {_them(missing)}")
     for path, reason in canvases.bad[:5]:
-        terminal.say(f"left out {path}: {reason}")
+        console.say(f"left out {path}: {reason}")
     if canvases.bad:
-        terminal.say(f"{len(canvases.bad)} unreadable files left out")
+        console.say(f"{len(canvases.bad)} unreadable files left out")
 
 
 def _them(names: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftkit.backbones import Backbone, features
-from ftkit.distributed import Ranks
 from ftkit.feed import Feed
+from ftkit.utils.distributed import Ranks
 
 Array = np.ndarray[Any, Any]
 Score = tuple[float, float]  # on val: what stages compete on (accuracy, or balanced accuracy), then -NLL

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ftkit import terminal
 from ftkit.canvas import Canvases, spread_evenly
 from ftkit.doctor import does_not_open
 from ftkit.recipe import Export
 from ftkit.remote import Device
+from ftkit.utils import console
 from ftkit_export.convert import write
 from ftkit_export.decision import Paired, Row, judge, paired
 from ftkit_export.graph import image_form
@@ -136,7 +136,7 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     """fp32, then what the target has beside it, each with its verdict."""
     rows = context.canvases.rows("val")
     labels = context.canvases.labels[rows]
-    with terminal.bar("fp32 on val"):
+    with console.bar("fp32 on val"):
         logits = answers(core, context, rows)
     fp32 = Candidate(name="fp32", core=core, right=logits.argmax(1) == labels)
     found = [fp32]
@@ -186,7 +186,7 @@ def calibration_rows(context: Context) -> Array:
 def _ranges(core: onnx.ModelProto, context: Context) -> Any:
     rows = calibration_rows(context)
     batches = (context.pixels(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
-    with terminal.bar("calibrating"):
+    with console.bar("calibrating"):
         return calibrate(core, batches, context.preprocess, context.limits.calibration)
 
 
@@ -195,13 +195,13 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
     ranges, order = _ranges(fp32.core, context), list[str]()
     for count in RUNGS:
         if count and not order:
-            with terminal.bar("ranking operators"):
+            with console.bar("ranking operators"):
                 sample = context.pixels(calibration_rows(context)[:RANK_IMAGES])
                 order = [name for name, _ in rank(fp32.core, ranges, context.target, sample)]
         if count and count >= len(order):
             break
         name = f"int8, {count} float" if count else "int8"
-        with terminal.bar(name):
+        with console.bar(name):
             model = int8(fp32.core, ranges, context.target, keep=order[:count])
             found = _answers_there(model, context)
         rung = Candidate(name=name, core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found),
@@ -244,7 +244,7 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
     model, kept = half(fp32.core, _ranges(fp32.core, context))
     rows = context.canvases.rows("val")
     provider = context.target.provider if context.here or context.device else "cpu"
-    with terminal.bar("fp16 on val"):
+    with console.bar("fp16 on val"):
         found = _answers_there(model, context, provider)
     sample = context.pixels(spread_evenly(rows, FLOAT64_IMAGES))
     rounding = context.reference.rounding(sample, "fp16")
@@ -259,7 +259,7 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
     reached = context.here or context.device
     if (context.here and len(candidates) == 1) or not (reached or context.measured):
         return {}
-    with tempfile.TemporaryDirectory() as scratch, terminal.bar(f"latency of {len(candidates)} variants"):
+    with tempfile.TemporaryDirectory() as scratch, console.bar(f"latency of {len(candidates)} variants"):
         files = [Path(scratch) / f"{number}.onnx" for number in range(len(candidates))]
         plain = PROVIDERS[context.target.provider].form == "core"
         for path, item in zip(files, candidates, strict=True):
@@ -316,4 +316,4 @@ def as_table(rows: Sequence[Row]) -> str:
             for precision in dict.fromkeys(row.name.split(",")[0] for row in rows[1:])]  # fmt: skip
     wrapped = [textwrap.fill(f"{row.name}: {row.reason}", 80, subsequent_indent="  ")
                for row in best if not row.shippable]  # fmt: skip
-    return "\n".join([terminal.table(lines), *wrapped])
+    return "\n".join([console.table(lines), *wrapped])

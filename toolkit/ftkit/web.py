@@ -24,7 +24,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from ftkit.storage import cache_folder, clear_abandoned, publish
+from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish
 from ftkit_export.errors import FtkitError
 from ftkit_export.predict import Classifier
 from ftkit_export.verify import read_manifest

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ftkit import terminal
+from ftkit.utils import console
 from ftkit_export.errors import FtkitError
 from ftkit_export.session import cores
 
@@ -139,14 +139,14 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         bound_threads()
         yield device, SOLO
         return
-    terminal.mute(not ranks.main)
+    console.mute(not ranks.main)
     torch.set_num_threads(share_of_cores(ranks))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
-        terminal.mute(False)
+        console.mute(False)
         cure = f"Set {FRESH_STORE} for torchrun" if restarted() else "Start them with torchrun"
         raise FtkitError(f"rank {ranks.rank}: expected to meet {ranks.world - 1} others, found: "
                          f"{str(error).splitlines()[0]}. {cure}") from None  # fmt: skip
@@ -165,7 +165,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
               "the same command with --resume, on as many GPUs as there are")  # fmt: skip
         raise FtkitError("") from None
     finally:  # after a failure the group is left as it is: to end it, NCCL would wait for those who are gone
-        terminal.mute(False)
+        console.mute(False)
 
 
 def _tell(text: str) -> None:

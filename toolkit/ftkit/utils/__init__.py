@@ -1,0 +1,1 @@
+"""What every package may use: files, the console, locks, seeds, processes."""
