@@ -5,8 +5,8 @@
 
 A shard's name is the hash of its files' contents and of the canvas part of the preprocess. It is written beside and
 renamed: two runs may build the same one at once, and nobody ever reads a half. Processes decode, a part each, straight
-into the memory-mapped shard: no canvas is pickled home. They are plain `python -m ftkit.canvas`, so that a caller needs
-no main guard and a fork meets no threads.
+into the memory-mapped shard: no canvas is pickled home. They run this module with `python -m`, so that a caller
+needs no main guard and a fork meets no threads.
 """
 
 from __future__ import annotations
