@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ftkit import audit
-from ftkit.canvas import build
+from ftkit.data import audit
+from ftkit.data.canvas import build
+from ftkit.data.dataset import read
 from ftkit.demo import write_elpv
-from ftkit.intake import read
 from ftkit_export.preprocess import Preprocess
 
 COUNT, SIZE = 10_000, (640, 480)

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from ftkit.canvas import Canvases
 from ftkit.checkpoint import Run, open_run
+from ftkit.data.canvas import Canvases
 from ftkit.pipeline import held_out, metadata
 from ftkit.qat import fine_tune
 from ftkit.recipe import Export

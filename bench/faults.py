@@ -27,9 +27,9 @@ from sklearn.preprocessing import StandardScaler
 
 from ftkit import pipeline, variants
 from ftkit.backbones import build
-from ftkit.canvas import build as build_canvases
 from ftkit.checkpoint import Run, open_run
-from ftkit.intake import read
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import read
 from ftkit.judge import Answers
 from ftkit.recipe import Export
 from ftkit_export import archive, convert, graph, quantize, session

@@ -15,9 +15,9 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from ftkit.cache import CHUNK, runner
-from ftkit.canvas import build
 from ftkit.checkpoint import open_run
-from ftkit.intake import read
+from ftkit.data.canvas import build
+from ftkit.data.dataset import read
 from ftkit.judge import Answers, WithEmbedding
 from ftkit_export.foreign import Foreign
 

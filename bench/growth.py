@@ -121,8 +121,8 @@ def canvases(count: int = 2000) -> None:
                     for i, (path, label) in enumerate(files(total))))  # fmt: skip
             found = in_process(f"""
 import time
-from ftkit.canvas import build
-from ftkit.intake import read
+from ftkit.data.canvas import build
+from ftkit.data.dataset import read
 from ftkit_export.preprocess import Preprocess
 images = read("{scratch}/data.csv")
 begun = time.perf_counter()

@@ -98,7 +98,7 @@ def images(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
 def tables(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
     """A CSV of paths, labels, splits and groups."""
-    from ftkit.intake import labelled, read
+    from ftkit.data.dataset import labelled, read
 
     paths = sorted(photos.rglob("*.png"))[:40]
     lines = ["path,label,split,group", *(f"{path},{path.parent.name},,g{i // 4}" for i, path in enumerate(paths))]
@@ -174,10 +174,10 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     from torch import nn
 
     from ftkit.cache import Views, fill
-    from ftkit.canvas import build
-    from ftkit.intake import read
+    from ftkit.data.canvas import build
+    from ftkit.data.dataset import read
+    from ftkit.data.prefetch import Source
     from ftkit.recipe import Augment
-    from ftkit.source import Source
     from ftkit_export.preprocess import Preprocess
 
     preprocess = Preprocess(size=8, resize=8)

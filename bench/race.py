@@ -29,12 +29,12 @@ from torch.utils.data import DataLoader
 
 from ftkit.backbones import build, trainable
 from ftkit.cache import CHUNK, Views, runner
-from ftkit.canvas import build as build_canvases
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import read
+from ftkit.data.prefetch import Source
 from ftkit.feed import set_mode, under
-from ftkit.intake import read
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.source import Source
 from ftkit.training import train
 from ftkit_export.preprocess import Preprocess
 

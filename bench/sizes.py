@@ -19,8 +19,8 @@ import numpy as np
 import ftkit
 from ftkit.backbones import build
 from ftkit.checkpoint import open_run
+from ftkit.data.dataset import read
 from ftkit.demo import write_elpv
-from ftkit.intake import read
 from ftkit.override import override
 from ftkit.recipe import load
 from ftkit.utils import console

@@ -13,10 +13,10 @@ import torch
 from conftest import TINY, ftkit, settings
 
 from ftkit.backbones import build
-from ftkit.canvas import build as build_canvases
 from ftkit.compute import fastest, prepare, ways
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import read
 from ftkit.feed import Feeds, under
-from ftkit.intake import read
 from ftkit.optim import Moving, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.stage import Work

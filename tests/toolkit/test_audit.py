@@ -12,8 +12,8 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
-from ftkit.audit import near_duplicates
-from ftkit.intake import read
+from ftkit.data.audit import near_duplicates
+from ftkit.data.dataset import read
 from ftkit_export.errors import FtkitError
 
 BROKEN = {

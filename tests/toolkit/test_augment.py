@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ftkit.augment import augmented, drawn, evaluation, mixed, mixing_of
+from ftkit.data.augment import augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.recipe import Augment
 from ftkit_export.preprocess import Preprocess
 

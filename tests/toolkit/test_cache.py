@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from ftkit import cache
-from ftkit.augment import evaluation
 from ftkit.backbones import build
 from ftkit.cache import Activations, Views, _tolerance, attributes, check, fill
-from ftkit.canvas import build as build_canvases
+from ftkit.data.augment import evaluation
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import read
+from ftkit.data.prefetch import Source
 from ftkit.feed import Feeds
-from ftkit.intake import read
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.source import Source
 from ftkit_export.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=32, resize=40)

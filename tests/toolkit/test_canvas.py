@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import ImageOps
 
-from ftkit import canvas
-from ftkit.intake import read
+from ftkit.data import canvas
+from ftkit.data.dataset import read
 from ftkit.utils import cache_folder
 from ftkit_export.errors import FtkitError, UnavailableImageError
 from ftkit_export.preprocess import Preprocess, decode
@@ -20,8 +20,8 @@ from ftkit_export.preprocess import Preprocess, decode
 PREPROCESS = Preprocess(size=64, resize=72)
 BUILD = """
 import sys
-from ftkit.canvas import build
-from ftkit.intake import read
+from ftkit.data.canvas import build
+from ftkit.data.dataset import read
 from ftkit_export.errors import FtkitError, UnavailableImageError
 from ftkit_export.preprocess import Preprocess
 canvases = build(read(sys.argv[1]), Preprocess(size=64, resize=72))

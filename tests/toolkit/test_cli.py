@@ -14,8 +14,8 @@ import pytest
 from conftest import TINY, ftkit, settings
 
 from ftkit.cli import main
+from ftkit.data.dataset import read
 from ftkit.demo import GROUP, GROUPS, write_elpv
-from ftkit.intake import read
 from ftkit_export.errors import FtkitError
 from ftkit_export.verify import verify
 

@@ -13,15 +13,16 @@ from conftest import TINY, ftkit, settings
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftkit import augment, compute
+from ftkit import compute
 from ftkit.backbones import build
-from ftkit.canvas import build as build_canvases
 from ftkit.compute import Compute, Way, fastest
+from ftkit.data import augment
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import read
+from ftkit.data.prefetch import Source, array_source, free_bytes
 from ftkit.feed import Feeds
-from ftkit.intake import read
 from ftkit.optim import Batch, Moving, gradients, loss_of
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.source import Source, array_source, free_bytes
 from ftkit_export.nvidia import same_numbers
 from ftkit_export.preprocess import Preprocess
 

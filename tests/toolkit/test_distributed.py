@@ -18,10 +18,10 @@ import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
 from ftkit.backbones import build
-from ftkit.canvas import build as build_canvases
 from ftkit.cli import main
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import read
 from ftkit.feed import Feeds
-from ftkit.intake import read
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.utils import distributed
 from ftkit.utils.distributed import FRESH_STORE, Ranks

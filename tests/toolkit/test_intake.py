@@ -10,8 +10,8 @@ from conftest import ftkit
 from PIL import Image
 
 from ftkit import evidence
-from ftkit.canvas import build
-from ftkit.intake import read, splits_csv
+from ftkit.data.canvas import build
+from ftkit.data.dataset import read, splits_csv
 from ftkit.utils.files import write_atomically
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess

@@ -8,9 +8,9 @@ import torch
 
 from ftkit.backbones import build, trainable
 from ftkit.cache import runner
-from ftkit.canvas import build as build_canvases
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import read
 from ftkit.feed import Feeds, set_mode, under
-from ftkit.intake import read
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe, Stage
 from ftkit_export.errors import FtkitError

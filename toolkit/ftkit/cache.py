@@ -30,10 +30,10 @@ import torch
 import torchvision
 from torch import nn
 
-from ftkit.augment import augmented, drawn, evaluation
-from ftkit.canvas import Canvases
+from ftkit.data.augment import augmented, drawn, evaluation
+from ftkit.data.canvas import Canvases
+from ftkit.data.prefetch import Source
 from ftkit.recipe import Augment
-from ftkit.source import Source
 from ftkit.state import seeded
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit.utils.distributed import SOLO, Ranks, share_of_cores

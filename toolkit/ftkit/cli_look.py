@@ -54,32 +54,32 @@ def audit_data(
     Exit 1 when splits share an image or a group, or an image has two labels. What is decoded here is not decoded again
     by `ftkit train`.
     """
-    from ftkit import curate
-    from ftkit.audit import audit, named
     from ftkit.backbones import build
-    from ftkit.canvas import build as build_canvases
-    from ftkit.intake import read
+    from ftkit.data import clean
+    from ftkit.data.audit import audit, named
+    from ftkit.data.canvas import build as build_canvases
+    from ftkit.data.dataset import read
     from ftkit.recipe import load
     from ftkit.utils import console
 
     plan, images = load(recipe), read(folder, group_by=group_by, root=root)
     if fix:
-        curate.require_new(fix, images)
+        clean.require_new(fix, images)
     if sheets:
-        curate.require_outside(sheets, images, "--sheets")
+        clean.require_outside(sheets, images, "--sheets")
     preprocess = plan.preprocess or build(plan.backbone, 2, "none").preprocess
     with console.bar("decoding") as step:
         canvases = build_canvases(images, preprocess, step)
     with console.bar("comparing") as step:
         found = audit(images, canvases, step, preprocess.fit)
     echo = partial(click.echo, err=as_json == Path("-"))
-    echo(curate.as_text(found, canvases))
-    for path in curate.write_sheets(sheets, found, canvases) if sheets else ():
+    echo(clean.as_text(found, canvases))
+    for path in clean.write_sheets(sheets, found, canvases) if sheets else ():
         echo(f"sheet: {path}")
     if fix:
-        cleaned = curate.clean(found, canvases)
+        cleaned = clean.clean(found, canvases)
         with console.bar("copying") as step:
-            table = curate.write_clean(fix, cleaned.images, images, step)
+            table = clean.write_clean(fix, cleaned.images, images, step)
         echo(f"{len(cleaned.images)} images in {table}\n{cleaned}")
         echo(f"next: ftkit train {shlex.quote(str(table))}")
     write_json(as_json, named(found, canvases))

@@ -15,7 +15,7 @@ import time
 from importlib import resources, util
 from pathlib import Path
 
-from ftkit.intake import read
+from ftkit.data.dataset import read
 from ftkit.utils import console
 from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from ftkit.augment import Mixing, augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.backbones import Backbone, trainable
 from ftkit.cache import Activations, Tensors, Views, channels_last, check, discard, fill
-from ftkit.canvas import Canvases
+from ftkit.data.augment import Mixing, augmented, drawn, evaluation, mixed, mixing_of
+from ftkit.data.canvas import Canvases
+from ftkit.data.prefetch import Source, array_source, pinned
 from ftkit.optim import Batch
 from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe
-from ftkit.source import Source, array_source, pinned
 from ftkit.teacher import Teacher, load
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit.augment import evaluation
 from ftkit.backbones import Backbone, features
 from ftkit.cache import CHUNK, runner
-from ftkit.canvas import Canvases, spread_evenly
+from ftkit.data.augment import evaluation
+from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.evaluate import (
     Abstention,
     Metrics,

@@ -21,12 +21,12 @@ from torch import nn
 
 import ftkit
 from ftkit import checkpoint, evidence, variants, web
-from ftkit.canvas import Canvases, spread_evenly
-from ftkit.canvas import build as build_canvases
 from ftkit.card import model_card
 from ftkit.checkpoint import Run
+from ftkit.data.canvas import Canvases, spread_evenly
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import read
 from ftkit.evaluate import Metrics
-from ftkit.intake import read
 from ftkit.page import table
 from ftkit.recipe import Export
 from ftkit.release import SPLITS_CSV, TRAINED_ON

@@ -18,7 +18,7 @@ from typing import Any
 
 import PIL.Image
 
-from ftkit.canvas import Canvases
+from ftkit.data.canvas import Canvases
 from ftkit.page import anchor, lengths, lines, page, reliability, section, table
 from ftkit.report_file import found_in, gates, latency, parity, variants
 from ftkit.utils.console import frames

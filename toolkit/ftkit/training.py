@@ -22,16 +22,16 @@ from typing import Any
 import torch
 
 from ftkit import checkpoint, compute, state, teacher
-from ftkit.audit import audit, named, require_apart
 from ftkit.backbones import Backbone, build, trainable
-from ftkit.canvas import Canvases
-from ftkit.canvas import build as build_canvases
 from ftkit.compute import Compute
+from ftkit.data.audit import audit, named, require_apart
+from ftkit.data.canvas import Canvases
+from ftkit.data.canvas import build as build_canvases
+from ftkit.data.dataset import Images, below, read, splits_csv
 from ftkit.evaluate import Mistake
 from ftkit.events import Log, nowhere, require
 from ftkit.events import tensorboard as log_events
 from ftkit.feed import Feeds
-from ftkit.intake import Images, below, read, splits_csv
 from ftkit.judge import judge
 from ftkit.recipe import Recipe, resolve, restore
 from ftkit.release import DIGEST, SPLITS_CSV, TRAINED_ON

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ftkit.canvas import Canvases, spread_evenly
+from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.doctor import does_not_open
 from ftkit.recipe import Export
 from ftkit.remote import Device

@@ -23,9 +23,9 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from ftkit.audit import FEW, UNEVEN, Alike, Audit
-from ftkit.canvas import Canvases
-from ftkit.intake import SPLITS, Image, Images, as_csv, below
+from ftkit.data.audit import FEW, UNEVEN, Alike, Audit
+from ftkit.data.canvas import Canvases
+from ftkit.data.dataset import SPLITS, Image, Images, as_csv, below
 from ftkit.utils import console
 from ftkit.utils.files import write_atomically
 from ftkit_export.bundle import beside

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL
 
-from ftkit.intake import Images
+from ftkit.data.dataset import Images
 from ftkit.recipe import restore_preprocess
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
@@ -299,7 +299,7 @@ class _Decoders:
 def _start() -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "ftkit.canvas"], env=environment, text=True, stdin=subprocess.PIPE,
+        [sys.executable, "-P", "-m", "ftkit.data.canvas"], env=environment, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for this process, which ends them: not a decoder that died
     )  # fmt: skip

@@ -28,8 +28,8 @@ import PIL.Image
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.fft import dctn
 
-from ftkit.canvas import Canvases
-from ftkit.intake import SPLITS, Images, below, clusters
+from ftkit.data.canvas import Canvases
+from ftkit.data.dataset import SPLITS, Images, below, clusters
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess, decode
 from ftkit_export.session import cores

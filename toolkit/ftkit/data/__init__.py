@@ -1,0 +1,1 @@
+"""Images in: which files, decoded once, augmented, audited, cleaned."""
