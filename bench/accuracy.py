@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ftkit.backbones import build
 from ftkit.demo import SETTINGS, write_elpv
+from ftkit.models.backbones import build
 from ftkit.override import override
 from ftkit.recipe import load
 from ftkit.training import train

@@ -26,11 +26,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ftkit import pipeline, variants
-from ftkit.backbones import build
 from ftkit.checkpoint import Run, open_run
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.judge import Answers
+from ftkit.models.backbones import build
 from ftkit.recipe import Export
 from ftkit_export import archive, convert, graph, quantize, session
 from ftkit_export.convert import export_core

@@ -51,7 +51,7 @@ def build(folder: Path, size: int, quantized: bool = False) -> Path:
     """efficientnet_lite0 as a core form, in 8 bits if asked."""
     import torch
 
-    from ftkit.backbones import build as backbone
+    from ftkit.models.backbones import build as backbone
     from ftkit_export.convert import export_core, write
     from ftkit_export.quantize import calibrate, int8
     from ftkit_export.targets import TARGETS, here

@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ftkit.backbones import build
 from ftkit.compute import prepare
 from ftkit.demo import SETTINGS, write_elpv
 from ftkit.feed import Feed, Fetched, set_mode, under
+from ftkit.models.backbones import build
 from ftkit.optim import Batch, Moving, make_optimizer
 from ftkit.recipe import Recipe, Stage
 from ftkit.step import fresh_gradients, run_as

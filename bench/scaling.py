@@ -23,7 +23,7 @@ import tables
 import torch
 from gpu import MODELS, TIMM, many_photographs
 
-from ftkit.backbones import build
+from ftkit.models.backbones import build
 
 PAPER_BATCH = 256  # images a GPU and step
 

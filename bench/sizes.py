@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 import ftkit
-from ftkit.backbones import build
 from ftkit.checkpoint import open_run
 from ftkit.data.dataset import read
 from ftkit.demo import write_elpv
+from ftkit.models.backbones import build
 from ftkit.override import override
 from ftkit.recipe import load
 from ftkit.utils import console

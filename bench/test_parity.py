@@ -11,9 +11,9 @@ import torch
 from elpv_dataset import __file__ as elpv_file
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ftkit.backbones import build
+from ftkit.models.backbones import build
+from ftkit.models.weights import PACKAGES
 from ftkit.recipe import load, names
-from ftkit.weights import PACKAGES
 from ftkit_export.convert import export_core, write
 from ftkit_export.graph import image_form
 from ftkit_export.parity import Parity, Reference, compare

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ftkit.backbones import build
+from ftkit.models.backbones import build
 from ftkit_export.convert import export_core, write
 from ftkit_export.graph import image_form
 

@@ -24,7 +24,7 @@ from torch import nn
 from ftkit import pipeline
 from ftkit.cli import main
 from ftkit.demo import NOTICE
-from ftkit.weights import fingerprint
+from ftkit.models.weights import fingerprint
 from ftkit_export.verify import with_digest
 
 PER_CLASS = 30

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from ftkit.backbones import build
+from ftkit.models.backbones import build
 from ftkit_export import graph
 from ftkit_export.convert import Core, export_core, write
 from ftkit_export.golden import write_golden

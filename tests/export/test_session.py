@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from ftkit.backbones import build
+from ftkit.models.backbones import build
 from ftkit.utils.distributed import joined
 from ftkit_export import session
 from ftkit_export.convert import export_core

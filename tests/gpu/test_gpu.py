@@ -12,11 +12,11 @@ import safetensors.torch
 import torch
 from conftest import TINY, ftkit, settings
 
-from ftkit.backbones import build
 from ftkit.compute import fastest, prepare, ways
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.feed import Feeds, under
+from ftkit.models.backbones import build
 from ftkit.optim import Moving, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.stage import Work

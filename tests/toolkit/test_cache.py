@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from ftkit import cache
-from ftkit.backbones import build
 from ftkit.cache import Activations, Views, _tolerance, attributes, check, fill
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source
 from ftkit.feed import Feeds
+from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit_export.preprocess import Preprocess
 

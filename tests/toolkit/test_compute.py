@@ -14,13 +14,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftkit import compute
-from ftkit.backbones import build
 from ftkit.compute import Compute, Way, fastest
 from ftkit.data import augment
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source, array_source, free_bytes
 from ftkit.feed import Feeds
+from ftkit.models.backbones import build
 from ftkit.optim import Batch, Moving, gradients, loss_of
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit_export.nvidia import same_numbers
@@ -148,7 +148,7 @@ def test_an_operation_without_a_deterministic_form_is_one_sentence(photos: Path,
 PREPARED = """
 import torch
 from ftkit.compute import prepare
-from ftkit.backbones import build
+from ftkit.models.backbones import build
 from ftkit_export.convert import export_core
 def told():
     b = torch.backends

@@ -17,11 +17,11 @@ import safetensors.torch
 import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
-from ftkit.backbones import build
 from ftkit.cli import main
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.feed import Feeds
+from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.utils import distributed
 from ftkit.utils.distributed import FRESH_STORE, Ranks

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from ftkit.backbones import build, trainable
 from ftkit.cache import runner
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.feed import Feeds, set_mode, under
-from ftkit.prefix import frontier, frozen_part, trace, trained_part
+from ftkit.models.backbones import build, trainable
+from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe, Stage
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess

@@ -13,12 +13,12 @@ from conftest import TINY, ftkit, settings
 from torch import nn
 
 from ftkit import fan, stage
-from ftkit.backbones import build, trainable
 from ftkit.checkpoint import open_run
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.feed import Feed, Feeds, ahead
+from ftkit.models.backbones import build, trainable
 from ftkit.optim import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.step import fresh_gradients

@@ -26,7 +26,7 @@ import torchvision
 from torch import nn
 
 import ftkit
-from ftkit.backbones import Backbone, build
+from ftkit.models.backbones import Backbone, build
 from ftkit.page import table
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit.utils.files import write_atomically

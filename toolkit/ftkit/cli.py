@@ -322,7 +322,7 @@ def recipes(name: str | None) -> None:
             doc = (recipes_.load_module(each).__doc__ or "").strip().splitlines()[0]
             click.echo(f"{each:<20} {doc}")
         return
-    from ftkit.backbones import blocks, build
+    from ftkit.models.backbones import blocks, build
 
     loaded = recipes_.load(name)
     click.echo((recipes_.load_module(name).__doc__ or "").strip() + "\n")

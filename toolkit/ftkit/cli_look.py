@@ -54,11 +54,11 @@ def audit_data(
     Exit 1 when splits share an image or a group, or an image has two labels. What is decoded here is not decoded again
     by `ftkit train`.
     """
-    from ftkit.backbones import build
     from ftkit.data import clean
     from ftkit.data.audit import audit, named
     from ftkit.data.canvas import build as build_canvases
     from ftkit.data.dataset import read
+    from ftkit.models.backbones import build
     from ftkit.recipe import load
     from ftkit.utils import console
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftkit.backbones import Backbone, features
 from ftkit.feed import Feed
+from ftkit.models.backbones import Backbone, features
 from ftkit.optim import rate
 from ftkit.recipe import Stage
 

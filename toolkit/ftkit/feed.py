@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from ftkit.backbones import Backbone, trainable
 from ftkit.cache import Activations, Tensors, Views, channels_last, check, discard, fill
 from ftkit.data.augment import Mixing, augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.data.canvas import Canvases
 from ftkit.data.prefetch import Source, array_source, pinned
+from ftkit.models.backbones import Backbone, trainable
+from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
+from ftkit.models.weights import fingerprint
 from ftkit.optim import Batch
-from ftkit.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe
 from ftkit.teacher import Teacher, load
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks
-from ftkit.weights import fingerprint
 from ftkit_export.preprocess import Preprocess
 
 Array = np.ndarray[Any, Any]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit.backbones import Backbone, features
 from ftkit.cache import CHUNK, runner
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import Canvases, spread_evenly
@@ -28,6 +27,7 @@ from ftkit.evaluate import (
     reliability,
     worst_mistakes,
 )  # fmt: skip
+from ftkit.models.backbones import Backbone, features
 from ftkit.utils import console
 from ftkit_export.foreign import Foreign, fit
 from ftkit_export.predict import softmax

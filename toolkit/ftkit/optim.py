@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftkit.backbones import Backbone, blocks
 from ftkit.compute import Compute
+from ftkit.models.backbones import Backbone, blocks
 from ftkit.recipe import Stage
 
 State = dict[str, torch.Tensor]

@@ -51,7 +51,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 def _preprocess(recipe: Recipe) -> Preprocess:
     if recipe.preprocess:
         return recipe.preprocess
-    from ftkit.backbones import build  # here: it takes torch, and most settings do without
+    from ftkit.models.backbones import build  # here: it takes torch, and most settings do without
 
     return build(recipe.backbone, 2, "none").preprocess
 

@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from ftkit import checkpoint
-from ftkit.backbones import Backbone
 from ftkit.compute import Compute, release
 from ftkit.evaluate import cka
 from ftkit.events import Log
 from ftkit.fan import best_rate
 from ftkit.feed import Feed, Feeds, Fetched, ahead, under
+from ftkit.models.backbones import Backbone
+from ftkit.models.weights import fingerprint
 from ftkit.optim import Moving, class_weights, make_optimizer, rate
 from ftkit.recipe import Recipe, Stage
 from ftkit.state import State, Stop, Stopped, seeded
@@ -33,7 +34,6 @@ from ftkit.step import fresh_gradients, run_as
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks
 from ftkit.validate import Score, Validation, detached, validate
-from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
 
 Array = np.ndarray[Any, Any]

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from ftkit import checkpoint, compute, state, teacher
-from ftkit.backbones import Backbone, build, trainable
 from ftkit.compute import Compute
 from ftkit.data.audit import audit, named, require_apart
 from ftkit.data.canvas import Canvases
@@ -33,6 +32,8 @@ from ftkit.events import Log, nowhere, require
 from ftkit.events import tensorboard as log_events
 from ftkit.feed import Feeds
 from ftkit.judge import judge
+from ftkit.models.backbones import Backbone, build, trainable
+from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, resolve, restore
 from ftkit.release import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.report import pictures, save_pictures, write_report
@@ -44,7 +45,6 @@ from ftkit.utils.distributed import Ranks, joined, restarted
 from ftkit.utils.files import write_atomically
 from ftkit.utils.lock import locked
 from ftkit.utils.malloc import keep_freed_memory
-from ftkit.weights import fingerprint
 from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground
 from ftkit_export.preprocess import MAX_PIXELS, Preprocess

@@ -20,7 +20,7 @@ import torchvision
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from ftkit.weights import EXTRA_HEADS, PACKAGES, load
+from ftkit.models.weights import EXTRA_HEADS, PACKAGES, load
 from ftkit_export.errors import FtkitError, choices
 from ftkit_export.preprocess import Preprocess
 

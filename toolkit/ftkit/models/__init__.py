@@ -1,0 +1,1 @@
+"""Backbones, their weights, and where they are cut into a frozen prefix and a trained suffix."""
