@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import log_softmax, softmax
 
-from ftkit.evaluate import abstain_threshold, fit_temperature
+from ftkit.evaluation.metrics import abstain_threshold, fit_temperature
 from ftkit_export.intervals import Design, difference_bounds, difference_design, share_interval
 from ftkit_export.latency import PROCESSES, machine, race
 

@@ -29,7 +29,7 @@ from ftkit import pipeline, variants
 from ftkit.checkpoint import Run, open_run
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
-from ftkit.judge import Answers
+from ftkit.evaluation.model import Answers
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
 from ftkit_export import archive, convert, graph, quantize, session

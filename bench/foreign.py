@@ -18,7 +18,7 @@ from ftkit.cache import CHUNK, runner
 from ftkit.checkpoint import open_run
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read
-from ftkit.judge import Answers, WithEmbedding
+from ftkit.evaluation.model import Answers, WithEmbedding
 from ftkit_export.foreign import Foreign
 
 

@@ -15,7 +15,7 @@ from conftest import bare, ftkit, rewrite
 from onnx import numpy_helper
 
 from ftkit import evidence, pipeline
-from ftkit.evaluate import evaluate
+from ftkit.evaluation.metrics import evaluate
 from ftkit.recipe import Export
 from ftkit.variants import as_table
 from ftkit_export.bundle import begin

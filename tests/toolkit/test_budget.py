@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, ftkit, settings
 
 from ftkit.budget import Budget, budgets
-from ftkit.evaluate import evaluate
+from ftkit.evaluation.metrics import evaluate
 from ftkit.evidence import Measured, choose, judge
 from ftkit.recipe import load
 from ftkit_export.bundle import Gate, overall

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, log_loss, precision_score, recall_score
 
-from ftkit.evaluate import (
+from ftkit.evaluation.metrics import (
     abstain_threshold,
     abstention,
     cka,

@@ -129,7 +129,7 @@ def test_the_same_release_passes_when_the_images_can_tell_and_else_says_so(bundl
 def test_one_class_that_surely_got_worse_is_enough(bundle: Path, copies: Path) -> None:
     """Whatever the other classes won: here they stay as they are."""
     from ftkit.data.dataset import labelled
-    from ftkit.release import Answers, against, answers
+    from ftkit.evaluation.bundle import Answers, against, answers
 
     old = answers(bundle, labelled(copies))
     said = tuple("mono-ok" if label == "poly-ok" else answer

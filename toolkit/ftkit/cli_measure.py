@@ -62,7 +62,7 @@ def evaluate(
     With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images cannot tell.
     """
     from ftkit.data.dataset import labelled
-    from ftkit.release import against, answers, as_text, require, unseen
+    from ftkit.evaluation.bundle import against, answers, as_text, require, unseen
     from ftkit.utils import console
     from ftkit_export.archive import unpacked
 

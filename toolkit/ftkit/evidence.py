@@ -20,7 +20,7 @@ from ftkit import variants
 from ftkit.budget import Budget
 from ftkit.budget import budgets as judge_budgets
 from ftkit.checkpoint import Run
-from ftkit.evaluate import Metrics, evaluate
+from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.recipe import Export
 from ftkit.utils import console
 from ftkit_export.bench import QUICK_STARTS, STARTS, conditions, starts

@@ -26,10 +26,10 @@ from ftkit.checkpoint import Run
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
-from ftkit.evaluate import Metrics
+from ftkit.evaluation.bundle import SPLITS_CSV, TRAINED_ON
+from ftkit.evaluation.metrics import Metrics
 from ftkit.page import table
 from ftkit.recipe import Export
-from ftkit.release import SPLITS_CSV, TRAINED_ON
 from ftkit.remote import Device
 from ftkit.report import Picture, pictures, write_report
 from ftkit.signpost import signpost

@@ -21,7 +21,7 @@ from torch import nn
 
 from ftkit import checkpoint
 from ftkit.compute import Compute, release
-from ftkit.evaluate import cka
+from ftkit.evaluation.metrics import cka
 from ftkit.events import Log
 from ftkit.fan import best_rate
 from ftkit.feed import Feed, Feeds, Fetched, ahead, under

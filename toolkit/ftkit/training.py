@@ -27,15 +27,15 @@ from ftkit.data.audit import audit, named, require_apart
 from ftkit.data.canvas import Canvases
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import Images, below, read, splits_csv
-from ftkit.evaluate import Mistake
+from ftkit.evaluation.bundle import DIGEST, SPLITS_CSV, TRAINED_ON
+from ftkit.evaluation.metrics import Mistake
+from ftkit.evaluation.model import judge
 from ftkit.events import Log, nowhere, require
 from ftkit.events import tensorboard as log_events
 from ftkit.feed import Feeds
-from ftkit.judge import judge
 from ftkit.models.backbones import Backbone, build, trainable
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, resolve, restore
-from ftkit.release import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.report import pictures, save_pictures, write_report
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped

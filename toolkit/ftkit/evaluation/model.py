@@ -16,7 +16,7 @@ from torch import nn
 from ftkit.cache import CHUNK, runner
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import Canvases, spread_evenly
-from ftkit.evaluate import (
+from ftkit.evaluation.metrics import (
     Abstention,
     Metrics,
     Mistake,

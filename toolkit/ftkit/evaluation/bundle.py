@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ftkit.data.dataset import Labelled
-from ftkit.evaluate import Metrics, evaluate
+from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.utils import console
 from ftkit_export.decision import Paired, Verdict, paired
 from ftkit_export.errors import FtkitError, ImageError, choices

@@ -1,0 +1,1 @@
+"""How good: metrics, the model on val and then once on test, a shipped file on labelled images."""
