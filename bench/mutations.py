@@ -207,7 +207,7 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
 def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
     """What `ftkit bench --json` wrote, read as a baseline and judged against budgets."""
-    from ftkit import budget
+    from ftkit.benchmark import budgets
     from ftkit_export.bench import bench, read
 
     path = folder / "bench.json"
@@ -215,7 +215,7 @@ def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
 
     def use(rng: random.Random) -> object:
         path.write_bytes(mutated(text.encode(), rng) if rng.random() < 0.5 else mutated_json(text, rng).encode())
-        return budget.as_tables(read(path)), budget.judge(read(path), {"p95_ms": 5.0, "size_mb": 10.0})
+        return budgets.as_tables(read(path)), budgets.judge(read(path), {"p95_ms": 5.0, "size_mb": 10.0})
 
     while True:
         yield use

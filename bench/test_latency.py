@@ -9,7 +9,7 @@ pytest-benchmark's own table is of runs in this process; extra_info holds ftkit'
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ftkit.pytest_plugin import Measured
+from ftkit.benchmark.pytest_plugin import Measured
 from ftkit_export.bench import conditions, find
 from ftkit_export.latency import Condition
 from ftkit_export.session import cores

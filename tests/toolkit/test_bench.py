@@ -10,8 +10,8 @@ import pytest
 from click.testing import Result
 from conftest import ftkit
 
-from ftkit.budget import Budget, as_gate, exit_code
-from ftkit.history import append, changes, read, write_history
+from ftkit.benchmark.budgets import Budget, as_gate, exit_code
+from ftkit.benchmark.history import append, changes, read, write_history
 from ftkit_export.regression import Verdict
 
 

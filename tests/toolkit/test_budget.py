@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TINY, ftkit, settings
 
-from ftkit.budget import Budget, budgets
+from ftkit.benchmark.budgets import Budget, budgets
 from ftkit.evaluation.metrics import evaluate
 from ftkit.evidence import Measured, choose, judge
 from ftkit.recipe import load

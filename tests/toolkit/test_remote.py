@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ftkit, settings
 
-from ftkit.remote import Device
+from ftkit.benchmark.ssh import Device
 from ftkit_export.bundle import write_manifest
 from ftkit_export.errors import FtkitError
 from ftkit_export.latency import machine
@@ -62,7 +62,7 @@ def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
     device: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "device.json"
-    monkeypatch.setattr("ftkit.remote.MAKE_FOLDER", f"mktemp -d -p {tmp_path}")
+    monkeypatch.setattr("ftkit.benchmark.ssh.MAKE_FOLDER", f"mktemp -d -p {tmp_path}")
     result = ftkit("bench", bundle, "--ssh", device, "--quick", "--threads", "1", "--json", out)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())

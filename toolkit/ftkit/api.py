@@ -98,10 +98,10 @@ def export(
             raise FtkitError(f"--set {setting}: expected a field of export, found another. Try --set export.{setting}")
     override(Recipe(name="", backbone="", stages=(Stage(),)), settings)  # a typo is told before seconds of imports
 
+    from ftkit.benchmark.ssh import Device
     from ftkit.checkpoint import Run, open_run
     from ftkit.pipeline import Extras, read_measured
     from ftkit.pipeline import export as run_export
-    from ftkit.remote import Device
     from ftkit.variants import resolve_target
     from ftkit.web import runtime as web_runtime
     from ftkit_export.session import parse_providers
@@ -145,7 +145,7 @@ def bench(
     with that bundle or file; `against` then holds the verdicts."""
     from dataclasses import asdict
 
-    from ftkit.budget import against as run_against
+    from ftkit.benchmark.budgets import against as run_against
     from ftkit_export.archive import unpacked
     from ftkit_export.bench import bench as measure
 

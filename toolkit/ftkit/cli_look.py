@@ -120,7 +120,7 @@ def report(what: Path | None, out: Path | None) -> None:
 
     HISTORY: by default ftkit-bench.jsonl at the root of this repository.
     """
-    from ftkit import history
+    from ftkit.benchmark import history
 
     if what and (what / "manifest.json").is_file():
         page = out or what / "report.html"

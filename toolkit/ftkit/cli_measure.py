@@ -147,8 +147,8 @@ def bench(
 
     Exit 1 when a budget or --against fails, 3 when that cannot be told here.
     """
-    from ftkit import budget as judging
-    from ftkit import history, remote
+    from ftkit.benchmark import budgets as judging
+    from ftkit.benchmark import history, ssh
     from ftkit.utils import console
     from ftkit_export.archive import unpacked
     from ftkit_export.bench import bench as measure
@@ -176,7 +176,7 @@ def bench(
         say = stack.enter_context(console.note())
         if host:
             say(f"measuring on {host}")
-            there = partial(remote.bench, host, path, provider=names[0], threads=(counts or [0])[0], quick=quick)
+            there = partial(ssh.bench, host, path, provider=names[0], threads=(counts or [0])[0], quick=quick)
             told = there()
             verdicts = judging.against_there(there, told, stored) if stored else []
         elif not baseline or limits or save:
@@ -217,7 +217,7 @@ def _tell(
     echo: Callable[..., None], told: dict[str, Any], limits: Mapping[str, float], verdicts: Sequence[Verdict]
 ) -> list[Outcome]:
     """Print the tables, budgets and gate; put the verdicts into `told` beside the figures; return the outcomes."""
-    from ftkit import budget as judging
+    from ftkit.benchmark import budgets as judging
 
     outcomes: list[Outcome] = []
     if "rows" in told:

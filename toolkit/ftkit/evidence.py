@@ -17,8 +17,8 @@ import numpy as np
 
 import ftkit
 from ftkit import variants
-from ftkit.budget import Budget
-from ftkit.budget import budgets as judge_budgets
+from ftkit.benchmark.budgets import Budget
+from ftkit.benchmark.budgets import budgets as judge_budgets
 from ftkit.checkpoint import Run
 from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.recipe import Export

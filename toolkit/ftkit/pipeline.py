@@ -21,6 +21,7 @@ from torch import nn
 
 import ftkit
 from ftkit import checkpoint, evidence, variants, web
+from ftkit.benchmark.ssh import Device
 from ftkit.card import model_card
 from ftkit.checkpoint import Run
 from ftkit.data.canvas import Canvases, spread_evenly
@@ -30,7 +31,6 @@ from ftkit.evaluation.bundle import SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Metrics
 from ftkit.page import table
 from ftkit.recipe import Export
-from ftkit.remote import Device
 from ftkit.report import Picture, pictures, write_report
 from ftkit.signpost import signpost
 from ftkit.utils import console

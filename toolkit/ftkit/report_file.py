@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ftkit import history
+from ftkit.benchmark import history
 from ftkit.page import bars, points, table
 from ftkit.utils.console import condition, frames, short
 from ftkit_export.errors import FtkitError

@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import nn
 
 from ftkit import variants
-from ftkit.budget import Budget
+from ftkit.benchmark.budgets import Budget
 from ftkit.checkpoint import Run
 from ftkit.utils import console
 from ftkit_export.convert import export_core, write

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.doctor import does_not_open
 from ftkit.recipe import Export
-from ftkit.remote import Device
 from ftkit.utils import console
 from ftkit_export.convert import write
 from ftkit_export.decision import Paired, Row, judge, paired

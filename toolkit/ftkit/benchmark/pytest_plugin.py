@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 
 def _limits(marker: pytest.Mark, where: str) -> dict[str, float]:
-    from ftkit.budget import parse_budgets  # here: other people's test runs need none of it
+    from ftkit.benchmark.budgets import parse_budgets  # here: other people's test runs need none of it
     from ftkit_export.errors import FtkitError
 
     try:
@@ -81,7 +81,7 @@ class Measured:
 
         Fails the test when a budget is missed in every process, skips it when the processes do not agree.
         """
-        from ftkit.budget import judge
+        from ftkit.benchmark.budgets import judge
         from ftkit_export.bench import find, starts
         from ftkit_export.latency import Condition, measure
 
@@ -109,7 +109,7 @@ class Measured:
         max_slowdown: float = 0.05, seconds: float = 120,
     ) -> list[Verdict]:  # fmt: skip
         """ftkit's regression gate: latency, cold start, memory, size. Fails or skips the test as __call__ does."""
-        from ftkit.budget import against
+        from ftkit.benchmark.budgets import against
 
         verdicts = against(candidate, baseline, provider=provider, threads=threads, tolerance=max_slowdown,
                            seconds=seconds)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Budgets, the history of latencies, measuring over ssh, the pytest plugin."""
