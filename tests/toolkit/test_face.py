@@ -24,7 +24,7 @@ import ftkit as package
 from ftkit import web
 from ftkit.checkpoint import open_run
 from ftkit.events import tensorboard
-from ftkit.report import load_pictures, write_report
+from ftkit.report.build import load_pictures, write_report
 from ftkit_export.convert import export_core
 from ftkit_export.explain import Explainer, with_features
 from ftkit_export.predict import Classifier

@@ -27,8 +27,8 @@ from torch import nn
 
 import ftkit
 from ftkit.models.backbones import Backbone, build
-from ftkit.page import table
 from ftkit.recipe import Recipe, restore, restore_preprocess
+from ftkit.report.html import table
 from ftkit.utils.files import write_atomically
 from ftkit.utils.lock import LOCK, in_use
 from ftkit_export.errors import FtkitError

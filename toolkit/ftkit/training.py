@@ -36,7 +36,7 @@ from ftkit.feed import Feeds
 from ftkit.models.backbones import Backbone, build, trainable
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, resolve, restore
-from ftkit.report import pictures, save_pictures, write_report
+from ftkit.report.build import pictures, save_pictures, write_report
 from ftkit.stage import Work, compare_circumstances, train_stage
 from ftkit.state import Stop, Stopped
 from ftkit.utils import console

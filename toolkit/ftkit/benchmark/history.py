@@ -20,7 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ftkit.page import page
+from ftkit.report.html import page
 from ftkit.utils import console
 from ftkit.utils.files import write_atomically
 from ftkit_export.errors import FtkitError

@@ -19,8 +19,8 @@ from typing import Any
 import PIL.Image
 
 from ftkit.data.canvas import Canvases
-from ftkit.page import anchor, lengths, lines, page, reliability, section, table
-from ftkit.report_file import found_in, gates, latency, parity, variants
+from ftkit.report.export_sections import found_in, gates, latency, parity, variants
+from ftkit.report.html import anchor, lengths, lines, page, reliability, section, table
 from ftkit.utils.console import frames
 from ftkit.utils.files import write_atomically
 from ftkit_export.bundle import overall

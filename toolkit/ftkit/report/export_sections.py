@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.benchmark import history
-from ftkit.page import bars, points, table
+from ftkit.report.html import bars, points, table
 from ftkit.utils.console import condition, frames, short
 from ftkit_export.errors import FtkitError
 from ftkit_export.parity import DECADES

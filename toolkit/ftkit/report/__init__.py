@@ -1,0 +1,1 @@
+"""report.html of runs and bundles, its charts, and the model card."""
