@@ -20,9 +20,9 @@ import onnx
 from torch import nn
 
 import ftkit
-from ftkit import checkpoint, evidence, variants, web
+from ftkit import evidence, variants, web
 from ftkit.benchmark.ssh import Device
-from ftkit.checkpoint import Run
+from ftkit.checkpoint import Run, read_metrics
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
@@ -276,7 +276,7 @@ def _build(
         },
     }  # fmt: skip
     told = {**manifest, "gates": [gate.as_dict() for gate in gates], "model_sha256": sha256(folder / "model.onnx")}
-    write_report(folder / "report.html", run.data, checkpoint.read_metrics(run.folder),
+    write_report(folder / "report.html", run.data, read_metrics(run.folder),
                  _pictures(folder, canvases, run, limits), told)  # fmt: skip
     (folder / "MODEL_CARD.md").write_text(model_card(run.data, manifest), encoding="utf-8")
     final = bundles.seal(folder, out, manifest, gates, extras.sign)

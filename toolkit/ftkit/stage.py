@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit import checkpoint
+from ftkit.checkpoint import append
 from ftkit.compute import Compute, release
 from ftkit.evaluation.metrics import cka
 from ftkit.events import Log
@@ -303,7 +303,7 @@ def _report_epoch(
         "val_accuracy": judged.accuracy, "val_nll": -judged.score[1], "lr": lr, "images_per_s": images_per_s,
         **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
     }  # fmt: skip
-    checkpoint.append(run.folder, line)
+    append(run.folder, line)
     work.log(line, run.lines)
 
 

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from ftkit import checkpoint, compute, state, teacher
+from ftkit import compute, state, teacher
+from ftkit.checkpoint import SCHEMA, create, environment, finish, is_finished, read_metrics
 from ftkit.compute import Compute
 from ftkit.data.audit import audit, named, require_apart
 from ftkit.data.canvas import Canvases
@@ -71,7 +72,7 @@ def train(
     again = f"ftkit train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
     resume = resume or restarted()
     with Stop() as stop, joined(device) as (place, ranks):
-        if ranks.first(lambda: resume and checkpoint.is_finished(out)):
+        if ranks.first(lambda: resume and is_finished(out)):
             console.say(f"{out}: finished already")
             return out
         plan = ranks.first(lambda: state.plan_of(out) if known and resume and state.exists(out) else None)
@@ -165,7 +166,7 @@ def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
     """Whether there is a run in `out` to go on with; else the folder is made. It is locked for as long as `opened`."""
     going_on = resume and state.exists(out)
     if not going_on:
-        checkpoint.create(out)
+        create(out)
     opened.enter_context(locked(out))
     return going_on
 
@@ -179,7 +180,7 @@ def _finish(
     verdict = judge(backbone, canvases, preprocess, work.recipe.precision)
     seconds = run.spent
     data_of_run = {
-        "schema": checkpoint.SCHEMA, "recipe": resolve(work.recipe), "classes": list(images.classes),
+        "schema": SCHEMA, "recipe": resolve(work.recipe), "classes": list(images.classes),
         "preprocess": asdict(preprocess),
         **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
         "group_by": run.plan["group_by"], "audit": found,
@@ -188,16 +189,16 @@ def _finish(
         "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
         "weights": backbone.weights, "model_fingerprint": fingerprint(backbone.model), "stages": run.stages,
-        "seconds": seconds, "environment": checkpoint.environment(),
+        "seconds": seconds, "environment": environment(),
     }  # fmt: skip
     shown = pictures(canvases, data_of_run["mistakes"])
     save_pictures(run.folder / "mistakes", shown)
-    write_report(run.folder / "report.html", json.loads(json.dumps(data_of_run)), checkpoint.read_metrics(run.folder),
+    write_report(run.folder / "report.html", json.loads(json.dumps(data_of_run)), read_metrics(run.folder),
                  shown)  # fmt: skip
     digests = sorted(canvases.digests[row][:DIGEST] for split in ("train", "val") for row in canvases.rows(split))
     write_atomically(run.folder / TRAINED_ON, "".join(f"{digest}\n" for digest in digests).encode())
     write_atomically(run.folder / SPLITS_CSV, splits_csv(canvases.images))
-    checkpoint.finish(run.folder, backbone.model, data_of_run)
+    finish(run.folder, backbone.model, data_of_run)
     shutil.rmtree(run.folder / "state")
     test = verdict.metrics["test"]
     left, removed = trim()
