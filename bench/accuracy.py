@@ -31,7 +31,7 @@ from ftkit.demo import SETTINGS, write_elpv
 from ftkit.models.backbones import build
 from ftkit.override import override
 from ftkit.recipe import load
-from ftkit.training import train
+from ftkit.training.train import train
 
 FLIPS = [setting for setting in SETTINGS if setting != "--set"]
 

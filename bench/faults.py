@@ -26,12 +26,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ftkit import pipeline, variants
-from ftkit.checkpoint import Run, open_run
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.evaluation.model import Answers
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
+from ftkit.training.run import Run, open_run
 from ftkit_export import archive, convert, graph, quantize, session
 from ftkit_export.convert import export_core
 from ftkit_export.errors import FtkitError

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from ftkit.cache import CHUNK, runner
-from ftkit.checkpoint import open_run
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read
 from ftkit.evaluation.model import Answers, WithEmbedding
+from ftkit.training.feature_cache import CHUNK, runner
+from ftkit.training.run import open_run
 from ftkit_export.foreign import Foreign
 
 

@@ -30,14 +30,14 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ftkit.compute import prepare
 from ftkit.demo import SETTINGS, write_elpv
-from ftkit.feed import Feed, Fetched, set_mode, under
 from ftkit.models.backbones import build
-from ftkit.optim import Batch, Moving, make_optimizer
 from ftkit.recipe import Recipe, Stage
-from ftkit.step import fresh_gradients, run_as
-from ftkit.training import train
+from ftkit.training.loader import Feed, Fetched, set_mode, under
+from ftkit.training.optimizer import Batch, Moving, make_optimizer
+from ftkit.training.precision import prepare
+from ftkit.training.step import fresh_gradients, run_as
+from ftkit.training.train import train
 from ftkit.utils.distributed import SOLO, pick_device
 from ftkit_export.bench import find
 from ftkit_export.latency import Condition, begin, measure

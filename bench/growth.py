@@ -65,7 +65,7 @@ def training() -> None:
 import json, time
 from pathlib import Path
 from ftkit.recipe import Recipe, Stage
-from ftkit.training import train
+from ftkit.training.train import train
 from ftkit_export.preprocess import Preprocess
 recipe = Recipe(name="growth", backbone="efficientnet_lite0", preprocess=Preprocess(size=224, resize=224),
                 stages=(Stage(train="last:1", epochs=2, cache="{cache}"),))

@@ -173,11 +173,11 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     import torch
     from torch import nn
 
-    from ftkit.cache import Views, fill
     from ftkit.data.canvas import build
     from ftkit.data.dataset import read
     from ftkit.data.prefetch import Source
     from ftkit.recipe import Augment
+    from ftkit.training.feature_cache import Views, fill
     from ftkit_export.preprocess import Preprocess
 
     preprocess = Preprocess(size=8, resize=8)
@@ -223,7 +223,7 @@ def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
 
 def runs(run: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
     """run.json of a finished run, which carries its own digest."""
-    from ftkit.checkpoint import open_run
+    from ftkit.training.run import open_run
 
     copy = folder / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("report.html", "mistakes"))

@@ -27,15 +27,15 @@ import torch.nn.functional as F
 from accuracy import loaders, write_random_split
 from torch.utils.data import DataLoader
 
-from ftkit.cache import CHUNK, Views, runner
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source
-from ftkit.feed import set_mode, under
 from ftkit.models.backbones import build, trainable
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.training import train
+from ftkit.training.feature_cache import CHUNK, Views, runner
+from ftkit.training.loader import set_mode, under
+from ftkit.training.train import train
 from ftkit_export.preprocess import Preprocess
 
 HEAD_LR, DEEP_LR, BATCH = 1e-3, 1e-4, 32

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 import ftkit
-from ftkit.checkpoint import open_run
 from ftkit.data.dataset import read
 from ftkit.demo import write_elpv
 from ftkit.models.backbones import build
 from ftkit.override import override
 from ftkit.recipe import load
+from ftkit.training.run import open_run
 from ftkit.utils import console
 from ftkit_export.convert import export_core, write
 from ftkit_export.decision import paired

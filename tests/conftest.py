@@ -32,7 +32,7 @@ TINY = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=6", "stag
         "stages.0.views=2", "stages.1.views=2", "stages.1.batch_size=16")  # fmt: skip
 
 # The real command, saving after every step: so that a kill meets a save or the step after it.
-COMMAND = "import ftkit.state as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli import main; main()"
+COMMAND = "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli import main; main()"
 
 
 def ftkit(*arguments: object) -> Result:

@@ -62,7 +62,7 @@ def test_a_bundle_verifies_on_its_core_forms_where_a_provider_runs_those(bundle:
 
 
 def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(run: Path, bundle: Path) -> None:
-    from ftkit.checkpoint import open_run
+    from ftkit.training.run import open_run
     from ftkit_export.parity import Reference
 
     opened, image = open_run(run), bundle / "golden" / "00.png"

@@ -13,7 +13,7 @@ import pytest
 from conftest import bare
 from onnx import helper, numpy_helper
 
-from ftkit.checkpoint import open_run
+from ftkit.training.run import open_run
 from ftkit_export.convert import write
 from ftkit_export.errors import FtkitError
 from ftkit_export.graph import image_form

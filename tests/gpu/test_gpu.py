@@ -12,16 +12,16 @@ import safetensors.torch
 import torch
 from conftest import TINY, ftkit, settings
 
-from ftkit.compute import fastest, prepare, ways
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
-from ftkit.feed import Feeds, under
 from ftkit.models.backbones import build
-from ftkit.optim import Moving, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.stage import Work
-from ftkit.state import Stopped
-from ftkit.step import fresh_gradients
+from ftkit.training.checkpoint import Stopped
+from ftkit.training.loader import Feeds, under
+from ftkit.training.optimizer import Moving, make_optimizer
+from ftkit.training.precision import fastest, prepare, ways
+from ftkit.training.stage import Work
+from ftkit.training.step import fresh_gradients
 from ftkit_export.latency import Condition, measure
 from ftkit_export.preprocess import Preprocess
 from ftkit_export.session import Session

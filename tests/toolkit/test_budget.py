@@ -124,8 +124,8 @@ def test_the_size_of_an_input_takes_its_canvas_along(capsys: pytest.CaptureFixtu
 
 
 def test_the_command_of_a_signpost_trains(run: Path, tmp_path: Path) -> None:
-    from ftkit.checkpoint import open_run
     from ftkit.signpost import _command
+    from ftkit.training.run import open_run
 
     words = shlex.split(_command(open_run(run), 64))
     words[words.index("--out") + 1] = str(tmp_path / "smaller")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from ftkit import cache
-from ftkit.cache import Activations, Views, _tolerance, attributes, check, fill
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source
-from ftkit.feed import Feeds
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.training.feature_cache import Activations, Views, _tolerance, attributes, check, fill
+from ftkit.training.loader import Feeds
+from ftkit.training.train import feature_cache
 from ftkit_export.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=32, resize=40)
@@ -57,7 +57,7 @@ def test_values_are_kept_in_a_dtype_that_holds_them(views: Views, scale: float, 
     rows = views.canvases.rows("val")
     expected = net(evaluation(torch.from_numpy(views.canvases.array(rows)), PREPROCESS))[0].numpy()
     found = kept.arrays["means"][kept.val_items(np.arange(len(rows)))].astype(np.float32)
-    assert np.abs(found - expected).max() <= cache.TOLERANCE[dtype] * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= feature_cache.TOLERANCE[dtype] * np.abs(expected).max()
 
 
 def test_an_image_beyond_the_samples_range_brings_the_wider_dtype(views: Views) -> None:
@@ -101,7 +101,7 @@ def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
 ) -> None:
     """Wherever it is wrong: the check saw one chunk of the last view, and the entry stayed for ever."""
     assert "frozen prefix computed once" in _feeds(views).stage(0).how
-    (file,) = (cache.cache_folder() / "prefix").glob("*/0.npy")
+    (file,) = (feature_cache.cache_folder() / "prefix").glob("*/0.npy")
     array = np.load(file, mmap_mode="r+")
     right = np.array(array)
     train, val = (len(views.canvases.rows(split)) for split in ("train", "val"))
@@ -152,7 +152,7 @@ def test_attributes_that_no_weight_and_no_code_tells_of_are_part_of_the_key(view
 def test_room_is_made_from_what_killed_runs_left_and_what_is_unused_longest(
     views: Views, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix = cache.cache_folder() / "prefix"
+    prefix = feature_cache.cache_folder() / "prefix"
     for name, age in ((".left", 2 * 86_400), (".being written", 10), ("old", 500), ("new", 100)):
         folder = prefix / name
         folder.mkdir(parents=True)
@@ -164,11 +164,11 @@ def test_room_is_made_from_what_killed_runs_left_and_what_is_unused_longest(
         gone = 2 - sum((prefix / name).exists() for name in ("old", "new"))
         return type("Usage", (), {"free": free[0] + 5000 * gone})
 
-    monkeypatch.setattr(cache.shutil, "disk_usage", usage)
-    assert cache._make_room(prefix, 6000) == ""
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", usage)
+    assert feature_cache._make_room(prefix, 6000) == ""
     assert {path.name for path in prefix.iterdir()} == {".being written", "new"}
     free[0] = 1000
-    assert "its cache would take" in cache._make_room(prefix, 6_000_000)
+    assert "its cache would take" in feature_cache._make_room(prefix, 6_000_000)
     assert (prefix / "new").exists(), "what cannot help is not removed"
 
 

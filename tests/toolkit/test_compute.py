@@ -13,16 +13,16 @@ from conftest import TINY, ftkit, settings
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftkit import compute
-from ftkit.compute import Compute, Way, fastest
 from ftkit.data import augment
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source, array_source, free_bytes
-from ftkit.feed import Feeds
 from ftkit.models.backbones import build
-from ftkit.optim import Batch, Moving, gradients, loss_of
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.training.loader import Feeds
+from ftkit.training.optimizer import Batch, Moving, gradients, loss_of
+from ftkit.training.precision import Compute, Way, fastest
+from ftkit.training.train import precision
 from ftkit_export.nvidia import same_numbers
 from ftkit_export.preprocess import Preprocess
 
@@ -136,8 +136,8 @@ def test_float16_learns_with_a_scaled_loss_and_goes_on_from_its_scale() -> None:
 
 def test_an_operation_without_a_deterministic_form_is_one_sentence(photos: Path, tmp_path: Path) -> None:
     said = RuntimeError("max_pool_backward_cuda does not have a deterministic implementation, but you set ...\nmore")
-    assert "found max_pool_backward_cuda. Try another backbone" in str(compute.deterministic_or_say(said))
-    assert compute.deterministic_or_say(RuntimeError("CUDA error")) is None
+    assert "found max_pool_backward_cuda. Try another backbone" in str(precision.deterministic_or_say(said))
+    assert precision.deterministic_or_say(RuntimeError("CUDA error")) is None
     small = settings(*TINY, "stages.0.epochs=1", "stages.1.epochs=1")
     try:
         assert ftkit("train", photos, "--out", tmp_path / "run", "--deterministic", *small).exit_code == 0
@@ -147,7 +147,7 @@ def test_an_operation_without_a_deterministic_form_is_one_sentence(photos: Path,
 
 PREPARED = """
 import torch
-from ftkit.compute import prepare
+from ftkit.training.precision import prepare
 from ftkit.models.backbones import build
 from ftkit_export.convert import export_core
 def told():

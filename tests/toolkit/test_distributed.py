@@ -20,9 +20,9 @@ from conftest import COMMAND, TINY, ftkit, settings, steps_done
 from ftkit.cli import main
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
-from ftkit.feed import Feeds
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.training.loader import Feeds
 from ftkit.utils import distributed
 from ftkit.utils.distributed import FRESH_STORE, Ranks
 from ftkit_export.preprocess import Preprocess
@@ -256,8 +256,8 @@ def test_ranks_that_cannot_meet_say_so(photos: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_more_ranks_than_images_in_a_batch_are_refused(photos: Path) -> None:
-    from ftkit.compute import Compute
-    from ftkit.step import run_as
+    from ftkit.training.precision import Compute
+    from ftkit.training.step import run_as
     from ftkit_export.errors import FtkitError
 
     with pytest.raises(FtkitError, match="expected an image for each of 4 ranks, found 2 in a step"):

@@ -22,9 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ftkit as package
 from ftkit import web
-from ftkit.checkpoint import open_run
-from ftkit.events import tensorboard
 from ftkit.report.build import load_pictures, write_report
+from ftkit.training.run import open_run
+from ftkit.training.tensorboard import tensorboard
 from ftkit_export.convert import export_core
 from ftkit_export.explain import Explainer, with_features
 from ftkit_export.predict import Classifier

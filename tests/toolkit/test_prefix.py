@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from ftkit.cache import runner
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
-from ftkit.feed import Feeds, set_mode, under
 from ftkit.models.backbones import build, trainable
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe, Stage
+from ftkit.training.feature_cache import runner
+from ftkit.training.loader import Feeds, set_mode, under
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 
@@ -94,11 +94,11 @@ def feeds(photos: Path) -> Feeds:
 
 
 def test_one_pass_serves_head_and_last_blocks(feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ftkit.feed
+    import ftkit.training.loader
 
     passes: list[object] = []
-    real = ftkit.feed.fill
-    monkeypatch.setattr(ftkit.feed, "fill", lambda *a, **k: (passes.append(a), real(*a, **k))[1])
+    real = ftkit.training.loader.fill
+    monkeypatch.setattr(ftkit.training.loader, "fill", lambda *a, **k: (passes.append(a), real(*a, **k))[1])
     feeds.share()
     assert "computed once" in feeds.stage(0).how
     second = feeds.stage(1)
@@ -143,9 +143,9 @@ def test_a_head_stage_after_a_deeper_one_gets_a_prefix_of_its_own(feeds: Feeds) 
 
 def test_a_cache_larger_than_the_disk_is_not_begun(feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    import ftkit.cache
+    import ftkit.training.feature_cache
 
-    monkeypatch.setattr(ftkit.cache, "DISK_SHARE", 0.0)
+    monkeypatch.setattr(ftkit.training.feature_cache, "DISK_SHARE", 0.0)
     fresh = Feeds(feeds.backbone, feeds.recipe, feeds.canvases, PREPROCESS, 99, torch.device("cpu"))
     fresh.share()
     assert "live: its cache would take" in fresh.stage(0).how

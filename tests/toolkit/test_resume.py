@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
-from ftkit.checkpoint import claim
+from ftkit.training.run import claim
 from ftkit.utils.lock import in_use, locked
 from ftkit_export.errors import FtkitError
 

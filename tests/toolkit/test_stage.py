@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from conftest import TINY, ftkit, settings
 from torch import nn
 
-from ftkit import fan, stage
-from ftkit.checkpoint import open_run
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
-from ftkit.feed import Feed, Feeds, ahead
 from ftkit.models.backbones import build, trainable
-from ftkit.optim import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.step import fresh_gradients
-from ftkit.teacher import Teacher
+from ftkit.training.distillation import Teacher
+from ftkit.training.loader import Feed, Feeds, ahead
+from ftkit.training.optimizer import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
+from ftkit.training.run import open_run
+from ftkit.training.step import fresh_gradients
+from ftkit.training.train import lr_search, stage
+from ftkit.training.validate import Validation, validate
 from ftkit.utils.distributed import SOLO
-from ftkit.validate import Validation, validate
 from ftkit_export.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=64, resize=64)
@@ -126,7 +126,7 @@ def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
 def test_auto_takes_the_rate_whose_head_ends_best(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fan, "RATES", (1e-9, 3e-3, 1e3))
+    monkeypatch.setattr(lr_search, "RATES", (1e-9, 3e-3, 1e3))
     changes = settings(*TINY, "stages.0.lr=auto", "stages.1.epochs=1")
     result = ftkit("train", photos, "--out", tmp_path / "run", *changes)
     assert result.exit_code == 0, result.output

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from conftest import TINY, ftkit, settings
 
-from ftkit.checkpoint import open_run
 from ftkit.models.backbones import build
-from ftkit.optim import make_optimizer, rate
 from ftkit.recipe import Stage
+from ftkit.training.optimizer import make_optimizer, rate
+from ftkit.training.run import open_run
 
 LINE = re.compile(r"^(head|last:1) +(\d+)/(\d+) +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +\d\.\de[+-]\d\d +\d+ +\d+:\d\d$")
 

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
-    from ftkit.checkpoint import Run
     from ftkit.pipeline import Exported
     from ftkit.recipe import Recipe
+    from ftkit.training.run import Run
     from ftkit_export.predict import Classifier
     from ftkit_export.verify import Verification
 
@@ -57,8 +57,8 @@ def train(
     plan = override(plan, [*([f"weights={weights}"] if weights else []), *settings])
 
     # They take seconds to import: a typo has been told by now.
-    from ftkit.checkpoint import claim, next_free, open_run
-    from ftkit.training import train as run_training
+    from ftkit.training.run import claim, next_free, open_run
+    from ftkit.training.train import train as run_training
 
     alone = os.environ.get("WORLD_SIZE", "1") == "1"  # the ranks of one run must agree on its folder
     folder = Path(out) if out else (claim if alone else next_free)(Path("runs") / plan.name)
@@ -99,9 +99,9 @@ def export(
     override(Recipe(name="", backbone="", stages=(Stage(),)), settings)  # a typo is told before seconds of imports
 
     from ftkit.benchmark.ssh import Device
-    from ftkit.checkpoint import Run, open_run
     from ftkit.pipeline import Extras, read_measured
     from ftkit.pipeline import export as run_export
+    from ftkit.training.run import Run, open_run
     from ftkit.variants import resolve_target
     from ftkit.web import runtime as web_runtime
     from ftkit_export.session import parse_providers

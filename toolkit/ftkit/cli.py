@@ -118,8 +118,8 @@ def train(
 
 def _launched(ctx: click.Context, gpus: int) -> int:
     """The same command in a process a GPU; its exit code."""
-    from ftkit.checkpoint import claim
     from ftkit.recipe import load
+    from ftkit.training.run import claim
     from ftkit.utils.distributed import launch, pick_device
 
     if ctx.params["device"] == "cpu":

@@ -127,8 +127,8 @@ def report(what: Path | None, out: Path | None) -> None:
         if out:
             write_atomically(out, (what / "report.html").read_bytes())
     elif what and what.is_dir():
-        from ftkit.checkpoint import open_run, read_metrics
         from ftkit.report.build import load_pictures, write_report
+        from ftkit.training.run import open_run, read_metrics
 
         run, page = open_run(what), out or what / "report.html"
         write_report(page, run.data, read_metrics(what), load_pictures(what / "mistakes"))

@@ -19,9 +19,9 @@ import ftkit
 from ftkit import variants
 from ftkit.benchmark.budgets import Budget
 from ftkit.benchmark.budgets import budgets as judge_budgets
-from ftkit.checkpoint import Run
 from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.recipe import Export
+from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.bench import QUICK_STARTS, STARTS, conditions, starts
 from ftkit_export.bundle import Gate

@@ -22,7 +22,6 @@ from torch import nn
 import ftkit
 from ftkit import evidence, variants, web
 from ftkit.benchmark.ssh import Device
-from ftkit.checkpoint import Run, read_metrics
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
@@ -33,6 +32,7 @@ from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.html import table
 from ftkit.report.model_card import model_card
 from ftkit.signpost import signpost
+from ftkit.training.run import Run, read_metrics
 from ftkit.utils import console
 from ftkit.utils.console import short
 from ftkit.utils.distributed import bound_threads

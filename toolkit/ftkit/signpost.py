@@ -21,7 +21,7 @@ from torch import nn
 
 from ftkit import variants
 from ftkit.benchmark.budgets import Budget
-from ftkit.checkpoint import Run
+from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.convert import export_core, write
 from ftkit_export.decision import Row

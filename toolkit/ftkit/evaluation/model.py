@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit.cache import CHUNK, runner
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.evaluation.metrics import (
@@ -28,6 +27,7 @@ from ftkit.evaluation.metrics import (
     worst_mistakes,
 )  # fmt: skip
 from ftkit.models.backbones import Backbone, features
+from ftkit.training.feature_cache import CHUNK, runner
 from ftkit.utils import console
 from ftkit_export.foreign import Foreign, fit
 from ftkit_export.predict import softmax

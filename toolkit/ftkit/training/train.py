@@ -1,4 +1,4 @@
-"""Staged fine-tuning, from a folder of images to a run folder: one `for stage` over ftkit.stage.
+"""Staged fine-tuning, from a folder of images to a run folder: one `for stage` over ftkit.training.stage.
 
 run = train(recipe, "photos", Path("runs/lite0-1"))
 run = train(recipe, "photos", Path("runs/lite0-1"), resume=True)      # after an interruption: the same weights
@@ -21,9 +21,6 @@ from typing import Any
 
 import torch
 
-from ftkit import compute, state, teacher
-from ftkit.checkpoint import SCHEMA, create, environment, finish, is_finished, read_metrics
-from ftkit.compute import Compute
 from ftkit.data.audit import audit, named, require_apart
 from ftkit.data.canvas import Canvases
 from ftkit.data.canvas import build as build_canvases
@@ -31,15 +28,18 @@ from ftkit.data.dataset import Images, below, read, splits_csv
 from ftkit.evaluation.bundle import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Mistake
 from ftkit.evaluation.model import judge
-from ftkit.events import Log, nowhere, require
-from ftkit.events import tensorboard as log_events
-from ftkit.feed import Feeds
 from ftkit.models.backbones import Backbone, build, trainable
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, resolve, restore
 from ftkit.report.build import pictures, save_pictures, write_report
-from ftkit.stage import Work, compare_circumstances, train_stage
-from ftkit.state import Stop, Stopped
+from ftkit.training.checkpoint import Stop, Stopped
+from ftkit.training.loader import Feeds
+from ftkit.training.precision import Compute
+from ftkit.training.run import SCHEMA, create, environment, finish, is_finished, read_metrics
+from ftkit.training.stage import Work, compare_circumstances, train_stage
+from ftkit.training.tensorboard import Log, nowhere, require
+from ftkit.training.tensorboard import tensorboard as log_events
+from ftkit.training.train import checkpoint, distillation, precision
 from ftkit.utils import console
 from ftkit.utils.cache_folder import LARGE, limit_bytes, trim
 from ftkit.utils.distributed import Ranks, joined, restarted
@@ -75,7 +75,7 @@ def train(
         if ranks.first(lambda: resume and is_finished(out)):
             console.say(f"{out}: finished already")
             return out
-        plan = ranks.first(lambda: state.plan_of(out) if known and resume and state.exists(out) else None)
+        plan = ranks.first(lambda: checkpoint.plan_of(out) if known and resume and checkpoint.exists(out) else None)
         if plan:
             recipe, seed, group_by = restore(plan["recipe"]), plan["seed"], plan.get("group_by", "")
         plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
@@ -83,16 +83,16 @@ def train(
             ranks.together(require)
         try:
             with ExitStack() as opened:
-                _train(recipe, data, out, plan, compute.prepare(place, deterministic), resume, stop, ranks,
+                _train(recipe, data, out, plan, precision.prepare(place, deterministic), resume, stop, ranks,
                        allow_leakage, tensorboard, Path(root) if root else None, opened)  # fmt: skip
         except Stopped as stopped:
-            done = f"go on with: {again}" if state.exists(out) else "no stage had begun; what was decoded is kept"
+            done = f"go on with: {again}" if checkpoint.exists(out) else "no stage had begun; what was decoded is kept"
             raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
         except torch.OutOfMemoryError:
             raise FtkitError("--device cuda: expected memory for a step's images, found too little on the GPU. Try a "
                              "smaller batch_size, or --device cpu") from None  # fmt: skip
         except RuntimeError as error:
-            raise compute.deterministic_or_say(error) or error from None
+            raise precision.deterministic_or_say(error) or error from None
     return out
 
 
@@ -106,7 +106,7 @@ def _planned(
     for stage in recipe.stages:
         trainable(backbone, stage.train)
         if stage.teacher:
-            teacher.require(stage.teacher, images.classes)
+            distillation.require(stage.teacher, images.classes)
     return images, backbone, recipe.preprocess or backbone.preprocess
 
 
@@ -131,7 +131,7 @@ def _train(
     if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
         raise FtkitError(f"{data}: expected the same recipe, seed, images, labels and splits on every machine, found "
                          "others. Compare the machines' commands and files")  # fmt: skip
-    run = state.read(out, plan, ranks) if going_on else state.State(folder=out, plan=plan)
+    run = checkpoint.read(out, plan, ranks) if going_on else checkpoint.State(folder=out, plan=plan)
     run.ranks = ranks
     run.seconds += time.perf_counter() - begun
     keep_freed_memory()
@@ -164,7 +164,7 @@ def _train(
 
 def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
     """Whether there is a run in `out` to go on with; else the folder is made. It is locked for as long as `opened`."""
-    going_on = resume and state.exists(out)
+    going_on = resume and checkpoint.exists(out)
     if not going_on:
         create(out)
     opened.enter_context(locked(out))

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ftkit.compute import Compute, fastest, release, ways
-from ftkit.feed import Feed, Fetched
-from ftkit.optim import Batch, Moving, gradients
 from ftkit.recipe import Stage
+from ftkit.training.loader import Feed, Fetched
+from ftkit.training.optimizer import Batch, Moving, gradients
+from ftkit.training.precision import Compute, fastest, release, ways
 from ftkit.utils import console
 from ftkit.utils.distributed import GlobalBatchNorm, Ranks
 from ftkit_export.errors import FtkitError

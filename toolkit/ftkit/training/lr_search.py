@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftkit.feed import Feed
 from ftkit.models.backbones import Backbone, features
-from ftkit.optim import rate
 from ftkit.recipe import Stage
+from ftkit.training.loader import Feed
+from ftkit.training.optimizer import rate
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftkit.compute import Compute
 from ftkit.models.backbones import Backbone, blocks
 from ftkit.recipe import Stage
+from ftkit.training.precision import Compute
 
 State = dict[str, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]

@@ -34,7 +34,7 @@ from ftkit.data.augment import augmented, drawn, evaluation
 from ftkit.data.canvas import Canvases
 from ftkit.data.prefetch import Source
 from ftkit.recipe import Augment
-from ftkit.state import seeded
+from ftkit.training.checkpoint import seeded
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit.utils.distributed import SOLO, Ranks, share_of_cores
 from ftkit_export.convert import quiet

@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from ftkit.cache import Activations, Tensors, Views, channels_last, check, discard, fill
 from ftkit.data.augment import Mixing, augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.data.canvas import Canvases
 from ftkit.data.prefetch import Source, array_source, pinned
 from ftkit.models.backbones import Backbone, trainable
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.models.weights import fingerprint
-from ftkit.optim import Batch
 from ftkit.recipe import Recipe
-from ftkit.teacher import Teacher, load
+from ftkit.training.distillation import Teacher, load
+from ftkit.training.feature_cache import Activations, Tensors, Views, channels_last, check, discard, fill
+from ftkit.training.optimizer import Batch
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks
 from ftkit_export.preprocess import Preprocess

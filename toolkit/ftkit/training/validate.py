@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftkit.feed import Feed
 from ftkit.models.backbones import Backbone, features
+from ftkit.training.loader import Feed
 from ftkit.utils.distributed import Ranks
 
 Array = np.ndarray[Any, Any]

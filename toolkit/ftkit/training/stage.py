@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from ftkit.checkpoint import append
-from ftkit.compute import Compute, release
 from ftkit.evaluation.metrics import cka
-from ftkit.events import Log
-from ftkit.fan import best_rate
-from ftkit.feed import Feed, Feeds, Fetched, ahead, under
 from ftkit.models.backbones import Backbone
 from ftkit.models.weights import fingerprint
-from ftkit.optim import Moving, class_weights, make_optimizer, rate
 from ftkit.recipe import Recipe, Stage
-from ftkit.state import State, Stop, Stopped, seeded
-from ftkit.step import fresh_gradients, run_as
+from ftkit.training.checkpoint import State, Stop, Stopped, seeded
+from ftkit.training.loader import Feed, Feeds, Fetched, ahead, under
+from ftkit.training.lr_search import best_rate
+from ftkit.training.optimizer import Moving, class_weights, make_optimizer, rate
+from ftkit.training.precision import Compute, release
+from ftkit.training.run import append
+from ftkit.training.step import fresh_gradients, run_as
+from ftkit.training.tensorboard import Log
+from ftkit.training.validate import Score, Validation, detached, validate
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks
-from ftkit.validate import Score, Validation, detached, validate
 from ftkit_export.errors import FtkitError
 
 Array = np.ndarray[Any, Any]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftkit.checkpoint import Run, open_run
+from ftkit.training.run import Run, open_run
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess
 

@@ -25,7 +25,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from ftkit.checkpoint import METRICS
+from ftkit.training.run import METRICS
 from ftkit.utils.distributed import SOLO, Ranks
 from ftkit.utils.files import write_atomically
 from ftkit_export.errors import FtkitError

@@ -1,0 +1,1 @@
+"""From images to a run: stages, epochs, steps, checkpoints; the feature cache and what reads it."""
