@@ -24,11 +24,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ftkit.data.canvas import Canvases
-from ftkit.pipeline import held_out, metadata
-from ftkit.qat import fine_tune
+from ftkit.exporting.export import held_out, metadata
+from ftkit.exporting.qat import fine_tune
+from ftkit.exporting.variants import Context, answers, calibration_rows
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
-from ftkit.variants import Context, answers, calibration_rows
 from ftkit_export.convert import export_core, quiet, write
 from ftkit_export.decision import paired
 from ftkit_export.graph import pixel_model

@@ -25,10 +25,10 @@ from onnx import helper, numpy_helper
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from ftkit import pipeline, variants
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.evaluation.model import Answers
+from ftkit.exporting import export, variants
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
@@ -67,7 +67,7 @@ def edited(edit: Edit) -> Callable[[ExitStack], None]:
         edit(core.model)
         return core
 
-    return lambda stack: stack.enter_context(patch.object(pipeline, "export_core", exported))
+    return lambda stack: stack.enter_context(patch.object(export, "export_core", exported))
 
 
 def scaled(proto: onnx.ModelProto) -> None:
@@ -87,7 +87,7 @@ def training_mode(stack: ExitStack) -> None:
             noisy(torch.randn(8, 3, size, size))
         return export_core(noisy.eval(), size)
 
-    stack.enter_context(patch.object(pipeline, "export_core", exported))
+    stack.enter_context(patch.object(export, "export_core", exported))
 
 
 def wrong_axis(real: Any, *args: Any) -> onnx.ModelProto:
@@ -122,13 +122,13 @@ def shifted(stack: ExitStack) -> None:
 
 
 def rotated(stack: ExitStack) -> None:
-    real = pipeline.metadata
+    real = export.metadata
 
     def metadata(run: Run) -> dict[str, str]:
         labels = json.loads(real(run)["labels"])
         return {**real(run), "labels": json.dumps([*labels[1:], labels[0]])}
 
-    stack.enter_context(patch.object(pipeline, "metadata", metadata))
+    stack.enter_context(patch.object(export, "metadata", metadata))
 
 
 def per_tensor(stack: ExitStack) -> None:
@@ -263,7 +263,7 @@ def verdict(run: Run, fault: Fault, folder: Path) -> str:
     said = io.StringIO()
     with ExitStack() as stack, redirect_stdout(said):
         fault.plant(stack)
-        done = pipeline.export(run, folder, settings=fault.limits, quick=True)
+        done = export.export(run, folder, settings=fault.limits, quick=True)
     if fault.variant:
         row = next(row for row in done.rows if row.name == fault.variant)
         return f"{row.verdict}: {row.reason}; chosen: {done.chosen}"
@@ -322,9 +322,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
         row(head.name, verdict(logistic_head(run), head, Path(scratch) / "head"), head.expected)
         with refused() as said, ExitStack() as stack:
             cpu_as_cuda(stack)
-            pipeline.export(
-                run, Path(scratch) / "cuda", settings=Export(variants="fp32"), providers=["cuda"], quick=True
-            )
+            export.export(run, Path(scratch) / "cuda", settings=Export(variants="fp32"), providers=["cuda"], quick=True)
         row("CPU session under a CUDA name", "".join(said), ("provider cuda", "CPUExecutionProvider"))
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -337,8 +335,8 @@ def planted(run: Run, only: str) -> tuple[int, int]:
             key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
         )
         with redirect_stdout(io.StringIO()):
-            done = pipeline.export(
-                run, Path(scratch) / "whole", quick=True, extras=pipeline.Extras(sign=Path(scratch) / "key.pem")
+            done = export.export(
+                run, Path(scratch) / "whole", quick=True, extras=export.Extras(sign=Path(scratch) / "key.pem")
             )
         named, files = flipped(done.folder)
         row("a byte flipped in each file of the bundle", f"{named} of {files} named", (f"{files} of {files}",))

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from elpv_dataset import __file__ as elpv_file
 from torch import nn
 
-from ftkit import pipeline
 from ftkit.cli import main
 from ftkit.demo import NOTICE
+from ftkit.exporting import export
 from ftkit.models.weights import fingerprint
 from ftkit_export.verify import with_digest
 
@@ -87,7 +87,7 @@ def converted_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("export_core", "Reference"):
-            patch.setattr(pipeline, name, once(getattr(pipeline, name)))
+            patch.setattr(export, name, once(getattr(export, name)))
         yield
 
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import bare, ftkit, rewrite
 from onnx import numpy_helper
 
-from ftkit import evidence, pipeline
 from ftkit.evaluation.metrics import evaluate
+from ftkit.exporting import evidence, export
+from ftkit.exporting.variants import as_table
 from ftkit.recipe import Export
-from ftkit.variants import as_table
 from ftkit_export.bundle import begin
 from ftkit_export.convert import export_core
 from ftkit_export.decision import Row, paired
@@ -299,7 +299,7 @@ def test_the_same_run_gives_the_same_bytes_but_for_timings(
     run: Path, bundle: Path, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / bundle.name
-    monkeypatch.setattr(pipeline, "export_core", export_core)  # converted anew
+    monkeypatch.setattr(export, "export_core", export_core)  # converted anew
     result = ftkit("export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--sign", keys[0])
     assert result.exit_code == 0, result.output
     chosen = [json.loads((folder / "manifest.json").read_text())["chosen"] for folder in (bundle, out)]

@@ -12,7 +12,7 @@ from conftest import TINY, ftkit, settings
 
 from ftkit.benchmark.budgets import Budget, budgets
 from ftkit.evaluation.metrics import evaluate
-from ftkit.evidence import Measured, choose, judge
+from ftkit.exporting.evidence import Measured, choose, judge
 from ftkit.recipe import load
 from ftkit_export.bundle import Gate, overall
 from ftkit_export.decision import Row, paired
@@ -124,7 +124,7 @@ def test_the_size_of_an_input_takes_its_canvas_along(capsys: pytest.CaptureFixtu
 
 
 def test_the_command_of_a_signpost_trains(run: Path, tmp_path: Path) -> None:
-    from ftkit.signpost import _command
+    from ftkit.exporting.signpost import _command
     from ftkit.training.run import open_run
 
     words = shlex.split(_command(open_run(run), 64))

@@ -21,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ftkit as package
-from ftkit import web
+from ftkit.exporting import web
 from ftkit.report.build import load_pictures, write_report
 from ftkit.training.run import open_run
 from ftkit.training.tensorboard import tensorboard

@@ -9,9 +9,9 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
-from ftkit import evidence
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read, splits_csv
+from ftkit.exporting import evidence
 from ftkit.utils.files import write_atomically
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from conftest import ftkit, settings
 from onnx import helper
 
-from ftkit import variants
-from ftkit.qat import Simulated, fine_tune
+from ftkit.exporting import variants
+from ftkit.exporting.qat import Simulated, fine_tune
 from ftkit_export.errors import FtkitError
 from ftkit_export.preprocess import Preprocess, decode
 from ftkit_export.quantize import calibrate, int8, quantized_nodes, sqnr

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
-    from ftkit.pipeline import Exported
+    from ftkit.exporting.export import Exported
     from ftkit.recipe import Recipe
     from ftkit.training.run import Run
     from ftkit_export.predict import Classifier
@@ -99,11 +99,11 @@ def export(
     override(Recipe(name="", backbone="", stages=(Stage(),)), settings)  # a typo is told before seconds of imports
 
     from ftkit.benchmark.ssh import Device
-    from ftkit.pipeline import Extras, read_measured
-    from ftkit.pipeline import export as run_export
+    from ftkit.exporting.export import Extras, read_measured
+    from ftkit.exporting.export import export as run_export
+    from ftkit.exporting.variants import resolve_target
+    from ftkit.exporting.web import runtime as web_runtime
     from ftkit.training.run import Run, open_run
-    from ftkit.variants import resolve_target
-    from ftkit.web import runtime as web_runtime
     from ftkit_export.session import parse_providers
 
     console.hush(quiet)

@@ -150,7 +150,7 @@ def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None, key: P
     import threading
     import webbrowser
 
-    from ftkit import web
+    from ftkit.exporting import web
     from ftkit_export.archive import unpacked
 
     with unpacked(bundle, key) as folder, web.serving(folder, web.runtime(runtime), port) as url:

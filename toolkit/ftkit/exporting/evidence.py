@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 import ftkit
-from ftkit import variants
 from ftkit.benchmark.budgets import Budget
 from ftkit.benchmark.budgets import budgets as judge_budgets
 from ftkit.evaluation.metrics import Metrics, evaluate
+from ftkit.exporting import variants
 from ftkit.recipe import Export
 from ftkit.training.run import Run
 from ftkit.utils import console

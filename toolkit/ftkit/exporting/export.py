@@ -20,18 +20,18 @@ import onnx
 from torch import nn
 
 import ftkit
-from ftkit import evidence, variants, web
 from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.evaluation.bundle import SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Metrics
+from ftkit.exporting import evidence, variants, web
+from ftkit.exporting.signpost import signpost
 from ftkit.recipe import Export
 from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.html import table
 from ftkit.report.model_card import model_card
-from ftkit.signpost import signpost
 from ftkit.training.run import Run, read_metrics
 from ftkit.utils import console
 from ftkit.utils.console import short

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ftkit import variants
 from ftkit.benchmark.budgets import Budget
+from ftkit.exporting import variants
 from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.convert import export_core, write

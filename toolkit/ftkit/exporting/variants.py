@@ -228,7 +228,7 @@ def _compared(fp32: Candidate, rung: Candidate, context: Context) -> Paired:
 
 def _trained(fp32: Candidate, ranges: Any, context: Context, logits: Array, labels: Array) -> Candidate:
     """Everything in 8 bits, after a quantization-aware stage on the training images."""
-    from ftkit.qat import fine_tune
+    from ftkit.exporting.qat import fine_tune
 
     rows = context.canvases.rows("train")
     core = fine_tune(fp32.core, int8(fp32.core, ranges, context.target), lambda picks: context.pixels(rows[picks]),

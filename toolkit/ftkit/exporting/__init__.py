@@ -1,0 +1,1 @@
+"""From a run to a sealed bundle: variants, evidence, gates."""
