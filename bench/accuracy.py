@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ftkit.demo import SETTINGS, write_elpv
+from ftkit.cli.demo import SETTINGS, write_elpv
 from ftkit.models.backbones import build
 from ftkit.override import override
 from ftkit.recipe import load

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ftkit.cli.demo import write_elpv
 from ftkit.data import audit
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read
-from ftkit.demo import write_elpv
 from ftkit_export.preprocess import Preprocess
 
 COUNT, SIZE = 10_000, (640, 480)

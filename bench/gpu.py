@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ftkit.demo import SETTINGS, write_elpv
+from ftkit.cli.demo import SETTINGS, write_elpv
 from ftkit.models.backbones import build
 from ftkit.recipe import Recipe, Stage
 from ftkit.training.loader import Feed, Fetched, set_mode, under

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ftkit.demo import write_elpv
+from ftkit.cli.demo import write_elpv
 from ftkit.utils import console
 
 EACH = 100  # images of two classes

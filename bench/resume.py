@@ -22,7 +22,9 @@ import safetensors.torch
 import torch
 from accuracy import write_random_split
 
-COMMAND = "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli import main; main()"
+COMMAND = (
+    "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli.main import main; main()"
+)
 SETTINGS = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=3", "stages.0.views=2", "stages.1.views=2",
             "stages.1.epochs=2", "augment.vflip=true")  # fmt: skip
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import ftkit
+from ftkit.cli.demo import write_elpv
 from ftkit.data.dataset import read
-from ftkit.demo import write_elpv
 from ftkit.models.backbones import build
 from ftkit.override import override
 from ftkit.recipe import load

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import tables
 
-from ftkit.cli import main as ftkit
-from ftkit.demo import SETTINGS, write_elpv
+from ftkit.cli.demo import SETTINGS, write_elpv
+from ftkit.cli.main import main as ftkit
 from ftkit.utils import console
 from ftkit_export.latency import Condition, parts
 

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from elpv_dataset import __file__ as elpv_file
 from torch import nn
 
-from ftkit.cli import main
-from ftkit.demo import NOTICE
+from ftkit.cli.demo import NOTICE
+from ftkit.cli.main import main
 from ftkit.exporting import export
 from ftkit.models.weights import fingerprint
 from ftkit_export.verify import with_digest
@@ -32,7 +32,9 @@ TINY = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=6", "stag
         "stages.0.views=2", "stages.1.views=2", "stages.1.batch_size=16")  # fmt: skip
 
 # The real command, saving after every step: so that a kill meets a save or the step after it.
-COMMAND = "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli import main; main()"
+COMMAND = (
+    "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli.main import main; main()"
+)
 
 
 def ftkit(*arguments: object) -> Result:

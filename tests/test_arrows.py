@@ -32,7 +32,7 @@ def test_a_package_imports_only_what_lies_below_it(folder: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("ftkit.cli", ("torch", "onnxruntime", "onnx", "numpy")),
+        ("ftkit.cli.main", ("torch", "onnxruntime", "onnx", "numpy")),
         ("ftkit_export.predict", ("torch", "onnx", "onnxruntime")),
         ("ftkit_export.verify", ("torch", "onnx", "onnxruntime")),
     ],

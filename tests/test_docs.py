@@ -12,7 +12,7 @@ import click
 import pytest
 import yaml
 
-from ftkit.cli import main
+from ftkit.cli.main import main
 from ftkit.utils.distributed import FRESH_STORE
 from ftkit_export import errors
 

@@ -12,6 +12,6 @@ from ftkit_recipes.lite0 import recipe as lite0
 recipe = replace(lite0, name="efficientnet_b0", backbone="efficientnet_b0", preprocess=None)
 
 if __name__ == "__main__":
-    from ftkit.cli import run_recipe
+    from ftkit.cli.main import run_recipe
 
     run_recipe(recipe)

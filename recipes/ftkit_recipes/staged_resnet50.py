@@ -19,6 +19,6 @@ recipe = Recipe(
 )
 
 if __name__ == "__main__":
-    from ftkit.cli import run_recipe
+    from ftkit.cli.main import run_recipe
 
     run_recipe(recipe)

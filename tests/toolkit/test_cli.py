@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY, ftkit, settings
 
-from ftkit.cli import main
+from ftkit.cli.demo import GROUP, GROUPS, write_elpv
+from ftkit.cli.main import main
 from ftkit.data.dataset import read
-from ftkit.demo import GROUP, GROUPS, write_elpv
 from ftkit_export.errors import FtkitError
 from ftkit_export.verify import verify
 

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
-from ftkit.cli import main
+from ftkit.cli.main import main
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.models.backbones import build
@@ -154,7 +154,9 @@ with joined("cpu") as (device, ranks):
 def test_ranks_of_another_mind_end_with_one_sentence(photos: Path, tmp_path: Path) -> None:
     """As when somebody typed another seed on the second machine, or a folder is missing on all."""
     script = tmp_path / "each_its_own.py"
-    script.write_text("import os, sys; from ftkit.cli import main; main([*sys.argv[1:], '--seed', os.environ['RANK']])")
+    script.write_text(
+        "import os, sys; from ftkit.cli.main import main; main([*sys.argv[1:], '--seed', os.environ['RANK']])"
+    )
     for data, said in ((photos, "expected the same recipe, seed, images, labels and splits on every machine"),
                        (tmp_path / "none", "expected a folder of images or a CSV, found nothing there")):  # fmt: skip
         command = [*TORCHRUN, str(script), "train", str(data), "--out", str(tmp_path / "run"), *PLAN]

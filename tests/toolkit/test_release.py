@@ -92,7 +92,7 @@ def test_images_in_groups_are_compared_as_groups(bundle: Path, copies: Path) -> 
 
 def test_accuracy_is_that_of_predict_and_needs_no_torch(bundle: Path, copies: Path, tmp_path: Path) -> None:
     out = tmp_path / "eval.json"
-    script = ("import atexit, sys\nfrom ftkit.cli import main\n"
+    script = ("import atexit, sys\nfrom ftkit.cli.main import main\n"
               "atexit.register(lambda: print('torch' in sys.modules))\nmain()")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script, "eval", str(bundle), str(copies), "--json", str(out)],
                           capture_output=True, text=True, check=False)  # fmt: skip

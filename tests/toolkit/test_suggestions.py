@@ -42,7 +42,7 @@ def test_a_name_like_none_gets_the_list_alone() -> None:
 def test_wrong_settings_are_told_before_torch_is_imported() -> None:
     """They took 4 s."""
     script = (
-        "import sys; from ftkit.cli import main\n"
+        "import sys; from ftkit.cli.main import main\n"
         "for words in ('train x --set p95_ms=4', 'train x --set preprocess.fit=letterbox', 'export x --set p95=4'):\n"
         "    assert main(words.split(), standalone_mode=False) == 2, words\n"
         "print('torch' in sys.modules)"

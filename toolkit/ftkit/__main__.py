@@ -1,5 +1,5 @@
 """`python -m ftkit` is `ftkit`."""
 
-from ftkit.cli import main
+from ftkit.cli.main import main
 
 main()

@@ -22,8 +22,8 @@ import numpy as np
 import onnx
 
 from ftkit.benchmark.ssh import Device
+from ftkit.cli.doctor import does_not_open
 from ftkit.data.canvas import Canvases, spread_evenly
-from ftkit.doctor import does_not_open
 from ftkit.recipe import Export
 from ftkit.utils import console
 from ftkit_export.convert import write

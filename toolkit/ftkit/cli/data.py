@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from ftkit.cli_measure import JSON, KEY, write_json
-from ftkit.cli_options import MAX_PIXELS, Command
+from ftkit.cli.bench import JSON, KEY, write_json
+from ftkit.cli.options import MAX_PIXELS, Command
 from ftkit.utils.files import write_atomically
 
 GROUP_BY = click.option(

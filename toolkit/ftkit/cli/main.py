@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ftkit import __version__, api
-from ftkit.cli_look import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
-from ftkit.cli_measure import KEY, bench, evaluate
-from ftkit.cli_options import MAX_PIXELS, Command
+from ftkit.cli.bench import KEY, bench, evaluate
+from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
+from ftkit.cli.options import MAX_PIXELS, Command
 from ftkit.utils import console
 from ftkit_export.errors import FtkitError
 
@@ -337,7 +337,7 @@ def recipes(name: str | None) -> None:
 @main.command()
 def doctor() -> None:
     """Say which providers really open a session here, and why the others do not."""
-    from ftkit.doctor import examine
+    from ftkit.cli.doctor import examine
 
     for line in examine():
         click.echo(line)
@@ -347,7 +347,7 @@ def doctor() -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 def demo(out: Path) -> None:
     """The whole story on real photographs, offline: data, train, export, verify, predict."""
-    from ftkit.demo import run_demo
+    from ftkit.cli.demo import run_demo
 
     run_demo(out)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli_options import MAX_PIXELS, Command
+from ftkit.cli.options import MAX_PIXELS, Command
 from ftkit_export.errors import FtkitError
 
 if TYPE_CHECKING:
