@@ -29,7 +29,7 @@ from torchvision.datasets import ImageFolder
 
 from ftkit.cli.demo import SETTINGS, write_elpv
 from ftkit.models.backbones import build
-from ftkit.override import override
+from ftkit.overrides import override
 from ftkit.recipe import load
 from ftkit.training.train import train
 

@@ -20,7 +20,7 @@ import ftkit
 from ftkit.cli.demo import write_elpv
 from ftkit.data.dataset import read
 from ftkit.models.backbones import build
-from ftkit.override import override
+from ftkit.overrides import override
 from ftkit.recipe import load
 from ftkit.training.run import open_run
 from ftkit.utils import console

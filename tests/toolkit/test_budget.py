@@ -113,7 +113,7 @@ def test_a_missed_budget_says_all_that_is_missed_and_a_command_that_leads_on(run
 
 def test_the_size_of_an_input_takes_its_canvas_along(capsys: pytest.CaptureFixture[str]) -> None:
     """--set preprocess.size=112 alone kept resize at 224, and the network saw the middle half of each picture."""
-    from ftkit.override import override
+    from ftkit.overrides import override
 
     alone = override(load("lite0"), ["preprocess.size=112"]).preprocess
     both = override(load("lite0"), ["preprocess.size=112", "preprocess.resize=150"]).preprocess

@@ -15,9 +15,9 @@ from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.training import feature_cache
 from ftkit.training.feature_cache import Activations, Views, _tolerance, attributes, check, fill
 from ftkit.training.loader import Feeds
-from ftkit.training.train import feature_cache
 from ftkit_export.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=32, resize=40)

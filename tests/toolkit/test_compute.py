@@ -19,10 +19,10 @@ from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source, array_source, free_bytes
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.training import precision
 from ftkit.training.loader import Feeds
 from ftkit.training.optimizer import Batch, Moving, gradients, loss_of
 from ftkit.training.precision import Compute, Way, fastest
-from ftkit.training.train import precision
 from ftkit_export.nvidia import same_numbers
 from ftkit_export.preprocess import Preprocess
 

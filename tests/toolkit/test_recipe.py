@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import ftkit
 
-from ftkit.override import override
+from ftkit.overrides import override
 from ftkit.recipe import Recipe, load, names, resolve, restore
 
 

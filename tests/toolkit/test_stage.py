@@ -17,12 +17,12 @@ from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.models.backbones import build, trainable
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.training import lr_search, stage
 from ftkit.training.distillation import Teacher
 from ftkit.training.loader import Feed, Feeds, ahead
 from ftkit.training.optimizer import Batch, Moving, class_weights, gradients, loss_of, make_optimizer
 from ftkit.training.run import open_run
 from ftkit.training.step import fresh_gradients
-from ftkit.training.train import lr_search, stage
 from ftkit.training.validate import Validation, validate
 from ftkit.utils.distributed import SOLO
 from ftkit_export.preprocess import Preprocess

@@ -148,7 +148,8 @@ def test_weights_come_through_a_mirror_where_the_hubs_own_name_is_unknown(tmp_pa
         threading.Thread(target=server.serve_forever, daemon=True).start()
         environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
                        "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
-        script = "from ftkit.models.backbones import build; print(build('resnet18', 4).model.conv1.weight[0, 0, 0, 0].item())"
+        script = "from ftkit.models.backbones import build\n"
+        script += "print(build('resnet18', 4).model.conv1.weight[0, 0, 0, 0].item())"
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True,
                               check=False)  # fmt: skip
         server.shutdown()

@@ -45,7 +45,7 @@ def train(
     Raises FtkitError for bad data, recipe, weights or settings; Stopped (a KeyboardInterrupt) after Ctrl-C, saved.
     Under torchrun the first rank returns; the others end here.
     """
-    from ftkit.override import override
+    from ftkit.overrides import override
     from ftkit.recipe import Recipe
     from ftkit.recipe import load as load_recipe
     from ftkit.utils import console
@@ -89,7 +89,7 @@ def export(
     data: where the run's images are now, if they moved. on: user@host whose latency decides (ssh); latency: a file of
     it. runtime: onnxruntime-web's .tgz for web. The other arguments are those of `ftkit export`.
     """
-    from ftkit.override import override
+    from ftkit.overrides import override
     from ftkit.recipe import Recipe, Stage
     from ftkit.utils import console
 

@@ -32,6 +32,7 @@ from ftkit.models.backbones import Backbone, build, trainable
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, resolve, restore
 from ftkit.report.build import pictures, save_pictures, write_report
+from ftkit.training import checkpoint, distillation, precision
 from ftkit.training.checkpoint import Stop, Stopped
 from ftkit.training.loader import Feeds
 from ftkit.training.precision import Compute
@@ -39,7 +40,6 @@ from ftkit.training.run import SCHEMA, create, environment, finish, is_finished,
 from ftkit.training.stage import Work, compare_circumstances, train_stage
 from ftkit.training.tensorboard import Log, nowhere, require
 from ftkit.training.tensorboard import tensorboard as log_events
-from ftkit.training.train import checkpoint, distillation, precision
 from ftkit.utils import console
 from ftkit.utils.cache_folder import LARGE, limit_bytes, trim
 from ftkit.utils.distributed import Ranks, joined, restarted
