@@ -20,7 +20,7 @@ from ftkit.cli.demo import write_elpv
 from ftkit.data import audit
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 COUNT, SIZE = 10_000, (640, 480)
 

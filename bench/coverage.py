@@ -22,7 +22,7 @@ from scipy.special import log_softmax, softmax
 
 from ftkit.evaluation.metrics import abstain_threshold, fit_temperature
 from ftkit_export.intervals import Design, difference_bounds, difference_design, share_interval
-from ftkit_export.latency import PROCESSES, machine, race
+from ftkit_export.runtime.latency import PROCESSES, machine, race
 
 Array = np.ndarray[Any, Any]
 

@@ -32,12 +32,12 @@ from ftkit.training.run import Run, open_run
 from ftkit_export.convert import export_core, quiet, write
 from ftkit_export.decision import paired
 from ftkit_export.graph import pixel_model
-from ftkit_export.latency import machine, race
 from ftkit_export.parity import Reference
-from ftkit_export.preprocess import Preprocess
 from ftkit_export.quantize import RANK_IMAGES, calibrate, int8, quantized_nodes, rank
-from ftkit_export.session import Session
-from ftkit_export.targets import TARGETS, here
+from ftkit_export.runtime.latency import machine, race
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.session import Session
+from ftkit_export.runtime.targets import TARGETS, here
 
 KEPT = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 

@@ -32,12 +32,13 @@ from ftkit.exporting import export, variants
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
-from ftkit_export import archive, convert, graph, quantize, session
+from ftkit_export import archive, convert, graph, quantize
 from ftkit_export.convert import export_core
-from ftkit_export.errors import FtkitError
-from ftkit_export.latency import machine
-from ftkit_export.preprocess import Preprocess
-from ftkit_export.verify import verify
+from ftkit_export.runtime import session
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import machine
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.verify import verify
 
 Edit = Callable[[onnx.ModelProto], None]
 

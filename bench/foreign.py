@@ -19,7 +19,7 @@ from ftkit.data.dataset import read
 from ftkit.evaluation.model import Answers, WithEmbedding
 from ftkit.training.feature_cache import CHUNK, runner
 from ftkit.training.run import open_run
-from ftkit_export.foreign import Foreign
+from ftkit_export.runtime.out_of_distribution import Foreign
 
 
 def crops(image: np.ndarray, count: int, side: int, rng: np.random.Generator) -> np.ndarray:

@@ -38,9 +38,9 @@ from typing import Any
 import numpy as np
 import tables
 
-from ftkit_export.latency import Condition, machine
 from ftkit_export.regression import PROCESSES, ROUNDS, SECONDS, Sample, Verdict, compare, compare_starts, decide, sample
-from ftkit_export.timing import feeds, in_turn, opened, pin, runner
+from ftkit_export.runtime.latency import Condition, machine
+from ftkit_export.runtime.timing import feeds, in_turn, opened, pin, runner
 
 LIMIT = 0.05
 LATENCY_S = SECONDS * 2 / 3  # what `ftkit bench --against` gives to latency
@@ -54,7 +54,7 @@ def build(folder: Path, size: int, quantized: bool = False) -> Path:
     from ftkit.models.backbones import build as backbone
     from ftkit_export.convert import export_core, write
     from ftkit_export.quantize import calibrate, int8
-    from ftkit_export.targets import TARGETS, here
+    from ftkit_export.runtime.targets import TARGETS, here
 
     torch.manual_seed(0)
     made = backbone("efficientnet_lite0", 4, "none")

@@ -39,10 +39,10 @@ from ftkit.training.precision import prepare
 from ftkit.training.step import fresh_gradients, run_as
 from ftkit.training.train import train
 from ftkit.utils.distributed import SOLO, pick_device
-from ftkit_export.bench import find
-from ftkit_export.latency import Condition, begin, measure
-from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import PROVIDERS, cores
+from ftkit_export.runtime.latency import Condition, begin, measure
+from ftkit_export.runtime.measure import find
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.session import PROVIDERS, cores
 
 MODELS = {"lite0": "efficientnet_lite0", "mobilenet_v3_small": "mobilenetv3_small_100", "resnet50": "resnet50"}
 # images/s, training with AMP in channels_last, batch 512: results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv of

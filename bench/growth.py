@@ -66,7 +66,7 @@ import json, time
 from pathlib import Path
 from ftkit.recipe import Recipe, Stage
 from ftkit.training.train import train
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 recipe = Recipe(name="growth", backbone="efficientnet_lite0", preprocess=Preprocess(size=224, resize=224),
                 stages=(Stage(train="last:1", epochs=2, cache="{cache}"),))
 begun = time.time()
@@ -81,7 +81,7 @@ result = dict(epoch={BASE * times} / lines[-1]["images_per_s"], whole=time.time(
 
 
 def _one(path: str) -> int:
-    from ftkit_export.preprocess import Preprocess, decode
+    from ftkit_export.runtime.preprocess import Preprocess, decode
 
     return int(Preprocess(**PREPROCESS).canvas(decode(Path(path))).sum())
 
@@ -123,7 +123,7 @@ def canvases(count: int = 2000) -> None:
 import time
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 images = read("{scratch}/data.csv")
 begun = time.perf_counter()
 build(images, Preprocess(size=224, resize=224))

@@ -82,7 +82,7 @@ def images(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     """decode of every format that is read."""
     from PIL import Image
 
-    from ftkit_export.preprocess import decode
+    from ftkit_export.runtime.preprocess import decode
 
     picture = Image.open(next(photos.rglob("*.png"))).convert("RGB").resize((60, 40))
     files = []
@@ -118,7 +118,7 @@ def models(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     import numpy as np
     import onnx
 
-    from ftkit_export.predict import Classifier
+    from ftkit_export.runtime.predict import Classifier
 
     data = (bundle / "model.onnx").read_bytes()
     target, picture = folder / "model.onnx", np.full((50, 70, 3), 90, np.uint8)
@@ -142,8 +142,8 @@ def models(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
 def manifests(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
     """A manifest, damaged as it is, or altered by somebody who makes its digest fit again."""
-    from ftkit_export.bench import find
-    from ftkit_export.verify import MANIFEST, replay_golden, with_digest
+    from ftkit_export.runtime.measure import find
+    from ftkit_export.runtime.verify import MANIFEST, replay_golden, with_digest
 
     copy = folder / "bundle"
     shutil.copytree(bundle, copy)
@@ -158,7 +158,7 @@ def manifests(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
             (copy / MANIFEST).write_bytes(with_digest(json.dumps(document, indent=1) + "\n"))
         model = find(copy)
         if rng.random() < 0.02:
-            from ftkit_export.verify import verify
+            from ftkit_export.runtime.verify import verify
 
             return verify(copy)
         return model.fingerprint, replay_golden
@@ -178,7 +178,7 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     from ftkit.data.prefetch import Source
     from ftkit.recipe import Augment
     from ftkit.training.feature_cache import Views, fill
-    from ftkit_export.preprocess import Preprocess
+    from ftkit_export.runtime.preprocess import Preprocess
 
     preprocess = Preprocess(size=8, resize=8)
     few = folder / "few"
@@ -208,7 +208,7 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
     """What `ftkit bench --json` wrote, read as a baseline and judged against budgets."""
     from ftkit.benchmark import budgets
-    from ftkit_export.bench import bench, read
+    from ftkit_export.runtime.measure import bench, read
 
     path = folder / "bench.json"
     text = json.dumps(bench(bundle, threads=[1], quick=True), indent=1)
@@ -244,7 +244,7 @@ def work(kind: str, arguments: argparse.Namespace, first: int, count: int) -> No
     """In a process of its own: a line of JSON a mutation that was answered with a traceback, and a last line."""
     import warnings
 
-    from ftkit_export.errors import FtkitError
+    from ftkit_export.runtime.errors import FtkitError
 
     warnings.simplefilter("ignore")
     makers = {"images": (images, arguments.photos), "csv": (tables, arguments.photos),

@@ -36,7 +36,7 @@ from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.feature_cache import CHUNK, Views, runner
 from ftkit.training.loader import set_mode, under
 from ftkit.training.train import train
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 HEAD_LR, DEEP_LR, BATCH = 1e-3, 1e-4, 32
 MEAN, STD = [127 / 255] * 3, [128 / 255] * 3

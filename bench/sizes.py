@@ -27,7 +27,7 @@ from ftkit.utils import console
 from ftkit_export.convert import export_core, write
 from ftkit_export.decision import paired
 from ftkit_export.graph import image_form
-from ftkit_export.latency import machine, race
+from ftkit_export.runtime.latency import machine, race
 
 GROUPS = "module([0-9]+)"
 SIZES = (224, 192, 160, 128, 96)

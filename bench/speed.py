@@ -23,7 +23,7 @@ import tables
 from ftkit.cli.demo import SETTINGS, write_elpv
 from ftkit.cli.main import main as ftkit
 from ftkit.utils import console
-from ftkit_export.latency import Condition, parts
+from ftkit_export.runtime.latency import Condition, parts
 
 
 def timed(command: tuple[str, ...]) -> tuple[float, dict[str, float]]:

@@ -7,7 +7,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from ftkit_export.latency import machine
+from ftkit_export.runtime.latency import machine
 
 README, GPU = (Path(__file__).parent / name for name in ("README.md", "gpu.md"))
 

@@ -10,10 +10,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from ftkit.benchmark.pytest_plugin import Measured
-from ftkit_export.bench import conditions, find
-from ftkit_export.latency import Condition
-from ftkit_export.session import cores
-from ftkit_export.timing import feeds, opened, runner
+from ftkit_export.runtime.latency import Condition
+from ftkit_export.runtime.measure import conditions, find
+from ftkit_export.runtime.session import cores
+from ftkit_export.runtime.timing import feeds, opened, runner
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -17,7 +17,7 @@ from ftkit.recipe import load, names
 from ftkit_export.convert import export_core, write
 from ftkit_export.graph import image_form
 from ftkit_export.parity import Parity, Reference, compare
-from ftkit_export.preprocess import decode
+from ftkit_export.runtime.preprocess import decode
 
 
 @pytest.mark.parametrize("name", sorted({load(recipe).backbone for recipe in names()}))

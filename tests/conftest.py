@@ -25,7 +25,7 @@ from ftkit.cli.demo import NOTICE
 from ftkit.cli.main import main
 from ftkit.exporting import export
 from ftkit.models.weights import fingerprint
-from ftkit_export.verify import with_digest
+from ftkit_export.runtime.verify import with_digest
 
 PER_CLASS = 30
 TINY = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=6", "stages.1.epochs=2", "stages.1.train=last:1",

@@ -33,8 +33,8 @@ def test_a_package_imports_only_what_lies_below_it(folder: str) -> None:
     ("module", "absent"),
     [
         ("ftkit.cli.main", ("torch", "onnxruntime", "onnx", "numpy")),
-        ("ftkit_export.predict", ("torch", "onnx", "onnxruntime")),
-        ("ftkit_export.verify", ("torch", "onnx", "onnxruntime")),
+        ("ftkit_export.runtime.predict", ("torch", "onnx", "onnxruntime")),
+        ("ftkit_export.runtime.verify", ("torch", "onnx", "onnxruntime")),
     ],
 )
 def test_light_modules_import_nothing_heavy(module: str, absent: tuple[str, ...]) -> None:

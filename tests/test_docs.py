@@ -14,7 +14,7 @@ import yaml
 
 from ftkit.cli.main import main
 from ftkit.utils.distributed import FRESH_STORE
-from ftkit_export import errors
+from ftkit_export.runtime import errors
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))

@@ -16,7 +16,7 @@ from conftest import TINY, settings
 from PIL import Image
 
 from ftkit.recipe import load
-from ftkit_export.predict import Classifier
+from ftkit_export.runtime.predict import Classifier
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -21,8 +21,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ftkit_export.errors import BundleError, FtkitError
-from ftkit_export.verify import MANIFEST, SIGNATURE, check_files, read_manifest
+from ftkit_export.runtime.errors import BundleError, FtkitError
+from ftkit_export.runtime.verify import MANIFEST, SIGNATURE, check_files, read_manifest
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip can hold: no file's own date makes two archives differ
 LARGEST = 4 << 30  # bytes unpacked

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ftkit_export.archive import sign
-from ftkit_export.errors import FtkitError
-from ftkit_export.verify import MANIFEST, SCHEMA, SIGNATURE, sha256, with_digest
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.verify import MANIFEST, SCHEMA, SIGNATURE, sha256, with_digest
 
 # What the Python runner needs of this package: these files import numpy, Pillow and ONNX Runtime only.
 RUNNER_FILES = ("__init__.py", "errors.py", "preprocess.py", "session.py", "foreign.py", "predict.py", "verify.py",

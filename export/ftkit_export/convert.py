@@ -25,9 +25,9 @@ import onnx
 import torch
 from onnx import helper, shape_inference
 
-from ftkit_export.errors import FtkitError
 from ftkit_export.graph import IR_VERSION, OPSET
-from ftkit_export.targets import TARGETS, Target
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.targets import TARGETS, Target
 
 QUIETED = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "ort_format_model.utils")
 LINEAR_OPS = ("Gemm", "MatMul", "Conv")

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess, from_frame, to_frame
-from ftkit_export.session import Session
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
+from ftkit_export.runtime.session import Session
 
 if TYPE_CHECKING:
     import onnx

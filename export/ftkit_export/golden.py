@@ -34,9 +34,9 @@ from ftkit_export.parity import (
     rounding_limit,
     tolerance,
 )
-from ftkit_export.predict import softmax
-from ftkit_export.preprocess import Preprocess, from_frame, to_frame
-from ftkit_export.session import Session
+from ftkit_export.runtime.predict import softmax
+from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
+from ftkit_export.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ftkit_export.preprocess import CHROMA, LUMA, Preprocess
+from ftkit_export.runtime.preprocess import CHROMA, LUMA, Preprocess
 
 OPSET = 18  # opset 18 with IR 8 loads in ONNX Runtime 1.15 and newer; opset 20 with IR 10 is refused by 1.17
 IR_VERSION = 8

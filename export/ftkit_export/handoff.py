@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ftkit_export.decision import Paired, Verdict, paired
-from ftkit_export.errors import BundleError, FtkitError
+from ftkit_export.runtime.errors import BundleError, FtkitError
 
 Array = np.ndarray[Any, Any]
 

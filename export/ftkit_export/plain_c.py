@@ -21,8 +21,8 @@ from pathlib import Path
 import onnx
 from onnx import shape_inference
 
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import FITS, INPUT_FORMATS, Preprocess
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import FITS, INPUT_FORMATS, Preprocess
 
 SOURCES = Path(__file__).parent / "device" / "c"
 

@@ -24,10 +24,10 @@ import numpy as np
 import onnx
 from onnx import numpy_helper, shape_inference
 
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import Session
-from ftkit_export.targets import Target
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.session import Session
+from ftkit_export.runtime.targets import Target
 
 Array = np.ndarray[Any, Any]
 

@@ -30,8 +30,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ftkit_export.errors import FtkitError
-from ftkit_export.latency import Condition, Start, begin, in_child
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import Condition, Start, begin, in_child
 
 Array = np.ndarray[Any, Any]
 Outcome = Literal["passed", "failed", "inconclusive"]

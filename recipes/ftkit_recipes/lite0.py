@@ -7,7 +7,7 @@ without a GPU: test accuracy 0.889, 0.898, 0.883 (seeds 0, 1, 2), 146 s from not
 """
 
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 recipe = Recipe(
     name="lite0",

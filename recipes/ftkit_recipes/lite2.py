@@ -8,7 +8,7 @@ There it is no better than lite0, at 1.6 times its time: bench/README.md.
 
 from dataclasses import replace
 
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_recipes.lite0 import recipe as lite0
 
 recipe = replace(

@@ -11,8 +11,8 @@ from conftest import ftkit, rewrite
 
 import ftkit_export.archive as archives
 from ftkit_export.archive import opened, pack
-from ftkit_export.errors import BundleError
-from ftkit_export.verify import verify
+from ftkit_export.runtime.errors import BundleError
+from ftkit_export.runtime.verify import verify
 
 
 def test_a_zip_verifies_and_is_the_same_each_time(bundle: Path, tmp_path: Path) -> None:

@@ -21,11 +21,11 @@ from ftkit.recipe import Export
 from ftkit_export.bundle import begin
 from ftkit_export.convert import export_core
 from ftkit_export.decision import Row, paired
-from ftkit_export.errors import BundleError
-from ftkit_export.predict import Classifier
-from ftkit_export.session import Session
-from ftkit_export.targets import here
-from ftkit_export.verify import _compare, read_manifest, sha256, verify
+from ftkit_export.runtime.errors import BundleError
+from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.session import Session
+from ftkit_export.runtime.targets import here
+from ftkit_export.runtime.verify import _compare, read_manifest, sha256, verify
 
 
 @pytest.fixture

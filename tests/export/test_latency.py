@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from ftkit_export.errors import FtkitError
-from ftkit_export.latency import PROCESSES, ROUNDS, Condition, begin, compared, measure, race
-from ftkit_export.session import Session
-from ftkit_export.timing import BINS, feeds, in_turn
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import PROCESSES, ROUNDS, Condition, begin, compared, measure, race
+from ftkit_export.runtime.session import Session
+from ftkit_export.runtime.timing import BINS, feeds, in_turn
 
 
 def model(path: Path, **inputs: tuple[int, list[int | str]]) -> Path:

@@ -8,10 +8,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ftkit_export.errors import BundleError
-from ftkit_export.onnxfile import inspect
-from ftkit_export.predict import Classifier
-from ftkit_export.session import Session
+from ftkit_export.runtime.errors import BundleError
+from ftkit_export.runtime.onnxfile import inspect
+from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.session import Session
 
 
 def _model(*, domain: str = "", **where: str) -> onnx.ModelProto:

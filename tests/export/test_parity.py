@@ -19,8 +19,8 @@ from ftkit_export.convert import Core, export_core, write
 from ftkit_export.golden import write_golden
 from ftkit_export.graph import image_form
 from ftkit_export.parity import Emulated, Parity, Reference, _tf32, agreement, compare
-from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import Session
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.session import Session
 
 PREPROCESS = Preprocess(size=64, resize=70)
 TEMPERATURE = 1.3

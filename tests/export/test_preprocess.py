@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
 from ftkit_export.graph import pixel_model
 from ftkit_export.parity import edge_images
-from ftkit_export.preprocess import FITS, INPUT_FORMATS, Preprocess, decode, from_frame, to_frame
-from ftkit_export.session import Session
+from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError
+from ftkit_export.runtime.preprocess import FITS, INPUT_FORMATS, Preprocess, decode, from_frame, to_frame
+from ftkit_export.runtime.session import Session
 
 RED_BLUE = np.zeros((20, 30, 3), np.uint8)
 RED_BLUE[:, :15, 0], RED_BLUE[:, 15:, 2] = 200, 200

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from conftest import ftkit
 
-from ftkit_export.bench import conditions, find
-from ftkit_export.errors import FtkitError, ProviderError
 from ftkit_export.graph import tiny_model
-from ftkit_export.latency import Condition
 from ftkit_export.parity import compare
-from ftkit_export.predict import Classifier
-from ftkit_export.preprocess import decode
-from ftkit_export.session import PROVIDERS, Provider, Session, offered
-from ftkit_export.timing import runner
-from ftkit_export.verify import verify
+from ftkit_export.runtime.errors import FtkitError, ProviderError
+from ftkit_export.runtime.latency import Condition
+from ftkit_export.runtime.measure import conditions, find
+from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.preprocess import decode
+from ftkit_export.runtime.session import PROVIDERS, Provider, Session, offered
+from ftkit_export.runtime.timing import runner
+from ftkit_export.runtime.verify import verify
 
 CPU = "CPUExecutionProvider"
 
@@ -169,7 +169,7 @@ def test_a_missing_library_is_named_with_where_it_comes_from() -> None:
 OPENED = """
 import torch, onnxruntime, sys
 from ftkit_export.graph import tiny_model
-from ftkit_export.session import PROVIDERS
+from ftkit_export.runtime.session import PROVIDERS
 onnxruntime.set_default_logger_severity(4)
 onnxruntime.preload_dlls()
 rows = {name: dict(row.options) for name, row in PROVIDERS.items() if row.name == "CUDAExecutionProvider"}

@@ -15,13 +15,13 @@ from onnx import helper, numpy_helper
 
 from ftkit.training.run import open_run
 from ftkit_export.convert import write
-from ftkit_export.errors import FtkitError
 from ftkit_export.graph import image_form
 from ftkit_export.parity import Reference, agreement
-from ftkit_export.preprocess import Preprocess, decode
 from ftkit_export.quantize import calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
-from ftkit_export.session import Session
-from ftkit_export.targets import TARGETS, here, unshippable
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess, decode
+from ftkit_export.runtime.session import Session
+from ftkit_export.runtime.targets import TARGETS, here, unshippable
 
 Array = np.ndarray[Any, Any]
 

@@ -13,10 +13,7 @@ import pytest
 
 from ftkit_export import regression
 from ftkit_export.convert import write
-from ftkit_export.errors import FtkitError
 from ftkit_export.graph import pixel_model
-from ftkit_export.latency import Condition, Start, begin, in_child
-from ftkit_export.preprocess import Preprocess
 from ftkit_export.regression import (
     PROCESSES,
     ROUNDS,
@@ -29,7 +26,10 @@ from ftkit_export.regression import (
     decide,
     sample,
 )
-from ftkit_export.session import cores
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import Condition, Start, begin, in_child
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.session import cores
 
 
 def machine(slower: float, between: float, within: float, seed: int) -> Callable[[], Sample]:

@@ -14,9 +14,9 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
-from ftkit_export.predict import Classifier
-from ftkit_export.preprocess import to_frame
-from ftkit_export.session import Session
+from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.preprocess import to_frame
+from ftkit_export.runtime.session import Session
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:

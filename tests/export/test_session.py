@@ -11,13 +11,13 @@ import torch
 
 from ftkit.models.backbones import build
 from ftkit.utils.distributed import joined
-from ftkit_export import session
 from ftkit_export.convert import export_core
-from ftkit_export.errors import FtkitError, ProviderError
 from ftkit_export.graph import pixel_model
-from ftkit_export.onnxfile import shape_nodes
-from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import Session, offered, parse_providers
+from ftkit_export.runtime import session
+from ftkit_export.runtime.errors import FtkitError, ProviderError
+from ftkit_export.runtime.onnxfile import shape_nodes
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.session import Session, offered, parse_providers
 
 MODEL = pixel_model(Preprocess(size=8, resize=8)).SerializeToString()
 
@@ -61,7 +61,7 @@ def test_bytes_that_are_no_model_are_refused() -> None:
 
 def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
     code = (
-        "import ftkit_export.session as s, os, sys;"
+        "import ftkit_export.runtime.session as s, os, sys;"
         "assert 'onnxruntime' not in sys.modules; s.offered(); print(os.environ['ORT_DISABLE_TELEMETRY'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

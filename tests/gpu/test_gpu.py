@@ -22,9 +22,9 @@ from ftkit.training.optimizer import Moving, make_optimizer
 from ftkit.training.precision import fastest, prepare, ways
 from ftkit.training.stage import Work
 from ftkit.training.step import fresh_gradients
-from ftkit_export.latency import Condition, measure
-from ftkit_export.preprocess import Preprocess
-from ftkit_export.session import Session
+from ftkit_export.runtime.latency import Condition, measure
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.session import Session
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 CUDA = torch.device("cuda", 0)

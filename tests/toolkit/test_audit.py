@@ -14,7 +14,7 @@ from PIL import Image
 
 from ftkit.data.audit import near_duplicates
 from ftkit.data.dataset import read
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 BROKEN = {
     "leaks": [{"images": ["test/a/copy.png", "train/a/1.png"], "exact": True},

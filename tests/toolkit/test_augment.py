@@ -6,7 +6,7 @@ import torch
 
 from ftkit.data.augment import augmented, drawn, evaluation, mixed, mixing_of
 from ftkit.recipe import Augment
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=24, resize=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 CANVASES = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)

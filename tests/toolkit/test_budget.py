@@ -16,8 +16,8 @@ from ftkit.exporting.evidence import Measured, choose, judge
 from ftkit.recipe import load
 from ftkit_export.bundle import Gate, overall
 from ftkit_export.decision import Row, paired
-from ftkit_export.latency import Condition, Start, over_sizes
-from ftkit_export.preprocess import Preprocess, parse_frame
+from ftkit_export.runtime.latency import Condition, Start, over_sizes
+from ftkit_export.runtime.preprocess import Preprocess, parse_frame
 
 
 def _row(name: str, verdict: str, p50: float, size: int) -> Row:

@@ -18,7 +18,7 @@ from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import feature_cache
 from ftkit.training.feature_cache import Activations, Views, _tolerance, attributes, check, fill
 from ftkit.training.loader import Feeds
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=32, resize=40)
 

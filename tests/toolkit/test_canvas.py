@@ -14,16 +14,16 @@ from PIL import ImageOps
 from ftkit.data import canvas
 from ftkit.data.dataset import read
 from ftkit.utils import cache_folder
-from ftkit_export.errors import FtkitError, UnavailableImageError
-from ftkit_export.preprocess import Preprocess, decode
+from ftkit_export.runtime.errors import FtkitError, UnavailableImageError
+from ftkit_export.runtime.preprocess import Preprocess, decode
 
 PREPROCESS = Preprocess(size=64, resize=72)
 BUILD = """
 import sys
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read
-from ftkit_export.errors import FtkitError, UnavailableImageError
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.errors import FtkitError, UnavailableImageError
+from ftkit_export.runtime.preprocess import Preprocess
 canvases = build(read(sys.argv[1]), Preprocess(size=64, resize=72))
 print(int(canvases.array(range(len(canvases.slots))).astype("int64").sum()))
 """
@@ -80,7 +80,7 @@ def test_an_image_that_kills_its_decoder_is_named(
     monkeypatch.setattr(canvas, "FEWEST", 8)
     victim = sorted(photos.rglob("*.png"))[17]
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, ftkit_export.preprocess as p\n"
+        "import os, ftkit_export.runtime.preprocess as p\n"
         "real = p.decode\n"
         f"p.decode = lambda path, white: os._exit(11) if str(path) == {str(victim)!r} else real(path, white)\n"
     )
@@ -114,7 +114,7 @@ def test_an_image_that_memory_ran_out_for_is_no_bad_image(
     monkeypatch.setattr(canvas, "FEWEST", fewest)
     victim = sorted(photos.rglob("*.png"))[17]
     short = (
-        "import ftkit_export.preprocess as p\n"
+        "import ftkit_export.runtime.preprocess as p\n"
         f"turned, victim = p.ImageOps.exif_transpose, p.Image.open({str(victim)!r}).tobytes()\n"
         "def short(image):\n"
         "    if image.tobytes() == victim:\n"
@@ -125,7 +125,7 @@ def test_an_image_that_memory_ran_out_for_is_no_bad_image(
     (tmp_path / "sitecustomize.py").write_text(short)
     with monkeypatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        patch.setattr("ftkit_export.preprocess.ImageOps.exif_transpose", ImageOps.exif_transpose)
+        patch.setattr("ftkit_export.runtime.preprocess.ImageOps.exif_transpose", ImageOps.exif_transpose)
         if fewest > 1000:
             exec(short, {})
         with pytest.raises(FtkitError, match="expected memory to decode it") as caught:

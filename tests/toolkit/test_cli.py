@@ -16,8 +16,8 @@ from conftest import TINY, ftkit, settings
 from ftkit.cli.demo import GROUP, GROUPS, write_elpv
 from ftkit.cli.main import main
 from ftkit.data.dataset import read
-from ftkit_export.errors import FtkitError
-from ftkit_export.verify import verify
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.verify import verify
 
 
 def test_every_command_explains_itself_within_100_columns() -> None:

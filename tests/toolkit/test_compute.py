@@ -23,8 +23,8 @@ from ftkit.training import precision
 from ftkit.training.loader import Feeds
 from ftkit.training.optimizer import Batch, Moving, gradients, loss_of
 from ftkit.training.precision import Compute, Way, fastest
-from ftkit_export.nvidia import same_numbers
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.nvidia import same_numbers
+from ftkit_export.runtime.preprocess import Preprocess
 
 CPU = Compute(device=torch.device("cpu"))
 

@@ -25,7 +25,7 @@ from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.loader import Feeds
 from ftkit.utils import distributed
 from ftkit.utils.distributed import FRESH_STORE, Ranks
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 # SGD, since Adam turns the noise of gradients that are zero in theory (a bias before a BatchNorm) into steps.
 PLAN = settings(*TINY, "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.lr=0.1", "stages.1.lr=0.01")
@@ -121,7 +121,7 @@ import json, sys
 import torch
 from torch import nn
 from ftkit.utils.distributed import GlobalBatchNorm, joined
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 with joined("cpu") as (device, ranks):
     found = {"gather": ranks.gather({"rank": ranks.rank}), "first": ranks.first(lambda: "of rank 0"),
@@ -260,7 +260,7 @@ def test_ranks_that_cannot_meet_say_so(photos: Path, monkeypatch: pytest.MonkeyP
 def test_more_ranks_than_images_in_a_batch_are_refused(photos: Path) -> None:
     from ftkit.training.precision import Compute
     from ftkit.training.step import run_as
-    from ftkit_export.errors import FtkitError
+    from ftkit_export.runtime.errors import FtkitError
 
     with pytest.raises(FtkitError, match="expected an image for each of 4 ranks, found 2 in a step"):
         run_as(None, Stage(), Compute(device=torch.device("cpu")), Ranks(0, 4, 0, 4), 2, None, 1)  # type: ignore[arg-type]

@@ -27,8 +27,8 @@ from ftkit.training.run import open_run
 from ftkit.training.tensorboard import tensorboard
 from ftkit_export.convert import export_core
 from ftkit_export.explain import Explainer, with_features
-from ftkit_export.predict import Classifier
-from ftkit_export.preprocess import decode
+from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.preprocess import decode
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)

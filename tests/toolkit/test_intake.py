@@ -13,8 +13,8 @@ from ftkit.data.canvas import build
 from ftkit.data.dataset import read, splits_csv
 from ftkit.exporting import evidence
 from ftkit.utils.files import write_atomically
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=16, resize=16)
 

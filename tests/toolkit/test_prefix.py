@@ -13,8 +13,8 @@ from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe, Stage
 from ftkit.training.feature_cache import runner
 from ftkit.training.loader import Feeds, set_mode, under
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess
 
 BACKBONES = (
     "efficientnet_lite0", "efficientnet_b0", "mobilenetv3_small_100", "mobilenetv4_conv_small", "resnet18", "resnet50",

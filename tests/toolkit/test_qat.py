@@ -13,11 +13,11 @@ from onnx import helper
 
 from ftkit.exporting import variants
 from ftkit.exporting.qat import Simulated, fine_tune
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess, decode
 from ftkit_export.quantize import calibrate, int8, quantized_nodes, sqnr
-from ftkit_export.session import Session
-from ftkit_export.targets import TARGETS
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess, decode
+from ftkit_export.runtime.session import Session
+from ftkit_export.runtime.targets import TARGETS
 
 
 @pytest.mark.parametrize("target", ["x86-vnni", "x86", "arm64"])

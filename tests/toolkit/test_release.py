@@ -12,7 +12,7 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
-from ftkit_export.predict import Classifier
+from ftkit_export.runtime.predict import Classifier
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from conftest import ftkit, settings
 
 from ftkit.benchmark.ssh import Device
 from ftkit_export.bundle import write_manifest
-from ftkit_export.errors import FtkitError
-from ftkit_export.latency import machine
-from ftkit_export.targets import here
-from ftkit_export.verify import check_files, read_manifest
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import machine
+from ftkit_export.runtime.targets import here
+from ftkit_export.runtime.verify import check_files, read_manifest
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 needs_sshd = pytest.mark.skipif(not (SSHD and shutil.which("ssh")), reason="needs an OpenSSH server and client")
@@ -112,8 +112,8 @@ def test_the_answers_of_8_bits_are_the_devices_own(device: str, run: Path, tmp_p
     site.mkdir()
     (site / "sitecustomize.py").write_text(
         "import sys\n"
-        "if 'ftkit_export.timing' in ' '.join(sys.orig_argv) and '\"answers\"' in ' '.join(sys.orig_argv):\n"
-        "    import ftkit_export.session as s\n"
+        "if 'ftkit_export.runtime.timing' in ' '.join(sys.orig_argv) and '\"answers\"' in ' '.join(sys.orig_argv):\n"
+        "    import ftkit_export.runtime.session as s\n"
         "    real = s.Session.run\n"
         "    s.Session.run = lambda self, *a: [-real(self, *a)[0], *real(self, *a)[1:]]\n"
     )

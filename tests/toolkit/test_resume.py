@@ -19,7 +19,7 @@ from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
 from ftkit.training.run import claim
 from ftkit.utils.lock import in_use, locked
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 
 def begin(photos: Path, out: Path, *more: str) -> subprocess.Popen[str]:

@@ -25,7 +25,7 @@ from ftkit.training.run import open_run
 from ftkit.training.step import fresh_gradients
 from ftkit.training.validate import Validation, validate
 from ftkit.utils.distributed import SOLO
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=64, resize=64)
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
-from ftkit_export.errors import ImageError, choices
-from ftkit_export.preprocess import MAX_PIXELS, decode
+from ftkit_export.runtime.errors import ImageError, choices
+from ftkit_export.runtime.preprocess import MAX_PIXELS, decode
 
 
 @pytest.mark.parametrize(

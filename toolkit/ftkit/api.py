@@ -8,7 +8,7 @@
     ftkit.bench(done.folder)["rows"][0]["p50_ms"]
     ftkit.load(done.folder)("photo.jpg").label
 
-Every one raises ftkit_export.errors.FtkitError, whose message says where, what was expected, what was found and what to
+Every one raises ftkit_export.runtime.errors.FtkitError, whose message says where, what was expected, what was found and what to
 try. In a notebook a run and an export show themselves as tables.
 """
 
@@ -21,14 +21,14 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit.exporting.export import Exported
     from ftkit.recipe import Recipe
     from ftkit.training.run import Run
-    from ftkit_export.predict import Classifier
-    from ftkit_export.verify import Verification
+    from ftkit_export.runtime.predict import Classifier
+    from ftkit_export.runtime.verify import Verification
 
 
 def train(
@@ -104,7 +104,7 @@ def export(
     from ftkit.exporting.variants import resolve_target
     from ftkit.exporting.web import runtime as web_runtime
     from ftkit.training.run import Run, open_run
-    from ftkit_export.session import parse_providers
+    from ftkit_export.runtime.session import parse_providers
 
     console.hush(quiet)
     names = parse_providers(",".join(providers))
@@ -129,7 +129,7 @@ def verify(bundle: str | Path, *, provider: str = "cpu", key: str | Path | None 
     """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. key: the public key that
     must have signed it. Raises BundleError for one that is altered, incomplete, or signed by another."""
     from ftkit_export import archive
-    from ftkit_export.verify import verify as run_verify
+    from ftkit_export.runtime.verify import verify as run_verify
 
     with archive.opened(Path(bundle), Path(key) if key else None) as folder:
         return run_verify(folder, provider)
@@ -147,7 +147,7 @@ def bench(
 
     from ftkit.benchmark.budgets import against as run_against
     from ftkit_export.archive import unpacked
-    from ftkit_export.bench import bench as measure
+    from ftkit_export.runtime.measure import bench as measure
 
     if against and max(len(providers), len(threads), len(batches)) > 1:
         raise FtkitError("against: expected one provider, number of threads and batch, found several. Try one")
@@ -167,7 +167,7 @@ def load(bundle: str | Path, *, provider: str = "cpu", threads: int = 0, key: st
     doubtful, foreign). It takes a path, an image file's bytes, or an RGB array (H, W, 3) uint8. threads: 0 = all. key:
     the public key that must have signed the bundle, whose hashes are then checked too."""
     from ftkit_export.archive import unpacked
-    from ftkit_export.predict import Classifier
+    from ftkit_export.runtime.predict import Classifier
 
     with unpacked(bundle, Path(key) if key else None) as path:
         return Classifier(path, provider=provider, threads=threads)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ftkit.recipe import Augment, Export, Recipe, Stage
 from ftkit.utils import console
-from ftkit_export.errors import FtkitError, choices, nearest
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.errors import FtkitError, choices, nearest
+from ftkit_export.runtime.preprocess import Preprocess
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:

@@ -17,12 +17,12 @@ import numpy as np
 
 sys.dont_write_bytecode = True  # the bundle is sealed: nothing may appear in it
 
-from ftkit_export.bench import bench, find  # noqa: E402  # after the line above on purpose
-from ftkit_export.errors import FtkitError  # noqa: E402
-from ftkit_export.latency import Condition, measure  # noqa: E402
-from ftkit_export.predict import Classifier, image_files  # noqa: E402
-from ftkit_export.session import PROVIDERS  # noqa: E402
-from ftkit_export.verify import verify  # noqa: E402
+from ftkit_export.runtime.errors import FtkitError  # noqa: E402
+from ftkit_export.runtime.latency import Condition, measure  # noqa: E402
+from ftkit_export.runtime.measure import bench, find  # noqa: E402  # after the line above on purpose
+from ftkit_export.runtime.predict import Classifier, image_files  # noqa: E402
+from ftkit_export.runtime.session import PROVIDERS  # noqa: E402
+from ftkit_export.runtime.verify import verify  # noqa: E402
 
 BUNDLE = Path(__file__).resolve().parents[1]
 

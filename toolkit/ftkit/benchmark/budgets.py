@@ -1,4 +1,4 @@
-"""What `ftkit bench` judges and prints of the figures that ftkit_export.bench and .regression measure.
+"""What `ftkit bench` judges and prints of the figures that ftkit_export.runtime.measure and .regression measure.
 
 limits = parse_budgets(["p95_ms=8", "size_mb=5"])
 verdicts = judge(found, limits)
@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.utils import console
-from ftkit_export.bench import find, starts
-from ftkit_export.errors import FtkitError, choices
-from ftkit_export.latency import Condition, Start, machine
 from ftkit_export.regression import (
     SECONDS,
     TOLERANCE,
@@ -29,6 +26,9 @@ from ftkit_export.regression import (
     compare_starts,
     compare_stored,
 )
+from ftkit_export.runtime.errors import FtkitError, choices
+from ftkit_export.runtime.latency import Condition, Start, machine
+from ftkit_export.runtime.measure import find, starts
 
 BUDGETS = ("p50_ms", "p95_ms", "cold_ms", "memory_mb", "size_mb")
 

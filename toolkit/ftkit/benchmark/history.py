@@ -23,7 +23,7 @@ from typing import Any
 from ftkit.report.html import page
 from ftkit.utils import console
 from ftkit.utils.files import write_atomically
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 NAME = "ftkit-bench.jsonl"
 BEFORE, AFTER, LEAST = 8, 3, 0.05
@@ -43,7 +43,7 @@ def place(folder: Path) -> Path:
 
 
 def append(found: Mapping[str, Any], folder: Path) -> Path:
-    """Add one measurement (ftkit_export.bench's) with the commit it was taken at, and return the file."""
+    """Add one measurement (ftkit_export.runtime.measure's) with the commit it was taken at, and return the file."""
     path, keys = place(folder), ("variant", "provider", "threads", "batch", "spinning", "copies", "p50_ms", "p95_ms")
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

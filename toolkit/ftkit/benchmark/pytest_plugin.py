@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 def _limits(marker: pytest.Mark, where: str) -> dict[str, float]:
     from ftkit.benchmark.budgets import parse_budgets  # here: other people's test runs need none of it
-    from ftkit_export.errors import FtkitError
+    from ftkit_export.runtime.errors import FtkitError
 
     try:
         return parse_budgets([f"{name}={value}" for name, value in marker.kwargs.items()])
@@ -82,8 +82,8 @@ class Measured:
         Fails the test when a budget is missed in every process, skips it when the processes do not agree.
         """
         from ftkit.benchmark.budgets import judge
-        from ftkit_export.bench import find, starts
-        from ftkit_export.latency import Condition, measure
+        from ftkit_export.runtime.latency import Condition, measure
+        from ftkit_export.runtime.measure import find, starts
 
         self.calls += 1
         found = find(model, image)

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 import ftkit_export
-from ftkit_export.bench import checked, find
 from ftkit_export.bundle import RUNNER_FILES
-from ftkit_export.errors import BundleError, FtkitError
-from ftkit_export.latency import Condition, Raced, Start
+from ftkit_export.runtime.errors import BundleError, FtkitError
+from ftkit_export.runtime.latency import Condition, Raced, Start
+from ftkit_export.runtime.measure import checked, find
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 MAKE_FOLDER = "mktemp -d"
@@ -60,7 +60,7 @@ class Device:
         try:
             package = Path(ftkit_export.__file__).parent
             _send(host, folder, {f"ftkit_export/{name}": package / name for name in RUNNER_FILES})
-            script = ("import json; from ftkit_export.latency import machine; from ftkit_export.targets import here; "
+            script = ("import json; from ftkit_export.runtime.latency import machine; from ftkit_export.runtime.targets import here; "
                       "import numpy, PIL; print(json.dumps([here(), machine()]))")  # fmt: skip
             target, machine = _last(_ssh(host, f"cd {folder} && {python} -B -c {shlex.quote(script)}"))
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
@@ -76,21 +76,21 @@ class Device:
         _send(self.host, self.folder, {**dict(zip(names, models, strict=True)), f"image{image.suffix}": image})
         conditions = [asdict(Condition(model=name, provider=provider, threads=threads, frame=frame)) for name in names]
         job = {"what": "race", "conditions": conditions, "image": f"image{image.suffix}"}
-        return [Raced(**item) for item in self.run("-m", "ftkit_export.timing", json.dumps(job))]
+        return [Raced(**item) for item in self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))]
 
     def starts(self, model: Path, image: Path, *, provider: str = "cpu", frame: str = "", count: int) -> list[Start]:
         """latency.begin, there, on one thread, so many times."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
         condition = asdict(Condition(model="0.onnx", provider=provider, threads=1, frame=frame))
         job = {"what": "begin", "conditions": [condition], "image": f"image{image.suffix}", "steady": True}
-        return [Start(**self.run("-m", "ftkit_export.timing", json.dumps(job))) for _ in range(count)]
+        return [Start(**self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))) for _ in range(count)]
 
     def over_sizes(self, model: Path, image: Path, frames: Sequence[str]) -> list[tuple[str, float, float]]:
         """latency.over_sizes, there, on one thread of the CPU."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
         conditions = [asdict(Condition(model="0.onnx", threads=1, frame=frame)) for frame in frames]
         job = {"what": "sizes", "conditions": conditions, "image": f"image{image.suffix}"}
-        times = self.run("-m", "ftkit_export.timing", json.dumps(job))
+        times = self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))
         return [(frame, float(p50), float(p95)) for frame, (p50, p95) in zip(frames, times, strict=True)]
 
     def put_canvases(self, canvases: np.ndarray[Any, Any]) -> None:
@@ -104,7 +104,7 @@ class Device:
         _send(self.host, self.folder, {"0.onnx": core})
         conditions = [asdict(Condition(model="0.onnx", provider=provider))]
         job = {"what": "answers", "conditions": conditions, "image": CANVASES}
-        return np.array(self.run("-m", "ftkit_export.timing", json.dumps(job)))
+        return np.array(self.run("-m", "ftkit_export.runtime.timing", json.dumps(job)))
 
     def run(self, *words: str) -> Any:
         """Python there, in the folder; the JSON that it prints last."""
@@ -128,7 +128,7 @@ def bench(
     with Device.reached(where) as device:
         _send(device.host, device.folder, dict(zip(map(str, there.paths()), model.paths(), strict=True)))
         job = {"model": there.as_json(), "provider": provider, "threads": threads, "quick": quick}
-        return checked(device.run("-m", "ftkit_export.bench", json.dumps(job)), f"{where}, {bundle.name}")
+        return checked(device.run("-m", "ftkit_export.runtime.measure", json.dumps(job)), f"{where}, {bundle.name}")
 
 
 def _parse(where: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ftkit.cli.options import MAX_PIXELS, Command
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit_export.regression import Outcome, Verdict
@@ -151,11 +151,11 @@ def bench(
     from ftkit.benchmark import history, ssh
     from ftkit.utils import console
     from ftkit_export.archive import unpacked
-    from ftkit_export.bench import bench as measure
-    from ftkit_export.bench import find, read
-    from ftkit_export.latency import machine
-    from ftkit_export.preprocess import parse_frame
-    from ftkit_export.session import parse_providers
+    from ftkit_export.runtime.latency import machine
+    from ftkit_export.runtime.measure import bench as measure
+    from ftkit_export.runtime.measure import find, read
+    from ftkit_export.runtime.preprocess import parse_frame
+    from ftkit_export.runtime.session import parse_providers
 
     echo = _echo(as_json)
     limits, names = judging.parse_budgets(budgets), parse_providers(providers)

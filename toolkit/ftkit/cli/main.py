@@ -19,7 +19,7 @@ from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
 from ftkit.cli.options import MAX_PIXELS, Command
 from ftkit.utils import console
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit.recipe import Recipe
@@ -221,9 +221,9 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
     """
     from ftkit_export import archive
     from ftkit_export.handoff import judge_outputs
-    from ftkit_export.latency import machine
-    from ftkit_export.session import parse_providers
-    from ftkit_export.verify import read_manifest
+    from ftkit_export.runtime.latency import machine
+    from ftkit_export.runtime.session import parse_providers
+    from ftkit_export.runtime.verify import read_manifest
 
     code = 0
     with archive.opened(bundle, key) as folder:
@@ -274,9 +274,9 @@ def predict(
 ) -> None:
     """Class and probability of IMAGES: files, folders, or - for one on standard input."""
     from ftkit_export.archive import unpacked
-    from ftkit_export.errors import ImageError
     from ftkit_export.explain import Explainer
-    from ftkit_export.predict import image_files
+    from ftkit_export.runtime.errors import ImageError
+    from ftkit_export.runtime.predict import image_files
 
     for path in images:
         if re.match(r"\w+:/", str(path)):

@@ -7,7 +7,7 @@ import os
 
 import click
 
-from ftkit_export.errors import LIKE
+from ftkit_export.runtime.errors import LIKE
 
 # Options that other tools have, and how it is said here.
 ELSEWHERE = {
@@ -68,7 +68,7 @@ class Command(click.Command):
 def _allow(_: click.Context, __: click.Parameter, pixels: int | None) -> None:
     """For this process and those that it starts to decode."""
     if pixels:
-        from ftkit_export.preprocess import MAX_PIXELS as LIMIT  # not before it is needed: it takes numpy
+        from ftkit_export.runtime.preprocess import MAX_PIXELS as LIMIT  # not before it is needed: it takes numpy
 
         os.environ[LIMIT] = str(pixels)
 

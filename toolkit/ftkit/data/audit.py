@@ -30,9 +30,9 @@ from scipy.fft import dctn
 
 from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import SPLITS, Images, below, clusters
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess, decode
-from ftkit_export.session import cores
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess, decode
+from ftkit_export.runtime.session import cores
 
 Array = np.ndarray[Any, Any]
 

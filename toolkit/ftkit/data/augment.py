@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ftkit.recipe import Augment
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 DRAWS = 14  # random numbers an image
 

@@ -31,9 +31,9 @@ import PIL
 from ftkit.data.dataset import Images
 from ftkit.recipe import restore_preprocess
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
-from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError
-from ftkit_export.preprocess import MAX_PIXELS, Preprocess
-from ftkit_export.session import cores
+from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError
+from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
+from ftkit_export.runtime.session import cores
 
 if TYPE_CHECKING:
     from ftkit.utils.distributed import Ranks

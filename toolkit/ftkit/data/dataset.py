@@ -26,8 +26,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import SUFFIXES
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import SUFFIXES
 
 SPLITS = ("train", "val", "test")
 # In any case: what others call the three.

@@ -21,9 +21,9 @@ from ftkit.data.dataset import Labelled
 from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.utils import console
 from ftkit_export.decision import Paired, Verdict, paired
-from ftkit_export.errors import FtkitError, ImageError, choices
 from ftkit_export.intervals import ground
-from ftkit_export.predict import Classifier
+from ftkit_export.runtime.errors import FtkitError, ImageError, choices
+from ftkit_export.runtime.predict import Classifier
 
 Array = np.ndarray[Any, Any]
 

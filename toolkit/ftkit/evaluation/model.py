@@ -29,9 +29,9 @@ from ftkit.evaluation.metrics import (
 from ftkit.models.backbones import Backbone, features
 from ftkit.training.feature_cache import CHUNK, runner
 from ftkit.utils import console
-from ftkit_export.foreign import Foreign, fit
-from ftkit_export.predict import softmax
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.out_of_distribution import Foreign, fit
+from ftkit_export.runtime.predict import softmax
+from ftkit_export.runtime.preprocess import Preprocess
 
 Array = np.ndarray[Any, Any]
 

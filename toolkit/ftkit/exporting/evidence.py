@@ -23,16 +23,16 @@ from ftkit.exporting import variants
 from ftkit.recipe import Export
 from ftkit.training.run import Run
 from ftkit.utils import console
-from ftkit_export.bench import QUICK_STARTS, STARTS, conditions, starts
 from ftkit_export.bundle import Gate
 from ftkit_export.decision import Paired, Row, paired
 from ftkit_export.graph import IR_VERSION, OPSET
-from ftkit_export.latency import Condition, Latency, Start, machine, measure
-from ftkit_export.latency import over_sizes as latency_over_sizes
 from ftkit_export.parity import Check, Parity
-from ftkit_export.predict import Classifier
-from ftkit_export.preprocess import parse_frame
-from ftkit_export.session import cores, form_of
+from ftkit_export.runtime.latency import Condition, Latency, Start, machine, measure
+from ftkit_export.runtime.latency import over_sizes as latency_over_sizes
+from ftkit_export.runtime.measure import QUICK_STARTS, STARTS, conditions, starts
+from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.preprocess import parse_frame
+from ftkit_export.runtime.session import cores, form_of
 
 BUDGETS = ("p95_ms", "size_mb", "memory_mb")  # fields of recipe.Export
 

@@ -42,16 +42,16 @@ from ftkit_export import bundle as bundles
 from ftkit_export.bundle import Gate, Outcome
 from ftkit_export.convert import export_core, write_ort
 from ftkit_export.decision import Row
-from ftkit_export.errors import FtkitError
 from ftkit_export.explain import FILE as EXPLAIN
 from ftkit_export.explain import Explainer, with_features
 from ftkit_export.golden import write_flat, write_golden
-from ftkit_export.latency import Latency, Raced
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
-from ftkit_export.preprocess import MAX_PIXELS, Preprocess
-from ftkit_export.session import PROVIDERS, form_of, require
-from ftkit_export.targets import TARGETS, unshippable
-from ftkit_export.verify import sha256
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import Latency, Raced
+from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
+from ftkit_export.runtime.session import PROVIDERS, form_of, require
+from ftkit_export.runtime.targets import TARGETS, unshippable
+from ftkit_export.runtime.verify import sha256
 
 Array = np.ndarray[Any, Any]
 

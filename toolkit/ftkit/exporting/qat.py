@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from ftkit.utils import console
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 Array = np.ndarray[Any, Any]
 Values = list[Any]

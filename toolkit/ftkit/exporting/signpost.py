@@ -25,9 +25,9 @@ from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.convert import export_core, write
 from ftkit_export.decision import Row
-from ftkit_export.errors import FtkitError
 from ftkit_export.graph import image_form
-from ftkit_export.latency import Condition, over_sizes
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import Condition, over_sizes
 
 STEP = 32  # pixels: what most backbones halve five times
 LEAST = 64  # pixels

@@ -29,13 +29,13 @@ from ftkit.utils import console
 from ftkit_export.convert import write
 from ftkit_export.decision import Paired, Row, judge, paired
 from ftkit_export.graph import image_form
-from ftkit_export.latency import Raced, race
 from ftkit_export.parity import FLOAT64_IMAGES, Check, Reference, agreement
-from ftkit_export.preprocess import Preprocess
 from ftkit_export.quantize import RANK_IMAGES, calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
-from ftkit_export.session import PROVIDERS, Session
-from ftkit_export.targets import TARGETS, Target, here
-from ftkit_export.verify import sha256
+from ftkit_export.runtime.latency import Raced, race
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.session import PROVIDERS, Session
+from ftkit_export.runtime.targets import TARGETS, Target, here
+from ftkit_export.runtime.verify import sha256
 
 Array = np.ndarray[Any, Any]
 

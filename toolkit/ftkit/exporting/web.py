@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish
-from ftkit_export.errors import FtkitError
-from ftkit_export.predict import Classifier
-from ftkit_export.verify import read_manifest
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.verify import read_manifest
 
 VERSION = "1.30.0"
 SHA512 = (

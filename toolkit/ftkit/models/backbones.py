@@ -21,8 +21,8 @@ from timm.data.config import resolve_model_data_config
 from torch import nn
 
 from ftkit.models.weights import EXTRA_HEADS, PACKAGES, load
-from ftkit_export.errors import FtkitError, choices
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.errors import FtkitError, choices
+from ftkit_export.runtime.preprocess import Preprocess
 
 SEQUENCES = ("blocks", "stages", "layers", "features")  # where a backbone keeps its blocks, by its authors' custom
 

@@ -20,7 +20,7 @@ import torch
 import torchvision
 from torch import nn
 
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 State = Mapping[str, torch.Tensor]
 

@@ -14,8 +14,8 @@ from typing import Any
 from ftkit.benchmark import history
 from ftkit.report.html import bars, points, table
 from ftkit.utils.console import condition, frames, short
-from ftkit_export.errors import FtkitError
 from ftkit_export.parity import DECADES
+from ftkit_export.runtime.errors import FtkitError
 
 Data = Mapping[str, Any]
 

@@ -28,7 +28,7 @@ import torch
 from ftkit.training.run import METRICS
 from ftkit.utils.distributed import SOLO, Ranks
 from ftkit.utils.files import write_atomically
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 SAVE_EVERY = 20.0  # seconds
 SAVE_SHARE = 50  # or this many times what the last save took, so that saving costs 2 % at most

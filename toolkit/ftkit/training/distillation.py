@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftkit.training.run import Run, open_run
-from ftkit_export.errors import FtkitError
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess
 
 
 class Teacher(nn.Module):

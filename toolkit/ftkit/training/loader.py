@@ -33,7 +33,7 @@ from ftkit.training.feature_cache import Activations, Tensors, Views, channels_l
 from ftkit.training.optimizer import Batch
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks
-from ftkit_export.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess
 
 Array = np.ndarray[Any, Any]
 Job = TypeVar("Job")

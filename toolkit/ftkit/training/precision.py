@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ftkit_export.convert import exact_float32
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -31,10 +31,10 @@ from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit.report.html import table
 from ftkit.utils.files import write_atomically
 from ftkit.utils.lock import LOCK, in_use
-from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground
-from ftkit_export.preprocess import Preprocess
-from ftkit_export.verify import is_whole, with_digest
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.verify import is_whole, with_digest
 
 RUN, METRICS, WEIGHTS = "run.json", "metrics.jsonl", "model.safetensors"
 SCHEMA = 5  # of run.json

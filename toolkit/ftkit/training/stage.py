@@ -34,7 +34,7 @@ from ftkit.training.tensorboard import Log
 from ftkit.training.validate import Score, Validation, detached, validate
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 Array = np.ndarray[Any, Any]
 NEVER: Score = (-1.0, -math.inf)

@@ -21,7 +21,7 @@ from ftkit.training.optimizer import Batch, Moving, gradients
 from ftkit.training.precision import Compute, fastest, release, ways
 from ftkit.utils import console
 from ftkit.utils.distributed import GlobalBatchNorm, Ranks
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 
 def run_as(

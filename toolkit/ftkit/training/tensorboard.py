@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 Log = Callable[[Mapping[str, Any], int], None]
 NAMES = {"loss": "loss/train", "val_nll": "loss/val", "train_accuracy": "accuracy/train",

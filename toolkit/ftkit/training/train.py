@@ -46,9 +46,9 @@ from ftkit.utils.distributed import Ranks, joined, restarted
 from ftkit.utils.files import write_atomically
 from ftkit.utils.lock import locked
 from ftkit.utils.malloc import keep_freed_memory
-from ftkit_export.errors import FtkitError
 from ftkit_export.intervals import ground
-from ftkit_export.preprocess import MAX_PIXELS, Preprocess
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
 
 HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 KINDS = ("canvases", "prefix")
 LIMIT_GB = 20

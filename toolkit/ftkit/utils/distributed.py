@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ftkit.utils import console
-from ftkit_export.errors import FtkitError
-from ftkit_export.session import cores
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.session import cores
 
 Made = TypeVar("Made")
 Tensors = dict[str, torch.Tensor]

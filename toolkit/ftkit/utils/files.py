@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError
 
 try:
     import fcntl

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ftkit_export.errors import BundleError, FtkitError, ProviderError, choices
-from ftkit_export.onnxfile import inspect, shape_nodes
+from ftkit_export.runtime.errors import BundleError, FtkitError, ProviderError, choices
+from ftkit_export.runtime.onnxfile import inspect, shape_nodes
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once, at import
 

@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ftkit_export import nvidia
-from ftkit_export.errors import FtkitError
+from ftkit_export.runtime import nvidia
+from ftkit_export.runtime.errors import FtkitError
 
 ROUNDS = 20  # of a race, in each of its processes
 PROCESSES = 6
@@ -239,7 +239,7 @@ def in_child(
     """Run one of timing's measurements in a fresh process and return what it prints."""
     job = {"what": what, "conditions": [asdict(item) for item in conditions], "image": image and str(image), **more}
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, "-B", "-m", "ftkit_export.timing", json.dumps(job)], capture_output=True,
+    done = subprocess.run([sys.executable, "-B", "-m", "ftkit_export.runtime.timing", json.dumps(job)], capture_output=True,
                           text=True, env={**os.environ, **(environment or {}), "PYTHONPATH": path},
                           check=False)  # fmt: skip
     if done.returncode:
@@ -253,7 +253,7 @@ def machine() -> dict[str, object]:
     Python, ONNX Runtime; fingerprint: of all these."""
     import onnxruntime
 
-    from ftkit_export.session import cores
+    from ftkit_export.runtime.session import cores
 
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

@@ -1,6 +1,6 @@
 """The inside of a measuring process: open a model in a condition, feed it, take the time of each run.
 
-`python -m ftkit_export.timing JSON` does one of `WORK`, once, and prints JSON; latency.py and regression.py start it.
+`python -m ftkit_export.runtime.timing JSON` does one of `WORK`, once, and prints JSON; latency.py and regression.py start it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit_export import nvidia
-from ftkit_export.errors import FtkitError
-from ftkit_export.latency import Condition, Latency, Parts, race
+from ftkit_export.runtime import nvidia
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import Condition, Latency, Parts, race
 
 if TYPE_CHECKING:
-    from ftkit_export.session import Session
+    from ftkit_export.runtime.session import Session
 
 WARM_UP_RUNS, WARM_UP_S = 20, 1.0
 RUNS, SECONDS = 200, 10.0
@@ -63,7 +63,7 @@ def feeds(session: Session, image: str | None, batch: int, frame: str = "") -> l
 def _from_image(session: Session, image: str, batch: int, frame: str) -> Any:
     import numpy as np
 
-    from ftkit_export.preprocess import Preprocess, scaled, to_frame
+    from ftkit_export.runtime.preprocess import Preprocess, scaled, to_frame
 
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
     if session.input_names[0] != "pixels":  # the image form takes a frame, the core form normalised pixels
@@ -99,7 +99,7 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
 
 def opened(condition: Condition, *, shared: bool = False) -> Session:
     """A session in this condition. shared: others run between its runs."""
-    from ftkit_export.session import Session
+    from ftkit_export.runtime.session import Session
 
     return Session(condition.model, provider=condition.provider, threads=condition.threads,
                    spinning=condition.spinning, optimised=condition.optimised, shared=shared)  # fmt: skip
@@ -107,7 +107,7 @@ def opened(condition: Condition, *, shared: bool = False) -> Session:
 
 def runner(session: Session, condition: Condition, fed: Sequence[Any]) -> Callable[[], object]:
     """A call that runs the model once, on inputs made beforehand (`feeds`)."""
-    from ftkit_export.session import PROVIDERS
+    from ftkit_export.runtime.session import PROVIDERS
 
     copies = condition.copies and not PROVIDERS[condition.provider].captured
     return (lambda: session.run(*fed)) if copies else session.bound(*fed)
@@ -169,7 +169,7 @@ class _Begun:
 
 def _begun(condition: Condition, image: str | None) -> _Begun:
     started = time.perf_counter()
-    from ftkit_export.session import offered
+    from ftkit_export.runtime.session import offered
 
     offered()  # imports ONNX Runtime and numpy
     imported = time.perf_counter()
@@ -207,7 +207,7 @@ def _measure_here(conditions: Sequence[Condition], image: str | None, quick: boo
     call = begun.call
     import numpy as np
 
-    from ftkit_export.session import PROVIDERS, cores
+    from ftkit_export.runtime.session import PROVIDERS, cores
 
     gc.disable()
     warm(call, *(BRIEF if quick else (WARM_UP_RUNS, WARM_UP_S)))
@@ -241,7 +241,7 @@ def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool
 
 def pin(conditions: Sequence[Condition]) -> None:
     """Keep the calling thread off the processors that the sessions' own threads are tied to, where there are any."""
-    from ftkit_export.session import processors
+    from ftkit_export.runtime.session import processors
 
     if processors() and any(condition.threads != 1 for condition in conditions):
         os.sched_setaffinity(0, {processors()[0]})
@@ -279,7 +279,7 @@ def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[floa
     """Logits of a core form, a row an image. image: an .npy file of canvases (n, R, R, 3) uint8."""
     import numpy as np
 
-    from ftkit_export.preprocess import Preprocess
+    from ftkit_export.runtime.preprocess import Preprocess
 
     session = opened(conditions[0])
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
@@ -291,7 +291,7 @@ def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[floa
 def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
     import numpy as np
 
-    from ftkit_export.preprocess import Preprocess, scaled
+    from ftkit_export.runtime.preprocess import Preprocess, scaled
 
     sessions, data = [opened(condition, shared=True) for condition in conditions], Path(image).read_bytes()
     preprocess = Preprocess(**json.loads(sessions[1].metadata["preprocess"]))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftkit_export.errors import BundleError
+from ftkit_export.runtime.errors import BundleError
 
 DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's operators, and those built into every ONNX Runtime
 EXTERNAL = ("EPContext",)  # com.microsoft: a compiled engine for one provider, in the file or at a path it names

@@ -13,8 +13,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from ftkit_export.errors import BundleError
-from ftkit_export.onnxfile import inspect
+from ftkit_export.runtime.errors import BundleError
+from ftkit_export.runtime.onnxfile import inspect
 
 LARGEST = 2**31  # bytes of one protobuf file
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ftkit_export.errors import BundleError, FtkitError
-from ftkit_export.foreign import Foreign
-from ftkit_export.preprocess import INPUT_FORMATS, SUFFIXES, Preprocess, from_frame, to_frame
-from ftkit_export.session import PROVIDERS, Session
-from ftkit_export.verify import read_manifest
+from ftkit_export.runtime.errors import BundleError, FtkitError
+from ftkit_export.runtime.out_of_distribution import Foreign
+from ftkit_export.runtime.preprocess import INPUT_FORMATS, SUFFIXES, Preprocess, from_frame, to_frame
+from ftkit_export.runtime.session import PROVIDERS, Session
+from ftkit_export.runtime.verify import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ftkit_export.errors import FtkitError, ImageError, UnavailableImageError, choices
+from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError, choices
 
 FITS = ("crop", "squash", "pad")
 WHITE = 65535

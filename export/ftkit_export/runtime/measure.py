@@ -16,11 +16,11 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ftkit_export.errors import FtkitError
-from ftkit_export.latency import Condition, Latency, Parts, Raced, Start, begin, machine, measure, parts, race
-from ftkit_export.session import PROVIDERS, cores, form_of
-from ftkit_export.targets import here
-from ftkit_export.verify import MANIFEST, check_files, read_manifest, sha256
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import Condition, Latency, Parts, Raced, Start, begin, machine, measure, parts, race
+from ftkit_export.runtime.session import PROVIDERS, cores, form_of
+from ftkit_export.runtime.targets import here
+from ftkit_export.runtime.verify import MANIFEST, check_files, read_manifest, sha256
 
 SCHEMA = 3  # 3: the size of the frames; 2: races over several processes
 STARTS, QUICK_STARTS = 5, 3
@@ -240,7 +240,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
 
 
 def _main() -> int:
-    """`python -m ftkit_export.bench JSON`: measure what lies in this folder, print it as JSON."""
+    """`python -m ftkit_export.runtime.measure JSON`: measure what lies in this folder, print it as JSON."""
     job = json.loads(sys.argv[1])
     threads = [job["threads"]] if job["threads"] else []
     try:

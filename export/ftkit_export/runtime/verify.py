@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ftkit_export.errors import BundleError
-from ftkit_export.preprocess import Preprocess, decode, from_frame, to_frame
-from ftkit_export.session import PROVIDERS, Session
+from ftkit_export.runtime.errors import BundleError
+from ftkit_export.runtime.preprocess import Preprocess, decode, from_frame, to_frame
+from ftkit_export.runtime.session import PROVIDERS, Session
 
 Array = np.ndarray[Any, Any]
 
