@@ -29,11 +29,11 @@ from ftkit.exporting.qat import fine_tune
 from ftkit.exporting.variants import Context, answers, calibration_rows
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
-from ftkit_export.convert import export_core, quiet, write
+from ftkit_export.conversion.convert import export_core, quiet, write
+from ftkit_export.conversion.graph import pixel_model
+from ftkit_export.conversion.quantize import RANK_IMAGES, calibrate, int8, quantized_nodes, rank
 from ftkit_export.decision import paired
-from ftkit_export.graph import pixel_model
 from ftkit_export.parity import Reference
-from ftkit_export.quantize import RANK_IMAGES, calibrate, int8, quantized_nodes, rank
 from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session

@@ -32,8 +32,9 @@ from ftkit.exporting import export, variants
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
-from ftkit_export import archive, convert, graph, quantize
-from ftkit_export.convert import export_core
+from ftkit_export import archive
+from ftkit_export.conversion import convert, graph, quantize
+from ftkit_export.conversion.convert import export_core
 from ftkit_export.runtime import session
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import machine

@@ -52,8 +52,8 @@ def build(folder: Path, size: int, quantized: bool = False) -> Path:
     import torch
 
     from ftkit.models.backbones import build as backbone
-    from ftkit_export.convert import export_core, write
-    from ftkit_export.quantize import calibrate, int8
+    from ftkit_export.conversion.convert import export_core, write
+    from ftkit_export.conversion.quantize import calibrate, int8
     from ftkit_export.runtime.targets import TARGETS, here
 
     torch.manual_seed(0)

@@ -13,8 +13,8 @@ from PIL import Image
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from ftkit.models.backbones import build
-from ftkit_export.convert import export_core, write
-from ftkit_export.graph import image_form
+from ftkit_export.conversion.convert import export_core, write
+from ftkit_export.conversion.graph import image_form
 
 
 @pytest.fixture(scope="module")

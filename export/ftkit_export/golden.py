@@ -23,7 +23,7 @@ import torch
 from onnx import numpy_helper
 from PIL import Image
 
-from ftkit_export.graph import pixel_model
+from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.parity import (
     RELATIVE,
     RESAMPLED_PROBABILITY,

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from ftkit_export.graph import pixel_model
+from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.runtime.session import PROVIDERS, Session

@@ -19,7 +19,7 @@ from ftkit.exporting import evidence, export
 from ftkit.exporting.variants import as_table
 from ftkit.recipe import Export
 from ftkit_export.bundle import begin
-from ftkit_export.convert import export_core
+from ftkit_export.conversion.convert import export_core
 from ftkit_export.decision import Row, paired
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.predict import Classifier

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ftkit
 
-from ftkit_export.graph import tiny_model
+from ftkit_export.conversion.graph import tiny_model
 from ftkit_export.parity import compare
 from ftkit_export.runtime.errors import FtkitError, ProviderError
 from ftkit_export.runtime.latency import Condition
@@ -168,7 +168,7 @@ def test_a_missing_library_is_named_with_where_it_comes_from() -> None:
 
 OPENED = """
 import torch, onnxruntime, sys
-from ftkit_export.graph import tiny_model
+from ftkit_export.conversion.graph import tiny_model
 from ftkit_export.runtime.session import PROVIDERS
 onnxruntime.set_default_logger_severity(4)
 onnxruntime.preload_dlls()

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from ftkit_export import regression
-from ftkit_export.convert import write
-from ftkit_export.graph import pixel_model
+from ftkit_export.conversion.convert import write
+from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.regression import (
     PROCESSES,
     ROUNDS,

@@ -11,8 +11,8 @@ import torch
 
 from ftkit.models.backbones import build
 from ftkit.utils.distributed import joined
-from ftkit_export.convert import export_core
-from ftkit_export.graph import pixel_model
+from ftkit_export.conversion.convert import export_core
+from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.runtime import session
 from ftkit_export.runtime.errors import FtkitError, ProviderError
 from ftkit_export.runtime.onnxfile import shape_nodes

@@ -149,7 +149,7 @@ PREPARED = """
 import torch
 from ftkit.training.precision import prepare
 from ftkit.models.backbones import build
-from ftkit_export.convert import export_core
+from ftkit_export.conversion.convert import export_core
 def told():
     b = torch.backends
     parts = [part.fp32_precision for part in (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn)]

@@ -25,8 +25,8 @@ from ftkit.exporting import web
 from ftkit.report.build import load_pictures, write_report
 from ftkit.training.run import open_run
 from ftkit.training.tensorboard import tensorboard
-from ftkit_export.convert import export_core
-from ftkit_export.explain import Explainer, with_features
+from ftkit_export.conversion.class_activation import Explainer, with_features
+from ftkit_export.conversion.convert import export_core
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import decode
 

@@ -13,7 +13,7 @@ from onnx import helper
 
 from ftkit.exporting import variants
 from ftkit.exporting.qat import Simulated, fine_tune
-from ftkit_export.quantize import calibrate, int8, quantized_nodes, sqnr
+from ftkit_export.conversion.quantize import calibrate, int8, quantized_nodes, sqnr
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess, decode
 from ftkit_export.runtime.session import Session

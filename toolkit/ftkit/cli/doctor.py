@@ -10,7 +10,7 @@ from importlib import metadata
 import numpy as np
 
 from ftkit.utils.cache_folder import cache_folder
-from ftkit_export.graph import tiny_model
+from ftkit_export.conversion.graph import tiny_model
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.session import PROVIDERS, Session, cores, missing_library, offered
 

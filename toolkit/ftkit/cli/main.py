@@ -274,7 +274,7 @@ def predict(
 ) -> None:
     """Class and probability of IMAGES: files, folders, or - for one on standard input."""
     from ftkit_export.archive import unpacked
-    from ftkit_export.explain import Explainer
+    from ftkit_export.conversion.class_activation import Explainer
     from ftkit_export.runtime.errors import ImageError
     from ftkit_export.runtime.predict import image_files
 

@@ -24,8 +24,8 @@ from ftkit.recipe import Export
 from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.bundle import Gate
+from ftkit_export.conversion.graph import IR_VERSION, OPSET
 from ftkit_export.decision import Paired, Row, paired
-from ftkit_export.graph import IR_VERSION, OPSET
 from ftkit_export.parity import Check, Parity
 from ftkit_export.runtime.latency import Condition, Latency, Start, machine, measure
 from ftkit_export.runtime.latency import over_sizes as latency_over_sizes

@@ -37,13 +37,14 @@ from ftkit.utils import console
 from ftkit.utils.console import short
 from ftkit.utils.distributed import bound_threads
 from ftkit.utils.malloc import keep_freed_memory
-from ftkit_export import archive, handoff, plain_c
+from ftkit_export import archive, handoff
 from ftkit_export import bundle as bundles
 from ftkit_export.bundle import Gate, Outcome
-from ftkit_export.convert import export_core, write_ort
+from ftkit_export.conversion import plain_c
+from ftkit_export.conversion.class_activation import FILE as EXPLAIN
+from ftkit_export.conversion.class_activation import Explainer, with_features
+from ftkit_export.conversion.convert import export_core, write_ort
 from ftkit_export.decision import Row
-from ftkit_export.explain import FILE as EXPLAIN
-from ftkit_export.explain import Explainer, with_features
 from ftkit_export.golden import write_flat, write_golden
 from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.runtime.errors import FtkitError

@@ -23,9 +23,9 @@ from ftkit.benchmark.budgets import Budget
 from ftkit.exporting import variants
 from ftkit.training.run import Run
 from ftkit.utils import console
-from ftkit_export.convert import export_core, write
+from ftkit_export.conversion.convert import export_core, write
+from ftkit_export.conversion.graph import image_form
 from ftkit_export.decision import Row
-from ftkit_export.graph import image_form
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, over_sizes
 

@@ -26,11 +26,20 @@ from ftkit.cli.doctor import does_not_open
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.recipe import Export
 from ftkit.utils import console
-from ftkit_export.convert import write
+from ftkit_export.conversion.convert import write
+from ftkit_export.conversion.graph import image_form
+from ftkit_export.conversion.quantize import (
+    RANK_IMAGES,
+    calibrate,
+    half,
+    heavy_nodes,
+    int8,
+    quantized_nodes,
+    rank,
+    sqnr,
+)
 from ftkit_export.decision import Paired, Row, judge, paired
-from ftkit_export.graph import image_form
 from ftkit_export.parity import FLOAT64_IMAGES, Check, Reference, agreement
-from ftkit_export.quantize import RANK_IMAGES, calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
 from ftkit_export.runtime.latency import Raced, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import PROVIDERS, Session

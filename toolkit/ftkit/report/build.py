@@ -24,7 +24,7 @@ from ftkit.report.html import anchor, lengths, lines, page, reliability, section
 from ftkit.utils.console import frames
 from ftkit.utils.files import write_atomically
 from ftkit_export.bundle import overall
-from ftkit_export.explain import Explainer, overlay
+from ftkit_export.conversion.class_activation import Explainer, overlay
 from ftkit_export.intervals import ground
 
 Data = Mapping[str, Any]

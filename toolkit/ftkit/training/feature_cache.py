@@ -37,7 +37,7 @@ from ftkit.recipe import Augment
 from ftkit.training.checkpoint import seeded
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit.utils.distributed import SOLO, Ranks, share_of_cores
-from ftkit_export.convert import quiet
+from ftkit_export.conversion.convert import quiet
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session
 

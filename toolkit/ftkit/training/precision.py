@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftkit_export.convert import exact_float32
+from ftkit_export.conversion.convert import exact_float32
 from ftkit_export.runtime.errors import FtkitError
 
 Tensors = tuple[torch.Tensor, ...]

@@ -25,7 +25,7 @@ import onnx
 import torch
 from onnx import helper, shape_inference
 
-from ftkit_export.graph import IR_VERSION, OPSET
+from ftkit_export.conversion.graph import IR_VERSION, OPSET
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.targets import TARGETS, Target
 
