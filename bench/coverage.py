@@ -21,7 +21,7 @@ from scipy import stats
 from scipy.special import log_softmax, softmax
 
 from ftkit.evaluation.metrics import abstain_threshold, fit_temperature
-from ftkit_export.intervals import Design, difference_bounds, difference_design, share_interval
+from ftkit_export.proof.intervals import Design, difference_bounds, difference_design, share_interval
 from ftkit_export.runtime.latency import PROCESSES, machine, race
 
 Array = np.ndarray[Any, Any]

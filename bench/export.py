@@ -32,8 +32,8 @@ from ftkit.training.run import Run, open_run
 from ftkit_export.conversion.convert import export_core, quiet, write
 from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.conversion.quantize import RANK_IMAGES, calibrate, int8, quantized_nodes, rank
-from ftkit_export.decision import paired
-from ftkit_export.parity import Reference
+from ftkit_export.proof.decision import paired
+from ftkit_export.proof.parity import Reference
 from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session

@@ -38,7 +38,17 @@ from typing import Any
 import numpy as np
 import tables
 
-from ftkit_export.regression import PROCESSES, ROUNDS, SECONDS, Sample, Verdict, compare, compare_starts, decide, sample
+from ftkit_export.proof.regression import (
+    PROCESSES,
+    ROUNDS,
+    SECONDS,
+    Sample,
+    Verdict,
+    compare,
+    compare_starts,
+    decide,
+    sample,
+)
 from ftkit_export.runtime.latency import Condition, machine
 from ftkit_export.runtime.timing import feeds, in_turn, opened, pin, runner
 

@@ -26,7 +26,7 @@ from ftkit.training.run import open_run
 from ftkit.utils import console
 from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.conversion.graph import image_form
-from ftkit_export.decision import paired
+from ftkit_export.proof.decision import paired
 from ftkit_export.runtime.latency import machine, race
 
 GROUPS = "module([0-9]+)"

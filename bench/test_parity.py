@@ -16,7 +16,7 @@ from ftkit.models.weights import PACKAGES
 from ftkit.recipe import load, names
 from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.conversion.graph import image_form
-from ftkit_export.parity import Parity, Reference, compare
+from ftkit_export.proof.parity import Parity, Reference, compare
 from ftkit_export.runtime.preprocess import decode
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ftkit_export.decision import Paired, Verdict, paired
+from ftkit_export.proof.decision import Paired, Verdict, paired
 from ftkit_export.runtime.errors import BundleError, FtkitError
 
 Array = np.ndarray[Any, Any]

@@ -20,7 +20,7 @@ from ftkit.exporting.variants import as_table
 from ftkit.recipe import Export
 from ftkit_export.bundle import begin
 from ftkit_export.conversion.convert import export_core
-from ftkit_export.decision import Row, paired
+from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.session import Session

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ftkit_export.decision import Paired, judge, paired
-from ftkit_export.intervals import Design, difference_bounds
+from ftkit_export.proof.decision import Paired, judge, paired
+from ftkit_export.proof.intervals import Design, difference_bounds
 
 
 def bounds(worse: int, better: int, images: int, looks: int = 1) -> tuple[float, float]:

@@ -7,9 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ftkit_export import intervals
-from ftkit_export.decision import paired
-from ftkit_export.intervals import (
+from ftkit_export.proof import intervals
+from ftkit_export.proof.decision import paired
+from ftkit_export.proof.intervals import (
     Design,
     Prior,
     clopper_pearson,

@@ -17,8 +17,8 @@ from ftkit.models.backbones import build
 from ftkit_export.conversion import graph
 from ftkit_export.conversion.convert import Core, export_core, write
 from ftkit_export.conversion.graph import image_form
-from ftkit_export.golden import write_golden
-from ftkit_export.parity import Emulated, Parity, Reference, _tf32, agreement, compare
+from ftkit_export.proof.golden import write_golden
+from ftkit_export.proof.parity import Emulated, Parity, Reference, _tf32, agreement, compare
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session
 

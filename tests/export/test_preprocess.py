@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ftkit_export.conversion.graph import pixel_model
-from ftkit_export.parity import edge_images
+from ftkit_export.proof.parity import edge_images
 from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError
 from ftkit_export.runtime.preprocess import FITS, INPUT_FORMATS, Preprocess, decode, from_frame, to_frame
 from ftkit_export.runtime.session import Session

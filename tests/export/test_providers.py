@@ -12,7 +12,7 @@ import pytest
 from conftest import ftkit
 
 from ftkit_export.conversion.graph import tiny_model
-from ftkit_export.parity import compare
+from ftkit_export.proof.parity import compare
 from ftkit_export.runtime.errors import FtkitError, ProviderError
 from ftkit_export.runtime.latency import Condition
 from ftkit_export.runtime.measure import conditions, find
@@ -63,7 +63,7 @@ def test_a_bundle_verifies_on_its_core_forms_where_a_provider_runs_those(bundle:
 
 def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(run: Path, bundle: Path) -> None:
     from ftkit.training.run import open_run
-    from ftkit_export.parity import Reference
+    from ftkit_export.proof.parity import Reference
 
     opened, image = open_run(run), bundle / "golden" / "00.png"
     canvases = np.stack([opened.preprocess.canvas(decode(image))])

@@ -17,7 +17,7 @@ from ftkit.training.run import open_run
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import image_form
 from ftkit_export.conversion.quantize import calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
-from ftkit_export.parity import Reference, agreement
+from ftkit_export.proof.parity import Reference, agreement
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess, decode
 from ftkit_export.runtime.session import Session

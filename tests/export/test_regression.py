@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ftkit_export import regression
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import pixel_model
-from ftkit_export.regression import (
+from ftkit_export.proof import regression
+from ftkit_export.proof.regression import (
     PROCESSES,
     ROUNDS,
     Sample,

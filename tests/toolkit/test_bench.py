@@ -12,7 +12,7 @@ from conftest import ftkit
 
 from ftkit.benchmark.budgets import Budget, as_gate, exit_code
 from ftkit.benchmark.history import append, changes, read, write_history
-from ftkit_export.regression import Verdict
+from ftkit_export.proof.regression import Verdict
 
 
 def _git(folder: Path, *words: str) -> None:

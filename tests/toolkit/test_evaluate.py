@@ -13,7 +13,7 @@ from ftkit.evaluation.metrics import (
     fit_temperature,
     worst_mistakes,
 )  # fmt: skip
-from ftkit_export.parity import softmax
+from ftkit_export.proof.parity import softmax
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 500)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.utils import console
-from ftkit_export.regression import (
+from ftkit_export.proof.regression import (
     SECONDS,
     TOLERANCE,
     Outcome,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:  # ONNX Runtime is imported by the test that needs it, not by every pytest
-    from ftkit_export.regression import Verdict
+    from ftkit_export.proof.regression import Verdict
 
 MARKER = "latency_budget"
 CALLED = pytest.StashKey[bool]()  # whether the test itself ran to its end

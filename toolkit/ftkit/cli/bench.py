@@ -17,7 +17,7 @@ from ftkit.cli.options import MAX_PIXELS, Command
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
-    from ftkit_export.regression import Outcome, Verdict
+    from ftkit_export.proof.regression import Outcome, Verdict
 
 
 def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:

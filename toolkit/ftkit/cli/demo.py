@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ftkit.data.dataset import read
 from ftkit.utils import console
-from ftkit_export.intervals import ground
+from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.errors import FtkitError
 
 GROUP = 60  # consecutive cells: one module, roughly

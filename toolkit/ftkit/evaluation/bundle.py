@@ -20,8 +20,8 @@ import numpy as np
 from ftkit.data.dataset import Labelled
 from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.utils import console
-from ftkit_export.decision import Paired, Verdict, paired
-from ftkit_export.intervals import ground
+from ftkit_export.proof.decision import Paired, Verdict, paired
+from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.errors import FtkitError, ImageError, choices
 from ftkit_export.runtime.predict import Classifier
 

@@ -23,7 +23,7 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )  # fmt: skip
 
-from ftkit_export.intervals import PROVEN_SHARE, SHARE, Design, clopper_pearson, design, share_interval
+from ftkit_export.proof.intervals import PROVEN_SHARE, SHARE, Design, clopper_pearson, design, share_interval
 
 Array = np.ndarray[Any, Any]
 

@@ -25,8 +25,8 @@ from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.bundle import Gate
 from ftkit_export.conversion.graph import IR_VERSION, OPSET
-from ftkit_export.decision import Paired, Row, paired
-from ftkit_export.parity import Check, Parity
+from ftkit_export.proof.decision import Paired, Row, paired
+from ftkit_export.proof.parity import Check, Parity
 from ftkit_export.runtime.latency import Condition, Latency, Start, machine, measure
 from ftkit_export.runtime.latency import over_sizes as latency_over_sizes
 from ftkit_export.runtime.measure import QUICK_STARTS, STARTS, conditions, starts

@@ -44,9 +44,9 @@ from ftkit_export.conversion import plain_c
 from ftkit_export.conversion.class_activation import FILE as EXPLAIN
 from ftkit_export.conversion.class_activation import Explainer, with_features
 from ftkit_export.conversion.convert import export_core, write_ort
-from ftkit_export.decision import Row
-from ftkit_export.golden import write_flat, write_golden
-from ftkit_export.parity import FLOAT64_IMAGES, Parity, Reference, compare
+from ftkit_export.proof.decision import Row
+from ftkit_export.proof.golden import write_flat, write_golden
+from ftkit_export.proof.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Latency, Raced
 from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess

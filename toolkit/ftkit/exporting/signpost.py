@@ -25,7 +25,7 @@ from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.conversion.graph import image_form
-from ftkit_export.decision import Row
+from ftkit_export.proof.decision import Row
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, over_sizes
 

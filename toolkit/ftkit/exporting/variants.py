@@ -38,8 +38,8 @@ from ftkit_export.conversion.quantize import (
     rank,
     sqnr,
 )
-from ftkit_export.decision import Paired, Row, judge, paired
-from ftkit_export.parity import FLOAT64_IMAGES, Check, Reference, agreement
+from ftkit_export.proof.decision import Paired, Row, judge, paired
+from ftkit_export.proof.parity import FLOAT64_IMAGES, Check, Reference, agreement
 from ftkit_export.runtime.latency import Raced, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import PROVIDERS, Session

@@ -25,7 +25,7 @@ from ftkit.utils.console import frames
 from ftkit.utils.files import write_atomically
 from ftkit_export.bundle import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
-from ftkit_export.intervals import ground
+from ftkit_export.proof.intervals import ground
 
 Data = Mapping[str, Any]
 SIDE = 160  # pixels of a thumbnail

@@ -14,7 +14,7 @@ from typing import Any
 from ftkit.benchmark import history
 from ftkit.report.html import bars, points, table
 from ftkit.utils.console import condition, frames, short
-from ftkit_export.parity import DECADES
+from ftkit_export.proof.parity import DECADES
 from ftkit_export.runtime.errors import FtkitError
 
 Data = Mapping[str, Any]

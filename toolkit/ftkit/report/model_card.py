@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftkit.utils.console import condition, frames
-from ftkit_export.intervals import ground
+from ftkit_export.proof.intervals import ground
 
 
 def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit.report.html import table
 from ftkit.utils.files import write_atomically
 from ftkit.utils.lock import LOCK, in_use
-from ftkit_export.intervals import ground
+from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.verify import is_whole, with_digest

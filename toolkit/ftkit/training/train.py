@@ -46,7 +46,7 @@ from ftkit.utils.distributed import Ranks, joined, restarted
 from ftkit.utils.files import write_atomically
 from ftkit.utils.lock import locked
 from ftkit.utils.malloc import keep_freed_memory
-from ftkit_export.intervals import ground
+from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
 

@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from PIL import Image
 
 from ftkit_export.conversion.graph import pixel_model
-from ftkit_export.parity import (
+from ftkit_export.proof.parity import (
     RELATIVE,
     RESAMPLED_PROBABILITY,
     Reference,

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from ftkit_export.intervals import Design, difference_bounds, difference_design, ground
+from ftkit_export.proof.intervals import Design, difference_bounds, difference_design, ground
 
 Array = np.ndarray[Any, Any]
 Verdict = Literal["accepted", "refused", "inconclusive", "unproven on target"]
