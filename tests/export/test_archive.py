@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ftkit, rewrite
 
-import ftkit_export.archive as archives
-from ftkit_export.archive import opened, pack
+import ftkit_export.bundle.archive as archives
+from ftkit_export.bundle.archive import opened, pack
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.verify import verify
 

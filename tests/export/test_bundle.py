@@ -18,7 +18,7 @@ from ftkit.evaluation.metrics import evaluate
 from ftkit.exporting import evidence, export
 from ftkit.exporting.variants import as_table
 from ftkit.recipe import Export
-from ftkit_export.bundle import begin
+from ftkit_export.bundle.write import begin
 from ftkit_export.conversion.convert import export_core
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.errors import BundleError
@@ -268,7 +268,7 @@ def test_a_name_that_leads_outside_the_bundle_is_refused(copy: Path) -> None:
 
 
 def test_what_a_killed_export_left_goes_and_what_a_living_one_builds_stays(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from ftkit_export.bundle import begin\n"
+    script = "import sys, time; from pathlib import Path; from ftkit_export.bundle.write import begin\n"
     script += f"print(begin(Path({str(tmp_path / 'bundle')!r})), flush=True); time.sleep(60)"
     killed, living = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in "ab")
     assert killed.stdout and living.stdout

@@ -14,7 +14,7 @@ from ftkit.benchmark.budgets import Budget, budgets
 from ftkit.evaluation.metrics import evaluate
 from ftkit.exporting.evidence import Measured, choose, judge
 from ftkit.recipe import load
-from ftkit_export.bundle import Gate, overall
+from ftkit_export.bundle.write import Gate, overall
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.latency import Condition, Start, over_sizes
 from ftkit_export.runtime.preprocess import Preprocess, parse_frame

@@ -128,7 +128,7 @@ def export(
 def verify(bundle: str | Path, *, provider: str = "cpu", key: str | Path | None = None) -> Verification:
     """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. key: the public key that
     must have signed it. Raises BundleError for one that is altered, incomplete, or signed by another."""
-    from ftkit_export import archive
+    from ftkit_export.bundle.write import archive
     from ftkit_export.runtime.verify import verify as run_verify
 
     with archive.opened(Path(bundle), Path(key) if key else None) as folder:
@@ -146,7 +146,7 @@ def bench(
     from dataclasses import asdict
 
     from ftkit.benchmark.budgets import against as run_against
-    from ftkit_export.archive import unpacked
+    from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.measure import bench as measure
 
     if against and max(len(providers), len(threads), len(batches)) > 1:
@@ -166,7 +166,7 @@ def load(bundle: str | Path, *, provider: str = "cpu", threads: int = 0, key: st
     """The exported file as a function: load("bundle")("photo.jpg") -> Prediction (label, probability, probabilities,
     doubtful, foreign). It takes a path, an image file's bytes, or an RGB array (H, W, 3) uint8. threads: 0 = all. key:
     the public key that must have signed the bundle, whose hashes are then checked too."""
-    from ftkit_export.archive import unpacked
+    from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.predict import Classifier
 
     with unpacked(bundle, Path(key) if key else None) as path:

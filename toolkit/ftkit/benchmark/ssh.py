@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import ftkit_export
-from ftkit_export.bundle import RUNNER_FILES
+from ftkit_export.bundle.write import RUNNER_FILES
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.latency import Condition, Raced, Start
 from ftkit_export.runtime.measure import checked, find

@@ -64,7 +64,7 @@ def evaluate(
     from ftkit.data.dataset import labelled
     from ftkit.evaluation.bundle import against, answers, as_text, require, unseen
     from ftkit.utils import console
-    from ftkit_export.archive import unpacked
+    from ftkit_export.bundle.archive import unpacked
 
     if not 0 < max_drop < 1:
         raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
@@ -150,7 +150,7 @@ def bench(
     from ftkit.benchmark import budgets as judging
     from ftkit.benchmark import history, ssh
     from ftkit.utils import console
-    from ftkit_export.archive import unpacked
+    from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.latency import machine
     from ftkit_export.runtime.measure import bench as measure
     from ftkit_export.runtime.measure import find, read

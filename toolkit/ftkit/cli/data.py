@@ -151,7 +151,7 @@ def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None, key: P
     import webbrowser
 
     from ftkit.exporting import web
-    from ftkit_export.archive import unpacked
+    from ftkit_export.bundle.archive import unpacked
 
     with unpacked(bundle, key) as folder, web.serving(folder, web.runtime(runtime), port) as url:
         click.echo(f"{url}  (Ctrl-C ends)")

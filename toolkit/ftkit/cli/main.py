@@ -23,7 +23,7 @@ from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit.recipe import Recipe
-    from ftkit_export.bundle import Gate
+    from ftkit_export.bundle.write import Gate
 
 
 class _Group(click.Group):
@@ -219,8 +219,8 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
 
     Exit 1 when one fails, 3 when --outputs settles nothing.
     """
-    from ftkit_export import archive
-    from ftkit_export.handoff import judge_outputs
+    from ftkit_export.bundle.handoff import judge_outputs
+    from ftkit_export.bundle.write import archive
     from ftkit_export.runtime.latency import machine
     from ftkit_export.runtime.session import parse_providers
     from ftkit_export.runtime.verify import read_manifest
@@ -273,7 +273,7 @@ def predict(
     bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool, explain: bool, out: Path, key: Path | None
 ) -> None:
     """Class and probability of IMAGES: files, folders, or - for one on standard input."""
-    from ftkit_export.archive import unpacked
+    from ftkit_export.bundle.archive import unpacked
     from ftkit_export.conversion.class_activation import Explainer
     from ftkit_export.runtime.errors import ImageError
     from ftkit_export.runtime.predict import image_files

@@ -28,7 +28,7 @@ from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import SPLITS, Image, Images, as_csv, below
 from ftkit.utils import console
 from ftkit.utils.files import write_atomically
-from ftkit_export.bundle import beside
+from ftkit_export.bundle.write import beside
 from ftkit_export.runtime.errors import FtkitError
 
 MOSTLY_KEPT = 0.7  # of the median image: below, the crop is worth a word

@@ -23,7 +23,7 @@ from ftkit.exporting import variants
 from ftkit.recipe import Export
 from ftkit.training.run import Run
 from ftkit.utils import console
-from ftkit_export.bundle import Gate
+from ftkit_export.bundle.write import Gate
 from ftkit_export.conversion.graph import IR_VERSION, OPSET
 from ftkit_export.proof.decision import Paired, Row, paired
 from ftkit_export.proof.parity import Check, Parity

@@ -23,7 +23,7 @@ from ftkit.report.export_sections import found_in, gates, latency, parity, varia
 from ftkit.report.html import anchor, lengths, lines, page, reliability, section, table
 from ftkit.utils.console import frames
 from ftkit.utils.files import write_atomically
-from ftkit_export.bundle import overall
+from ftkit_export.bundle.write import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
 from ftkit_export.proof.intervals import ground
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ftkit_export.archive import sign
+from ftkit_export.bundle.archive import sign
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.verify import MANIFEST, SCHEMA, SIGNATURE, sha256, with_digest
 

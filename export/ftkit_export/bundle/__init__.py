@@ -1,0 +1,1 @@
+"""The sealed folder: written, zipped, signed, handed to other compilers."""
