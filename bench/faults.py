@@ -32,7 +32,7 @@ from ftkit.exporting import export, variants
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
-from ftkit_export.bundle.write import archive
+from ftkit_export.bundle import archive
 from ftkit_export.conversion import convert, graph, quantize
 from ftkit_export.conversion.convert import export_core
 from ftkit_export.runtime import session

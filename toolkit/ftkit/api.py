@@ -8,8 +8,8 @@
     ftkit.bench(done.folder)["rows"][0]["p50_ms"]
     ftkit.load(done.folder)("photo.jpg").label
 
-Every one raises ftkit_export.runtime.errors.FtkitError, whose message says where, what was expected, what was found and what to
-try. In a notebook a run and an export show themselves as tables.
+Every one raises ftkit.FtkitError, whose message says where, what was expected, what was found and what to try.
+In a notebook a run and an export show themselves as tables.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def export(
 def verify(bundle: str | Path, *, provider: str = "cpu", key: str | Path | None = None) -> Verification:
     """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. key: the public key that
     must have signed it. Raises BundleError for one that is altered, incomplete, or signed by another."""
-    from ftkit_export.bundle.write import archive
+    from ftkit_export.bundle import archive
     from ftkit_export.runtime.verify import verify as run_verify
 
     with archive.opened(Path(bundle), Path(key) if key else None) as folder:

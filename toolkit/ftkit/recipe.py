@@ -124,9 +124,10 @@ class Export:
     frame: "640x480", width and height of the camera's frames, which the file resizes: what latencies are measured and
     judged at; None takes the size that 95 % of the data's own images do not exceed, by area.
     size_mb: megabytes (1e6 bytes). memory_mb: highest resident memory of a process that runs the file.
-    target: where the file shall run (ftkit_export.runtime.targets); "auto" = this machine. variants: "auto" = what the target
-    has beside fp32, decided by measurement; "fp32" = none. calibration: minmax, percentile or entropy over so many
-    training images. qat_epochs: fake-quantized epochs, as a last stage, when no int8 form holds the accuracy.
+    target: where the file shall run (ftkit_export.runtime.targets); "auto" = this machine.
+    variants: "auto" = what the target has beside fp32, decided by measurement; "fp32" = none. calibration: minmax,
+    percentile or entropy over so many training images. qat_epochs: fake-quantized epochs, as a last stage, when no int8
+    form holds the accuracy.
     input_format: what the device's frames are: rgb, bgr, grey or nv12. golden: "images" keeps a few held-out images in
     the bundle, "synthetic" only formula-made ones.
     """

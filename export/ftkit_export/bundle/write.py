@@ -23,13 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import ftkit_export
 from ftkit_export.bundle.archive import sign
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.verify import MANIFEST, SCHEMA, SIGNATURE, sha256, with_digest
-
-# What the Python runner needs of this package: these files import numpy, Pillow and ONNX Runtime only.
-RUNNER_FILES = ("__init__.py", "errors.py", "preprocess.py", "session.py", "foreign.py", "predict.py", "verify.py",
-                "onnxfile.py", "targets.py", "nvidia.py", "latency.py", "timing.py", "bench.py")  # fmt: skip
 
 Outcome = Literal["passed", "failed", "inconclusive"]
 WORST_FIRST: tuple[Outcome, ...] = ("failed", "inconclusive")
@@ -110,15 +107,22 @@ def _lives(process: int) -> bool:
     return True
 
 
+PACKAGE = Path(ftkit_export.__file__).parent
+
+
+def runtime_files() -> list[str]:
+    """What runs on a device, below the package's folder: numpy, Pillow and ONNX Runtime suffice for it."""
+    return ["__init__.py", *(f"runtime/{path.name}" for path in sorted((PACKAGE / "runtime").glob("*.py")))]
+
+
 def add_runners(folder: Path) -> None:
     """Copy the runners into device/: classify.py with the part of this package that it imports, and cpp/."""
-    here = Path(__file__).parent
     package = folder / "device" / "ftkit_export"
-    package.mkdir(parents=True)
-    for name in RUNNER_FILES:
-        shutil.copyfile(here / name, package / name)
-    shutil.copyfile(here / "device" / "classify.py", folder / "device" / "classify.py")
-    shutil.copytree(here / "device" / "cpp", folder / "device" / "cpp")
+    (package / "runtime").mkdir(parents=True)
+    for name in runtime_files():
+        shutil.copyfile(PACKAGE / name, package / name)
+    shutil.copyfile(PACKAGE / "device" / "classify.py", folder / "device" / "classify.py")
+    shutil.copytree(PACKAGE / "device" / "cpp", folder / "device" / "cpp")
 
 
 def seal(

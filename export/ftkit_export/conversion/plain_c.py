@@ -21,10 +21,11 @@ from pathlib import Path
 import onnx
 from onnx import shape_inference
 
+import ftkit_export
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import FITS, INPUT_FORMATS, Preprocess
 
-SOURCES = Path(__file__).parent / "device" / "c"
+SOURCES = Path(ftkit_export.__file__).parent / "device" / "c"
 
 
 def static(core: onnx.ModelProto) -> onnx.ModelProto:

@@ -238,10 +238,14 @@ def in_child(
 ) -> Any:  # fmt: skip
     """Run one of timing's measurements in a fresh process and return what it prints."""
     job = {"what": what, "conditions": [asdict(item) for item in conditions], "image": image and str(image), **more}
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run([sys.executable, "-B", "-m", "ftkit_export.runtime.timing", json.dumps(job)], capture_output=True,
-                          text=True, env={**os.environ, **(environment or {}), "PYTHONPATH": path},
-                          check=False)  # fmt: skip
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-B", "-m", "ftkit_export.runtime.timing", json.dumps(job)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+        check=False,
+    )
     if done.returncode:
         said = done.stderr.strip().removeprefix("error: ")
         raise FtkitError(said or f"latency of {conditions[0].model}: the process ended early ({done.returncode})")

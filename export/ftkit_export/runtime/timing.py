@@ -1,6 +1,6 @@
 """The inside of a measuring process: open a model in a condition, feed it, take the time of each run.
 
-`python -m ftkit_export.runtime.timing JSON` does one of `WORK`, once, and prints JSON; latency.py and regression.py start it.
+`python -m ftkit_export.runtime.timing JSON` does one of `WORK`, once, and prints JSON; latency.py starts it.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import ftkit_export
-from ftkit_export.bundle.write import RUNNER_FILES
+from ftkit_export.bundle.write import runtime_files
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.latency import Condition, Raced, Start
 from ftkit_export.runtime.measure import checked, find
@@ -59,9 +59,11 @@ class Device:
             )
         try:
             package = Path(ftkit_export.__file__).parent
-            _send(host, folder, {f"ftkit_export/{name}": package / name for name in RUNNER_FILES})
-            script = ("import json; from ftkit_export.runtime.latency import machine; from ftkit_export.runtime.targets import here; "
-                      "import numpy, PIL; print(json.dumps([here(), machine()]))")  # fmt: skip
+            _send(host, folder, {f"ftkit_export/{name}": package / name for name in runtime_files()})
+            script = (
+                "import json, numpy, PIL; from ftkit_export.runtime.latency import machine; "
+                "from ftkit_export.runtime.targets import here; print(json.dumps([here(), machine()]))"
+            )
             target, machine = _last(_ssh(host, f"cd {folder} && {python} -B -c {shlex.quote(script)}"))
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
         finally:

@@ -219,8 +219,8 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
 
     Exit 1 when one fails, 3 when --outputs settles nothing.
     """
+    from ftkit_export.bundle import archive
     from ftkit_export.bundle.handoff import judge_outputs
-    from ftkit_export.bundle.write import archive
     from ftkit_export.runtime.latency import machine
     from ftkit_export.runtime.session import parse_providers
     from ftkit_export.runtime.verify import read_manifest

@@ -37,8 +37,9 @@ from ftkit.utils import console
 from ftkit.utils.console import short
 from ftkit.utils.distributed import bound_threads
 from ftkit.utils.malloc import keep_freed_memory
-from ftkit_export.bundle.write import Gate, Outcome, archive, handoff
-from ftkit_export.bundle.write import write as bundles
+from ftkit_export.bundle import archive, handoff
+from ftkit_export.bundle import write as bundles
+from ftkit_export.bundle.write import Gate, Outcome
 from ftkit_export.conversion import plain_c
 from ftkit_export.conversion.class_activation import FILE as EXPLAIN
 from ftkit_export.conversion.class_activation import Explainer, with_features

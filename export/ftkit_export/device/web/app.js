@@ -29,7 +29,7 @@ function unpacked(item) { // {shape, dtype, base64} -> rows of numbers
 
 const dot = (a, b) => { let sum = 0; for (let i = 0; i < a.length; i++) sum += a[i] * b[i]; return sum; };
 
-function foreignness(embedding) { // as ftkit_export.foreign: squared distance to the nearest class mean
+function foreignness(embedding) { // as ftkit_export.runtime.out_of_distribution: squared distance to the nearest class mean
   const length = Math.max(Math.sqrt(dot(embedding, embedding)), 1e-12);
   const unit = Float64Array.from(embedding, (value) => value / length);
   const distances = familiar.means.map((mean) => {
@@ -48,7 +48,7 @@ async function run(frame, shape) {
   return { ...answer, ms: performance.now() - begun };
 }
 
-async function replay() { // golden/raw, as ftkit_export.golden wrote it
+async function replay() { // golden/raw, as ftkit_export.proof.golden wrote it
   const [head, ...lines] = (await read("golden/raw/index.txt", "text")).trim().split("\n").map((line) => line.split(" "));
   const [count, classes, , channels] = head.map(Number);
   const expected = new Float32Array(await read("golden/raw/probabilities.f32", "arrayBuffer"));
