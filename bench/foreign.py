@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read
 from ftkit.evaluation.model import Answers, WithEmbedding
-from ftkit.training.feature_cache import CHUNK, runner
+from ftkit.models.inference import CHUNK, runner
 from ftkit.training.run import open_run
 from ftkit_export.runtime.out_of_distribution import Foreign
 

@@ -31,9 +31,10 @@ from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source
 from ftkit.models.backbones import build, trainable
+from ftkit.models.inference import CHUNK, runner
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.training.feature_cache import CHUNK, Views, runner
+from ftkit.training.feature_cache import Views
 from ftkit.training.loader import set_mode, under
 from ftkit.training.train import train
 from ftkit_export.runtime.preprocess import Preprocess

@@ -1,4 +1,4 @@
-"""Arrows run one way: recipes -> toolkit -> export."""
+"""Arrows run one way: recipes -> toolkit -> export, and inside each from package to package."""
 
 import ast
 import subprocess
@@ -13,6 +13,47 @@ ALLOWED = {
     "toolkit/ftkit": {"ftkit", "ftkit_export"},
     "recipes/ftkit_recipes": {"ftkit", "ftkit_export", "ftkit_recipes"},
 }
+
+# Top floor first; a package imports only what is on a lower floor, or its own.
+FLOORS = {
+    "toolkit/ftkit": (
+        ("__main__",),
+        ("cli",),
+        ("__init__",),
+        ("api",),
+        ("exporting",),
+        ("training",),
+        ("report", "evaluation"),
+        ("benchmark", "data", "overrides"),
+        ("models",),
+        ("recipe", "utils"),
+    ),
+    "export/ftkit_export": (("device",), ("bundle",), ("proof",), ("conversion",), ("runtime",), ("__init__",)),
+}
+
+
+def _imported(tree: ast.AST, package: str) -> set[str]:
+    """The parts of `package` (its folders and modules) that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_no_import_runs_upward(folder: str) -> None:
+    floor = {name: number for number, names in enumerate(FLOORS[folder]) for name in names}
+    package = folder.split("/")[1]
+    wrong = []
+    for path in (ROOT / folder).rglob("*.py"):
+        own = path.relative_to(ROOT / folder).parts[0].removesuffix(".py")
+        assert own in floor, f"{path}: on no floor"
+        for name in _imported(ast.parse(path.read_text()), package) & set(floor) - {own}:
+            if floor[name] <= floor[own]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

@@ -11,7 +11,8 @@ from click.testing import Result
 from conftest import ftkit
 
 from ftkit.benchmark.budgets import Budget, as_gate, exit_code
-from ftkit.benchmark.history import append, changes, read, write_history
+from ftkit.benchmark.history import append, changes, read
+from ftkit.report.latency_history import write_history
 from ftkit_export.proof.regression import Verdict
 
 

@@ -9,9 +9,9 @@ import torch
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.models.backbones import build, trainable
+from ftkit.models.inference import runner
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe, Stage
-from ftkit.training.feature_cache import runner
 from ftkit.training.loader import Feeds, set_mode, under
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess

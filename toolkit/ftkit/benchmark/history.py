@@ -1,7 +1,7 @@
-"""Latency over time: a line of JSON a measurement, kept in the user's own repository, and one page that plots it.
+"""Latency over time: a line of JSON a measurement, kept in the user's own repository.
 
-    path = append(found, folder)                   # what bench measured; ftkit-bench.jsonl at the repository's root
-    write_history(read(path), Path("ftkit-bench.html"))
+    path = append(measured, folder)   # what bench measured; ftkit-bench.jsonl at the repository's root
+    lines = read(path)
 
 Figures of two machines are never joined by a line: what the machine changed, nobody changed. A change point is marked
 where the median of the next three figures leaves that of up to eight before by more than 5 %, and by more than three
@@ -16,13 +16,10 @@ import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from ftkit.report.html import page
 from ftkit.utils import console
-from ftkit.utils.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
 
 NAME = "ftkit-bench.jsonl"
@@ -116,58 +113,3 @@ def changes(values: Sequence[float]) -> list[int]:
             found.append(i)
             start = i
     return found
-
-
-def plot(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """One series as SVG, with a table of its change points below."""
-    values, title = [float(line["series"][name]) for line in lines], name.partition("|")[2]
-    width, height, left = 860, 170, 60
-    low, high = min(values) * 0.97, max(values) * 1.03
-    marked = changes(values)
-
-    def x(index: int) -> float:
-        return left + (width - left - 20) * (index + 0.5) / len(values)
-
-    def y(value: float) -> float:
-        return 14 + (height - 40) * (high - value) / (high - low)
-
-    parts = [f'<text x="0" y="{y(value) + 4:.1f}">{value:.3g} ms</text>' for value in (min(values), max(values))]
-    for i in marked:
-        parts.append(f'<line x1="{(x(i) + x(i - 1)) / 2:.1f}" x2="{(x(i) + x(i - 1)) / 2:.1f}" y1="4" '
-                     f'y2="{height - 20}" stroke="var(--two)" stroke-dasharray="4 4"/>')  # fmt: skip
-    points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(values))
-    parts.append(f'<polyline points="{points}" fill="none" stroke="var(--one)" stroke-width="2"/>')
-    for i, (line, value) in enumerate(zip(lines, values, strict=True)):
-        said = f"{line['time'][:10]} {line['commit'] or 'no commit'}{' modified' if line['modified'] else ''}"
-        parts.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" fill="var(--one)">'
-                     f"<title>{escape(said)}: {value:.4g} ms</title></circle>")  # fmt: skip
-    for i in sorted({0, len(values) - 1}):
-        anchor = "start" if i == 0 else "end"
-        parts.append(f'<text x="{x(i):.1f}" y="{height - 4}" text-anchor="{anchor}">'
-                     f"{escape(lines[i]['time'][:10])} {escape(lines[i]['commit'][:7])}</text>")  # fmt: skip
-    said = ""
-    for i in marked:
-        was, now = (statistics.median(values[a:b]) for a, b in ((max(0, i - BEFORE), i), (i, i + AFTER)))
-        commit = escape(lines[i]["commit"] or "unknown")
-        said += f"<li>{escape(lines[i]['time'][:10])}, commit {commit}: {was:.4g} to {now:.4g} ms</li>"
-    return (f'<figure><figcaption>{escape(title)}, last {values[-1]:.4g} ms</figcaption><svg viewBox="0 0 {width} '
-            f'{height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-            f"{f'<ul>{said}</ul>' if said else ''}</figure>")  # fmt: skip
-
-
-def write_history(lines: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Write the page: a heading a machine, a plot a condition. lines: as read."""
-    if not lines:
-        raise FtkitError(f"{out}: expected at least one measurement, found none. Try `ftkit bench MODEL --save`")
-    names = sorted({name for line in lines for name in line["series"]})
-    body, machine = ["<h1>Latency over time</h1>"], ""
-    if len({name.partition("|")[0] for name in names}) > 1:
-        body.append("<p>Several machines: each has plots of its own, and a difference between them is advisory.</p>")
-    for name in names:
-        where = name.partition("|")[0]
-        if where != machine:
-            machine = where
-            body.append(f"<h2>{escape(where)}</h2>")
-        there = [line for line in lines if name in line["series"]]
-        body.append(plot(name, there))
-    write_atomically(out, page("ftkit: latency over time", body))

@@ -121,6 +121,7 @@ def report(what: Path | None, out: Path | None) -> None:
     HISTORY: by default ftkit-bench.jsonl at the root of this repository.
     """
     from ftkit.benchmark import history
+    from ftkit.report.latency_history import write_history
 
     if what and (what / "manifest.json").is_file():
         page = out or what / "report.html"
@@ -135,7 +136,7 @@ def report(what: Path | None, out: Path | None) -> None:
     else:
         path = what or history.place(Path.cwd())
         page = out or path.with_suffix(".html")
-        history.write_history(history.read(path), page)
+        write_history(history.read(path), page)
     click.echo(f"report: {page}")
 
 

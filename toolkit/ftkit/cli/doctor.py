@@ -7,12 +7,9 @@ from __future__ import annotations
 
 from importlib import metadata
 
-import numpy as np
-
 from ftkit.utils.cache_folder import cache_folder
-from ftkit_export.conversion.graph import tiny_model
-from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.session import PROVIDERS, Session, cores, missing_library, offered
+from ftkit_export.conversion.probe import does_not_open
+from ftkit_export.runtime.session import PROVIDERS, cores, missing_library, offered
 
 PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "pillow")
 SOURCES = {
@@ -63,13 +60,3 @@ def _provider(name: str) -> str:
     missing = missing_library(name)
     source = next((text for library, text in SOURCES.items() if missing.startswith(library)), "")
     return f"provider {name:<9} does not open: " + (f"{missing.split(':')[0]} is missing{source}" if missing else why)
-
-
-def does_not_open(provider: str) -> str:
-    """Why a small model does not run on this provider here; empty when it does."""
-    try:
-        session = Session(tiny_model().SerializeToString(), provider=provider)
-        session.run(np.zeros((1, 3, 8, 8), np.float32))
-    except FtkitError as error:
-        return str(error)
-    return ""

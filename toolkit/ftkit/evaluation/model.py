@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import Canvases, spread_evenly
@@ -26,8 +25,8 @@ from ftkit.evaluation.metrics import (
     reliability,
     worst_mistakes,
 )  # fmt: skip
-from ftkit.models.backbones import Backbone, features
-from ftkit.training.feature_cache import CHUNK, runner
+from ftkit.models.backbones import Backbone
+from ftkit.models.inference import CHUNK, WithEmbedding, runner
 from ftkit.utils import console
 from ftkit_export.runtime.out_of_distribution import Foreign, fit
 from ftkit_export.runtime.predict import softmax
@@ -56,18 +55,6 @@ class Verdict:
     foreign: str
     foreign_kept: float
     answers: tuple[int, ...]
-
-
-class WithEmbedding(nn.Module):
-    """pixels (n, 3, S, S) -> logits (n, classes), embedding (n, D)."""
-
-    def __init__(self, backbone: Backbone):
-        super().__init__()
-        self.model, self.head = backbone.model, backbone.head
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding, logits = features(self.model, self.model.get_submodule(self.head), (pixels,))
-        return logits, embedding
 
 
 class Answers:

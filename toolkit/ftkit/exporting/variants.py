@@ -22,12 +22,12 @@ import numpy as np
 import onnx
 
 from ftkit.benchmark.ssh import Device
-from ftkit.cli.doctor import does_not_open
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.recipe import Export
 from ftkit.utils import console
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import image_form
+from ftkit_export.conversion.probe import does_not_open
 from ftkit_export.conversion.quantize import (
     RANK_IMAGES,
     calibrate,

@@ -13,6 +13,7 @@ from typing import Any
 
 from ftkit.benchmark import history
 from ftkit.report.html import bars, points, table
+from ftkit.report.latency_history import plot
 from ftkit.utils.console import condition, frames, short
 from ftkit_export.proof.parity import DECADES
 from ftkit_export.runtime.errors import FtkitError
@@ -149,4 +150,4 @@ def found_in(folder: Path, manifest: Data) -> str:
     except FtkitError as error:  # it is the user's file, and no evidence
         return f"<p>{escape(str(error).replace(str(path), path.name))}</p>"
     names = sorted({name for line in lines for name in line["series"] if f"({machine})" in name})
-    return "".join(history.plot(name, [line for line in lines if name in line["series"]]) for name in names)
+    return "".join(plot(name, [line for line in lines if name in line["series"]]) for name in names)

@@ -12,7 +12,6 @@ memory-mapped files, as float16 where their range allows.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -33,18 +32,13 @@ from torch import nn
 from ftkit.data.augment import augmented, drawn, evaluation
 from ftkit.data.canvas import Canvases
 from ftkit.data.prefetch import Source
+from ftkit.models.inference import CHUNK, Array, Tensors, as_tuple, channels_last, runner
 from ftkit.recipe import Augment
 from ftkit.training.checkpoint import seeded
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit.utils.distributed import SOLO, Ranks, share_of_cores
-from ftkit_export.conversion.convert import quiet
 from ftkit_export.runtime.preprocess import Preprocess
-from ftkit_export.runtime.session import Session
 
-Array = np.ndarray[Any, Any]
-Tensors = tuple[torch.Tensor, ...]
-
-CHUNK = 8  # images a pass; ONNX Runtime on 2 cores: 188, 180, 162 img/s at 4, 8, 16
 GPU_CHUNK = 256
 TOLERANCE = {"float16": 1e-3, "float32": 1e-5}  # kept against live, relative to the largest value
 GPU_TOLERANCE = 1e-4  # of float32: cuDNN may choose another algorithm for another batch (Winograd's differs so much)
@@ -131,11 +125,6 @@ class Activations:
         return self.items(np.full(len(positions), self.views), positions)
 
 
-def channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    """The layout convolutions are fastest in; other shapes pass unchanged."""
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-
-
 def fill(
     prefix: nn.Module, key: str, names: Sequence[str], views: Views,
     progress: Callable[[int, int], None] = lambda done, total: None, ranks: Ranks = SOLO,
@@ -148,7 +137,7 @@ def fill(
     jobs = views.jobs()
     train = len(jobs[0][0])
     with torch.inference_mode():
-        sample = _as_tuple(prefix(channels_last(views.pixels(jobs[0][0], 0, 0))))
+        sample = as_tuple(prefix(channels_last(views.pixels(jobs[0][0], 0, 0))))
     if not all(isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample):
         return "a value that crosses the cut is no tensor with one entry an image"
     text = json.dumps(["prefix-5", key, attributes(prefix), VERSIONS, list(names), views.key, views.chunk])
@@ -276,7 +265,7 @@ def check(prefix: nn.Module, names: Sequence[str], activations: Activations, vie
         starts = range(0, len(rows), views.chunk)
         start = starts[number * len(starts) // (views.count + 1)]
         with torch.inference_mode():
-            live = _as_tuple(prefix(channels_last(views.pixels(rows, view, start))))
+            live = as_tuple(prefix(channels_last(views.pixels(rows, view, start))))
         for name, value in zip(names, live, strict=True):
             array, at = activations.arrays[name], first + start
             kept = torch.from_numpy(array[at : at + len(value)].astype(np.float32))
@@ -289,10 +278,6 @@ def check(prefix: nn.Module, names: Sequence[str], activations: Activations, vie
 
 def _tolerance(dtype: str, device: torch.device) -> float:
     return max(TOLERANCE[dtype], GPU_TOLERANCE if device.type == "cuda" else 0.0)
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def _dtype(sample: torch.Tensor) -> str:
@@ -341,43 +326,3 @@ def _computed(
     except OSError as error:
         return f"its cache could not be kept: {error.strerror}"
     return ""
-
-
-def runner(
-    net: nn.Module, example: torch.Tensor, threads: int = 0
-) -> tuple[Callable[[torch.Tensor], list[Array]], str]:
-    """The fastest way to run `net` here, and its name: pixels (n, 3, S, S) -> its outputs, float32.
-
-    ONNX Runtime on a CPU (threads: 0 = all cores), where its answer to `example` is the framework's to 1e-4 of the
-    largest value; the framework itself elsewhere, or where the net does not export.
-    """
-
-    def eager(pixels: torch.Tensor) -> list[Array]:
-        with torch.inference_mode():
-            return [value.float().cpu().numpy() for value in _as_tuple(net(channels_last(pixels)))]
-
-    if example.device.type != "cpu":
-        return eager, "torch"
-    try:
-        session = Session(_onnx_bytes(net, example), threads=threads)
-        pairs = zip(session.run(example.numpy()), eager(example), strict=True)
-        if all(np.abs(a - b).max() <= 1e-4 * np.abs(b).max() for a, b in pairs):
-            return lambda pixels: session.run(pixels.numpy()), "onnxruntime"
-    except Exception:  # not every graph exports, and exporters raise anything: the framework's own pass remains
-        return eager, "torch"
-    return eager, "torch"
-
-
-def _onnx_bytes(net: nn.Module, example: torch.Tensor) -> bytes:
-    """By the TorchScript exporter: 0.8 s where the dynamo one takes 10 s for lite0. The file never leaves this run."""
-    buffer = io.BytesIO()
-    # A Sequential, since the exporter takes a GraphModule's `graph` for its own; in eval mode, since it gives the mode
-    # that it finds to every module inside.
-    plain = nn.Sequential(net).eval()
-    with quiet():
-        torch.onnx.export(
-            plain, (example[:2],), buffer,  # type: ignore[arg-type]  # a buffer works; the stub knows paths only
-             dynamo=False, opset_version=18,
-            input_names=["pixels"], dynamic_axes={"pixels": {0: "batch"}},
-        )  # fmt: skip
-    return buffer.getvalue()

@@ -25,11 +25,12 @@ from ftkit.data.augment import Mixing, augmented, drawn, evaluation, mixed, mixi
 from ftkit.data.canvas import Canvases
 from ftkit.data.prefetch import Source, array_source, pinned
 from ftkit.models.backbones import Backbone, trainable
+from ftkit.models.inference import Tensors, channels_last
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe
 from ftkit.training.distillation import Teacher, load
-from ftkit.training.feature_cache import Activations, Tensors, Views, channels_last, check, discard, fill
+from ftkit.training.feature_cache import Activations, Views, check, discard, fill
 from ftkit.training.optimizer import Batch
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks
