@@ -42,7 +42,9 @@ def write_random_split(out: Path, seed: int = 0) -> None:
         write_elpv(Path(scratch), split=False)
         files = sorted(Path(scratch).rglob("*.png"), key=lambda path: path.name)
         labels = [path.parent.name for path in files]
-        parts = train_test_split(np.arange(len(files)), test_size=0.3, stratify=labels, random_state=seed)
+        parts = train_test_split(
+            np.arange(len(files)), test_size=0.3, stratify=labels, random_state=seed
+        )
         for split, rows in zip(("train", "test"), parts, strict=True):
             for row in rows:
                 folder = out / split / labels[row]
@@ -60,7 +62,9 @@ def loaders(data: Path, batch: int = 32) -> tuple[DataLoader, DataLoader]:
     flips = [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
     training = ImageFolder(data / "train", transforms.Compose([*flips, *normalise]))
     test = ImageFolder(data / "test", transforms.Compose(normalise))
-    return DataLoader(training, batch, shuffle=True, num_workers=2), DataLoader(test, 64, num_workers=2)
+    return DataLoader(training, batch, shuffle=True, num_workers=2), DataLoader(
+        test, 64, num_workers=2
+    )
 
 
 def probe(data: Path) -> float:
@@ -73,8 +77,13 @@ def probe(data: Path) -> float:
             for x, y in DataLoader(ImageFolder(data / split, transform), 64):
                 found = model.forward_head(model.forward_features(x), pre_logits=True)
                 features["test" if split == "test" else "train"].append((found.numpy(), y.numpy()))
-    whole = {name: [np.concatenate(column) for column in zip(*parts, strict=True)] for name, parts in features.items()}
-    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500)).fit(*whole["train"])
+    whole = {
+        name: [np.concatenate(column) for column in zip(*parts, strict=True)]
+        for name, parts in features.items()
+    }
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500)).fit(
+        *whole["train"]
+    )
     return float(fitted.score(*whole["test"]))
 
 
@@ -85,14 +94,18 @@ def recipe(name: str, data: Path, seed: int, settings: list[str]) -> tuple[float
 
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
         begun = time.perf_counter()
-        run = train(override(load(name), [*FLIPS, *settings]), data, Path(scratch) / "run", seed=seed)
+        run = train(
+            override(load(name), [*FLIPS, *settings]), data, Path(scratch) / "run", seed=seed
+        )
         seconds = time.perf_counter() - begun
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 
 
 def main() -> None:
     """Run one comparison and print one line a seed, then the mean."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--what", default="lite0", help="probe, or a recipe's name")
     parser.add_argument("--split", default="random", choices=["random", "group"])
     parser.add_argument("--seeds", type=int, default=3)
@@ -115,7 +128,9 @@ def main() -> None:
                 flush=True,
             )
     accuracies, times = zip(*results, strict=True)
-    print(f"{options.what}, {options.split}: mean {statistics.mean(accuracies):.4f}, {statistics.mean(times):.0f} s")
+    print(
+        f"{options.what}, {options.split}: mean {statistics.mean(accuracies):.4f}, {statistics.mean(times):.0f} s"
+    )
 
 
 if __name__ == "__main__":

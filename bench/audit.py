@@ -37,11 +37,17 @@ def main() -> None:
             path = root / "photos" / f"class{number % 10}" / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             cell = Image.open(cells[number % len(cells)]).convert("RGB").resize(SIZE)
-            levels = np.asarray(cell) * rng.uniform(0.6, 1.0, 3) + rng.normal(0, 4, (SIZE[1], SIZE[0], 1))
+            levels = np.asarray(cell) * rng.uniform(0.6, 1.0, 3) + rng.normal(
+                0, 4, (SIZE[1], SIZE[0], 1)
+            )
             Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
         begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "ftkit", "data", str(root / "photos")], capture_output=True,
-                              text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "ftkit", "data", str(root / "photos")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         took = time.perf_counter() - begun
         print(f"{COUNT} JPEGs of {SIZE[0]} x {SIZE[1]}: {took:.1f} s, exit {done.returncode}")
         _found(root)
@@ -54,17 +60,27 @@ def _found(root: Path) -> None:
     pairs = int(np.triu(signs @ signs.T >= 64 - 2 * audit.BITS_APART, 1).sum())
     rows = np.arange(len(thumbs))
     sure = audit.near_duplicates(thumbs, rows)
-    print(f"{len(thumbs)} solar cells: hash alone {pairs} pairs, with the correlation {len(sure)} sets of "
-          f"{sum(len(each.rows) for each in sure)} images")  # fmt: skip
+    print(
+        f"{len(thumbs)} solar cells: hash alone {pairs} pairs, with the correlation {len(sure)} sets of "
+        f"{sum(len(each.rows) for each in sure)} images"
+    )
     picks = rows[:: len(rows) // 150][:150]
-    changes = {"JPEG at quality 40": _recompressed, "half the resolution": _halved, "15 % brighter": _brighter,
-               "3 % cropped at each side": _cropped}  # fmt: skip
+    changes = {
+        "JPEG at quality 40": _recompressed,
+        "half the resolution": _halved,
+        "15 % brighter": _brighter,
+        "3 % cropped at each side": _cropped,
+    }
     for name, change in changes.items():
         changed = [change(Image.open(images.images[row].path).convert("RGB")) for row in picks]
         drawn = np.stack([_thumb(image) for image in changed])
-        found = audit.near_duplicates(np.concatenate([thumbs, drawn]), np.arange(len(rows) + len(picks)))
+        found = audit.near_duplicates(
+            np.concatenate([thumbs, drawn]), np.arange(len(rows) + len(picks))
+        )
         where = {row: number for number, each in enumerate(found) for row in each.rows}
-        hits = sum(where.get(int(row), -1) == where.get(len(rows) + i, -2) for i, row in enumerate(picks))
+        hits = sum(
+            where.get(int(row), -1) == where.get(len(rows) + i, -2) for i, row in enumerate(picks)
+        )
         print(f"{name}: {hits} of {len(picks)} found")
 
 

@@ -21,7 +21,12 @@ from scipy import stats
 from scipy.special import log_softmax, softmax
 
 from ftkit.evaluation.metrics import abstain_threshold, fit_temperature
-from ftkit_export.proof.intervals import Design, difference_bounds, difference_design, share_interval
+from ftkit_export.proof.intervals import (
+    Design,
+    difference_bounds,
+    difference_design,
+    share_interval,
+)
 from ftkit_export.runtime.latency import PROCESSES, machine, race
 
 Array = np.ndarray[Any, Any]
@@ -55,7 +60,9 @@ def sizes(rng: np.random.Generator, clusters: int, images: int, unequal: bool) -
     """Images a group."""
     if not unequal:
         return np.full(clusters, images // clusters)
-    return np.maximum(1, (images / clusters * rng.gamma(2.8, 1 / 2.8, clusters)).round().astype(int))
+    return np.maximum(
+        1, (images / clusters * rng.gamma(2.8, 1 / 2.8, clusters)).round().astype(int)
+    )
 
 
 def names(counts: Array) -> list[str]:
@@ -77,10 +84,21 @@ def head(*cells: str) -> None:
 def shares() -> None:
     """Coverage of the 95 % interval of an accuracy."""
     rng = np.random.default_rng(0)
-    head("images", "groups", "how alike", "accuracy 0.70", "0.85", "0.95", "as if independent, 0.85")
-    settings = [(50, 0, 0.0, False), (200, 0, 0.0, False), (2000, 0, 0.0, False), (50, 10, 0.0, False)]
-    settings += [(n, g, c, u) for n, g in ((50, 10), (200, 20), (2000, 20), (2000, 50)) for c in (0.05, 0.2)
-                 for u in (False, True)]  # fmt: skip
+    head(
+        "images", "groups", "how alike", "accuracy 0.70", "0.85", "0.95", "as if independent, 0.85"
+    )
+    settings = [
+        (50, 0, 0.0, False),
+        (200, 0, 0.0, False),
+        (2000, 0, 0.0, False),
+        (50, 10, 0.0, False),
+    ]
+    settings += [
+        (n, g, c, u)
+        for n, g in ((50, 10), (200, 20), (2000, 20), (2000, 50))
+        for c in (0.05, 0.2)
+        for u in (False, True)
+    ]
     settings += [(375, 7, 0.1, False), (375, 7, 0.1, True)]
     settings += [(n, g, ONE_IN_TEN, False) for n, g in ((200, 20), (2000, 20), (375, 7))]
     for images, clusters, correlation, unequal in settings:
@@ -94,15 +112,23 @@ def shares() -> None:
                         chances = 1 - min(1.0, 10 * (1 - share)) * (rng.random(clusters) < 0.1)
                     else:
                         spread = 1 / correlation - 1 if correlation else 0.0
-                        chances = rng.beta(share * spread, (1 - share) * spread, clusters) if spread else share
-                    right = rng.random(counts.sum()) < np.repeat(np.broadcast_to(chances, clusters), counts)
+                        chances = (
+                            rng.beta(share * spread, (1 - share) * spread, clusters)
+                            if spread
+                            else share
+                        )
+                    right = rng.random(counts.sum()) < np.repeat(
+                        np.broadcast_to(chances, clusters), counts
+                    )
                     low, high, _ = share_interval(right, names(counts))
                     alone = share_interval(right)
                     naive += share == 0.85 and alone[0] <= share <= alone[1]
                 else:
                     low, high, _ = share_interval(rng.random(images) < share)
                 covered += low <= share <= high
-            known = correlation != ONE_IN_TEN or share > 0.9  # a tenth of the groups cannot lower it further
+            known = (
+                correlation != ONE_IN_TEN or share > 0.9
+            )  # a tenth of the groups cannot lower it further
             cells.append(f"{covered / TRIALS:.3f}" if known else "")
         if clusters:
             group = f"{clusters}{', unequal' if unequal else ''}"
@@ -112,7 +138,9 @@ def shares() -> None:
             row(images, "none", "", *cells, "")
 
 
-def drawn(rng: np.random.Generator, counts: Array, worse: float, better: float, vary: float) -> tuple[Array, Array]:
+def drawn(
+    rng: np.random.Generator, counts: Array, worse: float, better: float, vary: float
+) -> tuple[Array, Array]:
     """Images that changed for the worse and for the better."""
 
     def rates(share: float) -> Array:
@@ -130,38 +158,90 @@ def drawn(rng: np.random.Generator, counts: Array, worse: float, better: float, 
 def differences() -> None:
     """How often a drop that is exactly the limit is accepted, and how often it is refused."""
     rng = np.random.default_rng(1)
-    head("images", "groups", "rates vary", "drop, others better", "level", "accepted", "refused", "as if independent",
-         "Tango")  # fmt: skip
-    settings = [(n, 0, 0.0, drop, better) for n in (50, 200, 2000) for drop, better in ((0.02, 0.0), (0.01, 0.02))]
-    settings += [(n, g, v, drop, better) for n, g in ((600, 30), (600, 15), (2000, 20)) for v in (0.0, 1.0, 2.0)
-                 for drop, better in ((0.02, 0.02), (0.01, 0.03))]  # fmt: skip
+    head(
+        "images",
+        "groups",
+        "rates vary",
+        "drop, others better",
+        "level",
+        "accepted",
+        "refused",
+        "as if independent",
+        "Tango",
+    )
+    settings = [
+        (n, 0, 0.0, drop, better)
+        for n in (50, 200, 2000)
+        for drop, better in ((0.02, 0.0), (0.01, 0.02))
+    ]
+    settings += [
+        (n, g, v, drop, better)
+        for n, g in ((600, 30), (600, 15), (2000, 20))
+        for v in (0.0, 1.0, 2.0)
+        for drop, better in ((0.02, 0.02), (0.01, 0.03))
+    ]
     settings += [(200, 20, 1.0, 0.02, 0.02), (600, 30, 2.0, 0.02, 0.0), (375, 7, 1.0, 0.02, 0.02)]
     settings += [
-        (n, g, ONE_IN_TEN, 0.02, better) for n, g in ((600, 30), (2000, 20), (375, 7)) for better in (0.0, 0.02)
+        (n, g, ONE_IN_TEN, 0.02, better)
+        for n, g in ((600, 30), (2000, 20), (375, 7))
+        for better in (0.0, 0.02)
     ]
     for images, clusters, vary, drop, better in settings:
         for level in (0.05, 0.0125):
             told = np.zeros(6)
             for _ in range(TRIALS):
-                counts = sizes(rng, clusters, images, unequal=False) if clusters else np.ones(images, int)
+                counts = (
+                    sizes(rng, clusters, images, unequal=False)
+                    if clusters
+                    else np.ones(images, int)
+                )
                 worse, up = drawn(rng, counts, drop + better, better, vary)
                 groups = names(counts) if clusters else None
                 observed = float(worse.mean()), float(up.mean())
-                low, high = difference_bounds(*observed, difference_design(worse, up, groups), 1 - level)
+                low, high = difference_bounds(
+                    *observed, difference_design(worse, up, groups), 1 - level
+                )
                 plain = difference_bounds(*observed, Design(images=len(worse)), 1 - level)
-                score = (0.0, 1.0) if clusters else tango(int(worse.sum()), int(up.sum()), len(worse), 1 - level)
-                told += (high <= drop, low > drop, plain[1] <= drop, plain[0] > drop, score[1] <= drop, score[0] > drop)
+                score = (
+                    (0.0, 1.0)
+                    if clusters
+                    else tango(int(worse.sum()), int(up.sum()), len(worse), 1 - level)
+                )
+                told += (
+                    high <= drop,
+                    low > drop,
+                    plain[1] <= drop,
+                    plain[0] > drop,
+                    score[1] <= drop,
+                    score[0] > drop,
+                )
             part = [f"{100 * value / TRIALS:.1f}" for value in told]
             how = "one group in ten" if vary == ONE_IN_TEN else vary
-            row(images, clusters or "none", how if clusters else "", f"{100 * drop:g}, {100 * better:g} points",
-                f"{100 * level:g} %", f"{part[0]} %", f"{part[1]} %", f"{part[2]} / {part[3]} %" if clusters else "",
-                "" if clusters else f"{part[4]} / {part[5]} %")  # fmt: skip
+            row(
+                images,
+                clusters or "none",
+                how if clusters else "",
+                f"{100 * drop:g}, {100 * better:g} points",
+                f"{100 * level:g} %",
+                f"{part[0]} %",
+                f"{part[1]} %",
+                f"{part[2]} / {part[3]} %" if clusters else "",
+                "" if clusters else f"{part[4]} / {part[5]} %",
+            )
 
 
 def temperatures() -> None:
     """NLL on 4,000 other images after fitting a temperature on few: what it gains, and what it can cost."""
     rng = np.random.default_rng(2)
-    head("val images", "accuracy", "true temperature", "kept", "NLL, mean", "worst of 200", "best possible")
+    head(
+        "val images",
+        "accuracy",
+        "true temperature",
+        "kept",
+        "NLL, mean",
+        "worst of 200",
+        "best possible",
+    )
 
     def make(count: int, spread: float, true: float) -> tuple[Array, Array]:
         logits = rng.normal(0, spread, (count, 4))
@@ -178,8 +258,15 @@ def temperatures() -> None:
                 found = [fit_temperature(*make(images, spread, true)) for _ in range(200)]
                 change = [nll(logits, labels, value) - nll(logits, labels, 1.0) for value in found]
                 best = nll(logits, labels, true) - nll(logits, labels, 1.0)
-                row(images, f"{(logits.argmax(1) == labels).mean():.2f}", true, f"{np.mean(np.array(found) != 1):.2f}",
-                    f"{np.mean(change):+.4f}", f"{max(change):+.4f}", f"{best:+.4f}")  # fmt: skip
+                row(
+                    images,
+                    f"{(logits.argmax(1) == labels).mean():.2f}",
+                    true,
+                    f"{np.mean(np.array(found) != 1):.2f}",
+                    f"{np.mean(change):+.4f}",
+                    f"{max(change):+.4f}",
+                    f"{best:+.4f}",
+                )
 
 
 def thresholds() -> None:
@@ -194,7 +281,9 @@ def thresholds() -> None:
         answered = []
         for _ in range(500):
             rows = rng.integers(0, len(many), images)
-            threshold, sure = abstain_threshold(softmax(many[rows], axis=1), many_labels[rows], 0.95)
+            threshold, sure = abstain_threshold(
+                softmax(many[rows], axis=1), many_labels[rows], 0.95
+            )
             if threshold is not None and sure:
                 proven += 1
                 answered.append((top >= threshold).mean())
@@ -218,14 +307,23 @@ def races(bundle: Path, trials: int) -> None:
             faster += item.ratio_high < 1
             slower += item.ratio_low > 1
             widths.append(item.ratio_high - item.ratio_low)
-    print(f"{trials} races of a file against itself, {PROCESSES} processes each: {faster} faster, {slower} slower; "
-          f"median width of the 95 % interval {np.median(widths):.3f}")  # fmt: skip
+    print(
+        f"{trials} races of a file against itself, {PROCESSES} processes each: {faster} faster, {slower} slower; "
+        f"median width of the 95 % interval {np.median(widths):.3f}"
+    )
 
 
 def main() -> None:
     """One table, or all of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"shares": shares, "differences": differences, "temperatures": temperatures, "thresholds": thresholds}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tables = {
+        "shares": shares,
+        "differences": differences,
+        "temperatures": temperatures,
+        "thresholds": thresholds,
+    }
     parser.add_argument("--what", choices=[*tables, "races", "all"], default="all")
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--trials", type=int, default=100)

@@ -58,7 +58,9 @@ class Fault:
 def image_forms(change: Callable[..., onnx.ModelProto]) -> Callable[[ExitStack], None]:
     """Build every image form by `change(real, core, preprocess, temperature, input_format)`."""
     real = graph.image_form
-    return lambda stack: stack.enter_context(patch.object(variants, "image_form", lambda *args: change(real, *args)))
+    return lambda stack: stack.enter_context(
+        patch.object(variants, "image_form", lambda *args: change(real, *args))
+    )
 
 
 def edited(edit: Edit) -> Callable[[ExitStack], None]:
@@ -75,13 +77,17 @@ def edited(edit: Edit) -> Callable[[ExitStack], None]:
 def scaled(proto: onnx.ModelProto) -> None:
     node = [node for node in proto.graph.node if node.op_type == "Conv"][20]
     weight = next(item for item in proto.graph.initializer if item.name == node.input[1])
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+    weight.CopyFrom(
+        numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name)
+    )
 
 
 def training_mode(stack: ExitStack) -> None:
     def exported(model: torch.nn.Module, size: int) -> convert.Core:
         noisy = copy.deepcopy(model)
-        for module in noisy.modules():  # what a BatchNorm left in training mode does to one layer's statistics
+        for module in (
+            noisy.modules()
+        ):  # what a BatchNorm left in training mode does to one layer's statistics
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 0.1
                 module.train()
@@ -103,7 +109,14 @@ def wrong_axis(real: Any, *args: Any) -> onnx.ModelProto:
 def nearest(stack: ExitStack) -> None:
     def resized(made: Any, image: str, sizes: str) -> str:
         return made.op(
-            "Resize", image, "", "", sizes, mode="nearest", coordinate_transformation_mode="half_pixel", axes=[1, 2]
+            "Resize",
+            image,
+            "",
+            "",
+            sizes,
+            mode="nearest",
+            coordinate_transformation_mode="half_pixel",
+            axes=[1, 2],
         )
 
     stack.enter_context(patch.object(graph, "_resized", resized))
@@ -117,7 +130,11 @@ def shifted(stack: ExitStack) -> None:
         side = made.op("Shape", square, start=1, end=2)
         start = made.op("Min", made.ints(8), made.op("Sub", side, made.ints(1)))
         return made.op(
-            "Slice", square, made.op("Concat", start, start, axis=0), made.ints(2**31, 2**31), made.ints(1, 2)
+            "Slice",
+            square,
+            made.op("Concat", start, start, axis=0),
+            made.ints(2**31, 2**31),
+            made.ints(1, 2),
         )
 
     stack.enter_context(patch.object(graph, "_square", square))
@@ -138,7 +155,11 @@ def per_tensor(stack: ExitStack) -> None:
 
     real = qdq_quantizer.QDQQuantizer
     stack.enter_context(
-        patch.object(qdq_quantizer, "QDQQuantizer", lambda model, per_channel, *rest: real(model, False, *rest))
+        patch.object(
+            qdq_quantizer,
+            "QDQQuantizer",
+            lambda model, per_channel, *rest: real(model, False, *rest),
+        )
     )
 
 
@@ -146,8 +167,15 @@ def noise_calibration(stack: ExitStack) -> None:
     real = variants.calibrate
     rng = np.random.default_rng(0)
 
-    def calibrate(core: onnx.ModelProto, batches: Iterator[Any], preprocess: Preprocess, method: str) -> Any:
-        return real(core, (rng.normal(size=item.shape).astype(np.float32) for item in batches), preprocess, method)
+    def calibrate(
+        core: onnx.ModelProto, batches: Iterator[Any], preprocess: Preprocess, method: str
+    ) -> Any:
+        return real(
+            core,
+            (rng.normal(size=item.shape).astype(np.float32) for item in batches),
+            preprocess,
+            method,
+        )
 
     stack.enter_context(patch.object(variants, "calibrate", calibrate))
 
@@ -158,12 +186,20 @@ def overflow(stack: ExitStack) -> None:
     def widen(proto: onnx.ModelProto) -> None:
         first = next(node for node in proto.graph.node if node.op_type == "Conv")
         for name, factor in (("up", 3e4), ("down", 1 / 3e4)):
-            proto.graph.initializer.append(numpy_helper.from_array(np.float32(factor), f"{name}_factor"))
+            proto.graph.initializer.append(
+                numpy_helper.from_array(np.float32(factor), f"{name}_factor")
+            )
         after, value = list(proto.graph.node).index(first) + 1, first.output[0]
         first.output[0] = "before"
-        proto.graph.node.insert(after, helper.make_node("Mul", ["before", "up_factor"], ["high"], name="up"))
-        proto.graph.node.insert(after + 1, helper.make_node("Clip", ["high", "", ""], ["held"], name="held"))
-        proto.graph.node.insert(after + 2, helper.make_node("Mul", ["held", "down_factor"], [value], name="down"))
+        proto.graph.node.insert(
+            after, helper.make_node("Mul", ["before", "up_factor"], ["high"], name="up")
+        )
+        proto.graph.node.insert(
+            after + 1, helper.make_node("Clip", ["high", "", ""], ["held"], name="held")
+        )
+        proto.graph.node.insert(
+            after + 2, helper.make_node("Mul", ["held", "down_factor"], [value], name="down")
+        )
 
     edited(widen)(stack)
     stack.enter_context(patch.object(quantize, "LARGEST_HALF", 1e30))
@@ -175,7 +211,9 @@ def pixels_everywhere(**changed: Callable[[float], float]) -> Callable[[ExitStac
     real = graph.preprocess_nodes
 
     def nodes(preprocess: Preprocess, *rest: Any, **more: Any) -> Any:
-        wrong = {name: tuple(map(change, getattr(preprocess, name))) for name, change in changed.items()}
+        wrong = {
+            name: tuple(map(change, getattr(preprocess, name))) for name, change in changed.items()
+        }
         return real(replace(preprocess, **wrong), *rest, **more)
 
     return lambda stack: stack.enter_context(patch.object(graph, "preprocess_nodes", nodes))
@@ -198,7 +236,9 @@ def logistic_head(run: Run) -> Run:
     rows = canvases.rows("train")
     _, embedding = Answers(backbone, canvases, run.preprocess)(rows, "features")
     scaler = StandardScaler().fit(embedding)
-    fitted = LogisticRegression(max_iter=3000).fit(scaler.transform(embedding), canvases.labels[rows])
+    fitted = LogisticRegression(max_iter=3000).fit(
+        scaler.transform(embedding), canvases.labels[rows]
+    )
     head = backbone.model.get_submodule(backbone.head)
     assert isinstance(head, torch.nn.Linear)
     weight = fitted.coef_ / scaler.scale_
@@ -214,8 +254,12 @@ def logistic_head(run: Run) -> Run:
     return changed
 
 
-def mean_off(real: Any, core: onnx.ModelProto, preprocess: Preprocess, *rest: Any) -> onnx.ModelProto:
-    return real(core, replace(preprocess, mean=(preprocess.mean[0] - 4, *preprocess.mean[1:])), *rest)
+def mean_off(
+    real: Any, core: onnx.ModelProto, preprocess: Preprocess, *rest: Any
+) -> onnx.ModelProto:
+    return real(
+        core, replace(preprocess, mean=(preprocess.mean[0] - 4, *preprocess.mean[1:])), *rest
+    )
 
 
 def declared_rgb(
@@ -229,14 +273,18 @@ def channels_swapped(proto: onnx.ModelProto) -> None:
     proto.graph.initializer.append(numpy_helper.from_array(np.array([2, 1, 0]), "swapped"))
     for node in proto.graph.node:
         node.input[:] = ["flipped" if name == "pixels" else name for name in node.input]
-    proto.graph.node.insert(0, helper.make_node("Gather", ["pixels", "swapped"], ["flipped"], axis=1))
+    proto.graph.node.insert(
+        0, helper.make_node("Gather", ["pixels", "swapped"], ["flipped"], axis=1)
+    )
 
 
 FP32, INT8, FP16 = Export(variants="fp32"), Export(), Export(target="cuda")
 FAULTS = [
     Fault("wrong mean", image_forms(mean_off), ("parity", "probabilities"), FP32),
     *(
-        Fault(f"{name} in every graph", pixels_everywhere(**{field: change}), ("parity", said), FP32)
+        Fault(
+            f"{name} in every graph", pixels_everywhere(**{field: change}), ("parity", said), FP32
+        )
         for name, field, change, said in (
             ("mean + 1 %", "mean", lambda v: v * 1.01, "share of pixels off"),
             ("mean + 0.3 grey levels", "mean", lambda v: v + 0.3, "pixels between grey levels"),
@@ -251,11 +299,22 @@ FAULTS = [
     Fault("crop off by 8 pixels", shifted, ("parity", "share of pixels off"), FP32),
     Fault("labels rotated by one", rotated, ("labels out of order",), FP32),
     Fault("one convolution x 1.01", edited(scaled), ("parity", "core logits", "layer"), FP32),
-    Fault("BatchNorm left in training mode", training_mode, ("parity", "core logits", "layer"), FP32),
-    Fault("softmax over the wrong axis", image_forms(wrong_axis), ("parity", "probabilities"), FP32),
-    Fault("a frame declared RGB that is BGR", image_forms(declared_rgb), ("parity", "probabilities"), FP32),
+    Fault(
+        "BatchNorm left in training mode", training_mode, ("parity", "core logits", "layer"), FP32
+    ),
+    Fault(
+        "softmax over the wrong axis", image_forms(wrong_axis), ("parity", "probabilities"), FP32
+    ),
+    Fault(
+        "a frame declared RGB that is BGR",
+        image_forms(declared_rgb),
+        ("parity", "probabilities"),
+        FP32,
+    ),
     Fault("per-tensor int8", per_tensor, ("accuracy drop", "chosen: fp32"), INT8, "int8"),
-    Fault("calibration on noise", noise_calibration, ("accuracy drop", "chosen: fp32"), INT8, "int8"),
+    Fault(
+        "calibration on noise", noise_calibration, ("accuracy drop", "chosen: fp32"), INT8, "int8"
+    ),
     Fault("fp16 overflow", overflow, ("refused", "fp16"), FP16, "fp16"),
 ]
 
@@ -270,10 +329,15 @@ def verdict(run: Run, fault: Fault, folder: Path) -> str:
         row = next(row for row in done.rows if row.name == fault.variant)
         return f"{row.verdict}: {row.reason}; chosen: {done.chosen}"
     failed = [gate for gate in done.gates if not gate.passed]
-    place = "".join(f"; layer {item.first_divergence}" for item in done.parity if item.first_divergence)
+    place = "".join(
+        f"; layer {item.first_divergence}" for item in done.parity if item.first_divergence
+    )
     checks = {check.name for item in done.parity for check in item.checks if not check.passed}
     place += f"; also {', '.join(sorted(checks))}" if len(checks) > 1 else ""
-    return "; ".join(f"gate {gate.name}: {gate.value:.3g}, limit {gate.limit:.3g}" for gate in failed) + place
+    return (
+        "; ".join(f"gate {gate.name}: {gate.value:.3g}, limit {gate.limit:.3g}" for gate in failed)
+        + place
+    )
 
 
 @contextmanager
@@ -320,12 +384,28 @@ def planted(run: Run, only: str) -> tuple[int, int]:
             row(fault.name, verdict(run, fault, Path(scratch) / str(number)), fault.expected)
         if only:
             return caught, number + 1
-        head = Fault("head by logistic regression", lambda stack: None, ("accuracy drop", "chosen: fp32"), INT8, "int8")
+        head = Fault(
+            "head by logistic regression",
+            lambda stack: None,
+            ("accuracy drop", "chosen: fp32"),
+            INT8,
+            "int8",
+        )
         row(head.name, verdict(logistic_head(run), head, Path(scratch) / "head"), head.expected)
         with refused() as said, ExitStack() as stack:
             cpu_as_cuda(stack)
-            export.export(run, Path(scratch) / "cuda", settings=Export(variants="fp32"), providers=["cuda"], quick=True)
-        row("CPU session under a CUDA name", "".join(said), ("provider cuda", "CPUExecutionProvider"))
+            export.export(
+                run,
+                Path(scratch) / "cuda",
+                settings=Export(variants="fp32"),
+                providers=["cuda"],
+                quick=True,
+            )
+        row(
+            "CPU session under a CUDA name",
+            "".join(said),
+            ("provider cuda", "CPUExecutionProvider"),
+        )
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -338,18 +418,29 @@ def planted(run: Run, only: str) -> tuple[int, int]:
         )
         with redirect_stdout(io.StringIO()):
             done = export.export(
-                run, Path(scratch) / "whole", quick=True, extras=export.Extras(sign=Path(scratch) / "key.pem")
+                run,
+                Path(scratch) / "whole",
+                quick=True,
+                extras=export.Extras(sign=Path(scratch) / "key.pem"),
             )
         named, files = flipped(done.folder)
-        row("a byte flipped in each file of the bundle", f"{named} of {files} named", (f"{files} of {files}",))
-        print(f"\nwithout a fault: {'passed' if done.passed else 'FALSE ALARM'}, int8 "
-              + "; ".join(f"{item.name} {item.verdict}" for item in done.rows[1:]))  # fmt: skip
+        row(
+            "a byte flipped in each file of the bundle",
+            f"{named} of {files} named",
+            (f"{files} of {files}",),
+        )
+        print(
+            f"\nwithout a fault: {'passed' if done.passed else 'FALSE ALARM'}, int8 "
+            + "; ".join(f"{item.name} {item.verdict}" for item in done.rows[1:])
+        )
     return caught, len(FAULTS) + 3
 
 
 def main() -> None:
     """The table for one run, and how many were caught."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--only", default="", help="faults with this in their name")
     options = parser.parse_args()

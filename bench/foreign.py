@@ -39,12 +39,16 @@ def main() -> None:
     backbone, side = run.backbone(), run.preprocess.size
     colour = np.concatenate([crops(image, 100, side, rng) for image in load_sample_images().images])
     grey = np.repeat(colour.mean(-1, keepdims=True).astype(np.uint8), 3, -1)
-    digits = [Image.fromarray((image * 15.9).astype(np.uint8)).convert("RGB") for image in load_digits().images[::9]]
+    digits = [
+        Image.fromarray((image * 15.9).astype(np.uint8)).convert("RGB")
+        for image in load_digits().images[::9]
+    ]
     sets = {
-        "colour photographs": colour, "grey photographs": grey,
+        "colour photographs": colour,
+        "grey photographs": grey,
         "noise": rng.integers(0, 256, (100, side, side, 3), np.uint8),
         "digits": np.stack([np.asarray(image.resize((side, side))) for image in digits]),
-    }  # fmt: skip
+    }
     canvases = build(read(run.data["data"], run.data["seed"]), run.preprocess)
     answers = Answers(backbone, canvases, run.preprocess)
     found = {split: answers(canvases.rows(split), split) for split in ("val", "test")}

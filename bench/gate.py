@@ -68,7 +68,10 @@ def build(folder: Path, size: int, quantized: bool = False) -> Path:
 
     torch.manual_seed(0)
     made = backbone("efficientnet_lite0", 4, "none")
-    core, path = export_core(made.model, size).model, folder / f"{size}{'-int8' if quantized else ''}.onnx"
+    core, path = (
+        export_core(made.model, size).model,
+        folder / f"{size}{'-int8' if quantized else ''}.onnx",
+    )
     if quantized:
         pixels = np.random.default_rng(0).standard_normal((8, 3, size, size), np.float32)
         core = int8(core, calibrate(core, iter([pixels]), made.preprocess), TARGETS[here()])
@@ -92,7 +95,9 @@ def neighbour(seed: int, there: bool) -> Iterator[None]:
     if not there:
         yield
         return
-    process = multiprocessing.get_context("spawn").Process(target=_neighbour, args=(seed,), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_neighbour, args=(seed,), daemon=True
+    )
     process.start()
     try:
         yield
@@ -123,7 +128,9 @@ def child(job: dict[str, Any]) -> list[list[float]]:
     if job["what"] == "pairs":
         calls = [slowed(condition, percent if place == job["place"] else 0) for place in range(3)]
         pin([condition])
-        return [list(map(float, row)) for row in in_turn(calls, ROUNDS, warm_up=(10, 0), seconds=10)]
+        return [
+            list(map(float, row)) for row in in_turn(calls, ROUNDS, warm_up=(10, 0), seconds=10)
+        ]
     call, times, begun = slowed(condition, percent), [], time.perf_counter()
     while len(times) < 5 or time.perf_counter() - begun < THEIRS_S:
         start = time.perf_counter()
@@ -134,8 +141,12 @@ def child(job: dict[str, Any]) -> list[list[float]]:
 
 def ask(what: str, condition: Condition, percent: float, place: int = 0) -> list[list[float]]:
     """child(), in a fresh process."""
-    job = json.dumps({"what": what, "condition": asdict(condition), "percent": percent, "place": place})
-    done = subprocess.run([sys.executable, __file__, "--child", job], capture_output=True, text=True, check=True)
+    job = json.dumps(
+        {"what": what, "condition": asdict(condition), "percent": percent, "place": place}
+    )
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", job], capture_output=True, text=True, check=True
+    )
     found: list[list[float]] = json.loads(done.stdout)
     return found
 
@@ -148,7 +159,8 @@ def others(condition: Condition, percent: float) -> dict[str, bool]:
     return {
         "pytest-benchmark median:5%": statistics.median(now) / statistics.median(then) > 1 + LIMIT,
         "min-of-N, 5%": min(now) / min(then) > 1 + LIMIT,
-        "Mann-Whitney, p < 0.05": float(mannwhitneyu(now, then, alternative="greater").pvalue) < 0.05,
+        "Mann-Whitney, p < 0.05": float(mannwhitneyu(now, then, alternative="greater").pvalue)
+        < 0.05,
     }
 
 
@@ -163,13 +175,21 @@ def trial(condition: Condition, percent: float, number: int, log: Path) -> None:
 
     with neighbour(number, noisy):
         found = decide("latency", draw, seconds=LATENCY_S)
-        line = {"percent": percent, "threads": condition.threads, "noisy": noisy, **asdict(found),
-                "others": others(condition, percent)}  # fmt: skip
+        line = {
+            "percent": percent,
+            "threads": condition.threads,
+            "noisy": noisy,
+            **asdict(found),
+            "others": others(condition, percent),
+        }
     with log.open("a") as file:
         file.write(json.dumps(line) + "\n")
-    print(f"{percent:g} %, {'noise' if noisy else 'quiet'}: {found.verdict} {found.ratio:.3f} "
-          f"[{found.low:.3f}, {found.high:.3f}], margin {found.margin:.3f}, {found.processes} processes, "
-          f"{found.seconds:.0f} s; {line['others']}", flush=True)  # fmt: skip
+    print(
+        f"{percent:g} %, {'noise' if noisy else 'quiet'}: {found.verdict} {found.ratio:.3f} "
+        f"[{found.low:.3f}, {found.high:.3f}], margin {found.margin:.3f}, {found.processes} processes, "
+        f"{found.seconds:.0f} s; {line['others']}",
+        flush=True,
+    )
 
 
 def table(log: Path) -> str:
@@ -188,16 +208,29 @@ def table(log: Path) -> str:
         *names,
     ]
     rows = [head, ["---"] * len(head)]
-    for threads, percent, noisy in sorted({(line["threads"], line["percent"], line["noisy"]) for line in lines}):
-        there = [line for line in lines
-                 if (line["threads"], line["percent"], line["noisy"]) == (threads, percent, noisy)]  # fmt: skip
+    for threads, percent, noisy in sorted(
+        {(line["threads"], line["percent"], line["noisy"]) for line in lines}
+    ):
+        there = [
+            line
+            for line in lines
+            if (line["threads"], line["percent"], line["noisy"]) == (threads, percent, noisy)
+        ]
         seconds = sorted(line["seconds"] for line in there)
-        rows.append([
-            f"{percent:g} %", threads, "on and off" if noisy else "none", len(there),
-            *(sum(line["verdict"] == verdict for line in there) for verdict in ("failed", "inconclusive", "passed")),
-            f"{statistics.mean(seconds):.0f} (at most {seconds[-1]:.0f})",
-            *(sum(line["others"][name] for line in there) for name in names),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{percent:g} %",
+                threads,
+                "on and off" if noisy else "none",
+                len(there),
+                *(
+                    sum(line["verdict"] == verdict for line in there)
+                    for verdict in ("failed", "inconclusive", "passed")
+                ),
+                f"{statistics.mean(seconds):.0f} (at most {seconds[-1]:.0f})",
+                *(sum(line["others"][name] for line in there) for name in names),
+            ]
+        )
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
@@ -211,11 +244,16 @@ def real(folder: Path) -> None:
         "224 to 256 pixels": (replace(plain, model=str(build(folder, 256))), plain),
         "nothing": (plain, plain),
     }
-    print("| change | verdict | ratio | 95 % interval | A/A spread | seconds |\n|---|---|---|---|---|---|")
+    print(
+        "| change | verdict | ratio | 95 % interval | A/A spread | seconds |\n|---|---|---|---|---|---|"
+    )
     for name, (candidate, baseline) in cases.items():
         found: Verdict = compare(candidate, baseline, seconds=LATENCY_S)
-        print(f"| {name} | {found.verdict} | {found.ratio:.3f} | {found.low:.3f} to {found.high:.3f} | "
-              f"{found.spread:.1%} | {found.seconds:.0f} |", flush=True)  # fmt: skip
+        print(
+            f"| {name} | {found.verdict} | {found.ratio:.3f} | {found.low:.3f} to {found.high:.3f} | "
+            f"{found.spread:.1%} | {found.seconds:.0f} |",
+            flush=True,
+        )
 
 
 def heavier(model: Path, megabytes: int, path: Path) -> Path:
@@ -226,7 +264,9 @@ def heavier(model: Path, megabytes: int, path: Path) -> Path:
     made = onnx.load(model)
     weights = np.random.default_rng(0).standard_normal((megabytes * 250_000,), np.float32)
     made.graph.initializer.append(numpy_helper.from_array(weights, "more"))
-    made.graph.node.append(helper.make_node("ArgMax", [made.graph.output[0].name], ["which"], axis=1, keepdims=0))
+    made.graph.node.append(
+        helper.make_node("ArgMax", [made.graph.output[0].name], ["which"], axis=1, keepdims=0)
+    )
     made.graph.node.append(helper.make_node("Gather", ["more", "which"], ["said"]))
     made.graph.output.append(helper.make_tensor_value_info("said", onnx.TensorProto.FLOAT, None))
     onnx.save(made, path)
@@ -237,7 +277,10 @@ def starts(folder: Path, trials: int) -> None:
     """Cold start and memory by the gate, both files under names of lengths drawn anew for each trial."""
     plain, rng = build(folder, 224), random.Random(0)
     cases = {"nothing": plain, "10 MB more weights": heavier(plain, 10, folder / "more.onnx")}
-    print("| change | trials | what | failed | inconclusive | passed | ratio | seconds each |\n|" + "---|" * 8)
+    print(
+        "| change | trials | what | failed | inconclusive | passed | ratio | seconds each |\n|"
+        + "---|" * 8
+    )
     for name, candidate in cases.items():
         found = []
         for _ in range(trials):
@@ -245,14 +288,22 @@ def starts(folder: Path, trials: int) -> None:
             for source, file in zip((candidate, plain), files, strict=True):
                 shutil.copy(source, file)
             found.append(
-                compare_starts(*(Condition(model=str(file), threads=1) for file in files), seconds=SECONDS / 3)
+                compare_starts(
+                    *(Condition(model=str(file), threads=1) for file in files), seconds=SECONDS / 3
+                )
             )
         for verdicts in zip(*found, strict=True):
-            counts = (sum(item.verdict == word for item in verdicts) for word in ("failed", "inconclusive", "passed"))
+            counts = (
+                sum(item.verdict == word for item in verdicts)
+                for word in ("failed", "inconclusive", "passed")
+            )
             ratios = [item.ratio for item in verdicts]
             seconds = statistics.mean(item.seconds for item in verdicts)
-            print(f"| {name} | {trials} | {verdicts[0].what} | {' | '.join(map(str, counts))} | {min(ratios):.3f} to "
-                  f"{max(ratios):.3f} | {seconds:.0f} |", flush=True)  # fmt: skip
+            print(
+                f"| {name} | {trials} | {verdicts[0].what} | {' | '.join(map(str, counts))} | {min(ratios):.3f} to "
+                f"{max(ratios):.3f} | {seconds:.0f} |",
+                flush=True,
+            )
 
 
 def cost(folder: Path) -> None:
@@ -263,20 +314,37 @@ def cost(folder: Path) -> None:
         condition = Condition(model=str(build(folder, size)), threads=1)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        bare = onnxruntime.InferenceSession(condition.model, options, providers=["CPUExecutionProvider"])
-        feed = {"pixels": np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)}
+        bare = onnxruntime.InferenceSession(
+            condition.model, options, providers=["CPUExecutionProvider"]
+        )
+        feed = {
+            "pixels": np.random.default_rng(0)
+            .standard_normal((1, 3, size, size))
+            .astype(np.float32)
+        }
         session = opened(condition)
         call = runner(session, condition, feeds(session, None, 1))
-        times = in_turn([lambda bare=bare, feed=feed: bare.run(None, feed), call], 600, warm_up=(50, 1), seconds=60)
+        times = in_turn(
+            [lambda bare=bare, feed=feed: bare.run(None, feed), call],
+            600,
+            warm_up=(50, 1),
+            seconds=60,
+        )
         p50 = np.median(times, axis=0)
         ratios = times[:, 1] / times[:, 0]
-        print(f"{size} px: bare {p50[0]:.3f} ms, ftkit {p50[1]:.3f} ms, paired ratio {np.median(ratios):.4f}")
+        print(
+            f"{size} px: bare {p50[0]:.3f} ms, ftkit {p50[1]:.3f} ms, paired ratio {np.median(ratios):.4f}"
+        )
 
 
 def main() -> None:
     """Parse and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=["aa", "slow", "real", "starts", "cost", "table"], default="aa")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--what", choices=["aa", "slow", "real", "starts", "cost", "table"], default="aa"
+    )
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--percent", type=float, nargs="*", default=[3, 5, 10, 20])

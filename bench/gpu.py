@@ -44,7 +44,11 @@ from ftkit_export.runtime.measure import find
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import PROVIDERS, cores
 
-MODELS = {"lite0": "efficientnet_lite0", "mobilenet_v3_small": "mobilenetv3_small_100", "resnet50": "resnet50"}
+MODELS = {
+    "lite0": "efficientnet_lite0",
+    "mobilenet_v3_small": "mobilenetv3_small_100",
+    "resnet50": "resnet50",
+}
 # images/s, training with AMP in channels_last, batch 512: results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv of
 # huggingface/pytorch-image-models
 TIMM = {"lite0": 2079.28, "mobilenet_v3_small": 8035.08, "resnet50": 1218.01}
@@ -77,7 +81,9 @@ def recipe_of(name: str, batch: int, epochs: int) -> Recipe:
     stage = Stage(train="all", epochs=epochs, lr=1e-4, batch_size=batch, cache="off")
     weights = "pretrained" if name == "lite0" else "none"
     preprocess = Preprocess(size=SIZE, resize=SIZE)
-    return Recipe(name=name, backbone=MODELS[name], weights=weights, preprocess=preprocess, stages=(stage,))
+    return Recipe(
+        name=name, backbone=MODELS[name], weights=weights, preprocess=preprocess, stages=(stage,)
+    )
 
 
 def through_ftkit(name: str, data: Path, scratch: Path, batch: int, device: str) -> float:
@@ -96,11 +102,20 @@ def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
     model = backbone.model.to(place).to(memory_format=torch.channels_last)
     names = tuple(child for child, _ in model.named_children())
     set_mode(model, names, True)
-    pixels = torch.randn(batch, 3, SIZE, SIZE, device=place).contiguous(memory_format=torch.channels_last)
+    pixels = torch.randn(batch, 3, SIZE, SIZE, device=place).contiguous(
+        memory_format=torch.channels_last
+    )
     fixed = Batch(inputs=(pixels,), targets=torch.zeros(batch, dtype=torch.long, device=place))
     nothing = Fetched(tensors=[], labels=torch.zeros(0))
-    feed = Feed(net=model, eval_net=model, fetch=lambda *_: nothing, prepare=lambda _: fixed, val=lambda _: (),
-                how="", kind="live")  # fmt: skip
+    feed = Feed(
+        net=model,
+        eval_net=model,
+        fetch=lambda *_: nothing,
+        prepare=lambda _: fixed,
+        val=lambda _: (),
+        how="",
+        kind="live",
+    )
     optimizer = make_optimizer(backbone, stage, fused=place.type == "cuda")
     for group in optimizer.param_groups:
         group["lr"] = 1e-9
@@ -122,11 +137,17 @@ def by_tutorial(name: str, data: Path, batch: int, device: str) -> float:
     """Images/s of torchvision's tutorial loop: every image decoded at every step, float32."""
     place, model = pick_device(device), build(MODELS[name], 4, "none").model
     model.to(place).train()
-    transform = transforms.Compose([
-        transforms.RandomResizedCrop(SIZE, scale=(0.9, 1.0)), transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(), transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ])  # fmt: skip
-    loader = DataLoader(ImageFolder(str(data), transform), batch, shuffle=True, num_workers=cores(), drop_last=True)
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, scale=(0.9, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    loader = DataLoader(
+        ImageFolder(str(data), transform), batch, shuffle=True, num_workers=cores(), drop_last=True
+    )
     optimizer, seen, begun = torch.optim.AdamW(model.parameters(), lr=1e-4), -1, 0.0
     limit = 30.0 if place.type == "cuda" else 10.0
     for images, labels in loader:
@@ -155,15 +176,24 @@ def throughput(scratch: Path, models: Sequence[str], batch: int, copies: int, de
         files = sorted(data.rglob("*.png"))
         for path in set(files) - set(random.Random(0).sample(files, 16 * batch)):
             path.unlink()
-    lines = ["| model, batch | ftkit, img/s | same step, synthetic | share | tutorial loop | factor | timm, RTX 3090 |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| model, batch | ftkit, img/s | same step, synthetic | share | tutorial loop | factor | timm, RTX 3090 |",
+        "|---|---|---|---|---|---|---|",
+    ]
     with cached_in(scratch / "cache"):
         for name in models:
             ours = through_ftkit(name, data, scratch, batch, device)
-            steps = EPOCHS * (len(list(data.rglob("*.png"))) * 3 // 4 // batch)  # three quarters train
-            limit, loop = on_synthetic(name, batch, device, steps), by_tutorial(name, data, batch, device)
-            lines.append(f"| {name}, {batch} | {ours:.0f} | {limit:.0f} | {ours / limit:.1%} | {loop:.0f} | "
-                         f"{ours / loop:.1f}x | {TIMM[name]:.0f} |")  # fmt: skip
+            steps = EPOCHS * (
+                len(list(data.rglob("*.png"))) * 3 // 4 // batch
+            )  # three quarters train
+            limit, loop = (
+                on_synthetic(name, batch, device, steps),
+                by_tutorial(name, data, batch, device),
+            )
+            lines.append(
+                f"| {name}, {batch} | {ours:.0f} | {limit:.0f} | {ours / limit:.1%} | {loop:.0f} | "
+                f"{ours / loop:.1f}x | {TIMM[name]:.0f} |"
+            )
     return "\n".join(lines)
 
 
@@ -174,14 +204,20 @@ def demo(scratch: Path, device: str) -> tuple[str, Path]:
     providers = "cpu,cuda,cuda-tf32" if device == "cuda" else "cpu"
     environment = {**os.environ, "FTKIT_CACHE": str(scratch / "demo-cache")}
     lines = ["| command | seconds |", "|---|---|"]
-    for command in (["train", data, "--out", run, "--device", device, *SETTINGS],
-                    ["export", run, "--out", bundle, "--quick", "--providers", providers]):  # fmt: skip
+    for command in (
+        ["train", data, "--out", run, "--device", device, *SETTINGS],
+        ["export", run, "--out", bundle, "--quick", "--providers", providers],
+    ):
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "ftkit", *map(str, command)], check=True, env=environment)
+        subprocess.run(
+            [sys.executable, "-m", "ftkit", *map(str, command)], check=True, env=environment
+        )
         lines.append(f"| `ftkit {command[0]}` | {time.perf_counter() - begun:.1f} |")
     metrics = json.loads((run / "run.json").read_text())["metrics"]["test"]
-    lines.append(f"| test accuracy | {metrics['accuracy']:.4f} [{metrics['accuracy_low']:.3f}, "
-                 f"{metrics['accuracy_high']:.3f}] |")  # fmt: skip
+    lines.append(
+        f"| test accuracy | {metrics['accuracy']:.4f} [{metrics['accuracy_low']:.3f}, "
+        f"{metrics['accuracy_high']:.3f}] |"
+    )
     return "\n".join(lines), bundle
 
 
@@ -189,44 +225,73 @@ def provider(bundle: Path) -> str:
     """Parity as sealed, then latencies of each way to run CUDA, and of TensorRT where it opens."""
     manifest, found = json.loads((bundle / "manifest.json").read_text()), find(bundle)
     lines = ["| parity | group | value | limit |", "|---|---|---|---|"]
-    for item in (*manifest["evidence"]["parity"], *({"provider": name, "checks": checks} for name, checks in
-                                                    manifest["evidence"]["agreement"].items())):  # fmt: skip
-        lines += [f"| {item['provider']}: {check['name']} | {check['group']} | {check['value']:.3g} | "
-                  f"{check['limit']:.3g} |" for check in item["checks"] if item["provider"] != "cpu"]  # fmt: skip
-    lines += ["", "| variant on provider | batch | copies | p50 ms | p95 ms | first run ms | GPU MB |",
-              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for item in (
+        *manifest["evidence"]["parity"],
+        *(
+            {"provider": name, "checks": checks}
+            for name, checks in manifest["evidence"]["agreement"].items()
+        ),
+    ):
+        lines += [
+            f"| {item['provider']}: {check['name']} | {check['group']} | {check['value']:.3g} | "
+            f"{check['limit']:.3g} |"
+            for check in item["checks"]
+            if item["provider"] != "cpu"
+        ]
+    lines += [
+        "",
+        "| variant on provider | batch | copies | p50 ms | p95 ms | first run ms | GPU MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in [name for name, row in PROVIDERS.items() if row.gpu]:
         batches = (1, 8, 64) if name in ("cuda", "cuda-graph") else (1,)
         for variant, path in found.run_by(name).items():
             for batch in batches:
                 for copies in (False,) if PROVIDERS[name].captured else (True, False):
-                    condition = Condition(model=str(path), provider=name, threads=1, batch=batch, copies=copies)
+                    condition = Condition(
+                        model=str(path), provider=name, threads=1, batch=batch, copies=copies
+                    )
                     try:
-                        row, start = measure(condition, found.image, quick=True), begin(condition, found.image)
+                        row, start = (
+                            measure(condition, found.image, quick=True),
+                            begin(condition, found.image),
+                        )
                     except Exception as error:
-                        lines.append(f"| {variant} on {name} | {batch} | {copies} | {str(error)[:80]} | | | |")
+                        lines.append(
+                            f"| {variant} on {name} | {batch} | {copies} | {str(error)[:80]} | | | |"
+                        )
                         continue
                     kept = (row.gpu_bytes or 0) / 1e6
-                    lines.append(f"| {variant} on {name} | {batch} | {'yes' if copies else 'no'} | {row.p50_ms:.2f} | "
-                                 f"{row.p95_ms:.2f} | {start.first_run_ms:.0f} | {kept:.0f} |")  # fmt: skip
+                    lines.append(
+                        f"| {variant} on {name} | {batch} | {'yes' if copies else 'no'} | {row.p50_ms:.2f} | "
+                        f"{row.p95_ms:.2f} | {start.first_run_ms:.0f} | {kept:.0f} |"
+                    )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure what can be, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--what", default="throughput,demo,provider")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--copies", type=int, default=4, help="of each of the demo's 2,223 photographs")
+    parser.add_argument(
+        "--copies", type=int, default=4, help="of each of the demo's 2,223 photographs"
+    )
     options = parser.parse_args()
     wanted, bundle = options.what.split(","), None
     gpu = options.device == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if "throughput" in wanted:
-            found = throughput(scratch, options.models.split(","), options.batch, options.copies, options.device)
+            found = throughput(
+                scratch, options.models.split(","), options.batch, options.copies, options.device
+            )
             tables.write("throughput" if gpu else "throughput-cpu", found, tables.GPU)
         if "demo" in wanted or "provider" in wanted:
             found, bundle = demo(scratch, options.device)

@@ -29,7 +29,11 @@ def files(count: int) -> list[tuple[Path, str]]:
     """`count` photographs with their class, over and over."""
     folder = Path(elpv_file).parent / "data"
     rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
-    certain = [(folder / name, f"{kind}-{share}") for name, share, kind in rows if float(share) in (0.0, 1.0)]
+    certain = [
+        (folder / name, f"{kind}-{share}")
+        for name, share, kind in rows
+        if float(share) in (0.0, 1.0)
+    ]
     mixed = [certain[i] for i in np.random.default_rng(0).permutation(len(certain))[: BASE + 80]]
     return [mixed[i % len(mixed)] for i in range(count)]
 
@@ -48,15 +52,22 @@ def in_process(code: str, **environment: str) -> dict[str, float]:
     """Run `code` alone; what it prints last as JSON, with its peak memory in MB."""
     tail = "\nimport json, re\nhigh = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1e3\n"
     whole = code + tail + "print(json.dumps({**result, 'peak_mb': high}))\n"
-    done = subprocess.run([sys.executable, "-c", whole], env={**os.environ, **environment}, check=True,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", whole],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def training() -> None:
     """A table: times, cached or live, seconds an epoch of last:1, seconds in all, peak memory."""
-    print("| images | feed | seconds an epoch | ms an image | seconds in all | peak MB |\n|---|---|---|---|---|---|")
+    print(
+        "| images | feed | seconds an epoch | ms an image | seconds in all | peak MB |\n|---|---|---|---|---|---|"
+    )
     for cache in ("auto", "off"):
         for times in (1, 4, 16):
             with tempfile.TemporaryDirectory() as scratch:
@@ -75,9 +86,12 @@ lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitl
 result = dict(epoch={BASE * times} / lines[-1]["images_per_s"], whole=time.time() - begun)
 """
                 found = in_process(code, FTKIT_CACHE=f"{scratch}/cache")
-                print(f"| {BASE * times} | {'cached' if cache == 'auto' else 'live'} | {found['epoch']:.1f} "
-                      f"| {1e3 * found['epoch'] / BASE / times:.1f} "
-                      f"| {found['whole']:.0f} | {found['peak_mb']:.0f} |", flush=True)  # fmt: skip
+                print(
+                    f"| {BASE * times} | {'cached' if cache == 'auto' else 'live'} | {found['epoch']:.1f} "
+                    f"| {1e3 * found['epoch'] / BASE / times:.1f} "
+                    f"| {found['whole']:.0f} | {found['peak_mb']:.0f} |",
+                    flush=True,
+                )
 
 
 def _one(path: str) -> int:
@@ -97,11 +111,15 @@ def canvases(count: int = 2000) -> None:
 
     def pillow() -> None:
         for path in paths:
-            np.asarray(Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR))
+            np.asarray(
+                Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR)
+            )
 
     def torchvision() -> None:
         for path in paths:
-            resize(decode_image(read_file(str(path)), ImageReadMode.RGB), [224, 224], antialias=True)
+            resize(
+                decode_image(read_file(str(path)), ImageReadMode.RGB), [224, 224], antialias=True
+            )
 
     def processes() -> None:
         with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -109,17 +127,25 @@ def canvases(count: int = 2000) -> None:
 
     torch.set_num_threads(os.cpu_count() or 1)
     print("| decoder | images/s | peak MB |\n|---|---|---|")
-    for name, work in (("one Pillow loop", pillow), ("torchvision", torchvision), ("pool of processes", processes)):
+    for name, work in (
+        ("one Pillow loop", pillow),
+        ("torchvision", torchvision),
+        ("pool of processes", processes),
+    ):
         begun = time.perf_counter()
         work()
         print(f"| {name} | {count / (time.perf_counter() - begun):.0f} | |", flush=True)
     for total in (count, 4 * count):
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / "data.csv").write_text(
-                "path,label,split\n" + "".join(
+                "path,label,split\n"
+                + "".join(
                     f"{path},{label},{'val' if i == 1 else 'test' if i == 2 else 'train'}\n"
-                    for i, (path, label) in enumerate(files(total))))  # fmt: skip
-            found = in_process(f"""
+                    for i, (path, label) in enumerate(files(total))
+                )
+            )
+            found = in_process(
+                f"""
 import time
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read
@@ -128,7 +154,9 @@ images = read("{scratch}/data.csv")
 begun = time.perf_counter()
 build(images, Preprocess(size=224, resize=224))
 result = dict(seconds=time.perf_counter() - begun)
-""", FTKIT_CACHE=f"{scratch}/cache")  # fmt: skip
+""",
+                FTKIT_CACHE=f"{scratch}/cache",
+            )
             print(
                 f"| ftkit, {total} images to disk | {total / found['seconds']:.0f} | {found['peak_mb']:.0f} |",
                 flush=True,
@@ -137,7 +165,9 @@ result = dict(seconds=time.perf_counter() - begun)
 
 def main() -> None:
     """Training, or canvases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--canvases", action="store_true")
     if parser.parse_args().canvases:
         canvases()

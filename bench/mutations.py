@@ -23,7 +23,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ODD = [None, -1, 0, 1e308, "", "x" * 500, "\ud83d\ude00", [], {}, [None], True, "nan", 1 << 70, "../../etc/passwd"]
+ODD = [
+    None,
+    -1,
+    0,
+    1e308,
+    "",
+    "x" * 500,
+    "\ud83d\ude00",
+    [],
+    {},
+    [None],
+    True,
+    "nan",
+    1 << 70,
+    "../../etc/passwd",
+]
 BATCH = 250  # mutations a process: a crash ends one process, and is counted
 
 
@@ -59,7 +74,13 @@ def mutated_json(text: str, rng: random.Random) -> str:
     places: list[tuple[Any, Any]] = []
 
     def visit(node: Any) -> None:
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        items = (
+            node.items()
+            if isinstance(node, dict)
+            else enumerate(node)
+            if isinstance(node, list)
+            else ()
+        )
         for key, value in items:
             places.append((node, key))
             visit(value)
@@ -86,8 +107,19 @@ def images(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
     picture = Image.open(next(photos.rglob("*.png"))).convert("RGB").resize((60, 40))
     files = []
-    kinds = ("PNG RGB", "PNG I;16", "PNG P", "PNG RGBA", "JPEG RGB", "GIF P", "TIFF RGB", "TIFF F", "BMP RGB",
-             "WEBP RGB", "PPM L")  # fmt: skip
+    kinds = (
+        "PNG RGB",
+        "PNG I;16",
+        "PNG P",
+        "PNG RGBA",
+        "JPEG RGB",
+        "GIF P",
+        "TIFF RGB",
+        "TIFF F",
+        "BMP RGB",
+        "WEBP RGB",
+        "PPM L",
+    )
     for name, mode in map(str.split, kinds):
         buffer = io.BytesIO()
         picture.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, name)
@@ -101,7 +133,10 @@ def tables(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     from ftkit.data.dataset import labelled, read
 
     paths = sorted(photos.rglob("*.png"))[:40]
-    lines = ["path,label,split,group", *(f"{path},{path.parent.name},,g{i // 4}" for i, path in enumerate(paths))]
+    lines = [
+        "path,label,split,group",
+        *(f"{path},{path.parent.name},,g{i // 4}" for i, path in enumerate(paths)),
+    ]
     lines += [f"{path},{path.parent.name},test," for path in sorted(photos.rglob("*.png"))[-40:]]
     data, target = "\n".join(lines).encode(), folder / "set.csv"
 
@@ -190,7 +225,14 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     def whole() -> object:
         canvases = build(read(few), preprocess)
         source = Source(canvases.array, len(canvases.slots), 1, torch.device("cpu"))
-        views = Views(canvases=canvases, preprocess=preprocess, augment=Augment(), count=2, seed=0, source=source)
+        views = Views(
+            canvases=canvases,
+            preprocess=preprocess,
+            augment=Augment(),
+            count=2,
+            seed=0,
+            source=source,
+        )
         return canvases.array(range(len(canvases.slots))).sum(), fill(net, "key", ["values"], views)
 
     whole()
@@ -214,8 +256,12 @@ def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
     text = json.dumps(bench(bundle, threads=[1], quick=True), indent=1)
 
     def use(rng: random.Random) -> object:
-        path.write_bytes(mutated(text.encode(), rng) if rng.random() < 0.5 else mutated_json(text, rng).encode())
-        return budgets.as_tables(read(path)), budgets.judge(read(path), {"p95_ms": 5.0, "size_mb": 10.0})
+        path.write_bytes(
+            mutated(text.encode(), rng) if rng.random() < 0.5 else mutated_json(text, rng).encode()
+        )
+        return budgets.as_tables(read(path)), budgets.judge(
+            read(path), {"p95_ms": 5.0, "size_mb": 10.0}
+        )
 
     while True:
         yield use
@@ -247,10 +293,15 @@ def work(kind: str, arguments: argparse.Namespace, first: int, count: int) -> No
     from ftkit_export.runtime.errors import FtkitError
 
     warnings.simplefilter("ignore")
-    makers = {"images": (images, arguments.photos), "csv": (tables, arguments.photos),
-              "onnx": (models, arguments.bundle), "manifest": (manifests, arguments.bundle),
-              "cache": (caches, arguments.photos), "json": (baselines, arguments.bundle),
-              "run": (runs, arguments.run)}  # fmt: skip
+    makers = {
+        "images": (images, arguments.photos),
+        "csv": (tables, arguments.photos),
+        "onnx": (models, arguments.bundle),
+        "manifest": (manifests, arguments.bundle),
+        "cache": (caches, arguments.photos),
+        "json": (baselines, arguments.bundle),
+        "run": (runs, arguments.run),
+    }
     make, source = makers[kind]
     answers: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -272,7 +323,9 @@ def work(kind: str, arguments: argparse.Namespace, first: int, count: int) -> No
 
 def main() -> int:
     """A row a kind of file; exit code 1 when one was answered with a traceback or a crash."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("bundle", "photos", "run"):
         parser.add_argument(name)
     parser.add_argument("--count", type=int, default=10_000)
@@ -296,19 +349,32 @@ def main() -> int:
         share = arguments.count // len(kinds)
         for first in range(0, share, BATCH):
             count = min(BATCH, share - first)
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--batch", f"{kind},{first},{count}"],
-                                  capture_output=True, text=True, check=False)  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--batch", f"{kind},{first},{count}"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             lines = done.stdout.splitlines()
             if done.returncode:
                 total["crash"] += 1
-                print(f"{kind} {first}: exit code {done.returncode}: {done.stderr[-2000:]}", file=sys.stderr)
+                print(
+                    f"{kind} {first}: exit code {done.returncode}: {done.stderr[-2000:]}",
+                    file=sys.stderr,
+                )
                 continue
             total.update(json.loads(lines[-1]))
             for line in lines[:-1]:
-                print(f"{kind}: {json.loads(line)['number']}\n{json.loads(line)['error']}", file=sys.stderr)
+                print(
+                    f"{kind}: {json.loads(line)['number']}\n{json.loads(line)['error']}",
+                    file=sys.stderr,
+                )
         bad += total["traceback"] + total["crash"]
-        print(f"| {kind} | {share} | {total['used']} | {total['refused']} | {total['traceback']} | {total['crash']} "
-              f"| {time.perf_counter() - begun:.0f} |", flush=True)  # fmt: skip
+        print(
+            f"| {kind} | {share} | {total['used']} | {total['refused']} | {total['traceback']} | {total['crash']} "
+            f"| {time.perf_counter() - begun:.0f} |",
+            flush=True,
+        )
     return 1 if bad else 0
 
 

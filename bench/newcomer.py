@@ -24,12 +24,20 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Print each command with its seconds, then the sums."""
     page = (ROOT / "docs" / "index.md").read_text().split("## ")[0]
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    commands = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+        for line in block.splitlines()
+    ]
     commands = [line for line in commands if not line.startswith("ftkit try")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_elpv(folder / "all", split=False)
-        environment = {**os.environ, "FTKIT_CACHE": str(folder / "cache"), "PYTHONDONTWRITEBYTECODE": ""}
+        environment = {
+            **os.environ,
+            "FTKIT_CACHE": str(folder / "cache"),
+            "PYTHONDONTWRITEBYTECODE": "",
+        }
         rows = [("command", "seconds")]
         whole = time.perf_counter()
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder / "ftkit")], check=True)
@@ -41,8 +49,14 @@ def main() -> None:
         activated = ""
         for command in commands:
             begun = time.perf_counter()
-            done = subprocess.run(["bash", "-ec", f"{activated}{command}"], cwd=folder / "ftkit", env=environment,
-                                  capture_output=True, text=True, check=False)  # fmt: skip
+            done = subprocess.run(
+                ["bash", "-ec", f"{activated}{command}"],
+                cwd=folder / "ftkit",
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
             rows.append((command, f"{time.perf_counter() - begun:.0f}"))
             activated += f"{command}\n" if "activate" in command else ""
             if done.returncode:
@@ -52,8 +66,12 @@ def main() -> None:
                 verified = time.perf_counter() - whole
     print(console.table(rows))
     lines = [line for line in page.splitlines() if line.strip()]
-    last = next(i for i, line in enumerate(commands, start=2) if line.startswith("ftkit verify"))  # 1 is the clone
-    print(f"from clone to verified bundle: {console.clock(verified)}, {last} commands; {len(lines)} lines to read")
+    last = next(
+        i for i, line in enumerate(commands, start=2) if line.startswith("ftkit verify")
+    )  # 1 is the clone
+    print(
+        f"from clone to verified bundle: {console.clock(verified)}, {last} commands; {len(lines)} lines to read"
+    )
 
 
 if __name__ == "__main__":

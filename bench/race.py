@@ -56,7 +56,9 @@ def write_three_splits(out: Path) -> None:
 @torch.inference_mode()
 def _accuracy(model: torch.nn.Module, test: DataLoader) -> float:
     model.eval()
-    return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test) / len(test.dataset)
+    return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test) / len(
+        test.dataset
+    )
 
 
 def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
@@ -90,7 +92,7 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
         ResizeMethod,
         params,
         set_seed,
-    )  # fmt: skip
+    )
 
     class NoValidation(Callback):
         def before_validate(self) -> None:
@@ -104,10 +106,17 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
     orientations = torch.tensor([0, 1, 2, 4])  # as drawn, mirrored, upside down, both
     flips = Dihedral(p=1.0, draw=lambda x: orientations[torch.randint(4, (len(x),))])
     loaders = ImageDataLoaders.from_folder(
-        data, train="train", valid="test", bs=BATCH, num_workers=2, item_tfms=Resize(224, ResizeMethod.Squish),
+        data,
+        train="train",
+        valid="test",
+        bs=BATCH,
+        num_workers=2,
+        item_tfms=Resize(224, ResizeMethod.Squish),
         batch_tfms=[flips, normalise],
-    )  # fmt: skip
-    deeper = [model.get_submodule(name) for name in trainable(backbone, "last:2") if name != backbone.head]
+    )
+    deeper = [
+        model.get_submodule(name) for name in trainable(backbone, "last:2") if name != backbone.head
+    ]
     inside = {id(p) for module in deeper for p in module.parameters()}
     top = list(model.get_submodule(backbone.head).parameters())
 
@@ -116,8 +125,13 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
         return [body, [p for module in deeper for p in params(module)], top]
 
     learner = Learner(
-        loaders, model, loss_func=F.cross_entropy, splitter=split, train_bn=False, cbs=[NoValidation()]
-    )  # fmt: skip
+        loaders,
+        model,
+        loss_func=F.cross_entropy,
+        splitter=split,
+        train_bn=False,
+        cbs=[NoValidation()],
+    )
     with learner.no_bar(), learner.no_logging():
         learner.freeze()
         learner.fit_one_cycle(head, HEAD_LR)
@@ -141,7 +155,9 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
             super().__init__()
             self.net = backbone.model
 
-        def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> torch.Tensor:
+        def training_step(
+            self, batch: tuple[torch.Tensor, torch.Tensor], index: int
+        ) -> torch.Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -152,17 +168,28 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
             rest = [m for name, m in module.net.named_children() if name != backbone.head]
             self.freeze(rest, train_bn=False)
 
-        def finetune_function(self, module: Module, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        def finetune_function(
+            self, module: Module, epoch: int, optimizer: torch.optim.Optimizer
+        ) -> None:
             if epoch == head:
-                parts = [module.net.get_submodule(n) for n in trainable(backbone, "last:2") if n != backbone.head]
+                parts = [
+                    module.net.get_submodule(n)
+                    for n in trainable(backbone, "last:2")
+                    if n != backbone.head
+                ]
                 self.unfreeze_and_add_param_group(parts, optimizer, lr=DEEP_LR, train_bn=True)
                 optimizer.param_groups[0]["lr"] = DEEP_LR
 
     begun = time.perf_counter()
     trainer = pl.Trainer(
-        max_epochs=head + deep, accelerator="cpu", callbacks=[Thaw()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=head + deep,
+        accelerator="cpu",
+        callbacks=[Thaw()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     module = Module()
     trainer.fit(module, training)
     seconds = time.perf_counter() - begun
@@ -172,13 +199,27 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
 def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
     """The same work as a recipe. Four views are the four orientations that two flips have."""
     grey = (127.0, 127.0, 127.0)
-    stages = [Stage(train="head", epochs=head, lr=HEAD_LR, optimizer="adam", schedule="constant", views=4)]
+    stages = [
+        Stage(train="head", epochs=head, lr=HEAD_LR, optimizer="adam", schedule="constant", views=4)
+    ]
     if deep:
-        stages.append(Stage(train="last:2", epochs=deep, lr=DEEP_LR, optimizer="adam", schedule="constant", views=4))
+        stages.append(
+            Stage(
+                train="last:2",
+                epochs=deep,
+                lr=DEEP_LR,
+                optimizer="adam",
+                schedule="constant",
+                views=4,
+            )
+        )
     recipe = Recipe(
-        name="race", backbone="efficientnet_lite0", augment=Augment(hflip=True, vflip=True), stages=tuple(stages),
+        name="race",
+        backbone="efficientnet_lite0",
+        augment=Augment(hflip=True, vflip=True),
+        stages=tuple(stages),
         preprocess=Preprocess(size=224, resize=224, mean=grey, std=(128.0, 128.0, 128.0)),
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
         begun = time.perf_counter()
@@ -192,11 +233,22 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
     torch.manual_seed(seed)
     preprocess = Preprocess(size=224, resize=224, mean=(127.0,) * 3, std=(128.0,) * 3)
     canvases, backbone = build_canvases(read(data), preprocess), build("efficientnet_lite0", 4)
-    model, names = backbone.model.to(memory_format=torch.channels_last), trainable(backbone, "last:2")
-    views = Views(canvases=canvases, preprocess=preprocess, augment=Augment(hflip=True, vflip=True), count=4, seed=seed,
-                  source=Source(canvases.array, len(canvases.slots), 224 * 224 * 3, torch.device("cpu")))  # fmt: skip
+    model, names = (
+        backbone.model.to(memory_format=torch.channels_last),
+        trainable(backbone, "last:2"),
+    )
+    views = Views(
+        canvases=canvases,
+        preprocess=preprocess,
+        augment=Augment(hflip=True, vflip=True),
+        count=4,
+        seed=seed,
+        source=Source(canvases.array, len(canvases.slots), 224 * 224 * 3, torch.device("cpu")),
+    )
     rows = canvases.rows("train")
-    chunks = [views.pixels(rows, view, start) for view in range(4) for start in range(0, len(rows), CHUNK)]
+    chunks = [
+        views.pixels(rows, view, start) for view in range(4) for start in range(0, len(rows), CHUNK)
+    ]
     graph = trace(model)
     assert graph is not None
     run, _ = runner(frozen_part(graph, [frontier(graph, under(names))]), chunks[0])
@@ -205,12 +257,17 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
     seconds = time.perf_counter() - begun
     resident = torch.from_numpy(np.concatenate(outputs)[: len(rows)])
     del chunks, outputs
-    batches = [resident[start : start + BATCH].contiguous(memory_format=torch.channels_last)
-               for start in range(0, len(rows) - BATCH + 1, BATCH)]  # fmt: skip
+    batches = [
+        resident[start : start + BATCH].contiguous(memory_format=torch.channels_last)
+        for start in range(0, len(rows) - BATCH + 1, BATCH)
+    ]
     set_mode(model, names, batchnorm=True)
     graph = trace(model)
     assert graph is not None
-    suffix, targets = trained_part(graph, frontier(graph, under(names))), torch.zeros(BATCH, dtype=torch.long)
+    suffix, targets = (
+        trained_part(graph, frontier(graph, under(names))),
+        torch.zeros(BATCH, dtype=torch.long),
+    )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     begun = time.perf_counter()
     for _ in range(deep):
@@ -222,13 +279,19 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
 
 CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
-    "ftkit": ftkit, "floor": floor, "tutorial": tutorial, "fastai": fastai, "lightning": lightning,
-}  # fmt: skip
+    "ftkit": ftkit,
+    "floor": floor,
+    "tutorial": tutorial,
+    "fastai": fastai,
+    "lightning": lightning,
+}
 
 
 def main() -> None:
     """One line a run, then a table: mean accuracy, mean seconds, ratio to ftkit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--who", default=",".join(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -249,11 +312,15 @@ def main() -> None:
                     continue
                 results.setdefault(name, []).append(outcome)
                 print(f"{name}, seed {seed}: {outcome[0]:.4f} in {outcome[1]:.0f} s", flush=True)
-    ours = statistics.mean(seconds for _, seconds in results["ftkit"]) if "ftkit" in results else None
+    ours = (
+        statistics.mean(seconds for _, seconds in results["ftkit"]) if "ftkit" in results else None
+    )
     print("\n| who | test accuracy | seconds | ratio |\n|---|---|---|---|")
     for name, outcomes in results.items():
         accuracy, seconds = (statistics.mean(values) for values in zip(*outcomes, strict=True))
-        print(f"| {name} | {accuracy:.4f} | {seconds:.0f} | {f'{seconds / ours:.1f}' if ours else ''} |")
+        print(
+            f"| {name} | {accuracy:.4f} | {seconds:.0f} | {f'{seconds / ours:.1f}' if ours else ''} |"
+        )
 
 
 if __name__ == "__main__":

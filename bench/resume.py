@@ -23,10 +23,18 @@ import torch
 from accuracy import write_random_split
 
 COMMAND = (
-    "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli.main import main; main()"
+    "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; "
+    "from ftkit.cli.main import main; main()"
 )
-SETTINGS = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=3", "stages.0.views=2", "stages.1.views=2",
-            "stages.1.epochs=2", "augment.vflip=true")  # fmt: skip
+SETTINGS = (
+    "preprocess.size=96",
+    "preprocess.resize=96",
+    "stages.0.epochs=3",
+    "stages.0.views=2",
+    "stages.1.views=2",
+    "stages.1.epochs=2",
+    "augment.vflip=true",
+)
 
 
 def begin(data: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -38,12 +46,16 @@ def begin(data: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
 def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
     """Weights and metrics of a finished run, its speeds left out."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return safetensors.torch.load_file(out / "model.safetensors"), [{**line, "images_per_s": 0} for line in lines]
+    return safetensors.torch.load_file(out / "model.safetensors"), [
+        {**line, "images_per_s": 0} for line in lines
+    ]
 
 
 def main() -> None:
     """Print a line a run, then the count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=30)
     options, rng = parser.parse_args(), random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
@@ -63,7 +75,11 @@ def main() -> None:
             out, runs = Path(scratch) / f"run-{runs}", runs + 1
             here = 0
             while here < 3 and kills < options.kills:
-                process = begin(data, out, *(["--resume"] if (out / "state").exists() else [*chosen, "--resume"]))
+                process = begin(
+                    data,
+                    out,
+                    *(["--resume"] if (out / "state").exists() else [*chosen, "--resume"]),
+                )
                 try:
                     process.wait(timeout=rng.uniform(0.4, 1.0) * seconds)
                     break  # it ended before its time

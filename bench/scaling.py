@@ -48,8 +48,10 @@ with joined(sys.argv[1]) as (device, ranks):
 def _subset(data: Path, wanted: int) -> Path:
     """A CSV of so many training photographs, and 40 to judge."""
     files = random.Random(0).sample(sorted(data.rglob("*.png")), min(wanted + 40, 2223))
-    lines = [f"{path},{path.parent.name},{'train' if n < wanted else ('val', 'test')[n % 2]}"
-             for n, path in enumerate(files)]  # fmt: skip
+    lines = [
+        f"{path},{path.parent.name},{'train' if n < wanted else ('val', 'test')[n % 2]}"
+        for n, path in enumerate(files)
+    ]
     table = data / f"{wanted}.csv"
     table.write_text("\n".join(["path,label,split", *lines]) + "\n")
     return table
@@ -67,35 +69,72 @@ def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> 
     data = many_photographs(scratch / "scaling", 1)
     sized = sum(p.numel() for p in build("efficientnet_lite0", 4, "none").model.parameters())
     (scratch / "reduce.py").write_text(REDUCE)
-    lines = ["| processes | images/s in all | of one, times N | of N apart | all-reduce of the gradients | of a flag |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    environment, alone = {**os.environ, "FTKIT_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"}, 0.0
+    lines = [
+        "| processes | images/s in all | of one, times N | of N apart | all-reduce of the gradients | of a flag |",
+        "|---|---|---|---|---|---|",
+    ]
+    environment, alone = (
+        {**os.environ, "FTKIT_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"},
+        0.0,
+    )
 
     def command(name: str, batch: int, place: str) -> list[str]:
         recipe = scratch / f"full-{batch}.py"
-        recipe.write_text("from ftkit.recipe import Recipe, Stage\nrecipe = Recipe(name='full', backbone="
-                          "'efficientnet_lite0', weights='none', stages=(Stage(train='all', epochs=3, lr=1e-4, "
-                          f"batch_size={batch}, cache='off'),))\n")  # fmt: skip
+        recipe.write_text(
+            "from ftkit.recipe import Recipe, Stage\nrecipe = Recipe(name='full', backbone="
+            "'efficientnet_lite0', weights='none', stages=(Stage(train='all', epochs=3, lr=1e-4, "
+            f"batch_size={batch}, cache='off'),))\n"
+        )
         table = _subset(data, batch * (40 if device == "cuda" else 5))
-        return ["-m", "ftkit", "train", str(table), "--recipe", str(recipe), "--out", str(scratch / name),
-                "--device", place]  # fmt: skip
+        return [
+            "-m",
+            "ftkit",
+            "train",
+            str(table),
+            "--recipe",
+            str(recipe),
+            "--out",
+            str(scratch / name),
+            "--device",
+            place,
+        ]
 
     for count in processes:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        subprocess.run([*start, *command(f"run-{count}", each * count, device)], check=True, env=environment)
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(count),
+        ]
+        subprocess.run(
+            [*start, *command(f"run-{count}", each * count, device)], check=True, env=environment
+        )
         speed, spent = _best(scratch / f"run-{count}"), ["", ""]
         alone, apart = alone or speed / count, speed
         if count > 1:
-            running = [subprocess.Popen([sys.executable, *command(f"apart-{count}-{number}", each, device)],
-                                        env={**environment, "CUDA_VISIBLE_DEVICES": str(number)})
-                       for number in range(count)]  # fmt: skip
+            running = [
+                subprocess.Popen(
+                    [sys.executable, *command(f"apart-{count}-{number}", each, device)],
+                    env={**environment, "CUDA_VISIBLE_DEVICES": str(number)},
+                )
+                for number in range(count)
+            ]
             assert not any(process.wait() for process in running)
             apart = sum(_best(scratch / f"apart-{count}-{number}") for number in range(count))
-            done = subprocess.run([*start, str(scratch / "reduce.py"), device, str(sized)], check=True, env=environment,
-                                  stdout=subprocess.PIPE, text=True)  # fmt: skip
+            done = subprocess.run(
+                [*start, str(scratch / "reduce.py"), device, str(sized)],
+                check=True,
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             spent = [f"{float(word):.2f} ms" for word in done.stdout.split()[-2:]]
-        lines.append(f"| {count} | {speed:.1f} | {speed / (alone * count):.0%} | {speed / apart:.0%} | {spent[0]} | "
-                     f"{spent[1]} |")  # fmt: skip
+        lines.append(
+            f"| {count} | {speed:.1f} | {speed / (alone * count):.0%} | {speed / apart:.0%} | {spent[0]} | "
+            f"{spent[1]} |"
+        )
     return "\n".join(lines)
 
 
@@ -105,29 +144,45 @@ def paper() -> str:
     Ring all-reduce: 2 (N - 1) / N x bytes at the slowest link, and 2 (N - 1) hops; BatchNorm over the global batch: a
     gather forward and a sum backward each, log2(N) hops; the flag of a step: log2(N) hops by TCP.
     """
-    inside, between = 300e9, 40e9  # bytes/s a GPU: 2/3 of NVLink 4's 450 GB/s, 80 % of a 400 Gbit/s adapter
-    lines = ["| model | gradients | step, one GPU | GPUs | all-reduce | BatchNorm | efficiency | all-reduce hidden |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    inside, between = (
+        300e9,
+        40e9,
+    )  # bytes/s a GPU: 2/3 of NVLink 4's 450 GB/s, 80 % of a 400 Gbit/s adapter
+    lines = [
+        "| model | gradients | step, one GPU | GPUs | all-reduce | BatchNorm | efficiency | all-reduce hidden |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name in MODELS:
         model = build(MODELS[name], 1000, "none").model
         size = 4 * sum(p.numel() for p in model.parameters())
-        norms = sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        norms = sum(
+            isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()
+        )
         step = PAPER_BATCH / TIMM[name]
         for count in (8, 64):
             bandwidth, hop = (inside, 5e-6) if count <= 8 else (between, 15e-6)
             rounds = (count - 1).bit_length()
             reduce = 2 * (count - 1) / count * size / bandwidth + 2 * (count - 1) * hop
             synced, flag = 2 * norms * rounds * hop, rounds * 50e-6
-            bare, hidden = step / (step + reduce + synced + flag), step / (max(step, reduce) + synced + flag)
-            lines.append(f"| {name} | {size / 1e6:.0f} MB | {step * 1e3:.0f} ms | {count} | {reduce * 1e3:.1f} ms | "
-                         f"{synced * 1e3:.1f} ms | {bare:.1%} | {hidden:.1%} |")  # fmt: skip
+            bare, hidden = (
+                step / (step + reduce + synced + flag),
+                step / (max(step, reduce) + synced + flag),
+            )
+            lines.append(
+                f"| {name} | {size / 1e6:.0f} MB | {step * 1e3:.0f} ms | {count} | {reduce * 1e3:.1f} ms | "
+                f"{synced * 1e3:.1f} ms | {bare:.1%} | {hidden:.1%} |"
+            )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure, reckon, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--processes", default="1,2,4")
     parser.add_argument("--each", type=int, default=16, help="images a process and step")
     parser.add_argument("--paper", action="store_true", help="only reckon")

@@ -49,7 +49,9 @@ def train(folder: Path) -> None:
     photos = folder / "photos"
     if not photos.is_dir():
         write_elpv(photos, split=True)
-    labels = {image.path: image for image in read(photos, group_by=GROUPS).images if image.split == "test"}
+    labels = {
+        image.path: image for image in read(photos, group_by=GROUPS).images if image.split == "test"
+    }
     truth = np.array([image.label for image in labels.values()])
     groups = [image.group for image in labels.values()]
     rows = [("recipe", "size", "test accuracy [95 %]", "drop, points [95 %]", "s")]
@@ -58,7 +60,9 @@ def train(folder: Path) -> None:
         out = folder / f"{recipe}-{size}"
         if not (out / "run.json").is_file():
             settings = ["augment.vflip=true", f"preprocess.size={size}"]
-            ftkit.train(photos, out=out, recipe=recipe, settings=settings, group_by=GROUPS, quiet=True)
+            ftkit.train(
+                photos, out=out, recipe=recipe, settings=settings, group_by=GROUPS, quiet=True
+            )
         data = open_run(out).data
         test, right = data["metrics"]["test"], np.array(data["answers"]) == truth
         first = right if first is None else first
@@ -86,7 +90,10 @@ def time(folder: Path) -> None:
             preprocess = plan.preprocess or backbone.preprocess
             path = Path(scratch) / f"{number}.onnx"
             core = export_core(backbone.model, preprocess.size).model
-            metadata = {"preprocess": json.dumps(dataclasses.asdict(preprocess)), "labels": '["a", "b", "c", "d"]'}
+            metadata = {
+                "preprocess": json.dumps(dataclasses.asdict(preprocess)),
+                "labels": '["a", "b", "c", "d"]',
+            }
             write(image_form(core, preprocess, 1.0), path, metadata)
             files.append(path)
         raced = race(files, photograph, frame=FRAME)
@@ -94,13 +101,17 @@ def time(folder: Path) -> None:
         for (recipe, size), item, path in zip(TIMED, raced, files, strict=True):
             megabytes = f"{path.stat().st_size / 1e6:.1f}"
             ratio = f"{item.ratio:.2f}"
-            rows.append((recipe, str(size), f"{item.p50_ms:.2f}", f"{item.p95_ms:.2f}", ratio, megabytes))
+            rows.append(
+                (recipe, str(size), f"{item.p50_ms:.2f}", f"{item.p95_ms:.2f}", ratio, megabytes)
+            )
     print(f"{console.frames(FRAME)}, one thread, fp32\n{console.table(rows)}\n{machine()}")
 
 
 def main() -> None:
     """One of the two."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["train", "time"])
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()

@@ -44,9 +44,22 @@ def timed(command: tuple[str, ...]) -> tuple[float, dict[str, float]]:
 def startup(scratch: Path) -> dict[str, float]:
     """Medians in ms of whole processes."""
     out = scratch / "startup.json"
-    subprocess.run([sys.executable, "-m", "pytest", "-q", Path(__file__).with_name("test_startup.py"),
-                    f"--benchmark-json={out}"], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-    return {item["name"]: 1e3 * item["stats"]["median"] for item in json.loads(out.read_text())["benchmarks"]}
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            Path(__file__).with_name("test_startup.py"),
+            f"--benchmark-json={out}",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return {
+        item["name"]: 1e3 * item["stats"]["median"]
+        for item in json.loads(out.read_text())["benchmarks"]
+    }
 
 
 def main() -> None:
@@ -58,8 +71,11 @@ def main() -> None:
         data, run, bundle = (scratch / name for name in ("photos", "run", "bundle"))
         write_elpv(data, split=True)
         rows, spent = ["| part | seconds |", "|---|---|"], {}
-        for command in (("train", str(data), "--out", str(run), *SETTINGS),
-                        ("export", str(run), "--out", str(bundle), "--quick"), ("verify", str(bundle))):  # fmt: skip
+        for command in (
+            ("train", str(data), "--out", str(run), *SETTINGS),
+            ("export", str(run), "--out", str(bundle), "--quick"),
+            ("verify", str(bundle)),
+        ):
             whole, found = timed(command)
             spent[command[0]] = {"whole": whole, **found}
             rows.append(f"| **ftkit {command[0]}** | **{whole:.1f}** |")
@@ -69,24 +85,33 @@ def main() -> None:
         rates = {epoch["train"]: epoch["images_per_s"] for epoch in epochs}
         manifest = json.loads((bundle / "manifest.json").read_text())
         files = manifest["variants"]["fp32"]
-        pieces = parts(Condition(model=str(bundle / files["file"]), threads=1), bundle / files["core"],
-                       bundle / "golden" / "00.png")  # fmt: skip
+        pieces = parts(
+            Condition(model=str(bundle / files["file"]), threads=1),
+            bundle / files["core"],
+            bundle / "golden" / "00.png",
+        )
     images = 2223
-    tables.write("speed", "\n".join([
-        "| what | measured |", "|---|---|",
-        f"| start-up: `ftkit --help`, whole process | {starts['test_help']:.0f} ms |",
-        f"| prediction: `ftkit predict` of one photograph, whole process | "
-        f"{starts['test_predict_one_photograph']:.0f} ms |",
-        f"| canvases: {images} photographs decoded, hashed, written | "
-        f"{images / spent['train']['decoding']:.0f} images/s |",
-        f"| training, head stage | {rates['head']:.0f} images/s |",
-        f"| training, last:2 on the cached prefix | {rates['last:2']:.0f} images/s |",
-        f"| training, whole `ftkit train` | {spent['train']['whole']:.0f} s |",
-        f"| export, whole `ftkit export --quick` with int8 | {spent['export']['whole']:.0f} s |",
-        f"| preprocessing in the file, one thread | {pieces.preprocess_ms:.2f} ms (Pillow and numpy "
-        f"{pieces.pillow_ms:.2f}) |",
-        f"| network, one thread | {pieces.network_ms:.2f} ms |",
-    ]))  # fmt: skip
+    tables.write(
+        "speed",
+        "\n".join(
+            [
+                "| what | measured |",
+                "|---|---|",
+                f"| start-up: `ftkit --help`, whole process | {starts['test_help']:.0f} ms |",
+                f"| prediction: `ftkit predict` of one photograph, whole process | "
+                f"{starts['test_predict_one_photograph']:.0f} ms |",
+                f"| canvases: {images} photographs decoded, hashed, written | "
+                f"{images / spent['train']['decoding']:.0f} images/s |",
+                f"| training, head stage | {rates['head']:.0f} images/s |",
+                f"| training, last:2 on the cached prefix | {rates['last:2']:.0f} images/s |",
+                f"| training, whole `ftkit train` | {spent['train']['whole']:.0f} s |",
+                f"| export, whole `ftkit export --quick` with int8 | {spent['export']['whole']:.0f} s |",
+                f"| preprocessing in the file, one thread | {pieces.preprocess_ms:.2f} ms (Pillow and numpy "
+                f"{pieces.pillow_ms:.2f}) |",
+                f"| network, one thread | {pieces.network_ms:.2f} ms |",
+            ]
+        ),
+    )
     tables.write("demo", "\n".join(rows))
 
 

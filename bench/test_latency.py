@@ -30,18 +30,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_latency(
-    benchmark: BenchmarkFixture, latency: Measured, condition: Condition, pytestconfig: pytest.Config
+    benchmark: BenchmarkFixture,
+    latency: Measured,
+    condition: Condition,
+    pytestconfig: pytest.Config,
 ) -> None:
     """Rounds of pytest-benchmark, beside ftkit's p50 and p95 from a fresh process."""
     image = find(pytestconfig.getoption("--bundle")).image
     session = opened(condition)
     call = runner(session, condition, feeds(session, image and str(image), condition.batch))
     benchmark.pedantic(call, rounds=200, warmup_rounds=20)
-    found = latency(condition.model, image=image, threads=condition.threads, spinning=condition.spinning)
+    found = latency(
+        condition.model, image=image, threads=condition.threads, spinning=condition.spinning
+    )
     assert found["p50_ms"] > 0
 
 
-def test_no_slower(benchmark: BenchmarkFixture, latency: Measured, pytestconfig: pytest.Config) -> None:
+def test_no_slower(
+    benchmark: BenchmarkFixture, latency: Measured, pytestconfig: pytest.Config
+) -> None:
     """The regression gate, its verdicts in extra_info."""
     candidate, baseline = pytestconfig.getoption("--bundle"), pytestconfig.getoption("--against")
     if not (candidate and baseline):

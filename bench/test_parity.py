@@ -32,14 +32,28 @@ def test_parity_on_cpu(benchmark: BenchmarkFixture, tmp_path: Path, name: str) -
     files = sorted((Path(elpv_file).parent / "data" / "images").glob("*.png"))[::11]
     photographs = [decode(path) for path in files]
     canvases = np.stack([preprocess.canvas(image) for image in photographs])
-    arguments = (Reference(backbone.model), tmp_path / "core.onnx", tmp_path / "model.onnx", canvases, photographs[:64],
-                 preprocess, 1.0, core.layers)  # fmt: skip
+    arguments = (
+        Reference(backbone.model),
+        tmp_path / "core.onnx",
+        tmp_path / "model.onnx",
+        canvases,
+        photographs[:64],
+        preprocess,
+        1.0,
+        core.layers,
+    )
     parity: Parity = benchmark.pedantic(compare, args=arguments, rounds=1)
     for check in parity.checks:
         if check.floor:
             units = check.value / check.floor
-            benchmark.extra_info[check.group] = f"{units:.2f} f (max |difference| {check.value:.2e})"
-            print(f"{name}, {check.group}: {units:.2f} f, f = {check.floor:.2e}, max |difference| {check.value:.2e}")
+            benchmark.extra_info[check.group] = (
+                f"{units:.2f} f (max |difference| {check.value:.2e})"
+            )
+            print(
+                f"{name}, {check.group}: {units:.2f} f, f = {check.floor:.2e}, max |difference| {check.value:.2e}"
+            )
     worst = parity.worst
-    print(f"{name}: worst check {worst.name}, {worst.group}, at {worst.value / (worst.limit or 1):.2f} of its limit")
+    print(
+        f"{name}: worst check {worst.name}, {worst.group}, at {worst.value / (worst.limit or 1):.2f} of its limit"
+    )
     assert parity.passed, worst

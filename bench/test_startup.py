@@ -23,7 +23,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone = build("efficientnet_lite0", 4)
     path = tmp_path_factory.mktemp("model") / "model.onnx"
     core = export_core(backbone.model, 224)
-    write(image_form(core.model, backbone.preprocess, 1.0), path, {"labels": '["a", "b", "c", "d"]'})
+    write(
+        image_form(core.model, backbone.preprocess, 1.0), path, {"labels": '["a", "b", "c", "d"]'}
+    )
     return path
 
 

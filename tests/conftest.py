@@ -28,12 +28,21 @@ from ftkit.models.weights import fingerprint
 from ftkit_export.runtime.verify import with_digest
 
 PER_CLASS = 30
-TINY = ("preprocess.size=96", "preprocess.resize=96", "stages.0.epochs=6", "stages.1.epochs=2", "stages.1.train=last:1",
-        "stages.0.views=2", "stages.1.views=2", "stages.1.batch_size=16")  # fmt: skip
+TINY = (
+    "preprocess.size=96",
+    "preprocess.resize=96",
+    "stages.0.epochs=6",
+    "stages.1.epochs=2",
+    "stages.1.train=last:1",
+    "stages.0.views=2",
+    "stages.1.views=2",
+    "stages.1.batch_size=16",
+)
 
 # The real command, saving after every step: so that a kill meets a save or the step after it.
 COMMAND = (
-    "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; from ftkit.cli.main import main; main()"
+    "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; "
+    "from ftkit.cli.main import main; main()"
 )
 
 
@@ -51,7 +60,15 @@ def bare(folder: Path, *arguments: str) -> Path:
     """The Python of a fresh virtual environment with what `pip install` makes of these arguments, and no more."""
     venv.create(folder)
     python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "--quiet"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "--disable-pip-version-check",
+        "--quiet",
+    ]
     subprocess.run([*pip, "install", "--no-compile", *arguments], check=True, capture_output=True)
     return python
 
@@ -134,7 +151,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder, private = tmp_path_factory.mktemp("keys"), Ed25519PrivateKey.generate()
     pem = serialization.Encoding.PEM
     plain, info = serialization.NoEncryption(), serialization.PublicFormat.SubjectPublicKeyInfo
-    (folder / "key.pem").write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    (folder / "key.pem").write_bytes(
+        private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    )
     (folder / "pub.pem").write_bytes(private.public_key().public_bytes(pem, info))
     return folder / "key.pem", folder / "pub.pem"
 
@@ -143,7 +162,19 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def bundle(run: Path, keys: tuple[Path, Path]) -> Path:
     """The run's bundle, with everything an export can add."""
     out = run.parent / "small bundle"
-    result = ftkit("export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--zip", "--sign", keys[0])
+    result = ftkit(
+        "export",
+        run,
+        "--out",
+        out,
+        "--quick",
+        "--c",
+        "--ort",
+        "--handoff",
+        "--zip",
+        "--sign",
+        keys[0],
+    )
     assert result.exit_code == 0, result.output
     (out.parent / "export.txt").write_text(result.stdout)
     return out

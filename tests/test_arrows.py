@@ -28,7 +28,14 @@ FLOORS = {
         ("models",),
         ("recipe", "utils"),
     ),
-    "export/ftkit_export": (("device",), ("bundle",), ("proof",), ("conversion",), ("runtime",), ("__init__",)),
+    "export/ftkit_export": (
+        ("device",),
+        ("bundle",),
+        ("proof",),
+        ("conversion",),
+        ("runtime",),
+        ("__init__",),
+    ),
 }
 
 

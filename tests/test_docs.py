@@ -28,7 +28,9 @@ def _blocks(kind: str, page: str = PAGE) -> list[str]:
 def _accepted(words: list[str]) -> None:
     """`ftkit train ...` as click reads it, without running it."""
     command = main.commands[words[0]]
-    command.make_context(words[0], [word for word in words[1:] if word != "\n"], parent=click.Context(main))
+    command.make_context(
+        words[0], [word for word in words[1:] if word != "\n"], parent=click.Context(main)
+    )
 
 
 def _torchrun(words: list[str]) -> None:
@@ -63,7 +65,9 @@ def test_the_pytorchjob_mounts_what_it_declares_and_runs_what_there_is() -> None
     pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["name"] == "pytorch", "the operator looks for this very name"
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     assert container["command"][0] == "torchrun"
     assert dict(zip(("name", "value"), FRESH_STORE.split("="), strict=True)) in container["env"]
     _torchrun(container["command"][1:])
@@ -74,12 +78,17 @@ def test_every_example_is_one_that_runs(page: Path) -> None:
     """Shell as bash parses it, its ftkit lines as click reads them; Python that compiles; YAML that loads."""
     text = page.read_text()
     for block in _blocks("sh", text):
-        parsed = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+        parsed = subprocess.run(
+            ["bash", "-n"], input=block, text=True, capture_output=True, check=False
+        )
         assert parsed.returncode == 0, f"{block}\n{parsed.stderr}"
         for line in re.sub(r"\\\n", " ", block).splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["ftkit"]:
-                stop = next((i for i, word in enumerate(words) if word in ("|", "||", "&&", ">", "<", ";")), len(words))
+                stop = next(
+                    (i for i, word in enumerate(words) if word in ("|", "||", "&&", ">", "<", ";")),
+                    len(words),
+                )
                 _accepted(words[1:stop])
     for block in _blocks("python", text):
         compile(block, str(page), "exec")
@@ -89,7 +98,11 @@ def test_every_example_is_one_that_runs(page: Path) -> None:
 
 def test_every_error_class_and_exit_code_is_documented() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.FtkitError)]
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.FtkitError)
+    ]
     assert len(kinds) > 4
     assert [kind.__name__ for kind in kinds if f"`{kind.__name__}`" not in page] == []
     table = dict(re.findall(r"^\| ([\d, ]+) \| (.+) \|$", page, re.MULTILINE))
@@ -97,7 +110,9 @@ def test_every_error_class_and_exit_code_is_documented() -> None:
     assert {str(kind.exit_code) for kind in kinds} <= set(table)
 
 
-def test_the_readers_of_metrics_hand_over_every_figure(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readers_of_metrics_hand_over_every_figure(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within five lines; MLflow and Weights & Biases themselves are stood in for: what they are called with counts."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     got: list[dict[str, Any]] = []
@@ -106,12 +121,17 @@ def test_the_readers_of_metrics_hand_over_every_figure(run: Path, monkeypatch: p
         def __enter__(self) -> None: ...
         def __exit__(self, *_: object) -> None: ...
 
-    mlflow = SimpleNamespace(start_run=lambda run_name: Opened(), log_metrics=lambda values, step: got.append(values))
+    mlflow = SimpleNamespace(
+        start_run=lambda run_name: Opened(), log_metrics=lambda values, step: got.append(values)
+    )
     wandb = SimpleNamespace(init=lambda project: Opened(), log=got.append)
     monkeypatch.chdir(run.parent)
     (run.parent / "run").symlink_to(run)
     page = (ROOT / "docs" / "python.md").read_text()
-    for name, module, keys in (("mlflow", mlflow, {"loss", "lr", "val_accuracy"}), ("wandb", wandb, set(lines[0]))):
+    for name, module, keys in (
+        ("mlflow", mlflow, {"loss", "lr", "val_accuracy"}),
+        ("wandb", wandb, set(lines[0])),
+    ):
         (code,) = (block for block in _blocks("python", page) if name in block)
         body = code.split("\n\n", 1)[1]
         assert len(body.strip().splitlines()) <= 5

@@ -7,10 +7,16 @@ from pathlib import Path
 BENCH = Path(__file__).parents[1] / "bench" / "mutations.py"
 
 
-def test_no_mutated_file_ends_in_a_traceback_or_a_crash(bundle: Path, photos: Path, run: Path) -> None:
+def test_no_mutated_file_ends_in_a_traceback_or_a_crash(
+    bundle: Path, photos: Path, run: Path
+) -> None:
     """Of 150 mutated models 17 did, and a truncated cache entry did in every later run."""
-    done = subprocess.run([sys.executable, BENCH, bundle, photos, run, "--count", "700", "--seed", "suite"],
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, BENCH, bundle, photos, run, "--count", "700", "--seed", "suite"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-4000:]}"
     rows = [line.split("|") for line in done.stdout.splitlines()[2:]]
     assert {row[1].strip(): int(row[2]) for row in rows} == dict.fromkeys(

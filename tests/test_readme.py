@@ -30,17 +30,30 @@ def done(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every console command of the README has run, in order."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(photos, folder / "photos")
-    commands = [line[2:] for block in _blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    commands = [
+        line[2:]
+        for block in _blocks("console")
+        for line in block.splitlines()
+        if line.startswith("$ ")
+    ]
     assert len(commands) >= 5
     for command in commands:
         words = command.split()
         if words[1] == "export":
-            words += ["--quick", "--set", "export.variants=fp32"]  # differs in time only: two minutes
+            words += [
+                "--quick",
+                "--set",
+                "export.variants=fp32",
+            ]  # differs in time only: two minutes
         if words[1] == "train":
             words += settings(*TINY)  # likewise
         if words[0] == "ftkit":  # `pip install .` is how this very environment was made
             result = subprocess.run(
-                [sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, check=False
+                [sys.executable, "-m", *words],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert result.returncode == 0, f"{command}\n{result.stderr}"
     return folder
@@ -48,7 +61,11 @@ def done(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands_leave_a_verified_bundle(done: Path) -> None:
     tree = (ROOT / "docs" / "bundle.md").read_text().split("    bundle/\n")[1].split("\n\n")[0]
-    promised = {word.rstrip("/") for line in tree.splitlines() for word in re.findall(r"^ {6}([\w./]+)", line)}
+    promised = {
+        word.rstrip("/")
+        for line in tree.splitlines()
+        for word in re.findall(r"^ {6}([\w./]+)", line)
+    }
     assert promised <= {path.name for path in (done / "bundle").iterdir()}
 
 
@@ -68,38 +85,58 @@ def _rotated(photo: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_transparent, _rotated])
-def test_the_plain_lines_answer_as_ftkit_does(done: Path, make: Callable[[Path, Path], None]) -> None:
+def test_the_plain_lines_answer_as_ftkit_does(
+    done: Path, make: Callable[[Path, Path], None]
+) -> None:
     """They dropped transparency and the camera's turn: of 400 drawings 163 got another label."""
     make(next(iter((done / "photos" / "mono-ok").iterdir())), done / "photo.jpg")
     code = next(block for block in _blocks("python", "docs/bundle.md") if "onnxruntime" in block)
     script = code + "print(json.dumps(probabilities[0].tolist()))"
-    result = subprocess.run([sys.executable, "-c", script], cwd=done, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=done, capture_output=True, text=True, check=True
+    )
     label, values = result.stdout.splitlines()
     answer = Classifier(done / "bundle")(done / "photo.jpg")
     assert label == answer.label
     assert json.loads(values) == pytest.approx(list(answer.probabilities.values()), abs=1e-5)
     careless = np.asarray(Image.open(done / "photo.jpg").convert("RGB"))
     other = Classifier(done / "bundle").probabilities(careless)
-    assert np.abs(other - list(answer.probabilities.values())).max() > 0.01, "the picture tells them apart"
+    assert np.abs(other - list(answer.probabilities.values())).max() > 0.01, (
+        "the picture tells them apart"
+    )
 
 
 def test_the_workflow_passes_a_release_that_did_not_change(done: Path) -> None:
     """Its own steps, in the shell that GitHub runs them in; the second bundle is the first."""
     shutil.copytree(done / "bundle", done / "released" / "bundle")
     (job,) = yaml.safe_load(_blocks("yaml", "docs/regression-gate.md")[0])["jobs"].values()
-    steps = [step["run"] for step in job["steps"] if "ftkit " in step.get("run", "") and "pip" not in step["run"]]
+    steps = [
+        step["run"]
+        for step in job["steps"]
+        if "ftkit " in step.get("run", "") and "pip" not in step["run"]
+    ]
     assert len(steps) == 3
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for step in (step.replace("ftkit bench bundle", "ftkit bench bundle --seconds 60") for step in steps):
-        result = subprocess.run(["bash", "-e", "-c", step], cwd=done, env={**os.environ, "PATH": path},
-                                capture_output=True, text=True, check=False)  # fmt: skip
+    for step in (
+        step.replace("ftkit bench bundle", "ftkit bench bundle --seconds 60") for step in steps
+    ):
+        result = subprocess.run(
+            ["bash", "-e", "-c", step],
+            cwd=done,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert result.returncode == 0, f"{step}\n{result.stdout}{result.stderr}"
     assert (done / "bench.json").is_file()
 
 
 def test_the_tests_of_their_own_run(done: Path) -> None:
     """The first of them, with limits that any machine keeps; the second is the workflow's gate again."""
-    code = next(block for block in _blocks("python", "docs/regression-gate.md") if "latency_budget" in block)
+    code = next(
+        block for block in _blocks("python", "docs/regression-gate.md") if "latency_budget" in block
+    )
     (done / "test_model.py").write_text(re.sub(r"=(\d+)", r"=\g<1>0", code))
     command = [sys.executable, "-m", "pytest", "-q", "-k", "budgets", "test_model.py"]
     result = subprocess.run(command, cwd=done, capture_output=True, text=True, check=False)
@@ -113,7 +150,12 @@ def test_the_recipe_loads(tmp_path: Path) -> None:
 
 
 def test_every_place_that_contributing_names_exists() -> None:
-    tree = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("## How to add")[0]
+    tree = (
+        (ROOT / "CONTRIBUTING.md")
+        .read_text()
+        .split("## Where things are")[1]
+        .split("## How to add")[0]
+    )
     base, named = ROOT, []
     for line in tree.splitlines():
         if top := re.match(r"^ {4}((?:recipes|toolkit|export)/\w+)/", line):

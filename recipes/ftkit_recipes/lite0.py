@@ -13,11 +13,22 @@ recipe = Recipe(
     name="lite0",
     backbone="efficientnet_lite0",
     # The whole centre square, not its inner 7/8: what an inspection camera frames is what counts.
-    preprocess=Preprocess(size=224, resize=224, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)),
+    preprocess=Preprocess(
+        size=224, resize=224, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)
+    ),
     augment=Augment(hflip=True),
     stages=(
         Stage(train="head", epochs=15, lr=3e-3, weight_decay=0.05, label_smoothing=0.1, views=4),
-        Stage(train="last:2", epochs=6, lr=5e-4, warmup=0.2, weight_decay=0.05, label_smoothing=0.1, ema=0.98, views=4),
+        Stage(
+            train="last:2",
+            epochs=6,
+            lr=5e-4,
+            warmup=0.2,
+            weight_decay=0.05,
+            label_smoothing=0.1,
+            ema=0.98,
+            views=4,
+        ),
     ),
 )
 

@@ -15,7 +15,9 @@ recipe = replace(
     lite0,
     name="lite2",
     backbone="efficientnet_lite2",
-    preprocess=Preprocess(size=260, resize=260, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)),
+    preprocess=Preprocess(
+        size=260, resize=260, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)
+    ),
 )
 
 if __name__ == "__main__":

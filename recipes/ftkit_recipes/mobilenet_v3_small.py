@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from ftkit_recipes.lite0 import recipe as lite0
 
-recipe = replace(lite0, name="mobilenet_v3_small", backbone="mobilenetv3_small_100", preprocess=None)
+recipe = replace(
+    lite0, name="mobilenet_v3_small", backbone="mobilenetv3_small_100", preprocess=None
+)
 
 if __name__ == "__main__":
     from ftkit.cli.main import run_recipe

@@ -22,8 +22,12 @@ def test_a_zip_verifies_and_is_the_same_each_time(bundle: Path, tmp_path: Path) 
     assert (tmp_path / "again.zip").read_bytes() == zipped.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "b/../../outside.txt", "b\\..\\outside.txt", "C:x"])
-def test_a_name_that_leads_outside_is_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["../outside.txt", "/outside.txt", "b/../../outside.txt", "b\\..\\outside.txt", "C:x"]
+)
+def test_a_name_that_leads_outside_is_refused_and_nothing_is_written(
+    tmp_path: Path, name: str
+) -> None:
     path = tmp_path / "in" / "evil.zip"
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
@@ -89,7 +93,10 @@ def test_a_signature_holds_for_its_key_and_its_manifest_only(
     rewrite(copy / "manifest.json", {"name": "another"})
     assert ftkit("verify", copy).exit_code == 0, "hashes alone do not protect the manifest"
     result = ftkit("verify", copy, "--key", keys[1])
-    assert (result.exit_code, "expected a signature by pub.pem, found another" in result.stderr) == (2, True)
+    assert (
+        result.exit_code,
+        "expected a signature by pub.pem, found another" in result.stderr,
+    ) == (2, True)
     (copy / "manifest.sig").unlink()
     assert "expected a signature, found none" in ftkit("verify", copy, "--key", keys[1]).stderr
 
@@ -108,7 +115,11 @@ def test_new_evidence_goes_into_a_copy(bundle: Path, tmp_path: Path) -> None:
         assert ftkit("verify", bundle, "--add-to", copy).exit_code == 0
     (evidence,) = (copy / "evidence").iterdir()
     found = json.loads(evidence.read_text())
-    assert (found["passed"], found["provider"], found["machine"]["onnxruntime"] != "") == (True, "cpu", True)
+    assert (found["passed"], found["provider"], found["machine"]["onnxruntime"] != "") == (
+        True,
+        "cpu",
+        True,
+    )
     assert verify(copy).passed, "evidence does not break the seal"
     assert before == {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     for wrong in (bundle, tmp_path):
@@ -128,14 +139,22 @@ def _stranger(bundle: Path, keys: tuple[Path, Path], folder: Path) -> Path:
 
 @pytest.mark.parametrize("command", ["verify", "predict", "eval", "bench"])
 def test_a_zip_that_is_not_signed_with_the_key_is_refused_before_it_is_unpacked(
-    bundle: Path, keys: tuple[Path, Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+    bundle: Path,
+    keys: tuple[Path, Path],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
 ) -> None:
     zipped = _stranger(bundle, keys, tmp_path)
     unpacked = []
     monkeypatch.setattr(archives, "_unpack", lambda *paths: unpacked.append(paths))
     more = {"predict": [next(photos.rglob("*.png"))], "eval": [photos]}.get(command, [])
     result = ftkit(command, zipped, *more, "--key", keys[1])
-    assert (result.exit_code, "expected a signature by pub.pem, found another" in result.stderr) == (2, True)
+    assert (
+        result.exit_code,
+        "expected a signature by pub.pem, found another" in result.stderr,
+    ) == (2, True)
     assert not unpacked
 
 
@@ -145,8 +164,12 @@ def test_every_command_that_opens_a_bundle_can_ask_for_its_signature(
     zipped, image = bundle.with_name(bundle.name + ".zip"), next(photos.rglob("*.png"))
     for where in (bundle, zipped):
         assert ftkit("predict", where, image, "--key", keys[1]).exit_code == 0
-    assert ftkit("predict", bundle / "model.onnx", image, "--key", keys[1]).exit_code == 2, "a file has no signature"
+    assert ftkit("predict", bundle / "model.onnx", image, "--key", keys[1]).exit_code == 2, (
+        "a file has no signature"
+    )
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     (copy / "labels.txt").write_text("cat\n")
     result = ftkit("predict", copy, image, "--key", keys[1])
-    assert (result.exit_code, "labels.txt: expected sha256" in result.stderr) == (2, True), "the hashes count too"
+    assert (result.exit_code, "labels.txt: expected sha256" in result.stderr) == (2, True), (
+        "the hashes count too"
+    )

@@ -34,7 +34,9 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "copy"))
 
 
-def test_the_file_takes_images_of_any_size_and_gives_probabilities_and_embedding(bundle: Path) -> None:
+def test_the_file_takes_images_of_any_size_and_gives_probabilities_and_embedding(
+    bundle: Path,
+) -> None:
     session = Session(bundle / "model.onnx")
     for height, width in ((1, 1), (37, 300), (96, 96)):
         probabilities, embedding = session.run(np.full((2, height, width, 3), 90, np.uint8))
@@ -44,12 +46,20 @@ def test_the_file_takes_images_of_any_size_and_gives_probabilities_and_embedding
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "variants/fp32-core.onnx"])
-def test_the_file_is_one_opset_18_ir_8_labelled_and_without_local_paths(bundle: Path, file: str) -> None:
+def test_the_file_is_one_opset_18_ir_8_labelled_and_without_local_paths(
+    bundle: Path, file: str
+) -> None:
     raw = (bundle / file).read_bytes()
     model = onnx.load_from_string(raw)
     assert (model.ir_version, [item.version for item in model.opset_import]) == (8, [18])
     assert not any(item.external_data for item in model.graph.initializer)
-    for leak in (str(Path.home()), str(Path(__file__).parents[2]), str(bundle.parent), "site-packages", ".py"):
+    for leak in (
+        str(Path.home()),
+        str(Path(__file__).parents[2]),
+        str(bundle.parent),
+        "site-packages",
+        ".py",
+    ):
         assert leak.encode() not in raw
     properties = {item.key: item.value for item in model.metadata_props}
     assert json.loads(properties["labels"]) == ["mono-defect", "mono-ok", "poly-defect", "poly-ok"]
@@ -73,7 +83,9 @@ def test_the_manifest_carries_the_evidence(bundle: Path) -> None:
     assert {check["group"] for check in checks} == {"photographs", "noise", "extremes"}
     for item in manifest["evidence"]["latency"]:
         assert 0 < item["p50_ms"] <= item["p95_ms"]
-        assert item["peak_rss_bytes"] < 500e6, "of the measuring process, not of the one that started it"
+        assert item["peak_rss_bytes"] < 500e6, (
+            "of the measuring process, not of the one that started it"
+        )
     assert manifest["evidence"]["accuracy"]["file"]["images"] == 16
     listed = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     assert listed - {"manifest.json", "manifest.sig"} == set(manifest["files"])
@@ -97,20 +109,41 @@ def test_the_decision_is_printed_within_80_columns_with_all_it_rests_on(bundle: 
     lines = (bundle.parent / "export.txt").read_text().splitlines()
     table = lines[: next(number for number, line in enumerate(lines) if line.startswith("parity"))]
     assert max(map(len, table)) <= 80
-    assert table[0].split() == ["variant", "val", "drop,", "points", "[95", "%]", "time", "p50/p95", "MB", "verdict"]
+    assert table[0].split() == [
+        "variant",
+        "val",
+        "drop,",
+        "points",
+        "[95",
+        "%]",
+        "time",
+        "p50/p95",
+        "MB",
+        "verdict",
+    ]
     for row, line in zip(evidence, table[1:], strict=False):
         assert line.startswith(row["name"])
         assert line.endswith(row["verdict"])
         assert f"{row['p50_ms']:.1f}/{row['p95_ms']:.1f}" in line
-    wide = Row(name="int8, 16 float", verdict="inconclusive", reason="r", accuracy=0.5, ratio=1.5, p50_ms=12.34,
-               p95_ms=56.78, size_bytes=98_700_000, paired=paired(np.ones(40, bool), np.arange(40) > 20))  # fmt: skip
+    wide = Row(
+        name="int8, 16 float",
+        verdict="inconclusive",
+        reason="r",
+        accuracy=0.5,
+        ratio=1.5,
+        p50_ms=12.34,
+        p95_ms=56.78,
+        size_bytes=98_700_000,
+        paired=paired(np.ones(40, bool), np.arange(40) > 20),
+    )
     assert max(map(len, as_table([wide, wide]).splitlines())) <= 80
 
 
 def test_the_test_data_set_is_what_the_model_answers(bundle: Path) -> None:
     folder = bundle / "test_data_set_0"
     image, probabilities, embedding = (
-        numpy_helper.to_array(onnx.load_tensor(folder / name)) for name in ("input_0.pb", "output_0.pb", "output_1.pb")
+        numpy_helper.to_array(onnx.load_tensor(folder / name))
+        for name in ("input_0.pb", "output_0.pb", "output_1.pb")
     )
     found = Session(bundle / "model.onnx").run(image)
     assert np.abs(found[0] - probabilities).max() < 1e-4
@@ -147,10 +180,16 @@ def test_a_changed_byte_in_any_file_is_named(copy: Path) -> None:
 def test_a_missing_and_an_extra_file_are_named(copy: Path) -> None:
     (copy / "labels.txt").rename(copy / "names.txt")
     result = ftkit("verify", copy)
-    assert (result.exit_code, "labels.txt: expected this file, found it missing" in result.stderr) == (2, True)
+    assert (
+        result.exit_code,
+        "labels.txt: expected this file, found it missing" in result.stderr,
+    ) == (2, True)
     shutil.copy(copy / "names.txt", copy / "labels.txt")
     result = ftkit("verify", copy)
-    assert (result.exit_code, "names.txt: expected only files the manifest lists" in result.stderr) == (2, True)
+    assert (
+        result.exit_code,
+        "names.txt: expected only files the manifest lists" in result.stderr,
+    ) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +203,9 @@ def test_a_missing_and_an_extra_file_are_named(copy: Path) -> None:
         ({"chosen": "fp64"}, "expected gates, variants and the files they name"),
     ],
 )
-def test_a_manifest_not_to_be_trusted_is_refused(copy: Path, change: dict[str, object], said: str) -> None:
+def test_a_manifest_not_to_be_trusted_is_refused(
+    copy: Path, change: dict[str, object], said: str
+) -> None:
     rewrite(copy / "manifest.json", change)
     result = ftkit("verify", copy)
     assert (result.exit_code, said in result.stderr) == (2, True)
@@ -203,7 +244,9 @@ def test_another_first_class_is_a_failed_check_also_within_the_tolerance(variant
     """int8 and fp16 are allowed 5 % of the largest value: room enough for another answer."""
     entries = [{"file": "00.png", "tolerance": {variant: {}}}]
     expected, limit = np.array([[0.53, 0.47]]), np.array([0.05])
-    check = _compare(f"{variant} probabilities", entries, [np.array([0.489, 0.511])], expected, limit)
+    check = _compare(
+        f"{variant} probabilities", entries, [np.array([0.489, 0.511])], expected, limit
+    )
     assert check.value < 1
     assert (check.top1_equal, check.top1_wrong, check.passed) == (0, 1, False)
     tie = _compare(variant, entries, [np.array([0.49, 0.51])], np.array([[0.52, 0.48]]), limit)
@@ -221,7 +264,9 @@ def test_predict_says_what_the_classifier_says(bundle: Path, photos: Path) -> No
     assert len(ftkit("predict", bundle, photos).stdout.splitlines()) == 120
 
 
-def test_predict_goes_on_past_a_bad_image_and_exits_2(bundle: Path, photos: Path, tmp_path: Path) -> None:
+def test_predict_goes_on_past_a_bad_image_and_exits_2(
+    bundle: Path, photos: Path, tmp_path: Path
+) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"junk")
     good = next(iter((photos / "mono-ok").iterdir()))
@@ -231,21 +276,33 @@ def test_predict_goes_on_past_a_bad_image_and_exits_2(bundle: Path, photos: Path
     assert len(result.stdout.splitlines()) == 1
 
 
-def test_the_device_runner_needs_numpy_onnxruntime_and_pillow_only(bundle: Path, photos: Path, tmp_path: Path) -> None:
+def test_the_device_runner_needs_numpy_onnxruntime_and_pillow_only(
+    bundle: Path, photos: Path, tmp_path: Path
+) -> None:
     """In a fresh environment that has nothing else, and not the training machine's Python path."""
     python = bare(tmp_path / "device", "numpy", "onnxruntime", "pillow")
     copied = shutil.copytree(bundle, tmp_path / "on the device")
     runner = copied / "device" / "classify.py"
-    check = subprocess.run([python, runner, "--self-check"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    check = subprocess.run(
+        [python, runner, "--self-check"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert check.returncode == 0, check.stderr
     assert "self-check passed" in check.stdout
     assert "p95" in check.stdout
     image = next(iter(sorted((photos / "mono-ok").iterdir())))
-    one = subprocess.run([python, runner, image, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(one.stdout)["probabilities"] == pytest.approx(Classifier(bundle)(image).probabilities, abs=1e-5)
-    assert verify(copied).passed, "running the runner must leave nothing behind in the sealed bundle"
+    one = subprocess.run(
+        [python, runner, image, "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(one.stdout)["probabilities"] == pytest.approx(
+        Classifier(bundle)(image).probabilities, abs=1e-5
+    )
+    assert verify(copied).passed, (
+        "running the runner must leave nothing behind in the sealed bundle"
+    )
     (copied / "model.onnx").write_bytes(b"junk")
-    broken = subprocess.run([python, runner, "--self-check"], capture_output=True, text=True, check=False)
+    broken = subprocess.run(
+        [python, runner, "--self-check"], capture_output=True, text=True, check=False
+    )
     assert broken.returncode == 2
     assert "model.onnx: expected sha256" in broken.stderr
 
@@ -254,8 +311,13 @@ def test_checking_itself_leaves_nothing_in_the_sealed_bundle(copy: Path) -> None
     """Also where Python writes bytecode, as it does by default."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     for what in (["--self-check"], ["--bench", "--quick", "--threads", "1"]):
-        done = subprocess.run([sys.executable, copy / "device" / "classify.py", *what], env=clean, capture_output=True,
-                              text=True, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, copy / "device" / "classify.py", *what],
+            env=clean,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
     assert verify(copy).passed
 
@@ -268,11 +330,18 @@ def test_a_name_that_leads_outside_the_bundle_is_refused(copy: Path) -> None:
 
 
 def test_what_a_killed_export_left_goes_and_what_a_living_one_builds_stays(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from ftkit_export.bundle.write import begin\n"
+    script = (
+        "import sys, time; from pathlib import Path; from ftkit_export.bundle.write import begin\n"
+    )
     script += f"print(begin(Path({str(tmp_path / 'bundle')!r})), flush=True); time.sleep(60)"
-    killed, living = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in "ab")
+    killed, living = (
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in "ab"
+    )
     assert killed.stdout and living.stdout
-    left, built = (Path(process.stdout.readline().strip()) for process in (killed, living) if process.stdout)
+    left, built = (
+        Path(process.stdout.readline().strip()) for process in (killed, living) if process.stdout
+    )
     killed.kill()
     killed.communicate()
     mine = begin(tmp_path / "bundle")
@@ -283,8 +352,19 @@ def test_what_a_killed_export_left_goes_and_what_a_living_one_builds_stays(tmp_p
 
 def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    result = ftkit("export", run, "--out", out, "--quick", "--set", "export.size_mb=1", "--set", "export.p95_ms=9999",
-                   "--set", "export.variants=fp32")  # fmt: skip
+    result = ftkit(
+        "export",
+        run,
+        "--out",
+        out,
+        "--quick",
+        "--set",
+        "export.size_mb=1",
+        "--set",
+        "export.p95_ms=9999",
+        "--set",
+        "export.variants=fp32",
+    )
     assert result.exit_code == 1
     assert not out.exists()
     assert "expected at most 1, found 1" in result.stderr
@@ -292,31 +372,58 @@ def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> 
     assert manifest["verdict"] == "failed"
     verified = ftkit("verify", tmp_path / "bundle.failed")
     assert (verified.exit_code, "sealed gate FAILED: size in MB (" in verified.stdout) == (1, True)
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle.failed"], "nothing half-built is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.failed"], (
+        "nothing half-built is left"
+    )
 
 
 def test_the_same_run_gives_the_same_bytes_but_for_timings(
-    run: Path, bundle: Path, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    bundle: Path,
+    keys: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / bundle.name
     monkeypatch.setattr(export, "export_core", export_core)  # converted anew
-    result = ftkit("export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--sign", keys[0])
+    result = ftkit(
+        "export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--sign", keys[0]
+    )
     assert result.exit_code == 0, result.output
-    chosen = [json.loads((folder / "manifest.json").read_text())["chosen"] for folder in (bundle, out)]
+    chosen = [
+        json.loads((folder / "manifest.json").read_text())["chosen"] for folder in (bundle, out)
+    ]
     assert chosen[0] == chosen[1]
-    names = [{p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} for folder in (bundle, out)]
+    names = [
+        {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        for folder in (bundle, out)
+    ]
     assert names[0] == names[1]
     timed = {"manifest.json", "manifest.sig", "report.html", "MODEL_CARD.md"}
-    timed.add("device/ort/model.ort")  # onnxruntime's converter writes hashed maps in another order each time
+    timed.add(
+        "device/ort/model.ort"
+    )  # onnxruntime's converter writes hashed maps in another order each time
     assert [
-        name for name in sorted(names[0] - timed) if (bundle / name).read_bytes() != (out / name).read_bytes()
+        name
+        for name in sorted(names[0] - timed)
+        if (bundle / name).read_bytes() != (out / name).read_bytes()
     ] == []
 
 
-def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path, tmp_path: Path) -> None:
+def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(
+    run: Path, tmp_path: Path
+) -> None:
     """They count for the very file that ran there, for this run, this target and one thread; else nothing is proven."""
     other, latency = ("x86" if here() == "arm64" else "arm64"), tmp_path / "device.json"
-    told = ["--quick", "--target", other, "--latency", latency, "--set", "export.max_accuracy_drop=0.9"]
+    told = [
+        "--quick",
+        "--target",
+        other,
+        "--latency",
+        latency,
+        "--set",
+        "export.max_accuracy_drop=0.9",
+    ]
     raced = {"p50_ms": 9.0, "p95_ms": 9.5, "ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6}
     of = json.loads((run / "run.json").read_text())["model_fingerprint"]
     measured = {
@@ -328,17 +435,26 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path,
         "raced": {"int8": raced},
     }
     latency.write_text(json.dumps(measured))
-    result = ftkit("export", run, "--out", tmp_path / "unproven", *told, "--set", "export.p95_ms=9999")
+    result = ftkit(
+        "export", run, "--out", tmp_path / "unproven", *told, "--set", "export.p95_ms=9999"
+    )
     assert result.exit_code == 3, result.output
     assert "unproven" in result.stdout, "another file's latency proves nothing"
     assert "not measured on the target: try --latency" in result.stderr
     runner = tmp_path / "unproven.inconclusive" / "device" / "classify.py"
     command = [sys.executable, runner, "--bench", "--quick", "--threads", "1"]
     measured = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert (measured["raced"]["fp32"]["ratio"], measured["target"], measured["threads"]) == (1, here(), 1)
+    assert (measured["raced"]["fp32"]["ratio"], measured["target"], measured["threads"]) == (
+        1,
+        here(),
+        1,
+    )
     latency.write_text(json.dumps(measured))
     result = ftkit("export", run, "--out", tmp_path / "x", *told)
-    assert (result.exit_code, f"expected latencies of ('cpu', 1, '{other}')" in result.stderr) == (2, True)
+    assert (result.exit_code, f"expected latencies of ('cpu', 1, '{other}')" in result.stderr) == (
+        2,
+        True,
+    )
     fast = {"ratio": 0.5, "ratio_high": 0.6, "p50_ms": measured["raced"]["fp32"]["p50_ms"] / 2}
     measured["raced"]["int8"] |= fast  # as a device with fast 8-bit kernels would say
     latency.write_text(json.dumps({**measured, "target": other}))
@@ -347,7 +463,10 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(run: Path,
     assert "chosen: int8" in result.stdout, "by the device's time, whatever this machine's"
     assert verify(tmp_path / "proven").passed
     for content, said in (
-        (json.dumps({**measured, "target": other, "run": "another"}), "expected latencies of this run"),
+        (
+            json.dumps({**measured, "target": other, "run": "another"}),
+            "expected latencies of this run",
+        ),
         ("[]", "expected what `device/classify.py --bench` prints"),
     ):
         latency.write_text(content)
@@ -361,6 +480,8 @@ def test_one_image_that_changes_sides_fails_no_gate_and_many_do(lost: int, passe
     against = paired(np.ones(60, bool), np.arange(60) >= lost)
     chosen = Row(name="fp32", verdict="reference", reason="", accuracy=0.9)
     metrics = evaluate(np.eye(2)[[0] * 60], np.zeros(60, int), "ab")
-    measured = evidence.Measured(parity=[], chosen=chosen, metrics=metrics, against=against, out_of_order=0)
+    measured = evidence.Measured(
+        parity=[], chosen=chosen, metrics=metrics, against=against, out_of_order=0
+    )
     gates = evidence.judge(Export(), measured)
     assert all(gate.passed for gate in gates) == passes

@@ -11,7 +11,9 @@ from ftkit_export.proof.intervals import Design, difference_bounds
 
 def bounds(worse: int, better: int, images: int, looks: int = 1) -> tuple[float, float]:
     """Of independent images, by their numbers."""
-    return difference_bounds(worse / max(1, images), better / max(1, images), Design(images=images), 1 - 0.05 / looks)
+    return difference_bounds(
+        worse / max(1, images), better / max(1, images), Design(images=images), 1 - 0.05 / looks
+    )
 
 
 @pytest.mark.parametrize(("images", "better"), [(300, 0.0), (300, 0.02), (667, 0.003), (667, 0.03)])
@@ -28,14 +30,18 @@ def test_a_drop_at_the_limit_is_accepted_at_most_once_in_twenty(images: int, bet
     for c in range(60):
         if (chance := pmf(c, images, better)) > 1e-8:
             accepted += chance * sum(
-                pmf(b, images - c, worse / (1 - better)) for b in range(80) if bounds(b, c, images)[1] <= 0.01
+                pmf(b, images - c, worse / (1 - better))
+                for b in range(80)
+                if bounds(b, c, images)[1] <= 0.01
             )
     assert accepted < 0.0505
 
 
 def test_four_looks_are_four_times_as_strict() -> None:
     """With nothing changed: one look is content with 299 images (0.99^299 < 5 %), four 437 (0.99^437 < 1.25 %)."""
-    looks = {n: [bounds(0, 0, images, n)[1] <= 0.01 for images in (298, 299, 436, 437)] for n in (1, 4)}
+    looks = {
+        n: [bounds(0, 0, images, n)[1] <= 0.01 for images in (298, 299, 436, 437)] for n in (1, 4)
+    }
     assert looks == {1: [False, True, True, True], 4: [False, False, False, True]}
     assert paired(np.ones(100, bool), np.ones(100, bool), looks=4).settled_by(0.01) == (437, None)
 
@@ -48,7 +54,12 @@ def test_bounds_turn_around_with_the_roles_and_close_in_with_images() -> None:
 
 @pytest.mark.parametrize(
     ("worse", "better", "images", "verdict"),
-    [(0, 0, 300, "accepted"), (0, 0, 200, "inconclusive"), (5, 5, 5000, "accepted"), (40, 5, 800, "refused")],
+    [
+        (0, 0, 300, "accepted"),
+        (0, 0, 200, "inconclusive"),
+        (5, 5, 5000, "accepted"),
+        (40, 5, 800, "refused"),
+    ],
 )
 def test_the_verdict_follows_the_bounds(worse: int, better: int, images: int, verdict: str) -> None:
     reference = np.arange(images) < images - better
@@ -68,7 +79,9 @@ def test_the_images_that_would_settle_it_do() -> None:
     many, clusters = grouped.settled_by(0.01) or (0, 0)
     assert (clusters or 0) > 10, "of the ten groups there are, more are wanted"
     assert many > more
-    assert paired(np.arange(200) > -1, np.arange(200) > 1).settled_by(0.01) is None, "exactly at the limit"
+    assert paired(np.arange(200) > -1, np.arange(200) > 1).settled_by(0.01) is None, (
+        "exactly at the limit"
+    )
 
 
 def test_speed_must_be_proven_and_real() -> None:
@@ -79,7 +92,8 @@ def test_speed_must_be_proven_and_real() -> None:
 
 
 @pytest.mark.parametrize(
-    ("worse", "better", "size"), [(0.0, 0.0, 0), (0.01, 0.01, 0), (0.03, 0.005, 0), (0.01, 0.01, 20)]
+    ("worse", "better", "size"),
+    [(0.0, 0.0, 0), (0.01, 0.01, 0), (0.03, 0.005, 0), (0.01, 0.01, 20)],
 )
 def test_as_many_images_as_are_said_to_settle_it_do(worse: float, better: float, size: int) -> None:
     """ "About 498 images would settle it", after 523 did not. Drawn anew at the very shares that were seen, so many
@@ -102,5 +116,7 @@ def test_as_many_images_as_are_said_to_settle_it_do(worse: float, better: float,
     enough = settles[0]
     rate = np.mean([drawn(enough, exact=False).verdict(0.01) != "inconclusive" for _ in range(200)])
     assert rate >= 0.68
-    quarter = np.mean([drawn(enough // 4, exact=False).verdict(0.01) != "inconclusive" for _ in range(200)])
+    quarter = np.mean(
+        [drawn(enough // 4, exact=False).verdict(0.01) != "inconclusive" for _ in range(200)]
+    )
     assert quarter <= 0.68

@@ -24,7 +24,9 @@ RNG = np.random.default_rng(20)
 
 
 def test_intervals_of_textbook_cases() -> None:
-    assert wilson(81 / 263, 263, 1.959964) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+    assert wilson(81 / 263, 263, 1.959964) == pytest.approx(
+        (0.2553, 0.3662), abs=1e-4
+    )  # Newcombe 1998, table I
     assert wilson(0, 20, 1.959964) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert clopper_pearson(0.1, 50, 0.975) == pytest.approx((0.0333, 0.2181), abs=1e-4)
     assert clopper_pearson(0.0, 100, 0.95) == pytest.approx((0.0, 1 - 0.05**0.01), abs=1e-9)
@@ -41,7 +43,9 @@ def test_images_on_their_own_and_images_without_groups_are_the_same() -> None:
 def test_copies_of_one_image_tell_no_more_than_the_image() -> None:
     """Twenty groups of twenty identical images are twenty images."""
     each = np.arange(20) < 15
-    low, high, clusters = share_interval(np.repeat(each, 20), [str(number) for number in range(20) for _ in range(20)])
+    low, high, clusters = share_interval(
+        np.repeat(each, 20), [str(number) for number in range(20) for _ in range(20)]
+    )
     assert clusters == 20
     few_low, few_high, _ = share_interval(each)
     assert low < few_low + 0.02
@@ -69,7 +73,9 @@ def test_the_demos_accuracy_by_module_is_known_much_less_well_than_by_cell() -> 
 
 @pytest.mark.parametrize(("clusters", "size"), [(10, 5), (20, 10), (50, 40)])
 @pytest.mark.parametrize("correlation", [0.0, 0.1])
-def test_95_percent_intervals_cover_95_percent(clusters: int, size: int, correlation: float) -> None:
+def test_95_percent_intervals_cover_95_percent(
+    clusters: int, size: int, correlation: float
+) -> None:
     covered, trials, share = 0, 600, 0.85
     groups = [str(number) for number in range(clusters) for _ in range(size)]
     for _ in range(trials):
@@ -77,18 +83,29 @@ def test_95_percent_intervals_cover_95_percent(clusters: int, size: int, correla
         if correlation:
             spread = 1 / correlation - 1
             chances = RNG.beta(share * spread, (1 - share) * spread, clusters)
-        low, high, _ = share_interval(RNG.random(clusters * size) < np.repeat(chances, size), groups)
+        low, high, _ = share_interval(
+            RNG.random(clusters * size) < np.repeat(chances, size), groups
+        )
         covered += low <= share <= high
     assert covered / trials > 0.95 - 3 * math.sqrt(0.05 * 0.95 / trials)
 
 
 @pytest.mark.parametrize(("clusters", "size"), [(30, 20), (15, 40)])
-def test_a_drop_at_the_limit_is_accepted_at_its_level_when_it_comes_in_groups(clusters: int, size: int) -> None:
+def test_a_drop_at_the_limit_is_accepted_at_its_level_when_it_comes_in_groups(
+    clusters: int, size: int
+) -> None:
     """As if independent, such a drop was accepted in 5 to 11 of 100 where 1.25 are meant."""
-    groups, trials, level = [str(number) for number in range(clusters) for _ in range(size)], 1500, 0.0125
+    groups, trials, level = (
+        [str(number) for number in range(clusters) for _ in range(size)],
+        1500,
+        0.0125,
+    )
     accepted, naive = 0, 0
     for _ in range(trials):
-        rates = np.minimum(0.9, 0.04 * RNG.gamma(0.5, 2.0, clusters)), 0.02 * RNG.gamma(0.5, 2.0, clusters)
+        rates = (
+            np.minimum(0.9, 0.04 * RNG.gamma(0.5, 2.0, clusters)),
+            0.02 * RNG.gamma(0.5, 2.0, clusters),
+        )
         draw = RNG.random(clusters * size)
         worse = draw < np.repeat(rates[0], size)
         better = draw > 1 - np.repeat(np.minimum(rates[1], 0.9 - rates[0] / 2), size)
@@ -126,7 +143,9 @@ def test_the_variance_and_its_degrees_of_freedom_are_those_of_a_linear_model_wit
     covariance = np.where(same, correlation, 0.0) + (1 - correlation) * np.eye(total)
     matrix = np.array(rows) @ covariance @ np.array(rows).T
     shares = np.array(sizes) / total
-    df = intervals._degrees_of_freedom(shares, np.array(sizes) * (1 + (np.array(sizes) - 1) * correlation))
+    df = intervals._degrees_of_freedom(
+        shares, np.array(sizes) * (1 + (np.array(sizes) - 1) * correlation)
+    )
     assert df == pytest.approx(np.trace(matrix) ** 2 / (matrix**2).sum())
 
 

@@ -8,7 +8,15 @@ import pytest
 from onnx import TensorProto, helper
 
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.latency import PROCESSES, ROUNDS, Condition, begin, compared, measure, race
+from ftkit_export.runtime.latency import (
+    PROCESSES,
+    ROUNDS,
+    Condition,
+    begin,
+    compared,
+    measure,
+    race,
+)
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.timing import BINS, feeds, in_turn
 
@@ -16,31 +24,48 @@ from ftkit_export.runtime.timing import BINS, feeds, in_turn
 def model(path: Path, **inputs: tuple[int, list[int | str]]) -> Path:
     """A foreign file: each input is passed through."""
     nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in inputs]
-    ins = [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()]
-    outs = [helper.make_tensor_value_info(f"{name}_out", kind, shape) for name, (kind, shape) in inputs.items()]
+    ins = [
+        helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()
+    ]
+    outs = [
+        helper.make_tensor_value_info(f"{name}_out", kind, shape)
+        for name, (kind, shape) in inputs.items()
+    ]
     graph = helper.make_graph(nodes, "foreign", ins, outs)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path
+    )
     return path
 
 
 def test_inputs_are_made_from_any_signature(tmp_path: Path) -> None:
     path = model(
         tmp_path / "foreign.onnx",
-        x=(TensorProto.FLOAT, ["n", 3, "h", "w"]), ids=(TensorProto.INT64, ["n", 7]), on=(TensorProto.BOOL, ["n"]),
-        half=(TensorProto.FLOAT16, ["n", 2]), scalar=(TensorProto.DOUBLE, []), raw=(TensorProto.UINT8, ["n", 4, 4, 3]),
-    )  # fmt: skip
+        x=(TensorProto.FLOAT, ["n", 3, "h", "w"]),
+        ids=(TensorProto.INT64, ["n", 7]),
+        on=(TensorProto.BOOL, ["n"]),
+        half=(TensorProto.FLOAT16, ["n", 2]),
+        scalar=(TensorProto.DOUBLE, []),
+        raw=(TensorProto.UINT8, ["n", 4, 4, 3]),
+    )
     fed = feeds(Session(path), None, 2)
     assert [(array.dtype.name, array.shape) for array in fed] == [
-        ("float32", (2, 3, 224, 224)), ("int64", (2, 7)), ("bool", (2,)), ("float16", (2, 2)), ("float64", ()),
+        ("float32", (2, 3, 224, 224)),
+        ("int64", (2, 7)),
+        ("bool", (2,)),
+        ("float16", (2, 2)),
+        ("float64", ()),
         ("uint8", (2, 4, 4, 3)),
-    ]  # fmt: skip
+    ]
     assert len(Session(path).run(*fed)) == 6
 
 
 def test_a_fixed_batch_is_kept_and_another_refused(tmp_path: Path) -> None:
     path = model(tmp_path / "fixed.onnx", x=(TensorProto.FLOAT, [1, 3, 8, 8]))
     assert feeds(Session(path), None, 0)[0].shape == (1, 3, 8, 8)
-    with pytest.raises(FtkitError, match=r"input x: expected batch 4, found 1 in the file. Try without --batch"):
+    with pytest.raises(
+        FtkitError, match=r"input x: expected batch 4, found 1 in the file. Try without --batch"
+    ):
         feeds(Session(path), None, 4)
 
 
@@ -74,11 +99,24 @@ def test_runs_on_the_device_give_what_copied_ones_give(tmp_path: Path) -> None:
 
 def test_every_call_goes_first_as_often_and_follows_every_other(tmp_path: Path) -> None:
     said: list[str] = []
-    times = in_turn([lambda name=name: said.append(name) for name in "abc"], 12, warm_up=(0, 0), seconds=60)
+    times = in_turn(
+        [lambda name=name: said.append(name) for name in "abc"], 12, warm_up=(0, 0), seconds=60
+    )
     rounds = ["".join(said[i : i + 3]) for i in range(0, 36, 3)]
     assert times.shape == (12, 3)
-    assert {name: sum(each[0] == name for each in rounds) for name in "abc"} == {"a": 4, "b": 4, "c": 4}
-    assert {each[i : i + 2] for each in rounds for i in (0, 1)} == {"ab", "ba", "bc", "cb", "ca", "ac"}
+    assert {name: sum(each[0] == name for each in rounds) for name in "abc"} == {
+        "a": 4,
+        "b": 4,
+        "c": 4,
+    }
+    assert {each[i : i + 2] for each in rounds for i in (0, 1)} == {
+        "ab",
+        "ba",
+        "bc",
+        "cb",
+        "ca",
+        "ac",
+    }
 
 
 def test_a_slow_model_ends_on_time_though_not_before_three_rounds() -> None:
@@ -102,14 +140,21 @@ def test_a_file_is_seldom_faster_than_itself_and_a_faster_one_is_found() -> None
     assert _races(100, faster=0.05) >= 95
 
 
-def test_a_race_is_over_several_processes_and_knows_a_faster_file(bundle: Path, tmp_path: Path) -> None:
+def test_a_race_is_over_several_processes_and_knows_a_faster_file(
+    bundle: Path, tmp_path: Path
+) -> None:
     slow = onnx.load(bundle / "variants" / "fp32-core.onnx")
     extra = [helper.make_node("Identity", ["pixels"], ["waste0"])]
-    extra += [helper.make_node("Softmax", [f"waste{i}"], [f"waste{i + 1}"], axis=1) for i in range(4)]
+    extra += [
+        helper.make_node("Softmax", [f"waste{i}"], [f"waste{i + 1}"], axis=1) for i in range(4)
+    ]
     slow.graph.node.extend(extra)
     slow.graph.output.append(helper.make_tensor_value_info("waste4", TensorProto.FLOAT, None))
     onnx.save(slow, tmp_path / "slow.onnx")
-    first, fast = race([tmp_path / "slow.onnx", bundle / "variants" / "fp32-core.onnx"], bundle / "golden" / "00.png")
+    first, fast = race(
+        [tmp_path / "slow.onnx", bundle / "variants" / "fp32-core.onnx"],
+        bundle / "golden" / "00.png",
+    )
     assert (first.ratio, first.ratio_low, first.ratio_high) == (1, 1, 1)
     assert fast.processes == first.processes == PROCESSES
     assert fast.ratio_low < fast.ratio < fast.ratio_high < 1

@@ -24,7 +24,10 @@ from ftkit_export.runtime.session import Session
 
 PREPROCESS = Preprocess(size=64, resize=70)
 TEMPERATURE = 1.3
-PHOTOGRAPHS = [np.random.default_rng(i).integers(0, 256, (80 + i, 90, 3), np.uint8) // 2 + 40 for i in range(10)]
+PHOTOGRAPHS = [
+    np.random.default_rng(i).integers(0, 256, (80 + i, 90, 3), np.uint8) // 2 + 40
+    for i in range(10)
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +37,29 @@ def trained() -> tuple[torch.nn.Module, Core]:
 
 
 def _compare(
-    model: torch.nn.Module, core: Core, folder: Path, spoil: Callable[[onnx.ModelProto], None] | None = None,
-    preprocess: Preprocess = PREPROCESS, temperature: float = TEMPERATURE,
-) -> Parity:  # fmt: skip
+    model: torch.nn.Module,
+    core: Core,
+    folder: Path,
+    spoil: Callable[[onnx.ModelProto], None] | None = None,
+    preprocess: Preprocess = PREPROCESS,
+    temperature: float = TEMPERATURE,
+) -> Parity:
     proto = copy.deepcopy(core.model)
     if spoil:
         spoil(proto)
     write(proto, folder / "core.onnx", {})
     write(image_form(proto, preprocess, temperature), folder / "model.onnx", {})
     canvases = np.stack([PREPROCESS.canvas(image) for image in PHOTOGRAPHS])
-    return compare(Reference(model), folder / "core.onnx", folder / "model.onnx", canvases, PHOTOGRAPHS, PREPROCESS,
-                   TEMPERATURE, core.layers)  # fmt: skip
+    return compare(
+        Reference(model),
+        folder / "core.onnx",
+        folder / "model.onnx",
+        canvases,
+        PHOTOGRAPHS,
+        PREPROCESS,
+        TEMPERATURE,
+        core.layers,
+    )
 
 
 def _failed(parity: Parity) -> set[str]:
@@ -59,7 +74,9 @@ def test_an_equal_file_passes_within_the_frameworks_own_error(
     assert not parity.first_divergence
 
 
-def test_a_model_that_tells_nothing_apart_is_no_false_alarm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_tells_nothing_apart_is_no_false_alarm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits near zero at a temperature of 20: the softmax's own rounding is then all there is to see."""
     model = build("efficientnet_lite0", 4).model.eval()
     with torch.no_grad():
@@ -74,7 +91,11 @@ class InPlace(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.act, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU6(inplace=True), torch.nn.Linear(4, 3)
+        self.stem, self.act, self.head = (
+            torch.nn.Conv2d(3, 4, 3),
+            torch.nn.ReLU6(inplace=True),
+            torch.nn.Linear(4, 3),
+        )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         values = self.stem(pixels) * 20
@@ -88,20 +109,26 @@ def test_a_clamp_written_in_place_is_exported_as_one() -> None:
     np.testing.assert_allclose(found, model(pixels).detach(), atol=1e-4)
 
 
-def test_one_scaled_convolution_is_named(trained: tuple[torch.nn.Module, Core], tmp_path: Path) -> None:
+def test_one_scaled_convolution_is_named(
+    trained: tuple[torch.nn.Module, Core], tmp_path: Path
+) -> None:
     model, core = trained
     victim = [node for node in core.model.graph.node if node.op_type == "Conv"][20]
 
     def spoil(proto: onnx.ModelProto) -> None:
         weight = next(item for item in proto.graph.initializer if item.name == victim.input[1])
-        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+        weight.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name)
+        )
 
     parity = _compare(model, core, tmp_path, spoil)
     assert "core logits" in _failed(parity)
     assert parity.first_divergence.startswith(core.layers[victim.output[0]] + ":")
 
 
-def test_batchnorm_left_in_training_mode_fails(trained: tuple[torch.nn.Module, Core], tmp_path: Path) -> None:
+def test_batchnorm_left_in_training_mode_fails(
+    trained: tuple[torch.nn.Module, Core], tmp_path: Path
+) -> None:
     """The reference is put in eval mode, so a file exported with batch statistics differs from it."""
     model, core = trained
     other = copy.deepcopy(model)
@@ -136,7 +163,9 @@ def test_nan_never_passes(trained: tuple[torch.nn.Module, Core], tmp_path: Path)
     model, core = trained
 
     def spoil(proto: onnx.ModelProto) -> None:
-        bias = next(item for item in proto.graph.initializer if item.name.endswith("classifier.bias"))
+        bias = next(
+            item for item in proto.graph.initializer if item.name.endswith("classifier.bias")
+        )
         bias.CopyFrom(numpy_helper.from_array(np.full(4, np.nan, np.float32), bias.name))
 
     parity = _compare(model, core, tmp_path, spoil)
@@ -167,9 +196,11 @@ WRONG_ALIKE: dict[str, Callable[[Preprocess], Preprocess]] = {
 
 @pytest.mark.parametrize("change", WRONG_ALIKE.values(), ids=WRONG_ALIKE.keys())
 def test_a_fault_in_every_graph_that_makes_pixels_is_seen(
-    trained: tuple[torch.nn.Module, Core], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    trained: tuple[torch.nn.Module, Core],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     change: Callable[[Preprocess], Preprocess],
-) -> None:  # fmt: skip
+) -> None:
     """Such a fault cancels where the reference is fed with the graph's own pixels."""
     _both(monkeypatch, change)
     failed = _failed(_compare(*trained, tmp_path))
@@ -186,9 +217,12 @@ def test_a_provider_that_resizes_wrong_in_every_session_is_seen(
     def nearest(made: Any, image: str, sizes: str) -> str:
         name = real(made, image, sizes)
         del made.nodes[-1].attribute[:]
-        made.nodes[-1].attribute.extend([
-            helper.make_attribute("mode", "nearest"), helper.make_attribute("axes", [1, 2]),
-        ])  # fmt: skip
+        made.nodes[-1].attribute.extend(
+            [
+                helper.make_attribute("mode", "nearest"),
+                helper.make_attribute("axes", [1, 2]),
+            ]
+        )
         return name
 
     monkeypatch.setattr(graph, "_resized", nearest)
@@ -197,7 +231,10 @@ def test_a_provider_that_resizes_wrong_in_every_session_is_seen(
 
 @pytest.mark.parametrize("wrong", ["mean + 10 grey levels", "std x 1.5"])
 def test_the_golden_tolerance_does_not_widen_for_a_wrong_graph(
-    trained: tuple[torch.nn.Module, Core], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+    trained: tuple[torch.nn.Module, Core],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: str,
 ) -> None:
     """It was measured between two resizers, one of them the graph's own: up to 900 times too wide."""
 
@@ -222,19 +259,26 @@ def test_a_gpu_that_rounds_either_way_passes_and_a_scaled_layer_does_not(
     trained: tuple[torch.nn.Module, Core], precision: str, towards_zero: bool
 ) -> None:
     """Without a GPU: what a tensor core computes is emulated. A fixed limit failed for truncation."""
-    model, pixels = trained[0].eval(), PREPROCESS.pixels(np.stack([PREPROCESS.canvas(item) for item in PHOTOGRAPHS]))
+    model, pixels = (
+        trained[0].eval(),
+        PREPROCESS.pixels(np.stack([PREPROCESS.canvas(item) for item in PHOTOGRAPHS])),
+    )
     reference = Reference(model)
     expected, limit = reference.logits(pixels, torch.float32), reference.rounding(pixels, precision)
     with Emulated(precision, towards_zero=towards_zero), torch.inference_mode():
         found = model(torch.from_numpy(pixels)).numpy()
     assert np.abs(found - expected).max() > 0
-    assert all(check.passed for check in agreement(expected, found, limit, precision, "photographs"))
+    assert all(
+        check.passed for check in agreement(expected, found, limit, precision, "photographs")
+    )
 
     spoiled = copy.deepcopy(model)
     with torch.no_grad():
         spoiled.get_submodule("blocks.3.1.conv_dw").weight.mul_(1.5)
         found = spoiled(torch.from_numpy(pixels)).numpy()
-    assert not all(check.passed for check in agreement(expected, found, limit, precision, "photographs"))
+    assert not all(
+        check.passed for check in agreement(expected, found, limit, precision, "photographs")
+    )
 
 
 def test_tf32_keeps_ten_bits_of_the_mantissa() -> None:

@@ -10,7 +10,14 @@ from PIL import Image
 from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.proof.parity import edge_images
 from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError
-from ftkit_export.runtime.preprocess import FITS, INPUT_FORMATS, Preprocess, decode, from_frame, to_frame
+from ftkit_export.runtime.preprocess import (
+    FITS,
+    INPUT_FORMATS,
+    Preprocess,
+    decode,
+    from_frame,
+    to_frame,
+)
 from ftkit_export.runtime.session import Session
 
 RED_BLUE = np.zeros((20, 30, 3), np.uint8)
@@ -59,10 +66,14 @@ def test_twelve_bits_in_sixteen_are_refused_until_their_white_is_said() -> None:
     assert len(np.unique(found)) == 256
     assert (found[-1, -1] == 255).all()
     with pytest.raises(ImageError, match="expected integers of 0 to 4095, found 0 to 60000"):
-        Preprocess(white=4095).decode(_saved(Image.fromarray(np.array([[0, 60_000]], np.uint16)), "PNG"))
+        Preprocess(white=4095).decode(
+            _saved(Image.fromarray(np.array([[0, 60_000]], np.uint16)), "PNG")
+        )
     dark = Preprocess(white=65535).decode(picture)
     assert dark.max() == 16
-    assert decode(_saved(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG")).max() == 0, "black is black at any depth"
+    assert decode(_saved(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG")).max() == 0, (
+        "black is black at any depth"
+    )
     with pytest.raises(FtkitError, match=r"preprocess\.white: expected 1 to 65535"):
         Preprocess(white=0)
 
@@ -105,7 +116,13 @@ def test_exif_orientation_is_applied() -> None:
     [
         (b"", "empty file"),
         (b"not an image at all", "no known image format"),
-        (_saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "PNG")[:3000], ""),
+        (
+            _saved(
+                Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)),
+                "PNG",
+            )[:3000],
+            "",
+        ),
     ],
     ids=["zero-byte", "text", "truncated"],
 )
@@ -170,11 +187,15 @@ def test_the_graph_takes_a_cameras_frames_as_numpy_does(input_format: str) -> No
 
 def test_frames_keep_the_picture() -> None:
     """White, grey and pure colours survive the way through each format that can hold them."""
-    colours = np.array([[255, 255, 255], [128, 128, 128], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    colours = np.array(
+        [[255, 255, 255], [128, 128, 128], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8
+    )
     image = colours.repeat(4, 0).reshape(5, 4, 3).repeat(4, 0)
     assert np.array_equal(from_frame(to_frame(image, "bgr"), "bgr"), image)
     assert np.abs(from_frame(to_frame(image, "nv12"), "nv12").astype(int) - image).max() <= 3
-    assert np.abs(from_frame(to_frame(image, "grey"), "grey")[:8].astype(int) - image[:8]).max() == 0
+    assert (
+        np.abs(from_frame(to_frame(image, "grey"), "grey")[:8].astype(int) - image[:8]).max() == 0
+    )
     assert to_frame(image, "nv12").shape == (30, 4, 1)
     red = to_frame(image[8:12], "nv12")[..., 0]  # BT.601: Y 81, U 90, V 240
     assert np.abs(red[0, 0].astype(int) - 81) <= 1

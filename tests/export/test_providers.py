@@ -38,7 +38,9 @@ def test_every_gpu_row_runs_the_core_form_and_only_what_is_named_rounds() -> Non
     assert {row.form for row in rows.values()} == {"core"}
     for name, row in rows.items():
         if row.name == "CUDAExecutionProvider":
-            assert (row.options["use_tf32"], row.precision) == (("1", "tf32") if name == "cuda-tf32" else ("0", ""))
+            assert (row.options["use_tf32"], row.precision) == (
+                ("1", "tf32") if name == "cuda-tf32" else ("0", "")
+            )
     assert [name for name, row in rows.items() if row.captured] == ["cuda-graph"]
 
 
@@ -47,21 +49,33 @@ def test_the_core_form_gives_the_image_forms_answers(bundle: Path, photos: Path)
     assert (image.session.input_names, core.session.input_names) == (["image"], ["pixels"])
     for path in sorted(photos.rglob("*.png"))[::17]:
         one, other = image(path), core(path)
-        assert (one.label, one.foreign, one.doubtful) == (other.label, other.foreign, other.doubtful)
-        assert one.probabilities == pytest.approx(other.probabilities, abs=0.02), "Pillow's pixels, one grey level off"
+        assert (one.label, one.foreign, one.doubtful) == (
+            other.label,
+            other.foreign,
+            other.doubtful,
+        )
+        assert one.probabilities == pytest.approx(other.probabilities, abs=0.02), (
+            "Pillow's pixels, one grey level off"
+        )
 
 
 def test_a_bundle_verifies_on_its_core_forms_where_a_provider_runs_those(bundle: Path) -> None:
-    assert {check.name for check in verify(bundle).checks} > {check.name for check in verify(bundle, "core").checks}
+    assert {check.name for check in verify(bundle).checks} > {
+        check.name for check in verify(bundle, "core").checks
+    }
     for provider in ("core", "rounded"):
         found = verify(bundle, provider)
         assert found.passed
         assert all(check.name.endswith("logits") for check in found.checks)
     exact, rounded = verify(bundle, "core").checks[0], verify(bundle, "rounded").checks[0]
-    assert rounded.value < exact.value / 5, "TF32 rounds off much more than CUDA's float32 is allowed"
+    assert rounded.value < exact.value / 5, (
+        "TF32 rounds off much more than CUDA's float32 is allowed"
+    )
 
 
-def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(run: Path, bundle: Path) -> None:
+def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(
+    run: Path, bundle: Path
+) -> None:
     from ftkit.training.run import open_run
     from ftkit_export.proof.parity import Reference
 
@@ -70,7 +84,14 @@ def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(run
     files = bundle / "variants" / "fp32-core.onnx", bundle / "model.onnx"
     found = {
         name: compare(
-            Reference(opened.backbone().model), *files, canvases, [decode(image)], opened.preprocess, 1.0, {}, name
+            Reference(opened.backbone().model),
+            *files,
+            canvases,
+            [decode(image)],
+            opened.preprocess,
+            1.0,
+            {},
+            name,
         )
         for name in ("core", "rounded")
     }
@@ -78,8 +99,12 @@ def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(run
     names = {name: {check.name for check in parity.checks} for name, parity in found.items()}
     assert names["core"] == {"core logits", "core top-1 disagreements"}
     assert "tf32 logits" in names["rounded"]
-    assert all(parity.placement == "every operator on CPUExecutionProvider" for parity in found.values())
-    assert not any("pixels" in name or "probabilities" in name for each in names.values() for name in each)
+    assert all(
+        parity.placement == "every operator on CPUExecutionProvider" for parity in found.values()
+    )
+    assert not any(
+        "pixels" in name or "probabilities" in name for each in names.values() for name in each
+    )
 
 
 def test_the_form_that_a_provider_runs_is_what_is_measured(bundle: Path, tmp_path: Path) -> None:
@@ -91,7 +116,8 @@ def test_the_form_that_a_provider_runs_is_what_is_measured(bundle: Path, tmp_pat
     assert find(plain).shipped("cuda") == plain, "a plain file has one form"
     path = found.shipped("cuda")
     listed = [
-        (item.provider, item.batch, item.copies) for item in conditions(path, ["cuda", "cuda-graph"], [1, 2], [8])
+        (item.provider, item.batch, item.copies)
+        for item in conditions(path, ["cuda", "cuda-graph"], [1, 2], [8])
     ]
     assert listed == [("cuda", 8, True), ("cuda", 8, False), ("cuda-graph", 8, False)]
 
@@ -99,7 +125,9 @@ def test_the_form_that_a_provider_runs_is_what_is_measured(bundle: Path, tmp_pat
 def test_a_captured_graph_is_run_by_binding_and_its_outputs_keep_their_place() -> None:
     session = Session(tiny_model().SerializeToString(), provider="captured")
     pixels = np.random.default_rng(0).random((4, 3, 8, 8), np.float32)
-    with pytest.raises(ProviderError, match=r"provider captured: expected to be run with IO binding.*Try cuda"):
+    with pytest.raises(
+        ProviderError, match=r"provider captured: expected to be run with IO binding.*Try cuda"
+    ):
         session.run(pixels)
     call = runner(session, Condition(model="", provider="captured"), [pixels])
     (first,), (second,) = call(), call()  # type: ignore[misc]
@@ -107,9 +135,14 @@ def test_a_captured_graph_is_run_by_binding_and_its_outputs_keep_their_place() -
     assert np.array_equal(second.numpy(), Session(tiny_model().SerializeToString()).run(pixels)[0])
 
 
-def test_an_export_refuses_a_provider_whose_parity_cannot_be_measured(run: Path, tmp_path: Path) -> None:
+def test_an_export_refuses_a_provider_whose_parity_cannot_be_measured(
+    run: Path, tmp_path: Path
+) -> None:
     result = ftkit("export", run, "--out", tmp_path / "bundle", "--providers", "captured")
-    assert (result.exit_code, "expected one that parity can be measured on" in result.stderr) == (2, True)
+    assert (result.exit_code, "expected one that parity can be measured on" in result.stderr) == (
+        2,
+        True,
+    )
 
 
 DRIVER = """
@@ -139,9 +172,17 @@ def test_gpu_name_driver_and_memory_come_from_the_drivers_library(tmp_path: Path
     library = tmp_path / "libnvidia-ml.so.1"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
     code = "import json; from ftkit_export import nvidia; print(json.dumps([nvidia.facts(), nvidia.used_bytes()]))"
-    for folder, expected in ((tmp_path, [{"gpu": "NVIDIA Test", "driver": "580.65"}, 30]), (Path("/"), None)):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                              env={"LD_LIBRARY_PATH": str(folder), "PATH": "/usr/bin"})  # fmt: skip
+    for folder, expected in (
+        (tmp_path, [{"gpu": "NVIDIA Test", "driver": "580.65"}, 30]),
+        (Path("/"), None),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"LD_LIBRARY_PATH": str(folder), "PATH": "/usr/bin"},
+        )
         if expected or not _driver_here():
             assert json.loads(done.stdout) == (expected or [{}, None])
 
@@ -160,7 +201,10 @@ def test_a_missing_library_is_named_with_where_it_comes_from() -> None:
     if _driver_here():
         pytest.skip("there is an NVIDIA driver")
     lines = ftkit("doctor").stdout
-    assert "provider cuda      does not open: libcuda.so.1 is missing: install the NVIDIA driver" in lines
+    assert (
+        "provider cuda      does not open: libcuda.so.1 is missing: install the NVIDIA driver"
+        in lines
+    )
     assert "does not open: libnvinfer.so.10 is missing: install TensorRT 10" in lines
     with pytest.raises(FtkitError, match=r"libcuda\.so\.1"):
         Session(tiny_model().SerializeToString(), provider="cuda-tf32")
@@ -194,11 +238,20 @@ def test_onnxruntimes_cuda_provider_reads_the_options_of_every_row(tmp_path: Pat
     )
     library = tmp_path / "libcuda.so.1"
     subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, tmp_path / "cuda.c"], check=True
+        ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, tmp_path / "cuda.c"],
+        check=True,
     )
-    done = subprocess.run([sys.executable, "-c", OPENED], capture_output=True, text=True, check=True,
-                          env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", OPENED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+    )
     lines = [line.split(",") for line in done.stdout.splitlines()]
-    assert {line[0]: line[1] for line in lines[-2:]} == {"wrong name": "unreadable", "wrong value": "unreadable"}
+    assert {line[0]: line[1] for line in lines[-2:]} == {
+        "wrong name": "unreadable",
+        "wrong value": "unreadable",
+    }
     assert len(lines) == 7
     assert all(line[1:] == ["read", "True"] for line in lines[:-2]), done.stdout

@@ -16,7 +16,15 @@ from onnx import helper, numpy_helper
 from ftkit.training.run import open_run
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import image_form
-from ftkit_export.conversion.quantize import calibrate, half, heavy_nodes, int8, quantized_nodes, rank, sqnr
+from ftkit_export.conversion.quantize import (
+    calibrate,
+    half,
+    heavy_nodes,
+    int8,
+    quantized_nodes,
+    rank,
+    sqnr,
+)
 from ftkit_export.proof.parity import Reference, agreement
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess, decode
@@ -44,7 +52,9 @@ def trained(bundle: Path, run: Path, photos: Path) -> Trained:
     pixels = preprocess.pixels(np.stack([preprocess.canvas(image) for image in images]))
     logits = Session(core.SerializeToString()).run(pixels)[0]
     ranges = calibrate(core, iter(np.split(pixels, 3)), preprocess)
-    return Trained(core, preprocess, pixels, logits, ranges, Reference(open_run(run).backbone().model))
+    return Trained(
+        core, preprocess, pixels, logits, ranges, Reference(open_run(run).backbone().model)
+    )
 
 
 def _run(model: onnx.ModelProto, pixels: Array) -> Array:
@@ -62,7 +72,11 @@ def test_8_bits_are_delivered_one_scale_a_channel_and_still_agree(trained: Train
     assert quantized_nodes(trained.core) == 0
     assert model.ByteSize() < 0.32 * trained.core.ByteSize()
     constants = _constants(model)
-    weights = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and constants.get(n.input[0]) is not None]
+    weights = [
+        n
+        for n in model.graph.node
+        if n.op_type == "DequantizeLinear" and constants.get(n.input[0]) is not None
+    ]
     convolution = [constants[n.input[1]] for n in weights if constants[n.input[0]].ndim == 4]
     assert len(convolution) == 49
     assert all(scale.ndim == 1 and len(scale) > 1 for scale in convolution)
@@ -72,20 +86,37 @@ def test_8_bits_are_delivered_one_scale_a_channel_and_still_agree(trained: Train
 def test_the_networks_input_is_exact_where_one_scale_serves_all_channels(trained: Trained) -> None:
     model, constants = int8(trained.core, trained.ranges, TARGETS["x86-vnni"]), None
     constants = _constants(model)
-    node = next(n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "pixels")
+    node = next(
+        n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "pixels"
+    )
     scale, zero = float(constants[node.input[1]]), int(constants[node.input[2]])
-    levels = (np.arange(256, dtype=np.float32) - trained.preprocess.mean[0]) / trained.preprocess.std[0]
+    levels = (
+        np.arange(256, dtype=np.float32) - trained.preprocess.mean[0]
+    ) / trained.preprocess.std[0]
     again = (np.clip(np.round(levels / scale) + zero, 0, 255) - zero) * scale
     assert np.abs(again - levels).max() < 1e-6
 
 
 def test_types_follow_the_target(trained: Trained) -> None:
-    for name, kind, widest in (("arm64", np.int8, 127), ("x86", np.uint8, 64), ("x86-vnni", np.uint8, 127)):
+    for name, kind, widest in (
+        ("arm64", np.int8, 127),
+        ("x86", np.uint8, 64),
+        ("x86-vnni", np.uint8, 127),
+    ):
         constants = _constants(int8(trained.core, trained.ranges, TARGETS[name]))
         assert (
-            max(np.abs(w.astype(int)).max() for w in constants.values() if w.dtype == np.int8 and w.ndim == 4) == widest
+            max(
+                np.abs(w.astype(int)).max()
+                for w in constants.values()
+                if w.dtype == np.int8 and w.ndim == 4
+            )
+            == widest
         )
-        zeros = {w.dtype.type for key, w in constants.items() if key.endswith("zero_point") and w.ndim == 0}
+        zeros = {
+            w.dtype.type
+            for key, w in constants.items()
+            if key.endswith("zero_point") and w.ndim == 0
+        }
         assert kind in zeros
         assert (kind is np.uint8) == (np.uint8 in zeros)
 
@@ -95,7 +126,9 @@ def test_the_operators_ranked_first_are_those_worth_keeping(trained: Trained) ->
     order = rank(trained.core, trained.ranges, target, trained.pixels[:4])
     assert sorted(name for name, _ in order) == sorted(heavy_nodes(trained.core))
     names = [name for name, _ in order]
-    worst, least = (int8(trained.core, trained.ranges, target, keep=keep) for keep in (names[:12], names[-12:]))
+    worst, least = (
+        int8(trained.core, trained.ranges, target, keep=keep) for keep in (names[:12], names[-12:])
+    )
     assert quantized_nodes(worst) == quantized_nodes(least) == 38
     found = [sqnr(trained.logits, _run(model, trained.pixels)) for model in (worst, least)]
     assert found[0] > found[1] + 1
@@ -104,22 +137,28 @@ def test_the_operators_ranked_first_are_those_worth_keeping(trained: Trained) ->
 def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) -> None:
     model, kept = half(trained.core, trained.ranges)
     assert not kept
-    assert {item.type.tensor_type.elem_type for item in (*model.graph.input, *model.graph.output)} == {
-        onnx.TensorProto.FLOAT
-    }
+    assert {
+        item.type.tensor_type.elem_type for item in (*model.graph.input, *model.graph.output)
+    } == {onnx.TensorProto.FLOAT}
     assert model.ByteSize() < 0.55 * trained.core.ByteSize()
     rounding = trained.reference.rounding(trained.pixels, "fp16")
     checks = agreement(trained.logits, _run(model, trained.pixels), rounding, "fp16", "photographs")
     assert all(check.passed for check in checks), checks
 
-    wide = copy.deepcopy(trained.core)  # a layer whose values leave float16 and come back: scale up, then down
+    wide = copy.deepcopy(
+        trained.core
+    )  # a layer whose values leave float16 and come back: scale up, then down
     first = next(node for node in wide.graph.node if node.op_type == "Conv")
     for name, factor in (("up", 1e6), ("down", 1e-6)):
         wide.graph.initializer.append(numpy_helper.from_array(np.float32(factor), f"{name}_factor"))
     after, value = list(wide.graph.node).index(first) + 1, first.output[0]
     first.output[0] = "before"
-    wide.graph.node.insert(after, helper.make_node("Mul", ["before", "up_factor"], ["high"], name="up"))
-    wide.graph.node.insert(after + 1, helper.make_node("Mul", ["high", "down_factor"], [value], name="down"))
+    wide.graph.node.insert(
+        after, helper.make_node("Mul", ["before", "up_factor"], ["high"], name="up")
+    )
+    wide.graph.node.insert(
+        after + 1, helper.make_node("Mul", ["high", "down_factor"], [value], name="down")
+    )
     ranges = calibrate(wide, iter([trained.pixels[:8]]), trained.preprocess)
     model, kept = half(wide, ranges)
     assert {"up", "down"} <= set(kept)
@@ -130,14 +169,18 @@ def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) ->
         narrow.data[name] = type(narrow.data[name])(lowest=np.float32(-1), highest=np.float32(1))
     blind, _ = half(wide, narrow)
     weights = next(item for item in blind.graph.initializer if item.name == "up_factor")
-    assert weights.data_type == onnx.TensorProto.FLOAT, "a weight beyond float16 is seen without calibration"
+    assert weights.data_type == onnx.TensorProto.FLOAT, (
+        "a weight beyond float16 is seen without calibration"
+    )
 
 
 def test_values_that_are_no_numbers_fail_agreement() -> None:
     expected = np.array([[1.0, 2.0], [3.0, 1.0]])
     found = expected.copy()
     found[1, 0] = np.inf
-    failed = {check.name for check in agreement(expected, found, 1e-4, "fp16", "any") if not check.passed}
+    failed = {
+        check.name for check in agreement(expected, found, 1e-4, "fp16", "any") if not check.passed
+    }
     assert "fp16 new NaN or Inf" in failed
 
 
@@ -149,7 +192,9 @@ def test_a_tie_is_no_disagreement_and_a_clear_answer_that_changes_is() -> None:
     assert found[7].argmax() != expected[7].argmax()
     assert all(check.passed for check in agreement(expected, found, 1e-4, "fp16", "val"))
     found[9] = [1.0, 3.0, 0.0]
-    failed = {check.name for check in agreement(expected, found, 1e-4, "fp16", "val") if not check.passed}
+    failed = {
+        check.name for check in agreement(expected, found, 1e-4, "fp16", "val") if not check.passed
+    }
     assert failed == {"fp16 logits", "fp16 top-1 changed, not in ties"}
 
 
@@ -176,14 +221,20 @@ def test_every_target_loads_in_its_oldest_onnxruntime(trained: Trained, tmp_path
     )
     for version, paths in files.items():
         python = bare(tmp_path / version, "--no-deps", f"onnxruntime=={version}.*", "numpy<2")
-        done = subprocess.run([python, "-c", code, *paths], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [python, "-c", code, *paths], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("(2, 4) True") == len(paths)
         assert done.stdout.startswith(version)
 
 
-@pytest.mark.parametrize(("change", "said"), [("opset", "expected opset 18 at most, found 20"), ("ir", "IR 8 at most")])
-def test_a_file_too_new_for_the_target_is_unshippable(trained: Trained, tmp_path: Path, change: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"), [("opset", "expected opset 18 at most, found 20"), ("ir", "IR 8 at most")]
+)
+def test_a_file_too_new_for_the_target_is_unshippable(
+    trained: Trained, tmp_path: Path, change: str, said: str
+) -> None:
     model = copy.deepcopy(trained.core)
     if change == "opset":
         model.opset_import[0].version = 20
@@ -194,5 +245,7 @@ def test_a_file_too_new_for_the_target_is_unshippable(trained: Trained, tmp_path
 
 
 def test_an_unknown_calibration_is_refused(trained: Trained) -> None:
-    with pytest.raises(FtkitError, match="expected one of minmax, percentile, entropy, found 'best'"):
+    with pytest.raises(
+        FtkitError, match="expected one of minmax, percentile, entropy, found 'best'"
+    ):
         calibrate(trained.core, iter([]), trained.preprocess, "best")

@@ -45,8 +45,14 @@ def machine(slower: float, between: float, within: float, seed: int) -> Callable
 
 
 def outcomes(slower: float, between: float, trials: int = 200) -> dict[str, int]:
-    found = [decide("latency", machine(slower, between, 0.02, seed), seconds=math.inf) for seed in range(trials)]
-    return {name: sum(item.verdict == name for item in found) for name in ("passed", "failed", "inconclusive")}
+    found = [
+        decide("latency", machine(slower, between, 0.02, seed), seconds=math.inf)
+        for seed in range(trials)
+    ]
+    return {
+        name: sum(item.verdict == name for item in found)
+        for name in ("passed", "failed", "inconclusive")
+    }
 
 
 def test_the_same_model_hardly_ever_fails_and_ten_per_cent_hardly_ever_passes() -> None:
@@ -78,7 +84,9 @@ def test_a_failure_needs_a_second_round_of_fresh_processes() -> None:
     found = decide("latency", draw, seconds=math.inf)
     assert found.verdict == "inconclusive"
     assert "in a second round; the first said" in found.reason
-    assert decide("latency", machine(0.2, 0.005, 0.01, 1), seconds=math.inf).processes == 2 * PROCESSES
+    assert (
+        decide("latency", machine(0.2, 0.005, 0.01, 1), seconds=math.inf).processes == 2 * PROCESSES
+    )
 
 
 def test_what_no_time_can_settle_ends_early() -> None:
@@ -88,7 +96,9 @@ def test_what_no_time_can_settle_ends_early() -> None:
     assert found.processes < 30
 
 
-def clocked(draw: Callable[[], Sample], cost: float) -> tuple[Callable[[], Sample], Callable[[], float]]:
+def clocked(
+    draw: Callable[[], Sample], cost: float
+) -> tuple[Callable[[], Sample], Callable[[], float]]:
     """Draws that take `cost` seconds each, by a clock of their own."""
     now = 0.0
 
@@ -110,7 +120,10 @@ def test_time_is_kept_whatever_a_process_costs() -> None:
     assert (one.verdict, one.seconds) == ("inconclusive", 50)
     assert "no time was left for a second round, try more --seconds" in one.reason
     assert take(0.05, 2).seconds <= 80, "at the limit all the time may go, and no more"
-    with pytest.raises(FtkitError, match=r"--seconds: expected time for 10 processes, found 20.0 s for one and 80 s"):
+    with pytest.raises(
+        FtkitError,
+        match=r"--seconds: expected time for 10 processes, found 20.0 s for one and 80 s",
+    ):
         take(0.0, 20)
 
 
@@ -120,14 +133,27 @@ def test_sizes_are_exact() -> None:
 
 
 def starts(ms: float, count: int = 5, peak: int = 60_000_000) -> list[Start]:
-    return [Start(import_ms=50, session_ms=20, first_run_ms=5, peak_rss_bytes=peak, p50_ms=ms * (1 + i / 500),
-                  p95_ms=ms * 1.1) for i in range(count)]  # fmt: skip
+    return [
+        Start(
+            import_ms=50,
+            session_ms=20,
+            first_run_ms=5,
+            peak_rss_bytes=peak,
+            p50_ms=ms * (1 + i / 500),
+            p95_ms=ms * 1.1,
+        )
+        for i in range(count)
+    ]
 
 
-def test_a_stored_baseline_judges_on_its_own_machine_with_a_wide_margin_and_elsewhere_advises() -> None:
+def test_a_stored_baseline_judges_on_its_own_machine_with_a_wide_margin_and_elsewhere_advises() -> (
+    None
+):
     def latency(*now: float, same_machine: bool = True) -> Verdict:
         measured = iter(now)
-        return compare_stored(lambda: starts(next(measured)), starts(10.0), same_machine=same_machine)[0]
+        return compare_stored(
+            lambda: starts(next(measured)), starts(10.0), same_machine=same_machine
+        )[0]
 
     assert latency(11.0).verdict == "passed"
     assert "so 15% is the least that can be told" in latency(11.0).reason
@@ -135,13 +161,22 @@ def test_a_stored_baseline_judges_on_its_own_machine_with_a_wide_margin_and_else
     assert latency(13.0, 10.0).verdict == "inconclusive", "a second round must say so too"
     for now in (10.0, 30.0):
         found = latency(now, same_machine=False)
-        assert (found.verdict, found.reason) == ("inconclusive", "advisory: the baseline is from another machine")
-    memory = [compare_stored(partial(starts, 1, peak=peak), starts(1), same_machine=True)[2].verdict
-              for peak in (65_000_000, 69_000_000)]  # fmt: skip
+        assert (found.verdict, found.reason) == (
+            "inconclusive",
+            "advisory: the baseline is from another machine",
+        )
+    memory = [
+        compare_stored(partial(starts, 1, peak=peak), starts(1), same_machine=True)[2].verdict
+        for peak in (65_000_000, 69_000_000)
+    ]
     assert memory == ["passed", "failed"], "8 % may be a path's doing"
-    assert [item.what for item in compare_stored(lambda: starts(1), starts(1), same_machine=True)] == [
-        "latency", "cold start", "memory",
-    ]  # fmt: skip
+    assert [
+        item.what for item in compare_stored(lambda: starts(1), starts(1), same_machine=True)
+    ] == [
+        "latency",
+        "cold start",
+        "memory",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +196,17 @@ def test_a_real_regression_is_caught_and_the_same_model_is_not(resize: Condition
 
 
 @pytest.mark.skipif(cores() < 2, reason="needs two cores")
-def test_sessions_of_several_threads_take_turns_on_processors_of_their_own(resize: Condition) -> None:
+def test_sessions_of_several_threads_take_turns_on_processors_of_their_own(
+    resize: Condition,
+) -> None:
     times = in_child("pairs", [replace(resize, threads=2)] * 3, rounds=12, seconds=10)
     assert len(times) == 12
     assert all(len(row) == 3 and min(row) > 0 for row in times)
 
 
 @pytest.mark.parametrize(
-    ("slower", "heavier", "expected"), [(1, 1, "passed passed"), (2, 1, "failed passed"), (1, 2, "passed failed")]
+    ("slower", "heavier", "expected"),
+    [(1, 1, "passed passed"), (2, 1, "failed passed"), (1, 2, "passed failed")],
 )
 def test_cold_starts_and_memory_are_of_processes_of_their_own(
     slower: int, heavier: int, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -180,8 +218,12 @@ def test_cold_starts_and_memory_are_of_processes_of_their_own(
         noise = 1 + 0.01 * rng.standard_normal(2)
         new = condition.model == "new"
         ms, peak = 20 * noise[0] * (slower if new else 1), 1e8 * noise[1] * (heavier if new else 1)
-        return Start(import_ms=50, session_ms=1 if even_heap else ms, first_run_ms=1,
-                     peak_rss_bytes=int(peak) if even_heap else 1)  # fmt: skip
+        return Start(
+            import_ms=50,
+            session_ms=1 if even_heap else ms,
+            first_run_ms=1,
+            peak_rss_bytes=int(peak) if even_heap else 1,
+        )
 
     monkeypatch.setattr(regression, "begin", made)
     cold, memory = compare_starts(Condition(model="new"), Condition(model="old"))
@@ -190,14 +232,21 @@ def test_cold_starts_and_memory_are_of_processes_of_their_own(
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_one_model_at_paths_of_other_lengths_takes_the_same_memory(bundle: Path, tmp_path: Path) -> None:
+def test_one_model_at_paths_of_other_lengths_takes_the_same_memory(
+    bundle: Path, tmp_path: Path
+) -> None:
     """Where the heap comes to lie is the path's doing: 106 and 114 MB, unless `even_heap` is asked for."""
     peaks = []
     for length in (1, 20, 40, 60):
         path = tmp_path / ("x" * length) / "model.onnx"
         path.parent.mkdir()
         shutil.copy(bundle / "model.onnx", path)
-        start = begin(Condition(model=str(path), threads=1), bundle / "golden" / "00.png", steady=False, even_heap=True)
+        start = begin(
+            Condition(model=str(path), threads=1),
+            bundle / "golden" / "00.png",
+            steady=False,
+            even_heap=True,
+        )
         peaks.append(start.peak_rss_bytes)
     assert max(peaks) < 1.02 * min(peaks)
 

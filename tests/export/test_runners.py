@@ -25,7 +25,9 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 
 
 def run_(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, cwd=cwd)
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False, cwd=cwd
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,17 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("debian*")]
     for path in filter(Path.is_file, sources):
         kind = path.suffix if path.suffix in (".list", ".sources") else ".list"
-        (root / "parts" / f"{path.stem}{kind}").write_text(path.read_text().replace("bookworm", "trixie"))
-    settings = ("Dir::Etc::sourcelist=/dev/null", f"Dir::Etc::sourceparts={root}/parts", "Debug::NoLocking=1",
-                f"Dir::State::lists={root}/lists", f"Dir::Cache={root}/cache", "APT::Sandbox::User=")  # fmt: skip
+        (root / "parts" / f"{path.stem}{kind}").write_text(
+            path.read_text().replace("bookworm", "trixie")
+        )
+    settings = (
+        "Dir::Etc::sourcelist=/dev/null",
+        f"Dir::Etc::sourceparts={root}/parts",
+        "Debug::NoLocking=1",
+        f"Dir::State::lists={root}/lists",
+        f"Dir::Cache={root}/cache",
+        "APT::Sandbox::User=",
+    )
     options = [part for setting in settings for part in ("-o", setting)]
     run_("apt-get", *options, "update")
     fetched = run_("apt-get", *options, "download", "libonnxruntime-dev", cwd=root)
@@ -64,21 +74,37 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs("cmake", "g++", "apt-get")
 def test_the_cpp_runner(bundle: Path, photo: Path, sdk: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "the bundle"))
-    configured = run_("cmake", "-S", copy / "device" / "cpp", "-B", tmp_path / "build", f"-DONNXRUNTIME_ROOT={sdk}")
+    configured = run_(
+        "cmake",
+        "-S",
+        copy / "device" / "cpp",
+        "-B",
+        tmp_path / "build",
+        f"-DONNXRUNTIME_ROOT={sdk}",
+    )
     assert configured.returncode == 0, configured.stderr
     built = run_("cmake", "--build", tmp_path / "build")
     assert (built.returncode, "warning" in built.stderr) == (0, False), built.stderr
     program = tmp_path / "build" / "classify"
     check = run_(program, "--self-check")
-    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), check.stdout + check.stderr
+    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), (
+        check.stdout + check.stderr
+    )
 
     answer = Classifier(bundle)(photo)
     assert f"{photo}  {answer.label}  {answer.probability:.3f}" in run_(program, photo).stdout
     (tmp_path / "frame").write_bytes(np.asarray(Image.open(photo)).tobytes())
-    assert f"{answer.label}  {answer.probability:.3f}" in run_(program, "--raw", 427, 640, tmp_path / "frame").stdout
+    assert (
+        f"{answer.label}  {answer.probability:.3f}"
+        in run_(program, "--raw", 427, 640, tmp_path / "frame").stdout
+    )
     (tmp_path / "cut.ppm").write_bytes(photo.read_bytes()[:5000])
-    for bad, said in ((["--raw", 5, 5, photo], "expected 75 bytes"), ([tmp_path / "cut.ppm"], "a whole binary PPM"),
-                      (["--bundle", tmp_path, photo], "model.onnx"), (["--what"], "expected --bundle")):  # fmt: skip
+    for bad, said in (
+        (["--raw", 5, 5, photo], "expected 75 bytes"),
+        ([tmp_path / "cut.ppm"], "a whole binary PPM"),
+        (["--bundle", tmp_path, photo], "model.onnx"),
+        (["--what"], "expected --bundle"),
+    ):
         found = run_(program, *bad)
         assert (found.returncode, said in found.stderr) == (2, True), found.stderr
     golden = copy / "golden" / "raw" / "probabilities.f32"
@@ -95,7 +121,9 @@ def test_the_plain_c_runner(bundle: Path, photo: Path, tmp_path: Path) -> None:
     assert not re.search(r"classify\.c:\d+.*warning", built.stderr), built.stderr
     program = folder / "classify"
     check = run_(program, "--self-check")
-    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), check.stdout + check.stderr
+    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), (
+        check.stdout + check.stderr
+    )
     assert re.search(r"memory +\d+ MB", check.stdout)
 
     fp32 = json.loads((bundle / "manifest.json").read_text())["variants"]["fp32"]["file"]
@@ -104,8 +132,12 @@ def test_the_plain_c_runner(bundle: Path, photo: Path, tmp_path: Path) -> None:
     assert found
     assert float(found[1]) == pytest.approx(answer.probability, abs=5e-3)
     (tmp_path / "cut.ppm").write_bytes(photo.read_bytes()[:5000])
-    for bad, said in ((["--raw", 5, 5, photo], "another number of bytes"), ([tmp_path / "cut.ppm"], "binary PPM"),
-                      ([tmp_path / "none.ppm"], "a readable file"), ([], "images or --self-check")):  # fmt: skip
+    for bad, said in (
+        (["--raw", 5, 5, photo], "another number of bytes"),
+        ([tmp_path / "cut.ppm"], "binary PPM"),
+        ([tmp_path / "none.ppm"], "a readable file"),
+        ([], "images or --self-check"),
+    ):
         refused = run_(program, *bad)
         assert (refused.returncode, said in refused.stderr) == (2, True), refused.stderr
     golden = copy / "golden" / "raw" / "logits.f32"
@@ -119,14 +151,24 @@ def test_the_plain_c_runner_on_arm64(bundle: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle / "device" / "c", tmp_path / "c"))
     built = run_("make", "-C", folder, "CC=aarch64-linux-gnu-gcc -static", "CFLAGS=-O3")
     assert built.returncode == 0, built.stderr
-    check = run_("qemu-aarch64-static", folder / "classify", "--golden", bundle / "golden" / "raw", "--self-check")
-    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), check.stdout + check.stderr
+    check = run_(
+        "qemu-aarch64-static",
+        folder / "classify",
+        "--golden",
+        bundle / "golden" / "raw",
+        "--self-check",
+    )
+    assert (check.returncode, "self-check passed" in check.stdout) == (0, True), (
+        check.stdout + check.stderr
+    )
 
 
 def test_the_ort_format_answers_as_the_model_does(bundle: Path, photo: Path) -> None:
     folder = bundle / "device" / "ort"
     image = np.asarray(Image.open(photo))[None]
-    session = onnxruntime.InferenceSession(str(folder / "model.ort"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(folder / "model.ort"), providers=["CPUExecutionProvider"]
+    )
     expected = Classifier(bundle).probabilities(image[0])
     assert np.abs(session.run(["probabilities"], {"image": image})[0][0] - expected).max() < 1e-4
     config = (folder / "required_operators.config").read_text()
@@ -153,7 +195,10 @@ def test_another_compilers_outputs_are_judged(bundle: Path, tmp_path: Path) -> N
     assert (result.exit_code, "outputs: refused" in result.stdout) == (1, True)
     np.savez(tmp_path / "short.npz", logits=logits[:3])
     (tmp_path / "junk.npz").write_bytes(b"junk")
-    for name, said in (("short", "expected logits of shape"), ("junk", "expected an .npz with an array `logits`")):
+    for name, said in (
+        ("short", "expected logits of shape"),
+        ("junk", "expected an .npz with an array `logits`"),
+    ):
         result = ftkit("verify", bundle, "--outputs", tmp_path / f"{name}.npz")
         assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
 
@@ -163,22 +208,41 @@ def camera(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for a camera that delivers NV12."""
     out = tmp_path_factory.mktemp("camera") / "bundle"
     result = ftkit(
-        "export", run, "--out", out, "--quick", "--input-format", "nv12", "--c", "--set", "export.variants=fp32"
+        "export",
+        run,
+        "--out",
+        out,
+        "--quick",
+        "--input-format",
+        "nv12",
+        "--c",
+        "--set",
+        "export.variants=fp32",
     )
     assert result.exit_code == 0, result.output
     return out
 
 
-def test_the_python_runner_takes_the_cameras_frames(camera: Path, photo: Path, tmp_path: Path) -> None:
+def test_the_python_runner_takes_the_cameras_frames(
+    camera: Path, photo: Path, tmp_path: Path
+) -> None:
     frame = to_frame(np.asarray(Image.open(photo)), "nv12")
     assert frame.shape == (642, 640, 1)  # 427 rows made even, and half as many for the colours
     (tmp_path / "frame").write_bytes(frame.tobytes())
     expected = Classifier(camera)(photo)
     runner = [sys.executable, camera / "device" / "classify.py"]
-    for found in (run_(*runner, "--raw", 642, 640, tmp_path / "frame", "--json"), run_(*runner, photo, "--json")):
-        assert json.loads(found.stdout)["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+    for found in (
+        run_(*runner, "--raw", 642, 640, tmp_path / "frame", "--json"),
+        run_(*runner, photo, "--json"),
+    ):
+        assert json.loads(found.stdout)["probabilities"] == pytest.approx(
+            expected.probabilities, abs=1e-5
+        )
     refused = run_(*runner, "--raw", 600, 640, tmp_path / "frame")
-    assert (refused.returncode, "expected 384000 bytes, found 410880" in refused.stderr) == (2, True)
+    assert (refused.returncode, "expected 384000 bytes, found 410880" in refused.stderr) == (
+        2,
+        True,
+    )
     assert run_(*runner, "--self-check").returncode == 0
     signature = Session(camera / "model.onnx")
     assert signature.metadata["input_format"] == "nv12"
@@ -197,15 +261,25 @@ def test_the_c_runner_takes_the_cameras_frames(camera: Path, photo: Path, tmp_pa
     (tmp_path / "frame").write_bytes(frame.tobytes())
     answer = Classifier(camera)(photo)
     found = re.search(
-        rf"{answer.label}  ([\d.]+)", run_(folder / "classify", "--raw", 642, 640, tmp_path / "frame").stdout
+        rf"{answer.label}  ([\d.]+)",
+        run_(folder / "classify", "--raw", 642, 640, tmp_path / "frame").stdout,
     )
     assert found
     assert float(found[1]) == pytest.approx(answer.probability, abs=5e-3)
 
 
 @needs("cmake", "g++", "apt-get")
-def test_the_cpp_runner_takes_the_cameras_frames(camera: Path, photo: Path, sdk: Path, tmp_path: Path) -> None:
-    run_("cmake", "-S", camera / "device" / "cpp", "-B", tmp_path / "build", f"-DONNXRUNTIME_ROOT={sdk}")
+def test_the_cpp_runner_takes_the_cameras_frames(
+    camera: Path, photo: Path, sdk: Path, tmp_path: Path
+) -> None:
+    run_(
+        "cmake",
+        "-S",
+        camera / "device" / "cpp",
+        "-B",
+        tmp_path / "build",
+        f"-DONNXRUNTIME_ROOT={sdk}",
+    )
     assert run_("cmake", "--build", tmp_path / "build").returncode == 0
     program = tmp_path / "build" / "classify"
     assert run_(program, "--self-check").returncode == 0

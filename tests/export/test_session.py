@@ -37,9 +37,13 @@ def test_every_node_runs_on_the_cpu_when_asked() -> None:
     assert session.run(np.zeros((2, 5, 9, 3), np.uint8))[0].shape == (2, 8, 8, 3)
 
 
-@pytest.mark.skipif("cuda" not in offered() or _cuda_works(), reason="needs an ONNX Runtime for CUDA and no GPU")
+@pytest.mark.skipif(
+    "cuda" not in offered() or _cuda_works(), reason="needs an ONNX Runtime for CUDA and no GPU"
+)
 def test_cuda_asked_for_and_cpu_got_is_an_error_that_names_the_library() -> None:
-    with pytest.raises(ProviderError, match=r"expected a session on CUDAExecutionProvider, found CPU.*\.so"):
+    with pytest.raises(
+        ProviderError, match=r"expected a session on CUDAExecutionProvider, found CPU.*\.so"
+    ):
         Session(MODEL, provider="cuda")
 
 
@@ -92,7 +96,11 @@ def test_a_containers_quota_bounds_the_threads(
 def _away(model: bytes, kinds: set[str]) -> list[tuple[str, str, str]]:
     """What ONNX Runtime would tell of a session on CUDA that left these operators to the CPU."""
     return [
-        ("CPUExecutionProvider" if node.op_type in kinds else "CUDAExecutionProvider", node.name, node.op_type)
+        (
+            "CPUExecutionProvider" if node.op_type in kinds else "CUDAExecutionProvider",
+            node.name,
+            node.op_type,
+        )
         for node in onnx.load_from_string(model).graph.node
     ]
 
@@ -117,15 +125,22 @@ def _placed(monkeypatch: pytest.MonkeyPatch, model: bytes, provider: str, kinds:
 def test_arithmetic_on_shapes_may_run_on_the_cpu_and_nothing_else(
     transformer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _placed(monkeypatch, transformer, "cuda", {"Shape"}) == "every operator on CUDAExecutionProvider"
-    with pytest.raises(ProviderError, match=r"1 of \d+ operators elsewhere: Conv on CPUExecutionProvider"):
+    assert (
+        _placed(monkeypatch, transformer, "cuda", {"Shape"})
+        == "every operator on CUDAExecutionProvider"
+    )
+    with pytest.raises(
+        ProviderError, match=r"1 of \d+ operators elsewhere: Conv on CPUExecutionProvider"
+    ):
         _placed(monkeypatch, transformer, "cuda", {"Shape", "Conv"})
     with pytest.raises(ProviderError, match="LayerNormalization on CPU"):
         _placed(monkeypatch, transformer, "cuda", {"LayerNormalization"})
     shapes = shape_nodes(transformer)
     kinds = {node.name: node.op_type for node in onnx.load_from_string(transformer).graph.node}
     assert {"Shape", "Concat"} <= {kinds[name] for name in shapes}
-    assert not {"Conv", "MatMul", "Gemm", "Add", "Softmax", "Expand"} & {kinds[name] for name in shapes}
+    assert not {"Conv", "MatMul", "Gemm", "Add", "Softmax", "Expand"} & {
+        kinds[name] for name in shapes
+    }
 
 
 def test_what_another_provider_takes_over_by_design_is_said(
@@ -135,14 +150,18 @@ def test_what_another_provider_takes_over_by_design_is_said(
     assert "12 on CPUExecutionProvider" in found
 
 
-def test_a_runtime_that_cannot_tell_is_unknown_and_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_that_cannot_tell_is_unknown_and_no_proof(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     opened = Session(MODEL)
     opened.provider = "cuda"
     monkeypatch.setattr(opened, "_assigned", list)
     assert opened._placed(MODEL).startswith("unknown")
 
 
-def test_tensorrt_keeps_its_engines_where_the_other_caches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_keeps_its_engines_where_the_other_caches_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each session built them anew, which takes minutes. ONNX Runtime tells engines apart by the graph's names and
     shapes, not by its weights: two runs of one recipe must not share a folder."""
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))

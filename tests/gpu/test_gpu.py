@@ -26,7 +26,10 @@ from ftkit_export.runtime.latency import Condition, measure
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 CUDA = torch.device("cuda", 0)
 
 
@@ -34,7 +37,9 @@ CUDA = torch.device("cuda", 0)
 def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small plan, on the GPU; its second stage on live pixels."""
     out = tmp_path_factory.mktemp("gpu") / "run"
-    result = ftkit("train", photos, "--out", out, "--device", "cuda", *settings(*TINY, "stages.1.cache=off"))
+    result = ftkit(
+        "train", photos, "--out", out, "--device", "cuda", *settings(*TINY, "stages.1.cache=off")
+    )
     assert result.exit_code == 0, result.output
     (out / "trace.txt").write_text(result.stdout)
     return out
@@ -53,7 +58,8 @@ def test_a_gpu_learns_what_a_cpu_learns(trained: Path, run: Path) -> None:
     said = (trained / "trace.txt").read_text()
     assert "autocast, float32 elsewhere (TF32 off), channels_last" in said
     accuracy = [
-        json.loads((folder / "run.json").read_text())["metrics"]["val"]["accuracy"] for folder in (trained, run)
+        json.loads((folder / "run.json").read_text())["metrics"]["val"]["accuracy"]
+        for folder in (trained, run)
     ]
     assert accuracy[0] > accuracy[1] - 0.25, "12 images of val"
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
@@ -62,18 +68,31 @@ def test_a_gpu_learns_what_a_cpu_learns(trained: Path, run: Path) -> None:
 
 def test_deterministic_gives_the_same_weights_twice(photos: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        result = ftkit("train", photos, "--out", tmp_path / name, "--device", "cuda", "--deterministic",
-                       *settings(*TINY, "stages.1.cache=off"))  # fmt: skip
+        result = ftkit(
+            "train",
+            photos,
+            "--out",
+            tmp_path / name,
+            "--device",
+            "cuda",
+            "--deterministic",
+            *settings(*TINY, "stages.1.cache=off"),
+        )
         assert result.exit_code == 0, result.output
     torch.use_deterministic_algorithms(False)
-    one, two = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    one, two = (
+        safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        for name in ("one", "two")
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
     preprocess = Preprocess(size=96, resize=112)
-    augment = Augment(hflip=True, scale=0.5, rotate=10, contrast=0.2, erase=0.3, mixup=0.2 * (cache == "off"))
+    augment = Augment(
+        hflip=True, scale=0.5, rotate=10, contrast=0.2, erase=0.3, mixup=0.2 * (cache == "off")
+    )
     stage = Stage(train="last:1", cache=cache, batch_size=16, clip=1.0, ema=0.9, views=2)
     recipe = Recipe(name="x", backbone="efficientnet_lite0", augment=augment, stages=(stage,))
     backbone, compute = build("efficientnet_lite0", 4, "none"), prepare(CUDA, False)
@@ -81,11 +100,19 @@ def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
     feeds = Feeds(backbone, recipe, build_canvases(read(photos), preprocess), preprocess, 0, CUDA)
     assert feeds.pixels.resident
     feed = feeds.stage(0)
-    moving = Moving(backbone.model, under(feeds.trained[0]), stage, make_optimizer(backbone, stage, True), compute)
+    moving = Moving(
+        backbone.model,
+        under(feeds.trained[0]),
+        stage,
+        make_optimizer(backbone, stage, True),
+        compute,
+    )
     net = feed.net
 
     def step(number: int) -> None:
-        fetched = feed.fetch(np.arange(number, number + 16), torch.Generator().manual_seed(number), slice(0, 16))
+        fetched = feed.fetch(
+            np.arange(number, number + 16), torch.Generator().manual_seed(number), slice(0, 16)
+        )
         tally, _, _ = fresh_gradients(net, feed, feed.prepare(fetched), moving, None, 16)
         moving.step(number + 1, tally)
 
@@ -103,7 +130,9 @@ def test_a_captured_graph_answers_as_the_plain_step_and_learns(photos: Path) -> 
     compute, net = prepare(CUDA, False), build("efficientnet_lite0", 4, "none").model
     net.to(CUDA).to(memory_format=torch.channels_last).train()
     before = {name: value.clone() for name, value in net.named_buffers()}
-    inputs = (torch.randn(16, 3, 96, 96, device=CUDA).contiguous(memory_format=torch.channels_last),)
+    inputs = (
+        torch.randn(16, 3, 96, 96, device=CUDA).contiguous(memory_format=torch.channels_last),
+    )
     graph = [way for way in ways(net, inputs, compute) if way.name == "CUDA graph"]
     found, said = fastest(net, inputs, graph, compute, steps=100_000)
     assert found is not net, said
@@ -113,7 +142,9 @@ def test_a_captured_graph_answers_as_the_plain_step_and_learns(photos: Path) -> 
     for _ in range(30):
         optimizer.zero_grad()
         with compute.autocast():
-            loss = torch.nn.functional.cross_entropy(found(*inputs).float(), torch.arange(16, device=CUDA) % 4)
+            loss = torch.nn.functional.cross_entropy(
+                found(*inputs).float(), torch.arange(16, device=CUDA) % 4
+            )
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
@@ -161,13 +192,19 @@ dist.destroy_process_group()
 
 
 def test_batchnorm_over_ranks_is_batchnorm_where_there_is_one(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_file_is_equal_on_cuda_and_measured_with_and_without_copies(exported: Path) -> None:
     evidence = json.loads((exported / "manifest.json").read_text())["evidence"]
-    assert {item["provider"] for item in evidence["parity"] if item["passed"]} == {"cpu", "cuda", "cuda-tf32"}
+    assert {item["provider"] for item in evidence["parity"] if item["passed"]} == {
+        "cpu",
+        "cuda",
+        "cuda-tf32",
+    }
     rows = [row for row in evidence["latency"] if row["provider"] == "cuda"]
     assert {row["copies"] for row in rows} == {True, False}
     assert all(row["gpu_bytes"] > 1e7 for row in rows)
@@ -176,7 +213,10 @@ def test_the_file_is_equal_on_cuda_and_measured_with_and_without_copies(exported
 
 def test_verify_and_predict_on_cuda_agree_with_the_cpu(exported: Path, photos: Path) -> None:
     assert ftkit("verify", exported, "--providers", "cpu,cuda,cuda-tf32").exit_code == 0
-    here = [ftkit("predict", exported, photos, "--provider", name).stdout.splitlines() for name in ("cpu", "cuda")]
+    here = [
+        ftkit("predict", exported, photos, "--provider", name).stdout.splitlines()
+        for name in ("cpu", "cuda")
+    ]
     labels = [[line.split("  ")[1] for line in lines] for lines in here]
     assert sum(a != b for a, b in zip(*labels, strict=True)) <= 1
 
@@ -184,7 +224,9 @@ def test_verify_and_predict_on_cuda_agree_with_the_cpu(exported: Path, photos: P
 def test_a_captured_session_is_measured_and_answers_as_the_plain_one(exported: Path) -> None:
     core = str(next((exported / "variants").glob("fp32-core.onnx")))
     captured = measure(
-        Condition(model=core, provider="cuda-graph", threads=1), exported / "golden" / "00.png", quick=True
+        Condition(model=core, provider="cuda-graph", threads=1),
+        exported / "golden" / "00.png",
+        quick=True,
     )
     assert (captured.provider, captured.copies) == ("cuda-graph", False)
     pixels = np.random.default_rng(0).standard_normal((1, 3, 96, 96)).astype(np.float32)
@@ -195,9 +237,20 @@ def test_a_captured_session_is_measured_and_answers_as_the_plain_one(exported: P
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_as_one_does(photos: Path, tmp_path: Path) -> None:
-    plan = settings(*TINY, "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.lr=0.1", "stages.1.lr=0.01")
+    plan = settings(
+        *TINY,
+        "stages.0.optimizer=sgd",
+        "stages.1.optimizer=sgd",
+        "stages.0.lr=0.1",
+        "stages.1.lr=0.01",
+    )
     for name, more in (("one", ["--device", "cuda"]), ("two", ["--gpus", "2"])):
         assert ftkit("train", photos, "--out", tmp_path / name, *plan, *more).exit_code == 0
-    traces = [[json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-              for name in ("one", "two")]  # fmt: skip
+    traces = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("one", "two")
+    ]
     assert traces[0] == pytest.approx(traces[1], rel=0.02), "bfloat16"

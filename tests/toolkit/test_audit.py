@@ -17,11 +17,14 @@ from ftkit.data.dataset import read
 from ftkit_export.runtime.errors import FtkitError
 
 BROKEN = {
-    "leaks": [{"images": ["test/a/copy.png", "train/a/1.png"], "exact": True},
-              {"images": ["test/a/again.jpg", "train/a/2.png"], "exact": False}],
+    "leaks": [
+        {"images": ["test/a/copy.png", "train/a/1.png"], "exact": True},
+        {"images": ["test/a/again.jpg", "train/a/2.png"], "exact": False},
+    ],
     "conflicts": [{"images": ["train/a/3.png", "train/b/twin.png"], "exact": True}],
-    "flat": ["train/a/flat.png"], "tiny": ["train/a/tiny.jpg"],
-}  # fmt: skip
+    "flat": ["train/a/flat.png"],
+    "tiny": ["train/a/tiny.jpg"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,9 @@ def broken(elpv: list[tuple[Path, str]], tmp_path_factory: pytest.TempPathFactor
         for label in ("a", "b"):
             (root / split / label).mkdir(parents=True)
             for number in range(count):
-                place = list(BROKEN).index("leaks") + 40 * len(list(root.rglob("*.png")))  # far apart: no siblings
+                place = list(BROKEN).index("leaks") + 40 * len(
+                    list(root.rglob("*.png"))
+                )  # far apart: no siblings
                 shutil.copyfile(elpv[place % len(elpv)][0], root / split / label / f"{number}.png")
     train, test = root / "train" / "a", root / "test" / "a"
     shutil.copyfile(train / "1.png", test / "copy.png")
@@ -41,13 +46,24 @@ def broken(elpv: list[tuple[Path, str]], tmp_path_factory: pytest.TempPathFactor
     shutil.copyfile(train / "4.png", train / "same.png")
     (train / "cut.png").write_bytes((train / "5.png").read_bytes()[:2000])
     Image.new("RGB", (300, 300), "grey").save(train / "flat.png")
-    Image.open(train / "6.png").resize((40, 40)).crop((0, 0, 40, 30)).convert("CMYK").save(train / "tiny.jpg")
+    Image.open(train / "6.png").resize((40, 40)).crop((0, 0, 40, 30)).convert("CMYK").save(
+        train / "tiny.jpg"
+    )
     return root
 
 
 def test_every_fault_is_named_and_a_clean_copy_has_none(broken: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in broken.rglob("*.*")}
-    told = ftkit("data", broken, "--json", tmp_path / "a.json", "--sheets", tmp_path / "s", "--fix", tmp_path / "clean")
+    told = ftkit(
+        "data",
+        broken,
+        "--json",
+        tmp_path / "a.json",
+        "--sheets",
+        tmp_path / "s",
+        "--fix",
+        tmp_path / "clean",
+    )
     assert told.exit_code == 1, told.output
     assert "train/a/cut.png: expected an image, found image file is truncated" in told.stdout
     assert max(map(len, told.stdout.split("sheet:")[0].splitlines())) <= 120
@@ -104,8 +120,13 @@ def test_identical_files_and_groups_stay_on_one_side_of_a_split_made_here(tmp_pa
     assert {split for image in images for split in [image.split]} == {"train", "val", "test"}
     assert all(len(s) == 1 for s in _sides((i.path.stem[:-1], i.split) for i in images).values())
     by_object = read(tmp_path, group_by=r"(object\d+)_").images
-    assert all(len(s) == 1 for s in _sides((i.path.stem.split("_")[0], i.split) for i in by_object).values())
-    assert not all(len(s) == 1 for s in _sides((i.path.stem.split("_")[0], i.split) for i in images).values())
+    assert all(
+        len(s) == 1
+        for s in _sides((i.path.stem.split("_")[0], i.split) for i in by_object).values()
+    )
+    assert not all(
+        len(s) == 1 for s in _sides((i.path.stem.split("_")[0], i.split) for i in images).values()
+    )
     for wrong, found in (
         ("(", "expected a regular expression"),
         ("nowhere", "expected it to match paths such as class0/"),
@@ -120,18 +141,26 @@ def test_images_that_show_nothing_are_told_and_not_compared(tmp_path: Path) -> N
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (1, 1), (number, 0, 0)).save(path)
     told = ftkit("data", tmp_path)
-    assert (told.exit_code, "20 of one flat colour" in told.stdout, told.stdout.endswith("ok\n")) == (0, True, True)
+    assert (
+        told.exit_code,
+        "20 of one flat colour" in told.stdout,
+        told.stdout.endswith("ok\n"),
+    ) == (0, True, True)
 
 
 def test_hundreds_of_pictures_of_one_thing_are_one_set(elpv: list[tuple[Path, str]]) -> None:
-    cells = np.stack([np.asarray(Image.open(path).resize((32, 32)), np.float32) for path, _ in elpv[:400:10]])
+    cells = np.stack(
+        [np.asarray(Image.open(path).resize((32, 32)), np.float32) for path, _ in elpv[:400:10]]
+    )
     noise = np.random.default_rng(0).normal(0, 0.2, (500, 32, 32)).astype(np.float32)
     thumbs = np.concatenate([cells, cells[:1] * 1.1 + noise])
     (found,) = near_duplicates(thumbs, np.arange(len(thumbs)))
     assert found.rows == (0, *range(len(cells), len(thumbs)))
 
 
-def test_what_is_cleaned_is_clean_where_ftkit_makes_a_part_of_the_splits(broken: Path, tmp_path: Path) -> None:
+def test_what_is_cleaned_is_clean_where_ftkit_makes_a_part_of_the_splits(
+    broken: Path, tmp_path: Path
+) -> None:
     """train and test given, val not: near duplicates over the two go from train; those in train become one group."""
     shutil.copytree(broken, tmp_path / "d")
     shutil.rmtree(tmp_path / "d" / "val")
@@ -149,12 +178,18 @@ def test_what_is_cleaned_is_clean_where_ftkit_makes_a_part_of_the_splits(broken:
     assert alike[0]["group"]
 
 
-def test_a_near_duplicate_of_a_file_with_copies_is_told_of_all(elpv: list[tuple[Path, str]], tmp_path: Path) -> None:
+def test_a_near_duplicate_of_a_file_with_copies_is_told_of_all(
+    elpv: list[tuple[Path, str]], tmp_path: Path
+) -> None:
     for split in ("train", "val", "test"):
         for number, label in enumerate("ab"):
             (tmp_path / split / label).mkdir(parents=True)
-            shutil.copyfile(elpv[300 * number + len(split) * 50][0], tmp_path / split / label / "own.png")
-            shutil.copyfile(elpv[300 * number + len(split) * 50 + 200][0], tmp_path / split / label / "more.png")
+            shutil.copyfile(
+                elpv[300 * number + len(split) * 50][0], tmp_path / split / label / "own.png"
+            )
+            shutil.copyfile(
+                elpv[300 * number + len(split) * 50 + 200][0], tmp_path / split / label / "more.png"
+            )
     first = tmp_path / "train" / "a" / "own.png"
     shutil.copyfile(first, tmp_path / "test" / "a" / "copy.png")
     Image.open(first).save(tmp_path / "train" / "a" / "near.jpg", quality=60)
@@ -171,7 +206,9 @@ def test_a_picture_between_two_is_alike_to_both() -> None:
     rng = np.random.default_rng(0)
     picture, change = rng.standard_normal((2, 32, 32)).astype(np.float32)
     change *= 0.11
-    found = near_duplicates(100 + 30 * np.stack([picture, picture + change, picture + 2 * change]), np.arange(3))
+    found = near_duplicates(
+        100 + 30 * np.stack([picture, picture + change, picture + 2 * change]), np.arange(3)
+    )
     assert {frozenset(item.rows) for item in found} == {frozenset({0, 1}), frozenset({1, 2})}
 
 
@@ -190,7 +227,10 @@ def test_classes_that_test_and_val_cannot_judge_are_told(tmp_path: Path) -> None
     told = ftkit("data", tmp_path / "d", "--json", tmp_path / "a.json")
     assert told.exit_code == 0
     assert "test says nothing:\n  single" in told.stdout
-    assert json.loads((tmp_path / "a.json").read_text())["unjudged"] == {"val": ["single"], "test": ["single"]}
+    assert json.loads((tmp_path / "a.json").read_text())["unjudged"] == {
+        "val": ["single"],
+        "test": ["single"],
+    }
 
 
 def test_train_stops_on_what_data_calls_a_conflict(tmp_path: Path) -> None:
@@ -199,14 +239,22 @@ def test_train_stops_on_what_data_calls_a_conflict(tmp_path: Path) -> None:
     shutil.copyfile(tmp_path / "d" / "a" / "a3.png", tmp_path / "d" / "b" / "twin.png")
     assert ftkit("data", tmp_path / "d").stdout.splitlines()[-1].startswith("NOT ok")
     stopped = ftkit("train", tmp_path / "d", "--out", tmp_path / "run")
-    assert (stopped.exit_code, "found 1 under several (e.g. a/a3.png, b/twin.png)" in stopped.stderr) == (2, True)
+    assert (
+        stopped.exit_code,
+        "found 1 under several (e.g. a/a3.png, b/twin.png)" in stopped.stderr,
+    ) == (2, True)
 
 
-def test_near_duplicates_end_in_a_word_on_fix_which_takes_out_what_contradicts(tmp_path: Path) -> None:
+def test_near_duplicates_end_in_a_word_on_fix_which_takes_out_what_contradicts(
+    tmp_path: Path,
+) -> None:
     """Two of three nearly identical images are a, the third b: it goes. Of one a and one b, nobody knows: both go."""
     for split, count in (("train", 6), ("val", 2), ("test", 2)):
         for label in "ab":
-            _patterns(tmp_path / "d" / split / label, [f"{split}{label}{number}.png" for number in range(count)])
+            _patterns(
+                tmp_path / "d" / split / label,
+                [f"{split}{label}{number}.png" for number in range(count)],
+            )
     train = tmp_path / "d" / "train"
     shapes = np.random.default_rng(9).integers(0, 256, (2, 6, 6, 3), np.uint8)
     for number, names in enumerate((("a/x.png", "a/x.jpg", "b/x.jpg"), ("a/y.png", "b/y.jpg"))):
@@ -232,11 +280,15 @@ def test_a_chain_of_near_duplicates_is_no_group(tmp_path: Path) -> None:
     start, end = rng.normal(0, 40, (2, 8, 8))
     for number, share in enumerate(np.linspace(0, np.pi / 2, 30)):
         shape = np.cos(share) * start + np.sin(share) * end + 128
-        picture = Image.fromarray(shape.clip(0, 255).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(shape.clip(0, 255).astype(np.uint8)).resize(
+            (64, 64), Image.Resampling.BICUBIC
+        )
         (tmp_path / "d" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "d" / "a" / f"{number:02}.png")
     _patterns(tmp_path / "d" / "b", [f"b{number}.png" for number in range(30)])
-    told = ftkit("data", tmp_path / "d", "--fix", tmp_path / "clean.csv", "--json", tmp_path / "a.json")
+    told = ftkit(
+        "data", tmp_path / "d", "--fix", tmp_path / "clean.csv", "--json", tmp_path / "a.json"
+    )
     found = json.loads((tmp_path / "a.json").read_text())
     assert len(found["near_groups"]) > 2
     assert "grouped: 3" in told.stdout
@@ -253,7 +305,9 @@ def test_a_chain_of_near_duplicates_is_no_group(tmp_path: Path) -> None:
 
 def test_data_says_what_a_crop_leaves_and_what_it_emptied(tmp_path: Path) -> None:
     for label in "ab":
-        _patterns(tmp_path / label, [f"{label}{number}.png" for number in range(8)], shape=(40, 160))
+        _patterns(
+            tmp_path / label, [f"{label}{number}.png" for number in range(8)], shape=(40, 160)
+        )
     wide = np.full((40, 160, 3), 255, np.uint8)
     wide[:, :30] = np.random.default_rng(0).integers(0, 255, (40, 30, 3))
     Image.fromarray(wide).save(tmp_path / "a" / "edge.png")

@@ -20,7 +20,9 @@ def _augment(**fields: object) -> torch.Tensor:
 
 def test_evaluation_gives_the_very_pixels_of_the_pillow_path() -> None:
     preprocess = Preprocess(size=24, resize=32)
-    assert np.array_equal(evaluation(torch.from_numpy(CANVASES), preprocess).numpy(), preprocess.pixels(CANVASES))
+    assert np.array_equal(
+        evaluation(torch.from_numpy(CANVASES), preprocess).numpy(), preprocess.pixels(CANVASES)
+    )
 
 
 def test_without_scaling_a_view_is_an_untouched_crop_at_many_places() -> None:
@@ -56,12 +58,20 @@ def test_four_cached_views_show_all_four_orientations() -> None:
     first = evaluation(canvases, whole)
     expected = (first, first.flip(3), first.flip(2), first.flip(2, 3))
     for view in range(4):
-        assert torch.equal(augmented(canvases, whole, augment, drawn(4, torch.Generator()), view), expected[view])
+        assert torch.equal(
+            augmented(canvases, whole, augment, drawn(4, torch.Generator()), view), expected[view]
+        )
 
 
 def test_scale_rotation_and_colour_change_the_samples_and_stay_in_range() -> None:
     plain = _augment()
-    for fields in ({"scale": 0.5}, {"rotate": 30.0}, {"brightness": 0.3}, {"contrast": 0.3}, {"saturation": 0.5}):
+    for fields in (
+        {"scale": 0.5},
+        {"rotate": 30.0},
+        {"brightness": 0.3},
+        {"contrast": 0.3},
+        {"saturation": 0.5},
+    ):
         changed = _augment(**fields)
         moved = (changed - plain).abs().flatten(1).amax(1)
         assert float((moved > 1).float().mean()) > 0.9, fields  # a draw may fall next to no change
@@ -85,7 +95,9 @@ def test_erasing_blanks_a_rectangle_in_its_share_of_samples() -> None:
 
 @pytest.mark.parametrize("fields", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_mixed_pixels_hold_the_shares_that_are_told(fields: dict[str, float]) -> None:
-    pixels = torch.arange(1.0, 65.0)[:, None, None, None].expand(64, 3, 24, 24).contiguous()  # image i is all i + 1
+    pixels = (
+        torch.arange(1.0, 65.0)[:, None, None, None].expand(64, 3, 24, 24).contiguous()
+    )  # image i is all i + 1
     mixing = mixing_of(64, 24, Augment(**fields), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
     assert mixing is not None
     partner, share = mixing.partner, mixing.share

@@ -30,29 +30,62 @@ def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Re
     _git(repository, "commit", "-q", "--allow-empty", "-m", "first")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repository / "sub")
-        result = ftkit("bench", bundle, "--quick", "--threads", "1", "--save", "--json", repository / "bench.json",
-                       "--budget", "p95_ms=10000", "--budget", "size_mb=0.1")  # fmt: skip
+        result = ftkit(
+            "bench",
+            bundle,
+            "--quick",
+            "--threads",
+            "1",
+            "--save",
+            "--json",
+            repository / "bench.json",
+            "--budget",
+            "p95_ms=10000",
+            "--budget",
+            "size_mb=0.1",
+        )
     return result, repository
 
 
-def test_the_tables_fit_80_columns_and_a_missed_budget_is_exit_1(measured: tuple[Result, Path]) -> None:
+def test_the_tables_fit_80_columns_and_a_missed_budget_is_exit_1(
+    measured: tuple[Result, Path],
+) -> None:
     result, _ = measured
     assert result.exit_code == 1, result.output
-    assert max(map(len, [line for line in result.stdout.splitlines() if not line.startswith("saved: ")])) <= 80
-    for part in ("p50 ms", "cold start", "preprocess", "of fp32's time", "quick: short runs, not for comparisons"):
+    assert (
+        max(
+            map(
+                len, [line for line in result.stdout.splitlines() if not line.startswith("saved: ")]
+            )
+        )
+        <= 80
+    )
+    for part in (
+        "p50 ms",
+        "cold start",
+        "preprocess",
+        "of fp32's time",
+        "quick: short runs, not for comparisons",
+    ):
         assert part in result.stdout
     assert "ok      p95_ms" in result.stdout
     assert "FAILED  size_mb" in result.stdout
 
 
-def test_the_json_says_everything_and_parts_add_up(measured: tuple[Result, Path], bundle: Path) -> None:
+def test_the_json_says_everything_and_parts_add_up(
+    measured: tuple[Result, Path], bundle: Path
+) -> None:
     found = json.loads((measured[1] / "bench.json").read_text())
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert set(found["sha256"].values()) <= set(manifest["files"].values())
-    assert list(found["starts"]) == list(found["parts"]) == [row["variant"] for row in found["rows"]]
+    assert (
+        list(found["starts"]) == list(found["parts"]) == [row["variant"] for row in found["rows"]]
+    )
     assert found["rows"][0]["variant"] == manifest["chosen"], "budgets are about the shipped file"
     parts = found["parts"]["fp32"]
-    assert parts["preprocess_ms"] + parts["network_ms"] == pytest.approx(parts["together_ms"], rel=0.5)
+    assert parts["preprocess_ms"] + parts["network_ms"] == pytest.approx(
+        parts["together_ms"], rel=0.5
+    )
     assert [item["verdict"] for item in found["budgets"]] == ["passed", "failed"]
     assert len(found["budgets"][0]["values"]) == 4
 
@@ -87,19 +120,44 @@ def test_the_gate_prints_ratio_interval_control_margin_and_verdict(bundle: Path)
 
 def test_bad_input_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
-    found = {"schema": 1, "machine": {"fingerprint": "x"}, "provider": "cpu", "threads": 1, "sha256": {}, "parts": {},
-             "raced": {}, "quick": True, "rows": [], "starts": {}}  # fmt: skip
+    found = {
+        "schema": 1,
+        "machine": {"fingerprint": "x"},
+        "provider": "cpu",
+        "threads": 1,
+        "sha256": {},
+        "parts": {},
+        "raced": {},
+        "quick": True,
+        "rows": [],
+        "starts": {},
+    }
     (tmp_path / "empty.json").write_text(json.dumps(found))
     for words, said in (
-        ((bundle, "--against", tmp_path / "empty.json"), "empty.json: expected what `ftkit bench --json` writes"),
-        ((bundle, "--json", tmp_path / "none" / "x.json"), "expected a file in a folder that is there"),
-        ((bundle, "--against", bundle, "--quick"), "--quick: expected no such option with --against without"),
-        ((bundle, "--against", bundle, "--threads", "1,2"), "expected one provider, number of threads and batch"),
+        (
+            (bundle, "--against", tmp_path / "empty.json"),
+            "empty.json: expected what `ftkit bench --json` writes",
+        ),
+        (
+            (bundle, "--json", tmp_path / "none" / "x.json"),
+            "expected a file in a folder that is there",
+        ),
+        (
+            (bundle, "--against", bundle, "--quick"),
+            "--quick: expected no such option with --against without",
+        ),
+        (
+            (bundle, "--against", bundle, "--threads", "1,2"),
+            "expected one provider, number of threads and batch",
+        ),
         (("none",), "none: expected a bundle or an ONNX file, found nothing there"),
         ((bundle, "--budget", "p95=3"), "--budget p95=3: expected a known budget"),
         ((bundle, "--budget", "p95_ms=fast"), "expected a limit above 0, found 'fast'"),
         ((bundle, "--threads", "0"), "--threads 0: expected numbers above 0"),
-        ((bundle, "--against", tmp_path / "other.json"), "other.json: expected what `ftkit bench --json` writes"),
+        (
+            (bundle, "--against", tmp_path / "other.json"),
+            "other.json: expected what `ftkit bench --json` writes",
+        ),
         ((bundle, "--ssh", "-oProxyCommand=x"), "expected USER@HOST or USER@HOST:PYTHON"),
         ((tmp_path, "--quick"), "expected a bundle"),
     ):
@@ -116,8 +174,19 @@ def test_processes_that_disagree_settle_no_budget() -> None:
 
 
 def test_the_gates_table_fits_80_columns_also_on_a_wild_machine() -> None:
-    wild = Verdict(what="cold start", verdict="inconclusive", reason="too noisy " * 12, ratio=10.5, low=0.123,
-                   high=123.4, spread=1.234, margin=39.5, tolerance=0.2, processes=160, seconds=120.4)  # fmt: skip
+    wild = Verdict(
+        what="cold start",
+        verdict="inconclusive",
+        reason="too noisy " * 12,
+        ratio=10.5,
+        low=0.123,
+        high=123.4,
+        spread=1.234,
+        margin=39.5,
+        tolerance=0.2,
+        processes=160,
+        seconds=120.4,
+    )
     assert max(map(len, as_gate([wild]).splitlines())) <= 80
 
 
@@ -127,11 +196,15 @@ def test_one_failure_outweighs_what_is_unsure() -> None:
     assert exit_code(["inconclusive", "failed", "passed"]) == 1
 
 
-def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(measured: tuple[Result, Path]) -> None:
+def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(
+    measured: tuple[Result, Path],
+) -> None:
     _, repository = measured
     path = repository / "ftkit-bench.jsonl"
     (line,) = read(path)
-    head = subprocess.run(["git", "-C", repository, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    head = subprocess.run(
+        ["git", "-C", repository, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
     assert head.stdout.startswith(line["commit"]) and len(line["commit"]) == 12
     found = json.loads((repository / "bench.json").read_text())
     assert (line["fingerprint"], line["machine"]) == (found["fingerprint"], found["machine"])
@@ -159,8 +232,12 @@ def test_a_change_point_is_where_the_level_changes_and_nowhere_else() -> None:
 
 def test_a_changed_level_is_marked_on_the_page_with_its_commit(tmp_path: Path) -> None:
     def line(number: int, ms: float) -> dict[str, Any]:
-        return {"time": f"2026-01-{number:02d}T00:00:00+00:00", "commit": f"c{number:011d}", "modified": False,
-                "series": {"a machine|p50 of fp32": ms}}  # fmt: skip
+        return {
+            "time": f"2026-01-{number:02d}T00:00:00+00:00",
+            "commit": f"c{number:011d}",
+            "modified": False,
+            "series": {"a machine|p50 of fp32": ms},
+        }
 
     write_history([line(i + 1, 10.0 if i < 6 else 12.0) for i in range(12)], tmp_path / "page.html")
     assert "2026-01-07, commit c00000000007: 10 to 12 ms" in (tmp_path / "page.html").read_text()
@@ -188,7 +265,9 @@ def _pytest(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_the_plugin_fails_what_misses_its_budget_and_what_measures_nothing(bundle: Path, tmp_path: Path) -> None:
+def test_the_plugin_fails_what_misses_its_budget_and_what_measures_nothing(
+    bundle: Path, tmp_path: Path
+) -> None:
     model = bundle / "variants" / "fp32-core.onnx"
     (tmp_path / "test_theirs.py").write_text(SUITE.replace("MODEL", repr(str(model))))
     done = _pytest(tmp_path, "-ra", "test_theirs.py")
@@ -202,10 +281,20 @@ def test_the_plugin_fails_what_misses_its_budget_and_what_measures_nothing(bundl
     assert "expected the fixture latency" in _pytest(tmp_path, "test_theirs.py").stderr
 
 
-def test_the_suite_runs_under_pytest_benchmark_with_our_figures_beside_its_own(bundle: Path, tmp_path: Path) -> None:
+def test_the_suite_runs_under_pytest_benchmark_with_our_figures_beside_its_own(
+    bundle: Path, tmp_path: Path
+) -> None:
     root, out = Path(__file__).parents[2], tmp_path / "out.json"
     model = bundle / "variants" / "fp32-core.onnx"
-    done = _pytest(root, "bench/test_latency.py", "-k", "model-1]", "--bundle", model, f"--benchmark-json={out}")
+    done = _pytest(
+        root,
+        "bench/test_latency.py",
+        "-k",
+        "model-1]",
+        "--bundle",
+        model,
+        f"--benchmark-json={out}",
+    )
     assert done.returncode == 0, done.stdout
     (found,) = json.loads(out.read_text())["benchmarks"]
     assert found["extra_info"]["p95_ms"] > 0

@@ -21,12 +21,24 @@ from ftkit_export.runtime.preprocess import Preprocess, parse_frame
 
 
 def _row(name: str, verdict: str, p50: float, size: int) -> Row:
-    return Row(name=name, verdict=verdict, reason="", accuracy=0.9, p50_ms=p50, p95_ms=p50 + 1, size_bytes=size)
+    return Row(
+        name=name,
+        verdict=verdict,
+        reason="",
+        accuracy=0.9,
+        p50_ms=p50,
+        p95_ms=p50 + 1,
+        size_bytes=size,
+    )
 
 
 def _judged(row: Row, spread: float = 0.0, **limits: float) -> list[Budget]:
     start = Start(
-        import_ms=1, session_ms=1, first_run_ms=1, peak_rss_bytes=90_000_000, p95_ms=(row.p95_ms or 0) + spread
+        import_ms=1,
+        session_ms=1,
+        first_run_ms=1,
+        peak_rss_bytes=90_000_000,
+        p95_ms=(row.p95_ms or 0) + spread,
     )
     return budgets(limits, [start], p50_ms=row.p50_ms, p95_ms=row.p95_ms, size_bytes=row.size_bytes)
 
@@ -42,13 +54,19 @@ def test_the_fastest_that_meets_every_budget_wins_then_one_that_may_then_the_nea
     assert chosen([fp32, refused]) == "fp32"
     assert chosen([fp32, int8], p95_ms=12, size_mb=20, memory_mb=100) == "int8"
     assert chosen([fp32, int8], p95_ms=5, size_mb=3) == "int8", "nearest to both"
-    assert chosen([_row("fp32", "reference", 3, 9), int8], spread=2, p95_ms=8) == "fp32", "the other only may"
+    assert chosen([_row("fp32", "reference", 3, 9), int8], spread=2, p95_ms=8) == "fp32", (
+        "the other only may"
+    )
     assert chosen([fp32, int8], spread=2, p95_ms=8) == "int8"
 
 
 def test_a_budget_is_passed_failed_or_not_settled_by_all_its_processes() -> None:
     row = _row("fp32", "reference", 10, 13_000_000)
-    assert [_judged(row, 2, p95_ms=limit)[0].verdict for limit in (13, 12, 10)] == ["passed", "inconclusive", "failed"]
+    assert [_judged(row, 2, p95_ms=limit)[0].verdict for limit in (13, 12, 10)] == [
+        "passed",
+        "inconclusive",
+        "failed",
+    ]
     (unmeasured,) = budgets({"p95_ms": 5}, [], p50_ms=None, p95_ms=None, size_bytes=1)
     assert (unmeasured.verdict, unmeasured.excess) == ("inconclusive", float("inf"))
 
@@ -66,8 +84,11 @@ def test_a_budget_is_passed_failed_or_not_settled_by_all_its_processes() -> None
 
 def test_a_larger_frame_takes_longer_and_is_named_everywhere(bundle: Path, run: Path) -> None:
     """One file took 3 ms at 60 x 60 and 37 at 4000 x 3000, and passed "p95 3.18, limit 4"."""
-    sizes = over_sizes(Condition(model=str(bundle / "model.onnx"), threads=1), bundle / "golden" / "00.png",
-                       ["60x60", "4000x3000"])  # fmt: skip
+    sizes = over_sizes(
+        Condition(model=str(bundle / "model.onnx"), threads=1),
+        bundle / "golden" / "00.png",
+        ["60x60", "4000x3000"],
+    )
     assert sizes[1][2] > 2 * sizes[0][2]
 
     manifest = json.loads((bundle / "manifest.json").read_text())
@@ -81,10 +102,14 @@ def test_a_larger_frame_takes_longer_and_is_named_everywhere(bundle: Path, run: 
     assert "frames of 300 x 300" in (bundle / "report.html").read_text()
 
 
-def test_bench_runs_on_the_bundles_frames_and_on_those_it_is_told(bundle: Path, tmp_path: Path) -> None:
+def test_bench_runs_on_the_bundles_frames_and_on_those_it_is_told(
+    bundle: Path, tmp_path: Path
+) -> None:
     rows = []
     for more in ([], ["--frame", "2000 x 1500"]):
-        done = ftkit("bench", bundle, "--quick", "--threads", "1", *more, "--json", tmp_path / "b.json")
+        done = ftkit(
+            "bench", bundle, "--quick", "--threads", "1", *more, "--json", tmp_path / "b.json"
+        )
         assert done.exit_code == 0, done.output
         rows.append(json.loads((tmp_path / "b.json").read_text()))
         assert f"frames of {rows[-1]['frame'].replace('x', ' x ')}, decoding apart" in done.stdout
@@ -97,9 +122,13 @@ def test_bench_runs_on_the_bundles_frames_and_on_those_it_is_told(bundle: Path, 
             parse_frame(text)
 
 
-def test_a_missed_budget_says_all_that_is_missed_and_a_command_that_leads_on(run: Path, tmp_path: Path) -> None:
+def test_a_missed_budget_says_all_that_is_missed_and_a_command_that_leads_on(
+    run: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "bundle"
-    limits = settings("export.p95_ms=0.4", "export.size_mb=1", "export.frame=64x64", "export.variants=fp32")
+    limits = settings(
+        "export.p95_ms=0.4", "export.size_mb=1", "export.frame=64x64", "export.variants=fp32"
+    )
     done = ftkit("export", run, "--out", out, "--quick", *limits)
     assert done.exit_code == 1, done.output
     assert "missed: p95_ms" in done.stdout
@@ -135,10 +164,16 @@ def test_the_command_of_a_signpost_trains(run: Path, tmp_path: Path) -> None:
     assert "preprocess.size=96" in TINY
 
 
-@pytest.mark.parametrize(("right", "verdict"), [([50, 50], "passed"), ([50, 38], "inconclusive"), ([50, 10], "failed")])
-def test_a_class_that_is_seldom_found_fails_the_gate_that_was_asked_for(right: list[int], verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("right", "verdict"), [([50, 50], "passed"), ([50, 38], "inconclusive"), ([50, 10], "failed")]
+)
+def test_a_class_that_is_seldom_found_fails_the_gate_that_was_asked_for(
+    right: list[int], verdict: str
+) -> None:
     labels = np.repeat([0, 1], 50)
-    answers = np.concatenate([np.where(np.arange(50) < count, label, 1 - label) for label, count in enumerate(right)])
+    answers = np.concatenate(
+        [np.where(np.arange(50) < count, label, 1 - label) for label, count in enumerate(right)]
+    )
     metrics = evaluate(np.eye(2)[answers], labels, ("a", "b"))
     row = _row("fp32", "reference", 1, 1)
     same = paired(answers == labels, answers == labels)
@@ -147,14 +182,25 @@ def test_a_class_that_is_seldom_found_fails_the_gate_that_was_asked_for(right: l
     assert [gate.verdict for gate in gates if "missed of class" in gate.name] == [verdict]
     assert len(judge(load("lite0").export, measured)) == len(gates) - 1
     unseen = evaluate(np.eye(3)[answers], labels, ("a", "b", "c"))
-    gate = judge(replace(load("lite0").export, min_recall=0.8), replace(measured, metrics=unseen))[-1]
+    gate = judge(replace(load("lite0").export, min_recall=0.8), replace(measured, metrics=unseen))[
+        -1
+    ]
     assert (gate.verdict, "class c" in gate.name) == ("inconclusive", True)
 
 
-def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(bundle: Path, run: Path, tmp_path: Path) -> None:
+def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(
+    bundle: Path, run: Path, tmp_path: Path
+) -> None:
     """A class with recall 0.23 stood behind "all gates passed"."""
     out = tmp_path / "bundle"
-    done = ftkit("export", run, "--out", out, "--quick", *settings("export.p95_ms=9999", "export.variants=fp32"))
+    done = ftkit(
+        "export",
+        run,
+        "--out",
+        out,
+        "--quick",
+        *settings("export.p95_ms=9999", "export.variants=fp32"),
+    )
     assert done.exit_code == 0, done.output
     manifest = json.loads((out / "manifest.json").read_text())
     page = (out / "report.html").read_text()
@@ -169,4 +215,6 @@ def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(bundle: Path, 
     assert f"balanced {metrics['balanced_accuracy']:.1%}" in header
 
     again = ftkit("bench", out, "--quick", "--budget", "p95_ms=9999", "--threads", "1")
-    assert (again.exit_code, "in 4 processes" in again.stdout) == (0, True), "one judge: as many processes"
+    assert (again.exit_code, "in 4 processes" in again.stdout) == (0, True), (
+        "one judge: as many processes"
+    )

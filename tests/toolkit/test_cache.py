@@ -38,11 +38,19 @@ class Scaled(nn.Module):
 def views(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Views:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
     canvases = build_canvases(read(photos), PREPROCESS)
-    return Views(canvases=canvases, preprocess=PREPROCESS, augment=Augment(scale=0.5), count=3, seed=0,
-                 source=Source(canvases.array, len(canvases.slots), 1, torch.device("cpu")))  # fmt: skip
+    return Views(
+        canvases=canvases,
+        preprocess=PREPROCESS,
+        augment=Augment(scale=0.5),
+        count=3,
+        seed=0,
+        source=Source(canvases.array, len(canvases.slots), 1, torch.device("cpu")),
+    )
 
 
-@pytest.mark.parametrize(("scale", "dtype"), [(1.0, "float16"), (1e5, "float32"), (1e-6, "float32")])
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1.0, "float16"), (1e5, "float32"), (1e-6, "float32")]
+)
 def test_values_are_kept_in_a_dtype_that_holds_them(views: Views, scale: float, dtype: str) -> None:
     net = Scaled(scale)
     begun = time.perf_counter()
@@ -68,9 +76,15 @@ def test_an_image_beyond_the_samples_range_brings_the_wider_dtype(views: Views) 
             return (torch.where(darkest, values * 1e7, values),)
 
     rows = views.canvases.rows("train")
-    means = [float(view.mean()) for start in range(0, len(rows), 8) for view in views.pixels(rows, 1, start)]
+    means = [
+        float(view.mean())
+        for start in range(0, len(rows), 8)
+        for view in views.pixels(rows, 1, start)
+    ]
     first = [float(view.mean()) for view in views.pixels(rows, 0, 0)]
-    limit = (sorted(means)[0] + min(m for m in [*sorted(means)[1:], *first] if m > sorted(means)[0])) / 2
+    limit = (
+        sorted(means)[0] + min(m for m in [*sorted(means)[1:], *first] if m > sorted(means)[0])
+    ) / 2
     net = Spiky(limit)  # one view of one image, not in the sample, is far larger than the rest
     kept = fill(net, "spiky", ["means"], views)
     assert isinstance(kept, Activations)
@@ -84,7 +98,8 @@ def test_views_differ_and_are_the_same_again(views: Views) -> None:
     assert torch.equal(first, views.pixels(rows, 1, 0))
     assert not torch.equal(first, views.pixels(rows, 2, 0))
     assert torch.equal(
-        views.pixels(rows, 0, 0), evaluation(torch.from_numpy(views.canvases.array(rows[:8])), PREPROCESS)
+        views.pixels(rows, 0, 0),
+        evaluation(torch.from_numpy(views.canvases.array(rows[:8])), PREPROCESS),
     )
 
 
@@ -106,8 +121,11 @@ def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
     right = np.array(array)
     train, val = (len(views.canvases.rows(split)) for split in ("train", "val"))
     count = (len(array) - val) // train
-    rows = {"first view": slice(0, train), "last view": slice((count - 1) * train, count * train),
-            "val": slice(count * train, None)}  # fmt: skip
+    rows = {
+        "first view": slice(0, train),
+        "last view": slice((count - 1) * train, count * train),
+        "val": slice(count * train, None),
+    }
     array[rows[place]] *= 1.01
     array.flush()
     del array
@@ -118,7 +136,9 @@ def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
 
 
 @pytest.mark.parametrize("file", ["told.json", "0.npy"])
-@pytest.mark.parametrize("content", [b"", b'{"kind"', b"\x93NUMPY\x01"], ids=["empty", "cut", "header"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"kind"', b"\x93NUMPY\x01"], ids=["empty", "cut", "header"]
+)
 def test_a_damaged_entry_counts_as_absent(views: Views, file: str, content: bytes) -> None:
     """It was a traceback in every later run."""
     net = Scaled(1.0)
@@ -137,14 +157,23 @@ def test_attributes_that_no_weight_and_no_code_tells_of_are_part_of_the_key(view
 
     def net(**changed: object) -> nn.Module:
         torch.manual_seed(0)
-        made = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.LeakyReLU()).eval()
+        made = nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.LeakyReLU()
+        ).eval()
         for name, value in changed.items():
             setattr(next(module for module in made if hasattr(module, name)), name, value)
         return made
 
-    kept = [fill(net(**changed), "same", ["values"], views)
-            for changed in ({}, {"eps": 1e-3}, {"negative_slope": 0.2}, {})]  # fmt: skip
-    assert [isinstance(item, Activations) and item.found for item in kept] == [False, False, False, True]
+    kept = [
+        fill(net(**changed), "same", ["values"], views)
+        for changed in ({}, {"eps": 1e-3}, {"negative_slope": 0.2}, {})
+    ]
+    assert [isinstance(item, Activations) and item.found for item in kept] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert attributes(net()) == attributes(net().train())
     assert attributes(net()) != attributes(net(stride=(2, 2)))
 
@@ -174,5 +203,13 @@ def test_room_is_made_from_what_killed_runs_left_and_what_is_unused_longest(
 
 def test_another_algorithm_of_a_gpu_is_no_stale_cache() -> None:
     """float32 was held to 1e-5 there too, where cuDNN may take Winograd's for another batch."""
-    assert _tolerance("float32", torch.device("cuda")) == 1e-4 > _tolerance("float32", torch.device("cpu"))
-    assert _tolerance("float16", torch.device("cuda")) == _tolerance("float16", torch.device("cpu")) == 1e-3
+    assert (
+        _tolerance("float32", torch.device("cuda"))
+        == 1e-4
+        > _tolerance("float32", torch.device("cpu"))
+    )
+    assert (
+        _tolerance("float16", torch.device("cuda"))
+        == _tolerance("float16", torch.device("cpu"))
+        == 1e-3
+    )

@@ -40,7 +40,9 @@ def test_rows_come_in_the_order_asked_for_from_many_shards(
 ) -> None:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(canvas, "SHARD", 7)
-    monkeypatch.setattr(canvas, "FEWEST", 5)  # the last shard, of one image, too goes to the processes
+    monkeypatch.setattr(
+        canvas, "FEWEST", 5
+    )  # the last shard, of one image, too goes to the processes
     canvases = canvas.build(read(photos), PREPROCESS)
     assert len(canvases.shards) == 18
     rows = np.random.default_rng(0).permutation(len(canvases.slots))[:40]
@@ -57,7 +59,9 @@ def test_two_runs_at_once_end_with_one_whole_copy(photos: Path, tmp_path: Path) 
     assert {path.name for path in shard.iterdir()} == {"canvases.npy", "bad.json"}
 
 
-def test_a_killed_build_leaves_nothing_a_reader_could_take_for_a_shard(photos: Path, tmp_path: Path) -> None:
+def test_a_killed_build_leaves_nothing_a_reader_could_take_for_a_shard(
+    photos: Path, tmp_path: Path
+) -> None:
     process = start(photos, tmp_path)
     while process.poll() is None and not list(tmp_path.glob("canvases/.*/canvases.npy")):
         time.sleep(0.001)
@@ -69,7 +73,9 @@ def test_a_killed_build_leaves_nothing_a_reader_could_take_for_a_shard(photos: P
         os.utime(path, (time.time() - 2 * cache_folder.ABANDONED,) * 2)
     again, first = start(photos, tmp_path), start(photos, tmp_path / "elsewhere")
     assert again.communicate(timeout=120)[0] == first.communicate(timeout=120)[0]
-    assert not [path for path in (tmp_path / "canvases").iterdir() if path.name.startswith(".")], "cleared away"
+    assert not [path for path in (tmp_path / "canvases").iterdir() if path.name.startswith(".")], (
+        "cleared away"
+    )
 
 
 def test_an_image_that_kills_its_decoder_is_named(
@@ -125,7 +131,9 @@ def test_an_image_that_memory_ran_out_for_is_no_bad_image(
     (tmp_path / "sitecustomize.py").write_text(short)
     with monkeypatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        patch.setattr("ftkit_export.runtime.preprocess.ImageOps.exif_transpose", ImageOps.exif_transpose)
+        patch.setattr(
+            "ftkit_export.runtime.preprocess.ImageOps.exif_transpose", ImageOps.exif_transpose
+        )
         if fewest > 1000:
             exec(short, {})
         with pytest.raises(FtkitError, match="expected memory to decode it") as caught:
@@ -141,7 +149,9 @@ def test_a_file_that_is_not_there_is_not_bad_for_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["bad.json", "canvases.npy"])
-@pytest.mark.parametrize("content", [b"", b'{"3"', b"\x93NUMPY\x01"], ids=["empty", "cut", "header"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"3"', b"\x93NUMPY\x01"], ids=["empty", "cut", "header"]
+)
 def test_a_damaged_shard_counts_as_absent(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes
 ) -> None:

@@ -51,9 +51,24 @@ def test_the_demo_keeps_runs_of_cells_on_one_side_and_groups_them(tmp_path: Path
 
 
 def test_a_recipe_module_trains_exports_and_verifies(photos: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ftkit_recipes.gentle", str(photos), "--out", str(tmp_path / "run"), "--quick"]
-    changes = ("preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=1", "export.variants=fp32")
-    done = subprocess.run([*command, *settings(*changes)], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "ftkit_recipes.gentle",
+        str(photos),
+        "--out",
+        str(tmp_path / "run"),
+        "--quick",
+    ]
+    changes = (
+        "preprocess.size=64",
+        "preprocess.resize=64",
+        "stages.0.epochs=1",
+        "export.variants=fp32",
+    )
+    done = subprocess.run(
+        [*command, *settings(*changes)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "verified"
     assert verify(tmp_path / "run-bundle").passed
@@ -64,7 +79,9 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert isinstance(ftkit("train", tmp_path / "none").exception, FtkitError)
 
 
-def test_a_full_disk_is_one_sentence(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_one_sentence(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FTKIT_CACHE", "/dev/full")
     result = ftkit("train", photos, "--out", tmp_path / "run", *settings(*TINY))
     assert result.exit_code == 2
@@ -72,10 +89,23 @@ def test_a_full_disk_is_one_sentence(photos: Path, tmp_path: Path, monkeypatch: 
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_terminal_shows_the_stage_as_it_goes_and_ctrl_c_saves_it(photos: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_the_stage_as_it_goes_and_ctrl_c_saves_it(
+    photos: Path, tmp_path: Path
+) -> None:
     """The real command on a terminal of 80 columns; Ctrl-C as soon as the live view tells a loss and a rate."""
     small = settings("preprocess.size=32", "preprocess.resize=32", "stages.0.epochs=2000")
-    command = [sys.executable, "-m", "ftkit", "train", photos, "--out", tmp_path / "run", "--recipe", "gentle", *small]
+    command = [
+        sys.executable,
+        "-m",
+        "ftkit",
+        "train",
+        photos,
+        "--out",
+        tmp_path / "run",
+        "--recipe",
+        "gentle",
+        *small,
+    ]
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update(COLUMNS="80", TERM="xterm")
@@ -103,13 +133,20 @@ def test_a_terminal_shows_the_stage_as_it_goes_and_ctrl_c_saves_it(photos: Path,
             os.waitpid(child, 0)
     assert stopped, shown[-2000:]
     assert code == 130
-    assert re.search(r"stage done in \d+:\d\d · \d+:\d\d of frozen passes read, not run", " ".join(shown.split()))
+    assert re.search(
+        r"stage done in \d+:\d\d · \d+:\d\d of frozen passes read, not run", " ".join(shown.split())
+    )
     assert f"stopped; go on with: ftkit train '{photos}'" in shown
     assert (tmp_path / "run" / "state").is_dir()
 
 
 def test_the_shell_completes_commands() -> None:
-    asked = {**os.environ, "_FTKIT_COMPLETE": "bash_complete", "COMP_WORDS": "ftkit tr", "COMP_CWORD": "1"}
+    asked = {
+        **os.environ,
+        "_FTKIT_COMPLETE": "bash_complete",
+        "COMP_WORDS": "ftkit tr",
+        "COMP_CWORD": "1",
+    }
     command = [str(Path(sys.executable).with_name("ftkit"))]
     done = subprocess.run(command, env=asked, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["plain,train", "plain,try"]

@@ -57,7 +57,9 @@ def test_a_faster_way_is_taken_when_it_is_equal_and_worth_its_making() -> None:
     assert eager >= 10 > faster
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
-    assert fastest(net, inputs, [_way("quick", quick, worth=60)], CPU, steps=1000)[0] is net, "10 s do not repay 60"
+    assert fastest(net, inputs, [_way("quick", quick, worth=60)], CPU, steps=1000)[0] is net, (
+        "10 s do not repay 60"
+    )
     assert fastest(net, inputs, [], CPU, steps=1000) == (net, "")
 
 
@@ -68,7 +70,10 @@ def test_a_way_that_fails_or_answers_otherwise_is_left_and_said() -> None:
     def fails() -> nn.Module:
         raise RuntimeError("cannot be captured\nwith a long story")
 
-    ways = [_way("other", nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))), Way(name="graph", make=fails, worth=0.0)]
+    ways = [
+        _way("other", nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))),
+        Way(name="graph", make=fails, worth=0.0),
+    ]
     found, said = fastest(net, inputs, ways, CPU, steps=1000)
     assert found is net
     assert ", but other answers, " in said
@@ -76,11 +81,16 @@ def test_a_way_that_fails_or_answers_otherwise_is_left_and_said() -> None:
 
 
 def test_rows_that_stay_on_the_device_are_the_rows_that_are_read() -> None:
-    array, rows = np.random.default_rng(0).normal(size=(1300, 2, 3)).astype(np.float16), np.array([7, 1299, 0, 7])
+    array, rows = (
+        np.random.default_rng(0).normal(size=(1300, 2, 3)).astype(np.float16),
+        np.array([7, 1299, 0, 7]),
+    )
     kept = Source(lambda picks: array[picks], 1300, 12, CPU.device, room=2 * 1300 * 12)
     streamed = array_source(array, CPU.device)
     assert (kept.resident, streamed.resident) == (True, False)
-    assert not Source(lambda picks: array[picks], 1300, 12, CPU.device, room=2 * 1300 * 12 - 1).resident
+    assert not Source(
+        lambda picks: array[picks], 1300, 12, CPU.device, room=2 * 1300 * 12 - 1
+    ).resident
     for source in (kept, streamed):
         assert torch.equal(source.take(source.fetch(rows)), torch.from_numpy(array[rows]))
 
@@ -88,8 +98,18 @@ def test_rows_that_stay_on_the_device_are_the_rows_that_are_read() -> None:
 def test_a_batch_is_made_on_the_gpu_without_the_host_waiting(photos: Path) -> None:
     """On pretended CUDA tensors, which refuse to mix with the host's, or to tell their values."""
     preprocess = Preprocess(size=48, resize=64)
-    everything = Augment(hflip=True, vflip=True, scale=0.5, rotate=20, brightness=0.2, contrast=0.2, saturation=0.2,
-                         erase=0.5, mixup=0.4, cutmix=1.0)  # fmt: skip
+    everything = Augment(
+        hflip=True,
+        vflip=True,
+        scale=0.5,
+        rotate=20,
+        brightness=0.2,
+        contrast=0.2,
+        saturation=0.2,
+        erase=0.5,
+        mixup=0.4,
+        cutmix=1.0,
+    )
     recipe = Recipe(name="x", backbone="resnet18", augment=everything, stages=(Stage(cache="off"),))
     canvases = build_canvases(read(photos), preprocess)
     feeds = Feeds(build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, CPU.device)
@@ -100,13 +120,17 @@ def test_a_batch_is_made_on_the_gpu_without_the_host_waiting(photos: Path) -> No
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             batch = feed.prepare(fetched)
-            loss = loss_of(torch.zeros(16, 4, device="cuda"), batch, Stage(label_smoothing=0.1), None)
+            loss = loss_of(
+                torch.zeros(16, 4, device="cuda"), batch, Stage(label_smoothing=0.1), None
+            )
             with pytest.raises(Exception, match=r"item|_local_scalar_dense"):
                 float(loss.sum())
     finally:
         augment._constants.cache_clear()
     assert batch.others is not None
-    assert {value.device.type for value in (*batch.inputs, batch.targets, batch.others, loss)} == {"cuda"}
+    assert {value.device.type for value in (*batch.inputs, batch.targets, batch.others, loss)} == {
+        "cuda"
+    }
     assert batch.inputs[0].shape == (16, 3, 48, 48)
     assert batch.inputs[0].is_contiguous(memory_format=torch.channels_last)
 
@@ -119,7 +143,9 @@ def test_float16_learns_with_a_scaled_loss_and_goes_on_from_its_scale() -> None:
     inputs = torch.randn(64, 8)
     batch = Batch(inputs=(inputs,), targets=inputs[:, :3].argmax(1))
     moving = Moving(net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half)
-    moving.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # too large: the first steps are left out
+    moving.scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**40
+    )  # too large: the first steps are left out
     losses = []
     for step in range(80):
         moving.optimizer.zero_grad()
@@ -134,13 +160,22 @@ def test_float16_learns_with_a_scaled_loss_and_goes_on_from_its_scale() -> None:
     assert fresh.scaler.get_scale() == moving.scaler.get_scale() < 2.0**40
 
 
-def test_an_operation_without_a_deterministic_form_is_one_sentence(photos: Path, tmp_path: Path) -> None:
-    said = RuntimeError("max_pool_backward_cuda does not have a deterministic implementation, but you set ...\nmore")
-    assert "found max_pool_backward_cuda. Try another backbone" in str(precision.deterministic_or_say(said))
+def test_an_operation_without_a_deterministic_form_is_one_sentence(
+    photos: Path, tmp_path: Path
+) -> None:
+    said = RuntimeError(
+        "max_pool_backward_cuda does not have a deterministic implementation, but you set ...\nmore"
+    )
+    assert "found max_pool_backward_cuda. Try another backbone" in str(
+        precision.deterministic_or_say(said)
+    )
     assert precision.deterministic_or_say(RuntimeError("CUDA error")) is None
     small = settings(*TINY, "stages.0.epochs=1", "stages.1.epochs=1")
     try:
-        assert ftkit("train", photos, "--out", tmp_path / "run", "--deterministic", *small).exit_code == 0
+        assert (
+            ftkit("train", photos, "--out", tmp_path / "run", "--deterministic", *small).exit_code
+            == 0
+        )
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -165,7 +200,9 @@ def test_an_export_after_cuda_training_works_and_leaves_tf32_off() -> None:
     """Every one raised: torch.export reads the legacy switch, which may not be left alone. It also resets the new ones.
 
     In a process of its own, with the policy for CUDA set on a machine that need not have it."""
-    done = subprocess.run([sys.executable, "-c", PREPARED], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARED], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -176,7 +213,9 @@ def test_memory_that_torch_holds_and_does_not_use_is_free(monkeypatch: pytest.Mo
     assert free_bytes(torch.device("cuda")) == 43
 
 
-def test_a_gpu_is_described_only_where_its_number_means_the_same_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_described_only_where_its_number_means_the_same_to_the_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """CUDA counts the fastest first, the driver's library along the bus: of several, the wrong one was described."""
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     assert (same_numbers(1), same_numbers(2)) == (True, False)

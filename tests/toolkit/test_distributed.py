@@ -28,7 +28,9 @@ from ftkit.utils.distributed import FRESH_STORE, Ranks
 from ftkit_export.runtime.preprocess import Preprocess
 
 # SGD, since Adam turns the noise of gradients that are zero in theory (a bias before a BatchNorm) into steps.
-PLAN = settings(*TINY, "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.lr=0.1", "stages.1.lr=0.01")
+PLAN = settings(
+    *TINY, "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.lr=0.1", "stages.1.lr=0.01"
+)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -42,12 +44,20 @@ def alone(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_within_rounding(one: Path, other: Path) -> None:
-    first, second = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (one, other))
-    worst = max(
-        float((first[name] - second[name]).abs().max()) / max(1e-9, float(first[name].abs().max())) for name in first
+    first, second = (
+        safetensors.torch.load_file(folder / "model.safetensors") for folder in (one, other)
     )
-    assert worst < 2e-3, "BatchNorm over few values multiplies the last bit's rounding; local statistics are off by 0.1"
-    traces = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    worst = max(
+        float((first[name] - second[name]).abs().max()) / max(1e-9, float(first[name].abs().max()))
+        for name in first
+    )
+    assert worst < 2e-3, (
+        "BatchNorm over few values multiplies the last bit's rounding; local statistics are off by 0.1"
+    )
+    traces = [
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (one, other)
+    ]
     for left, right in zip(*traces, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
         for same in ("epoch", "lr", "train_accuracy", "val_accuracy"):
@@ -55,14 +65,29 @@ def assert_same_within_rounding(one: Path, other: Path) -> None:
 
 
 def test_four_ranks_end_with_the_weights_of_one(alone: Path, photos: Path, tmp_path: Path) -> None:
-    script = "import sys; from ftkit.utils.distributed import launch; sys.exit(launch(4, sys.argv[1:]))"
-    command = [sys.executable, "-c", script, "train", str(photos), "--out", str(tmp_path / "run"), *PLAN]
+    script = (
+        "import sys; from ftkit.utils.distributed import launch; sys.exit(launch(4, sys.argv[1:]))"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "train",
+        str(photos),
+        "--out",
+        str(tmp_path / "run"),
+        *PLAN,
+    ]
     environment = {**os.environ, "FTKIT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "4 ranks, 4 on this machine" in done.stdout
-    assert done.stdout.count("test accuracy") == done.stdout.count("next: ftkit export") == 1, "one rank speaks"
+    assert done.stdout.count("test accuracy") == done.stdout.count("next: ftkit export") == 1, (
+        "one rank speaks"
+    )
     assert "frozen prefix computed once: 2 views x 92" in done.stdout
     assert done.stdout.count("img/s a rank") == 2
     assert_same_within_rounding(alone, tmp_path / "run")
@@ -85,8 +110,13 @@ def kill_rank_1(photos: Path, out: Path, script: Path, *more: str) -> tuple[int,
     """Two ranks, each step saved; rank 1 is killed in the second stage. Returns torchrun's exit code and complaints."""
     script.write_text(COMMAND)
     command = [*TORCHRUN, *more, str(script), "train", str(photos), "--out", str(out), *PLAN]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, **dict([FRESH_STORE.split("=")])})  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **dict([FRESH_STORE.split("=")])},
+    )
     while process.poll() is None and steps_done(out) < 1002:
         time.sleep(0.005)
     os.kill(rank_processes(process.pid)["1"], signal.SIGKILL)
@@ -94,19 +124,27 @@ def kill_rank_1(photos: Path, out: Path, script: Path, *more: str) -> tuple[int,
     return process.returncode, errors
 
 
-def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(alone: Path, photos: Path, tmp_path: Path) -> None:
-    code, errors = kill_rank_1(photos, tmp_path / "run", tmp_path / "each_step_saved.py", "--max-restarts", "1")
+def test_torchrun_restarts_a_killed_rank_and_the_run_goes_on(
+    alone: Path, photos: Path, tmp_path: Path
+) -> None:
+    code, errors = kill_rank_1(
+        photos, tmp_path / "run", tmp_path / "each_step_saved.py", "--max-restarts", "1"
+    )
     assert code == 0, errors
     assert_same_within_rounding(alone, tmp_path / "run")
 
 
-def test_a_killed_rank_ends_the_run_and_one_process_goes_on(alone: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_run_and_one_process_goes_on(
+    alone: Path, photos: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     code, errors = kill_rank_1(photos, out, tmp_path / "each_step_saved.py")
     assert code != 0
     # Which comes first: that rank 1 no longer answers, or that torchrun asks rank 0 to stop.
     told = re.findall(
-        r"^(?:error: rank 0: expected every rank to answer, found one gone \(.+\)|stopped; go on with)", errors, re.M
+        r"^(?:error: rank 0: expected every rank to answer, found one gone \(.+\)|stopped; go on with)",
+        errors,
+        re.M,
     )
     assert len(told) == 1, errors
     assert "[rank" not in errors, "no traceback of a rank"
@@ -157,19 +195,34 @@ def test_ranks_of_another_mind_end_with_one_sentence(photos: Path, tmp_path: Pat
     script.write_text(
         "import os, sys; from ftkit.cli.main import main; main([*sys.argv[1:], '--seed', os.environ['RANK']])"
     )
-    for data, said in ((photos, "expected the same recipe, seed, images, labels and splits on every machine"),
-                       (tmp_path / "none", "expected a folder of images or a CSV, found nothing there")):  # fmt: skip
-        command = [*TORCHRUN, str(script), "train", str(data), "--out", str(tmp_path / "run"), *PLAN]
+    for data, said in (
+        (photos, "expected the same recipe, seed, images, labels and splits on every machine"),
+        (tmp_path / "none", "expected a folder of images or a CSV, found nothing there"),
+    ):
+        command = [
+            *TORCHRUN,
+            str(script),
+            "train",
+            str(data),
+            "--out",
+            str(tmp_path / "run"),
+            *PLAN,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode != 0
-        assert done.stderr.count("error: ") - done.stderr.count("ChildFailedError") <= 2, done.stderr
+        assert done.stderr.count("error: ") - done.stderr.count("ChildFailedError") <= 2, (
+            done.stderr
+        )
         assert done.stderr.count(said) == 1, done.stderr
 
 
 def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
     (tmp_path / "checks.py").write_text(CHECKS)
     subprocess.run(
-        [*TORCHRUN, str(tmp_path / "checks.py"), str(tmp_path)], check=True, capture_output=True, timeout=120
+        [*TORCHRUN, str(tmp_path / "checks.py"), str(tmp_path)],
+        check=True,
+        capture_output=True,
+        timeout=120,
     )
     for rank, said in ((0, ""), (1, "rank 1 has no images")):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -195,15 +248,23 @@ def test_a_part_of_a_batch_is_that_part_of_the_whole(photos: Path, cache: str) -
     """Random draws too: views, crops, flips, what is mixed in from another rank's images."""
     preprocess = Preprocess(size=48, resize=64)
     augment = Augment(hflip=True, scale=0.5, mixup=0.4, cutmix=1.0)
-    recipe = Recipe(name="x", backbone="resnet18", augment=augment, stages=(Stage(views=3, cache=cache),))
+    recipe = Recipe(
+        name="x", backbone="resnet18", augment=augment, stages=(Stage(views=3, cache=cache),)
+    )
     canvases = build_canvases(read(photos), preprocess)
     torch.manual_seed(0)
-    feed = Feeds(build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, torch.device("cpu")).stage(0)
+    feed = Feeds(
+        build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, torch.device("cpu")
+    ).stage(0)
     assert feed.how.startswith("live") is (cache == "off")
 
     def batch(part: slice) -> Sequence[torch.Tensor]:
         made = feed.prepare(feed.fetch(np.arange(40, 57), torch.Generator().manual_seed(3), part))
-        return [value for value in (*made.inputs, made.targets, made.others, made.share) if value is not None]
+        return [
+            value
+            for value in (*made.inputs, made.targets, made.others, made.share)
+            if value is not None
+        ]
 
     parts = [batch(Ranks(rank, 3, rank, 3).part(17)) for rank in range(3)]
     for whole, *pieces in zip(batch(slice(0, 17)), *parts, strict=True):
@@ -218,11 +279,17 @@ def test_gpus_that_are_not_there_are_named(photos: Path, tmp_path: Path) -> None
         (["--gpus", "2", "--device", "cpu"], "--gpus: expected --device cuda, found cpu"),
     ):
         result = ftkit("train", photos, "--out", tmp_path / "run", *more)
-        assert (result.exit_code, result.stderr.count("error:"), what in result.stderr) == (2, 1, True), result.stderr
+        assert (result.exit_code, result.stderr.count("error:"), what in result.stderr) == (
+            2,
+            1,
+            True,
+        ), result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_every_process_gets_the_very_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_process_gets_the_very_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """What starts them is replaced, for want of GPUs: the command line is what counts here."""
     started: list[object] = []
     monkeypatch.setattr(distributed, "pick_device", lambda *_: None)
@@ -238,13 +305,25 @@ def test_every_process_gets_the_very_command(monkeypatch: pytest.MonkeyPatch, tm
         "3",
         "--deterministic",
     ]
-    result = ftkit("train", tmp_path / "my photos", "--gpus", "4", "--out", tmp_path / "a run", *said)
+    result = ftkit(
+        "train", tmp_path / "my photos", "--gpus", "4", "--out", tmp_path / "a run", *said
+    )
     assert result.exit_code == 7
     ((count, words),) = started  # type: ignore[misc]
     assert (count, words[:4]) == (4, ["train", str(tmp_path / "my photos"), "--device", "cuda"])
-    again = main.commands["train"].make_context("train", words[1:], parent=click.Context(main)).params
-    expected = {"name": "gentle", "settings": ("stages.0.epochs=2", "augment.hflip=true"), "seed": 3, "weights": None,
-                "deterministic": True, "resume": False, "gpus": None, "out": tmp_path / "a run"}  # fmt: skip
+    again = (
+        main.commands["train"].make_context("train", words[1:], parent=click.Context(main)).params
+    )
+    expected = {
+        "name": "gentle",
+        "settings": ("stages.0.epochs=2", "augment.hflip=true"),
+        "seed": 3,
+        "weights": None,
+        "deterministic": True,
+        "resume": False,
+        "gpus": None,
+        "out": tmp_path / "a run",
+    }
     assert {name: again[name] for name in expected} == expected
 
 
@@ -253,7 +332,9 @@ def test_ranks_that_cannot_meet_say_so(photos: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     result = ftkit("train", photos, "--device", "cpu")
-    assert (result.exit_code, "rank 1: expected to meet 1 others" in result.stderr) == (2, True), result.stderr
+    assert (result.exit_code, "rank 1: expected to meet 1 others" in result.stderr) == (2, True), (
+        result.stderr
+    )
     assert "Start them with torchrun" in result.stderr
 
 
@@ -262,5 +343,7 @@ def test_more_ranks_than_images_in_a_batch_are_refused(photos: Path) -> None:
     from ftkit.training.step import run_as
     from ftkit_export.runtime.errors import FtkitError
 
-    with pytest.raises(FtkitError, match="expected an image for each of 4 ranks, found 2 in a step"):
+    with pytest.raises(
+        FtkitError, match="expected an image for each of 4 ranks, found 2 in a step"
+    ):
         run_as(None, Stage(), Compute(device=torch.device("cpu")), Ranks(0, 4, 0, 4), 2, None, 1)  # type: ignore[arg-type]

@@ -2,7 +2,14 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, log_loss, precision_score, recall_score
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_score,
+    recall_score,
+)
 
 from ftkit.evaluation.metrics import (
     abstain_threshold,
@@ -12,7 +19,7 @@ from ftkit.evaluation.metrics import (
     evaluate,
     fit_temperature,
     worst_mistakes,
-)  # fmt: skip
+)
 from ftkit_export.proof.parity import softmax
 
 RNG = np.random.default_rng(0)
@@ -37,7 +44,9 @@ def test_metrics_agree_with_scikit_learn() -> None:
 def test_top5_counts_the_five_best_of_many_classes() -> None:
     probabilities = softmax(RNG.normal(size=(200, 9)))
     labels = RNG.integers(0, 9, 200)
-    expected = np.mean([label in np.argsort(row)[-5:] for label, row in zip(labels, probabilities, strict=True)])
+    expected = np.mean(
+        [label in np.argsort(row)[-5:] for label, row in zip(labels, probabilities, strict=True)]
+    )
     assert evaluate(probabilities, labels, tuple("abcdefghi")).top5 == pytest.approx(expected)
 
 
@@ -75,7 +84,9 @@ def test_cka_knows_rotations_from_changes() -> None:
 def test_worst_mistakes_come_first_and_are_mistakes() -> None:
     probabilities = softmax(LOGITS)
     worst = worst_mistakes(probabilities, LABELS, np.arange(1000, 1500), count=5)
-    assert [item.probability for item in worst] == sorted((item.probability for item in worst), reverse=True)
+    assert [item.probability for item in worst] == sorted(
+        (item.probability for item in worst), reverse=True
+    )
     wrong = probabilities.argmax(1) != LABELS
     assert worst[0].probability == pytest.approx(probabilities.max(1)[wrong].max())
     assert all(item.label == LABELS[item.row - 1000] != item.said for item in worst)
@@ -125,7 +136,9 @@ def test_groups_weaken_what_is_proven() -> None:
     probabilities, labels = np.tile([0.99, 0.01], (300, 1)), np.zeros(300, int)
     labels[::60] = 1
     assert abstain_threshold(probabilities, labels, 0.95)[1]
-    assert not abstain_threshold(probabilities, labels, 0.95, [str(number // 60) for number in range(300)])[1]
+    assert not abstain_threshold(
+        probabilities, labels, 0.95, [str(number // 60) for number in range(300)]
+    )[1]
 
 
 def test_a_small_val_split_without_an_error_is_no_proof_of_certainty() -> None:
@@ -152,14 +165,21 @@ def test_a_calibrated_model_is_left_alone_but_for_noise(images: int) -> None:
     for _ in range(25):
         rows = rng.integers(0, len(many), images)
         temperature = fit_temperature(many[rows], labels[rows])
-        worse.append(log_loss(labels, softmax(many / temperature)) - log_loss(labels, softmax(many)))
+        worse.append(
+            log_loss(labels, softmax(many / temperature)) - log_loss(labels, softmax(many))
+        )
     assert np.mean(worse) < 0.005
     assert max(worse) < 0.05
 
 
 def test_accuracy_says_how_many_groups_it_rests_on() -> None:
     probabilities, groups = softmax(LOGITS), [str(number // 50) for number in range(500)]
-    alone, grouped = (evaluate(probabilities, LABELS, ("a", "b", "c"), each) for each in (None, groups))
+    alone, grouped = (
+        evaluate(probabilities, LABELS, ("a", "b", "c"), each) for each in (None, groups)
+    )
     assert (alone.clusters, grouped.clusters) == (None, 10)
     assert alone.accuracy == grouped.accuracy
-    assert (alone.accuracy_low, alone.accuracy_high) != (grouped.accuracy_low, grouped.accuracy_high)
+    assert (alone.accuracy_low, alone.accuracy_high) != (
+        grouped.accuracy_low,
+        grouped.accuracy_high,
+    )

@@ -32,7 +32,9 @@ from ftkit_export.runtime.preprocess import decode
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: make test installs it")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: make test installs it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,11 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        fake = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        fake = [
+            "--no-sandbox",
+            "--use-fake-device-for-media-stream",
+            "--use-fake-ui-for-media-stream",
+        ]
         opened = play.chromium.launch(executable_path=CHROMIUM, args=fake)
         yield opened
         opened.close()
@@ -60,14 +66,28 @@ def _open(browser: Any, url: str, width: int = 1280, **more: Any) -> tuple[Any, 
 
 
 @needs_browser
-def test_the_report_shows_every_figure_on_a_desk_and_on_a_phone(bundle: Path, run: Path, browser: Any) -> None:
+def test_the_report_shows_every_figure_on_a_desk_and_on_a_phone(
+    bundle: Path, run: Path, browser: Any
+) -> None:
     for width, scheme in ((1280, "light"), (400, "dark")):
         page, wrong = _open(browser, (bundle / "report.html").as_uri(), width, color_scheme=scheme)
         titles = page.locator("h2").all_inner_texts()
-        assert {"Gates", "Training", "By class", "How sure it is", "Variants", "Parity with the framework", "Data",
-                "Latency, cold start, memory", "Worst mistakes", "Reproduce"} <= set(titles)  # fmt: skip
+        assert {
+            "Gates",
+            "Training",
+            "By class",
+            "How sure it is",
+            "Variants",
+            "Parity with the framework",
+            "Data",
+            "Latency, cold start, memory",
+            "Worst mistakes",
+            "Reproduce",
+        } <= set(titles)
         drawings = page.locator("svg")
-        assert drawings.count() >= 3 + 1 + 1 + 1 + 2, "curves and drift, reliability, decision, parity, latencies"
+        assert drawings.count() >= 3 + 1 + 1 + 1 + 2, (
+            "curves and drift, reliability, decision, parity, latencies"
+        )
         for i in range(drawings.count()):
             box = drawings.nth(i).bounding_box()
             assert box["width"] > 150, page.locator("figcaption").nth(i).inner_text()
@@ -79,9 +99,17 @@ def test_the_report_shows_every_figure_on_a_desk_and_on_a_phone(bundle: Path, ru
                 "r.top < b.top - 2 || r.bottom > b.bottom + 2 }).map((t) => t.textContent) }"
             )
             assert outside == [], page.locator("figcaption").nth(i).inner_text()
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page itself never scrolls sideways"
-        assert all(page.evaluate("[...document.images].map((i) => i.complete && i.naturalWidth > 0 && i.alt !== '')"))
-        assert page.locator("img").count() == 2 * len(open_run(run).data["mistakes"]), "photograph and heat map"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, (
+            "the page itself never scrolls sideways"
+        )
+        assert all(
+            page.evaluate(
+                "[...document.images].map((i) => i.complete && i.naturalWidth > 0 && i.alt !== '')"
+            )
+        )
+        assert page.locator("img").count() == 2 * len(open_run(run).data["mistakes"]), (
+            "photograph and heat map"
+        )
         assert wrong == []
     text = (bundle / "report.html").read_text()
     assert len(text) < 3_000_000
@@ -91,7 +119,9 @@ def test_the_report_shows_every_figure_on_a_desk_and_on_a_phone(bundle: Path, ru
     assert recipe == open_run(run).data["recipe"]
 
 
-def test_what_a_report_shows_is_escaped_and_has_no_place_of_this_machine(run: Path, tmp_path: Path) -> None:
+def test_what_a_report_shows_is_escaped_and_has_no_place_of_this_machine(
+    run: Path, tmp_path: Path
+) -> None:
     data = json.loads((run / "run.json").read_text())
     data["recipe"]["stages"][0]["teacher"] = "/home/somebody/teacher"
     data["recipe"]["weights"] = "/home/somebody/weights.pth"
@@ -124,11 +154,15 @@ def site(bundle: Path) -> Iterator[str]:
 
 
 @needs_browser
-def test_the_browser_computes_what_was_exported(site: str, bundle: Path, photos: Path, browser: Any) -> None:
+def test_the_browser_computes_what_was_exported(
+    site: str, bundle: Path, photos: Path, browser: Any
+) -> None:
     """ONNX Runtime Web itself: golden vectors, then photographs, a camera, a file that is none."""
     page, wrong = _open(browser, site)
     page.wait_for_selector("#parity.good, #parity.bad, #engine.bad", timeout=60_000)
-    assert re.match(r"\d+ golden vectors passed, worst at \d\.\d\d of its tolerance", page.inner_text("#parity"))
+    assert re.match(
+        r"\d+ golden vectors passed, worst at \d\.\d\d of its tolerance", page.inner_text("#parity")
+    )
     assert "on wasm" in page.inner_text("#engine")
     classify = Classifier(bundle)
     for folder in sorted(path for path in photos.iterdir() if path.is_dir()):
@@ -139,9 +173,16 @@ def test_the_browser_computes_what_was_exported(site: str, bundle: Path, photos:
         answer, verdict = classify(path), page.locator("#verdict")
         assert verdict.get_attribute("data-label") == answer.label
         assert verdict.get_attribute("data-remark") == answer.remark
-        found = dict(zip((t.split("\n")[1] for t in page.locator("#bars li").all_inner_texts()),
-                         map(float, page.locator("#bars span").all_inner_texts()), strict=True))  # fmt: skip
-        assert found == {name: pytest.approx(value, abs=2e-3) for name, value in answer.probabilities.items()}
+        found = dict(
+            zip(
+                (t.split("\n")[1] for t in page.locator("#bars li").all_inner_texts()),
+                map(float, page.locator("#bars span").all_inner_texts()),
+                strict=True,
+            )
+        )
+        assert found == {
+            name: pytest.approx(value, abs=2e-3) for name, value in answer.probabilities.items()
+        }
     assert re.match(r"[\d.]+ ms for 300 x 300 pixels", page.inner_text("#latency"))
     page.set_input_files("#file", bundle / "labels.txt")
     page.wait_for_selector("#verdict.bad")
@@ -167,7 +208,13 @@ def test_the_page_is_for_this_machine_only(site: str, bundle: Path) -> None:
     for method in ("GET", "HEAD"):
         assert status("/manifest.json", host=f"elsewhere.example:{port}", method=method) == 403
     assert (bundle.parent / "export.txt").is_file()
-    for path in ("/../export.txt", "/device/web/../../../export.txt", "/%2e%2e/export.txt", "/golden/", "/device/"):
+    for path in (
+        "/../export.txt",
+        "/device/web/../../../export.txt",
+        "/%2e%2e/export.txt",
+        "/golden/",
+        "/device/",
+    ):
         assert status(path) == 404, path
     link = bundle / "link.txt"
     link.symlink_to(bundle.parent / "export.txt")
@@ -178,7 +225,9 @@ def test_the_page_is_for_this_machine_only(site: str, bundle: Path) -> None:
     assert not (bundle / "device" / "web").exists(), "the sealed bundle stays as it is"
 
 
-def test_what_is_not_the_runtime_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
+def test_what_is_not_the_runtime_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     (tmp_path / "other.tgz").write_bytes(b"other")
     precious = tmp_path / ".ssh"  # FTKIT_CACHE may be a folder of the user's own
@@ -189,18 +238,27 @@ def test_what_is_not_the_runtime_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     missing = ftkit("try", bundle)
-    assert (missing.exit_code, "expected npm to fetch onnxruntime-web" in missing.stderr) == (2, True)
+    assert (missing.exit_code, "expected npm to fetch onnxruntime-web" in missing.stderr) == (
+        2,
+        True,
+    )
     assert list((tmp_path / "web").iterdir()) == [], "nothing half unpacked is left"
     assert precious.is_dir()
 
 
-def test_a_heat_map_adds_up_to_the_logit(bundle: Path, run: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_heat_map_adds_up_to_the_logit(
+    bundle: Path, run: Path, photos: Path, tmp_path: Path
+) -> None:
     """Zhou et al.: the map's mean and the head's bias are the logit, for every class."""
     explain, image = Explainer(bundle), decode(next((photos / "poly-ok").iterdir()))
     model = open_run(run).backbone()
     head = model.model.get_submodule(model.head)
-    classify = Classifier(bundle / json.loads((bundle / "manifest.json").read_text())["variants"]["fp32"]["core"])
-    logits, _ = classify.session.run(classify.preprocess.pixels(classify.preprocess.canvas(image)[None]))
+    classify = Classifier(
+        bundle / json.loads((bundle / "manifest.json").read_text())["variants"]["fp32"]["core"]
+    )
+    logits, _ = classify.session.run(
+        classify.preprocess.pixels(classify.preprocess.canvas(image)[None])
+    )
     for label in range(4):
         heat, _ = explain(image, label)
         assert heat.shape == (3, 3)
@@ -210,7 +268,15 @@ def test_a_heat_map_adds_up_to_the_logit(bundle: Path, run: Path, photos: Path, 
     assert told.exit_code == 0, told.output
     paths = [Path(json.loads(line)["explained"]) for line in told.stdout.splitlines()]
     assert len(set(paths)) == len(list((photos / "poly-ok").iterdir()))
-    again = ftkit("predict", bundle, next((photos / "poly-ok").iterdir()), "--explain", "--out", folder, "--json")
+    again = ftkit(
+        "predict",
+        bundle,
+        next((photos / "poly-ok").iterdir()),
+        "--explain",
+        "--out",
+        folder,
+        "--json",
+    )
     assert Path(json.loads(again.stdout)["explained"]) not in paths, "nothing is written over"
     picture = np.asarray(Image.open(paths[0]), np.int16)
     assert picture.shape == (96, 96, 3)
@@ -222,7 +288,11 @@ class Between(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.between, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+        self.stem, self.between, self.head = (
+            torch.nn.Conv2d(3, 4, 3),
+            torch.nn.Linear(4, 6),
+            torch.nn.Linear(6, 3),
+        )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.head(torch.relu(self.between(self.stem(pixels).mean((2, 3)))))
@@ -233,7 +303,10 @@ def test_a_backbone_without_a_pooled_linear_head_says_so(tmp_path: Path, bundle:
     shutil.copytree(bundle, tmp_path / "b")
     (tmp_path / "b" / "variants" / "explain.onnx").unlink()
     refused = ftkit("predict", tmp_path / "b", bundle / "golden" / "00.png", "--explain")
-    assert (refused.exit_code, "its backbone has no linear head over averaged" in refused.stderr) == (2, True)
+    assert (
+        refused.exit_code,
+        "its backbone has no linear head over averaged" in refused.stderr,
+    ) == (2, True)
 
 
 def _served_anyhow(browser: Any, folder: Path) -> tuple[Any, list[str], str]:
@@ -254,14 +327,22 @@ def test_python_does_what_the_command_line_does(
 ) -> None:
     """train (with events), export, verify, bench, load; a run and an export show themselves in a notebook."""
     changes = ["preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=2"]
-    trained = package.train(photos, out=tmp_path / "run", recipe="gentle", settings=changes, tensorboard=True)
+    trained = package.train(
+        photos, out=tmp_path / "run", recipe="gentle", settings=changes, tensorboard=True
+    )
     assert f"test accuracy {trained.metrics['test']['accuracy']:.3f}" in trained._repr_html_()
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [item.value for item in events.Scalars("loss/train")] == pytest.approx([line["loss"] for line in lines])
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [item.value for item in events.Scalars("loss/train")] == pytest.approx(
+        [line["loss"] for line in lines]
+    )
     changes = ["export.variants=fp32", "export.golden=synthetic"]
-    done = package.export(run, out=tmp_path / "b", settings=changes, quick=True, quiet=True, web=True)
+    done = package.export(
+        run, out=tmp_path / "b", settings=changes, quick=True, quiet=True, web=True
+    )
     assert (done.passed, done.folder) == (True, tmp_path / "b")
     assert "all gates passed" in done._repr_html_()
     assert package.verify(done.folder).passed
@@ -269,7 +350,9 @@ def test_python_does_what_the_command_line_does(
     if CHROMIUM:
         _, wrong, said = _served_anyhow(browser, done.folder)
         assert (wrong, "golden vectors passed" in said) == ([], True)
-    assert package.bench(done.folder / "model.onnx", threads=[1], quick=True)["rows"][0]["p50_ms"] > 0
+    assert (
+        package.bench(done.folder / "model.onnx", threads=[1], quick=True)["rows"][0]["p50_ms"] > 0
+    )
     zipped = bundle.with_name(bundle.name + ".zip")
     photo = next((photos / "mono-ok").iterdir())
     answer = package.load(zipped)(photo)
@@ -283,7 +366,16 @@ def test_quiet_says_nothing_and_leakage_can_be_allowed(photos: Path, tmp_path: P
             for path in sorted((photos / label).iterdir())[picks]:
                 shutil.copy(path, tmp_path / "d" / split / label)
     small = settings("preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=1")
-    command = ("train", tmp_path / "d", "--out", tmp_path / "run", "--recipe", "gentle", *small, "--quiet")
+    command = (
+        "train",
+        tmp_path / "d",
+        "--out",
+        tmp_path / "run",
+        "--recipe",
+        "gentle",
+        *small,
+        "--quiet",
+    )
     assert "found 8 that they share" in ftkit(*command).stderr
     done = ftkit(*command, "--allow-leakage")
     assert (done.exit_code, done.output) == (0, "")
@@ -292,7 +384,9 @@ def test_quiet_says_nothing_and_leakage_can_be_allowed(photos: Path, tmp_path: P
 
 def test_a_run_that_learned_nothing_still_ends(photos: Path, tmp_path: Path) -> None:
     """The loss is infinite at once: no epoch counts, the untrained head is judged, the report has no curve."""
-    small = settings("preprocess.size=64", "preprocess.resize=64", "stages.0.optimizer=sgd", "stages.0.lr=3e38")
+    small = settings(
+        "preprocess.size=64", "preprocess.resize=64", "stages.0.optimizer=sgd", "stages.0.lr=3e38"
+    )
     done = ftkit("train", photos, "--out", tmp_path / "run", "--recipe", "gentle", *small)
     assert done.exit_code == 0, done.output
     assert "the loss is no longer finite" in done.stdout
@@ -301,8 +395,15 @@ def test_a_run_that_learned_nothing_still_ends(photos: Path, tmp_path: Path) -> 
 
 
 def test_events_of_an_interrupted_run_are_not_doubled(tmp_path: Path) -> None:
-    line = {"loss": 1.0, "val_nll": 1.0, "train_accuracy": 0.5, "val_accuracy": 0.5, "lr": 0.1, "images_per_s": 9.0,
-            "stage": 0}  # fmt: skip
+    line = {
+        "loss": 1.0,
+        "val_nll": 1.0,
+        "train_accuracy": 0.5,
+        "val_accuracy": 0.5,
+        "lr": 0.1,
+        "images_per_s": 9.0,
+        "stage": 0,
+    }
     for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # the third epoch was not saved
         with tensorboard(tmp_path, done) as log:
             for step in steps:

@@ -45,7 +45,9 @@ def test_splits_made_here_are_stratified_seeded_and_disjoint(tmp_path: Path) -> 
     assert images.made == ("test", "val")
     for split, share in (("test", 0.15), ("val", 0.1)):
         for label, count in ((0, 40), (1, 20)):
-            assert sum(image.label == label for image in images.of(split)) == pytest.approx(count * share, abs=1.01)
+            assert sum(image.label == label for image in images.of(split)) == pytest.approx(
+                count * share, abs=1.01
+            )
     assert read(tmp_path, seed=1) == images
     assert read(tmp_path, seed=2) != images
     assert sum(len(images.of(split)) for split in ("train", "val", "test")) == 60
@@ -60,9 +62,12 @@ def test_a_split_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [("Training", "Validation", "Testing"), ("TRAIN", "Val", "test"), ("train", "valid", "Test")]
+    "names",
+    [("Training", "Validation", "Testing"), ("TRAIN", "Val", "test"), ("train", "valid", "Test")],
 )
-def test_split_folders_are_known_in_any_case_and_by_their_common_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_split_folders_are_known_in_any_case_and_by_their_common_names(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
     """photos/Training and photos/Testing became two classes."""
     for name, count in zip(names, (4, 2, 3), strict=True):
         _folder(tmp_path / name, cat=count, dog=count)
@@ -177,7 +182,10 @@ def _csv(text: str) -> "object":
         (_csv("path,label\na.png,x\ngone.png,y\n"), "set.csv line 3: expected an image at"),
         (_csv("file,label\na.png,x\n"), "expected a column 'path', found file, label"),
         (_csv("path,class\na.png,x\n"), "expected a column 'label', found path, class"),
-        (_csv("path,label,split\na.png,x,holdout\n"), "expected split train, val or test, found 'holdout'"),
+        (
+            _csv("path,label,split\na.png,x,holdout\n"),
+            "expected split train, val or test, found 'holdout'",
+        ),
         (_csv('path,label\na.png,"x\ny"\n'), "expected a label on one line, found"),
         (_csv("path,label\na.png,\n"), "expected a label, found none"),
         (
@@ -199,7 +207,9 @@ def _csv(text: str) -> "object":
         "csv label with a comma",
     ],
 )
-def test_bad_data_is_told_in_one_sentence_with_exit_2(make: object, said: str, tmp_path: Path) -> None:
+def test_bad_data_is_told_in_one_sentence_with_exit_2(
+    make: object, said: str, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     root = tmp_path / "data"
     root.mkdir()
@@ -217,7 +227,9 @@ def test_paths_of_a_csv_may_have_backslashes_and_rows_may_end_in_commas(tmp_path
         _image(tmp_path / "in" / "here" / f"{number}.png", number)
         lines.append(f"in\\here\\{number}.png,{'ab'[number % 2]},,")
     (tmp_path / "set.csv").write_text("\r\n".join(lines))
-    assert {image.path.parent for image in read(tmp_path / "set.csv").images} == {tmp_path / "in" / "here"}
+    assert {image.path.parent for image in read(tmp_path / "set.csv").images} == {
+        tmp_path / "in" / "here"
+    }
 
 
 @pytest.mark.parametrize("place", ["data", "."], ids=["below the CSV", "beside its folder too"])
@@ -226,7 +238,9 @@ def test_splits_written_are_read_again_from_another_place(tmp_path: Path, place:
     _folder(tmp_path / place / "other", a=3)
     lines = ["path,label,group"]
     for image in sorted((tmp_path).rglob("*.png")):
-        lines.append(f"{os.path.relpath(image, tmp_path / 'data')},{image.parent.name},{image.stem}")
+        lines.append(
+            f"{os.path.relpath(image, tmp_path / 'data')},{image.parent.name},{image.stem}"
+        )
     (tmp_path / "data" / "set.csv").write_text("\n".join(lines))
     images = read(tmp_path / "data" / "set.csv", seed=3)
     (tmp_path / "splits.csv").write_bytes(splits_csv(images))
@@ -249,7 +263,9 @@ def test_a_class_with_one_image_trains_with_it(tmp_path: Path) -> None:
 def test_a_label_with_a_line_separator_keeps_its_place_in_the_exported_file(tmp_path: Path) -> None:
     """U+2028 ends a line for Python's splitlines, and for no runner: such labels failed the label gate."""
     labels = ["a\u2028b", "c", "d\x85e"]
-    (tmp_path / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+    (tmp_path / "labels.txt").write_text(
+        "".join(f"{label}\n" for label in labels), encoding="utf-8"
+    )
     classifier = type("Classifier", (), {"labels": labels})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence, "Classifier", lambda folder: classifier)

@@ -17,10 +17,23 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 
 BACKBONES = (
-    "efficientnet_lite0", "efficientnet_b0", "mobilenetv3_small_100", "mobilenetv4_conv_small", "resnet18", "resnet50",
-    "repvit_m0_9", "fastvit_t8", "convnext_nano", "vit_tiny_patch16_224", "tiny_vit_5m_224", "ghostnetv2_100",
-    "regnetx_002", "shufflenet_v2_x1_0", "squeezenet1_1", "mnasnet1_0",
-)  # fmt: skip
+    "efficientnet_lite0",
+    "efficientnet_b0",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "resnet18",
+    "resnet50",
+    "repvit_m0_9",
+    "fastvit_t8",
+    "convnext_nano",
+    "vit_tiny_patch16_224",
+    "tiny_vit_5m_224",
+    "ghostnetv2_100",
+    "regnetx_002",
+    "shufflenet_v2_x1_0",
+    "squeezenet1_1",
+    "mnasnet1_0",
+)
 PREPROCESS = Preprocess(size=64, resize=64)
 
 
@@ -55,7 +68,9 @@ def test_several_tensors_may_cross_the_cut() -> None:
 
 def test_two_headed_backbones_keep_one_head_and_odd_ones_are_refused() -> None:
     assert build("levit_128s", 5, "none").head == "head.linear"
-    with pytest.raises(FtkitError, match=r"expected logits of shape \(1, 5\) after its head was replaced"):
+    with pytest.raises(
+        FtkitError, match=r"expected logits of shape \(1, 5\) after its head was replaced"
+    ):
         build("crossvit_tiny_240", 5, "none")
 
 
@@ -87,18 +102,34 @@ def feeds(photos: Path) -> Feeds:
     recipe = Recipe(
         name="x",
         backbone="resnet18",
-        stages=(Stage(train="head", views=2), Stage(train="last:1", views=2), Stage(train="all"), Stage(train="head")),
+        stages=(
+            Stage(train="head", views=2),
+            Stage(train="last:1", views=2),
+            Stage(train="all"),
+            Stage(train="head"),
+        ),
     )
     canvases = build_canvases(read(photos), PREPROCESS)
-    return Feeds(build("resnet18", 4, "none"), recipe, canvases, PREPROCESS, seed=0, device=torch.device("cpu"))
+    return Feeds(
+        build("resnet18", 4, "none"),
+        recipe,
+        canvases,
+        PREPROCESS,
+        seed=0,
+        device=torch.device("cpu"),
+    )
 
 
-def test_one_pass_serves_head_and_last_blocks(feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_pass_serves_head_and_last_blocks(
+    feeds: Feeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ftkit.training.loader
 
     passes: list[object] = []
     real = ftkit.training.loader.fill
-    monkeypatch.setattr(ftkit.training.loader, "fill", lambda *a, **k: (passes.append(a), real(*a, **k))[1])
+    monkeypatch.setattr(
+        ftkit.training.loader, "fill", lambda *a, **k: (passes.append(a), real(*a, **k))[1]
+    )
     feeds.share()
     assert "computed once" in feeds.stage(0).how
     second = feeds.stage(1)
@@ -141,7 +172,9 @@ def test_a_head_stage_after_a_deeper_one_gets_a_prefix_of_its_own(feeds: Feeds) 
     assert float((live - cached).abs().max()) < 1e-3 * float(live.abs().max())
 
 
-def test_a_cache_larger_than_the_disk_is_not_begun(feeds: Feeds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_larger_than_the_disk_is_not_begun(
+    feeds: Feeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     import ftkit.training.feature_cache
 
@@ -156,12 +189,18 @@ def test_on_a_cpu_the_prefix_runs_in_onnx_runtime(name: str) -> None:
     backbone = build(name, 4, "none")
     graph = trace(backbone.model)
     assert graph is not None
-    prefix = frozen_part(graph, [frontier(graph, under(trainable(backbone, train))) for train in ("head", "last:2")])
+    prefix = frozen_part(
+        graph, [frontier(graph, under(trainable(backbone, train))) for train in ("head", "last:2")]
+    )
     pixels = torch.randn(8, 3, 64, 64)
     run, how = runner(prefix, pixels)
     assert how == "onnxruntime"
     expected = [value.detach().numpy() for value in prefix(pixels)]
-    assert not any(module.training for module in prefix.modules()), "exporting leaves the modes alone"
+    assert not any(module.training for module in prefix.modules()), (
+        "exporting leaves the modes alone"
+    )
     prefix.forward = None  # from here on only ONNX Runtime can answer
     found = run(pixels)
-    assert all(np.abs(a - b).max() < 1e-4 * np.abs(b).max() for a, b in zip(found, expected, strict=True))
+    assert all(
+        np.abs(a - b).max() < 1e-4 * np.abs(b).max() for a, b in zip(found, expected, strict=True)
+    )

@@ -21,7 +21,9 @@ from ftkit_export.runtime.targets import TARGETS
 
 
 @pytest.mark.parametrize("target", ["x86-vnni", "x86", "arm64"])
-def test_training_simulates_the_shipped_graph_and_brings_it_nearer(bundle: Path, photos: Path, target: str) -> None:
+def test_training_simulates_the_shipped_graph_and_brings_it_nearer(
+    bundle: Path, photos: Path, target: str
+) -> None:
     core, preprocess = (
         onnx.load(bundle / "variants" / "fp32-core.onnx"),
         Preprocess(size=96, resize=96, mean=(127,) * 3, std=(128,) * 3),
@@ -39,7 +41,9 @@ def test_training_simulates_the_shipped_graph_and_brings_it_nearer(bundle: Path,
     else:
         assert sqnr(shipped, simulated) > sqnr(teacher, shipped) + 6
 
-    trained = fine_tune(core, quantized, lambda rows: pixels[rows], teacher.argmax(1), teacher, epochs=3)
+    trained = fine_tune(
+        core, quantized, lambda rows: pixels[rows], teacher.argmax(1), teacher, epochs=3
+    )
     again = int8(trained, ranges, TARGETS[target])
     assert quantized_nodes(again) == quantized_nodes(quantized)
     with torch.inference_mode():

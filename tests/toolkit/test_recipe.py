@@ -24,9 +24,16 @@ def test_the_shipped_recipes_are_there() -> None:
 def test_settings_reach_every_level() -> None:
     recipe = override(
         load("lite0"),
-        ["backbone=resnet18", "stages.1.lr=1e-4", "export.p95_ms=8", "augment.vflip=false", "preprocess.mean=1,2,3",
-         "export.max_accuracy_drop=0.02", "stages.0.views=2"],
-    )  # fmt: skip
+        [
+            "backbone=resnet18",
+            "stages.1.lr=1e-4",
+            "export.p95_ms=8",
+            "augment.vflip=false",
+            "preprocess.mean=1,2,3",
+            "export.max_accuracy_drop=0.02",
+            "stages.0.views=2",
+        ],
+    )
     assert (recipe.backbone, recipe.stages[1].lr, recipe.export.p95_ms) == ("resnet18", 1e-4, 8.0)
     assert recipe.augment.vflip is False
     assert recipe.preprocess is not None
@@ -58,10 +65,15 @@ def test_settings_reach_every_level() -> None:
         ("stages.0=1", "expected a field after the index"),
         ("backbone", "found no '='"),
         ("backbone=nonsuch", "expected a timm or torchvision model, found 'nonsuch'"),
-        ("stages.0.train=last:99", "expected head, all, last:1 to last:7, first:1 to first:7, or a pattern"),
+        (
+            "stages.0.train=last:99",
+            "expected head, all, last:1 to last:7, first:1 to first:7, or a pattern",
+        ),
     ],
 )
-def test_a_typo_is_answered_with_the_choices(setting: str, said: str, photos: Path, tmp_path: Path) -> None:
+def test_a_typo_is_answered_with_the_choices(
+    setting: str, said: str, photos: Path, tmp_path: Path
+) -> None:
     result = ftkit("train", photos, "--out", tmp_path / "run", "--set", setting)
     assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "run").exists()
@@ -81,7 +93,9 @@ def test_an_unknown_recipe_is_answered_with_the_names(photos: Path) -> None:
         ("def (", "found SyntaxError"),
     ],
 )
-def test_a_recipe_file_that_does_not_import_says_why(text: str, said: str, photos: Path, tmp_path: Path) -> None:
+def test_a_recipe_file_that_does_not_import_says_why(
+    text: str, said: str, photos: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "mine.py"
     path.write_text(text)
     result = ftkit("train", photos, "--recipe", path)

@@ -51,7 +51,10 @@ def test_images_that_the_model_was_trained_on_are_left_out_and_counted(
     assert found["left_out"] == {str(bundle): splits["train"] + splits["val"]}
     assert f"left out: {splits['train'] + splits['val']} images" in result.stderr
     expected = json.loads((run / "run.json").read_text())["metrics"]["test"]
-    assert (found["metrics"]["images"], found["metrics"]["accuracy"]) == (splits["test"], expected["accuracy"])
+    assert (found["metrics"]["images"], found["metrics"]["accuracy"]) == (
+        splits["test"],
+        expected["accuracy"],
+    )
 
     moved = tmp_path / "elsewhere"
     shutil.copytree(photos, moved)
@@ -79,23 +82,35 @@ def test_images_that_the_model_was_trained_on_are_left_out_and_counted(
 def test_images_in_groups_are_compared_as_groups(bundle: Path, copies: Path) -> None:
     """120 images that all agree bound the drop at 2.5 points; the same in four groups bound it at nothing useful."""
     alone = ftkit("eval", bundle, copies, "--against", bundle, "--max-drop", "0.04", "--json", "-")
-    grouped = ftkit("eval", bundle, copies, "--against", bundle, "--group-by", "^([^/]+)/", "--json", "-")
+    grouped = ftkit(
+        "eval", bundle, copies, "--against", bundle, "--group-by", "^([^/]+)/", "--json", "-"
+    )
     one, other = (json.loads(result.stdout) for result in (alone, grouped))
     assert (one["metrics"]["clusters"], one["against"]["verdict"]) == (None, "accepted")
     assert (other["metrics"]["clusters"], other["against"]["paired"]["clusters"]) == (4, 4)
-    widths = [told["metrics"]["accuracy_high"] - told["metrics"]["accuracy_low"] for told in (one, other)]
+    widths = [
+        told["metrics"]["accuracy_high"] - told["metrics"]["accuracy_low"] for told in (one, other)
+    ]
     assert widths[1] > widths[0]
     assert other["against"]["paired"]["high"] > one["against"]["paired"]["high"]
     assert "images, as if independent" in alone.stderr
     assert "images in 4 groups" in grouped.stderr
 
 
-def test_accuracy_is_that_of_predict_and_needs_no_torch(bundle: Path, copies: Path, tmp_path: Path) -> None:
+def test_accuracy_is_that_of_predict_and_needs_no_torch(
+    bundle: Path, copies: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "eval.json"
-    script = ("import atexit, sys\nfrom ftkit.cli.main import main\n"
-              "atexit.register(lambda: print('torch' in sys.modules))\nmain()")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", script, "eval", str(bundle), str(copies), "--json", str(out)],
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    script = (
+        "import atexit, sys\nfrom ftkit.cli.main import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\nmain()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "eval", str(bundle), str(copies), "--json", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False", "torch was imported"
     found, classify = json.loads(out.read_text())["metrics"], Classifier(bundle)
@@ -105,7 +120,9 @@ def test_accuracy_is_that_of_predict_and_needs_no_torch(bundle: Path, copies: Pa
     assert {"nll", "ece", "recall", "confusion"} <= set(found)
 
 
-def test_a_bad_release_is_exit_1_with_every_image_that_was_right(bundle: Path, copies: Path, rotated: Path) -> None:
+def test_a_bad_release_is_exit_1_with_every_image_that_was_right(
+    bundle: Path, copies: Path, rotated: Path
+) -> None:
     result = ftkit("eval", rotated, copies, "--against", bundle, "--json", "-")
     assert result.exit_code == 1
     found = json.loads(result.stdout)["against"]
@@ -117,7 +134,9 @@ def test_a_bad_release_is_exit_1_with_every_image_that_was_right(bundle: Path, c
     assert "surely lost more than 1.0%" in result.stderr
 
 
-def test_the_same_release_passes_when_the_images_can_tell_and_else_says_so(bundle: Path, copies: Path) -> None:
+def test_the_same_release_passes_when_the_images_can_tell_and_else_says_so(
+    bundle: Path, copies: Path
+) -> None:
     """120 images with no disagreement bound the drop at about 2.5 points."""
     few = ftkit("eval", bundle, copies, "--against", bundle)
     assert few.exit_code == 3, few.output
@@ -132,8 +151,10 @@ def test_one_class_that_surely_got_worse_is_enough(bundle: Path, copies: Path) -
     from ftkit.evaluation.bundle import Answers, against, answers
 
     old = answers(bundle, labelled(copies))
-    said = tuple("mono-ok" if label == "poly-ok" else answer
-                 for label, answer in zip(old.labels, old.said, strict=True))  # fmt: skip
+    said = tuple(
+        "mono-ok" if label == "poly-ok" else answer
+        for label, answer in zip(old.labels, old.said, strict=True)
+    )
     new = Answers(**{**vars(old), "said": said})
     change = against(new, old, max_drop=0.3)
     assert change.paired.verdict(0.3) != "refused"

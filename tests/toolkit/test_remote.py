@@ -15,14 +15,16 @@ import pytest
 from conftest import ftkit, settings
 
 from ftkit.benchmark.ssh import Device
-from ftkit_export.bundle import write_manifest
+from ftkit_export.bundle.write import write_manifest
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import machine
 from ftkit_export.runtime.targets import here
 from ftkit_export.runtime.verify import check_files, read_manifest
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
-needs_sshd = pytest.mark.skipif(not (SSHD and shutil.which("ssh")), reason="needs an OpenSSH server and client")
+needs_sshd = pytest.mark.skipif(
+    not (SSHD and shutil.which("ssh")), reason="needs an OpenSSH server and client"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,9 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """USER@HOST:PYTHON of a server of our own, with keys of its own; `ssh` finds both through a wrapper on PATH."""
     folder = tmp_path_factory.mktemp("sshd")
     for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -44,7 +48,9 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         f'-o UserKnownHostsFile=/dev/null -o LogLevel=ERROR "$@"\n'
     )
     (folder / "ssh").chmod(0o755)
-    server = subprocess.Popen([str(SSHD), "-D", "-e", "-f", folder / "config"], stderr=subprocess.PIPE)
+    server = subprocess.Popen(
+        [str(SSHD), "-D", "-e", "-f", folder / "config"], stderr=subprocess.PIPE
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(folder), prepend=os.pathsep)
         for _ in range(50):
@@ -73,7 +79,9 @@ def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
 
 
 @needs_sshd
-def test_a_strangers_bundle_runs_none_of_its_code_on_the_device(device: str, bundle: Path, tmp_path: Path) -> None:
+def test_a_strangers_bundle_runs_none_of_its_code_on_the_device(
+    device: str, bundle: Path, tmp_path: Path
+) -> None:
     """Its runner is replaced, and the bundle sealed again: all hashes fit."""
     evil, witness = tmp_path / "evil", tmp_path / "executed"
     shutil.copytree(bundle, evil)
@@ -81,7 +89,10 @@ def test_a_strangers_bundle_runs_none_of_its_code_on_the_device(device: str, bun
         path.write_text(f"open({str(witness)!r}, 'w')\n")
     (evil / "manifest.sig").unlink()
     sealed = json.loads((evil / "manifest.json").read_text())
-    write_manifest(evil, {key: value for key, value in sealed.items() if key not in ("digest", "schema", "files")})
+    write_manifest(
+        evil,
+        {key: value for key, value in sealed.items() if key not in ("digest", "schema", "files")},
+    )
     check_files(evil, read_manifest(evil)["files"])
     result = ftkit("bench", evil, "--ssh", device, "--quick", "--threads", "1")
     assert result.exit_code == 0, result.output
@@ -90,13 +101,25 @@ def test_a_strangers_bundle_runs_none_of_its_code_on_the_device(device: str, bun
     model = evil / "variants" / "fp32-core.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     result = ftkit("bench", evil, "--ssh", device, "--quick", "--threads", "1")
-    assert (result.exit_code, "expected sha256" in result.stderr) == (2, True), "hashes before anything is sent"
+    assert (result.exit_code, "expected sha256" in result.stderr) == (2, True), (
+        "hashes before anything is sent"
+    )
 
 
 @needs_sshd
-def test_the_devices_own_latency_chooses_the_variant(device: str, run: Path, tmp_path: Path) -> None:
-    result = ftkit("export", run, "--out", tmp_path / "bundle", "--quick", "--on", device,
-                   *settings("export.variants=fp32", "export.p95_ms=9999"))  # fmt: skip
+def test_the_devices_own_latency_chooses_the_variant(
+    device: str, run: Path, tmp_path: Path
+) -> None:
+    result = ftkit(
+        "export",
+        run,
+        "--out",
+        tmp_path / "bundle",
+        "--quick",
+        "--on",
+        device,
+        *settings("export.variants=fp32", "export.p95_ms=9999"),
+    )
     assert result.exit_code == 0, result.output
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["target"] == here()
@@ -122,7 +145,9 @@ def test_the_answers_of_8_bits_are_the_devices_own(device: str, run: Path, tmp_p
     host = device.partition(":")[0]
     result = ftkit("export", run, "--out", tmp_path / "bundle", "--quick", "--on", f"{host}:{fake}")
     assert result.exit_code == 0, result.output
-    decision = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["evidence"]["decision"]
+    decision = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["evidence"][
+        "decision"
+    ]
     fp32, int8 = decision[:2]
     assert fp32["accuracy"] > 0.5
     assert int8["accuracy"] < 0.3, "these answers cannot be this machine's"
@@ -133,7 +158,10 @@ def test_the_answers_of_8_bits_are_the_devices_own(device: str, run: Path, tmp_p
 def test_a_device_that_lacks_python_or_does_not_answer_is_one_sentence(device: str) -> None:
     host = device.partition(":")[0]
     for where in (f"{host}:/no/such/python", "nobody@127.0.0.1"):
-        with pytest.raises(FtkitError, match=r"expected ssh, tar and a python3 with numpy"), Device.reached(where):
+        with (
+            pytest.raises(FtkitError, match=r"expected ssh, tar and a python3 with numpy"),
+            Device.reached(where),
+        ):
             pass
 
 

@@ -24,7 +24,9 @@ from ftkit_export.runtime.errors import FtkitError
 
 def begin(photos: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", COMMAND, "train", str(photos), "--out", str(out), *more]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ)
+    return subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
+    )
 
 
 def wait_for(process: subprocess.Popen[str], out: Path, place: int) -> None:
@@ -33,10 +35,15 @@ def wait_for(process: subprocess.Popen[str], out: Path, place: int) -> None:
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    first, second = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (one, other))
+    first, second = (
+        safetensors.torch.load_file(folder / "model.safetensors") for folder in (one, other)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
     lines = [
-        [{**json.loads(line), "images_per_s": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        [
+            {**json.loads(line), "images_per_s": 0}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
         for folder in (one, other)
     ]
     assert lines[0] == lines[1]
@@ -46,7 +53,12 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 def test_killed_three_times_and_once_asked_to_stop(run: Path, photos: Path, tmp_path: Path) -> None:
     """SIGKILL in the head stage, SIGKILL and SIGTERM in the second, SIGINT late: each resume goes on from there."""
     out, chosen = tmp_path / "killed run", settings(*TINY)
-    for place, number in ((4, signal.SIGKILL), (1002, signal.SIGKILL), (1004, signal.SIGTERM), (1006, signal.SIGINT)):
+    for place, number in (
+        (4, signal.SIGKILL),
+        (1002, signal.SIGKILL),
+        (1004, signal.SIGTERM),
+        (1006, signal.SIGINT),
+    ):
         process = begin(photos, out, *(["--resume"] if out.exists() else chosen))
         wait_for(process, out, place)
         time.sleep(random.Random(place).random() * 0.05)
@@ -74,7 +86,9 @@ def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_resume_refuses_another_recipe_seed_or_set_of_images(stopped: Path, photos: Path, tmp_path: Path) -> None:
+def test_resume_refuses_another_recipe_seed_or_set_of_images(
+    stopped: Path, photos: Path, tmp_path: Path
+) -> None:
     fewer = shutil.copytree(photos, tmp_path / "photos")
     next(iter(sorted(fewer.rglob("*.png")))).unlink()
     before = (stopped / "state" / "state.json").read_bytes()
@@ -84,9 +98,10 @@ def test_resume_refuses_another_recipe_seed_or_set_of_images(stopped: Path, phot
         (fewer, [], "data fingerprint"),
     ):
         result = ftkit("train", data, "--out", stopped, "--resume", *more)
-        assert (result.exit_code, f"expected the {what} this run began with" in result.stderr) == (2, True), (
-            result.stderr
-        )
+        assert (result.exit_code, f"expected the {what} this run began with" in result.stderr) == (
+            2,
+            True,
+        ), result.stderr
     assert "expected a new folder" in ftkit("train", photos, "--out", stopped).stderr
     assert (stopped / "state" / "state.json").read_bytes() == before
 
@@ -104,13 +119,20 @@ def test_resume_warns_when_the_bits_may_differ(stopped: Path, photos: Path, tmp_
         assert f"expected threads {threads} as before the interruption, found 1" in result.stderr
 
 
-def test_resume_begins_a_run_that_is_not_there_and_needs_its_folder(photos: Path, tmp_path: Path) -> None:
-    assert "expected the run to go on with, found no --out" in ftkit("train", photos, "--resume").stderr
+def test_resume_begins_a_run_that_is_not_there_and_needs_its_folder(
+    photos: Path, tmp_path: Path
+) -> None:
+    assert (
+        "expected the run to go on with, found no --out"
+        in ftkit("train", photos, "--resume").stderr
+    )
     small = settings(*TINY, "stages.0.epochs=1", "stages.1.epochs=1")
     assert ftkit("train", photos, "--out", tmp_path / "run", "--resume", *small).exit_code == 0
 
 
-def test_a_disk_that_fills_leaves_the_last_save_and_one_sentence(stopped: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_leaves_the_last_save_and_one_sentence(
+    stopped: Path, photos: Path, tmp_path: Path
+) -> None:
     out = shutil.copytree(stopped, tmp_path / "run")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))  # the weights take 13 MB
@@ -128,7 +150,10 @@ def test_two_processes_do_not_work_on_one_run(photos: Path, tmp_path: Path) -> N
     out = tmp_path / "run"
     first = begin(photos, out, *settings(*TINY))
     wait_for(first, out, 2)
-    for more, said in ((["--resume"], f"found process {first.pid} at it"), ([], "another process trains in")):
+    for more, said in (
+        (["--resume"], f"found process {first.pid} at it"),
+        ([], "another process trains in"),
+    ):
         second = ftkit("train", photos, "--out", out, *more, *([] if more else settings(*TINY)))
         assert second.exit_code == 2
         assert said in second.stderr
@@ -139,9 +164,20 @@ def test_two_processes_do_not_work_on_one_run(photos: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_without_a_folder_take_two(photos: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ftkit", "train", str(photos), *settings(*TINY, "stages.0.epochs=1")]
-    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(2)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "ftkit",
+        "train",
+        str(photos),
+        *settings(*TINY, "stages.0.epochs=1"),
+    ]
+    both = [
+        subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     errors = [process.communicate(timeout=240)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["lite0-1", "lite0-2"]

@@ -47,7 +47,9 @@ def test_wrong_settings_are_told_before_torch_is_imported() -> None:
         "    assert main(words.split(), standalone_mode=False) == 2, words\n"
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -55,12 +57,19 @@ def test_an_image_on_standard_input_is_answered(bundle: Path, photos: Path) -> N
     image = next(iter((photos / "mono-ok").iterdir()))
     command = [sys.executable, "-m", "ftkit", "predict", bundle, "-"]
     done = subprocess.run(command, input=image.read_bytes(), capture_output=True, check=True)
-    assert done.stdout.decode().split()[1:] == ftkit("predict", bundle, image).stdout.removeprefix(str(image)).split()
+    assert (
+        done.stdout.decode().split()[1:]
+        == ftkit("predict", bundle, image).stdout.removeprefix(str(image)).split()
+    )
 
 
-def test_a_very_large_image_is_told_as_that_and_may_be_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_very_large_image_is_told_as_that_and_may_be_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Image.fromarray(np.zeros((9_500, 10_000), np.uint8)).save(tmp_path / "wide.png")
-    with pytest.raises(ImageError, match=r"at most 89 megapixels, found one of 95\. .*--max-pixels"):
+    with pytest.raises(
+        ImageError, match=r"at most 89 megapixels, found one of 95\. .*--max-pixels"
+    ):
         decode(tmp_path / "wide.png")
     limit = Image.MAX_IMAGE_PIXELS
     monkeypatch.setenv(MAX_PIXELS, "100000000")

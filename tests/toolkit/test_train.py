@@ -20,7 +20,9 @@ from ftkit.recipe import Stage
 from ftkit.training.optimizer import make_optimizer, rate
 from ftkit.training.run import open_run
 
-LINE = re.compile(r"^(head|last:1) +(\d+)/(\d+) +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +\d\.\de[+-]\d\d +\d+ +\d+:\d\d$")
+LINE = re.compile(
+    r"^(head|last:1) +(\d+)/(\d+) +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +\d\.\de[+-]\d\d +\d+ +\d+:\d\d$"
+)
 
 
 def test_the_trace_has_a_line_an_epoch_within_80_columns(run: Path) -> None:
@@ -37,7 +39,10 @@ def test_the_run_folder_holds_data_only(run: Path, photos: Path) -> None:
     assert data["metrics"]["test"]["images"] == 16
     assert sum(map(sum, data["metrics"]["test"]["confusion"])) == 16
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["epoch"]) for line in epochs] == [(0, n) for n in range(1, 7)] + [(1, 1), (1, 2)]
+    assert [(line["stage"], line["epoch"]) for line in epochs] == [(0, n) for n in range(1, 7)] + [
+        (1, 1),
+        (1, 2),
+    ]
     assert open_run(run).backbone().model.classifier.out_features == 4
 
 
@@ -59,7 +64,9 @@ def test_the_best_stage_by_validation_is_kept(run: Path) -> None:
 def test_the_frozen_part_is_the_pretrained_one_bit_for_bit(run: Path) -> None:
     trained = safetensors.torch.load_file(run / "model.safetensors")
     pretrained = build("efficientnet_lite0", 4).model.state_dict()
-    frozen = [name for name in pretrained if name.startswith(("conv_stem", "bn1", "blocks.0", "blocks.5"))]
+    frozen = [
+        name for name in pretrained if name.startswith(("conv_stem", "bn1", "blocks.0", "blocks.5"))
+    ]
     assert len(frozen) > 40
     assert all(torch.equal(trained[name], pretrained[name]) for name in frozen)
 
@@ -67,7 +74,9 @@ def test_the_frozen_part_is_the_pretrained_one_bit_for_bit(run: Path) -> None:
 def test_the_same_seed_gives_the_same_weights(photos: Path, run: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert ftkit("train", photos, "--out", again, *settings(*TINY)).exit_code == 0
-    first, second = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (run, again))
+    first, second = (
+        safetensors.torch.load_file(folder / "model.safetensors") for folder in (run, again)
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -75,7 +84,12 @@ def test_live_training_works_where_nothing_can_be_cached(photos: Path, tmp_path:
     """A torchvision backbone, all of it training, from scratch, with every augmentation on."""
     changes = [
         *("backbone=squeezenet1_1", "weights=none", "preprocess.size=64", "preprocess.resize=72"),
-        *("augment.scale=0.6", "augment.rotate=10", "augment.brightness=0.2", "augment.contrast=0.2"),
+        *(
+            "augment.scale=0.6",
+            "augment.rotate=10",
+            "augment.brightness=0.2",
+            "augment.contrast=0.2",
+        ),
         *("stages.0.cache=off", "stages.0.epochs=1", "stages.0.optimizer=sgd"),
         *("stages.1.train=all", "stages.1.epochs=1", "stages.1.ema=0"),
     ]
@@ -87,13 +101,19 @@ def test_live_training_works_where_nothing_can_be_cached(photos: Path, tmp_path:
 
 def test_a_loss_that_explodes_leaves_the_weights_before_it(photos: Path, tmp_path: Path) -> None:
     result = ftkit(
-        "train", photos, "--out", tmp_path / "run", *settings(*TINY, "stages.1.lr=1e30", "stages.1.epochs=3")
+        "train",
+        photos,
+        "--out",
+        tmp_path / "run",
+        *settings(*TINY, "stages.1.lr=1e30", "stages.1.epochs=3"),
     )
     assert result.exit_code == 0, result.output
     stages = json.loads((tmp_path / "run" / "run.json").read_text())["stages"]
     assert [stage["kept"] for stage in stages] == [True, False]
     state = safetensors.torch.load_file(tmp_path / "run" / "model.safetensors")
-    assert all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point())
+    assert all(
+        bool(value.isfinite().all()) for value in state.values() if value.is_floating_point()
+    )
 
 
 def test_weights_that_would_need_a_network_name_the_file_and_two_ways(
@@ -107,8 +127,17 @@ def test_weights_that_would_need_a_network_name_the_file_and_two_ways(
         ("resnet50", "resnet50.a1_in1k/model.safetensors"),
         ("shufflenet_v2_x1_0", "shufflenetv2_x1"),
     ):
-        command = [sys.executable, "-m", "ftkit", "train", str(photos), "--recipe", "staged_resnet50", "--set",
-                   f"backbone={backbone}"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "ftkit",
+            "train",
+            str(photos),
+            "--recipe",
+            "staged_resnet50",
+            "--set",
+            f"backbone={backbone}",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 2
         assert file in done.stderr
@@ -131,8 +160,11 @@ class _Mirror(http.server.BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         self.send_response(200)
-        for name, value in (("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"'), ("X-Repo-Commit", "a" * 40),
-                            ("Content-Length", str(len(self.content)))):  # fmt: skip
+        for name, value in (
+            ("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"'),
+            ("X-Repo-Commit", "a" * 40),
+            ("Content-Length", str(len(self.content))),
+        ):
             self.send_header(name, value)
         self.end_headers()
 
@@ -146,12 +178,21 @@ def test_weights_come_through_a_mirror_where_the_hubs_own_name_is_unknown(tmp_pa
     _Mirror.content = safetensors.torch.save(dict(donor.state_dict()))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Mirror) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                       "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_XET": "1",
+        }
         script = "from ftkit.models.backbones import build\n"
         script += "print(build('resnet18', 4).model.conv1.weight[0, 0, 0, 0].item())"
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True,
-                              check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         server.shutdown()
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == donor.conv1.weight[0, 0, 0, 0].item()
@@ -167,9 +208,10 @@ def test_weights_come_from_a_file_and_must_fit(photos: Path, tmp_path: Path) -> 
     assert result.exit_code == 2
     assert "expected those of efficientnet_lite0" in result.stderr
     (tmp_path / "code.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
-    assert "expected .safetensors, or a .pth of plain tensors" in ftkit(
-        "train", photos, "--weights", tmp_path / "code.pth"
-    ).stderr  # fmt: skip
+    assert (
+        "expected .safetensors, or a .pth of plain tensors"
+        in ftkit("train", photos, "--weights", tmp_path / "code.pth").stderr
+    )
 
 
 def test_an_existing_run_folder_is_never_written_into(photos: Path, run: Path) -> None:
@@ -188,7 +230,10 @@ def test_export_of_something_that_is_no_run_says_so(photos: Path, tmp_path: Path
     assert "expected a run (with run.json" in ftkit("export", tmp_path).stderr
     (tmp_path / "run.json").write_text('{"schema": 1}')
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "expected a run of this ftkit, found ValueError('schema 1, not 5')" in ftkit("export", tmp_path).stderr
+    assert (
+        "expected a run of this ftkit, found ValueError('schema 1, not 5')"
+        in ftkit("export", tmp_path).stderr
+    )
 
 
 def test_export_refuses_images_that_changed_since(run: Path, photos: Path, tmp_path: Path) -> None:
@@ -202,7 +247,9 @@ def test_export_refuses_images_that_changed_since(run: Path, photos: Path, tmp_p
 
 
 @pytest.mark.parametrize("provider", ["gpu", "coreml"])
-def test_export_with_a_provider_that_is_not_here_exits_2(run: Path, provider: str, tmp_path: Path) -> None:
+def test_export_with_a_provider_that_is_not_here_exits_2(
+    run: Path, provider: str, tmp_path: Path
+) -> None:
     result = ftkit("export", run, "--out", tmp_path / "bundle", "--providers", f"cpu,{provider}")
     assert result.exit_code == 2
     assert "cpu" in result.stderr

@@ -32,11 +32,23 @@ if TYPE_CHECKING:
 
 
 def train(
-    data: str | Path, *, out: str | Path | None = None, recipe: str | Path | Recipe = "lite0",
-    settings: Sequence[str] = (), weights: str | None = None, seed: int = 0, device: str = "auto", resume: bool = False,
-    deterministic: bool = False, group_by: str = "", root: str | Path | None = None, allow_leakage: bool = False,
-    tensorboard: bool = False, quiet: bool = False, known: bool = False,
-) -> Run:  # fmt: skip
+    data: str | Path,
+    *,
+    out: str | Path | None = None,
+    recipe: str | Path | Recipe = "lite0",
+    settings: Sequence[str] = (),
+    weights: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    deterministic: bool = False,
+    group_by: str = "",
+    root: str | Path | None = None,
+    allow_leakage: bool = False,
+    tensorboard: bool = False,
+    quiet: bool = False,
+    known: bool = False,
+) -> Run:
     """Fine-tune on labelled images and return the finished run.
 
     data: a class folder, split folders or a CSV. out: the run folder, by default runs/RECIPE-N. recipe: a name,
@@ -60,12 +72,25 @@ def train(
     from ftkit.training.run import claim, next_free, open_run
     from ftkit.training.train import train as run_training
 
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"  # the ranks of one run must agree on its folder
+    alone = (
+        os.environ.get("WORLD_SIZE", "1") == "1"
+    )  # the ranks of one run must agree on its folder
     folder = Path(out) if out else (claim if alone else next_free)(Path("runs") / plan.name)
     try:
-        run_training(plan, data, folder, seed=seed, device=device, resume=resume, deterministic=deterministic,
-                     known=known, group_by=group_by, root=root, allow_leakage=allow_leakage,
-                     tensorboard=tensorboard)  # fmt: skip
+        run_training(
+            plan,
+            data,
+            folder,
+            seed=seed,
+            device=device,
+            resume=resume,
+            deterministic=deterministic,
+            known=known,
+            group_by=group_by,
+            root=root,
+            allow_leakage=allow_leakage,
+            tensorboard=tensorboard,
+        )
     finally:
         if not out:
             with suppress(OSError):
@@ -76,12 +101,26 @@ def train(
 
 
 def export(
-    run: Run | str | Path, *, out: str | Path | None = None, settings: Sequence[str] = (),
-    providers: Sequence[str] = ("cpu",), data: str | Path | None = None, quick: bool = False,
-    target: str | None = None, latency: str | Path | None = None, on: str | None = None,
-    input_format: str | None = None, c: bool = False, ort: bool = False, handoff: bool = False, web: bool = False,
-    runtime: str | Path | None = None, zipped: bool = False, sign: str | Path | None = None, quiet: bool = False,
-) -> Exported:  # fmt: skip
+    run: Run | str | Path,
+    *,
+    out: str | Path | None = None,
+    settings: Sequence[str] = (),
+    providers: Sequence[str] = ("cpu",),
+    data: str | Path | None = None,
+    quick: bool = False,
+    target: str | None = None,
+    latency: str | Path | None = None,
+    on: str | None = None,
+    input_format: str | None = None,
+    c: bool = False,
+    ort: bool = False,
+    handoff: bool = False,
+    web: bool = False,
+    runtime: str | Path | None = None,
+    zipped: bool = False,
+    sign: str | Path | None = None,
+    quiet: bool = False,
+) -> Exported:
     """Export a run to ONNX, prove the file, seal the bundle; `passed` is False, and the folder BUNDLE.failed, when a
     gate failed.
 
@@ -95,8 +134,12 @@ def export(
 
     for setting in settings:
         if not setting.startswith("export."):
-            raise FtkitError(f"--set {setting}: expected a field of export, found another. Try --set export.{setting}")
-    override(Recipe(name="", backbone="", stages=(Stage(),)), settings)  # a typo is told before seconds of imports
+            raise FtkitError(
+                f"--set {setting}: expected a field of export, found another. Try --set export.{setting}"
+            )
+    override(
+        Recipe(name="", backbone="", stages=(Stage(),)), settings
+    )  # a typo is told before seconds of imports
 
     from ftkit.benchmark.ssh import Device
     from ftkit.exporting.export import Extras, read_measured
@@ -110,22 +153,49 @@ def export(
     names = parse_providers(",".join(providers))
     opened = run if isinstance(run, Run) else open_run(run)
     if on and latency:
-        raise FtkitError("--on, --latency: expected one source of the device's times, found two. Leave out --latency")
-    where = Path(out) if out else opened.folder.resolve().with_name(opened.folder.resolve().name + "-bundle")
+        raise FtkitError(
+            "--on, --latency: expected one source of the device's times, found two. Leave out --latency"
+        )
+    where = (
+        Path(out)
+        if out
+        else opened.folder.resolve().with_name(opened.folder.resolve().name + "-bundle")
+    )
     files = web_runtime(Path(runtime) if runtime else None) if web else None
     with Device.reached(on) if on else nullcontext() as reached:
         if reached and target not in (None, "auto", "cuda", "web", reached.target):
-            raise FtkitError(f"--target {target}: expected what {on} is, {reached.target}, found another. Leave it out")
-        named = {"target": target or (reached.target if reached else None), "input_format": input_format}
+            raise FtkitError(
+                f"--target {target}: expected what {on} is, {reached.target}, found another. Leave it out"
+            )
+        named = {
+            "target": target or (reached.target if reached else None),
+            "input_format": input_format,
+        }
         settings = [*settings, *(f"export.{key}={value}" for key, value in named.items() if value)]
         limits = override(opened.recipe, settings).export
-        measured = read_measured(Path(latency), opened, resolve_target(limits.target, names)) if latency else {}
-        extras = Extras(measured=measured, device=reached, c=c, ort=ort, handoff=handoff, zipped=zipped,
-                        sign=Path(sign) if sign else None, web=files)  # fmt: skip
-        return run_export(opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras)
+        measured = (
+            read_measured(Path(latency), opened, resolve_target(limits.target, names))
+            if latency
+            else {}
+        )
+        extras = Extras(
+            measured=measured,
+            device=reached,
+            c=c,
+            ort=ort,
+            handoff=handoff,
+            zipped=zipped,
+            sign=Path(sign) if sign else None,
+            web=files,
+        )
+        return run_export(
+            opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras
+        )
 
 
-def verify(bundle: str | Path, *, provider: str = "cpu", key: str | Path | None = None) -> Verification:
+def verify(
+    bundle: str | Path, *, provider: str = "cpu", key: str | Path | None = None
+) -> Verification:
     """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. key: the public key that
     must have signed it. Raises BundleError for one that is altered, incomplete, or signed by another."""
     from ftkit_export.bundle import archive
@@ -136,10 +206,16 @@ def verify(bundle: str | Path, *, provider: str = "cpu", key: str | Path | None 
 
 
 def bench(
-    model: str | Path, *, against: str | Path | None = None, providers: Sequence[str] = ("cpu",),
-    threads: Sequence[int] = (), batches: Sequence[int] = (0,), image: str | Path | None = None,
-    frame: str | None = None, quick: bool = False,
-) -> Mapping[str, Any]:  # fmt: skip
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    providers: Sequence[str] = ("cpu",),
+    threads: Sequence[int] = (),
+    batches: Sequence[int] = (0,),
+    image: str | Path | None = None,
+    frame: str | None = None,
+    quick: bool = False,
+) -> Mapping[str, Any]:
     """Latency, cold start, memory and size of a bundle or any ONNX file, in ms and bytes: what `ftkit bench --json`
     writes. frame: "640x480", the size of the frames, by default what the bundle names. against: also run in turn
     with that bundle or file; `against` then holds the verdicts."""
@@ -150,19 +226,37 @@ def bench(
     from ftkit_export.runtime.measure import bench as measure
 
     if against and max(len(providers), len(threads), len(batches)) > 1:
-        raise FtkitError("against: expected one provider, number of threads and batch, found several. Try one")
+        raise FtkitError(
+            "against: expected one provider, number of threads and batch, found several. Try one"
+        )
     with unpacked(model) as path:
-        told = measure(path, providers=providers, threads=threads, batches=batches, image=image, frame=frame,
-                       quick=quick)  # fmt: skip
+        told = measure(
+            path,
+            providers=providers,
+            threads=threads,
+            batches=batches,
+            image=image,
+            frame=frame,
+            quick=quick,
+        )
         if against:
             with unpacked(against) as old:
-                found = run_against(path, old, provider=providers[0], threads=(*threads, 1)[0], batch=batches[0],
-                                    image=image and Path(image), frame=frame)  # fmt: skip
+                found = run_against(
+                    path,
+                    old,
+                    provider=providers[0],
+                    threads=(*threads, 1)[0],
+                    batch=batches[0],
+                    image=image and Path(image),
+                    frame=frame,
+                )
             told["against"] = [asdict(item) for item in found]
     return told
 
 
-def load(bundle: str | Path, *, provider: str = "cpu", threads: int = 0, key: str | Path | None = None) -> Classifier:
+def load(
+    bundle: str | Path, *, provider: str = "cpu", threads: int = 0, key: str | Path | None = None
+) -> Classifier:
     """The exported file as a function: load("bundle")("photo.jpg") -> Prediction (label, probability, probabilities,
     doubtful, foreign). It takes a path, an image file's bytes, or an RGB array (H, W, 3) uint8. threads: 0 = all. key:
     the public key that must have signed the bundle, whose hashes are then checked too."""

@@ -24,7 +24,9 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     for setting in settings:
         path, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:
-            raise FtkitError(f"--set {setting}: expected NAME=VALUE, found no '='. Try --set stages.0.lr=1e-3")
+            raise FtkitError(
+                f"--set {setting}: expected NAME=VALUE, found no '='. Try --set stages.0.lr=1e-3"
+            )
         if path.startswith("preprocess."):
             pixels[path.removeprefix("preprocess.")] = (text, setting)
         else:
@@ -35,16 +37,22 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     hints = typing.get_type_hints(Preprocess)
     for name, (text, setting) in pixels.items():
         if name not in hints:
-            raise FtkitError(f"--set {setting}: expected a field of preprocess, {choices(name, hints)}")
+            raise FtkitError(
+                f"--set {setting}: expected a field of preprocess, {choices(name, hints)}"
+            )
         parsed[name] = _parse(text, hints[name], setting)
     alone = {name: value for name, value in parsed.items() if name not in ("size", "resize")}
-    Preprocess(**alone)  # a wrong value is told before the backbone, whose own the others are, is built: in no time
+    Preprocess(
+        **alone
+    )  # a wrong value is told before the backbone, whose own the others are, is built: in no time
     preprocess = _preprocess(recipe)
     if "size" in parsed and "resize" not in parsed and preprocess.size:
         # A canvas of the old size would leave the network its middle only.
         parsed["resize"] = preprocess.at(parsed["size"]).resize
         if parsed["resize"] != preprocess.resize:
-            console.say(f"preprocess.resize: {parsed['resize']}, in proportion to the size (--set sets another)")
+            console.say(
+                f"preprocess.resize: {parsed['resize']}, in proportion to the size (--set sets another)"
+            )
     return dataclasses.replace(recipe, preprocess=dataclasses.replace(preprocess, **parsed))
 
 
@@ -60,18 +68,24 @@ def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
     name, rest = path[0], path[1:]
     if isinstance(node, tuple):
         if not name.isdigit() or int(name) >= len(node):
-            raise FtkitError(f"--set {setting}: expected an index, {choices(name, range(len(node)))}")
+            raise FtkitError(
+                f"--set {setting}: expected an index, {choices(name, range(len(node)))}"
+            )
         at = int(name)
         value = _replace(node[at], rest, text, setting) if rest else _missing(setting)
         return (*node[:at], value, *node[at + 1 :])
     hints = typing.get_type_hints(type(node))
     if name not in hints:
-        raise FtkitError(f"--set {setting}: expected a field, {_fields(name, path, node, hints, text)}")
+        raise FtkitError(
+            f"--set {setting}: expected a field, {_fields(name, path, node, hints, text)}"
+        )
     if not rest:
         return dataclasses.replace(node, **{name: _parse(text, hints[name], setting)})
     child = getattr(node, name)
     if not (dataclasses.is_dataclass(child) or isinstance(child, tuple)):
-        raise FtkitError(f"--set {setting}: expected {name} to have fields, found a plain value. Try {name}=VALUE")
+        raise FtkitError(
+            f"--set {setting}: expected {name} to have fields, found a plain value. Try {name}=VALUE"
+        )
     return dataclasses.replace(node, **{name: _replace(child, rest, text, setting)})
 
 
@@ -90,11 +104,15 @@ def _places(node: Any) -> dict[str, list[str]]:
     if not isinstance(node, Recipe):
         return {}
     kinds = {"export.": Export, "stages.0.": Stage, "preprocess.": Preprocess, "augment.": Augment}
-    return {place: [field.name for field in dataclasses.fields(kind)] for place, kind in kinds.items()}
+    return {
+        place: [field.name for field in dataclasses.fields(kind)] for place, kind in kinds.items()
+    }
 
 
 def _missing(setting: str) -> Any:
-    raise FtkitError(f"--set {setting}: expected a field after the index, found none. Try --set stages.0.lr=1e-3")
+    raise FtkitError(
+        f"--set {setting}: expected a field after the index, found none. Try --set stages.0.lr=1e-3"
+    )
 
 
 def _parse(text: str, hint: Any, setting: str) -> Any:
@@ -105,7 +123,9 @@ def _parse(text: str, hint: Any, setting: str) -> Any:
         except (ValueError, KeyError):
             continue
     wanted = " or ".join(_word(kind) for kind in kinds)
-    raise FtkitError(f"--set {setting}: expected {wanted}, found {text!r}. Try `ftkit recipes NAME` for its fields")
+    raise FtkitError(
+        f"--set {setting}: expected {wanted}, found {text!r}. Try `ftkit recipes NAME` for its fields"
+    )
 
 
 def _word(kind: Any) -> str:
@@ -114,7 +134,11 @@ def _word(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return "three numbers such as 127,127,127" if typing.get_args(kind)[0] is float else "a field, e.g. stages.0.lr"
+        return (
+            "three numbers such as 127,127,127"
+            if typing.get_args(kind)[0] is float
+            else "a field, e.g. stages.0.lr"
+        )
     return str(kind) if typing.get_origin(kind) else str(kind.__name__)
 
 

@@ -50,10 +50,20 @@ class Augment:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        _within("augment", self, {
-            "scale": (0.01, 1), "rotate": (0, 180), "brightness": (0, 1), "contrast": (0, 1), "saturation": (0, 1),
-            "erase": (0, 1), "mixup": (0, 10), "cutmix": (0, 10),
-        })  # fmt: skip
+        _within(
+            "augment",
+            self,
+            {
+                "scale": (0.01, 1),
+                "rotate": (0, 180),
+                "brightness": (0, 1),
+                "contrast": (0, 1),
+                "saturation": (0, 1),
+                "erase": (0, 1),
+                "mixup": (0, 10),
+                "cutmix": (0, 10),
+            },
+        )
 
     @property
     def mixes(self) -> bool:
@@ -101,15 +111,30 @@ class Stage:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("cache", self.cache, CACHES)
         _one_of("balance", self.balance, BALANCES)
-        _within("stage", self, {
-            "epochs": (1, 100_000), "batch_size": (1, 1 << 20), "views": (1, 1000), "patience": (0, 100_000),
-            "warmup": (0, 1), "weight_decay": (0, math.inf), "layer_decay": (0, 1), "label_smoothing": (0, 0.99),
-            "ema": (0, 0.999999), "clip": (0, math.inf),
-        })  # fmt: skip
+        _within(
+            "stage",
+            self,
+            {
+                "epochs": (1, 100_000),
+                "batch_size": (1, 1 << 20),
+                "views": (1, 1000),
+                "patience": (0, 100_000),
+                "warmup": (0, 1),
+                "weight_decay": (0, math.inf),
+                "layer_decay": (0, 1),
+                "label_smoothing": (0, 0.99),
+                "ema": (0, 0.999999),
+                "clip": (0, math.inf),
+            },
+        )
         if self.lr != "auto" and (isinstance(self.lr, str) or not 0 < self.lr < math.inf):
-            raise FtkitError(f"stage.lr: expected a positive rate or auto, found {self.lr}. Try 1e-3")
+            raise FtkitError(
+                f"stage.lr: expected a positive rate or auto, found {self.lr}. Try 1e-3"
+            )
         if self.lr == "auto" and self.train != "head":
-            raise FtkitError(f"stage.lr: expected a rate for train={self.train!r}, found auto. Try lr=1e-3")
+            raise FtkitError(
+                f"stage.lr: expected a rate for train={self.train!r}, found auto. Try lr=1e-3"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +177,15 @@ class Export:
         _one_of("calibration", self.calibration, ("minmax", "percentile", "entropy"), "export")
         _one_of("input_format", self.input_format, INPUT_FORMATS, "export")
         _one_of("golden", self.golden, ("images", "synthetic"), "export")
-        _within("export", self, {
-            "max_accuracy_drop": (0, 1), "calibration_images": (8, 100_000), "qat_epochs": (0, 1000),
-        })  # fmt: skip
+        _within(
+            "export",
+            self,
+            {
+                "max_accuracy_drop": (0, 1),
+                "calibration_images": (8, 100_000),
+                "qat_epochs": (0, 1000),
+            },
+        )
         if self.frame is not None:
             parse_frame(self.frame)
         if self.min_recall is not None:
@@ -182,7 +213,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise FtkitError("recipe.stages: expected at least one stage, found none. Try stages=(Stage(),)")
+            raise FtkitError(
+                "recipe.stages: expected at least one stage, found none. Try stages=(Stage(),)"
+            )
         _within("recipe", self, {"precision": (0, 1)})
 
 
@@ -195,8 +228,12 @@ def _within(where: str, item: object, bounds: Mapping[str, tuple[float, float]])
     for name, (low, high) in bounds.items():
         value = getattr(item, name)
         if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf or high >= 100_000 else f"{low} to {high}"
-            raise FtkitError(f"{where}.{name}: expected {limits}, found {value}. Try a value in that range")
+            limits = (
+                f"at least {low}" if high == math.inf or high >= 100_000 else f"{low} to {high}"
+            )
+            raise FtkitError(
+                f"{where}.{name}: expected {limits}, found {value}. Try a value in that range"
+            )
 
 
 def names() -> list[str]:
@@ -214,7 +251,9 @@ def load(name: str) -> Recipe:
     module = load_module(name)
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
-        raise FtkitError(f"recipe {name}: expected a name `recipe` of type Recipe in it, found none. Try ftkit recipes")
+        raise FtkitError(
+            f"recipe {name}: expected a name `recipe` of type Recipe in it, found none. Try ftkit recipes"
+        )
     return recipe
 
 
@@ -224,8 +263,9 @@ def _of_json(path: Path) -> Recipe:
         data = json.loads(path.read_text())
         return restore(data.get("recipe", data) if isinstance(data, dict) else {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise FtkitError(f"recipe {path}: expected a run.json or a report's recipe.json, found {error}. Check the path"
-                         ) from None  # fmt: skip
+        raise FtkitError(
+            f"recipe {path}: expected a run.json or a report's recipe.json, found {error}. Check the path"
+        ) from None
 
 
 def load_module(name: str) -> types.ModuleType:
@@ -242,7 +282,9 @@ def load_module(name: str) -> types.ModuleType:
 
 def _import_file(path: Path) -> types.ModuleType:
     if not path.is_file():
-        raise FtkitError(f"recipe {path}: expected a file, found none. Check the path, or try `ftkit recipes`")
+        raise FtkitError(
+            f"recipe {path}: expected a file, found none. Check the path, or try `ftkit recipes`"
+        )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader  # a .py file always has both
     module = importlib.util.module_from_spec(spec)
@@ -283,5 +325,7 @@ def restore(data: dict[str, Any]) -> Recipe:
 
 def restore_preprocess(data: dict[str, Any]) -> Preprocess:
     """Preprocess back from JSON, where tuples became lists."""
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+    }
     return Preprocess(**fields)

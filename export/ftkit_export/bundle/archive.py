@@ -24,7 +24,14 @@ from typing import Any
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.verify import MANIFEST, SIGNATURE, check_files, read_manifest
 
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date a zip can hold: no file's own date makes two archives differ
+EPOCH = (
+    1980,
+    1,
+    1,
+    0,
+    0,
+    0,
+)  # the earliest date a zip can hold: no file's own date makes two archives differ
 LARGEST = 4 << 30  # bytes unpacked
 MOST_FILES = 10_000
 LARGEST_MANIFEST = 64 << 20
@@ -39,13 +46,17 @@ def pack(bundle: Path, out: Path) -> None:
         beside.replace(out)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise FtkitError(f"{out}: expected to write a zip, found {error.strerror}. Free some disk") from None
+        raise FtkitError(
+            f"{out}: expected to write a zip, found {error.strerror}. Free some disk"
+        ) from None
 
 
 def _write_zip(bundle: Path, beside: Path) -> None:
     with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for path in sorted(path for path in bundle.rglob("*") if path.is_file()):
-            info = zipfile.ZipInfo((PurePosixPath(bundle.name) / path.relative_to(bundle).as_posix()).as_posix(), EPOCH)
+            info = zipfile.ZipInfo(
+                (PurePosixPath(bundle.name) / path.relative_to(bundle).as_posix()).as_posix(), EPOCH
+            )
             info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             archive.writestr(info, path.read_bytes())
     with beside.open("rb") as file:
@@ -71,7 +82,9 @@ def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
         _unpack(bundle, Path(scratch))
         manifests = [path.parent for path in Path(scratch).glob(f"**/{MANIFEST}")]
         if len(manifests) != 1:
-            raise BundleError(f"{bundle}: expected one bundle in it, found {len(manifests)}. Try `ftkit export --zip`")
+            raise BundleError(
+                f"{bundle}: expected one bundle in it, found {len(manifests)}. Try `ftkit export --zip`"
+            )
         yield manifests[0]
 
 
@@ -84,7 +97,9 @@ def unpacked(path: str | Path, key: Path | None = None) -> Iterator[Path]:
     """
     where = Path(path)
     if key and where.is_file() and where.suffix != ".zip":
-        raise BundleError(f"{where}: expected a signed bundle, found a single file. Try the bundle's folder or zip")
+        raise BundleError(
+            f"{where}: expected a signed bundle, found a single file. Try the bundle's folder or zip"
+        )
     with opened(where, key) if key or where.suffix == ".zip" else nullcontext(where) as found:
         if key:
             check_files(found, read_manifest(found)["files"])
@@ -95,15 +110,33 @@ def _check_signature_inside(source: Path, key: Path) -> None:
     """Of the one manifest in a zip, read alone."""
     try:
         with zipfile.ZipFile(source) as archive:
-            entries = [entry for entry in archive.infolist() if PurePosixPath(entry.filename).name == MANIFEST]
+            entries = [
+                entry
+                for entry in archive.infolist()
+                if PurePosixPath(entry.filename).name == MANIFEST
+            ]
             if len(entries) != 1 or entries[0].file_size > LARGEST_MANIFEST:
-                raise BundleError(f"{source}: expected one manifest, found {len(entries)}, or a huge one. "
-                                  "Do not trust it")  # fmt: skip
+                raise BundleError(
+                    f"{source}: expected one manifest, found {len(entries)}, or a huge one. "
+                    "Do not trust it"
+                )
             place = PurePosixPath(entries[0].filename).with_name(SIGNATURE).as_posix()
-            signature = archive.open(place).read(LARGEST_SIGNATURE) if place in archive.namelist() else None
+            signature = (
+                archive.open(place).read(LARGEST_SIGNATURE) if place in archive.namelist() else None
+            )
             _check(archive.read(entries[0]), signature, key, f"{source}: {place}")
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError, EOFError, OSError) as error:
-        raise BundleError(f"{source}: expected a zipped bundle, found: {error}. Copy it again") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        OSError,
+    ) as error:
+        raise BundleError(
+            f"{source}: expected a zipped bundle, found: {error}. Copy it again"
+        ) from None
 
 
 def _unpack(source: Path, folder: Path) -> None:
@@ -111,11 +144,20 @@ def _unpack(source: Path, folder: Path) -> None:
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
             if len(entries) > MOST_FILES or sum(entry.file_size for entry in entries) > LARGEST:
-                raise BundleError(f"{source}: expected at most 4 GB and 10,000 files, found more. Do not trust it")
+                raise BundleError(
+                    f"{source}: expected at most 4 GB and 10,000 files, found more. Do not trust it"
+                )
             for entry in entries:
                 name = PurePosixPath(entry.filename)
-                if name.is_absolute() or ".." in name.parts or "\\" in entry.filename or ":" in entry.filename:
-                    raise BundleError(f"{source}: expected names inside it, found {entry.filename!r}. Do not trust it")
+                if (
+                    name.is_absolute()
+                    or ".." in name.parts
+                    or "\\" in entry.filename
+                    or ":" in entry.filename
+                ):
+                    raise BundleError(
+                        f"{source}: expected names inside it, found {entry.filename!r}. Do not trust it"
+                    )
                 if stat.S_ISLNK(entry.external_attr >> 16):
                     raise BundleError(
                         f"{source}: expected plain files, found the link {entry.filename!r}. Do not trust it"
@@ -126,8 +168,18 @@ def _unpack(source: Path, folder: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as found, path.open("xb") as file:
                     _copy(found, file, entry.file_size, f"{source}: {entry.filename}")
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, RuntimeError, EOFError, OSError) as error:
-        raise BundleError(f"{source}: expected a zipped bundle, found: {error}. Copy it again") from None
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        OSError,
+    ) as error:
+        raise BundleError(
+            f"{source}: expected a zipped bundle, found: {error}. Copy it again"
+        ) from None
 
 
 def _copy(found: Any, file: Any, size: int, where: str) -> None:
@@ -136,7 +188,9 @@ def _copy(found: Any, file: Any, size: int, where: str) -> None:
     while block := found.read(min(1 << 20, left + 1)):
         left -= len(block)
         if left < 0:
-            raise BundleError(f"{where}: expected {size} bytes as promised, found more. Do not trust it")
+            raise BundleError(
+                f"{where}: expected {size} bytes as promised, found more. Do not trust it"
+            )
         file.write(block)
 
 
@@ -150,7 +204,9 @@ def check_signature(bundle: Path, key: Path) -> None:
     """Raises BundleError when the bundle is not signed, or not with the other half of this public key (PEM)."""
     path, manifest = bundle / SIGNATURE, bundle / MANIFEST
     if not manifest.is_file():
-        raise BundleError(f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`")
+        raise BundleError(
+            f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`"
+        )
     _check(manifest.read_bytes(), path.read_bytes() if path.is_file() else None, key, str(path))
 
 
@@ -159,7 +215,9 @@ def _check(manifest: bytes, signature: bytes | None, key: Path, where: str) -> N
     from cryptography.exceptions import InvalidSignature
 
     if signature is None:
-        raise BundleError(f"{where}: expected a signature, found none. Ask for a bundle made with --sign")
+        raise BundleError(
+            f"{where}: expected a signature, found none. Ask for a bundle made with --sign"
+        )
     try:
         public.verify(signature, manifest)
     except InvalidSignature:
@@ -183,8 +241,11 @@ def _load(key: Path, loader: str, kind: str, half: str) -> Any:
         ) from None
     try:
         data = key.read_bytes()
-        found = (getattr(serialization, loader)(data, None) if half == "private"
-                 else getattr(serialization, loader)(data))  # fmt: skip
+        found = (
+            getattr(serialization, loader)(data, None)
+            if half == "private"
+            else getattr(serialization, loader)(data)
+        )
         if not isinstance(found, getattr(ed25519, kind)):
             raise ValueError
     except (OSError, ValueError, TypeError):
@@ -201,11 +262,18 @@ def add_evidence(bundle: Path, copy: Path, name: str, evidence: str) -> Path:
     The sealed files stay as they are. Raises BundleError when `copy` is something else.
     """
     if copy.resolve() == bundle.resolve():
-        raise BundleError(f"{copy}: expected a copy, found the sealed bundle itself. Try another folder")
+        raise BundleError(
+            f"{copy}: expected a copy, found the sealed bundle itself. Try another folder"
+        )
     if not copy.exists():
         shutil.copytree(bundle, copy)
-    elif not (copy / MANIFEST).is_file() or (copy / MANIFEST).read_bytes() != (bundle / MANIFEST).read_bytes():
-        raise BundleError(f"{copy}: expected a copy of {bundle}, found something else. Try a new folder")
+    elif (
+        not (copy / MANIFEST).is_file()
+        or (copy / MANIFEST).read_bytes() != (bundle / MANIFEST).read_bytes()
+    ):
+        raise BundleError(
+            f"{copy}: expected a copy of {bundle}, found something else. Try a new folder"
+        )
     path = copy / "evidence" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(evidence)

@@ -41,9 +41,14 @@ class Judged:
 
 
 def write_handoff(
-    folder: Path, static_core: Any, calibration: Array, inputs: Array, logits: Array, labels: Array,
+    folder: Path,
+    static_core: Any,
+    calibration: Array,
+    inputs: Array,
+    logits: Array,
+    labels: Array,
     groups: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     """calibration (m, 3, S, S), inputs (n, 3, S, S) float32; logits (n, classes) of fp32; labels (n,); groups: n names,
     written as numbers, "" as -1."""
     import onnx
@@ -54,15 +59,21 @@ def write_handoff(
         np.save(folder / "calibration" / f"{number:03d}.npy", item[None])
     np.save(folder / "inputs.npy", inputs)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(filter(None, groups)))}
-    np.savez(folder / "expected.npz", logits=logits, labels=labels,
-             groups=np.array([numbers.get(name, -1) for name in groups], np.int64))  # fmt: skip
+    np.savez(
+        folder / "expected.npz",
+        logits=logits,
+        labels=labels,
+        groups=np.array([numbers.get(name, -1) for name in groups], np.int64),
+    )
 
 
 def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
     """outputs: .npz with `logits`. Raises BundleError without a hand-off, FtkitError for outputs that do not fit."""
     path = bundle / "handoff" / "expected.npz"
     if not path.is_file():
-        raise BundleError(f"{path}: expected a hand-off in this bundle, found none. Try `ftkit export RUN --handoff`")
+        raise BundleError(
+            f"{path}: expected a hand-off in this bundle, found none. Try `ftkit export RUN --handoff`"
+        )
     with np.load(path, allow_pickle=False) as stored:
         expected, labels = stored["logits"].astype(np.float64), stored["labels"]
         groups = ["" if number < 0 else str(number) for number in stored["groups"]]
@@ -70,15 +81,22 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
         with np.load(outputs, allow_pickle=False) as stored:
             found = np.asarray(stored["logits"], np.float64).reshape(len(stored["logits"]), -1)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile):
-        raise FtkitError(f"{outputs}: expected an .npz with an array `logits`, found none. Try numpy.savez") from None
+        raise FtkitError(
+            f"{outputs}: expected an .npz with an array `logits`, found none. Try numpy.savez"
+        ) from None
     if found.shape != expected.shape:
-        raise FtkitError(f"{outputs}: expected logits of shape {expected.shape}, in the order of handoff/inputs.npy, "
-                         f"found {found.shape}. Run every input")  # fmt: skip
+        raise FtkitError(
+            f"{outputs}: expected logits of shape {expected.shape}, in the order of handoff/inputs.npy, "
+            f"found {found.shape}. Run every input"
+        )
     right, answered = expected.argmax(1) == labels, found.argmax(1) == labels
     compared = paired(right, answered & np.isfinite(found).all(1), groups)
     lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
     return Judged(
-        paired=compared, accuracy=float(answered.mean()), accuracy_fp32=float(right.mean()),
+        paired=compared,
+        accuracy=float(answered.mean()),
+        accuracy_fp32=float(right.mean()),
         cosine=float(((expected * found).sum(1) / np.maximum(lengths, 1e-30)).min()),
-        top1_changed=int((expected.argmax(1) != found.argmax(1)).sum()), verdict=compared.verdict(limit),
-    )  # fmt: skip
+        top1_changed=int((expected.argmax(1) != found.argmax(1)).sum()),
+        verdict=compared.verdict(limit),
+    )

@@ -61,7 +61,9 @@ class Gate:
         return "inconclusive" if within or self.unsettled else "failed"
 
     def __str__(self) -> str:
-        spread = "" if self.low is None or self.high is None else f" [{self.low:.4g} to {self.high:.4g}]"
+        spread = (
+            "" if self.low is None or self.high is None else f" [{self.low:.4g} to {self.high:.4g}]"
+        )
         return f"{self.name}: {self.value:.4g}{spread}, limit {self.limit:.4g}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,12 +80,16 @@ def overall(verdicts: Iterable[Outcome]) -> Outcome:
 def begin(out: Path) -> Path:
     """A fresh folder beside `out` to build in. Raises FtkitError when `out` holds anything or cannot be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FtkitError(f"{out}: expected a new folder, found one there already. Try another --out, or remove it")
+        raise FtkitError(
+            f"{out}: expected a new folder, found one there already. Try another --out, or remove it"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         return beside(out)
     except OSError as error:
-        raise FtkitError(f"{out}: expected a place to write to, found {error.strerror}. Try another --out") from None
+        raise FtkitError(
+            f"{out}: expected a place to write to, found {error.strerror}. Try another --out"
+        ) from None
 
 
 def beside(out: Path) -> Path:
@@ -112,7 +118,10 @@ PACKAGE = Path(ftkit_export.__file__).parent
 
 def runtime_files() -> list[str]:
     """What runs on a device, below the package's folder: numpy, Pillow and ONNX Runtime suffice for it."""
-    return ["__init__.py", *(f"runtime/{path.name}" for path in sorted((PACKAGE / "runtime").glob("*.py")))]
+    return [
+        "__init__.py",
+        *(f"runtime/{path.name}" for path in sorted((PACKAGE / "runtime").glob("*.py"))),
+    ]
 
 
 def add_runners(folder: Path) -> None:
@@ -126,14 +135,20 @@ def add_runners(folder: Path) -> None:
 
 
 def seal(
-    folder: Path, out: Path, manifest: Mapping[str, object], gates: Sequence[Gate], key: Path | None = None
+    folder: Path,
+    out: Path,
+    manifest: Mapping[str, object],
+    gates: Sequence[Gate],
+    key: Path | None = None,
 ) -> Path:
     """Write the manifest with every file's hash, and move the folder to `out`, or to `out`.failed or .inconclusive.
 
     key: an Ed25519 private key that signs the manifest. Returns where it went. An older one of the latter is replaced.
     """
     verdict = overall(gate.verdict for gate in gates)
-    write_manifest(folder, {"verdict": verdict, **manifest, "gates": [gate.as_dict() for gate in gates]})
+    write_manifest(
+        folder, {"verdict": verdict, **manifest, "gates": [gate.as_dict() for gate in gates]}
+    )
     if key:
         sign(folder, key)
     for path in sorted(folder.rglob("*"), reverse=True):
@@ -152,8 +167,14 @@ def seal(
 
 def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
     """Write manifest.json: `manifest`, with the hash of every file that lies in the folder now, and its own digest."""
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    files = {name: sha256(path) for name, path in sorted(paths.items()) if name not in (MANIFEST, SIGNATURE)}
+    paths = {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
+    }
+    files = {
+        name: sha256(path)
+        for name, path in sorted(paths.items())
+        if name not in (MANIFEST, SIGNATURE)
+    }
     text = json.dumps({"schema": SCHEMA, **manifest, "files": files}, indent=1) + "\n"
     (folder / MANIFEST).write_bytes(with_digest(text))
 

@@ -29,7 +29,9 @@ Array = np.ndarray[Any, Any]
 FILE = "variants/explain.onnx"
 THROUGH = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")
 # Levels of a colour map from black over red and amber to pale yellow, at equal steps.
-HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)
+HEAT = np.array(
+    [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32
+)
 
 
 def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
@@ -57,7 +59,11 @@ def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
     dims = [dim.dim_value for dim in shapes[pool.input[0]].type.tensor_type.shape.dim]
     outward = any(item.name == "transB" and item.i for item in last.attribute)
     graph.node.append(helper.make_node("Identity", [pool.input[0]], ["features"], name="features"))
-    graph.node.append(helper.make_node("Identity" if outward else "Transpose", [last.input[1]], ["head"], name="head"))
+    graph.node.append(
+        helper.make_node(
+            "Identity" if outward else "Transpose", [last.input[1]], ["head"], name="head"
+        )
+    )
     classes = weights[last.input[1]].dims[0 if outward else 1]
     for name, shape in (("features", ["batch", *dims[1:]]), ("head", [classes, dims[1]])):
         graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
@@ -71,7 +77,9 @@ def _averages_over_space(node: onnx.NodeProto, weights: dict[str, onnx.TensorPro
         return True
     if node.op_type != "ReduceMean":
         return False
-    axes: list[int] = [value for item in node.attribute if item.name == "axes" for value in item.ints]
+    axes: list[int] = [
+        value for item in node.attribute if item.name == "axes" for value in item.ints
+    ]
     if len(node.input) > 1 and node.input[1] in weights:
         axes = numpy_helper.to_array(weights[node.input[1]]).tolist()
     return sorted(axis % 4 for axis in axes) == [2, 3]
@@ -104,7 +112,9 @@ class Explainer:
         chosen = int(logits[0].argmax()) if label is None else label
         return np.tensordot(head[chosen], features[0], 1), chosen
 
-    def write(self, path: Path, label: int, folder: Path, content: bytes | Path | None = None) -> Path:
+    def write(
+        self, path: Path, label: int, folder: Path, content: bytes | Path | None = None
+    ) -> Path:
         """One image file's overlay as folder/NAME-why.png, numbered where there is such a file; returns where it is.
 
         content: the image, where it is not what lies at `path`."""
@@ -122,10 +132,14 @@ class Explainer:
 def overlay(seen: Array, heat: Array) -> Image.Image:
     """The photograph (S, S, 3) uint8 with what spoke for the class in warm colours; what spoke against stays grey."""
     side = seen.shape[0]
-    share = Image.fromarray((np.maximum(heat, 0) / max(float(heat.max()), 1e-12)).astype(np.float32))
+    share = Image.fromarray(
+        (np.maximum(heat, 0) / max(float(heat.max()), 1e-12)).astype(np.float32)
+    )
     weight = np.asarray(share.resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
     stops = np.linspace(0, 1, len(HEAT))
     colour = np.stack([np.interp(weight, stops, HEAT[:, channel]) for channel in range(3)], -1)
     grey = np.asarray(Image.fromarray(seen).convert("L"), np.float32)[..., None]
     strength = 0.65 * weight[..., None]
-    return Image.fromarray((grey * (1 - strength) + colour * strength).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (grey * (1 - strength) + colour * strength).clip(0, 255).astype(np.uint8)
+    )

@@ -92,8 +92,12 @@ def _clamped() -> Iterator[None]:
     """ReLU6 as a clamp, which it is: the exporter takes hardtanh to pieces, lite0's 33 in 2.2 of 7.4 s."""
     hardtanh = torch.nn.functional.hardtanh
 
-    def clamp(input: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> torch.Tensor:
-        return input.copy_(input.clamp(min_val, max_val)) if inplace else input.clamp(min_val, max_val)
+    def clamp(
+        input: torch.Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+    ) -> torch.Tensor:
+        return (
+            input.copy_(input.clamp(min_val, max_val)) if inplace else input.clamp(min_val, max_val)
+        )
 
     torch.nn.functional.hardtanh = clamp
     try:
@@ -108,13 +112,22 @@ def export_core(model: torch.nn.Module, size: int) -> Core:
     size: S in pixels. The embedding is what enters the last linear layer, (N, features) float32; where the last layer
     is a convolution (SqueezeNet) its input is averaged over space. Raises FtkitError when the exporter cannot.
     """
-    example = torch.zeros(2, 3, size, size)  # two images: torch.export takes a batch of one for a constant
+    example = torch.zeros(
+        2, 3, size, size
+    )  # two images: torch.export takes a batch of one for a constant
     try:
         with quiet(), _clamped():
             program = torch.onnx.export(
-                model, (example,), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
-                input_names=["pixels"], output_names=["logits"], dynamic_shapes=({0: "batch"},),
-            )  # fmt: skip
+                model,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+                input_names=["pixels"],
+                output_names=["logits"],
+                dynamic_shapes=({0: "batch"},),
+            )
     except Exception as error:  # the exporter wraps anything a model's forward may raise
         raise FtkitError(
             f"export: expected a model the ONNX exporter can follow, found {type(error).__name__}: "
@@ -128,7 +141,9 @@ def export_core(model: torch.nn.Module, size: int) -> Core:
     proto.ir_version = IR_VERSION
     opset = max(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     if opset != OPSET:
-        raise FtkitError(f"export: expected opset {OPSET}, found {opset}. Try `pip install -U torch onnxscript`")
+        raise FtkitError(
+            f"export: expected opset {OPSET}, found {opset}. Try `pip install -U torch onnxscript`"
+        )
     onnx.checker.check_model(proto, full_check=True)
     return Core(proto, layers)
 
@@ -137,7 +152,9 @@ def _layer_names(proto: onnx.ModelProto) -> dict[str, str]:
     """Value name -> module path, from the exporter's name scopes (a printed list such as ['', 'blocks.0', 'add'])."""
     layers = {}
     for node in proto.graph.node:
-        scopes = {item.key: item.value for item in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+        scopes = {item.key: item.value for item in node.metadata_props}.get(
+            "pkg.torch.onnx.name_scopes", "[]"
+        )
         path = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
         for output in node.output:
             layers[output] = path[-1] if path else ""
@@ -151,7 +168,12 @@ def _strip(proto: onnx.ModelProto) -> None:
     proto.producer_name, proto.producer_version = "ftkit", ""
     del proto.graph.metadata_props[:]
     del proto.graph.value_info[:]
-    for part in (*proto.graph.node, *proto.graph.initializer, *proto.graph.input, *proto.graph.output):
+    for part in (
+        *proto.graph.node,
+        *proto.graph.initializer,
+        *proto.graph.input,
+        *proto.graph.output,
+    ):
         part.doc_string = ""
         del part.metadata_props[:]
 
@@ -163,14 +185,18 @@ def _add_embedding(proto: onnx.ModelProto) -> None:
     while value in makers and makers[value].op_type not in LINEAR_OPS:
         value = makers[value].input[0]
     if value not in makers:
-        raise FtkitError("export: expected a linear or convolutional last layer, found none. Try another backbone")
+        raise FtkitError(
+            "export: expected a linear or convolutional last layer, found none. Try another backbone"
+        )
     source = makers[value].input[0]
     shapes = {item.name: item for item in shape_inference.infer_shapes(proto).graph.value_info}
     dims = shapes[source].type.tensor_type.shape.dim
     if makers[value].op_type == "Conv":
         axes = helper.make_tensor("embedding_axes", onnx.TensorProto.INT64, [2], [2, 3])
         graph.initializer.append(axes)
-        last = helper.make_node("ReduceMean", [source, "embedding_axes"], ["embedding"], name="embedding", keepdims=0)
+        last = helper.make_node(
+            "ReduceMean", [source, "embedding_axes"], ["embedding"], name="embedding", keepdims=0
+        )
     else:
         last = helper.make_node("Identity", [source], ["embedding"], name="embedding")
     graph.node.append(last)
@@ -178,24 +204,35 @@ def _add_embedding(proto: onnx.ModelProto) -> None:
     output = helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["batch", features])
     graph.output.append(output)
     classes = graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    graph.output[0].CopyFrom(helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", classes]))
+    graph.output[0].CopyFrom(
+        helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", classes])
+    )
 
 
 def write_ort(model: Path, folder: Path, target: Target) -> None:
     """model.ort, which ONNX Runtime's minimal builds read, and required_operators.config, the operators such a build
     needs. Optimised for the target's processor at load time, not here: one file serves every machine of the target."""
-    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
+    from onnxruntime.tools.convert_onnx_models_to_ort import (
+        OptimizationStyle,
+        convert_onnx_models_to_ort,
+    )
 
     folder.mkdir(parents=True)
     with quiet(), redirect_stdout(io.StringIO()):
-        convert_onnx_models_to_ort(model, output_dir=folder, optimization_styles=[OptimizationStyle.Runtime],
-                                   target_platform="arm" if target is TARGETS["arm64"] else "amd64")  # fmt: skip
+        convert_onnx_models_to_ort(
+            model,
+            output_dir=folder,
+            optimization_styles=[OptimizationStyle.Runtime],
+            target_platform="arm" if target is TARGETS["arm64"] else "amd64",
+        )
     for path in folder.iterdir():
         name = "model.ort" if path.suffix == ".ort" else "required_operators.config"
         path.rename(folder / name)
     config = folder / "required_operators.config"
     lines = config.read_text().splitlines(keepends=True)
-    config.write_text("".join(line for line in lines if not line.startswith("#")))  # comments hold local paths
+    config.write_text(
+        "".join(line for line in lines if not line.startswith("#"))
+    )  # comments hold local paths
 
 
 def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
@@ -206,7 +243,9 @@ def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> No
     del model.metadata_props[:]
     helper.set_model_props(model, dict(sorted(metadata.items())))
     if model.ByteSize() >= 2**31:
-        raise FtkitError(f"{path}: expected a model below 2 GB, found {model.ByteSize()} bytes. Try a smaller backbone")
+        raise FtkitError(
+            f"{path}: expected a model below 2 GB, found {model.ByteSize()} bytes. Try a smaller backbone"
+        )
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:
         file.write(model.SerializeToString(deterministic=True))

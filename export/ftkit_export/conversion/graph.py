@@ -40,7 +40,11 @@ class _Graph:
     def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
         output = output or f"{self.prefix}{kind.lower()}_{len(self.nodes)}"
         node = helper.make_node(
-            kind, list(inputs), [output], name=f"{self.prefix}{kind}_{len(self.nodes)}", **attributes
+            kind,
+            list(inputs),
+            [output],
+            name=f"{self.prefix}{kind}_{len(self.nodes)}",
+            **attributes,
         )
         self.nodes.append(node)
         return output
@@ -48,9 +52,17 @@ class _Graph:
 
 def _resized(graph: _Graph, image: str, sizes: str) -> str:
     return graph.op(
-        "Resize", image, "", "", sizes, mode="linear", antialias=1, exclude_outside=1,
-        coordinate_transformation_mode="half_pixel", axes=[1, 2],
-    )  # fmt: skip
+        "Resize",
+        image,
+        "",
+        "",
+        sizes,
+        mode="linear",
+        antialias=1,
+        exclude_outside=1,
+        coordinate_transformation_mode="half_pixel",
+        axes=[1, 2],
+    )
 
 
 def _side(graph: _Graph, image: str, axis: int) -> str:
@@ -74,7 +86,9 @@ def _letterboxed(graph: _Graph, image: str, resize: int) -> str:
     longest = graph.op("Max", height, width)
     sides = graph.op("Concat", height, width, axis=0)
     doubled = graph.op("Mul", sides, graph.ints(2 * resize))
-    rounded = graph.op("Div", graph.op("Add", doubled, longest), graph.op("Mul", longest, graph.ints(2)))
+    rounded = graph.op(
+        "Div", graph.op("Add", doubled, longest), graph.op("Mul", longest, graph.ints(2))
+    )
     inner = graph.op("Max", rounded, graph.ints(1))
     resized = _resized(graph, image, inner)
     free = graph.op("Sub", graph.ints(resize, resize), inner)
@@ -99,14 +113,24 @@ def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
     start, end, axis = graph.ints(0), graph.ints(2**62), graph.ints(1)
     batch, half = _side(graph, frame, 0), graph.op("Div", width, two)
     levels = graph.op("Cast", frame, to=TensorProto.FLOAT)
-    luma = graph.op("Sub", graph.op("Slice", levels, start, height, axis), graph.const(16, np.float32))
-    chroma = graph.op("Sub", graph.op("Slice", levels, height, end, axis), graph.const(128, np.float32))
-    pairs = graph.op("Reshape", chroma, graph.op("Concat", batch, third, one, half, one, two, axis=0))
+    luma = graph.op(
+        "Sub", graph.op("Slice", levels, start, height, axis), graph.const(16, np.float32)
+    )
+    chroma = graph.op(
+        "Sub", graph.op("Slice", levels, height, end, axis), graph.const(128, np.float32)
+    )
+    pairs = graph.op(
+        "Reshape", chroma, graph.op("Concat", batch, third, one, half, one, two, axis=0)
+    )
     twice = graph.op("Expand", pairs, graph.op("Concat", batch, third, two, half, two, two, axis=0))
     whole = graph.op("Reshape", twice, graph.op("Concat", batch, height, width, two, axis=0))
     matrix = [[LUMA] * 3, *zip(*CHROMA, strict=True)]  # (3, 3): from Y, U, V to R, G, B
-    mixed = graph.op("MatMul", graph.op("Concat", luma, whole, axis=3), graph.const(matrix, np.float32))
-    bounded = graph.op("Clip", graph.op("Round", mixed), graph.const(0, np.float32), graph.const(255, np.float32))
+    mixed = graph.op(
+        "MatMul", graph.op("Concat", luma, whole, axis=3), graph.const(matrix, np.float32)
+    )
+    bounded = graph.op(
+        "Clip", graph.op("Round", mixed), graph.const(0, np.float32), graph.const(255, np.float32)
+    )
     return graph.op("Cast", bounded, to=TensorProto.UINT8)
 
 
@@ -126,12 +150,25 @@ def preprocess_nodes(
         squared = _square(graph, image) if preprocess.fit == "crop" else image
         fitted = _resized(graph, squared, graph.ints(resize, resize))
     start = (resize - size) // 2
-    crop = graph.op("Slice", fitted, graph.ints(start, start), graph.ints(start + size, start + size),
-                    graph.ints(1, 2), output=canvas)  # fmt: skip
+    crop = graph.op(
+        "Slice",
+        fitted,
+        graph.ints(start, start),
+        graph.ints(start + size, start + size),
+        graph.ints(1, 2),
+        output=canvas,
+    )
     # Channels first, before normalising: along rows of three values ONNX Runtime is five times slower (measured).
     levels = graph.op("Cast", graph.op("Transpose", crop, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
-    mean, std = ([[[value]] for value in values] for values in (preprocess.mean, preprocess.std))  # (3, 1, 1)
-    graph.op("Div", graph.op("Sub", levels, graph.const(mean, np.float32)), graph.const(std, np.float32), output=pixels)
+    mean, std = (
+        [[[value]] for value in values] for values in (preprocess.mean, preprocess.std)
+    )  # (3, 1, 1)
+    graph.op(
+        "Div",
+        graph.op("Sub", levels, graph.const(mean, np.float32)),
+        graph.const(std, np.float32),
+        output=pixels,
+    )
     return graph
 
 
@@ -146,13 +183,17 @@ def pixel_model(preprocess: Preprocess, input_format: str = "rgb") -> onnx.Model
         helper.make_tensor_value_info("levels", TensorProto.UINT8, ["batch", size, size, 3]),
         helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, size, size]),
     ]
-    return _model(graph.nodes, [_image_input(input_format)], outputs, list(graph.constants.values()))
+    return _model(
+        graph.nodes, [_image_input(input_format)], outputs, list(graph.constants.values())
+    )
 
 
 def tiny_model() -> onnx.ModelProto:
     """One convolution, `pixels` float32 (N, 3, 8, 8) -> `sums` (N, 1, 6, 6): does a provider run at all?"""
     graph = _Graph("")
-    graph.op("Conv", "pixels", graph.const(np.ones((1, 3, 3, 3)).tolist(), np.float32), output="sums")
+    graph.op(
+        "Conv", "pixels", graph.const(np.ones((1, 3, 3, 3)).tolist(), np.float32), output="sums"
+    )
     pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, 8, 8])
     sums = helper.make_tensor_value_info("sums", TensorProto.FLOAT, ["batch", 1, 6, 6])
     return _model(graph.nodes, [pixels], [sums], list(graph.constants.values()))
@@ -172,14 +213,24 @@ def image_form(
     after.op("Softmax", scaled, output="probabilities", axis=-1)
     logits, embedding = core.graph.output
     classes = logits.type.tensor_type.shape.dim[1].dim_value
-    outputs = [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", classes]), embedding]
+    outputs = [
+        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", classes]),
+        embedding,
+    ]
     constants = [*before.constants.values(), *core.graph.initializer, *after.constants.values()]
-    return _model([*before.nodes, *core.graph.node, *after.nodes], [_image_input(input_format)], outputs, constants)
+    return _model(
+        [*before.nodes, *core.graph.node, *after.nodes],
+        [_image_input(input_format)],
+        outputs,
+        constants,
+    )
 
 
 def _image_input(input_format: str) -> onnx.ValueInfoProto:
     channels = 3 if input_format in ("rgb", "bgr") else 1
-    return helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", channels])
+    return helper.make_tensor_value_info(
+        "image", TensorProto.UINT8, ["batch", "height", "width", channels]
+    )
 
 
 def _model(
@@ -189,7 +240,9 @@ def _model(
     constants: Sequence[onnx.TensorProto],
 ) -> onnx.ModelProto:
     graph = helper.make_graph(list(nodes), "ftkit", list(inputs), list(outputs), list(constants))
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="ftkit")
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="ftkit"
+    )
     model.ir_version = IR_VERSION
     onnx.checker.check_model(model)
     return model

@@ -41,45 +41,82 @@ def static(core: onnx.ModelProto) -> onnx.ModelProto:
 def require() -> None:
     """Raises FtkitError when emx-onnx-cgen is missing."""
     if importlib.util.find_spec("emx_onnx_cgen") is None:
-        raise FtkitError("--c: expected the package emx-onnx-cgen, found none. Try `pip install 'ftkit[c]'`")
+        raise FtkitError(
+            "--c: expected the package emx-onnx-cgen, found none. Try `pip install 'ftkit[c]'`"
+        )
 
 
 def write_c(
-    folder: Path, core: onnx.ModelProto, preprocess: Preprocess, labels: Sequence[str], *, temperature: float,
-    threshold: float, input_format: str,
-) -> None:  # fmt: skip
+    folder: Path,
+    core: onnx.ModelProto,
+    preprocess: Preprocess,
+    labels: Sequence[str],
+    *,
+    temperature: float,
+    threshold: float,
+    input_format: str,
+) -> None:
     """Write the folder. Raises FtkitError when emx-onnx-cgen is missing, or cannot follow the model."""
     require()
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
         onnx.save(static(core), Path(scratch) / "model.onnx")
-        command = [sys.executable, "-m", "emx_onnx_cgen", "compile", "--model-name", "model",
-                   "--emit-data-file", str(Path(scratch) / "model.onnx"), "model.c"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "emx_onnx_cgen",
+            "compile",
+            "--model-name",
+            "model",
+            "--emit-data-file",
+            str(Path(scratch) / "model.onnx"),
+            "model.c",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise FtkitError(f"--c: expected a model that emx-onnx-cgen can follow, found: {''.join(last)}. Leave out --c")
+        raise FtkitError(
+            f"--c: expected a model that emx-onnx-cgen can follow, found: {''.join(last)}. Leave out --c"
+        )
     features = core.graph.output[1].type.tensor_type.shape.dim[1].dim_value
     (folder / "model.h").write_text(
-        _header(preprocess, labels, features, temperature, threshold, input_format), encoding="utf-8"
+        _header(preprocess, labels, features, temperature, threshold, input_format),
+        encoding="utf-8",
     )
     for name in ("classify.c", "Makefile"):
         shutil.copyfile(SOURCES / name, folder / name)
 
 
 def _header(
-    preprocess: Preprocess, labels: Sequence[str], features: int, temperature: float, threshold: float,
+    preprocess: Preprocess,
+    labels: Sequence[str],
+    features: int,
+    temperature: float,
+    threshold: float,
     input_format: str,
-) -> str:  # fmt: skip
+) -> str:
     """What the C code must know: sizes, labels in order, preprocessing, temperature."""
     kinds = {"FIT": (FITS, preprocess.fit), "FORMAT": (INPUT_FORMATS, input_format)}
-    lines = [f"enum {{ {', '.join(name.upper() for name in names)} }};\n#define {key} {value.upper()}"
-             for key, (names, value) in kinds.items()]  # fmt: skip
-    numbers = {"SIZE": preprocess.size, "RESIZE": preprocess.resize, "CLASSES": len(labels), "FEATURES": features}
+    lines = [
+        f"enum {{ {', '.join(name.upper() for name in names)} }};\n#define {key} {value.upper()}"
+        for key, (names, value) in kinds.items()
+    ]
+    numbers = {
+        "SIZE": preprocess.size,
+        "RESIZE": preprocess.resize,
+        "CLASSES": len(labels),
+        "FEATURES": features,
+    }
     lines += [f"#define {key} {value}" for key, value in numbers.items()]
     lines += [f"#define TEMPERATURE {temperature!r}", f"#define THRESHOLD {threshold!r}"]
     for key, values in (("MEAN", preprocess.mean), ("STD", preprocess.std)):
-        lines.append(f"static const float {key}[3] = {{{', '.join(f'{float(v)!r}f' for v in values)}}};")
+        lines.append(
+            f"static const float {key}[3] = {{{', '.join(f'{float(v)!r}f' for v in values)}}};"
+        )
     quoted = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels)
     lines.append(f"static const char *const LABELS[CLASSES] = {{{quoted}}};")
-    return "/* Written by ftkit: labels, preprocessing and calibration of this model. */\n" + "\n".join(lines) + "\n"
+    return (
+        "/* Written by ftkit: labels, preprocessing and calibration of this model. */\n"
+        + "\n".join(lines)
+        + "\n"
+    )

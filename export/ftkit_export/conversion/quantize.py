@@ -38,7 +38,9 @@ LARGEST_HALF = 65504.0
 RANK_IMAGES = 8
 
 
-def calibrate(core: onnx.ModelProto, batches: Iterable[Array], preprocess: Preprocess, method: str = "minmax") -> Any:
+def calibrate(
+    core: onnx.ModelProto, batches: Iterable[Array], preprocess: Preprocess, method: str = "minmax"
+) -> Any:
     """Ranges of every tensor over `batches` of pixels (n, 3, S, S), one after the other: they are streamed.
 
     Returns onnxruntime's TensorsData. Raises FtkitError for an unknown method.
@@ -46,20 +48,30 @@ def calibrate(core: onnx.ModelProto, batches: Iterable[Array], preprocess: Prepr
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, create_calibrator
 
     if method not in METHODS:
-        raise FtkitError(f"calibration: expected one of {', '.join(METHODS)}, found {method!r}. Try minmax")
+        raise FtkitError(
+            f"calibration: expected one of {', '.join(METHODS)}, found {method!r}. Try minmax"
+        )
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         path = Path(scratch) / "core.onnx"
         onnx.save(core, path)
         calibrator = create_calibrator(
-            path, None, augmented_model_path=str(Path(scratch) / "augmented.onnx"),
-            calibrate_method={"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile,
-                              "entropy": CalibrationMethod.Entropy}[method],
+            path,
+            None,
+            augmented_model_path=str(Path(scratch) / "augmented.onnx"),
+            calibrate_method={
+                "minmax": CalibrationMethod.MinMax,
+                "percentile": CalibrationMethod.Percentile,
+                "entropy": CalibrationMethod.Entropy,
+            }[method],
             providers=["CPUExecutionProvider"],
-        )  # fmt: skip
+        )
         calibrator.collect_data(_Reader(core.graph.input[0].name, batches))
         ranges = calibrator.compute_data()
     low, high = (
-        np.array([(level - m) / s for m, s in zip(preprocess.mean, preprocess.std, strict=True)], np.float32)
+        np.array(
+            [(level - m) / s for m, s in zip(preprocess.mean, preprocess.std, strict=True)],
+            np.float32,
+        )
         for level in (0, 255)
     )
     ranges.data[core.graph.input[0].name] = TensorData(lowest=low.min(), highest=high.max())
@@ -78,7 +90,12 @@ class _Reader:
 
 
 def int8(
-    core: onnx.ModelProto, ranges: Any, target: Target, *, keep: Sequence[str] = (), only: Sequence[str] = ()
+    core: onnx.ModelProto,
+    ranges: Any,
+    target: Target,
+    *,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The core form with 8-bit operators. keep: names of nodes left in float; only: no others than these in 8 bits.
 
@@ -92,10 +109,17 @@ def int8(
     activations = QuantType.QUInt8 if target.activations == "uint8" else QuantType.QInt8
     with _quiet():
         quantizer = QDQQuantizer(
-            shape_inference.infer_shapes(core), True, target.reduce_range, QuantType.QInt8, activations,
+            shape_inference.infer_shapes(core),
+            True,
+            target.reduce_range,
+            QuantType.QInt8,
+            activations,
             copy.deepcopy(ranges),  # the quantizer changes them
-            _with_activation(core, only), _with_activation(core, keep), list(QDQRegistry), {},
-        )  # fmt: skip
+            _with_activation(core, only),
+            _with_activation(core, keep),
+            list(QDQRegistry),
+            {},
+        )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
     model: onnx.ModelProto = quantizer.model.model
@@ -117,14 +141,25 @@ def _with_activation(core: onnx.ModelProto, names: Sequence[str]) -> list[str]:
     found = list(names)
     for node in core.graph.node:
         if node.name in names:
-            found += [user.name for user in users.get(node.output[0], []) if user.op_type in ACTIVATIONS]
+            found += [
+                user.name for user in users.get(node.output[0], []) if user.op_type in ACTIVATIONS
+            ]
     return found
 
 
 def quantized_nodes(model: onnx.ModelProto) -> int:
     """Heavy operators whose inputs all come out of DequantizeLinear: those that can run in 8 bits."""
-    made = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}
-    return sum(all(name in made for name in node.input[:2]) for node in model.graph.node if node.op_type in HEAVY)
+    made = {
+        output
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+        for output in node.output
+    }
+    return sum(
+        all(name in made for name in node.input[:2])
+        for node in model.graph.node
+        if node.op_type in HEAVY
+    )
 
 
 def heavy_nodes(model: onnx.ModelProto) -> list[str]:
@@ -132,7 +167,9 @@ def heavy_nodes(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in HEAVY]
 
 
-def rank(core: onnx.ModelProto, ranges: Any, target: Target, pixels: Array) -> list[tuple[str, float]]:
+def rank(
+    core: onnx.ModelProto, ranges: Any, target: Target, pixels: Array
+) -> list[tuple[str, float]]:
     """(name, SQNR of the logits in dB with that node alone in 8 bits), most damage first. pixels: (n, 3, S, S)."""
     expected = Session(core.SerializeToString()).run(pixels)[0]
     found = []
@@ -170,9 +207,11 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
     keep = [node.name for node in core.graph.node if (wide | weights) & {*node.input, *node.output}]
     with _quiet():
         model = convert_float_to_float16(
-            shape_inference.infer_shapes(copy.deepcopy(core)), keep_io_types=True, node_block_list=keep,
+            shape_inference.infer_shapes(copy.deepcopy(core)),
+            keep_io_types=True,
+            node_block_list=keep,
             disable_shape_infer=True,
-        )  # fmt: skip
+        )
     _join_casts(model)
     ONNXModel(model).topological_sort()
     del model.graph.value_info[:]
@@ -192,8 +231,12 @@ def _join_casts(model: onnx.ModelProto) -> None:
         for place, value in enumerate(node.input):
             if value in direct:
                 node.input[place] = direct[value]
-    used = {value for node in model.graph.node for value in node.input} | {item.name for item in model.graph.output}
-    unused = [node for node in model.graph.node if node.op_type == "Cast" and node.output[0] not in used]
+    used = {value for node in model.graph.node for value in node.input} | {
+        item.name for item in model.graph.output
+    }
+    unused = [
+        node for node in model.graph.node if node.op_type == "Cast" and node.output[0] not in used
+    ]
     for node in unused:
         model.graph.node.remove(node)
 

@@ -40,7 +40,9 @@ def self_check(provider: str, threads: int) -> int:
         print(f"sealed gate  FAILED: {gate}")
     golden = BUNDLE / "golden" / "00.png"
     found = find(BUNDLE)
-    condition = Condition(model=str(found.shipped(provider)), provider=provider, threads=threads, frame=found.frame)
+    condition = Condition(
+        model=str(found.shipped(provider)), provider=provider, threads=threads, frame=found.frame
+    )
     latency = measure(condition, golden, quick=True)
     frames = f", frames of {latency.frame}" if latency.frame else ""
     print(
@@ -63,12 +65,20 @@ def raw_frame(path: Path, rows: int, columns: int, channels: int) -> np.ndarray[
 
 def main() -> int:
     """Parse, run, print; exit code 0 done, 1 a check failed, 2 bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files or folders")
-    parser.add_argument("--self-check", action="store_true", help="replay the golden vectors and time the model")
+    parser.add_argument(
+        "--self-check", action="store_true", help="replay the golden vectors and time the model"
+    )
     parser.add_argument("--bench", action="store_true", help="measure all variants, print JSON")
-    parser.add_argument("--quick", action="store_true", help="shorter runs with --bench, marked as such")
-    parser.add_argument("--raw", nargs=2, type=int, metavar=("ROWS", "COLUMNS"), help="the files are raw frames")
+    parser.add_argument(
+        "--quick", action="store_true", help="shorter runs with --bench, marked as such"
+    )
+    parser.add_argument(
+        "--raw", nargs=2, type=int, metavar=("ROWS", "COLUMNS"), help="the files are raw frames"
+    )
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -80,7 +90,13 @@ def main() -> int:
             return self_check(options.provider, options.threads)
         if options.bench:
             threads = [options.threads] if options.threads else []
-            print(json.dumps(bench(BUNDLE, providers=[options.provider], threads=threads, quick=options.quick)))
+            print(
+                json.dumps(
+                    bench(
+                        BUNDLE, providers=[options.provider], threads=threads, quick=options.quick
+                    )
+                )
+            )
             return 0
         classify = Classifier(BUNDLE, provider=options.provider, threads=options.threads)
         channels = 3 if classify.input_format in ("rgb", "bgr") else 1

@@ -61,15 +61,22 @@ class Paired:
         often as not. So the bounds must clear the limit by as much as chance moves the drop, at POWER.
         """
         shares = self.worse / max(1, self.images), self.better / max(1, self.images)
-        here = Design(images=self.images, clusters=self.clusters, effect=self.effect,
-                      df=math.inf if self.df is None else self.df)  # fmt: skip
+        here = Design(
+            images=self.images,
+            clusters=self.clusters,
+            effect=self.effect,
+            df=math.inf if self.df is None else self.df,
+        )
         chance = 0.0  # where no answer changed, none is expected to
         if self.worse or self.better:
             chance = float(stats.norm.ppf(POWER) / stats.norm.ppf(1 - LEVEL / self.looks))
 
         def settled(factor: float) -> bool:
             low, high = difference_bounds(*shares, here.times(factor), 1 - LEVEL / self.looks)
-            return high + chance * (high - self.drop) <= limit or low - chance * (self.drop - low) > limit
+            return (
+                high + chance * (high - self.drop) <= limit
+                or low - chance * (self.drop - low) > limit
+            )
 
         if self.images == 0 or (self.clusters or 2) < 2 or not settled(MOST):
             return None
@@ -86,7 +93,9 @@ class Paired:
         return ground(self.images, self.clusters)
 
 
-def paired(reference: Array, candidate: Array, groups: Sequence[str] | None = None, looks: int = 1) -> Paired:
+def paired(
+    reference: Array, candidate: Array, groups: Sequence[str] | None = None, looks: int = 1
+) -> Paired:
     """Two boolean arrays (N,), whether each image was answered right, in the same order; groups: a name an image, ""
     for one on its own."""
     worse = reference & ~candidate
@@ -145,7 +154,10 @@ def judge(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdic
     verdict = found.verdict(limit)
     points = f"{found.drop * 100:+.2f} points [{found.low * 100:+.2f}, {found.high * 100:+.2f}]"
     if ratio_high is not None and ratio_high >= 1:
-        return "refused", f"not faster than fp32: ratio up to {ratio_high:.2f}; accuracy drop {points}"
+        return (
+            "refused",
+            f"not faster than fp32: ratio up to {ratio_high:.2f}; accuracy drop {points}",
+        )
     if verdict != "accepted":
         more = _more(found, limit) if verdict == "inconclusive" else ""
         return verdict, f"accuracy drop {points} on {found.ground}, limit {limit * 100:.2f}{more}"

@@ -47,9 +47,14 @@ RAW = {"photographs": 4, "noise": 0, "extremes": 4}  # images a group for C and 
 
 
 def write_golden(
-    bundle: Path, reference: Reference, photographs: Sequence[Array], preprocess: Preprocess, temperature: float,
-    files: Mapping[str, tuple[Path, Path]], input_format: str = "rgb",
-) -> None:  # fmt: skip
+    bundle: Path,
+    reference: Reference,
+    photographs: Sequence[Array],
+    preprocess: Preprocess,
+    temperature: float,
+    files: Mapping[str, tuple[Path, Path]],
+    input_format: str = "rgb",
+) -> None:
     """Write golden/ and test_data_set_0/ into `bundle`.
 
     photographs: held-out images (H, W, 3) uint8; the first 16 are kept; none leaves the formula-made ones. files:
@@ -61,7 +66,11 @@ def write_golden(
     folder.mkdir()
     groups = {"photographs": list(photographs[:PHOTOGRAPHS]), **edge_images(preprocess.size)}
     groups = {group: images for group, images in groups.items() if images}
-    sessions = {name: tuple(Session(path) for path in pair) for name, pair in files.items() if name != "fp32"}
+    sessions = {
+        name: tuple(Session(path) for path in pair)
+        for name, pair in files.items()
+        if name != "fp32"
+    }
     pixel_session = Session(pixel_model(preprocess, input_format).SerializeToString())
     entries: list[dict[str, Any]] = []
     expected: dict[str, list[Array]] = {"logits": [], "probabilities": [], "embedding": []}
@@ -73,21 +82,36 @@ def write_golden(
         logits64, embedding = reference.answers(pillow, torch.float64)
         logits32 = reference.logits(pillow, torch.float32)
         moved64 = reference.logits(resampled(made, canvases, preprocess, group), torch.float64)
-        moved = float(np.abs(softmax(logits64 / temperature) - softmax(moved64 / temperature)).max())
+        moved = float(
+            np.abs(softmax(logits64 / temperature) - softmax(moved64 / temperature)).max()
+        )
         resizers = 2 * min(moved, RESAMPLED_PROBABILITY)
         limits = {name: tolerance(logits32, logits64, name)[0] for name in RELATIVE}
         scale = float(np.abs(logits64).max())
-        limits |= {name: rounding_limit(reference.rounding(pillow, name), scale) for name in PRECISIONS}
-        allowed: dict[str, Any] = {"fp32": {
-            key: {"logits": limit, "probabilities": probability_limit(limit, temperature) + resizers}
-            for key, limit in limits.items()
-        }}  # fmt: skip
+        limits |= {
+            name: rounding_limit(reference.rounding(pillow, name), scale) for name in PRECISIONS
+        }
+        allowed: dict[str, Any] = {
+            "fp32": {
+                key: {
+                    "logits": limit,
+                    "probabilities": probability_limit(limit, temperature) + resizers,
+                }
+                for key, limit in limits.items()
+            }
+        }
         for name, (image_session, core_session) in sessions.items():
-            logits = np.concatenate([core_session.run(item[None])[0] for item in pillow]).astype(np.float64)
-            own = np.concatenate([image_session.run(item[None])[0] for item in frames]).astype(np.float64)
+            logits = np.concatenate([core_session.run(item[None])[0] for item in pillow]).astype(
+                np.float64
+            )
+            own = np.concatenate([image_session.run(item[None])[0] for item in frames]).astype(
+                np.float64
+            )
             expected.setdefault(f"{name}/logits", []).append(logits)
             expected.setdefault(f"{name}/probabilities", []).append(own)
-            allowed[name] = {"any": {"logits": STEP * float(np.abs(logits).max()), "probabilities": STEP}}
+            allowed[name] = {
+                "any": {"logits": STEP * float(np.abs(logits).max()), "probabilities": STEP}
+            }
         for item in images:
             name = f"{len(entries):02d}.png"
             Image.fromarray(item).save(folder / name)
@@ -100,7 +124,9 @@ def write_golden(
     (folder / "golden.json").write_text(json.dumps({"images": entries}, indent=1) + "\n")
 
 
-def write_flat(bundle: Path, chosen: str, preprocess: Preprocess, temperature: float, input_format: str) -> None:
+def write_flat(
+    bundle: Path, chosen: str, preprocess: Preprocess, temperature: float, input_format: str
+) -> None:
     """Write golden/raw/ and test_data_set_0/ from golden/, for the variant that became model.onnx.
 
     golden/raw/index.txt: a line `images classes size channels tolerance_of_logits`, then a line an image: file, rows,
@@ -123,11 +149,17 @@ def write_flat(bundle: Path, chosen: str, preprocess: Preprocess, temperature: f
         limit = allowed.get("cpu", allowed.get("any"))["probabilities"]
         (raw / f"{row:02d}.raw").write_bytes(frame.tobytes())
         lines.append(f"{row:02d}.raw {frame.shape[0]} {frame.shape[1]} {limit:.6g}")
-    pixels = preprocess.pixels(np.stack([preprocess.canvas(from_frame(frame, input_format)) for frame in frames]))
+    pixels = preprocess.pixels(
+        np.stack([preprocess.canvas(from_frame(frame, input_format)) for frame in frames])
+    )
     limit = max(entries[row]["tolerance"]["fp32"]["cpu"]["logits"] for row in picks)
     head = f"{len(picks)} {logits.shape[1]} {preprocess.size} {frames[0].shape[2]} {limit:.6g}"
     (raw / "index.txt").write_text("\n".join([head, *lines]) + "\n")
-    for name, array in (("pixels", pixels), ("logits", logits[picks]), ("probabilities", probabilities[picks])):
+    for name, array in (
+        ("pixels", pixels),
+        ("logits", logits[picks]),
+        ("probabilities", probabilities[picks]),
+    ):
         (raw / f"{name}.f32").write_bytes(array.astype("<f4").tobytes())
     (answers,) = zip(*Session(bundle / "model.onnx").run(frames[0][None]), strict=True)
     _write_test_data(bundle / "test_data_set_0", frames[0], *answers)

@@ -50,7 +50,9 @@ class Prior:
 
 SHARE = Prior(correlation=0.1, least_effect=0.5)  # the demo's modules: 0.13
 PROVEN_SHARE = Prior(correlation=0.1, least_effect=1.0)
-DIFFERENCE = Prior(correlation=0.05, least_effect=1.0)  # which images change in 8 bits: 0 to 0.02 on the demo's
+DIFFERENCE = Prior(
+    correlation=0.05, least_effect=1.0
+)  # which images change in 8 bits: 0 to 0.02 on the demo's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +67,30 @@ class Design:
 
     def quantile(self, probability: float) -> float:
         """Student's t at the design's degrees of freedom."""
-        return float(stats.t.ppf(probability, self.df)) if self.df < math.inf else float(stats.norm.ppf(probability))
+        return (
+            float(stats.t.ppf(probability, self.df))
+            if self.df < math.inf
+            else float(stats.norm.ppf(probability))
+        )
 
     def times(self, factor: float) -> Design:
         """As many more images, and groups, of the same kind."""
         clusters = self.clusters and round(self.clusters * factor)
-        return Design(images=round(self.images * factor), clusters=clusters, effect=self.effect, df=self.df * factor)
+        return Design(
+            images=round(self.images * factor),
+            clusters=clusters,
+            effect=self.effect,
+            df=self.df * factor,
+        )
 
 
 def ground(images: int, clusters: int | None) -> str:
     """What an interval rests on, in words: "375 images in 7 groups", "375 images, as if independent"."""
-    return f"{images} images, as if independent" if clusters is None else f"{images} images in {clusters} groups"
+    return (
+        f"{images} images, as if independent"
+        if clusters is None
+        else f"{images} images in {clusters} groups"
+    )
 
 
 def has_groups(groups: Sequence[str] | None) -> bool:
@@ -109,7 +124,12 @@ def design(values: Array, groups: Sequence[str] | None, prior: Prior) -> Design:
     correlation = min(1.0, max(0.0, (effect - 1) / max(mean_size - 1, 1e-9)))
     df = _degrees_of_freedom(shares, sizes * (1 + (sizes - 1) * correlation))
     contributing = float(squares.sum()) ** 2 / float((squares**2).sum())
-    return Design(images=images, clusters=len(sizes), effect=effect, df=min(df, max(1.0, 2 * contributing - 1)))
+    return Design(
+        images=images,
+        clusters=len(sizes),
+        effect=effect,
+        df=min(df, max(1.0, 2 * contributing - 1)),
+    )
 
 
 def _degrees_of_freedom(shares: Array, variances: Array) -> float:
@@ -160,7 +180,9 @@ def difference_design(worse: Array, better: Array, groups: Sequence[str] | None)
     return design(worse.astype(int) - better.astype(int), groups, DIFFERENCE)
 
 
-def difference_bounds(worse: float, better: float, found: Design, level: float) -> tuple[float, float]:
+def difference_bounds(
+    worse: float, better: float, found: Design, level: float
+) -> tuple[float, float]:
     """One-sided bounds of the true share(worse) - share(better), each at confidence `level`.
 
     worse, better: the two shares as observed, in 0..1.

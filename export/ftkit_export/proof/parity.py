@@ -42,11 +42,17 @@ Array = np.ndarray[Any, Any]
 
 FLOAT64_IMAGES = 64  # images per group that the float64 reference sees
 RELATIVE = {"cpu": 1e-5, "cuda": 1e-3}  # of s, by provider; any other provider is held to CUDA's
-IMAGE_FORM_IMAGES = 16  # end to end; the core form has shown the network equal on four times as many
+IMAGE_FORM_IMAGES = (
+    16  # end to end; the core form has shown the network equal on four times as many
+)
 FLOORS = 20.0
-ROUNDING = 4 * float(np.finfo(np.float32).eps)  # exp, sum, quotient; smaller logits do not make it smaller
+ROUNDING = 4 * float(
+    np.finfo(np.float32).eps
+)  # exp, sum, quotient; smaller logits do not make it smaller
 ROUNDINGS = 4.0  # a GPU accumulates in another order, and may round where the emulation does not
-CEILING = 0.1  # of the largest logit: a model that rounding moves further must not run in that precision
+CEILING = (
+    0.1  # of the largest logit: a model that rounding moves further must not run in that precision
+)
 # Two resizers of one definition. Measured on three fits, four sizes, photographs, noise and odd shapes: at most so many
 # grey levels, but for 1 in 1,000 values; 0.043 on average of an image's channel; 1e-5 from a whole level.
 RESAMPLED_LEVELS = {"photographs": 1, "noise": 2, "extremes": 2}
@@ -95,7 +101,10 @@ class Parity:
     @property
     def worst(self) -> Check:
         """The check nearest to, or furthest beyond, its limit."""
-        return max(self.checks, key=lambda check: np.inf if np.isnan(check.value) else check.value / (check.limit or 1))
+        return max(
+            self.checks,
+            key=lambda check: np.inf if np.isnan(check.value) else check.value / (check.limit or 1),
+        )
 
 
 class Reference:
@@ -116,13 +125,19 @@ class Reference:
     def answers(self, pixels: Array, dtype: torch.dtype) -> tuple[Array, Array]:
         """Logits (N, classes), and what enters the last linear layer, (N, features), averaged over space."""
         keys = [(dtype, hashlib.sha256(item.tobytes()).digest()) for item in pixels]
-        missing = list({key: place for place, key in enumerate(keys) if key not in self._known}.values())
+        missing = list(
+            {key: place for place, key in enumerate(keys) if key not in self._known}.values()
+        )
         for start in range(0, len(missing), CHUNK):
             places = missing[start : start + CHUNK]
-            for place, logits, embedding in zip(places, *self._run(pixels[places], dtype), strict=True):
+            for place, logits, embedding in zip(
+                places, *self._run(pixels[places], dtype), strict=True
+            ):
                 self._known[keys[place]] = logits, embedding
         found = [self._known[key] for key in keys]
-        return np.stack([logits for logits, _ in found]), np.stack([embedding for _, embedding in found])
+        return np.stack([logits for logits, _ in found]), np.stack(
+            [embedding for _, embedding in found]
+        )
 
     def rounding(self, pixels: Array, precision: str) -> float:
         """max|emulated - float64| of the logits of the first images (N, 3, S, S), when every product is computed from
@@ -132,15 +147,22 @@ class Reference:
         worst = 0.0
         for towards_zero in (False, True):
             with Emulated(precision, towards_zero=towards_zero), torch.inference_mode():
-                parts = [self.float32(torch.from_numpy(pixels[i : i + CHUNK])) for i in range(0, len(pixels), CHUNK)]
+                parts = [
+                    self.float32(torch.from_numpy(pixels[i : i + CHUNK]))
+                    for i in range(0, len(pixels), CHUNK)
+                ]
             worst = max(worst, float(np.abs(torch.cat(parts).numpy() - exact).max()))
         return worst
 
     def _run(self, pixels: Array, dtype: torch.dtype) -> tuple[Array, Array]:
         model = self.float64 if dtype == torch.float64 else self.float32
-        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][-1]
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][
+            -1
+        ]
         seen: list[torch.Tensor] = []
-        hook = linear.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
+        hook = linear.register_forward_pre_hook(
+            lambda _module, inputs: seen.append(inputs[0].detach())
+        )
         try:
             with torch.inference_mode():
                 logits = model(torch.from_numpy(pixels).to(dtype))
@@ -153,8 +175,12 @@ class Reference:
 def edge_images(size: int) -> dict[str, list[Array]]:
     """Formula-made uint8 images by group: noise, and the extremes in value and in shape. Same on every machine."""
     rng = np.random.default_rng(20250101)
-    noise = [rng.integers(0, 256, shape, np.uint8) for shape in [(size, size, 3)] * 4 + [(427, 640, 3)]]
-    checker = np.uint8(255) * (np.indices((size, size)).sum(0) % 2).astype(np.uint8)[..., None].repeat(3, 2)
+    noise = [
+        rng.integers(0, 256, shape, np.uint8) for shape in [(size, size, 3)] * 4 + [(427, 640, 3)]
+    ]
+    checker = np.uint8(255) * (np.indices((size, size)).sum(0) % 2).astype(np.uint8)[
+        ..., None
+    ].repeat(3, 2)
     shapes = [(1, 1, 3), (2000, 10, 3), (2, 8000, 3)]
     odd = [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
     flat = [np.full((size, size, 3), level, np.uint8) for level in (0, 255)]
@@ -174,7 +200,9 @@ def probability_limit(limit: float, temperature: float) -> float:
 
 
 def _run(session: Session, batch: Array, output: int = 0) -> Array:
-    return np.concatenate([session.run(batch[i : i + CHUNK])[output] for i in range(0, len(batch), CHUNK)])
+    return np.concatenate(
+        [session.run(batch[i : i + CHUNK])[output] for i in range(0, len(batch), CHUNK)]
+    )
 
 
 def compare(
@@ -204,11 +232,17 @@ def compare(
     errors: tuple[int, ...] = ()
     failing = None  # pixels of the first group whose logits differ: a fault may not show on another
     for group, images in {"photographs": photographs, **edge_images(preprocess.size)}.items():
-        drawn = canvases if group == "photographs" else np.stack([preprocess.canvas(item) for item in images])
+        drawn = (
+            canvases
+            if group == "photographs"
+            else np.stack([preprocess.canvas(item) for item in images])
+        )
         pixels = preprocess.pixels(drawn)
         logits = _run(core_session, pixels)
         found = _core_checks(reference, logits, pixels, group, provider)
-        errors = errors or _histogram(logits, reference.logits(pixels[:FLOAT64_IMAGES], torch.float64))
+        errors = errors or _histogram(
+            logits, reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
+        )
         if failing is None and not all(check.passed for check in found):
             failing = pixels[:2]
         checks += found
@@ -216,10 +250,19 @@ def compare(
             continue
         frames = [to_frame(item, input_format) for item in images]
         pillow = [preprocess.canvas(from_frame(frame, input_format)) for frame in frames]
-        checks += _image_checks(reference, *image_sessions, frames, pillow, preprocess, temperature, group)
-    diverging = "" if failing is None else first_divergence(reference, core, failing, layers, provider)
-    return Parity(provider=provider, checks=tuple(checks), first_divergence=diverging, errors=errors,
-                  placement=core_session.placement)  # fmt: skip
+        checks += _image_checks(
+            reference, *image_sessions, frames, pillow, preprocess, temperature, group
+        )
+    diverging = (
+        "" if failing is None else first_divergence(reference, core, failing, layers, provider)
+    )
+    return Parity(
+        provider=provider,
+        checks=tuple(checks),
+        first_divergence=diverging,
+        errors=errors,
+        placement=core_session.placement,
+    )
 
 
 def _histogram(found: Array, expected: Array) -> tuple[int, ...]:
@@ -229,7 +272,9 @@ def _histogram(found: Array, expected: Array) -> tuple[int, ...]:
     return tuple(map(int, np.histogram(logs, DECADES)[0]))
 
 
-def _core_checks(reference: Reference, found: Array, pixels: Array, group: str, provider: str) -> list[Check]:
+def _core_checks(
+    reference: Reference, found: Array, pixels: Array, group: str, provider: str
+) -> list[Check]:
     logits32 = reference.logits(pixels, torch.float32)
     if precision := PROVIDERS[provider].precision:
         return agreement(logits32, found, reference.rounding(pixels, precision), precision, group)
@@ -240,21 +285,45 @@ def _core_checks(reference: Reference, found: Array, pixels: Array, group: str, 
     clear = top[:, -1] - top[:, -2] >= 2 * limit  # outside ties
     disagree = int((found.argmax(-1) != logits32.argmax(-1))[clear].sum())
     return [
-        Check(name="core logits", group=group, value=value, limit=limit, floor=floor, inputs=len(logits64)),
-        Check(name="core top-1 disagreements", group=group, value=disagree, limit=0, inputs=len(pixels)),
+        Check(
+            name="core logits",
+            group=group,
+            value=value,
+            limit=limit,
+            floor=floor,
+            inputs=len(logits64),
+        ),
+        Check(
+            name="core top-1 disagreements",
+            group=group,
+            value=disagree,
+            limit=0,
+            inputs=len(pixels),
+        ),
     ]
 
 
 def _image_checks(
-    reference: Reference, session: Session, pixel_session: Session, frames: Sequence[Array],
-    canvases: Sequence[Array], preprocess: Preprocess, temperature: float, group: str,
-) -> list[Check]:  # fmt: skip
+    reference: Reference,
+    session: Session,
+    pixel_session: Session,
+    frames: Sequence[Array],
+    canvases: Sequence[Array],
+    preprocess: Preprocess,
+    temperature: float,
+    group: str,
+) -> list[Check]:
     """End to end on odd sizes: the graph's pixels against Pillow's, its probabilities against float64's."""
     made = [pixel_session.run(frame[None])[1][0] for frame in frames]
     checks = pixel_checks(np.stack(made), np.stack(canvases), preprocess, group)
 
     pillow = preprocess.pixels(np.stack(canvases[:IMAGE_FORM_IMAGES]))
-    allowed = resampled(np.stack(made[:IMAGE_FORM_IMAGES]), np.stack(canvases[:IMAGE_FORM_IMAGES]), preprocess, group)
+    allowed = resampled(
+        np.stack(made[:IMAGE_FORM_IMAGES]),
+        np.stack(canvases[:IMAGE_FORM_IMAGES]),
+        preprocess,
+        group,
+    )
     logits32 = reference.logits(allowed, torch.float32)
     logits64 = reference.logits(allowed, torch.float64)
     expected = softmax(logits64 / temperature)
@@ -262,16 +331,23 @@ def _image_checks(
 
     found = np.concatenate([session.run(frame[None])[0] for frame in frames[:IMAGE_FORM_IMAGES]])
     value = float(np.abs(found - expected).max())
-    moved = float(np.abs(softmax(reference.logits(pillow, torch.float64) / temperature) - expected).max())
+    moved = float(
+        np.abs(softmax(reference.logits(pillow, torch.float64) / temperature) - expected).max()
+    )
     batches = [np.repeat(frames[0][None], size, 0) for size in (2, 7)]
     spread = max(float(np.abs(session.run(batch)[0] - found[:1]).max()) for batch in batches)
     return [
         *checks,
         Check(name="probabilities", group=group, value=value, limit=limit, inputs=len(found)),
-        Check(name="probabilities moved by resampling", group=group, value=moved, limit=RESAMPLED_PROBABILITY,
-              inputs=len(found)),
+        Check(
+            name="probabilities moved by resampling",
+            group=group,
+            value=moved,
+            limit=RESAMPLED_PROBABILITY,
+            inputs=len(found),
+        ),
         Check(name="batch 1 against 2 and 7", group=group, value=spread, limit=limit, inputs=9),
-    ]  # fmt: skip
+    ]
 
 
 def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: str) -> list[Check]:
@@ -282,9 +358,15 @@ def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: st
     beyond = float((np.abs(apart) > RESAMPLED_LEVELS[group] + WHOLE_LEVELS).mean((1, 2, 3)).max())
     drift = float(np.abs(apart.mean((1, 2))).max())
     fraction = float(np.abs(levels - levels.round()).max())
-    values = (("share of pixels off", beyond, RESAMPLED_SHARE), ("mean of a channel", drift, MEAN_LEVELS),
-              ("pixels between grey levels", fraction, WHOLE_LEVELS))  # fmt: skip
-    return [Check(name=name, group=group, value=value, limit=limit, inputs=len(made)) for name, value, limit in values]
+    values = (
+        ("share of pixels off", beyond, RESAMPLED_SHARE),
+        ("mean of a channel", drift, MEAN_LEVELS),
+        ("pixels between grey levels", fraction, WHOLE_LEVELS),
+    )
+    return [
+        Check(name=name, group=group, value=value, limit=limit, inputs=len(made))
+        for name, value, limit in values
+    ]
 
 
 def resampled(made: Array, canvases: Array, preprocess: Preprocess, group: str) -> Array:
@@ -295,13 +377,17 @@ def resampled(made: Array, canvases: Array, preprocess: Preprocess, group: str) 
     steps = np.nan_to_num(_levels(made, preprocess) - exact).round().clip(-most, most)
     inside = np.zeros_like(canvases)
     start = (preprocess.resize - preprocess.size) // 2
-    inside[:, start : start + preprocess.size, start : start + preprocess.size] = (exact + steps).clip(0, 255)
+    inside[:, start : start + preprocess.size, start : start + preprocess.size] = (
+        exact + steps
+    ).clip(0, 255)
     return preprocess.pixels(inside)
 
 
 def _levels(pixels: Array, preprocess: Preprocess) -> Array:
     """Normalised pixels (N, 3, S, S) -> grey levels (N, S, S, 3) float64."""
-    found: Array = pixels.astype(np.float64).transpose(0, 2, 3, 1) * preprocess.std + preprocess.mean
+    found: Array = (
+        pixels.astype(np.float64).transpose(0, 2, 3, 1) * preprocess.std + preprocess.mean
+    )
     return found
 
 
@@ -317,7 +403,9 @@ def rounding_limit(rounding: float, scale: float) -> float:
     return min(ROUNDINGS * rounding, CEILING * scale) if np.isfinite(rounding) else 0.0
 
 
-def agreement(expected: Array, found: Array, rounding: float, precision: str, group: str) -> list[Check]:
+def agreement(
+    expected: Array, found: Array, rounding: float, precision: str, group: str
+) -> list[Check]:
     """Checks of a lower precision on the same inputs: logits (N, classes) against float32's. rounding: what emulated
     rounding to that precision does to the logits of this model (Reference.rounding).
 
@@ -329,10 +417,15 @@ def agreement(expected: Array, found: Array, rounding: float, precision: str, gr
     top = np.sort(expected, -1)
     clear = top[:, -1] - top[:, -2] >= 2 * limit
     changed = int((expected.argmax(1) != found.argmax(1))[clear].sum())
-    values = ((f"{precision} new NaN or Inf", broken, 0.0),
-              (f"{precision} logits", float(np.abs(found - expected).max()), limit),
-              (f"{precision} top-1 changed, not in ties", changed, 0.0))  # fmt: skip
-    return [Check(name=name, group=group, value=value, limit=most, inputs=len(found)) for name, value, most in values]
+    values = (
+        (f"{precision} new NaN or Inf", broken, 0.0),
+        (f"{precision} logits", float(np.abs(found - expected).max()), limit),
+        (f"{precision} top-1 changed, not in ties", changed, 0.0),
+    )
+    return [
+        Check(name=name, group=group, value=value, limit=most, inputs=len(found))
+        for name, value, most in values
+    ]
 
 
 class Emulated(TorchFunctionMode):
@@ -355,7 +448,11 @@ class Emulated(TorchFunctionMode):
         if function in PRODUCTS:
             args = [self._rounded(item) for item in args]
         result = function(*args, **(kwargs or {}))
-        return self._rounded(result) if self._half and getattr(function, "__name__", "") in STORED else result
+        return (
+            self._rounded(result)
+            if self._half and getattr(function, "__name__", "") in STORED
+            else result
+        )
 
     def _rounded(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
@@ -364,16 +461,45 @@ class Emulated(TorchFunctionMode):
             return _tf32(value, towards_zero=self._towards_zero)
         half = value.half()
         if self._towards_zero:
-            half = torch.where(half.float().abs() > value.abs(), torch.nextafter(half, torch.zeros_like(half)), half)
+            half = torch.where(
+                half.float().abs() > value.abs(),
+                torch.nextafter(half, torch.zeros_like(half)),
+                half,
+            )
         return half.float()
 
 
-PRODUCTS = (F.conv2d, F.linear, torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__,
-            F.scaled_dot_product_attention)  # fmt: skip
+PRODUCTS = (
+    F.conv2d,
+    F.linear,
+    torch.matmul,
+    torch.bmm,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    F.scaled_dot_product_attention,
+)
 STORED = {function.__name__ for function in PRODUCTS} | {
-    "add", "mul", "__add__", "__mul__", "iadd", "imul", "hardtanh", "relu", "relu6", "gelu", "silu", "hardswish",
-    "hardsigmoid", "sigmoid", "layer_norm", "batch_norm", "softmax", "adaptive_avg_pool2d", "avg_pool2d", "mean",
-}  # fmt: skip
+    "add",
+    "mul",
+    "__add__",
+    "__mul__",
+    "iadd",
+    "imul",
+    "hardtanh",
+    "relu",
+    "relu6",
+    "gelu",
+    "silu",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+    "layer_norm",
+    "batch_norm",
+    "softmax",
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "mean",
+}
 
 
 def _tf32(value: torch.Tensor, *, towards_zero: bool) -> torch.Tensor:
@@ -384,7 +510,9 @@ def _tf32(value: torch.Tensor, *, towards_zero: bool) -> torch.Tensor:
     return (bits & ~0x1FFF).view(torch.float32)
 
 
-def first_divergence(reference: Reference, core: Path, pixels: Array, layers: Mapping[str, str], provider: str) -> str:
+def first_divergence(
+    reference: Reference, core: Path, pixels: Array, layers: Mapping[str, str], provider: str
+) -> str:
     """Name the first layer whose output leaves the tolerance, with both magnitudes. pixels: (N, 3, S, S) float32.
 
     Every value of the core file is made an output of ONE session (0.06 s) and compared with the module of its layer.
@@ -410,7 +538,9 @@ def first_divergence(reference: Reference, core: Path, pixels: Array, layers: Ma
     return "no single layer: the difference is in the last operations"
 
 
-def _last_values(model: onnx.ModelProto, layers: Mapping[str, str], modules: set[str]) -> dict[str, str]:
+def _last_values(
+    model: onnx.ModelProto, layers: Mapping[str, str], modules: set[str]
+) -> dict[str, str]:
     """Value -> the module whose output it is, in graph order: the last value made inside that module."""
     last: dict[str, str] = {}
     for node in model.graph.node:
@@ -421,7 +551,9 @@ def _last_values(model: onnx.ModelProto, layers: Mapping[str, str], modules: set
                 path = path.rpartition(".")[0]
     order = {value: number for number, node in enumerate(model.graph.node) for value in node.output}
     found: dict[str, str] = {}
-    for module in sorted(modules & set(last), key=len):  # the innermost module that ends with this value names it
+    for module in sorted(
+        modules & set(last), key=len
+    ):  # the innermost module that ends with this value names it
         found[last[module]] = module
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 

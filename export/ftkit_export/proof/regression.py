@@ -35,10 +35,14 @@ from ftkit_export.runtime.latency import Condition, Start, begin, in_child
 
 Array = np.ndarray[Any, Any]
 Outcome = Literal["passed", "failed", "inconclusive"]
-Sample = tuple[Array, Array]  # of one process: log ratios candidate / baseline, log ratios of the A/A control
+Sample = tuple[
+    Array, Array
+]  # of one process: log ratios candidate / baseline, log ratios of the A/A control
 
 TOLERANCE = 0.05
-COLD_TOLERANCE = 0.2  # cold starts of one model differ by several per cent: disk, page cache, the loader
+COLD_TOLERANCE = (
+    0.2  # cold starts of one model differ by several per cent: disk, page cache, the loader
+)
 DRIFT = 0.15  # the least margin against figures from another day: sequential medians of one model spread by 14 %
 LAYOUT = 0.1  # where large buffers come to lie: up to 8 % of memory, by the length of a path alone
 SECONDS = 120.0
@@ -91,17 +95,31 @@ def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
     picks = rng.integers(0, rounds, (RESAMPLES, len(ratios), rounds))
     medians = np.median(ratios[processes[:, :, None], picks].reshape(RESAMPLES, -1), axis=1)
     low, high = np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    spread, middle = float(np.std([np.median(control) for _, control in samples], ddof=1)), float(np.median(ratios))
-    half = Z * MEDIAN * spread / math.sqrt(len(samples))  # few processes: a bootstrap alone would be too narrow
-    return Estimate(ratio=math.exp(middle), low=math.exp(min(low, middle - half)),
-                    high=math.exp(max(high, middle + half)), spread=spread,
-                    margin=max(tolerance, math.expm1(3 * spread)))  # fmt: skip
+    spread, middle = (
+        float(np.std([np.median(control) for _, control in samples], ddof=1)),
+        float(np.median(ratios)),
+    )
+    half = (
+        Z * MEDIAN * spread / math.sqrt(len(samples))
+    )  # few processes: a bootstrap alone would be too narrow
+    return Estimate(
+        ratio=math.exp(middle),
+        low=math.exp(min(low, middle - half)),
+        high=math.exp(max(high, middle + half)),
+        spread=spread,
+        margin=max(tolerance, math.expm1(3 * spread)),
+    )
 
 
 def decide(
-    what: str, draw: Callable[[], Sample], *, tolerance: float = TOLERANCE, seconds: float = SECONDS,
-    least: int = 2 * PROCESSES, clock: Callable[[], float] = time.perf_counter,
-) -> Verdict:  # fmt: skip
+    what: str,
+    draw: Callable[[], Sample],
+    *,
+    tolerance: float = TOLERANCE,
+    seconds: float = SECONDS,
+    least: int = 2 * PROCESSES,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Verdict:
     """Draw samples until the answer is sure, or `seconds` would be over. draw: measures in one fresh process.
 
     Raises FtkitError after the first of them when so slow a model leaves no time for `least`: two rounds.
@@ -121,8 +139,10 @@ def decide(
                 drawn += 1
                 if drawn == 1 and (spent := clock() - begun) * least > 1.5 * seconds:
                     times = math.ceil(1.5 * spent * least / seconds)
-                    raise FtkitError(f"--seconds: expected time for {least} processes, found {spent:.1f} s for one and "
-                                     f"{seconds:.0f} s for all ({what}). Try {times} times as much")  # fmt: skip
+                    raise FtkitError(
+                        f"--seconds: expected time for {least} processes, found {spent:.1f} s for one and "
+                        f"{seconds:.0f} s for all ({what}). Try {times} times as much"
+                    )
             found = estimate(samples, tolerance)
             if found.high <= 1 + tolerance:
                 return found, "passed"
@@ -141,9 +161,19 @@ def decide(
             reason = f"{_reason(again, outcome, tolerance)} in a second round; the first said {_percent(found.low)}"
             found, outcome = again, "inconclusive" if outcome == "passed" else outcome
         else:
-            reason, outcome = f"{reason}; no time was left for a second round, try more --seconds", "inconclusive"
-    return Verdict(what=what, verdict=outcome, reason=reason, **vars(found), tolerance=tolerance, processes=drawn,
-                   seconds=clock() - begun)  # fmt: skip
+            reason, outcome = (
+                f"{reason}; no time was left for a second round, try more --seconds",
+                "inconclusive",
+            )
+    return Verdict(
+        what=what,
+        verdict=outcome,
+        reason=reason,
+        **vars(found),
+        tolerance=tolerance,
+        processes=drawn,
+        seconds=clock() - begun,
+    )
 
 
 def _needed(found: Estimate, tolerance: float, processes: int) -> float:
@@ -174,9 +204,13 @@ def _percent(ratio: float) -> str:
 
 
 def compare(
-    candidate: Condition, baseline: Condition, image: str | Path | None = None, *, tolerance: float = TOLERANCE,
+    candidate: Condition,
+    baseline: Condition,
+    image: str | Path | None = None,
+    *,
+    tolerance: float = TOLERANCE,
     seconds: float = SECONDS,
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """The latency gate. image: what ftkit's own files are fed with. Raises FtkitError when a model does not run."""
     each = seconds / (2 * PROCESSES + 3)  # so that two rounds fit; a process also has to start
     turns = itertools.cycle(range(3))
@@ -197,7 +231,11 @@ def sample(candidate: Array, one: Array, other: Array) -> Sample:
 
 
 def compare_starts(
-    candidate: Condition, baseline: Condition, image: str | Path | None = None, *, seconds: float = SECONDS
+    candidate: Condition,
+    baseline: Condition,
+    image: str | Path | None = None,
+    *,
+    seconds: float = SECONDS,
 ) -> tuple[Verdict, Verdict]:
     """Cold start and peak memory, of processes that do nothing else: baseline, candidate and baseline again, in turn.
 
@@ -209,14 +247,23 @@ def compare_starts(
         orders = itertools.cycle(((0, 1, 2), (2, 1, 0)))
 
         def draw() -> Sample:
-            starts = {place: begin((baseline, candidate, baseline)[place], image, steady=False, even_heap=even_heap)
-                      for place in next(orders)}  # fmt: skip
+            starts = {
+                place: begin(
+                    (baseline, candidate, baseline)[place], image, steady=False, even_heap=even_heap
+                )
+                for place in next(orders)
+            }
             return sample(*(np.array([getattr(starts[place], name)]) for place in (1, 0, 2)))
 
         return draw
 
-    cold = decide("cold start", draws("open_ms", even_heap=False), tolerance=COLD_TOLERANCE,
-                  seconds=seconds / 2, least=PROCESSES)  # fmt: skip
+    cold = decide(
+        "cold start",
+        draws("open_ms", even_heap=False),
+        tolerance=COLD_TOLERANCE,
+        seconds=seconds / 2,
+        least=PROCESSES,
+    )
     left = max(
         seconds / 2, seconds - cold.seconds
     )  # a file whose cold starts had time enough is not refused for memory
@@ -229,13 +276,20 @@ def compare_sizes(candidate: int, baseline: int) -> Verdict:
     found = Estimate(ratio=ratio, low=ratio, high=ratio, spread=0.0, margin=TOLERANCE)
     outcome: Outcome = "passed" if ratio <= 1 + TOLERANCE else "failed"
     reason = _percent(ratio)
-    return Verdict(what="size", verdict=outcome, reason=reason, **vars(found), tolerance=TOLERANCE, processes=0,
-                   seconds=0.0)  # fmt: skip
+    return Verdict(
+        what="size",
+        verdict=outcome,
+        reason=reason,
+        **vars(found),
+        tolerance=TOLERANCE,
+        processes=0,
+        seconds=0.0,
+    )
 
 
 def compare_stored(
     now: Callable[[], Sequence[Start]], then: Sequence[Start], *, same_machine: bool
-) -> list[Verdict]:  # fmt: skip
+) -> list[Verdict]:
     """Latency, cold start and memory against figures of another day. now: measures (again, to confirm a failure).
 
     There is no control in the same job, so 15 % is the least that can be told of times, and 10 % of memory; on another
@@ -248,9 +302,15 @@ def compare_stored(
         for place, item in enumerate(found):
             if item.verdict == "failed":
                 again = _stored(item.what, second, then, same_machine)
-                found[place] = again if again.verdict == "failed" else replace(
-                    item, verdict="inconclusive", reason="a second round did not confirm the first, which failed"
-                )  # fmt: skip
+                found[place] = (
+                    again
+                    if again.verdict == "failed"
+                    else replace(
+                        item,
+                        verdict="inconclusive",
+                        reason="a second round did not confirm the first, which failed",
+                    )
+                )
     return found
 
 
@@ -265,11 +325,19 @@ def _stored(what: str, now: Sequence[Start], then: Sequence[Start], same_machine
     name, tolerance = STORED[what]
     one, other = (np.log([getattr(start, name) for start in starts]) for starts in (now, then))
     rng = np.random.default_rng(0)
-    picked = [np.median(logs[rng.integers(0, len(logs), (RESAMPLES, len(logs)))], axis=1) for logs in (one, other)]
+    picked = [
+        np.median(logs[rng.integers(0, len(logs), (RESAMPLES, len(logs)))], axis=1)
+        for logs in (one, other)
+    ]
     low, high = np.quantile(picked[0] - picked[1], ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     spread = float(np.sqrt((np.var(one, ddof=1) + np.var(other, ddof=1)) / 2))
-    found = Estimate(ratio=math.exp(np.median(one) - np.median(other)), low=math.exp(low), high=math.exp(high),
-                     spread=spread, margin=max(tolerance, math.expm1(3 * spread)))  # fmt: skip
+    found = Estimate(
+        ratio=math.exp(np.median(one) - np.median(other)),
+        low=math.exp(low),
+        high=math.exp(high),
+        spread=spread,
+        margin=max(tolerance, math.expm1(3 * spread)),
+    )
     outcome: Outcome = "inconclusive"
     if same_machine and found.high <= 1 + tolerance:
         outcome = "passed"
@@ -278,5 +346,12 @@ def _stored(what: str, now: Sequence[Start], then: Sequence[Start], same_machine
     reason = f"{_reason(found, outcome, tolerance)}; from another day, so {tolerance:.0%} is the least that can be told"
     if not same_machine:
         reason = "advisory: the baseline is from another machine"
-    return Verdict(what=what, verdict=outcome, reason=reason, **vars(found), tolerance=tolerance, processes=len(one),
-                   seconds=0.0)  # fmt: skip
+    return Verdict(
+        what=what,
+        verdict=outcome,
+        reason=reason,
+        **vars(found),
+        tolerance=tolerance,
+        processes=len(one),
+        seconds=0.0,
+    )

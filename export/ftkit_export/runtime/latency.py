@@ -32,7 +32,9 @@ ROUNDS = 20  # of a race, in each of its processes
 PROCESSES = 6
 STUDENT_T = 2.571  # 0.975 quantile at PROCESSES - 1 degrees of freedom
 RACE_SECONDS = 20.0  # the most that one process of a race may take
-EVEN_HEAP = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # its default, which glibc raises as it goes unless it is set
+EVEN_HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": "131072"
+}  # its default, which glibc raises as it goes unless it is set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,9 @@ class Parts:
     preprocess_ms: float
 
 
-def measure(condition: Condition, image: str | Path | None = None, *, quick: bool = False) -> Latency:
+def measure(
+    condition: Condition, image: str | Path | None = None, *, quick: bool = False
+) -> Latency:
     """Latency in a fresh process. image: what ftkit's own files are fed with; without one, noise of 224 x 224.
 
     Raises FtkitError with the child's own words when it fails.
@@ -150,15 +154,21 @@ def measure(condition: Condition, image: str | Path | None = None, *, quick: boo
 
 
 def begin(
-    condition: Condition, image: str | Path | None = None, *, steady: bool = True, even_heap: bool = False
-) -> Start:  # fmt: skip
+    condition: Condition,
+    image: str | Path | None = None,
+    *,
+    steady: bool = True,
+    even_heap: bool = False,
+) -> Start:
     """One cold start, in a fresh process. steady: then p50 and p95 too. Raises as measure.
 
     even_heap: every large buffer is mapped, and given back when freed. Peak memory of one model then varies by 0.5 %;
     otherwise the length of its path alone moves it by 7 % (lite0: 106 or 114 MB). Opening takes 1.3 times as long.
     glibc only.
     """
-    return Start(**in_child("begin", [condition], image, EVEN_HEAP if even_heap else None, steady=steady))
+    return Start(
+        **in_child("begin", [condition], image, EVEN_HEAP if even_heap else None, steady=steady)
+    )
 
 
 def race(
@@ -176,7 +186,10 @@ def race(
     session's place in memory has a speed of its own, which no number of runs averages out. The interval is Student's t
     over the processes, and no narrower than the same of the A/A control.
     """
-    conditions = [Condition(model=str(model), provider=provider, threads=threads, frame=frame) for model in models]
+    conditions = [
+        Condition(model=str(model), provider=provider, threads=threads, frame=frame)
+        for model in models
+    ]
     entrants = [conditions[0], *conditions]
     tables = []
     for number in range(PROCESSES):
@@ -184,8 +197,16 @@ def race(
         order = [*range(shift, len(entrants)), *range(shift)]
         if number % 2:
             order.reverse()
-        times = in_child("pairs", [entrants[place] for place in order], image, rounds=rounds, seconds=RACE_SECONDS)
-        tables.append([[row[order.index(place)] for place in range(len(entrants))] for row in times])
+        times = in_child(
+            "pairs",
+            [entrants[place] for place in order],
+            image,
+            rounds=rounds,
+            seconds=RACE_SECONDS,
+        )
+        tables.append(
+            [[row[order.index(place)] for place in range(len(entrants))] for row in times]
+        )
     return compared(tables)
 
 
@@ -226,19 +247,31 @@ def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Pa
     return Parts(**in_child("parts", [image_form, core], image))
 
 
-def over_sizes(condition: Condition, image: str | Path, frames: Sequence[str]) -> list[tuple[str, float, float]]:
+def over_sizes(
+    condition: Condition, image: str | Path, frames: Sequence[str]
+) -> list[tuple[str, float, float]]:
     """(frame, p50 ms, p95 ms) of an image form fed with each of these sizes, in one process. Raises as measure."""
     times = in_child("sizes", [replace(condition, frame=frame) for frame in frames], image)
     return [(frame, p50, p95) for frame, (p50, p95) in zip(frames, times, strict=True)]
 
 
 def in_child(
-    what: str, conditions: Sequence[Condition], image: str | Path | None = None,
-    environment: Mapping[str, str] | None = None, **more: object,
-) -> Any:  # fmt: skip
+    what: str,
+    conditions: Sequence[Condition],
+    image: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    **more: object,
+) -> Any:
     """Run one of timing's measurements in a fresh process and return what it prints."""
-    job = {"what": what, "conditions": [asdict(item) for item in conditions], "image": image and str(image), **more}
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    job = {
+        "what": what,
+        "conditions": [asdict(item) for item in conditions],
+        "image": image and str(image),
+        **more,
+    }
+    path = os.pathsep.join(
+        [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     done = subprocess.run(
         [sys.executable, "-B", "-m", "ftkit_export.runtime.timing", json.dumps(job)],
         capture_output=True,
@@ -248,8 +281,12 @@ def in_child(
     )
     if done.returncode:
         said = done.stderr.strip().removeprefix("error: ")
-        raise FtkitError(said or f"latency of {conditions[0].model}: the process ended early ({done.returncode})")
-    return json.loads(done.stdout.rstrip().rpartition("\n")[2])  # a provider may have printed before it
+        raise FtkitError(
+            said or f"latency of {conditions[0].model}: the process ended early ({done.returncode})"
+        )
+    return json.loads(
+        done.stdout.rstrip().rpartition("\n")[2]
+    )  # a provider may have printed before it
 
 
 def machine() -> dict[str, object]:
@@ -263,7 +300,9 @@ def machine() -> dict[str, object]:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
     board = Path("/proc/device-tree/model")  # an ARM board's own name, where processors have none

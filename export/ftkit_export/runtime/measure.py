@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.latency import Condition, Latency, Parts, Raced, Start, begin, machine, measure, parts, race
+from ftkit_export.runtime.latency import (
+    Condition,
+    Latency,
+    Parts,
+    Raced,
+    Start,
+    begin,
+    machine,
+    measure,
+    parts,
+    race,
+)
 from ftkit_export.runtime.session import PROVIDERS, cores, form_of
 from ftkit_export.runtime.targets import here
 from ftkit_export.runtime.verify import MANIFEST, check_files, read_manifest, sha256
@@ -26,8 +37,12 @@ SCHEMA = 3  # 3: the size of the frames; 2: races over several processes
 STARTS, QUICK_STARTS = 5, 3
 # Of a field's type as written -> what JSON has for it.
 TYPES: dict[str, tuple[type, ...]] = {
-    "float": (float, int), "int": (int,), "bool": (bool,), "str": (str,), "tuple": (list, tuple),
-}  # fmt: skip
+    "float": (float, int),
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "tuple": (list, tuple),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +80,19 @@ class Model:
 
     def as_json(self) -> dict[str, Any]:
         """For another process; `from_json` is its inverse."""
-        named = {kind: {name: str(path) for name, path in getattr(self, kind).items()} for kind in ("files", "cores")}
+        named = {
+            kind: {name: str(path) for name, path in getattr(self, kind).items()}
+            for kind in ("files", "cores")
+        }
         return {**vars(self), **named, "image": self.image and str(self.image)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Model:
         """Back from `as_json`."""
-        named = {kind: {name: Path(path) for name, path in data[kind].items()} for kind in ("files", "cores")}
+        named = {
+            kind: {name: Path(path) for name, path in data[kind].items()}
+            for kind in ("files", "cores")
+        }
         return Model(**{**data, **named, "image": data["image"] and Path(data["image"])})
 
     def run_by(self, provider: str) -> Mapping[str, Path]:
@@ -95,12 +116,16 @@ def find(model: str | Path, image: str | Path | None = None, frame: str | None =
         return Model(
             files={name: path / pair["file"] for name, pair in pairs.items()},
             cores={name: path / pair["core"] for name, pair in pairs.items()},
-            name=str(manifest.get("name", path.name)), fingerprint=sha256(path / MANIFEST), run=manifest["run"],
+            name=str(manifest.get("name", path.name)),
+            fingerprint=sha256(path / MANIFEST),
+            run=manifest["run"],
             image=Path(image) if image else path / "golden" / "00.png",
             frame=frame or ("" if image else manifest["frame"]),
-        )  # fmt: skip
+        )
     if not path.is_file():
-        raise FtkitError(f"{path}: expected a bundle or an ONNX file, found nothing there. Check the path")
+        raise FtkitError(
+            f"{path}: expected a bundle or an ONNX file, found nothing there. Check the path"
+        )
     return Model(
         files={"model": path},
         cores={},
@@ -112,14 +137,20 @@ def find(model: str | Path, image: str | Path | None = None, frame: str | None =
 
 
 def conditions(
-    path: Path, providers: Sequence[str], threads: Sequence[int], batches: Sequence[int], frame: str = ""
+    path: Path,
+    providers: Sequence[str],
+    threads: Sequence[int],
+    batches: Sequence[int],
+    frame: str = "",
 ) -> list[Condition]:
     """Provider x threads x batch. On the CPU several threads also without spinning; on a GPU also without copies."""
     found = []
     for provider in providers:
         for count in threads if provider == "cpu" else [1]:
             for batch in batches:
-                plain = Condition(model=str(path), provider=provider, threads=count, batch=batch, frame=frame)
+                plain = Condition(
+                    model=str(path), provider=provider, threads=count, batch=batch, frame=frame
+                )
                 if not PROVIDERS[provider].captured:
                     found.append(plain)
                 if provider == "cpu" and count > 1:
@@ -135,10 +166,16 @@ def starts(condition: Condition, image: Path | None, *, quick: bool = False) -> 
 
 
 def bench(
-    model: str | Path | Model, *, providers: Sequence[str] = ("cpu",), threads: Sequence[int] = (),
-    batches: Sequence[int] = (0,), image: str | Path | None = None, quick: bool = False, frame: str | None = None,
+    model: str | Path | Model,
+    *,
+    providers: Sequence[str] = ("cpu",),
+    threads: Sequence[int] = (),
+    batches: Sequence[int] = (0,),
+    image: str | Path | None = None,
+    quick: bool = False,
+    frame: str | None = None,
     say: Callable[[str], object] = lambda text: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Measure a bundle or a model file, or what `find` made of one. threads: 1 and all cores by default. batches: 0 =
     what the file fixes, else 1. frame: as find's. say: told what is measured next.
 
@@ -154,8 +191,11 @@ def bench(
     rows, cold, pieces = [], {}, {}
     running = found.run_by(provider)
     for name, path in running.items():
-        listed = [item for each in providers
-                  for item in conditions(found.run_by(each)[name], [each], counts, batches, found.frame)]  # fmt: skip
+        listed = [
+            item
+            for each in providers
+            for item in conditions(found.run_by(each)[name], [each], counts, batches, found.frame)
+        ]
         for condition in listed:
             say(f"{name} on {condition.provider}, {condition.threads} threads")
             rows.append({"variant": name, **asdict(measure(condition, found.image, quick=quick))})
@@ -163,21 +203,39 @@ def bench(
         cold[name] = [asdict(start) for start in starts(listed[0], found.image, quick=quick)]
         if name in found.cores and found.image and path != found.cores[name]:
             say(f"{name}: decoding, preprocessing, network")
-            condition = Condition(model=str(path), provider=provider, threads=first, frame=found.frame)
+            condition = Condition(
+                model=str(path), provider=provider, threads=first, frame=found.frame
+            )
             pieces[name] = asdict(parts(condition, found.cores[name], found.image))
     raced = {}
     if found.image and found.cores:
         say("variants in turn")
         order = sorted(running, key=lambda name: name != "fp32")
-        results = race([running[name] for name in order], found.image, provider=provider, threads=first,
-                       frame=found.frame)  # fmt: skip
+        results = race(
+            [running[name] for name in order],
+            found.image,
+            provider=provider,
+            threads=first,
+            frame=found.frame,
+        )
         raced = {name: asdict(item) for name, item in zip(order, results, strict=True)}
     return {
-        "schema": SCHEMA, "machine": machine(), "target": here(), "name": found.name, "run": found.run,
-        "fingerprint": found.fingerprint, "frame": rows[0]["frame"],
-        "provider": provider, "threads": first, "sha256": {name: sha256(path) for name, path in running.items()},
-        "quick": quick, "rows": rows, "starts": cold, "parts": pieces, "raced": raced,
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "machine": machine(),
+        "target": here(),
+        "name": found.name,
+        "run": found.run,
+        "fingerprint": found.fingerprint,
+        "frame": rows[0]["frame"],
+        "provider": provider,
+        "threads": first,
+        "sha256": {name: sha256(path) for name, path in running.items()},
+        "quick": quick,
+        "rows": rows,
+        "starts": cold,
+        "parts": pieces,
+        "raced": raced,
+    }
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -211,11 +269,18 @@ def fits(kind: Any, data: Mapping[str, Any]) -> bool:
 def checked(data: Any, where: str) -> dict[str, Any]:
     """`data` when it is what bench returns, whole enough to be judged; else FtkitError."""
     try:
-        rows = [(row["variant"], {key: value for key, value in row.items() if key != "variant"})
-                for row in data["rows"]]  # fmt: skip
-        cold = {name: [fits(Start, start) for start in starts] for name, starts in data["starts"].items()}
-        others = [*(fits(Parts, part) for part in data["parts"].values()),
-                  *(fits(Raced, raced) for raced in data["raced"].values())]  # fmt: skip
+        rows = [
+            (row["variant"], {key: value for key, value in row.items() if key != "variant"})
+            for row in data["rows"]
+        ]
+        cold = {
+            name: [fits(Start, start) for start in starts]
+            for name, starts in data["starts"].items()
+        }
+        others = [
+            *(fits(Parts, part) for part in data["parts"].values()),
+            *(fits(Raced, raced) for raced in data["raced"].values()),
+        ]
         numbers = [data["threads"]]
         numbers += [row[key] for row in data["rows"] for key in ("p50_ms", "p95_ms", "size_bytes")]
         whole = (
@@ -234,8 +299,10 @@ def checked(data: Any, where: str) -> dict[str, Any]:
     except (KeyError, IndexError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise FtkitError(f"{where}: expected what `ftkit bench --json` writes (schema {SCHEMA}), found something else. "
-                         "Measure it again, or export the bundle again")  # fmt: skip
+        raise FtkitError(
+            f"{where}: expected what `ftkit bench --json` writes (schema {SCHEMA}), found something else. "
+            "Measure it again, or export the bundle again"
+        )
     return dict(data)
 
 
@@ -244,7 +311,12 @@ def _main() -> int:
     job = json.loads(sys.argv[1])
     threads = [job["threads"]] if job["threads"] else []
     try:
-        found = bench(Model.from_json(job["model"]), providers=[job["provider"]], threads=threads, quick=job["quick"])
+        found = bench(
+            Model.from_json(job["model"]),
+            providers=[job["provider"]],
+            threads=threads,
+            quick=job["quick"],
+        )
     except FtkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

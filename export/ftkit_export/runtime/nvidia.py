@@ -18,7 +18,11 @@ NAME_BYTES = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
 class _Memory(ctypes.Structure):
     """nvmlMemory_t."""
 
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+    _fields_ = (
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
 
 
 @lru_cache
@@ -28,7 +32,10 @@ def _opened() -> tuple[Any, Any] | None:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    handle, first = ctypes.c_void_p(), os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    handle, first = (
+        ctypes.c_void_p(),
+        os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip(),
+    )
     count = ctypes.c_uint()
     if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return None
@@ -54,7 +61,9 @@ def facts() -> dict[str, str]:
         return {}
     library, handle = found
     name, version = ctypes.create_string_buffer(NAME_BYTES), ctypes.create_string_buffer(NAME_BYTES)
-    if library.nvmlDeviceGetName(handle, name, NAME_BYTES) or library.nvmlSystemGetDriverVersion(version, NAME_BYTES):
+    if library.nvmlDeviceGetName(handle, name, NAME_BYTES) or library.nvmlSystemGetDriverVersion(
+        version, NAME_BYTES
+    ):
         return {}
     return {"gpu": name.value.decode(), "driver": version.value.decode()}
 

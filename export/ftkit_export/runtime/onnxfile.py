@@ -14,13 +14,40 @@ from pathlib import Path
 
 from ftkit_export.runtime.errors import BundleError
 
-DOMAINS = ("", "ai.onnx", "com.microsoft")  # the standard's operators, and those built into every ONNX Runtime
-EXTERNAL = ("EPContext",)  # com.microsoft: a compiled engine for one provider, in the file or at a path it names
+DOMAINS = (
+    "",
+    "ai.onnx",
+    "com.microsoft",
+)  # the standard's operators, and those built into every ONNX Runtime
+EXTERNAL = (
+    "EPContext",
+)  # com.microsoft: a compiled engine for one provider, in the file or at a path it names
 MODEL_FIELDS = {"ir": 1, "graph": 7, "opset": 8, "function": 25}
 DEEPEST = 32  # graphs within graphs
 # What computes on shapes, and may be shape arithmetic itself; Expand, Resize and the like make data of a shape.
-ON_SHAPES = ("Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity", "Add", "Sub", "Mul",
-             "Div", "Mod", "Min", "Max", "Neg", "Abs", "Range", "Equal", "Where", "ReduceProd")  # fmt: skip
+ON_SHAPES = (
+    "Gather",
+    "Concat",
+    "Slice",
+    "Squeeze",
+    "Unsqueeze",
+    "Reshape",
+    "Cast",
+    "Identity",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Mod",
+    "Min",
+    "Max",
+    "Neg",
+    "Abs",
+    "Range",
+    "Equal",
+    "Where",
+    "ReduceProd",
+)
 INTEGERS = (6, 7, 9)  # TensorProto.DataType: int32, int64, bool
 
 
@@ -41,7 +68,9 @@ def inspect(path: str | Path) -> Inspected:
     except _RefusedError as refused:
         raise BundleError(f"{where}: {refused}") from None
     except (ValueError, IndexError, UnicodeDecodeError):
-        raise BundleError(f"{where}: expected an ONNX model, found other bytes. Export it again") from None
+        raise BundleError(
+            f"{where}: expected an ONNX model, found other bytes. Export it again"
+        ) from None
 
 
 def shape_nodes(model: str | Path | bytes) -> set[str]:
@@ -100,7 +129,9 @@ def _inspect(data: memoryview) -> Inspected:
         elif field == MODEL_FIELDS["graph"]:
             _graph(value, nodes, 0)
         elif field == MODEL_FIELDS["function"]:
-            raise _RefusedError("expected plain operators, found functions of the file's own. Do not trust this file")
+            raise _RefusedError(
+                "expected plain operators, found functions of the file's own. Do not trust this file"
+            )
     if not ir or not nodes:
         raise ValueError
     return Inspected(ir=ir, opset=opset, nodes=nodes)
@@ -108,7 +139,9 @@ def _inspect(data: memoryview) -> Inspected:
 
 def _graph(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
     if depth > DEEPEST:
-        raise _RefusedError(f"expected graphs nested at most {DEEPEST} deep, found more. Do not trust this file")
+        raise _RefusedError(
+            f"expected graphs nested at most {DEEPEST} deep, found more. Do not trust this file"
+        )
     for field, value in _fields(data):
         if field == 1:
             _node(value, nodes, depth)
@@ -123,8 +156,10 @@ def _node(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
         if field == 4:
             name = _text(value)
             if name in EXTERNAL:
-                raise _RefusedError(f"expected operators that compute, found {name}, which opens an engine or a file. "
-                                    "Do not trust this file")  # fmt: skip
+                raise _RefusedError(
+                    f"expected operators that compute, found {name}, which opens an engine or a file. "
+                    "Do not trust this file"
+                )
             nodes[name] = nodes.get(name, 0) + 1
         elif field == 7:
             _known(_text(value))
@@ -152,12 +187,16 @@ def _tensor(data: memoryview | int) -> None:
             if field == 13:
                 pair = {inner: _text(item) for inner, item in _fields(value)}
                 named = f" at {pair.get(2, '')!r}" if pair.get(1) == "location" else ""
-            raise _RefusedError(f"expected its weights inside the file, found them outside{named}. Do not trust it")
+            raise _RefusedError(
+                f"expected its weights inside the file, found them outside{named}. Do not trust it"
+            )
 
 
 def _known(domain: str) -> None:
     if domain not in DOMAINS:
-        raise _RefusedError(f"expected standard operators, found the domain {domain!r}. Do not trust this file")
+        raise _RefusedError(
+            f"expected standard operators, found the domain {domain!r}. Do not trust this file"
+        )
 
 
 def _text(value: memoryview | int) -> str:

@@ -40,7 +40,9 @@ class Foreign:
         means, axes = self.means.astype(np.float64), self.directions.astype(np.float64).T
         unit = _unit(embedding)
         along, mean_along = unit @ axes, means @ axes
-        squares = _squares(unit, means, np.ones(unit.shape[1])) / self.rest - _squares(along, mean_along, self.weights)
+        squares = _squares(unit, means, np.ones(unit.shape[1])) / self.rest - _squares(
+            along, mean_along, self.weights
+        )
         found: Array = (squares.min(1) / unit.shape[1]).astype(np.float32)
         return found
 
@@ -48,11 +50,16 @@ class Foreign:
         """For a model's metadata."""
         arrays = {name: getattr(self, name) for name in ("means", "directions", "weights")}
         packed = {
-            name: {"shape": list(value.shape), "dtype": value.dtype.name,
-                   "base64": base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()}
+            name: {
+                "shape": list(value.shape),
+                "dtype": value.dtype.name,
+                "base64": base64.b64encode(np.ascontiguousarray(value).tobytes()).decode(),
+            }
             for name, value in arrays.items()
-        }  # fmt: skip
-        return json.dumps({**packed, "rest": self.rest, "threshold": self.threshold, "kept": self.kept})
+        }
+        return json.dumps(
+            {**packed, "rest": self.rest, "threshold": self.threshold, "kept": self.kept}
+        )
 
     @staticmethod
     def from_text(text: str) -> Foreign:
@@ -60,10 +67,15 @@ class Foreign:
         data = json.loads(text)
         for name, dtype in DTYPES.items():
             item = data[name]
-            data[name] = np.frombuffer(base64.b64decode(item["base64"], validate=True), dtype).reshape(item["shape"])
+            data[name] = np.frombuffer(
+                base64.b64decode(item["base64"], validate=True), dtype
+            ).reshape(item["shape"])
         found = Foreign(**data)
         shapes = found.means.ndim, found.directions.ndim, found.weights.shape, found.means.shape[1:]
-        if shapes != (2, 2, found.directions.shape[:1], found.directions.shape[1:]) or not found.rest > 0:
+        if (
+            shapes != (2, 2, found.directions.shape[:1], found.directions.shape[1:])
+            or not found.rest > 0
+        ):
             raise ValueError("out-of-domain statistics that do not fit each other")
         return found
 
@@ -76,11 +88,15 @@ def _unit(embedding: Array) -> Array:
 
 def _squares(one: Array, other: Array, weights: Array) -> Array:
     """(N, D), (M, D), (D,) -> (N, M): weighted squared distances, by products of matrices (N x M x D never exists)."""
-    squares: Array = (one**2 @ weights)[:, None] + (other**2 @ weights)[None] - 2 * (one * weights) @ other.T
+    squares: Array = (
+        (one**2 @ weights)[:, None] + (other**2 @ weights)[None] - 2 * (one * weights) @ other.T
+    )
     return squares
 
 
-def fit(embedding: Array, labels: Array, val: Array, *, directions: int = 16, kept: float = 0.95) -> Foreign:
+def fit(
+    embedding: Array, labels: Array, val: Array, *, directions: int = 16, kept: float = 0.95
+) -> Foreign:
     """embedding (N, D) with labels (N,) of training images, val (M, D) for the threshold -> Foreign.
 
     Small sets have fewer directions: at most a quarter of N.
@@ -93,8 +109,12 @@ def fit(embedding: Array, labels: Array, val: Array, *, directions: int = 16, ke
     variance, count = sizes**2 / len(apart), min(directions, len(apart) // 4)
     rest = max(float(variance[count:].sum()) / max(1, apart.shape[1] - count), 1e-12)
     found = Foreign(
-        means=means.astype(np.float16), directions=axes[:count].astype(np.float16), rest=rest, threshold=0.0, kept=kept,
+        means=means.astype(np.float16),
+        directions=axes[:count].astype(np.float16),
+        rest=rest,
+        threshold=0.0,
+        kept=kept,
         weights=(1 / rest - 1 / np.maximum(variance[:count], rest)).astype(np.float32),
-    )  # fmt: skip
+    )
     threshold = float(np.quantile(found.score(val), kept))
     return Foreign(**{**found.__dict__, "threshold": threshold})

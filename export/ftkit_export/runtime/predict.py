@@ -17,7 +17,13 @@ import numpy as np
 
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.out_of_distribution import Foreign
-from ftkit_export.runtime.preprocess import INPUT_FORMATS, SUFFIXES, Preprocess, from_frame, to_frame
+from ftkit_export.runtime.preprocess import (
+    INPUT_FORMATS,
+    SUFFIXES,
+    Preprocess,
+    from_frame,
+    to_frame,
+)
 from ftkit_export.runtime.session import PROVIDERS, Session
 from ftkit_export.runtime.verify import read_manifest
 
@@ -51,11 +57,15 @@ class Classifier:
             core = provider in PROVIDERS and PROVIDERS[provider].form == "core"
             path = path / (_core_form(path) if core else "model.onnx")
         if not path.is_file():
-            raise BundleError(f"{model}: expected a bundle or a model.onnx, found neither. Try `ftkit export RUN`")
+            raise BundleError(
+                f"{model}: expected a bundle or a model.onnx, found neither. Try `ftkit export RUN`"
+            )
         self.session = Session(path, provider=provider, threads=threads)
         metadata = self.session.metadata
         if "labels" not in metadata:
-            raise BundleError(f"{path}: expected labels in its metadata, found none. Try a file ftkit exported")
+            raise BundleError(
+                f"{path}: expected labels in its metadata, found none. Try a file ftkit exported"
+            )
         self.core = self.session.input_names == ["pixels"]
         try:
             self.labels = _labels(metadata["labels"])
@@ -63,9 +73,15 @@ class Classifier:
             self.temperature = float(metadata.get("temperature", 1))
             self.input_format = metadata.get("input_format", "rgb")
             self.threshold = float(metadata.get("abstain_threshold", 0))
-            self.familiar = Foreign.from_text(metadata["out_of_domain"]) if metadata.get("out_of_domain") else None
+            self.familiar = (
+                Foreign.from_text(metadata["out_of_domain"])
+                if metadata.get("out_of_domain")
+                else None
+            )
             if self.input_format not in INPUT_FORMATS or not self.temperature > 0:
-                raise ValueError(f"input_format {self.input_format}, temperature {self.temperature}")
+                raise ValueError(
+                    f"input_format {self.input_format}, temperature {self.temperature}"
+                )
             classes = self.session.outputs[0].shape[-1:]
             if isinstance(classes[0], int) and classes[0] != len(self.labels):
                 raise ValueError(f"{len(self.labels)} labels for {classes[0]} classes")
@@ -83,7 +99,9 @@ class Classifier:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
         return self._answer(to_frame(image, self.input_format))[0]
 
-    def _answer(self, frame: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _answer(
+        self, frame: np.ndarray[Any, Any]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Probabilities (classes,), embedding (1, D)."""
         if not self.core:
             (found,), embedding = self.session.run(frame[None])
@@ -104,10 +122,12 @@ class Classifier:
         named = {label: float(value) for label, value in zip(self.labels, found, strict=True)}
         score = self.familiar.score(embedding)[0] if self.familiar else 0.0
         return Prediction(
-            label=self.labels[best], probability=float(found[best]), probabilities=named,
+            label=self.labels[best],
+            probability=float(found[best]),
+            probabilities=named,
             doubtful=bool(found[best] < self.threshold),
             foreign=bool(self.familiar and score > self.familiar.threshold),
-        )  # fmt: skip
+        )
 
 
 def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -120,7 +140,11 @@ def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _labels(text: str) -> list[str]:
     """Raises ValueError for what is no list of names."""
     found = json.loads(text)
-    if not isinstance(found, list) or not found or not all(isinstance(label, str) for label in found):
+    if (
+        not isinstance(found, list)
+        or not found
+        or not all(isinstance(label, str) for label in found)
+    ):
         raise ValueError("labels that are no names")
     return found
 
@@ -136,12 +160,18 @@ def image_files(paths: list[str | Path]) -> list[Path]:
     found: list[Path] = []
     for item in map(Path, paths):
         if item.is_dir():
-            inside = sorted(p for p in item.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = sorted(
+                p for p in item.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+            )
             if not inside:
-                raise FtkitError(f"{item}: expected images in this folder, found none. Try another folder")
+                raise FtkitError(
+                    f"{item}: expected images in this folder, found none. Try another folder"
+                )
             found += inside
         elif item.is_file():
             found.append(item)
         else:
-            raise FtkitError(f"{item}: expected an image or a folder, found nothing there. Check the path")
+            raise FtkitError(
+                f"{item}: expected an image or a folder, found nothing there. Check the path"
+            )
     return found

@@ -26,7 +26,10 @@ FITS = ("crop", "squash", "pad")
 WHITE = 65535
 MAX_PIXELS = "FTKIT_MAX_PIXELS"  # environment variable: the largest image that is decoded, by default Pillow's limit
 TWELVE_BITS = 4095
-LONGEST, MOST_PIXELS = 20_000, 200_000_000  # side and area of a frame that is made up to be measured with
+LONGEST, MOST_PIXELS = (
+    20_000,
+    200_000_000,
+)  # side and area of a frame that is made up to be measured with
 INPUT_FORMATS = ("rgb", "bgr", "grey", "nv12")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -64,11 +67,17 @@ class Preprocess:
                 "Try setting both, e.g. --set preprocess.size=224 --set preprocess.resize=256"
             )
         if not all(0 < value < np.inf for value in self.std):
-            raise FtkitError(f"preprocess.std: expected three positive numbers, found {self.std}. Try 58.4,57.1,57.4")
+            raise FtkitError(
+                f"preprocess.std: expected three positive numbers, found {self.std}. Try 58.4,57.1,57.4"
+            )
         if self.white is not None and not 0 < self.white <= WHITE:
-            raise FtkitError(f"preprocess.white: expected 1 to {WHITE}, found {self.white}. Try 4095 for 12 bits")
+            raise FtkitError(
+                f"preprocess.white: expected 1 to {WHITE}, found {self.white}. Try 4095 for 12 bits"
+            )
         if not np.isfinite(self.mean).all():
-            raise FtkitError(f"preprocess.mean: expected three numbers, found {self.mean}. Try 123.7,116.3,103.5")
+            raise FtkitError(
+                f"preprocess.mean: expected three numbers, found {self.mean}. Try 123.7,116.3,103.5"
+            )
 
     def at(self, size: int) -> Preprocess:
         """The same for another input size; the canvas keeps its proportion to it."""
@@ -93,7 +102,9 @@ class Preprocess:
             return _resize(image, side, side)
         longest = max(height, width)
         # Integer arithmetic, so that the graph rounds the same way.
-        inner_h, inner_w = (max(1, (2 * n * side + longest) // (2 * longest)) for n in (height, width))
+        inner_h, inner_w = (
+            max(1, (2 * n * side + longest) // (2 * longest)) for n in (height, width)
+        )
         out = np.zeros((side, side, 3), np.uint8)
         top, left = (side - inner_h) // 2, (side - inner_w) // 2
         out[top : top + inner_h, left : left + inner_w] = _resize(image, inner_h, inner_w)
@@ -108,13 +119,19 @@ class Preprocess:
 
 
 def _three_numbers(values: object) -> bool:
-    return isinstance(values, tuple | list) and len(values) == 3 and all(isinstance(v, int | float) for v in values)
+    return (
+        isinstance(values, tuple | list)
+        and len(values) == 3
+        and all(isinstance(v, int | float) for v in values)
+    )
 
 
 def _resize(image: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[Any, Any]:
     if image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
-    resized = Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR)
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize(
+        (width, height), Image.Resampling.BILINEAR
+    )
     return np.asarray(resized)
 
 
@@ -155,9 +172,14 @@ def to_frame(image: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, 
         return np.asarray(Image.fromarray(image).convert("L"))[..., None]
     if input_format != "nv12":
         return image
-    even = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge").astype(np.float64)
+    even = np.pad(
+        image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge"
+    ).astype(np.float64)
     luma, blue, red = (even @ weights for weights in np.linalg.inv(_nv12_matrix()))
-    halved = [plane.reshape(plane.shape[0] // 2, 2, plane.shape[1] // 2, 2).mean((1, 3)) + 128 for plane in (blue, red)]
+    halved = [
+        plane.reshape(plane.shape[0] // 2, 2, plane.shape[1] // 2, 2).mean((1, 3)) + 128
+        for plane in (blue, red)
+    ]
     chroma = np.stack(halved, -1).reshape(len(halved[0]), -1)
     frame = np.concatenate([luma + 16, chroma]).round().clip(0, 255).astype(np.uint8)
     return frame[..., None]
@@ -222,12 +244,20 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
             f"{sizes[0] if sizes else 'more'}. If it is no mistake, try --max-pixels with a larger number"
         ) from None
     except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
-        if isinstance(error, MemoryError) or "out of memory" in str(error):  # the latter is how codecs tell it
+        if isinstance(error, MemoryError) or "out of memory" in str(
+            error
+        ):  # the latter is how codecs tell it
             raise UnavailableImageError(
                 f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
             ) from None
-        reason = "no known image format" if "cannot identify" in str(error) else str(error).split("\n")[0]
-        raise ImageError(f"{name}: expected an image, found {reason}. Remove or replace it") from None
+        reason = (
+            "no known image format"
+            if "cannot identify" in str(error)
+            else str(error).split("\n")[0]
+        )
+        raise ImageError(
+            f"{name}: expected an image, found {reason}. Remove or replace it"
+        ) from None
 
 
 class _UnknownDepthError(Exception):
@@ -236,7 +266,9 @@ class _UnknownDepthError(Exception):
 
 def _to_rgb(image: Image.Image, white: int | None) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray(_from_integers(np.asarray(image).astype(np.int64), white)).convert("RGB")
+        return Image.fromarray(_from_integers(np.asarray(image).astype(np.int64), white)).convert(
+            "RGB"
+        )
     if image.mode == "F":
         return Image.fromarray(_from_floats(np.asarray(image).astype(np.float64))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -256,13 +288,21 @@ def _from_integers(values: np.ndarray[Any, Any], white: int | None) -> np.ndarra
             f"expected 16-bit values that use their range, found none above {high}: 12 bits, or a dark scene. "
             f"Try --set preprocess.white={TWELVE_BITS} (or {WHITE}), or convert it to 8 bits"
         )
-    levels: np.ndarray[Any, Any] = np.rint(values * (255 / (white or WHITE))).clip(0, 255).astype(np.uint8)
+    levels: np.ndarray[Any, Any] = (
+        np.rint(values * (255 / (white or WHITE))).clip(0, 255).astype(np.uint8)
+    )
     return levels
 
 
 def _from_floats(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > 1:
-        found = f"{np.nanmin(values):.4g} to {np.nanmax(values):.4g}" if np.isfinite(values).any() else "no numbers"
-        raise _UnknownDepthError(f"expected floating-point values of 0 to 1, found {found}. Convert it to 8 bits")
+        found = (
+            f"{np.nanmin(values):.4g} to {np.nanmax(values):.4g}"
+            if np.isfinite(values).any()
+            else "no numbers"
+        )
+        raise _UnknownDepthError(
+            f"expected floating-point values of 0 to 1, found {found}. Convert it to 8 bits"
+        )
     levels: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
     return levels

@@ -57,8 +57,15 @@ def _cuda(precision: str = "", search: str = "HEURISTIC", captured: bool = False
         "use_tf32": str(int(precision == "tf32")),
         "enable_cuda_graph": str(int(captured)),
     }
-    return Provider(name=_CUDA, options=options, precision=precision, form="core", gpu=True, captured=captured,
-                    whole=True)  # fmt: skip
+    return Provider(
+        name=_CUDA,
+        options=options,
+        precision=precision,
+        form="core",
+        gpu=True,
+        captured=captured,
+        whole=True,
+    )
 
 
 PROVIDERS: Mapping[str, Provider] = {
@@ -81,7 +88,9 @@ PROVIDERS: Mapping[str, Provider] = {
 }
 
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # in a container its own (Linux, Documentation/admin-guide/cgroup-v2.rst)
+QUOTA = Path(
+    "/sys/fs/cgroup/cpu.max"
+)  # in a container its own (Linux, Documentation/admin-guide/cgroup-v2.rst)
 
 
 def _runtime() -> Any:
@@ -118,7 +127,9 @@ def parse_providers(text: str) -> list[str]:
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in PROVIDERS:
-            raise ProviderError(f"--providers: expected known providers, {choices(name, PROVIDERS)}")
+            raise ProviderError(
+                f"--providers: expected known providers, {choices(name, PROVIDERS)}"
+            )
     if not names:
         raise ProviderError("--providers: expected at least one provider, found none. Try cpu")
     return list(dict.fromkeys(names))
@@ -188,7 +199,11 @@ def in_words(provider: str, operators: int, away: Mapping[str, int]) -> str:
     """How many operators run on the provider, and how many elsewhere (integer arithmetic on shapes not counted)."""
     others = ", ".join(f"{count} on {name}" for name, count in sorted(away.items()))
     here = operators - sum(away.values())
-    return f"{here} of {operators} operators on {provider}, {others}" if others else f"every operator on {provider}"
+    return (
+        f"{here} of {operators} operators on {provider}, {others}"
+        if others
+        else f"every operator on {provider}"
+    )
 
 
 class Session:
@@ -204,23 +219,35 @@ class Session:
     """
 
     def __init__(
-        self, model: str | Path | bytes, *, provider: str = "cpu", threads: int = 0, spinning: bool = True,
-        optimised: bool = True, shared: bool = False,
-    ):  # fmt: skip
+        self,
+        model: str | Path | bytes,
+        *,
+        provider: str = "cpu",
+        threads: int = 0,
+        spinning: bool = True,
+        optimised: bool = True,
+        shared: bool = False,
+    ):
         require(provider)
         self.provider, self.threads = provider, threads or cores()
         self._session = self._open(model, spinning, optimised, shared)
         self._prove()
         self.placement = self._placed(model)
-        self.inputs = [Input(name=item.name, type=item.type, shape=tuple(item.shape))
-                       for item in self._session.get_inputs()]  # fmt: skip
-        self.outputs = [Input(name=item.name, type=item.type, shape=tuple(item.shape))
-                        for item in self._session.get_outputs()]  # fmt: skip
+        self.inputs = [
+            Input(name=item.name, type=item.type, shape=tuple(item.shape))
+            for item in self._session.get_inputs()
+        ]
+        self.outputs = [
+            Input(name=item.name, type=item.type, shape=tuple(item.shape))
+            for item in self._session.get_outputs()
+        ]
         self.input_names = [item.name for item in self.inputs]
         self.output_names = [item.name for item in self.outputs]
         self.metadata = self._read_metadata(model)
 
-    def _open(self, model: str | Path | bytes, spinning: bool, optimised: bool, shared: bool) -> Any:
+    def _open(
+        self, model: str | Path | bytes, spinning: bool, optimised: bool, shared: bool
+    ) -> Any:
         ort, chosen = _runtime(), PROVIDERS[self.provider]
         if chosen.gpu and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN come in torch's own wheels; without them the session would be CPU's
@@ -229,7 +256,9 @@ class Session:
         options.log_severity_level = 4
         if not optimised:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "1" if spinning else "0"
+        )
         options.add_session_config_entry("session.force_spinning_stop", "1" if shared else "0")
         others = processors()[1 : self.threads]  # the first is the caller's own
         if shared and others and len(others) == self.threads - 1:
@@ -244,7 +273,9 @@ class Session:
         source = model if isinstance(model, bytes) else str(model)
         providers = [(chosen.name, dict(chosen.options))]
         if chosen.name == _TENSORRT:  # what it does not take runs on CUDA, not on the CPU
-            providers[0][1].update(engine_cache(model if isinstance(model, bytes) else Path(model).read_bytes()))
+            providers[0][1].update(
+                engine_cache(model if isinstance(model, bytes) else Path(model).read_bytes())
+            )
             providers.append((_CUDA, dict(PROVIDERS["cuda-tf32"].options)))
         try:
             # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the CPU
@@ -293,7 +324,9 @@ class Session:
             away = [item for item in away if item[1] not in shapes]
         if away and chosen.whole:
             named = ", ".join(sorted({f"{kind} on {where}" for where, _, kind in away}))
-            raise ProviderError(self._not_proven(f"{len(away)} of {len(parts)} operators elsewhere: {named}"))
+            raise ProviderError(
+                self._not_proven(f"{len(away)} of {len(parts)} operators elsewhere: {named}")
+            )
         return in_words(chosen.name, len(parts), Counter(where for where, _, _ in away))
 
     def _assigned(self) -> list[tuple[str, str, str]]:
@@ -309,15 +342,21 @@ class Session:
     def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         """Inputs in the model's order -> outputs in the model's order. Raises FtkitError when the model cannot run."""
         if PROVIDERS[self.provider].captured:
-            raise ProviderError(f"provider {self.provider}: expected to be run with IO binding, which `ftkit bench` "
-                                "does, found plain runs. Try cuda")  # fmt: skip
+            raise ProviderError(
+                f"provider {self.provider}: expected to be run with IO binding, which `ftkit bench` "
+                "does, found plain runs. Try cuda"
+            )
         feed = dict(zip(self.input_names, arrays, strict=True))
         try:
             outputs: list[np.ndarray[Any, Any]] = self._session.run(None, feed)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            shapes = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in feed.items())
+            shapes = ", ".join(
+                f"{name} {array.dtype} {array.shape}" for name, array in feed.items()
+            )
             reason = str(error).split("\n")[0]
-            raise FtkitError(f"model: expected to run on {shapes}, found: {reason}. Check the input's shape") from None
+            raise FtkitError(
+                f"model: expected to run on {shapes}, found: {reason}. Check the input's shape"
+            ) from None
         return outputs
 
     def bound(self, *arrays: np.ndarray[Any, Any]) -> Callable[[], list[Any]]:
@@ -334,7 +373,11 @@ class Session:
             sizes = list(item.shape)
             if sizes and self.inputs and self.inputs[0].shape[:1] == tuple(sizes[:1]):
                 sizes[0] = arrays[0].shape[0]  # the batch, by the same name
-            if item.type == "tensor(float)" and sizes and all(isinstance(size, int) for size in sizes):
+            if (
+                item.type == "tensor(float)"
+                and sizes
+                and all(isinstance(size, int) for size in sizes)
+            ):
                 values.append(value_of.ortvalue_from_shape_and_type(sizes, np.float32, device, 0))
                 binding.bind_ortvalue_output(item.name, values[-1])
             else:
@@ -345,8 +388,10 @@ class Session:
                 self._session.run_with_iobinding(binding)
                 binding.synchronize_outputs()
             except Exception as error:  # ONNX Runtime's exceptions share no base class
-                raise FtkitError(f"model: expected to run with IO binding, found: {str(error).splitlines()[0]}. "
-                                 "Try `ftkit doctor`") from None  # fmt: skip
+                raise FtkitError(
+                    f"model: expected to run with IO binding, found: {str(error).splitlines()[0]}. "
+                    "Try `ftkit doctor`"
+                ) from None
             outputs: list[Any] = binding.get_outputs()
             return outputs
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 WARM_UP_RUNS, WARM_UP_S = 20, 1.0
 RUNS, SECONDS = 200, 10.0
 QUICK_RUNS, QUICK_SECONDS = 50, 0.5
-BRIEF = (WARM_UP_RUNS, WARM_UP_S / 4)  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
+BRIEF = (
+    WARM_UP_RUNS,
+    WARM_UP_S / 4,
+)  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
 BINS = 40
 PART_ROUNDS = 60
 SIZE_WARM_UP, SIZE_RUNS = 5, 40  # runs at each size
@@ -38,7 +41,9 @@ FREE = 224  # what a size that the signature leaves open is taken as; the first 
 def peak_rss_bytes() -> int:
     """Highest resident memory of this process so far, in bytes (0 where the system does not tell)."""
     status = Path("/proc/self/status")
-    if status.is_file():  # not ru_maxrss, which on Linux a child inherits from the process that started it
+    if (
+        status.is_file()
+    ):  # not ru_maxrss, which on Linux a child inherits from the process that started it
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -66,11 +71,15 @@ def _from_image(session: Session, image: str, batch: int, frame: str) -> Any:
     from ftkit_export.runtime.preprocess import Preprocess, scaled, to_frame
 
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
-    if session.input_names[0] != "pixels":  # the image form takes a frame, the core form normalised pixels
+    if (
+        session.input_names[0] != "pixels"
+    ):  # the image form takes a frame, the core form normalised pixels
         picture = scaled(preprocess.decode(image), frame)
         camera = to_frame(picture, session.metadata.get("input_format", "rgb"))
         return np.repeat(camera[None], batch or 1, axis=0)
-    return np.repeat(preprocess.pixels(preprocess.canvas(preprocess.decode(image))[None]), batch or 1, axis=0)
+    return np.repeat(
+        preprocess.pixels(preprocess.canvas(preprocess.decode(image))[None]), batch or 1, axis=0
+    )
 
 
 def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) -> Any:
@@ -80,15 +89,21 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
     word = kind.removeprefix("tensor(").removesuffix(")")
     dtype = getattr(np, types.get(word, word), None)
     if not isinstance(dtype, type) or not issubclass(dtype, np.number | np.bool_):
-        raise FtkitError(f"input {name}: expected numbers, found {kind}. Only tensors of numbers can be made up")
+        raise FtkitError(
+            f"input {name}: expected numbers, found {kind}. Only tensors of numbers can be made up"
+        )
     sizes = [size if isinstance(size, int) and size > 0 else FREE for size in shape]
     if shape and not isinstance(shape[0], int):
         sizes[0] = batch or 1
     elif shape and batch and sizes[0] != batch:
-        raise FtkitError(f"input {name}: expected batch {batch}, found {shape[0]} in the file. Try without --batch")
+        raise FtkitError(
+            f"input {name}: expected batch {batch}, found {shape[0]} in the file. Try without --batch"
+        )
     if math.prod(sizes) * np.dtype(dtype).itemsize > LARGEST:
-        raise FtkitError(f"input {name}: expected at most 1 GB with free sizes as {FREE}, found {sizes}. "
-                         "Try a file with sizes of its own")  # fmt: skip
+        raise FtkitError(
+            f"input {name}: expected at most 1 GB with free sizes as {FREE}, found {sizes}. "
+            "Try a file with sizes of its own"
+        )
     rng = np.random.default_rng(0)
     if dtype is np.uint8:
         return rng.integers(0, 256, sizes, np.uint8)
@@ -101,8 +116,14 @@ def opened(condition: Condition, *, shared: bool = False) -> Session:
     """A session in this condition. shared: others run between its runs."""
     from ftkit_export.runtime.session import Session
 
-    return Session(condition.model, provider=condition.provider, threads=condition.threads,
-                   spinning=condition.spinning, optimised=condition.optimised, shared=shared)  # fmt: skip
+    return Session(
+        condition.model,
+        provider=condition.provider,
+        threads=condition.threads,
+        spinning=condition.spinning,
+        optimised=condition.optimised,
+        shared=shared,
+    )
 
 
 def runner(session: Session, condition: Condition, fed: Sequence[Any]) -> Callable[[], object]:
@@ -113,7 +134,13 @@ def runner(session: Session, condition: Condition, fed: Sequence[Any]) -> Callab
     return (lambda: session.run(*fed)) if copies else session.bound(*fed)
 
 
-def in_turn(calls: Sequence[Callable[[], object]], rounds: int, *, warm_up: tuple[int, float], seconds: float) -> Any:
+def in_turn(
+    calls: Sequence[Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: tuple[int, float],
+    seconds: float,
+) -> Any:
     """(rounds, calls) ms: each round runs every call once; who goes first changes, and so does who follows whom.
 
     warm_up: at least so many rounds and seconds. Ends early after `seconds`, though not before 3 rounds.
@@ -201,7 +228,9 @@ def _frame(session: Session, fed: Sequence[Any]) -> str:
     return f"{columns}x{rows * 2 // 3 if session.metadata.get('input_format') == 'nv12' else rows}"
 
 
-def _measure_here(conditions: Sequence[Condition], image: str | None, quick: bool) -> dict[str, Any]:
+def _measure_here(
+    conditions: Sequence[Condition], image: str | None, quick: bool
+) -> dict[str, Any]:
     (condition,), before = conditions, nvidia.used_bytes()
     begun = _begun(condition, image)
     call = begun.call
@@ -217,14 +246,29 @@ def _measure_here(conditions: Sequence[Condition], image: str | None, quick: boo
     histogram = np.histogram(np.minimum(times, high), bins=BINS, range=(low, high))[0]
     provider, after = PROVIDERS[condition.provider], nvidia.used_bytes()
     found = Latency(
-        provider=condition.provider, threads=condition.threads or cores(), batch=begun.batch,
-        spinning=condition.spinning, copies=condition.copies and not provider.captured, runs=len(times), quick=quick,
-        p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99 if len(times) >= 1000 else None, **begun.start,
-        peak_rss_bytes=peak_rss_bytes(), size_bytes=Path(condition.model).stat().st_size,
-        low_ms=low, high_ms=high, histogram=tuple(int(count) for count in histogram),
-        placement=begun.placement, frame=begun.frame,
-        gpu_bytes=None if before is None or after is None or not provider.gpu else max(0, after - before),
-    )  # fmt: skip
+        provider=condition.provider,
+        threads=condition.threads or cores(),
+        batch=begun.batch,
+        spinning=condition.spinning,
+        copies=condition.copies and not provider.captured,
+        runs=len(times),
+        quick=quick,
+        p50_ms=p50,
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99 if len(times) >= 1000 else None,
+        **begun.start,
+        peak_rss_bytes=peak_rss_bytes(),
+        size_bytes=Path(condition.model).stat().st_size,
+        low_ms=low,
+        high_ms=high,
+        histogram=tuple(int(count) for count in histogram),
+        placement=begun.placement,
+        frame=begun.frame,
+        gpu_bytes=None
+        if before is None or after is None or not provider.gpu
+        else max(0, after - before),
+    )
     return asdict(found)
 
 
@@ -236,7 +280,12 @@ def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool
 
     warm(begun.call, *BRIEF)
     p50, p95 = np.percentile(_timed(begun.call, QUICK_RUNS, 0), (50, 95))
-    return {**begun.start, "p50_ms": float(p50), "p95_ms": float(p95), "peak_rss_bytes": peak_rss_bytes()}
+    return {
+        **begun.start,
+        "p50_ms": float(p50),
+        "p95_ms": float(p95),
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
 
 
 def pin(conditions: Sequence[Condition]) -> None:
@@ -252,7 +301,9 @@ def _shared(condition: Condition, image: str | None) -> Callable[[], object]:
     return runner(session, condition, feeds(session, image, condition.batch, condition.frame))
 
 
-def _pairs_here(conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float) -> list[list[float]]:
+def _pairs_here(
+    conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float
+) -> list[list[float]]:
     """Times in ms, a row a round, a column a condition (`regression` reads them); about `seconds` in all."""
     begun = time.perf_counter()
     calls = [_shared(condition, image) for condition in conditions]
@@ -271,8 +322,12 @@ def _race_here(conditions: Sequence[Condition], image: str) -> list[dict[str, An
     """latency.race from a process of its own, as another machine is asked for it."""
     first = conditions[0]
     models = [condition.model for condition in conditions]
-    return [asdict(item) for item in race(models, image, provider=first.provider, threads=first.threads,
-                                         frame=first.frame)]  # fmt: skip
+    return [
+        asdict(item)
+        for item in race(
+            models, image, provider=first.provider, threads=first.threads, frame=first.frame
+        )
+    ]
 
 
 def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[float]]:
@@ -284,8 +339,11 @@ def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[floa
     session = opened(conditions[0])
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
     canvases = np.load(image, mmap_mode="r", allow_pickle=False)
-    return [row for start in range(0, len(canvases), ANSWERED)
-            for row in session.run(preprocess.pixels(canvases[start : start + ANSWERED]))[0].tolist()]  # fmt: skip
+    return [
+        row
+        for start in range(0, len(canvases), ANSWERED)
+        for row in session.run(preprocess.pixels(canvases[start : start + ANSWERED]))[0].tolist()
+    ]
 
 
 def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
@@ -293,20 +351,30 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
 
     from ftkit_export.runtime.preprocess import Preprocess, scaled
 
-    sessions, data = [opened(condition, shared=True) for condition in conditions], Path(image).read_bytes()
+    sessions, data = (
+        [opened(condition, shared=True) for condition in conditions],
+        Path(image).read_bytes(),
+    )
     preprocess = Preprocess(**json.loads(sessions[1].metadata["preprocess"]))
     pixels = scaled(preprocess.decode(data), conditions[0].frame)
     calls: list[Callable[[], object]] = [
         lambda: preprocess.decode(data),
         lambda: preprocess.pixels(preprocess.canvas(pixels)[None]),
     ]
-    calls += [runner(session, condition, feeds(session, image, 1, condition.frame))
-              for session, condition in zip(sessions, conditions, strict=True)]  # fmt: skip
+    calls += [
+        runner(session, condition, feeds(session, image, 1, condition.frame))
+        for session, condition in zip(sessions, conditions, strict=True)
+    ]
     gc.disable()
     times = in_turn(calls, PART_ROUNDS, warm_up=BRIEF, seconds=SECONDS)
     decoding, pillow, together, network = (float(value) for value in np.median(times, axis=0))
-    found = Parts(decode_ms=decoding, pillow_ms=pillow, network_ms=network, together_ms=together,
-                  preprocess_ms=float(np.median(times[:, 2] - times[:, 3])))  # fmt: skip
+    found = Parts(
+        decode_ms=decoding,
+        pillow_ms=pillow,
+        network_ms=network,
+        together_ms=together,
+        preprocess_ms=float(np.median(times[:, 2] - times[:, 3])),
+    )
     return asdict(found)
 
 
@@ -320,14 +388,21 @@ def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]
     for condition in conditions:
         call = runner(session, condition, feeds(session, image, 1, condition.frame))
         warm(call, SIZE_WARM_UP, 0)
-        found.append([float(value) for value in np.percentile(_timed(call, SIZE_RUNS, 0), (50, 95))])
+        found.append(
+            [float(value) for value in np.percentile(_timed(call, SIZE_RUNS, 0), (50, 95))]
+        )
     return found
 
 
 WORK: dict[str, Callable[..., Any]] = {
-    "measure": _measure_here, "begin": _begin_here, "pairs": _pairs_here, "race": _race_here, "parts": _parts_here,
-    "answers": _answers_here, "sizes": _sizes_here,
-}  # fmt: skip
+    "measure": _measure_here,
+    "begin": _begin_here,
+    "pairs": _pairs_here,
+    "race": _race_here,
+    "parts": _parts_here,
+    "answers": _answers_here,
+    "sizes": _sizes_here,
+}
 
 
 def _main() -> int:
@@ -338,9 +413,14 @@ def _main() -> int:
     except FtkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except Exception as error:  # ONNX Runtime's, numpy's: one line of it tells a person more than the traceback
+    except (
+        Exception
+    ) as error:  # ONNX Runtime's, numpy's: one line of it tells a person more than the traceback
         reason = (str(error) or type(error).__name__).split("\n")[0]
-        print(f"error: {conditions[0].model}: expected to run, found: {reason}. Try `ftkit doctor`", file=sys.stderr)
+        print(
+            f"error: {conditions[0].model}: expected to run, found: {reason}. Try `ftkit doctor`",
+            file=sys.stderr,
+        )
         return 2
     print(json.dumps(found))
     return 0

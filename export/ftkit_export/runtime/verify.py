@@ -24,7 +24,9 @@ from ftkit_export.runtime.session import PROVIDERS, Session
 
 Array = np.ndarray[Any, Any]
 
-SCHEMA = 4  # 4: the size of the frames that latency is judged at; 3: the manifest carries its own digest
+SCHEMA = (
+    4  # 4: the size of the frames that latency is judged at; 3: the manifest carries its own digest
+)
 MANIFEST = "manifest.json"
 DIGEST_KEY = '"digest": '
 NO_DIGEST = "0" * 64
@@ -98,23 +100,31 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
     nothing."""
     path = Path(bundle) / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`")
+        raise BundleError(
+            f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`"
+        )
     data = path.read_bytes()
     try:
         manifest: dict[str, Any] = json.loads(data)
         schema, files = manifest["schema"], manifest["files"]
     except (ValueError, KeyError, TypeError):
-        raise BundleError(f"{path}: expected a manifest, found unreadable JSON. Export the bundle again") from None
+        raise BundleError(
+            f"{path}: expected a manifest, found unreadable JSON. Export the bundle again"
+        ) from None
     if not isinstance(schema, int) or schema != SCHEMA:
         older = isinstance(schema, int) and schema < SCHEMA
         cure = "Export the run again" if older else "Try a newer ftkit"
         raise BundleError(f"{path}: expected schema {SCHEMA}, found {schema}. {cure}")
     if not is_whole(data):
-        raise BundleError(f"{path}: expected the digest that it carries to be its own, found another. Copy it again")
+        raise BundleError(
+            f"{path}: expected the digest that it carries to be its own, found another. Copy it again"
+        )
     named = _variant_files(path, manifest)
     for name in (*files, *named):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise BundleError(f"{path}: expected names inside the bundle, found {name!r}. Do not trust this bundle")
+            raise BundleError(
+                f"{path}: expected names inside the bundle, found {name!r}. Do not trust this bundle"
+            )
     return manifest
 
 
@@ -132,25 +142,41 @@ def _variant_files(path: Path, manifest: dict[str, Any]) -> list[str]:
     except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise BundleError(f"{path}: expected gates, variants and the files they name, found a manifest without. "
-                          "Export the bundle again")  # fmt: skip
+        raise BundleError(
+            f"{path}: expected gates, variants and the files they name, found a manifest without. "
+            "Export the bundle again"
+        )
     return named
 
 
 def check_files(bundle: Path, files: dict[str, str]) -> None:
     """Every listed file is there, unchanged, and nothing else is. Raises BundleError naming the first that is not."""
-    present = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file() or path.is_symlink()}
+    present = {
+        path.relative_to(bundle).as_posix()
+        for path in bundle.rglob("*")
+        if path.is_file() or path.is_symlink()
+    }
     present -= {MANIFEST, SIGNATURE}
-    present = {name for name in present if not (name.startswith(f"{EVIDENCE}/") and name.endswith(".json"))}
+    present = {
+        name for name in present if not (name.startswith(f"{EVIDENCE}/") and name.endswith(".json"))
+    }
     for name in sorted(set(files) - present):
-        raise BundleError(f"{bundle / name}: expected this file, found it missing. Copy the bundle again")
+        raise BundleError(
+            f"{bundle / name}: expected this file, found it missing. Copy the bundle again"
+        )
     for name in sorted(present - set(files)):
-        raise BundleError(f"{bundle / name}: expected only files the manifest lists, found this one. Remove it")
+        raise BundleError(
+            f"{bundle / name}: expected only files the manifest lists, found this one. Remove it"
+        )
     for name, digest in sorted(files.items()):
         if (bundle / name).is_symlink():
-            raise BundleError(f"{bundle / name}: expected a plain file, found a link. Copy the bundle again")
+            raise BundleError(
+                f"{bundle / name}: expected a plain file, found a link. Copy the bundle again"
+            )
         if sha256(bundle / name) != digest:
-            raise BundleError(f"{bundle / name}: expected sha256 {digest[:12]}…, found another. Copy the bundle again")
+            raise BundleError(
+                f"{bundle / name}: expected sha256 {digest[:12]}…, found another. Copy the bundle again"
+            )
 
 
 def replay_golden(
@@ -161,23 +187,35 @@ def replay_golden(
     entries = json.loads((bundle / "golden" / "golden.json").read_text())["images"]
     for entry in entries:
         if f"golden/{entry['file']}" not in manifest["files"]:
-            raise BundleError(f"{bundle}: expected golden images of its own, found {entry['file']!r}. Do not trust it")
+            raise BundleError(
+                f"{bundle}: expected golden images of its own, found {entry['file']!r}. Do not trust it"
+            )
     with np.load(bundle / "golden" / "expected.npz", allow_pickle=False) as stored:
         expected = {name: stored[name] for name in stored.files}
     input_format, preprocess = manifest["input_format"], Preprocess(**manifest["preprocess"])
-    frames = [to_frame(decode(bundle / "golden" / entry["file"]), input_format) for entry in entries]
-    pixels = [preprocess.pixels(preprocess.canvas(from_frame(frame, input_format))[None]) for frame in frames]
+    frames = [
+        to_frame(decode(bundle / "golden" / entry["file"]), input_format) for entry in entries
+    ]
+    pixels = [
+        preprocess.pixels(preprocess.canvas(from_frame(frame, input_format))[None])
+        for frame in frames
+    ]
     checks = []
     placements = []
     for variant, files in manifest["variants"].items():
-        forms = [("probabilities", files["file"], [frame[None] for frame in frames]), ("logits", files["core"], pixels)]
+        forms = [
+            ("probabilities", files["file"], [frame[None] for frame in frames]),
+            ("logits", files["core"], pixels),
+        ]
         for form, file, inputs in forms if PROVIDERS[provider].form == "image" else forms[1:]:
             session = Session(bundle / file, provider=provider)
             placements.append(session.placement)
             found = [session.run(item)[0][0] for item in inputs]
             key = form if variant == "fp32" else f"{variant}/{form}"
             limits = [_limit(entry["tolerance"][variant], provider)[form] for entry in entries]
-            checks.append(_compare(f"{variant} {form}", entries, found, expected[key], np.array(limits)))
+            checks.append(
+                _compare(f"{variant} {form}", entries, found, expected[key], np.array(limits))
+            )
     return tuple(checks), tuple(dict.fromkeys(placements))
 
 
@@ -217,11 +255,27 @@ def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
     check_files(folder, manifest["files"])
     try:
         checks, placement = replay_golden(folder, manifest, provider)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
-        raise BundleError(f"{folder}: expected golden vectors that fit its manifest, found others ({error}). "
-                          "Do not trust this bundle") from None  # fmt: skip
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise BundleError(
+            f"{folder}: expected golden vectors that fit its manifest, found others ({error}). "
+            "Do not trust this bundle"
+        ) from None
     failed = tuple(
-        f"{gate['name']}: {gate['value']} (limit {gate['limit']})" for gate in manifest["gates"] if not gate["passed"]
+        f"{gate['name']}: {gate['value']} (limit {gate['limit']})"
+        for gate in manifest["gates"]
+        if not gate["passed"]
     )
-    return Verification(provider=provider, files=len(manifest["files"]), checks=checks, failed_gates=failed,
-                        placement=placement)  # fmt: skip
+    return Verification(
+        provider=provider,
+        files=len(manifest["files"]),
+        checks=checks,
+        failed_gates=failed,
+        placement=placement,
+    )

@@ -77,7 +77,9 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             found[name] = 0.0
         if not 0 < found[name] < float("inf"):
-            raise FtkitError(f"--budget {text}: expected a limit above 0, found {value!r}. Try {name}=10")
+            raise FtkitError(
+                f"--budget {text}: expected a limit above 0, found {value!r}. Try {name}=10"
+            )
     return found
 
 
@@ -85,7 +87,9 @@ def judge(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]
     """Budgets of the shipped variant in the first condition that was measured: first provider, threads and batch."""
     row = found["rows"][0]
     starts = [Start(**start) for start in found["starts"][row["variant"]]]
-    return budgets(limits, starts, p50_ms=row["p50_ms"], p95_ms=row["p95_ms"], size_bytes=row["size_bytes"])
+    return budgets(
+        limits, starts, p50_ms=row["p50_ms"], p95_ms=row["p95_ms"], size_bytes=row["size_bytes"]
+    )
 
 
 def budgets(
@@ -109,10 +113,18 @@ def budgets(
 
 
 def against(
-    candidate: str | Path, baseline: str | Path, *, provider: str = "cpu", threads: int = 1, batch: int = 0,
-    tolerance: float = TOLERANCE, seconds: float = SECONDS, image: str | Path | None = None, frame: str | None = None,
+    candidate: str | Path,
+    baseline: str | Path,
+    *,
+    provider: str = "cpu",
+    threads: int = 1,
+    batch: int = 0,
+    tolerance: float = TOLERANCE,
+    seconds: float = SECONDS,
+    image: str | Path | None = None,
+    frame: str | None = None,
     say: Callable[[str], object] = lambda text: None,
-) -> list[Verdict]:  # fmt: skip
+) -> list[Verdict]:
     """The gate: latency, cold start, memory and size of a bundle (its model.onnx) or any ONNX file, each run in turn
     with the baseline's, on frames of the candidate's size. seconds: the most that it takes, two thirds of it for the
     latency. Raises FtkitError as find.
@@ -132,7 +144,7 @@ def against(
 
 def against_stored(
     model: str | Path, stored: Mapping[str, Any], *, image: str | Path | None = None
-) -> list[Verdict]:  # fmt: skip
+) -> list[Verdict]:
     """The same against what bench measured earlier (`stored`), in its condition. Advisory on another machine."""
     found, row = find(model, image, stored["frame"]), stored["rows"][0]
     path = found.shipped(stored["provider"])
@@ -158,21 +170,35 @@ def against_there(
             f"{stored['frame'] or 'none'}. Measure the baseline again"
         )
     if here != there:
-        raise FtkitError(f"--against: expected figures of {here[0]} on {here[1]} threads, found {there[0]} on "
-                         f"{there[1]}. Try --providers {there[0]} --threads {there[1]}")  # fmt: skip
+        raise FtkitError(
+            f"--against: expected figures of {here[0]} on {here[1]} threads, found {there[0]} on "
+            f"{there[1]}. Try --providers {there[0]} --threads {there[1]}"
+        )
     asked = iter([found])
-    return _stored(lambda: [Start(**start) for start in (next(asked, None) or measure())["starts"][row["variant"]]],
-                   row["size_bytes"], stored, found["machine"])  # fmt: skip
+    return _stored(
+        lambda: [
+            Start(**start) for start in (next(asked, None) or measure())["starts"][row["variant"]]
+        ],
+        row["size_bytes"],
+        stored,
+        found["machine"],
+    )
 
 
 def _stored(
-    now: Callable[[], Sequence[Start]], size_bytes: int, stored: Mapping[str, Any], where: Mapping[str, Any]
+    now: Callable[[], Sequence[Start]],
+    size_bytes: int,
+    stored: Mapping[str, Any],
+    where: Mapping[str, Any],
 ) -> list[Verdict]:
     """where: the machine that `now` is from."""
     row = stored["rows"][0]
     then = [Start(**start) for start in stored["starts"][row["variant"]]]
     same = where["fingerprint"] == stored["machine"]["fingerprint"]
-    return [*compare_stored(now, then, same_machine=same), compare_sizes(size_bytes, row["size_bytes"])]
+    return [
+        *compare_stored(now, then, same_machine=same),
+        compare_sizes(size_bytes, row["size_bytes"]),
+    ]
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -182,35 +208,82 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 def as_tables(found: Mapping[str, Any]) -> str:
     """Latency, cold start and parts, within 80 columns."""
-    rows = [("variant", "provider", "threads", "batch", "p50 ms", "p90", "p95", "p99", "img/s", "runs")]
+    rows = [
+        ("variant", "provider", "threads", "batch", "p50 ms", "p90", "p95", "p99", "img/s", "runs")
+    ]
     for row in found["rows"]:
         threads = f"{row['threads']}{'' if row['spinning'] else ' no spin'}{'' if row['copies'] else ' no copy'}"
-        rows.append((
-            row["variant"], row["provider"], threads, str(row["batch"]), _ms(row["p50_ms"]),
-            *(_ms(row[key]) if row[key] else "-" for key in ("p90_ms", "p95_ms", "p99_ms")),
-            f"{1000 * row['batch'] / row['p50_ms']:.0f}", str(row["runs"]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                row["variant"],
+                row["provider"],
+                threads,
+                str(row["batch"]),
+                _ms(row["p50_ms"]),
+                *(_ms(row[key]) if row[key] else "-" for key in ("p90_ms", "p95_ms", "p99_ms")),
+                f"{1000 * row['batch'] / row['p50_ms']:.0f}",
+                str(row["runs"]),
+            )
+        )
     cold = [("variant", "import ms", "session", "first run", "cold start", "peak MB", "file MB")]
     sizes = {row["variant"]: row["size_bytes"] for row in found["rows"]}
     for name, items in found["starts"].items():
-        times = [statistics.median(item[key] for item in items) for key in ("import_ms", "session_ms", "first_run_ms")]
+        times = [
+            statistics.median(item[key] for item in items)
+            for key in ("import_ms", "session_ms", "first_run_ms")
+        ]
         peak = statistics.median(item["peak_rss_bytes"] for item in items)
-        cold.append((name, *(f"{value:.0f}" for value in (*times, sum(times), peak / 1e6)), f"{sizes[name] / 1e6:.1f}"))
+        cold.append(
+            (
+                name,
+                *(f"{value:.0f}" for value in (*times, sum(times), peak / 1e6)),
+                f"{sizes[name] / 1e6:.1f}",
+            )
+        )
     tables = [console.table(rows), console.table(cold)]
     if found["parts"]:
         keys = ("decode_ms", "preprocess_ms", "network_ms", "together_ms", "pillow_ms")
-        head = ("variant", "decode ms", "preprocess", "network", "the last two", "Pillow's preprocess")
-        tables.append(console.table([head, *((name, *(_ms(part[key]) for key in keys))
-                                              for name, part in found["parts"].items())]))  # fmt: skip
-    raced = [f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
-             f"{item['ratio_high']:.2f}]" for name, item in found["raced"].items() if name != "fp32"]  # fmt: skip
+        head = (
+            "variant",
+            "decode ms",
+            "preprocess",
+            "network",
+            "the last two",
+            "Pillow's preprocess",
+        )
+        tables.append(
+            console.table(
+                [
+                    head,
+                    *(
+                        (name, *(_ms(part[key]) for key in keys))
+                        for name, part in found["parts"].items()
+                    ),
+                ]
+            )
+        )
+    raced = [
+        f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
+        f"{item['ratio_high']:.2f}]"
+        for name, item in found["raced"].items()
+        if name != "fp32"
+    ]
     quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
     frames = [f"{console.frames(found['frame'])}, decoding apart"] if found["frame"] else []
-    held = {f"{row['variant']} on {row['provider']}": row["gpu_bytes"] for row in found["rows"] if row.get("gpu_bytes")}
-    placed = [f"{row['variant']} on {row['provider']}: {row['placement']}" for row in found["rows"]
-              if row["provider"] != "cpu" and row.get("placement")]  # fmt: skip
+    held = {
+        f"{row['variant']} on {row['provider']}": row["gpu_bytes"]
+        for row in found["rows"]
+        if row.get("gpu_bytes")
+    }
+    placed = [
+        f"{row['variant']} on {row['provider']}: {row['placement']}"
+        for row in found["rows"]
+        if row["provider"] != "cpu" and row.get("placement")
+    ]
     memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
-    return "\n".join(["\n\n".join(tables), *frames, *dict.fromkeys(placed), *memory, *raced, *quick])
+    return "\n".join(
+        ["\n\n".join(tables), *frames, *dict.fromkeys(placed), *memory, *raced, *quick]
+    )
 
 
 def _ms(value: float) -> str:
@@ -226,11 +299,22 @@ def as_gate(verdicts: Sequence[Verdict]) -> str:
     """A row a quantity, candidate over baseline, then each reason."""
     rows = [("", "ratio", "95 % interval", "A/A", "margin", "procs", "s", "verdict")]
     for item in verdicts:
-        rows.append((
-            item.what, f"{item.ratio:.3f}", f"{item.low:.3f} to {item.high:.3f}", f"{item.spread:.1%}",
-            f"{item.margin:.0%}", str(item.processes), f"{item.seconds:.0f}", item.verdict,
-        ))  # fmt: skip
-    reasons = [textwrap.fill(f"{item.what}: {item.reason}", 80, subsequent_indent="  ") for item in verdicts]
+        rows.append(
+            (
+                item.what,
+                f"{item.ratio:.3f}",
+                f"{item.low:.3f} to {item.high:.3f}",
+                f"{item.spread:.1%}",
+                f"{item.margin:.0%}",
+                str(item.processes),
+                f"{item.seconds:.0f}",
+                item.verdict,
+            )
+        )
+    reasons = [
+        textwrap.fill(f"{item.what}: {item.reason}", 80, subsequent_indent="  ")
+        for item in verdicts
+    ]
     return "\n".join([console.table(rows), *reasons])
 
 

@@ -28,7 +28,9 @@ BEFORE, AFTER, LEAST = 8, 3, 0.05
 
 def _git(folder: Path, *words: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False
+        )
     except OSError:  # no git here
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -41,22 +43,40 @@ def place(folder: Path) -> Path:
 
 def append(found: Mapping[str, Any], folder: Path) -> Path:
     """Add one measurement (ftkit_export.runtime.measure's) with the commit it was taken at, and return the file."""
-    path, keys = place(folder), ("variant", "provider", "threads", "batch", "spinning", "copies", "p50_ms", "p95_ms")
+    path, keys = (
+        place(folder),
+        ("variant", "provider", "threads", "batch", "spinning", "copies", "p50_ms", "p95_ms"),
+    )
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git(folder, "rev-parse", "--short=12", "HEAD"),
-        "modified": bool(_git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":(top)",
-                              f":(top,exclude){NAME}")),
-        "name": found["name"], "fingerprint": found["fingerprint"], "machine": found["machine"],
+        "modified": bool(
+            _git(
+                folder,
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                ":(top)",
+                f":(top,exclude){NAME}",
+            )
+        ),
+        "name": found["name"],
+        "fingerprint": found["fingerprint"],
+        "machine": found["machine"],
         "quick": found["quick"],
         "rows": [{key: row[key] for key in keys} for row in found["rows"]],
         "cold_ms": {
-            name: statistics.median(s["import_ms"] + s["session_ms"] + s["first_run_ms"] for s in starts)
+            name: statistics.median(
+                s["import_ms"] + s["session_ms"] + s["first_run_ms"] for s in starts
+            )
             for name, starts in found["starts"].items()
         },
         "size_bytes": {row["variant"]: row["size_bytes"] for row in found["rows"]},
-    }  # fmt: skip
-    with path.open("a", encoding="utf-8") as file:  # one write: two jobs at once do not mix their lines
+    }
+    with path.open(
+        "a", encoding="utf-8"
+    ) as file:  # one write: two jobs at once do not mix their lines
         file.write(json.dumps(line) + "\n")
     return path
 
@@ -70,12 +90,20 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             line = json.loads(text)
             datetime.fromisoformat(line["time"])
-            found.append({**line, "commit": str(line["commit"]), "modified": bool(line["modified"]),
-                          "series": _series(line)})  # fmt: skip
+            found.append(
+                {
+                    **line,
+                    "commit": str(line["commit"]),
+                    "modified": bool(line["modified"]),
+                    "series": _series(line),
+                }
+            )
             if not all(0 < value < math.inf for value in found[-1]["series"].values()):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise FtkitError(f"{path} line {number}: expected a measurement, found something else. Remove it") from None
+            raise FtkitError(
+                f"{path} line {number}: expected a measurement, found something else. Remove it"
+            ) from None
     return sorted(found, key=lambda line: str(line["time"]))
 
 
@@ -88,7 +116,9 @@ def _series(line: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for row in line["rows"]:
         threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
-        more = f"{'' if row['spinning'] else ', no spinning'}{'' if row['copies'] else ', no copies'}"
+        more = (
+            f"{'' if row['spinning'] else ', no spinning'}{'' if row['copies'] else ', no copies'}"
+        )
         condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}{more}{frames}{quick}"
         found[f"{where}: p50 of {condition}"] = float(row["p50_ms"])
     for name, value in line["cold_ms"].items():
@@ -109,7 +139,9 @@ def changes(values: Sequence[float]) -> list[int]:
         deviation = 1.4826 * statistics.median(abs(value - middle) for value in before)
         beyond = max(math.log1p(LEAST), 3 * deviation)
         step = statistics.median(after) - middle
-        if abs(step) > beyond and abs(logs[i] - middle) > beyond:  # it begins here, not at the next one
+        if (
+            abs(step) > beyond and abs(logs[i] - middle) > beyond
+        ):  # it begins here, not at the next one
             found.append(i)
             start = i
     return found

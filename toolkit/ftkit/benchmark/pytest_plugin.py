@@ -41,16 +41,22 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         for marker in item.iter_markers(MARKER):
             if "latency" not in getattr(item, "fixturenames", ()):
-                raise pytest.UsageError(f"{item.nodeid}: expected the fixture latency beside {MARKER}, found none. "
-                                        "Add it to the test's arguments")  # fmt: skip
+                raise pytest.UsageError(
+                    f"{item.nodeid}: expected the fixture latency beside {MARKER}, found none. "
+                    "Add it to the test's arguments"
+                )
             if marker.args or not marker.kwargs:
-                raise pytest.UsageError(f"{item.nodeid}: expected {MARKER} with names, found "
-                                        f"{marker.args or 'nothing'}. Try p95_ms=10")  # fmt: skip
+                raise pytest.UsageError(
+                    f"{item.nodeid}: expected {MARKER} with names, found "
+                    f"{marker.args or 'nothing'}. Try p95_ms=10"
+                )
             _limits(marker, item.nodeid)
 
 
 def _limits(marker: pytest.Mark, where: str) -> dict[str, float]:
-    from ftkit.benchmark.budgets import parse_budgets  # here: other people's test runs need none of it
+    from ftkit.benchmark.budgets import (
+        parse_budgets,
+    )  # here: other people's test runs need none of it
     from ftkit_export.runtime.errors import FtkitError
 
     try:
@@ -74,9 +80,16 @@ class Measured:
         self._request, self.calls = request, 0
 
     def __call__(
-        self, model: str | Path, *, image: str | Path | None = None, provider: str = "cpu", threads: int = 1,
-        batch: int = 0, spinning: bool = True, quick: bool = True,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        model: str | Path,
+        *,
+        image: str | Path | None = None,
+        provider: str = "cpu",
+        threads: int = 1,
+        batch: int = 0,
+        spinning: bool = True,
+        quick: bool = True,
+    ) -> dict[str, Any]:
         """Measure a bundle's model.onnx or any ONNX file, hold it to the test's budgets, return the figures.
 
         Fails the test when a budget is missed in every process, skips it when the processes do not agree.
@@ -87,8 +100,14 @@ class Measured:
 
         self.calls += 1
         found = find(model, image)
-        condition = Condition(model=str(found.shipped(provider)), provider=provider, threads=threads, batch=batch,
-                              spinning=spinning, frame=found.frame)  # fmt: skip
+        condition = Condition(
+            model=str(found.shipped(provider)),
+            provider=provider,
+            threads=threads,
+            batch=batch,
+            spinning=spinning,
+            frame=found.frame,
+        )
         row = {"variant": "shipped", **asdict(measure(condition, found.image, quick=quick))}
         cold = [asdict(start) for start in starts(condition, found.image, quick=quick)]
         self._tell(row)
@@ -105,20 +124,34 @@ class Measured:
         return row
 
     def against(
-        self, candidate: str | Path, baseline: str | Path, *, provider: str = "cpu", threads: int = 1,
-        max_slowdown: float = 0.05, seconds: float = 120,
-    ) -> list[Verdict]:  # fmt: skip
+        self,
+        candidate: str | Path,
+        baseline: str | Path,
+        *,
+        provider: str = "cpu",
+        threads: int = 1,
+        max_slowdown: float = 0.05,
+        seconds: float = 120,
+    ) -> list[Verdict]:
         """ftkit's regression gate: latency, cold start, memory, size. Fails or skips the test as __call__ does."""
         from ftkit.benchmark.budgets import against
 
-        verdicts = against(candidate, baseline, provider=provider, threads=threads, tolerance=max_slowdown,
-                           seconds=seconds)  # fmt: skip
+        verdicts = against(
+            candidate,
+            baseline,
+            provider=provider,
+            threads=threads,
+            tolerance=max_slowdown,
+            seconds=seconds,
+        )
         self._tell({item.what: asdict(item) for item in verdicts})
         for outcome, then in (("failed", pytest.fail), ("inconclusive", pytest.skip)):
             for item in verdicts:
                 if item.verdict == outcome:
-                    then(f"{item.what} {outcome}: {item.reason} (ratio {item.ratio:.3f} "
-                         f"[{item.low:.3f}, {item.high:.3f}], margin {item.margin:.1%})")  # fmt: skip
+                    then(
+                        f"{item.what} {outcome}: {item.reason} (ratio {item.ratio:.3f} "
+                        f"[{item.low:.3f}, {item.high:.3f}], margin {item.margin:.1%})"
+                    )
         return verdicts
 
     def _tell(self, figures: dict[str, Any]) -> None:
@@ -133,4 +166,7 @@ def latency(request: pytest.FixtureRequest) -> Iterable[Measured]:
     yield measured
     called = request.node.stash.get(CALLED, False)
     if called and not measured.calls and request.node.get_closest_marker(MARKER):
-        pytest.fail(f"{MARKER}: expected a measurement, found none. Call latency(MODEL) in the test", pytrace=False)
+        pytest.fail(
+            f"{MARKER}: expected a measurement, found none. Call latency(MODEL) in the test",
+            pytrace=False,
+        )

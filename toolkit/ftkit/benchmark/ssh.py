@@ -53,47 +53,84 @@ class Device:
         """where: USER@HOST[:PYTHON]. Raises FtkitError when it cannot be reached, or lacks what is needed."""
         host, python = _parse(where)
         folder = _ssh(host, MAKE_FOLDER).decode(errors="replace").strip().rpartition("\n")[2]
-        if not re.fullmatch(r"/[\w./-]+", folder):  # it will be removed: it must be what mktemp said
+        if not re.fullmatch(
+            r"/[\w./-]+", folder
+        ):  # it will be removed: it must be what mktemp said
             raise FtkitError(
                 f"{host}: expected the folder that mktemp -d makes, found {folder[:80]!r}. Check its login"
             )
         try:
             package = Path(ftkit_export.__file__).parent
-            _send(host, folder, {f"ftkit_export/{name}": package / name for name in runtime_files()})
+            _send(
+                host, folder, {f"ftkit_export/{name}": package / name for name in runtime_files()}
+            )
             script = (
                 "import json, numpy, PIL; from ftkit_export.runtime.latency import machine; "
                 "from ftkit_export.runtime.targets import here; print(json.dumps([here(), machine()]))"
             )
-            target, machine = _last(_ssh(host, f"cd {folder} && {python} -B -c {shlex.quote(script)}"))
+            target, machine = _last(
+                _ssh(host, f"cd {folder} && {python} -B -c {shlex.quote(script)}")
+            )
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
         finally:
-            with suppress(FtkitError):  # what was measured counts, also where the connection is gone now
+            with suppress(
+                FtkitError
+            ):  # what was measured counts, also where the connection is gone now
                 _ssh(host, f"rm -rf {folder}")
 
     def race(
-        self, models: Sequence[Path], image: Path, *, provider: str = "cpu", threads: int = 1, frame: str = ""
+        self,
+        models: Sequence[Path],
+        image: Path,
+        *,
+        provider: str = "cpu",
+        threads: int = 1,
+        frame: str = "",
     ) -> list[Raced]:
         """latency.race, there."""
         names = [f"{number}.onnx" for number in range(len(models))]
-        _send(self.host, self.folder, {**dict(zip(names, models, strict=True)), f"image{image.suffix}": image})
-        conditions = [asdict(Condition(model=name, provider=provider, threads=threads, frame=frame)) for name in names]
+        _send(
+            self.host,
+            self.folder,
+            {**dict(zip(names, models, strict=True)), f"image{image.suffix}": image},
+        )
+        conditions = [
+            asdict(Condition(model=name, provider=provider, threads=threads, frame=frame))
+            for name in names
+        ]
         job = {"what": "race", "conditions": conditions, "image": f"image{image.suffix}"}
-        return [Raced(**item) for item in self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))]
+        return [
+            Raced(**item) for item in self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))
+        ]
 
-    def starts(self, model: Path, image: Path, *, provider: str = "cpu", frame: str = "", count: int) -> list[Start]:
+    def starts(
+        self, model: Path, image: Path, *, provider: str = "cpu", frame: str = "", count: int
+    ) -> list[Start]:
         """latency.begin, there, on one thread, so many times."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
         condition = asdict(Condition(model="0.onnx", provider=provider, threads=1, frame=frame))
-        job = {"what": "begin", "conditions": [condition], "image": f"image{image.suffix}", "steady": True}
-        return [Start(**self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))) for _ in range(count)]
+        job = {
+            "what": "begin",
+            "conditions": [condition],
+            "image": f"image{image.suffix}",
+            "steady": True,
+        }
+        return [
+            Start(**self.run("-m", "ftkit_export.runtime.timing", json.dumps(job)))
+            for _ in range(count)
+        ]
 
-    def over_sizes(self, model: Path, image: Path, frames: Sequence[str]) -> list[tuple[str, float, float]]:
+    def over_sizes(
+        self, model: Path, image: Path, frames: Sequence[str]
+    ) -> list[tuple[str, float, float]]:
         """latency.over_sizes, there, on one thread of the CPU."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
         conditions = [asdict(Condition(model="0.onnx", threads=1, frame=frame)) for frame in frames]
         job = {"what": "sizes", "conditions": conditions, "image": f"image{image.suffix}"}
         times = self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))
-        return [(frame, float(p50), float(p95)) for frame, (p50, p95) in zip(frames, times, strict=True)]
+        return [
+            (frame, float(p50), float(p95)) for frame, (p50, p95) in zip(frames, times, strict=True)
+        ]
 
     def put_canvases(self, canvases: np.ndarray[Any, Any]) -> None:
         """Send images (n, R, R, 3) uint8, for `answers`."""
@@ -115,7 +152,7 @@ class Device:
 
 def bench(
     where: str, bundle: Path, *, provider: str = "cpu", threads: int = 0, quick: bool = False
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Measure a bundle there with this ftkit's own code, and bring the figures back. threads: 0 = 1 and all.
 
     Only the bundle's models and its first golden image are sent, their hashes checked before: a bundle may come from
@@ -124,19 +161,30 @@ def bench(
     """
     model = find(bundle)
     if not model.cores:
-        raise BundleError(f"{bundle}: expected a bundle to measure on another machine, found a single file. "
-                          "Try a folder that `ftkit export` made")  # fmt: skip
+        raise BundleError(
+            f"{bundle}: expected a bundle to measure on another machine, found a single file. "
+            "Try a folder that `ftkit export` made"
+        )
     there = model.renamed()
     with Device.reached(where) as device:
-        _send(device.host, device.folder, dict(zip(map(str, there.paths()), model.paths(), strict=True)))
+        _send(
+            device.host,
+            device.folder,
+            dict(zip(map(str, there.paths()), model.paths(), strict=True)),
+        )
         job = {"model": there.as_json(), "provider": provider, "threads": threads, "quick": quick}
-        return checked(device.run("-m", "ftkit_export.runtime.measure", json.dumps(job)), f"{where}, {bundle.name}")
+        return checked(
+            device.run("-m", "ftkit_export.runtime.measure", json.dumps(job)),
+            f"{where}, {bundle.name}",
+        )
 
 
 def _parse(where: str) -> tuple[str, str]:
     host, _, python = where.partition(":")
     if not re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]*", host):
-        raise FtkitError(f"{where}: expected USER@HOST or USER@HOST:PYTHON, found another form. Try pi@camera.local")
+        raise FtkitError(
+            f"{where}: expected USER@HOST or USER@HOST:PYTHON, found another form. Try pi@camera.local"
+        )
     if not re.fullmatch(r"[\w.~/+-]*", python):
         raise FtkitError(
             f"{where}: expected a path to python3 after the colon, found {python!r}. Try ~/venv/bin/python"
@@ -146,15 +194,24 @@ def _parse(where: str) -> tuple[str, str]:
 
 def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
     try:
-        done = subprocess.run([*SSH, "--", host, command], input=data, capture_output=True, check=False)
+        done = subprocess.run(
+            [*SSH, "--", host, command], input=data, capture_output=True, check=False
+        )
     except FileNotFoundError:
-        raise FtkitError("ssh: expected an OpenSSH client, found none. Try installing openssh-client") from None
+        raise FtkitError(
+            "ssh: expected an OpenSSH client, found none. Try installing openssh-client"
+        ) from None
     if done.returncode:
-        said = (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing on standard error"])[-1]
+        said = (
+            done.stderr.decode(errors="replace").strip().splitlines()
+            or ["nothing on standard error"]
+        )[-1]
         if said.startswith("error: "):  # ftkit's own words, there
             raise FtkitError(f"{host}: {said.removeprefix('error: ')}")
-        raise FtkitError(f"{host}: expected ssh, tar and a python3 with {NEEDED}, found: {said}. "
-                         f"Try `ssh {host} python3 --version`")  # fmt: skip
+        raise FtkitError(
+            f"{host}: expected ssh, tar and a python3 with {NEEDED}, found: {said}. "
+            f"Try `ssh {host} python3 --version`"
+        )
     return done.stdout
 
 
@@ -164,7 +221,9 @@ def _last(output: bytes) -> Any:
     try:
         return json.loads(last)
     except ValueError:
-        raise FtkitError(f"ssh: expected JSON from the device, found {last[:80]!r}. Check its login scripts") from None
+        raise FtkitError(
+            f"ssh: expected JSON from the device, found {last[:80]!r}. Check its login scripts"
+        ) from None
 
 
 def _send(host: str, folder: str, files: Mapping[str, Path]) -> None:

@@ -23,27 +23,50 @@ if TYPE_CHECKING:
 def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
     """Before minutes are measured, not after."""
     if path and path != Path("-") and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise FtkitError(f"{path}: expected a file in a folder that is there, found none. Try --json bench.json")
+        raise FtkitError(
+            f"{path}: expected a file in a folder that is there, found none. Try --json bench.json"
+        )
     return path
 
 
-JSON = click.option("--json", "as_json", type=click.Path(path_type=Path), metavar="FILE", callback=_writable,
-                    help="All figures; - prints.")  # fmt: skip
+JSON = click.option(
+    "--json",
+    "as_json",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    callback=_writable,
+    help="All figures; - prints.",
+)
 
 
-KEY = click.option("--key", type=click.Path(path_type=Path), metavar="PUB", help="Public key that must have signed it.")
+KEY = click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    metavar="PUB",
+    help="Public key that must have signed it.",
+)
 
 
 @click.command("eval", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--against", "old", type=click.Path(path_type=Path), metavar="BUNDLE", help="An older release.")
-@click.option("--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a share.")
+@click.option(
+    "--against", "old", type=click.Path(path_type=Path), metavar="BUNDLE", help="An older release."
+)
+@click.option(
+    "--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a share."
+)
 @click.option("--provider", default="cpu", show_default=True)
-@click.option("--group-by", default="", metavar="REGEX", help="Images that belong together: by their paths.")
+@click.option(
+    "--group-by", default="", metavar="REGEX", help="Images that belong together: by their paths."
+)
 @MAX_PIXELS
-@click.option("--root", type=click.Path(path_type=Path), metavar="FOLDER",
-              help="What the paths of a CSV are relative to. [default: its own folder]")  # fmt: skip
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="What the paths of a CSV are relative to. [default: its own folder]",
+)
 @KEY
 @JSON
 def evaluate(
@@ -67,7 +90,9 @@ def evaluate(
     from ftkit_export.bundle.archive import unpacked
 
     if not 0 < max_drop < 1:
-        raise FtkitError(f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01")
+        raise FtkitError(
+            f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01"
+        )
     echo, every = _echo(as_json), labelled(data, group_by, root)
     images = every
     left_out: dict[str, int | None] = {}
@@ -79,12 +104,20 @@ def evaluate(
         images = [image for image in images if image in kept]
         left_out[str(each)] = seen
         if seen is None:
-            click.echo(f"{each.name} does not tell what it was trained on: these images may be among it", err=True)
+            click.echo(
+                f"{each.name} does not tell what it was trained on: these images may be among it",
+                err=True,
+            )
         elif seen:
             echo(f"left out: {seen} images that {each.name} was trained on")
     if not images:
-        raise FtkitError(f"{data}: expected images that neither bundle was trained on, found none. Try held-out images")
-    with unpacked(bundle, key) as path, console.bar(f"{bundle.name} on {len(images)} images") as step:
+        raise FtkitError(
+            f"{data}: expected images that neither bundle was trained on, found none. Try held-out images"
+        )
+    with (
+        unpacked(bundle, key) as path,
+        console.bar(f"{bundle.name} on {len(images)} images") as step,
+    ):
         new = answers(path, images, provider=provider, step=step)
     if provider != "cpu":
         echo(f"{provider}: {new.placement}")
@@ -96,10 +129,17 @@ def evaluate(
             before = answers(path, images, provider=provider, step=step)
         change = against(new, before, max_drop=max_drop)
     echo(as_text(new, before, change))
-    told: dict[str, Any] = {"bundle": str(bundle), "metrics": dataclasses.asdict(new.metrics), "left_out": left_out}
+    told: dict[str, Any] = {
+        "bundle": str(bundle),
+        "metrics": dataclasses.asdict(new.metrics),
+        "left_out": left_out,
+    }
     if before and change:
-        told["against"] = {"bundle": str(old), "metrics": dataclasses.asdict(before.metrics),
-                           **dataclasses.asdict(change)}  # fmt: skip
+        told["against"] = {
+            "bundle": str(old),
+            "metrics": dataclasses.asdict(before.metrics),
+            **dataclasses.asdict(change),
+        }
     code = {"accepted": 0, "refused": 1}.get(change.verdict, 3) if change else 0
     write_json(as_json, told)
     sys.exit(code)
@@ -107,21 +147,51 @@ def evaluate(
 
 @click.command(cls=Command)
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--against", "baseline", type=click.Path(path_type=Path), metavar="BASELINE",
-              help="A bundle or ONNX file to run in turn with, or the JSON of an earlier bench.")  # fmt: skip
-@click.option("--budget", "budgets", multiple=True, metavar="NAME=LIMIT",
-              help="p50_ms, p95_ms, cold_ms, memory_mb or size_mb. Repeatable.")  # fmt: skip
+@click.option(
+    "--against",
+    "baseline",
+    type=click.Path(path_type=Path),
+    metavar="BASELINE",
+    help="A bundle or ONNX file to run in turn with, or the JSON of an earlier bench.",
+)
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    metavar="NAME=LIMIT",
+    help="p50_ms, p95_ms, cold_ms, memory_mb or size_mb. Repeatable.",
+)
 @click.option("--providers", default="cpu", show_default=True, metavar="A,B")
-@click.option("--threads", metavar="N,M", help="CPU threads. [default: 1 and all cores; 1 with --against]")
+@click.option(
+    "--threads", metavar="N,M", help="CPU threads. [default: 1 and all cores; 1 with --against]"
+)
 @click.option("--batch", metavar="N,M", help="[default: what the file fixes, else 1]")
-@click.option("--image", type=click.Path(path_type=Path, exists=True),
-              help="What a file of ftkit's runs on. [default: a golden image; noise for other files]")  # fmt: skip
-@click.option("--frame", metavar="WxH", help="Size of the frames that it runs on. [default: what the bundle names]")
-@click.option("--max-slowdown", default=0.05, show_default=True, help="What --against tolerates, as a share.")
-@click.option("--seconds", default=120.0, show_default=True, help="The most that --against may take.")
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path, exists=True),
+    help="What a file of ftkit's runs on. [default: a golden image; noise for other files]",
+)
+@click.option(
+    "--frame",
+    metavar="WxH",
+    help="Size of the frames that it runs on. [default: what the bundle names]",
+)
+@click.option(
+    "--max-slowdown", default=0.05, show_default=True, help="What --against tolerates, as a share."
+)
+@click.option(
+    "--seconds", default=120.0, show_default=True, help="The most that --against may take."
+)
 @click.option("--quick", is_flag=True, help="Shorter runs, marked as such.")
-@click.option("--save", is_flag=True, help="Append to ftkit-bench.jsonl at the root of this repository.")
-@click.option("--ssh", "host", metavar="USER@HOST", help="Measure there; USER@HOST:PYTHON names the interpreter.")
+@click.option(
+    "--save", is_flag=True, help="Append to ftkit-bench.jsonl at the root of this repository."
+)
+@click.option(
+    "--ssh",
+    "host",
+    metavar="USER@HOST",
+    help="Measure there; USER@HOST:PYTHON names the interpreter.",
+)
 @KEY
 @JSON
 @click.pass_context
@@ -163,11 +233,15 @@ def bench(
     if frame:
         parse_frame(frame)
     if not 0 < max_slowdown < 1 or not 1 <= seconds < 1e5:
-        raise FtkitError("--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
-                         f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120")  # fmt: skip
+        raise FtkitError(
+            "--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
+            f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120"
+        )
     kept_json = baseline is not None and baseline.suffix == ".json"
     several = max(len(names), len(counts), len(batches)) > 1
-    _check_together(ctx, host, baseline, kept_json, several, bool(host or limits or save or not baseline))
+    _check_together(
+        ctx, host, baseline, kept_json, several, bool(host or limits or save or not baseline)
+    )
     told: dict[str, Any] = {}
     verdicts, stored = [], read(baseline) if baseline and kept_json else {}
     with ExitStack() as stack:
@@ -176,12 +250,22 @@ def bench(
         say = stack.enter_context(console.note())
         if host:
             say(f"measuring on {host}")
-            there = partial(ssh.bench, host, path, provider=names[0], threads=(counts or [0])[0], quick=quick)
+            there = partial(
+                ssh.bench, host, path, provider=names[0], threads=(counts or [0])[0], quick=quick
+            )
             told = there()
             verdicts = judging.against_there(there, told, stored) if stored else []
         elif not baseline or limits or save:
-            told = measure(path, providers=names, threads=counts or ([1] if baseline else []), batches=batches,
-                           image=image, frame=frame, quick=quick, say=say)  # fmt: skip
+            told = measure(
+                path,
+                providers=names,
+                threads=counts or ([1] if baseline else []),
+                batches=batches,
+                image=image,
+                frame=frame,
+                quick=quick,
+                say=say,
+            )
         if stored and not host:
             verdicts = judging.against_stored(path, stored, image=image)
         elif old:
@@ -214,7 +298,10 @@ def bench(
 
 
 def _tell(
-    echo: Callable[..., None], told: dict[str, Any], limits: Mapping[str, float], verdicts: Sequence[Verdict]
+    echo: Callable[..., None],
+    told: dict[str, Any],
+    limits: Mapping[str, float],
+    verdicts: Sequence[Verdict],
 ) -> list[Outcome]:
     """Print the tables, budgets and gate; put the verdicts into `told` beside the figures; return the outcomes."""
     from ftkit.benchmark import budgets as judging
@@ -225,7 +312,9 @@ def _tell(
         budgeted = judging.judge(told, limits)
         outcomes += [item.verdict for item in budgeted]
         echo(judging.as_budgets(budgeted), nl=bool(budgeted))
-        told["budgets"] = [{**dataclasses.asdict(item), "verdict": item.verdict} for item in budgeted]
+        told["budgets"] = [
+            {**dataclasses.asdict(item), "verdict": item.verdict} for item in budgeted
+        ]
     if verdicts:
         echo(judging.as_gate(verdicts))
         outcomes += [item.verdict for item in verdicts]
@@ -236,29 +325,55 @@ def _tell(
 def _numbers(option: str, text: str) -> list[int]:
     """ "1,4" -> [1, 4]."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts) or (not parts and text):
-        raise FtkitError(f"{option} {text}: expected numbers above 0, found another form. Try {option} 1,4")
+    if not all(part.isdecimal() and 0 < int(part) < 10_000 for part in parts) or (
+        not parts and text
+    ):
+        raise FtkitError(
+            f"{option} {text}: expected numbers above 0, found another form. Try {option} 1,4"
+        )
     return [int(part) for part in dict.fromkeys(parts)]
 
 
 def _check_together(
-    ctx: click.Context, host: str | None, baseline: Path | None, kept_json: bool, several: bool, table: bool
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    host: str | None,
+    baseline: Path | None,
+    kept_json: bool,
+    several: bool,
+    table: bool,
+) -> None:
     """Options that do not go together are refused: none is ignored."""
     if host and baseline and not kept_json:
-        raise FtkitError(f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
-                         "Try --ssh HOST --json FILE for the baseline first")  # fmt: skip
+        raise FtkitError(
+            f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
+            "Try --ssh HOST --json FILE for the baseline first"
+        )
     _refuse(ctx, "--ssh", bool(host), "batch", "image", "frame", "max_slowdown", "seconds")
-    _refuse(ctx, "--against FILE.json", kept_json and not host, "threads", "providers", "batch", "frame",
-            "max_slowdown", "seconds")  # fmt: skip
+    _refuse(
+        ctx,
+        "--against FILE.json",
+        kept_json and not host,
+        "threads",
+        "providers",
+        "batch",
+        "frame",
+        "max_slowdown",
+        "seconds",
+    )
     _refuse(ctx, "--against without --budget or --save", not table, "quick")
     if (host or baseline) and several:
-        raise FtkitError("--ssh, --against: expected one provider, number of threads and batch, found several. Try one")
+        raise FtkitError(
+            "--ssh, --against: expected one provider, number of threads and batch, found several. Try one"
+        )
 
 
 def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:
     """An option that would be ignored is refused instead."""
-    given = [name for name in names if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    given = [
+        name
+        for name in names
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
     if there and given:
         option = f"--{given[0].replace('_', '-')}"
         raise FtkitError(f"{option}: expected no such option with {why}, found one. Leave it out")

@@ -14,19 +14,27 @@ from ftkit.cli.options import MAX_PIXELS, Command
 from ftkit.utils.files import write_atomically
 
 GROUP_BY = click.option(
-    "--group-by", default="", metavar="REGEX",
+    "--group-by",
+    default="",
+    metavar="REGEX",
     help="Images whose paths below DATA match alike (its first group) stay on one side of a split.",
-)  # fmt: skip
+)
 
 
 ROOT = click.option(
-    "--root", type=click.Path(path_type=Path), metavar="FOLDER",
+    "--root",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
     help="What the paths of a CSV are relative to. [default: its own folder]",
-)  # fmt: skip
+)
 
 
-RUNTIME = click.option("--runtime", type=click.Path(path_type=Path), metavar="FILE.tgz",
-                       help="onnxruntime-web as `npm pack` writes it, where there is no network.")  # fmt: skip
+RUNTIME = click.option(
+    "--runtime",
+    type=click.Path(path_type=Path),
+    metavar="FILE.tgz",
+    help="onnxruntime-web as `npm pack` writes it, where there is no network.",
+)
 
 
 @click.command("data", cls=Command)
@@ -34,11 +42,21 @@ RUNTIME = click.option("--runtime", type=click.Path(path_type=Path), metavar="FI
 @GROUP_BY
 @ROOT
 @MAX_PIXELS
-@click.option("--recipe", default="lite0", show_default=True, metavar="NAME|FILE.py", help="Whose image size.")
 @click.option(
-    "--sheets", type=click.Path(path_type=Path), metavar="FOLDER", help="Contact sheets: classes, duplicates."
+    "--recipe", default="lite0", show_default=True, metavar="NAME|FILE.py", help="Whose image size."
 )
-@click.option("--fix", type=click.Path(path_type=Path), metavar="OUT", help="A cleaned copy, or OUT.csv. DATA stays.")
+@click.option(
+    "--sheets",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Contact sheets: classes, duplicates.",
+)
+@click.option(
+    "--fix",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="A cleaned copy, or OUT.csv. DATA stays.",
+)
 @JSON
 def audit_data(
     folder: Path,
@@ -88,7 +106,12 @@ def audit_data(
 
 @click.command(cls=Command)
 @click.option("--clear", is_flag=True, help="Remove all of it.")
-@click.option("--unused", type=click.IntRange(0), metavar="DAYS", help="Remove what was not used for so many days.")
+@click.option(
+    "--unused",
+    type=click.IntRange(0),
+    metavar="DAYS",
+    help="Remove what was not used for so many days.",
+)
 def cache(clear: bool, unused: int | None) -> None:
     """List what ftkit keeps between runs: decoded images and frozen activations. All of it can be made again.
 
@@ -101,20 +124,31 @@ def cache(clear: bool, unused: int | None) -> None:
         gone = [entry for entry in held if clear or entry.used_s >= (unused or 0) * 86_400]
         for entry in gone:
             cache_folder.put_away(entry.folder)
-        click.echo(f"removed: {sum(entry.size_bytes for entry in gone) / 1e9:.2f} GB in {len(gone)} entries")
+        click.echo(
+            f"removed: {sum(entry.size_bytes for entry in gone) / 1e9:.2f} GB in {len(gone)} entries"
+        )
         held = cache_folder.entries()
     rows = [("kind", "entries", "GB", "last used")]
     for kind, words in (("canvases", "decoded images"), ("prefix", "frozen activations")):
         own = [entry for entry in held if entry.kind == kind]
         used = f"{min(entry.used_s for entry in own) / 86_400:.0f} days ago" if own else ""
-        rows.append((words, str(len(own)), f"{sum(entry.size_bytes for entry in own) / 1e9:.2f}", used))
+        rows.append(
+            (words, str(len(own)), f"{sum(entry.size_bytes for entry in own) / 1e9:.2f}", used)
+        )
     click.echo(console.table(rows))
     click.echo(f"{cache_folder.cache_folder()}: at most {cache_folder.limit_bytes() / 1e9:g} GB")
 
 
 @click.command(cls=Command)
-@click.argument("what", metavar="[RUN|BUNDLE|HISTORY]", required=False, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: beside what it tells of]")
+@click.argument(
+    "what", metavar="[RUN|BUNDLE|HISTORY]", required=False, type=click.Path(path_type=Path)
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="[default: beside what it tells of]",
+)
 def report(what: Path | None, out: Path | None) -> None:
     """Write the report of a RUN, or copy the sealed one of a BUNDLE; by default plot what `ftkit bench --save` wrote.
 
@@ -142,7 +176,13 @@ def report(what: Path | None, out: Path | None) -> None:
 
 @click.command("try", cls=Command)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0: any free one.",
+)
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 @RUNTIME
 @KEY

@@ -47,7 +47,9 @@ def write_elpv(out: Path, *, split: bool) -> int:
             name, probability, kind = line.split()
             if float(probability) in (0.0, 1.0):  # else the experts were not certain
                 module = (int(Path(name).stem[4:]) - 1) // GROUP  # cell0123.png
-                lines.append(f"{source / name},{kind}-{'defect' if float(probability) else 'ok'},{module}")
+                lines.append(
+                    f"{source / name},{kind}-{'defect' if float(probability) else 'ok'},{module}"
+                )
         out.mkdir(parents=True, exist_ok=True)
         table = out / "photos.csv"
         table.write_text("\n".join(lines) + "\n")
@@ -64,7 +66,9 @@ def write_elpv(out: Path, *, split: bool) -> int:
 def run_demo(out: Path) -> None:
     """Make the data, run the user's commands, end with one table. Raises FtkitError when a step fails."""
     if out.exists():
-        raise FtkitError(f"{out}: expected a new folder, found one there already. Try --out another, or remove it")
+        raise FtkitError(
+            f"{out}: expected a new folder, found one there already. Try --out another, or remove it"
+        )
     started = time.perf_counter()
     data, run, bundle = out / "photos", out / "run", out / "bundle"
     console.say(NOTICE)
@@ -81,7 +85,9 @@ def run_demo(out: Path) -> None:
     console.say(_summary(bundle))
     console.say()
     console.say(f"report  {bundle / 'report.html'}\nmodel   {bundle / 'model.onnx'}")
-    console.say(f"device  python {shlex.quote(str(bundle / 'device' / 'classify.py'))} --self-check")
+    console.say(
+        f"device  python {shlex.quote(str(bundle / 'device' / 'classify.py'))} --self-check"
+    )
     console.say(f"try it  ftkit try {shlex.quote(str(bundle))}")
     console.say(f"done in {console.clock(time.perf_counter() - started)}")
 
@@ -102,15 +108,31 @@ def _summary(bundle: Path) -> str:
     rows = [("what", "measured")]
     interval = f"[{accuracy['accuracy_low']:.3f}, {accuracy['accuracy_high']:.3f}]"
     rows.append(
-        ("accuracy", f"{accuracy['accuracy']:.3f} {interval} on {ground(accuracy['images'], accuracy['clusters'])}")
+        (
+            "accuracy",
+            f"{accuracy['accuracy']:.3f} {interval} on {ground(accuracy['images'], accuracy['clusters'])}",
+        )
     )
     for item in evidence["parity"]:
-        logits = max((c for c in item["checks"] if c["floor"] is not None), key=lambda c: c["value"] / c["limit"])
-        rows.append(("parity", f"{'passed' if item['passed'] else 'FAILED'} on {item['provider']}: logits within "
-                     f"{logits['value'] / logits['floor']:.1f} x the framework's own float32 error"))  # fmt: skip
+        logits = max(
+            (c for c in item["checks"] if c["floor"] is not None),
+            key=lambda c: c["value"] / c["limit"],
+        )
+        rows.append(
+            (
+                "parity",
+                f"{'passed' if item['passed'] else 'FAILED'} on {item['provider']}: logits within "
+                f"{logits['value'] / logits['floor']:.1f} x the framework's own float32 error",
+            )
+        )
     rows.append(("chosen", f"{manifest['chosen']} for {manifest['target']}"))
     for item in (item for item in evidence["latency"] if item["variant"] == manifest["chosen"]):
-        rows.append(("latency", f"p50 {item['p50_ms']:.1f} ms, p95 {item['p95_ms']:.1f} ms on "
-                     f"{console.condition(item)}"))  # fmt: skip
+        rows.append(
+            (
+                "latency",
+                f"p50 {item['p50_ms']:.1f} ms, p95 {item['p95_ms']:.1f} ms on "
+                f"{console.condition(item)}",
+            )
+        )
     rows.append(("size", f"{item['size_bytes'] / 1e6:.1f} MB"))
     return console.table(rows)

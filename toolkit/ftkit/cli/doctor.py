@@ -28,7 +28,9 @@ def examine() -> list[str]:
     if len(runtimes) > 1:
         lines.append(f"error: {' and '.join(runtimes)} install the same module: keep one of them")
     lines.append(_torch_gpu())
-    lines += [_provider(name) for name in PROVIDERS if "-" not in name]  # what has one is another way to run one
+    lines += [
+        _provider(name) for name in PROVIDERS if "-" not in name
+    ]  # what has one is another way to run one
     lines.append(f"{cores()} cores; cache at {cache_folder()}")
     return lines
 
@@ -44,10 +46,19 @@ def _torch_gpu() -> str:
     import torch
 
     if torch.cuda.is_available():
-        count, half = torch.cuda.device_count(), torch.cuda.is_bf16_supported(including_emulation=False)
-        return (f"training: on {count} x {torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), "
-                f"in {'bfloat16' if half else 'float16'}")  # fmt: skip
-    built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch was built without CUDA"
+        count, half = (
+            torch.cuda.device_count(),
+            torch.cuda.is_bf16_supported(including_emulation=False),
+        )
+        return (
+            f"training: on {count} x {torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), "
+            f"in {'bfloat16' if half else 'float16'}"
+        )
+    built = (
+        f"torch was built for CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else "torch was built without CUDA"
+    )
     return f"training: on the CPU ({built}; no GPU answers)"
 
 
@@ -59,4 +70,6 @@ def _provider(name: str) -> str:
         return f"provider {name:<9} works"
     missing = missing_library(name)
     source = next((text for library, text in SOURCES.items() if missing.startswith(library)), "")
-    return f"provider {name:<9} does not open: " + (f"{missing.split(':')[0]} is missing{source}" if missing else why)
+    return f"provider {name:<9} does not open: " + (
+        f"{missing.split(':')[0]} is missing{source}" if missing else why
+    )

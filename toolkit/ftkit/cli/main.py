@@ -48,36 +48,61 @@ class _Group(click.Group):
             if os.environ.get("FTKIT_DEBUG") == "1" or isinstance(error, BrokenPipeError):
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            click.echo(f"error: {where}expected to read and write, found: {error.strerror or error}. "
-                       "Check the path and the free disk", err=True)  # fmt: skip
+            click.echo(
+                f"error: {where}expected to read and write, found: {error.strerror or error}. "
+                "Check the path and the free disk",
+                err=True,
+            )
             ctx.exit(2)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="ftkit")
 def main() -> None:
     """Turn a folder of images into a model file that is proven to work on a device."""
 
 
 SET = click.option(
-    "--set", "settings", multiple=True, metavar="A.B=C", help="Change a field of the recipe. Repeatable."
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="A.B=C",
+    help="Change a field of the recipe. Repeatable.",
 )
-PROVIDERS = click.option("--providers", default="cpu", show_default=True, metavar="A,B", help="e.g. cpu,cuda")
+PROVIDERS = click.option(
+    "--providers", default="cpu", show_default=True, metavar="A,B", help="e.g. cpu,cuda"
+)
 
 
 @main.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--recipe", "name", default="lite0", show_default=True, metavar="NAME|FILE.py")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="RUN", help="Run folder. [default: runs/NAME-1, -2, ...]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Run folder. [default: runs/NAME-1, -2, ...]",
 )
 @SET
-@click.option("--weights", metavar="FILE", help="Backbone weights: .safetensors or .pth; none = untrained.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--gpus", type=click.IntRange(1), metavar="N", help="Train on N GPUs of this machine, as torchrun does.")
+@click.option(
+    "--weights", metavar="FILE", help="Backbone weights: .safetensors or .pth; none = untrained."
+)
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Train on N GPUs of this machine, as torchrun does.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--deterministic", is_flag=True, help="The same weights twice on a GPU too; slower.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known."
+)
 @GROUP_BY
 @ROOT
 @MAX_PIXELS
@@ -86,15 +111,31 @@ PROVIDERS = click.option("--providers", default="cpu", show_default=True, metava
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.pass_context
 def train(
-    ctx: click.Context, data: Path, name: str, out: Path | None, settings: tuple[str, ...], weights: str | None,
-    device: str, gpus: int | None, seed: int, deterministic: bool, resume: bool, group_by: str, root: Path | None,
-    allow_leakage: bool, tensorboard: bool, quiet: bool,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    data: Path,
+    name: str,
+    out: Path | None,
+    settings: tuple[str, ...],
+    weights: str | None,
+    device: str,
+    gpus: int | None,
+    seed: int,
+    deterministic: bool,
+    resume: bool,
+    group_by: str,
+    root: Path | None,
+    allow_leakage: bool,
+    tensorboard: bool,
+    quiet: bool,
+) -> None:
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
     if gpus:
         sys.exit(_launched(ctx, gpus))
-    said = [name_ for name_ in ("name", "settings", "weights", "seed", "group_by")
-            if ctx.get_parameter_source(name_) is not click.core.ParameterSource.DEFAULT]  # fmt: skip
+    said = [
+        name_
+        for name_ in ("name", "settings", "weights", "seed", "group_by")
+        if ctx.get_parameter_source(name_) is not click.core.ParameterSource.DEFAULT
+    ]
     run = api.train(
         data,
         out=out,
@@ -129,7 +170,9 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     pick_device("cuda", gpus - 1)
     arguments = ["train", str(ctx.params["data"]), "--device", "cuda"]
     for option in ctx.command.params:
-        given = ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+        given = (
+            ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+        )
         if not given or option.name in ("data", "device", "gpus"):
             continue
         value = ctx.params[option.name or ""]
@@ -137,7 +180,9 @@ def _launched(ctx: click.Context, gpus: int) -> int:
             arguments += [option.opts[0]] if item is True else [option.opts[0], str(item)]
     if "--out" not in arguments:
         if ctx.params["resume"]:
-            raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
+            raise FtkitError(
+                "--resume: expected the run to go on with, found no --out. Try --out RUN"
+            )
         folder = claim(Path("runs") / load(ctx.params["name"]).name)
         try:
             return launch(gpus, [*arguments, "--out", str(folder)])
@@ -152,40 +197,100 @@ MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}
 
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="BUNDLE", help="Bundle folder. [default: RUN-bundle]")
-@click.option("--set", "settings", multiple=True, metavar="export.B=C", help="Change a gate or budget. Repeatable.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Bundle folder. [default: RUN-bundle]",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="export.B=C",
+    help="Change a gate or budget. Repeatable.",
+)
 @PROVIDERS
-@click.option("--data", type=click.Path(path_type=Path), help="Where the run's images are now, if they moved.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Where the run's images are now, if they moved."
+)
 @click.option("--quick", is_flag=True, help="Shorter latency runs, marked as such in the evidence.")
-@click.option("--target", help="Where the file shall run: auto, x86-vnni, x86, arm64, cuda, web. [default: auto]")
-@click.option("--latency", type=click.Path(path_type=Path), metavar="FILE",
-              help="What `device/classify.py --bench` printed on the target.")  # fmt: skip
-@click.option("--on", "device", metavar="USER@HOST", help="Let that device's own latency choose the variant (ssh).")
+@click.option(
+    "--target",
+    help="Where the file shall run: auto, x86-vnni, x86, arm64, cuda, web. [default: auto]",
+)
+@click.option(
+    "--latency",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What `device/classify.py --bench` printed on the target.",
+)
+@click.option(
+    "--on",
+    "device",
+    metavar="USER@HOST",
+    help="Let that device's own latency choose the variant (ssh).",
+)
 @click.option("--input-format", help="The device's frames: rgb, bgr, grey, nv12. [default: rgb]")
 @click.option("--c", "c", is_flag=True, help="Plain C sources too, in device/c.")
 @click.option("--ort", is_flag=True, help="ONNX Runtime's own format too, in device/ort.")
-@click.option("--handoff", is_flag=True, help="What TensorRT, OpenVINO, Hailo, RKNN compilers need, in handoff/.")
+@click.option(
+    "--handoff",
+    is_flag=True,
+    help="What TensorRT, OpenVINO, Hailo, RKNN compilers need, in handoff/.",
+)
 @click.option("--zip", "zipped", is_flag=True, help="BUNDLE.zip too.")
 @click.option("--web", is_flag=True, help="A page that runs the file in a browser, in device/web.")
 @RUNTIME
-@click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM).")
+@click.option(
+    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
+)
 @MAX_PIXELS
 @click.option("-q", "--quiet", is_flag=True, help="Print gates, warnings and errors only.")
 def export(
-    run: Path, out: Path | None, settings: tuple[str, ...], providers: str, data: Path | None, quick: bool,
-    target: str | None = None, latency: Path | None = None, input_format: str | None = None, c: bool = False,
-    ort: bool = False, handoff: bool = False, zipped: bool = False, sign: Path | None = None,
-    device: str | None = None, web: bool = False, runtime: Path | None = None, quiet: bool = False,
-) -> None:  # fmt: skip
+    run: Path,
+    out: Path | None,
+    settings: tuple[str, ...],
+    providers: str,
+    data: Path | None,
+    quick: bool,
+    target: str | None = None,
+    latency: Path | None = None,
+    input_format: str | None = None,
+    c: bool = False,
+    ort: bool = False,
+    handoff: bool = False,
+    zipped: bool = False,
+    sign: Path | None = None,
+    device: str | None = None,
+    web: bool = False,
+    runtime: Path | None = None,
+    quiet: bool = False,
+) -> None:
     """Export RUN to ONNX, prove the file, and seal a bundle.
 
     Exit 1 when a gate fails, 3 when none fails and one cannot be settled here.
     """
     done = api.export(
-        run, out=out, settings=settings, providers=[providers], data=data, quick=quick, target=target, latency=latency,
-        on=device, input_format=input_format, c=c, ort=ort, handoff=handoff, web=web, runtime=runtime, zipped=zipped,
-        sign=sign, quiet=quiet,
-    )  # fmt: skip
+        run,
+        out=out,
+        settings=settings,
+        providers=[providers],
+        data=data,
+        quick=quick,
+        target=target,
+        latency=latency,
+        on=device,
+        input_format=input_format,
+        c=c,
+        ort=ort,
+        handoff=handoff,
+        web=web,
+        runtime=runtime,
+        zipped=zipped,
+        sign=sign,
+        quiet=quiet,
+    )
     for gate in done.gates:
         click.echo(f"{MARKS[gate.verdict]}  {gate}")
         if gate.unsettled and not gate.passed:
@@ -209,12 +314,21 @@ def _missed(gate: Gate) -> str:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @PROVIDERS
 @KEY
-@click.option("--outputs", type=click.Path(path_type=Path), metavar="FILE.npz",
-              help="What another compiler made of handoff/inputs.npy: `logits`.")  # fmt: skip
 @click.option(
-    "--add-to", type=click.Path(path_type=Path), metavar="COPY", help="A copy of BUNDLE that gets the evidence."
+    "--outputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="What another compiler made of handoff/inputs.npy: `logits`.",
 )
-def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None, add_to: Path | None) -> None:
+@click.option(
+    "--add-to",
+    type=click.Path(path_type=Path),
+    metavar="COPY",
+    help="A copy of BUNDLE that gets the evidence.",
+)
+def verify(
+    bundle: Path, providers: str, key: Path | None, outputs: Path | None, add_to: Path | None
+) -> None:
     """Hashes, golden vectors and sealed evidence of BUNDLE (a folder or a zip) on this machine.
 
     Exit 1 when one fails, 3 when --outputs settles nothing.
@@ -237,21 +351,33 @@ def verify(bundle: Path, providers: str, key: Path | None, outputs: Path | None,
                 click.echo(f"{provider}: {placement}")
             for check in result.checks:
                 verdict = "ok" if check.passed else "FAILED"
-                click.echo(f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
-                           f"worst {check.file} at {check.value:.2f} of its tolerance")  # fmt: skip
+                click.echo(
+                    f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
+                    f"worst {check.file} at {check.value:.2f} of its tolerance"
+                )
             for gate in result.failed_gates:
                 click.echo(f"sealed gate FAILED: {gate}")
             if add_to:
-                evidence = {"machine": machine(), "passed": result.passed, **dataclasses.asdict(result)}
+                evidence = {
+                    "machine": machine(),
+                    "passed": result.passed,
+                    **dataclasses.asdict(result),
+                }
                 name = f"{provider}-{machine()['fingerprint']}"
-                click.echo(f"evidence: {archive.add_evidence(folder, add_to, name, json.dumps(evidence, indent=1))}")
+                click.echo(
+                    f"evidence: {archive.add_evidence(folder, add_to, name, json.dumps(evidence, indent=1))}"
+                )
         if outputs:
-            judged = judge_outputs(folder, outputs, read_manifest(folder)["limits"]["max_accuracy_drop"])
+            judged = judge_outputs(
+                folder, outputs, read_manifest(folder)["limits"]["max_accuracy_drop"]
+            )
             drop = judged.paired
-            click.echo(f"outputs: accuracy {judged.accuracy:.4f}, fp32 {judged.accuracy_fp32:.4f} on {drop.images} val "
-                       f"images; drop {drop.drop * 100:+.2f} points [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]; "
-                       f"least cosine {judged.cosine:.5f}, top-1 changed {judged.top1_changed}\n"
-                       f"outputs: {judged.verdict}")  # fmt: skip
+            click.echo(
+                f"outputs: accuracy {judged.accuracy:.4f}, fp32 {judged.accuracy_fp32:.4f} on {drop.images} val "
+                f"images; drop {drop.drop * 100:+.2f} points [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]; "
+                f"least cosine {judged.cosine:.5f}, top-1 changed {judged.top1_changed}\n"
+                f"outputs: {judged.verdict}"
+            )
             code = code or {"accepted": 0, "refused": 1}.get(judged.verdict, 3)
     click.echo({0: "verified", 3: "inconclusive"}.get(code, "NOT verified"))
     sys.exit(code)
@@ -265,12 +391,26 @@ STANDARD_INPUT = Path("-")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--provider", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, all probabilities.")
-@click.option("--explain", is_flag=True, help="Write a heat map of what spoke for each answer, into --out.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("explained"), show_default=True, metavar="FOLDER")
+@click.option(
+    "--explain", is_flag=True, help="Write a heat map of what spoke for each answer, into --out."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("explained"),
+    show_default=True,
+    metavar="FOLDER",
+)
 @MAX_PIXELS
 @KEY
 def predict(
-    bundle: Path, images: tuple[Path, ...], provider: str, as_json: bool, explain: bool, out: Path, key: Path | None
+    bundle: Path,
+    images: tuple[Path, ...],
+    provider: str,
+    as_json: bool,
+    explain: bool,
+    out: Path,
+    key: Path | None,
 ) -> None:
     """Class and probability of IMAGES: files, folders, or - for one on standard input."""
     from ftkit_export.bundle.archive import unpacked
@@ -296,7 +436,11 @@ def predict(
         try:
             content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path
             answer = classify(content)
-            heat = explainer.write(path, classify.labels.index(answer.label), out, content) if explainer else None
+            heat = (
+                explainer.write(path, classify.labels.index(answer.label), out, content)
+                if explainer
+                else None
+            )
         except ImageError as error:
             bad += 1
             click.echo(f"error: {error}", err=True)
@@ -306,7 +450,8 @@ def predict(
             click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer), **more}))
         else:
             click.echo(
-                f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip() + f"  {heat}" * bool(heat)
+                f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip()
+                + f"  {heat}" * bool(heat)
             )
     sys.exit(2 if bad else 0)
 
@@ -361,19 +506,35 @@ def run_recipe(recipe: Recipe) -> None:
 
     @click.command(help=f"Train {recipe.name} on DATA, export it, verify the bundle.")
     @click.argument("data", type=click.Path(path_type=Path))
-    @click.option("--out", type=click.Path(path_type=Path), help="Run folder; the bundle is OUT-bundle.")
+    @click.option(
+        "--out", type=click.Path(path_type=Path), help="Run folder; the bundle is OUT-bundle."
+    )
     @SET
     @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
     @click.option("--seed", default=0)
     @PROVIDERS
     @click.option("--quick", is_flag=True, help="Shorter latency runs.")
     def whole(
-        data: Path, out: Path | None, settings: tuple[str, ...], device: str, seed: int, providers: str, quick: bool
+        data: Path,
+        out: Path | None,
+        settings: tuple[str, ...],
+        device: str,
+        seed: int,
+        providers: str,
+        quick: bool,
     ) -> None:
-        run = api.train(data, out=out, recipe=recipe, settings=settings, seed=seed, device=device).folder
+        run = api.train(
+            data, out=out, recipe=recipe, settings=settings, seed=seed, device=device
+        ).folder
         bundle = run.resolve().with_name(run.resolve().name + "-bundle")
         context = click.get_current_context()
-        context.invoke(export, run=run, out=bundle, settings=(), providers=providers, data=None, quick=quick)
-        context.invoke(verify, bundle=bundle, providers=providers, key=None, outputs=None, add_to=None)
+        context.invoke(
+            export, run=run, out=bundle, settings=(), providers=providers, data=None, quick=quick
+        )
+        context.invoke(
+            verify, bundle=bundle, providers=providers, key=None, outputs=None, add_to=None
+        )
 
-    _Group(commands={"whole": whole}).main(["whole", *sys.argv[1:]], prog_name=f"python -m ftkit_recipes.{recipe.name}")
+    _Group(commands={"whole": whole}).main(
+        ["whole", *sys.argv[1:]], prog_name=f"python -m ftkit_recipes.{recipe.name}"
+    )

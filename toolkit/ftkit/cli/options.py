@@ -55,7 +55,12 @@ class Command(click.Command):
 
     def _meant(self, wrong: str) -> str:
         name = wrong.lstrip("-").lower()
-        own = {option.lstrip("-"): option for item in self.params for option in item.opts if option.startswith("--")}
+        own = {
+            option.lstrip("-"): option
+            for item in self.params
+            for option in item.opts
+            if option.startswith("--")
+        }
         if "budget" in own and name in BUDGETS:
             return f"--budget {BUDGETS[name]}"
         said = ELSEWHERE.get(name, "")
@@ -68,7 +73,9 @@ class Command(click.Command):
 def _allow(_: click.Context, __: click.Parameter, pixels: int | None) -> None:
     """For this process and those that it starts to decode."""
     if pixels:
-        from ftkit_export.runtime.preprocess import MAX_PIXELS as LIMIT  # not before it is needed: it takes numpy
+        from ftkit_export.runtime.preprocess import (
+            MAX_PIXELS as LIMIT,
+        )  # not before it is needed: it takes numpy
 
         os.environ[LIMIT] = str(pixels)
 

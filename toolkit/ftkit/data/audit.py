@@ -47,10 +47,24 @@ FLAT = 1.0  # grey levels of deviation below which an image shows nothing
 BLOCK, CHUNK = 256, 4096
 TINY, HUGE = 0.5, 40_000_000  # of the canvas side; pixels
 FEW, UNEVEN = 20, 10.0  # training images of a class; largest class over smallest
-TOTALS = ("bad", "alike", "leaks", "conflicts", "shared_groups", "tiny", "huge", "flat", "emptied", "sizes")
+TOTALS = (
+    "bad",
+    "alike",
+    "leaks",
+    "conflicts",
+    "shared_groups",
+    "tiny",
+    "huge",
+    "flat",
+    "emptied",
+    "sizes",
+)
 LARGE_FRAME = 0.95  # share of images that are no larger
 HALF = 0.5  # of an image's area
-HINTS = (r"^(?:.*/)?([^/]*?[A-Za-z0-9])[-_ ]+[A-Za-z]*[0-9]+\.[^./]+$", r"^(?:.*/)?([^/_-]+)[-_][^/]*$")
+HINTS = (
+    r"^(?:.*/)?([^/]*?[A-Za-z0-9])[-_ ]+[A-Za-z]*[0-9]+\.[^./]+$",
+    r"^(?:.*/)?([^/_-]+)[-_][^/]*$",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +113,9 @@ class Audit:
     @property
     def passed(self) -> bool:
         """No identical image on two sides or under two labels, no group on two sides. Near duplicates only warn."""
-        return not (self.shared_groups or any(item.exact for item in (*self.leaks, *self.conflicts)))
+        return not (
+            self.shared_groups or any(item.exact for item in (*self.leaks, *self.conflicts))
+        )
 
 
 def audit(
@@ -153,9 +169,13 @@ def audit(
         few=tuple(classes[label] for label, count in sorted(train.items()) if count < FEW),
         hint=_hint(images) if not any(image.group for image in images.images) else "",
         near_groups=tuple(with_copies(rows) for rows in near_groups),
-        unjudged={split: names for split in ("val", "test") if (names := canvases.images.unjudged(split))},
+        unjudged={
+            split: names for split in ("val", "test") if (names := canvases.images.unjudged(split))
+        },
         crop_keeps=(float(np.median(squares)), int((squares < HALF).sum())),
-        emptied=tuple(row for row in flat_rows if squares[row] < 1 and not _is_flat(kept[row].path)),
+        emptied=tuple(
+            row for row in flat_rows if squares[row] < 1 and not _is_flat(kept[row].path)
+        ),
         frame=_frame([(width, height) for _, width, height in facts]),
     )
 
@@ -165,8 +185,10 @@ def named(found: Audit, canvases: Canvases, most: int | None = None) -> dict[str
     names = [below(canvases.images.root, image.path) for image in canvases.images.images]
     told: dict[str, Any] = {**asdict(found), "passed": found.passed}
     for kind in ("alike", "leaks", "conflicts"):
-        told[kind] = [{"images": [names[row] for row in item["rows"][:most]], "exact": item["exact"]}
-                      for item in told[kind][:most]]  # fmt: skip
+        told[kind] = [
+            {"images": [names[row] for row in item["rows"][:most]], "exact": item["exact"]}
+            for item in told[kind][:most]
+        ]
     for kind in ("tiny", "huge", "flat", "emptied"):
         told[kind] = [names[row] for row in told[kind][:most]]
     told["near_groups"] = [[names[row] for row in rows[:most]] for rows in found.near_groups[:most]]
@@ -185,14 +207,20 @@ def require_apart(canvases: Canvases) -> None:
     conflicts = _across(copies, [image.label for image in images.images])
     if leaks:
         first = ", ".join(below(images.root, images.images[row].path) for row in leaks[0].rows[:3])
-        raise FtkitError(f"{images.root}: expected train, val and test to share no image, found {len(leaks)} that they "
-                         f"share (e.g. {first}). See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, "
-                         "or --allow-leakage")  # fmt: skip
+        raise FtkitError(
+            f"{images.root}: expected train, val and test to share no image, found {len(leaks)} that they "
+            f"share (e.g. {first}). See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, "
+            "or --allow-leakage"
+        )
     if groups:
-        raise FtkitError(f"{images.root}: expected each group in one of train, val and test, found {len(groups)} in "
-                         f"several (e.g. {groups[0]}). Try moving each to one side, or --allow-leakage")  # fmt: skip
+        raise FtkitError(
+            f"{images.root}: expected each group in one of train, val and test, found {len(groups)} in "
+            f"several (e.g. {groups[0]}). Try moving each to one side, or --allow-leakage"
+        )
     if conflicts:
-        first = ", ".join(below(images.root, images.images[row].path) for row in conflicts[0].rows[:3])
+        first = ", ".join(
+            below(images.root, images.images[row].path) for row in conflicts[0].rows[:3]
+        )
         raise FtkitError(
             f"{images.root}: expected each image under one label, found {len(conflicts)} under several (e.g. {first}). "
             f"See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, or --allow-leakage"
@@ -213,7 +241,9 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
     if len(rows) < 2:
         return []
     signs, shapes = _hashes(thumbs[rows]), [_unit(thumbs[rows])]
-    if len(rows) >= THUMB:  # what all have in common (a frame, a busbar) makes no pair; of a few, it is no average
+    if (
+        len(rows) >= THUMB
+    ):  # what all have in common (a frame, a busbar) makes no pair; of a few, it is no average
         shapes.append(_unit(shapes[0] - shapes[0].mean(0)))
 
     def same(one: Array, other: Array) -> Array:
@@ -227,7 +257,9 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
             found.append(np.stack([a[sure], b[sure]], 1))
         return np.concatenate(found) if found else np.empty((0, 2), np.int64)
 
-    sets: dict[int, list[int]] = {}  # by first member: images are compared with those only, or with a block's others
+    sets: dict[
+        int, list[int]
+    ] = {}  # by first member: images are compared with those only, or with a block's others
     for start in range(0, len(rows), BLOCK):
         block = np.arange(start, min(start + BLOCK, len(rows)))
         joined = {int(a): int(b) for a, b in same(block, np.array(list(sets), np.int64))[::-1]}
@@ -242,8 +274,11 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
         for a, b in same(np.arange(start, min(start + BLOCK, len(rows))), firsts):
             if int(a) not in sets[int(b)]:
                 sets[int(b)].append(int(a))
-    return [Alike(rows=tuple(int(rows[number]) for number in each), exact=False)
-            for each in sets.values() if len(each) > 1]  # fmt: skip
+    return [
+        Alike(rows=tuple(int(rows[number]) for number in each), exact=False)
+        for each in sets.values()
+        if len(each) > 1
+    ]
 
 
 def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]]:
@@ -267,7 +302,9 @@ def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]
             found += _by_first(near, set(together))
             continue
         own = np.array(together)
-        distances = np.minimum(_distances(plain[own], 1 - SURE), _distances(apart[own], 1 - CORRELATION))
+        distances = np.minimum(
+            _distances(plain[own], 1 - SURE), _distances(apart[own], 1 - CORRELATION)
+        )
         labels = fcluster(linkage(distances, method="complete"), GROUP_APART, criterion="distance")
         found += [tuple(int(row) for row in own[labels == label]) for label in np.unique(labels)]
     return [group for group in found if len(group) > 1]
@@ -295,7 +332,9 @@ def _by_first(near: Sequence[Alike], rows: set[int]) -> list[tuple[int, ...]]:
 def _unit(thumbs: Array) -> Array:
     """Each of mean 0 and length 1: products of two are their correlation."""
     apart = thumbs - thumbs.mean((1, 2), keepdims=True)
-    return np.asarray(apart / np.maximum(np.linalg.norm(apart, axis=(1, 2), keepdims=True), 1e-6), np.float32)
+    return np.asarray(
+        apart / np.maximum(np.linalg.norm(apart, axis=(1, 2), keepdims=True), 1e-6), np.float32
+    )
 
 
 def _hashes(thumbs: Array) -> Array:
@@ -349,7 +388,10 @@ def _is_flat(path: Path) -> bool:
 def _counts(images: Images) -> dict[str, dict[str, int]]:
     every = Counter((image.label, image.split) for image in images.images)
     there = [split for split in SPLITS if any(split == other for _, other in every)]
-    return {name: {split: every[label, split] for split in there} for label, name in enumerate(images.classes)}
+    return {
+        name: {split: every[label, split] for split in there}
+        for label, name in enumerate(images.classes)
+    }
 
 
 def _across(found: Iterable[Alike], sides: Sequence[object]) -> tuple[Alike, ...]:
@@ -370,6 +412,10 @@ def _hint(images: Images) -> str:
     for pattern in HINTS:
         matches = [re.search(pattern, name) for name in names]
         groups = Counter(match[1] for match in matches if match)
-        if len(groups) >= 5 and groups.total() >= 0.9 * len(names) and len(groups) <= 0.5 * len(names):
+        if (
+            len(groups) >= 5
+            and groups.total() >= 0.9 * len(names)
+            and len(groups) <= 0.5 * len(names)
+        ):
             return pattern
     return ""

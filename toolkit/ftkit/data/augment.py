@@ -100,13 +100,23 @@ def _coloured(levels: torch.Tensor, augment: Augment, draw: torch.Tensor) -> tor
         levels = (levels - grey) * factor(augment.saturation, 8) + grey
     if augment.brightness:
         levels = levels * factor(augment.brightness, 3)
-    return levels.clamp(0, 255) if augment.contrast or augment.saturation or augment.brightness else levels
+    return (
+        levels.clamp(0, 255)
+        if augment.contrast or augment.saturation or augment.brightness
+        else levels
+    )
 
 
 def _rectangles(size: int, draw: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """A random rectangle a sample -> (N, 1, S, S) bool: 2 to 33 % of the area, sides 0.3 to 3.3 (Zhong et al. 2020)."""
-    area, ratio = 0.02 + 0.31 * draw[0], torch.exp(math.log(0.3) + draw[1] * (math.log(3.3) - math.log(0.3)))
-    height, width = (area * ratio).sqrt().clamp(max=1) * size, (area / ratio).sqrt().clamp(max=1) * size
+    area, ratio = (
+        0.02 + 0.31 * draw[0],
+        torch.exp(math.log(0.3) + draw[1] * (math.log(3.3) - math.log(0.3))),
+    )
+    height, width = (
+        (area * ratio).sqrt().clamp(max=1) * size,
+        (area / ratio).sqrt().clamp(max=1) * size,
+    )
     top, left = draw[2] * (size - height), draw[3] * (size - width)
     place = torch.arange(size, device=draw.device) + 0.5
     down = (place >= top[:, None]) & (place < (top + height)[:, None])
@@ -151,7 +161,9 @@ def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generato
     side = ((1 - share).sqrt() * size).round()
     top, left = ((row * (size - side + 1)).floor() for row in place)
     kinds = torch.from_numpy(blends)
-    return Mixing(partner, torch.where(kinds, share, 1 - side.square() / size**2), kinds, left, top, side)
+    return Mixing(
+        partner, torch.where(kinds, share, 1 - side.square() / size**2), kinds, left, top, side
+    )
 
 
 def mixed(pixels: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch.Tensor:
@@ -177,15 +189,25 @@ def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor)
     return _planes(crop)
 
 
-def _resample(canvases: torch.Tensor, preprocess: Preprocess, augment: Augment, draw: torch.Tensor) -> torch.Tensor:
+def _resample(
+    canvases: torch.Tensor, preprocess: Preprocess, augment: Augment, draw: torch.Tensor
+) -> torch.Tensor:
     """Random area, place and angle by one affine grid, bilinear -> (N, 3, S, S) float32 grey levels."""
-    full = preprocess.size / preprocess.resize  # share of the canvas's side that the evaluation crop takes
+    full = (
+        preprocess.size / preprocess.resize
+    )  # share of the canvas's side that the evaluation crop takes
     area = augment.scale + (1 - augment.scale) * draw[6]
     side = full * area.sqrt()
     angle = math.radians(augment.rotate) * (2 * draw[7] - 1)
     cos, sin = side * angle.cos(), side * angle.sin()
     shift_x, shift_y = ((1 - side) * (2 * draw[row] - 1) for row in (4, 5))
-    theta = torch.stack([torch.stack([cos, -sin, shift_x], -1), torch.stack([sin, cos, shift_y], -1)], 1)
-    grid = F.affine_grid(theta, [len(canvases), 3, preprocess.size, preprocess.size], align_corners=False)
+    theta = torch.stack(
+        [torch.stack([cos, -sin, shift_x], -1), torch.stack([sin, cos, shift_y], -1)], 1
+    )
+    grid = F.affine_grid(
+        theta, [len(canvases), 3, preprocess.size, preprocess.size], align_corners=False
+    )
     levels = _planes(canvases)
-    return F.grid_sample(levels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return F.grid_sample(
+        levels, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )

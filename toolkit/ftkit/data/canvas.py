@@ -73,7 +73,9 @@ class Canvases:
 
     def rows(self, split: str) -> Array:
         """Row numbers of a split, (n,) int64."""
-        return np.array([i for i, image in enumerate(self.images.images) if image.split == split], np.int64)
+        return np.array(
+            [i for i, image in enumerate(self.images.images) if image.split == split], np.int64
+        )
 
     def groups(self, rows: Array) -> list[str]:
         """The group of each row; "" for an image without one."""
@@ -87,14 +89,18 @@ class Canvases:
 
 def spread_evenly(rows: Array, count: int) -> Array:
     """At most `count` of the rows, from all over them: they lie in order of class."""
-    found: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
+    found: Array = rows[
+        np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
+    ]
     return found
 
 
 def build(
-    images: Images, preprocess: Preprocess, progress: Callable[[int, int], None] = lambda done, total: None,
+    images: Images,
+    preprocess: Preprocess,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks | None = None,
-) -> Canvases:  # fmt: skip
+) -> Canvases:
     """Canvases of every readable image; bad files are left out and listed. progress(done, total) counts images.
 
     The ranks of a machine decode a share of the shards each, and open all of them. Raises FtkitError when no readable
@@ -109,8 +115,10 @@ def build(
         part = paths[number * SHARD : (number + 1) * SHARD]
         shard = _opened(_folder(found, preprocess), len(part), preprocess.resize)
         if shard is None:
-            raise FtkitError(f"{_folder(found, preprocess)}: expected the canvases just written, found them gone or "
-                             "damaged. Check the disk, or try FTKIT_CACHE=another folder")  # fmt: skip
+            raise FtkitError(
+                f"{_folder(found, preprocess)}: expected the canvases just written, found them gone or "
+                "damaged. Check the disk, or try FTKIT_CACHE=another folder"
+            )
         array, reasons = shard
         shards.append(array)
         for slot, path in enumerate(part):
@@ -121,16 +129,26 @@ def build(
                 digests.append(found[slot])
     left = images.without({path for path, _ in bad})
     _require_every_class(images, left, bad)
-    rows = [f"{digest} {image.label} {image.split}" for digest, image in zip(digests, left.images, strict=True)]
+    rows = [
+        f"{digest} {image.label} {image.split}"
+        for digest, image in zip(digests, left.images, strict=True)
+    ]
     text = "\n".join([_canvas_key(preprocess), *images.classes, *rows])
     return Canvases(
-        images=left, shards=tuple(shards), slots=np.array(slots, np.int64), bad=tuple(bad),
-        digests=tuple(digests), fingerprint=hashlib.sha256(text.encode()).hexdigest(),
-    )  # fmt: skip
+        images=left,
+        shards=tuple(shards),
+        slots=np.array(slots, np.int64),
+        bad=tuple(bad),
+        digests=tuple(digests),
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+    )
 
 
 def _digests(
-    paths: Sequence[Path], preprocess: Preprocess, progress: Callable[[int, int], None], ranks: Ranks | None
+    paths: Sequence[Path],
+    preprocess: Preprocess,
+    progress: Callable[[int, int], None],
+    ranks: Ranks | None,
 ) -> list[list[str]]:
     """The files' hashes, shard by shard; every shard is in the cache then."""
     local, among = (ranks.local, ranks.local_world) if ranks else (0, 1)
@@ -141,7 +159,13 @@ def _digests(
             for start in range(local * SHARD, len(paths), among * SHARD):
                 part = paths[start : start + SHARD]
                 found = list(pool.map(_digest, part))
-                _write(part, found, preprocess, decoders, partial(_advance, progress, start, len(paths)))
+                _write(
+                    part,
+                    found,
+                    preprocess,
+                    decoders,
+                    partial(_advance, progress, start, len(paths)),
+                )
                 made[str(start // SHARD)] = found
         return made
 
@@ -153,8 +177,10 @@ def _digests(
         for number, found in each.items():
             same = same and merged.setdefault(number, found) == found
     if not same:
-        raise FtkitError(f"{paths[0].parent}: expected the same images on every machine, found others. Copy one "
-                         "machine's folder to the rest")  # fmt: skip
+        raise FtkitError(
+            f"{paths[0].parent}: expected the same images on every machine, found others. Copy one "
+            "machine's folder to the rest"
+        )
     return [merged[str(number)] for number in range(len(merged))]
 
 
@@ -192,7 +218,9 @@ def _digest(path: Path) -> str:
 
 
 def _folder(digests: Sequence[str], preprocess: Preprocess) -> Path:
-    key = hashlib.sha256("\n".join([_canvas_key(preprocess), PIL.__version__, *digests]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(
+        "\n".join([_canvas_key(preprocess), PIL.__version__, *digests]).encode()
+    ).hexdigest()[:32]
     return cache_folder() / "canvases" / key
 
 
@@ -201,17 +229,29 @@ def _opened(folder: Path, count: int, side: int) -> tuple[Array, dict[int, str]]
     black); None where there is none, or it is damaged: cut short by a crash, or half deleted by hand."""
     try:
         os.utime(folder)  # used now: the cache forgets what has been unused longest
-        stored = {int(slot): str(reason) for slot, reason in json.loads((folder / "bad.json").read_text()).items()}
+        stored = {
+            int(slot): str(reason)
+            for slot, reason in json.loads((folder / "bad.json").read_text()).items()
+        }
         array = np.load(folder / "canvases.npy", mmap_mode="r")
-    except Exception:  # numpy reads an array's header with Python's own parser, which raises whatever it meets
+    except (
+        Exception
+    ):  # numpy reads an array's header with Python's own parser, which raises whatever it meets
         return None
-    return (array, stored) if array.shape == (count, side, side, 3) and array.dtype == np.uint8 else None
+    return (
+        (array, stored)
+        if array.shape == (count, side, side, 3) and array.dtype == np.uint8
+        else None
+    )
 
 
 def _write(
-    paths: Sequence[Path], digests: Sequence[str], preprocess: Preprocess, decoders: _Decoders,
+    paths: Sequence[Path],
+    digests: Sequence[str],
+    preprocess: Preprocess,
+    decoders: _Decoders,
     progress: Callable[[int], None],
-) -> None:  # fmt: skip
+) -> None:
     """One shard into the cache, unless it is there."""
     folder, side = _folder(digests, preprocess), preprocess.resize
     if _opened(folder, len(paths), side) is None:
@@ -222,7 +262,9 @@ def _write(
             clear_abandoned(folder.parent)
             beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
             file = beside / "canvases.npy"
-            np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(len(paths), side, side, 3)).flush()
+            np.lib.format.open_memmap(
+                file, mode="w+", dtype=np.uint8, shape=(len(paths), side, side, 3)
+            ).flush()
             reserve(file)
             reasons = decoders.decode(file, paths, digests, progress)
             (beside / "bad.json").write_text(json.dumps(reasons))
@@ -253,7 +295,11 @@ class _Decoders:
             process.communicate()
 
     def decode(
-        self, file: Path, paths: Sequence[Path], digests: Sequence[str], progress: Callable[[int], None]
+        self,
+        file: Path,
+        paths: Sequence[Path],
+        digests: Sequence[str],
+        progress: Callable[[int], None],
     ) -> dict[int, str]:
         """Decode `paths` into the shard's file -> slot: reason for the bad ones. A few are decoded in this process.
 
@@ -280,7 +326,11 @@ class _Decoders:
         for number, process in enumerate(self._processes):
             items = [(slot, str(paths[slot])) for slot in range(number, len(paths), count)]
             assert process.stdin
-            process.stdin.write(json.dumps({"file": str(file), "preprocess": asdict(self._preprocess), "items": items}))
+            process.stdin.write(
+                json.dumps(
+                    {"file": str(file), "preprocess": asdict(self._preprocess), "items": items}
+                )
+            )
             process.stdin.write("\n")
             process.stdin.flush()
         for slot, path in enumerate(paths):
@@ -299,10 +349,14 @@ class _Decoders:
 def _start() -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "ftkit.data.canvas"], env=environment, text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        [sys.executable, "-P", "-m", "ftkit.data.canvas"],
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for this process, which ends them: not a decoder that died
-    )  # fmt: skip
+    )
 
 
 def decode_into(
@@ -316,9 +370,17 @@ def decode_into(
             array[slot] = preprocess.canvas(preprocess.decode(path))
             yield slot, "", True
         except ImageError as error:
-            yield slot, str(error).removeprefix(f"{path}: "), not isinstance(error, UnavailableImageError)
+            yield (
+                slot,
+                str(error).removeprefix(f"{path}: "),
+                not isinstance(error, UnavailableImageError),
+            )
         except MemoryError:
-            yield slot, "expected memory for its canvas, found too little. Close other programs", False
+            yield (
+                slot,
+                "expected memory for its canvas, found too little. Close other programs",
+                False,
+            )
     array.flush()
 
 
@@ -327,7 +389,9 @@ def _work() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         items = ((slot, Path(path)) for slot, path in job["items"])
-        for _, *answer in decode_into(Path(job["file"]), items, restore_preprocess(job["preprocess"])):
+        for _, *answer in decode_into(
+            Path(job["file"]), items, restore_preprocess(job["preprocess"])
+        ):
             print(json.dumps(answer), flush=True)
 
 

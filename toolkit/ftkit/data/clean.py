@@ -44,10 +44,16 @@ def as_text(found: Audit, canvases: Canvases) -> str:
     rows += [(name, *(str(each[split]) for split in splits)) for name, each in found.counts.items()]
     lines = [f"{found.images} images of {len(found.classes)} classes", "", console.table(rows)]
     if found.made:
-        lines.append("* made by ftkit: stratified, seeded; groups and identical files kept on one side")
-    lines += ["", f"formats  {_most(found.formats)}", f"sizes    {_most(found.sizes)}",
-              "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(found.classes)),
-              *_fit(found)]  # fmt: skip
+        lines.append(
+            "* made by ftkit: stratified, seeded; groups and identical files kept on one side"
+        )
+    lines += [
+        "",
+        f"formats  {_most(found.formats)}",
+        f"sizes    {_most(found.sizes)}",
+        "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(found.classes)),
+        *_fit(found),
+    ]
     if list(found.classes) != sorted(found.classes):
         lines.append("         in natural order; a plain sort would number them otherwise")
     return "\n".join([*lines, "", *_remarks(found, canvases)])
@@ -66,12 +72,24 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         return f"{names[row]} ({images.images[row].split})"
 
     def listed(title: str, items: Sequence[str]) -> list[str]:
-        more = [f"  ... and {len(items) - NAMED} more: --json FILE names all"] if len(items) > NAMED else []
-        return [f"{len(items)} {title}", *(f"  {item}" for item in items[:NAMED]), *more] if items else []
+        more = (
+            [f"  ... and {len(items) - NAMED} more: --json FILE names all"]
+            if len(items) > NAMED
+            else []
+        )
+        return (
+            [f"{len(items)} {title}", *(f"  {item}" for item in items[:NAMED]), *more]
+            if items
+            else []
+        )
 
     def sets(items: Iterable[Alike], exact: bool) -> list[str]:
-        return [" = ".join(map(name, item.rows[:4])) + (f" = {len(item.rows) - 4} more" if len(item.rows) > 4 else "")
-                for item in items if item.exact is exact]  # fmt: skip
+        return [
+            " = ".join(map(name, item.rows[:4]))
+            + (f" = {len(item.rows) - 4} more" if len(item.rows) > 4 else "")
+            for item in items
+            if item.exact is exact
+        ]
 
     side = canvases.shards[0].shape[1]
     across = {(item.rows, item.exact) for item in (*found.leaks, *found.conflicts)}
@@ -80,18 +98,28 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         *listed("unreadable, left out in training:", [f"{path}: {why}" for path, why in found.bad]),
         *listed("identical within a split:", sets(inside, True)),
         *listed("nearly identical within a split:", sets(inside, False)),
-        *listed(f"smaller than half of the {side} pixels trained on:", [name(row) for row in found.tiny]),
+        *listed(
+            f"smaller than half of the {side} pixels trained on:", [name(row) for row in found.tiny]
+        ),
         *listed("over 40 megapixels:", [name(row) for row in found.huge]),
-        *listed("of one flat colour:", [name(row) for row in found.flat if row not in found.emptied]),
+        *listed(
+            "of one flat colour:", [name(row) for row in found.flat if row not in found.emptied]
+        ),
         *listed(f"classes with under {FEW} training images:", list(found.few)),
-    ]  # fmt: skip
-    lines += listed("shown whole, and emptied by this recipe's crop:", [name(row) for row in found.emptied])
+    ]
+    lines += listed(
+        "shown whole, and emptied by this recipe's crop:", [name(row) for row in found.emptied]
+    )
     for split, classes in found.unjudged.items():
         lines += listed(f"classes without a {split} image, of which {split} says nothing:", classes)
     if found.imbalance > UNEVEN:
-        lines.append(f"classes are uneven, {found.imbalance:.0f} to 1: try --set stages.0.balance=loss")
+        lines.append(
+            f"classes are uneven, {found.imbalance:.0f} to 1: try --set stages.0.balance=loss"
+        )
     if found.hint:
-        lines.append(f"names suggest groups (one object, one day): if so, try --group-by '{found.hint}'")
+        lines.append(
+            f"names suggest groups (one object, one day): if so, try --group-by '{found.hint}'"
+        )
     lines += [
         *listed("nearly identical on several sides of the split:", sets(found.leaks, False)),
         *listed("nearly identical under several labels:", sets(found.conflicts, False)),
@@ -118,7 +146,10 @@ def _conclusion(found: Audit) -> str:
     """The last line: whether a training may begin, and what --fix would still mend."""
     near = [
         f"{sum(not item.exact for item in items)} sets of near duplicates are {where}"
-        for items, where in ((found.leaks, "on several sides of the split"), (found.conflicts, "under several labels"))
+        for items, where in (
+            (found.leaks, "on several sides of the split"),
+            (found.conflicts, "under several labels"),
+        )
         if any(not item.exact for item in items)
     ]
     if not found.passed:
@@ -136,16 +167,26 @@ def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
     written = []
     for label, name in enumerate(images.classes):
         rows = np.flatnonzero(labels == label)
-        picks = rows[np.unique(np.linspace(0, len(rows) - 1, min(SHEET, len(rows))).astype(int))] if len(rows) else rows
+        picks = (
+            rows[np.unique(np.linspace(0, len(rows) - 1, min(SHEET, len(rows))).astype(int))]
+            if len(rows)
+            else rows
+        )
         path = folder / f"{label}-{_file_name(name)}.jpg"
         _sheet(path, f"{name}: {len(picks)} of {len(rows)}", [list(map(int, picks))], canvases)
         written.append(path)
     leaks, conflicts = ({item.rows for item in some} for some in (found.leaks, found.conflicts))
-    serious = sorted(found.alike, key=lambda item: (item.rows not in leaks, item.rows not in conflicts))
+    serious = sorted(
+        found.alike, key=lambda item: (item.rows not in leaks, item.rows not in conflicts)
+    )
     if serious:
         path = folder / "duplicates.jpg"
-        _sheet(path, f"alike: {min(len(serious), PAIRS)} of {len(serious)} sets, a line each",
-               [list(item.rows[:COLUMNS]) for item in serious[:PAIRS]], canvases)  # fmt: skip
+        _sheet(
+            path,
+            f"alike: {min(len(serious), PAIRS)} of {len(serious)} sets, a line each",
+            [list(item.rows[:COLUMNS]) for item in serious[:PAIRS]],
+            canvases,
+        )
         written.append(path)
     return written
 
@@ -161,12 +202,17 @@ def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases
     for rows in sets:
         for number, row in enumerate(rows):
             x, y = 4 + number % COLUMNS * (TILE + 4), top + number // COLUMNS * (TILE + text)
-            picture = PIL.Image.fromarray(canvases.array([row])[0]).resize((TILE, TILE), PIL.Image.Resampling.BILINEAR)
+            picture = PIL.Image.fromarray(canvases.array([row])[0]).resize(
+                (TILE, TILE), PIL.Image.Resampling.BILINEAR
+            )
             sheet.paste(picture, (x, y))
             image = canvases.images.images[row]
             draw.text((x, y + TILE), image.path.name[-22:], "black", small)
             draw.text(
-                (x, y + TILE + 11), f"{image.split} {canvases.images.classes[image.label]}"[:22], "dimgrey", small
+                (x, y + TILE + 11),
+                f"{image.split} {canvases.images.classes[image.label]}"[:22],
+                "dimgrey",
+                small,
             )
         top += math.ceil(len(rows) / COLUMNS) * (TILE + text)
     content = io.BytesIO()
@@ -235,8 +281,14 @@ def clean(found: Audit, canvases: Canvases) -> Cleaned:
         if len(rows) > 1:
             _together(left, rows)
             groups.append(len(rows))
-    near_left = [[row for row in item.rows if row in left] for item in found.alike if not item.exact]
-    parted = sum(len({left[row].group or str(row) for row in rows}) > 1 for rows in near_left) if found.made else 0
+    near_left = [
+        [row for row in item.rows if row in left] for item in found.alike if not item.exact
+    ]
+    parted = (
+        sum(len({left[row].group or str(row) for row in rows}) > 1 for rows in near_left)
+        if found.made
+        else 0
+    )
 
     open_ = free if found.made else ()
     kept = (replace(image, split="") if image.split in open_ else image for image in left.values())
@@ -264,22 +316,32 @@ def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
 def require_outside(out: Path, images: Images, option: str) -> None:
     """Raises FtkitError when `out` lies in the data folder or, of a CSV, holds its images: they are never touched."""
     place, root = out.resolve(), images.root.resolve()
-    if (place.is_relative_to(root) if root.is_dir() else any(
-        image.path.resolve().parent == place for image in images.images
-    )):  # fmt: skip
-        raise FtkitError(f"{option} {out}: expected a place outside the data, found one in them. Try ../{out.name}")
+    if (
+        place.is_relative_to(root)
+        if root.is_dir()
+        else any(image.path.resolve().parent == place for image in images.images)
+    ):
+        raise FtkitError(
+            f"{option} {out}: expected a place outside the data, found one in them. Try ../{out.name}"
+        )
 
 
 def require_new(out: Path, images: Images) -> None:
     """Raises FtkitError when `out` exists, lies in the data, or has no folder to be in."""
     require_outside(out, images, "--fix")
     if out.exists():
-        raise FtkitError(f"--fix {out}: expected a new file or folder, found one there already. Try another name")
+        raise FtkitError(
+            f"--fix {out}: expected a new file or folder, found one there already. Try another name"
+        )
     if not out.resolve().parent.is_dir():
-        raise FtkitError(f"--fix {out}: expected a folder to put it in, found none. Try making {out.parent} first")
+        raise FtkitError(
+            f"--fix {out}: expected a folder to put it in, found none. Try making {out.parent} first"
+        )
 
 
-def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Callable[[int, int], None]) -> Path:
+def write_clean(
+    out: Path, kept: Sequence[Image], images: Images, progress: Callable[[int, int], None]
+) -> Path:
     """Write the CSV `out`, or the folder `out` with a copy of every file and images.csv; returns the CSV.
 
     Raises FtkitError as require_new.
@@ -287,7 +349,9 @@ def write_clean(out: Path, kept: Sequence[Image], images: Images, progress: Call
     require_new(out, images)
     base = images.root if images.root.is_dir() else images.root.parent
     if out.suffix == ".csv":
-        write_atomically(out, as_csv(((image, _from(out.parent, image.path)) for image in kept), images.classes))
+        write_atomically(
+            out, as_csv(((image, _from(out.parent, image.path)) for image in kept), images.classes)
+        )
         return out
     folder = beside(out)
     try:

@@ -31,8 +31,15 @@ from ftkit_export.runtime.preprocess import SUFFIXES
 
 SPLITS = ("train", "val", "test")
 # In any case: what others call the three.
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-               "testing": "test"}  # fmt: skip
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 SURPLUS = "\0"  # key of the fields that a row has beyond the header
 LINE_ENDS = "\n\r"  # labels.txt has a label a line
 VAL_SHARE = 0.1
@@ -74,10 +81,16 @@ class Images:
 
 def natural(text: str) -> list[tuple[int, int, str]]:
     """Sort key that counts as people do: class2 before class10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part.lower()) for part in re.split(r"(\d+)", text) if part]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part.lower())
+        for part in re.split(r"(\d+)", text)
+        if part
+    ]
 
 
-def read(data: str | Path, seed: int = 0, group_by: str = "", root: str | Path | None = None) -> Images:
+def read(
+    data: str | Path, seed: int = 0, group_by: str = "", root: str | Path | None = None
+) -> Images:
     """Read a class folder, a split folder or a CSV.
 
     group_by: a regular expression; its first group (or all it matches) in a file's path below `data` names the image's
@@ -93,7 +106,10 @@ def read(data: str | Path, seed: int = 0, group_by: str = "", root: str | Path |
         )
     index = {label: number for number, label in enumerate(classes)}
     images = sorted(
-        (Image(path=path, label=index[label], split=split, group=group) for path, label, split, group in rows),
+        (
+            Image(path=path, label=index[label], split=split, group=group)
+            for path, label, split, group in rows
+        ),
         key=lambda image: natural(image.path.as_posix()),
     )
     return _with_splits(Images(root=root, classes=classes, images=tuple(images)), seed)
@@ -110,7 +126,9 @@ class Labelled(NamedTuple):
     group: str
 
 
-def labelled(data: str | Path, group_by: str = "", root: str | Path | None = None) -> list[Labelled]:
+def labelled(
+    data: str | Path, group_by: str = "", root: str | Path | None = None
+) -> list[Labelled]:
     """Images to be judged and not trained on: the test split where one is given, else all of them.
 
     group_by, root: as read's. Raises FtkitError as read, but asks for no more than one image.
@@ -118,7 +136,9 @@ def labelled(data: str | Path, group_by: str = "", root: str | Path | None = Non
     root, rows = _rows(Path(data), Path(root) if root else None, group_by)
     chosen = [row for row in rows if row[2] == "test"] or [row for row in rows if not row[2]]
     if not chosen:
-        raise FtkitError(f"{root}: expected a test split, found train and val only. Try a folder of held-out images")
+        raise FtkitError(
+            f"{root}: expected a test split, found train and val only. Try a folder of held-out images"
+        )
     images = [Labelled(path, label, group) for path, label, _, group in chosen]
     return sorted(images, key=lambda image: natural(image.path.as_posix()))
 
@@ -146,7 +166,9 @@ def splits_csv(images: Images) -> bytes:
 def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[Row]]:
     """Where the images' paths begin (`below`), and the images."""
     if not data.exists():
-        raise FtkitError(f"{data}: expected a folder of images or a CSV, found nothing there. Check the path")
+        raise FtkitError(
+            f"{data}: expected a folder of images or a CSV, found nothing there. Check the path"
+        )
     if root and not (root.is_dir() and data.is_file()):
         found = f"{data}, which is no CSV" if root.is_dir() else "no such folder"
         raise FtkitError(
@@ -154,9 +176,13 @@ def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[Row]
         )
     rows = _from_csv(data, root or data.parent) if data.is_file() else _from_folder(data)
     if not rows and data.is_file():
-        raise FtkitError(f"{data}: expected a row an image, found a header only. Try path,label[,split][,group]")
+        raise FtkitError(
+            f"{data}: expected a row an image, found a header only. Try path,label[,split][,group]"
+        )
     if not rows:
-        raise FtkitError(f"{data}: expected images as {data}/CLASS/IMAGE.jpg, found none. Try a folder a class")
+        raise FtkitError(
+            f"{data}: expected images as {data}/CLASS/IMAGE.jpg, found none. Try a folder a class"
+        )
     top = root or data
     return top, _grouped(top, rows, group_by) if group_by else rows
 
@@ -176,35 +202,52 @@ def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
     try:
         pattern = re.compile(group_by)
     except re.error as error:
-        raise FtkitError(f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
-                         ) from None  # fmt: skip
+        raise FtkitError(
+            f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
+        ) from None
     found = [pattern.search(_relative(root, path)) for path, _, _, _ in rows]
     if not any(found):
-        raise FtkitError(f"--group-by {group_by}: expected it to match paths such as {_relative(root, rows[0][0])}, "
-                         "found no match. Try '([^/]+)_[0-9]+'")  # fmt: skip
+        raise FtkitError(
+            f"--group-by {group_by}: expected it to match paths such as {_relative(root, rows[0][0])}, "
+            "found no match. Try '([^/]+)_[0-9]+'"
+        )
     names = [match and (match[1] if pattern.groups else match[0]) for match in found]
-    return [(path, label, split, name or group)
-            for (path, label, split, group), name in zip(rows, names, strict=True)]  # fmt: skip
+    return [
+        (path, label, split, name or group)
+        for (path, label, split, group), name in zip(rows, names, strict=True)
+    ]
 
 
 def _from_folder(root: Path) -> list[Row]:
     top = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    splits = {path: SPLIT_NAMES[path.name.lower()] for path in top if path.name.lower() in SPLIT_NAMES}
+    splits = {
+        path: SPLIT_NAMES[path.name.lower()] for path in top if path.name.lower() in SPLIT_NAMES
+    }
     others = sorted(path.name for path in top if path not in splits)
-    if "train" not in splits.values() and others:  # "valid" beside "invalid" are what parts are called, too
-        splits = {path: split for path, split in splits.items() if path.name.lower() not in ("valid", "validation")}
+    if (
+        "train" not in splits.values() and others
+    ):  # "valid" beside "invalid" are what parts are called, too
+        splits = {
+            path: split
+            for path, split in splits.items()
+            if path.name.lower() not in ("valid", "validation")
+        }
     if not splits:
         return [(path, label, "", "") for path, label in _class_folders(root)]
 
     if others:
         named = sorted(path.name for path in splits)
-        raise FtkitError(f"{root}: expected either splits (train, val, test) or classes, found {named[0]!r} beside "
-                         f"{others[0]!r}. Rename the one, or move the other out of the data folder")  # fmt: skip
+        raise FtkitError(
+            f"{root}: expected either splits (train, val, test) or classes, found {named[0]!r} beside "
+            f"{others[0]!r}. Rename the one, or move the other out of the data folder"
+        )
     rows = []
     for folder, split in splits.items():
         for path, label in _class_folders(folder):
             if label.lower() in SPLIT_NAMES:
-                raise FtkitError(f"{folder / label}: expected a class, found a folder named like a split. Rename it")
+                raise FtkitError(
+                    f"{folder / label}: expected a class, found a folder named like a split. Rename it"
+                )
             rows.append((path, label, split, ""))
     return rows
 
@@ -227,7 +270,9 @@ def _from_csv(path: Path, folder: Path) -> list[Row]:
             columns = [column.strip() for column in reader.fieldnames or ()]
             table = [(reader.line_num, line) for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise FtkitError(f"{path}: expected a CSV in UTF-8, found {error}. Try path,label[,split][,group]") from None
+        raise FtkitError(
+            f"{path}: expected a CSV in UTF-8, found {error}. Try path,label[,split][,group]"
+        ) from None
 
     for column in ("path", "label"):
         if column not in columns:
@@ -240,16 +285,24 @@ def _from_csv(path: Path, folder: Path) -> list[Row]:
 def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> Row:
     """One row of a CSV; where: its file and line, for FtkitError."""
     surplus = line.get(SURPLUS, [])
-    if any(text.strip() for text in surplus):  # commas at the end of a row are what some spreadsheets write
+    if any(
+        text.strip() for text in surplus
+    ):  # commas at the end of a row are what some spreadsheets write
         raise FtkitError(
             f"{where}: expected {len(columns)} fields ({', '.join(columns)}), found {len(columns) + len(surplus)}. "
             'Quote a field that has a comma in it: "food, drink"'
         )
-    fields = {str(column).strip(): (text or "").strip() for column, text in line.items() if column != SURPLUS}
+    fields = {
+        str(column).strip(): (text or "").strip()
+        for column, text in line.items()
+        if column != SURPLUS
+    }
 
     image = _image_file(folder, fields["path"])
     if image is None:
-        raise FtkitError(f"{where}: expected an image at {folder / fields['path']}, found none. Check the path column")
+        raise FtkitError(
+            f"{where}: expected an image at {folder / fields['path']}, found none. Check the path column"
+        )
     label = fields["label"]
     if not label:
         raise FtkitError(f"{where}: expected a label, found none. Fill in the label column")
@@ -272,7 +325,9 @@ def _with_splits(images: Images, seed: int) -> Images:
     given = {image.split for image in images.images}
     items = [image if image.split else replace(image, split="train") for image in images.images]
     if "train" not in {image.split for image in items}:
-        raise FtkitError(f"{images.root}: expected a train split, found {', '.join(sorted(given))}. Try adding train/")
+        raise FtkitError(
+            f"{images.root}: expected a train split, found {', '.join(sorted(given))}. Try adding train/"
+        )
     made = [split for split in ("test", "val") if split not in given]
     together = _together(items) if made else []
     for split in made:
@@ -281,11 +336,17 @@ def _with_splits(images: Images, seed: int) -> Images:
     counts = Counter(image.label for image in result.of("train"))
     for label, name in enumerate(images.classes):
         if counts[label] == 0:
-            raise FtkitError(f"{images.root}: expected training images of class {name!r}, found none. Try adding some")
+            raise FtkitError(
+                f"{images.root}: expected training images of class {name!r}, found none. Try adding some"
+            )
     for split in ("val", "test"):
         if not result.of(split):
             grouped = any(image.group for image in items)
-            cure = "more groups, for each stays whole in one split" if grouped else "at least 4 images a class"
+            cure = (
+                "more groups, for each stays whole in one split"
+                if grouped
+                else "at least 4 images a class"
+            )
             raise FtkitError(
                 f"{images.root}: expected enough images for a {split} split, found {len(items)} in all. Try {cure}"
             )
@@ -295,7 +356,9 @@ def _with_splits(images: Images, seed: int) -> Images:
 def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     """The first member of each item's cluster, when the items of every pair belong together."""
     ends = np.array(pairs, np.int64).reshape(-1, 2).T
-    _, names = connected_components(coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(count, count)))
+    _, names = connected_components(
+        coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(count, count))
+    )
     first: dict[int, int] = {}
     return [first.setdefault(int(name), number) for number, name in enumerate(names)]
 
@@ -316,7 +379,9 @@ def _together(items: Sequence[Image]) -> list[int]:
     return clusters(len(items), pairs)
 
 
-def _cut(items: Sequence[Image], together: Sequence[int], split: str, share: float, seed: int) -> list[Image]:
+def _cut(
+    items: Sequence[Image], together: Sequence[int], split: str, share: float, seed: int
+) -> list[Image]:
     """Move about `share` of train to `split`, class by class; what belongs together goes together; every class keeps an
     image."""
     rng = random.Random(f"{seed}/{split}")
@@ -335,7 +400,9 @@ def _cut(items: Sequence[Image], together: Sequence[int], split: str, share: flo
     for name in order:
         members = Counter(items[number].label for number in groups[name])
         gain = sum(min(count, max(0, wanted[label])) for label, count in members.items())
-        if gain * 2 < members.total() or any(left[label] <= count for label, count in members.items()):
+        if gain * 2 < members.total() or any(
+            left[label] <= count for label, count in members.items()
+        ):
             continue  # more than half of this group is not wanted, or a class would lose its last image
         for number in groups[name]:
             result[number] = replace(items[number], split=split)

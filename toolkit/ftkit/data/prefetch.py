@@ -32,7 +32,12 @@ class Source:
     none on a CPU, whose memory the stored arrays share already."""
 
     def __init__(
-        self, read: Callable[[Array], Array], rows: int, row_bytes: int, device: torch.device, room: int | None = None
+        self,
+        read: Callable[[Array], Array],
+        rows: int,
+        row_bytes: int,
+        device: torch.device,
+        room: int | None = None,
     ):
         self._read, self.device = read, device
         if room is None:
@@ -56,7 +61,10 @@ class Source:
 
     def fetch(self, rows: Array) -> torch.Tensor:
         """(n,) row numbers -> their values, or, resident, the numbers themselves; pinned where there is a GPU."""
-        return pinned(torch.from_numpy(np.ascontiguousarray(rows) if self.resident else self._read(rows)), self.device)
+        return pinned(
+            torch.from_numpy(np.ascontiguousarray(rows) if self.resident else self._read(rows)),
+            self.device,
+        )
 
     def take(self, fetched: torch.Tensor) -> torch.Tensor:
         """What `fetch` gave -> (n, ...) on the device; queued, not awaited."""

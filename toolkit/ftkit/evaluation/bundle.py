@@ -28,8 +28,12 @@ from ftkit_export.runtime.predict import Classifier
 Array = np.ndarray[Any, Any]
 
 LISTED = 20  # images that are printed; --json has them all
-TRAINED_ON = "trained_on.txt"  # in a run and in its bundle: a digest a line of each train and val image
-SPLITS_CSV = "splits.csv"  # in a run and in its bundle: every image with its split, as intake.read takes it
+TRAINED_ON = (
+    "trained_on.txt"  # in a run and in its bundle: a digest a line of each train and val image
+)
+SPLITS_CSV = (
+    "splits.csv"  # in a run and in its bundle: every image with its split, as intake.read takes it
+)
 DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, and no two alike by chance
 
 
@@ -80,7 +84,11 @@ class Change:
     @property
     def worse_classes(self) -> list[str]:
         """Classes that surely lost more than the limit."""
-        return [name for name, found in self.classes.items() if found.verdict(self.max_drop) == "refused"]
+        return [
+            name
+            for name, found in self.classes.items()
+            if found.verdict(self.max_drop) == "refused"
+        ]
 
 
 def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelled], int | None]:
@@ -95,8 +103,10 @@ def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelle
     known = set(path.read_text().split())
     left = [image for image in images if trained_on_digest(image.path) not in known]
     if not left:
-        raise FtkitError(f"{images[0].path.parent}: expected images that the model was not trained on, found that it "
-                         f"was on all {len(images)}. Try held-out images")  # fmt: skip
+        raise FtkitError(
+            f"{images[0].path.parent}: expected images that the model was not trained on, found that it "
+            f"was on all {len(images)}. Try held-out images"
+        )
     return left, len(images) - len(left)
 
 
@@ -113,13 +123,18 @@ def require(bundle: str | Path, images: Sequence[Labelled]) -> None:
     known = Classifier(bundle).labels
     for path, label, _ in images:
         if label not in known:
-            raise FtkitError(f"{path}: expected a class that {bundle} knows, {choices(label, known)}")
+            raise FtkitError(
+                f"{path}: expected a class that {bundle} knows, {choices(label, known)}"
+            )
 
 
 def answers(
-    bundle: str | Path, images: Sequence[Labelled], *, provider: str = "cpu",
+    bundle: str | Path,
+    images: Sequence[Labelled],
+    *,
+    provider: str = "cpu",
     step: Callable[[int, int], object] = lambda done, total: None,
-) -> Answers:  # fmt: skip
+) -> Answers:
     """File bytes -> answer for each image, as a device would. step: told how many are done.
 
     Raises FtkitError as require, and when no image can be read.
@@ -135,17 +150,22 @@ def answers(
             unreadable.append(str(error))
         step(number, len(images))
     if not kept:
-        raise FtkitError(f"{images[0].path}: expected images that can be read, found none. {unreadable[0]}")
+        raise FtkitError(
+            f"{images[0].path}: expected images that can be read, found none. {unreadable[0]}"
+        )
     probabilities = np.stack(found)
     labels = np.array([known[image.label] for image in kept])
     groups = tuple(image.group for image in kept)
     return Answers(
-        files=tuple(image.path for image in kept), labels=tuple(image.label for image in kept), groups=groups,
+        files=tuple(image.path for image in kept),
+        labels=tuple(image.label for image in kept),
+        groups=groups,
         said=tuple(classify.labels[best] for best in probabilities.argmax(1)),
         probability=tuple(float(value) for value in probabilities.max(1)),
-        metrics=evaluate(probabilities, labels, classify.labels, groups), unreadable=tuple(unreadable),
+        metrics=evaluate(probabilities, labels, classify.labels, groups),
+        unreadable=tuple(unreadable),
         placement=classify.session.placement,
-    )  # fmt: skip
+    )
 
 
 def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
@@ -169,32 +189,50 @@ def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
     if any(found.verdict(max_drop) == "refused" for found in classes.values()):
         verdict = "refused"
     return Change(
-        verdict=verdict, max_drop=max_drop, paired=overall, classes=classes, regressed=tuple(regressed),
+        verdict=verdict,
+        max_drop=max_drop,
+        paired=overall,
+        classes=classes,
+        regressed=tuple(regressed),
         repaired=int((after & ~before).sum()),
-    )  # fmt: skip
+    )
 
 
 def as_text(new: Answers, old: Answers | None = None, change: Change | None = None) -> str:
     """What a person reads, within 80 columns but for paths: accuracy, a row a class, what changed since `old`."""
     found = new.metrics
-    lines = [f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on "
-             f"{ground(found.images, found.clusters)}", f"NLL {found.nll:.3f}, ECE {found.ece:.3f}"]  # fmt: skip
+    lines = [
+        f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on "
+        f"{ground(found.images, found.clusters)}",
+        f"NLL {found.nll:.3f}, ECE {found.ece:.3f}",
+    ]
     rows = [("class", "images", "recall", "precision", *["drop, points [95 %]"] * bool(change))]
     for place, name in enumerate(found.classes):
-        shares = [f"{value:.3f}" if value is not None else "-"
-                  for value in (found.recall[place], found.precision[place])]  # fmt: skip
+        shares = [
+            f"{value:.3f}" if value is not None else "-"
+            for value in (found.recall[place], found.precision[place])
+        ]
         drop = [_points(change.classes[name]) if name in change.classes else ""] if change else []
         rows.append((name, str(sum(found.confusion[place])), *shares, *drop))
     lines.append(console.table(rows))
     if old and change:
-        lines.append(f"{len(change.regressed)} formerly right and now wrong, {change.repaired} the other way")
-        lines += [f"  {item.image}  {item.label} -> {item.said} {item.probability:.3f}"
-                  for item in change.regressed[:LISTED]]  # fmt: skip
+        lines.append(
+            f"{len(change.regressed)} formerly right and now wrong, {change.repaired} the other way"
+        )
+        lines += [
+            f"  {item.image}  {item.label} -> {item.said} {item.probability:.3f}"
+            for item in change.regressed[:LISTED]
+        ]
         if len(change.regressed) > LISTED:
             lines.append(f"  and {len(change.regressed) - LISTED} more: see --json")
-        lines += [f"class {name} surely lost more than {change.max_drop:.1%}" for name in change.worse_classes]
-        lines.append(f"accuracy {old.metrics.accuracy:.4f} -> {found.accuracy:.4f}, drop {_points(change.paired)} "
-                     f"points, limit {change.max_drop * 100:.2f}")  # fmt: skip
+        lines += [
+            f"class {name} surely lost more than {change.max_drop:.1%}"
+            for name in change.worse_classes
+        ]
+        lines.append(
+            f"accuracy {old.metrics.accuracy:.4f} -> {found.accuracy:.4f}, drop {_points(change.paired)} "
+            f"points, limit {change.max_drop * 100:.2f}"
+        )
         lines.append(change.verdict)
     return "\n".join(lines)
 

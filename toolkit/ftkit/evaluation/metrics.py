@@ -21,9 +21,16 @@ from sklearn.metrics import (
     precision_recall_curve,
     precision_recall_fscore_support,
     top_k_accuracy_score,
-)  # fmt: skip
+)
 
-from ftkit_export.proof.intervals import PROVEN_SHARE, SHARE, Design, clopper_pearson, design, share_interval
+from ftkit_export.proof.intervals import (
+    PROVEN_SHARE,
+    SHARE,
+    Design,
+    clopper_pearson,
+    design,
+    share_interval,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -34,7 +41,12 @@ PRIOR_SPREAD = 0.25
 CALIBRATION_FOLDS = 5
 LEVEL = 0.05  # chance that the precision claimed at the abstain threshold is not reached
 LOOKED_AT = 200  # thresholds, from each start
-STARTS = (0.25, 0.5, 0.75, 1.0)  # shares of images answered at which the search for the threshold begins
+STARTS = (
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+)  # shares of images answered at which the search for the threshold begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +102,9 @@ class Mistake:
     probability: float
 
 
-def reliability(probabilities: Array, labels: Array, bins: int = 15) -> tuple[tuple[int, float, float], ...]:
+def reliability(
+    probabilities: Array, labels: Array, bins: int = 15
+) -> tuple[tuple[int, float, float], ...]:
     """Equal-width bins of the top probability that hold images: (images, mean probability, share right) each."""
     top, right = probabilities.max(1).astype(np.float64), probabilities.argmax(1) == labels
     number = np.minimum((top * bins).astype(int), bins - 1)
@@ -113,20 +127,33 @@ def evaluate(
     """probabilities (N, classes), labels (N,) int, groups N names ("" for an image on its own) -> Metrics."""
     found, every = probabilities.argmax(1), np.arange(len(classes))
     confusion = confusion_matrix(labels, found, labels=every)
-    precision, recall, f1, support = precision_recall_fscore_support(labels, found, labels=every, zero_division=0.0)
+    precision, recall, f1, support = precision_recall_fscore_support(
+        labels, found, labels=every, zero_division=0.0
+    )
     there, right = support > 0, int(confusion.trace())
     low, high, clusters = share_interval(found == labels, groups)
     bounds = _recall_bounds(found, labels, len(classes), groups)
     chosen = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), 1e-12)
     return Metrics(
-        images=len(labels), accuracy=right / len(labels), accuracy_low=low, accuracy_high=high,
-        balanced_accuracy=float(recall[there].mean()), macro_f1=float(f1[there].mean()),
-        top5=float(top_k_accuracy_score(labels, probabilities, k=5, labels=every)) if len(classes) > 5 else None,
-        nll=float(-np.log(chosen).mean()), ece=ece(probabilities, labels), classes=tuple(classes),
-        recall=_where(recall, there), recall_low=_where(bounds[0], there), recall_high=_where(bounds[1], there),
+        images=len(labels),
+        accuracy=right / len(labels),
+        accuracy_low=low,
+        accuracy_high=high,
+        balanced_accuracy=float(recall[there].mean()),
+        macro_f1=float(f1[there].mean()),
+        top5=float(top_k_accuracy_score(labels, probabilities, k=5, labels=every))
+        if len(classes) > 5
+        else None,
+        nll=float(-np.log(chosen).mean()),
+        ece=ece(probabilities, labels),
+        classes=tuple(classes),
+        recall=_where(recall, there),
+        recall_low=_where(bounds[0], there),
+        recall_high=_where(bounds[1], there),
         precision=_where(precision, confusion.sum(0) > 0),
-        confusion=tuple(tuple(map(int, row)) for row in confusion), clusters=clusters,
-    )  # fmt: skip
+        confusion=tuple(tuple(map(int, row)) for row in confusion),
+        clusters=clusters,
+    )
 
 
 def worst_class(metrics: Metrics) -> int | None:
@@ -135,13 +162,17 @@ def worst_class(metrics: Metrics) -> int | None:
     return min(known, key=lambda label: metrics.recall[label] or 0.0, default=None)
 
 
-def _recall_bounds(answers: Array, labels: Array, classes: int, groups: Sequence[str] | None) -> Array:
+def _recall_bounds(
+    answers: Array, labels: Array, classes: int, groups: Sequence[str] | None
+) -> Array:
     """(2, classes): 95 % interval of each class's recall; 0 and 1 of a class without images."""
     names = None if groups is None else np.array(groups)
     bounds = np.empty((2, classes))
     for label in range(classes):
         own = labels == label
-        low, high, _ = share_interval(answers[own] == label, None if names is None else list(names[own]))
+        low, high, _ = share_interval(
+            answers[own] == label, None if names is None else list(names[own])
+        )
         bounds[:, label] = low, high
     return bounds
 
@@ -174,7 +205,9 @@ def abstain_threshold(
             named = [groups[row] for row in answered] if groups is not None else None
             if _precision_bound(right[answered], named, 1 - LEVEL / len(STARTS)) < precision:
                 break
-            proven = float(top[order[last]]) if proven is None else min(proven, float(top[order[last]]))
+            proven = (
+                float(top[order[last]]) if proven is None else min(proven, float(top[order[last]]))
+            )
     if proven is not None:
         return proven, True
 
@@ -185,7 +218,9 @@ def abstain_threshold(
 
 def _thinned(places: Array) -> Array:
     """At most LOOKED_AT of them, evenly, the last one too."""
-    found: Array = places[np.unique(np.linspace(0, len(places) - 1, min(LOOKED_AT, len(places))).round().astype(int))]
+    found: Array = places[
+        np.unique(np.linspace(0, len(places) - 1, min(LOOKED_AT, len(places))).round().astype(int))
+    ]
     return found
 
 
@@ -196,27 +231,41 @@ def _precision_bound(right: Array, groups: Sequence[str] | None, level: float) -
     if found.df <= 0:
         return 0.0
     normal = Design(images=0).quantile(level)
-    return clopper_pearson(share, len(right) / found.effect * (normal / found.quantile(level)) ** 2, level)[0]
+    return clopper_pearson(
+        share, len(right) / found.effect * (normal / found.quantile(level)) ** 2, level
+    )[0]
 
 
 def abstention(
-    probabilities: Array, labels: Array, wanted: float, threshold: float | None, proven: bool = False
+    probabilities: Array,
+    labels: Array,
+    wanted: float,
+    threshold: float | None,
+    proven: bool = False,
 ) -> Abstention:
     """What a threshold chosen elsewhere comes to on these images."""
     top, right = probabilities.max(1), probabilities.argmax(1) == labels
     answered = top >= threshold if threshold is not None else np.zeros(len(top), bool)
     return Abstention(
-        wanted=wanted, threshold=threshold, coverage=float(answered.mean()), proven=proven,
+        wanted=wanted,
+        threshold=threshold,
+        coverage=float(answered.mean()),
+        proven=proven,
         precision=float(right[answered].mean()) if answered.any() else None,
-    )  # fmt: skip
+    )
 
 
-def worst_mistakes(probabilities: Array, labels: Array, rows: Array, count: int = 12) -> tuple[Mistake, ...]:
+def worst_mistakes(
+    probabilities: Array, labels: Array, rows: Array, count: int = 12
+) -> tuple[Mistake, ...]:
     """The wrong answers given with the greatest confidence, worst first."""
     said, top = probabilities.argmax(1), probabilities.max(1)
     wrong = sorted(np.flatnonzero(said != labels), key=lambda i: -top[i])[:count]
     return tuple(
-        Mistake(row=int(rows[i]), label=int(labels[i]), said=int(said[i]), probability=float(top[i])) for i in wrong
+        Mistake(
+            row=int(rows[i]), label=int(labels[i]), said=int(said[i]), probability=float(top[i])
+        )
+        for i in wrong
     )
 
 
@@ -225,7 +274,10 @@ def cka(one: Array, other: Array) -> float:
     rotation and scaling of the other (Kornblith et al. 2019)."""
     x, y = (value.astype(np.float64) - value.mean(0, dtype=np.float64) for value in (one, other))
     if len(x) < x.shape[1]:
-        x, y = x @ x.T, y @ y.T  # Gram matrices of the images: the same numbers, from the smaller side
+        x, y = (
+            x @ x.T,
+            y @ y.T,
+        )  # Gram matrices of the images: the same numbers, from the smaller side
         return float((x * y).sum() / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-300))
     cross = np.linalg.norm(x.T @ y) ** 2
     return float(cross / max(float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)), 1e-300))
@@ -250,7 +302,9 @@ def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None =
         held = folds == fold
         if held.all():
             return 1.0
-        gain[held] = before[held] - _nll(logits[held], labels[held], _temperature(logits[~held], labels[~held]))
+        gain[held] = before[held] - _nll(
+            logits[held], labels[held], _temperature(logits[~held], labels[~held])
+        )
     # Gains lie where errors do: what is known of their grouping is the errors' design effect.
     effect = design(logits.argmax(1) == labels, groups, SHARE).effect
     error = math.sqrt(float(gain.var()) / len(gain) * effect)
@@ -263,10 +317,14 @@ def _temperature(logits: Array, labels: Array) -> float:
         return float(_nll(logits, labels, math.exp(log_t)).sum()) + (log_t / PRIOR_SPREAD) ** 2 / 2
 
     bounds = math.log(COLDEST), math.log(HOTTEST)
-    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
+    return math.exp(
+        minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
+    )
 
 
 def _nll(logits: Array, labels: Array, temperature: float) -> Array:
     """(N,) of each image."""
-    found: Array = -log_softmax(logits.astype(np.float64) / temperature, axis=1)[np.arange(len(labels)), labels]
+    found: Array = -log_softmax(logits.astype(np.float64) / temperature, axis=1)[
+        np.arange(len(labels)), labels
+    ]
     return found

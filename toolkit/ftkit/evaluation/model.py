@@ -24,7 +24,7 @@ from ftkit.evaluation.metrics import (
     fit_temperature,
     reliability,
     worst_mistakes,
-)  # fmt: skip
+)
 from ftkit.models.backbones import Backbone
 from ftkit.models.inference import CHUNK, WithEmbedding, runner
 from ftkit.utils import console
@@ -62,7 +62,9 @@ class Answers:
 
     def __init__(self, backbone: Backbone, canvases: Canvases, preprocess: Preprocess):
         self._canvases, self._preprocess = canvases, preprocess
-        self._run, _ = runner(WithEmbedding(backbone), self._pixels(np.arange(min(CHUNK, len(canvases.slots)))))
+        self._run, _ = runner(
+            WithEmbedding(backbone), self._pixels(np.arange(min(CHUNK, len(canvases.slots))))
+        )
 
     def _pixels(self, rows: Array) -> torch.Tensor:
         return evaluation(torch.from_numpy(self._canvases.array(rows)), self._preprocess)
@@ -76,9 +78,14 @@ class Answers:
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def judge(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precision: float) -> Verdict:
+def judge(
+    backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precision: float
+) -> Verdict:
     """Everything decided on val first; test is looked at once, and decides nothing."""
-    answers, rows = Answers(backbone, canvases, preprocess), {split: canvases.rows(split) for split in ("val", "test")}
+    answers, rows = (
+        Answers(backbone, canvases, preprocess),
+        {split: canvases.rows(split) for split in ("val", "test")},
+    )
     labels = {split: canvases.labels[rows[split]] for split in rows}
     found = {split: answers(rows[split], f"evaluating {split}") for split in rows}
     logits = {split: found[split][0] for split in rows}
@@ -86,12 +93,17 @@ def judge(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precis
     foreign = _foreign(answers, canvases, found["val"][1])
     temperature = fit_temperature(logits["val"], labels["val"], groups["val"])
     probabilities = {split: softmax(logits[split] / temperature) for split in rows}
-    threshold, proven = abstain_threshold(probabilities["val"], labels["val"], precision, groups["val"])
+    threshold, proven = abstain_threshold(
+        probabilities["val"], labels["val"], precision, groups["val"]
+    )
     classes = canvases.images.classes
     plain = {split: evaluate(softmax(logits[split]), labels[split], classes) for split in rows}
     return Verdict(
         temperature=temperature,
-        metrics={split: evaluate(probabilities[split], labels[split], classes, groups[split]) for split in rows},
+        metrics={
+            split: evaluate(probabilities[split], labels[split], classes, groups[split])
+            for split in rows
+        },
         uncalibrated={split: {"nll": item.nll, "ece": item.ece} for split, item in plain.items()},
         reliability={
             "before": reliability(softmax(logits["test"]), labels["test"]),

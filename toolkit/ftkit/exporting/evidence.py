@@ -39,14 +39,16 @@ BUDGETS = ("p95_ms", "size_mb", "memory_mb")  # fields of recipe.Export
 
 def file_accuracy(
     folder: Path, run: Run, context: variants.Context, classes: Sequence[str]
-) -> tuple[Metrics, Paired]:  # fmt: skip
+) -> tuple[Metrics, Paired]:
     """File bytes -> probabilities on every held-out photograph, as a device would; and paired with the answers of the
     framework, which the run has kept."""
     classify, rows = Classifier(folder), context.canvases.rows("test")
     found, labels = [], context.canvases.labels[rows]
     with console.bar("accuracy of the file") as progress:
         for number, row in enumerate(rows, start=1):
-            found.append(classify.probabilities(classify.decode(context.canvases.images.images[row].path)))
+            found.append(
+                classify.probabilities(classify.decode(context.canvases.images.images[row].path))
+            )
             progress(number, len(rows))
     probabilities = np.stack(found)
     groups = context.canvases.groups(rows)
@@ -68,7 +70,11 @@ def out_of_order(folder: Path, classes: Sequence[str]) -> int:
 
 
 def latencies(
-    paths: Mapping[str, tuple[Path, Path]], photograph: Path, frame: str, providers: Sequence[str], quick: bool
+    paths: Mapping[str, tuple[Path, Path]],
+    photograph: Path,
+    frame: str,
+    providers: Sequence[str],
+    quick: bool,
 ) -> dict[str, list[Latency]]:
     """Variant -> p50, p95, memory on a photograph at the size of `frame`, each in a fresh process; the first is one
     thread on the CPU or, for want of it, the first provider. On a GPU with and without copies."""
@@ -85,27 +91,41 @@ def latencies(
                 with console.bar(f"latency of {where}"):
                     last = measure(condition, photograph, quick=quick)
                 found[name].append(last)
-                console.say(f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms")
+                console.say(
+                    f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms"
+                )
     return found
 
 
-def budgets(row: Row, forms: tuple[Path, Path], context: variants.Context, *, quick: bool) -> list[Budget]:
+def budgets(
+    row: Row, forms: tuple[Path, Path], context: variants.Context, *, quick: bool
+) -> list[Budget]:
     """The export's budgets, held against a shipped variant on its target, in several processes as `ftkit bench
     --budget` does. row: with the full measurement, where there is one."""
-    limits = {name: getattr(context.limits, name) for name in BUDGETS if getattr(context.limits, name) is not None}
+    limits = {
+        name: getattr(context.limits, name)
+        for name in BUDGETS
+        if getattr(context.limits, name) is not None
+    }
     starts: Sequence[Start] = []
     if limits.keys() & {"p95_ms", "memory_mb"}:
         with console.bar(f"budgets of {row.name}"):
             starts = _starts(row, forms, context, quick)
-    return judge_budgets(limits, starts, p50_ms=row.p50_ms, p95_ms=row.p95_ms, size_bytes=row.size_bytes)
+    return judge_budgets(
+        limits, starts, p50_ms=row.p50_ms, p95_ms=row.p95_ms, size_bytes=row.size_bytes
+    )
 
 
-def _starts(row: Row, forms: tuple[Path, Path], context: variants.Context, quick: bool) -> Sequence[Start]:
+def _starts(
+    row: Row, forms: tuple[Path, Path], context: variants.Context, quick: bool
+) -> Sequence[Start]:
     """Fresh processes on the target; none where it is neither here, nor reached, nor measured this very file."""
     provider = context.target.provider
     path, count = form_of(provider, *forms), QUICK_STARTS if quick else STARTS
     if context.device:
-        return context.device.starts(path, context.photograph, provider=provider, frame=context.frame, count=count)
+        return context.device.starts(
+            path, context.photograph, provider=provider, frame=context.frame, count=count
+        )
     if context.here:
         condition = Condition(model=str(path), provider=provider, threads=1, frame=context.frame)
         return starts(condition, context.photograph, quick=quick)
@@ -119,7 +139,9 @@ def choose(rows: Sequence[Row], judged: Mapping[str, Sequence[Budget]]) -> Row:
     surely miss none; else the one that misses by the smallest factor. judged: row name -> its budgets."""
     allowed = [row for row in rows if row.shippable]
     for verdicts in ({"passed"}, {"passed", "inconclusive"}):
-        meeting = [row for row in allowed if {item.verdict for item in judged[row.name]} <= verdicts]
+        meeting = [
+            row for row in allowed if {item.verdict for item in judged[row.name]} <= verdicts
+        ]
         if meeting:
             return min(meeting, key=lambda row: (row.p50_ms or 0, row.size_bytes))
     return min(allowed, key=lambda row: max(item.excess for item in judged[row.name]))
@@ -205,11 +227,15 @@ def input_group(check: Check) -> str:
 def _recall(metrics: Metrics, least: float) -> Gate:
     """Whether every class is found often enough: of the class that is least sure of it, the share that is missed."""
     lows = [0.0 if low is None else low for low in metrics.recall_low]
-    label = min(range(len(lows)), key=lambda label: (metrics.recall[label] is not None, lows[label]))
+    label = min(
+        range(len(lows)), key=lambda label: (metrics.recall[label] is not None, lows[label])
+    )
     recall, low, high = metrics.recall[label], metrics.recall_low[label], metrics.recall_high[label]
     if recall is None or low is None or high is None:
         name = f"images missed of class {metrics.classes[label]}, of which test has none"
-        return Gate(name=name, value=math.nan, limit=1 - least, unsettled="no test image of that class")
+        return Gate(
+            name=name, value=math.nan, limit=1 - least, unsettled="no test image of that class"
+        )
     name = f"images missed of class {metrics.classes[label]}"
     return Gate(name=name, value=1 - recall, limit=1 - least, low=1 - high, high=1 - low)
 
@@ -217,7 +243,9 @@ def _recall(metrics: Metrics, least: float) -> Gate:
 SIZES = ("320x240", "640x480", "1280x720", "1920x1080", "4000x3000")
 
 
-def over_sizes(row: Row, forms: tuple[Path, Path], context: variants.Context) -> list[tuple[str, float, float]]:
+def over_sizes(
+    row: Row, forms: tuple[Path, Path], context: variants.Context
+) -> list[tuple[str, float, float]]:
     """(frame, p50 ms, p95 ms) of the chosen image form on the target's CPU, one thread, smallest first; none where the
     target is neither here nor reached, or runs the core form."""
     if not (context.here or context.device) or context.target.provider != "cpu":
@@ -227,14 +255,22 @@ def over_sizes(row: Row, forms: tuple[Path, Path], context: variants.Context) ->
     with console.bar("latency over frame sizes"):
         if context.device:
             return context.device.over_sizes(forms[0], context.photograph, listed)
-        return latency_over_sizes(Condition(model=str(forms[0]), threads=1), context.photograph, listed)
+        return latency_over_sizes(
+            Condition(model=str(forms[0]), threads=1), context.photograph, listed
+        )
 
 
 def manifest(
-    run: Run, parity: Sequence[Parity], file_metrics: Metrics, against: Paired,
-    latency: Mapping[str, Sequence[Latency]], context: variants.Context, made: variants.Variants, chosen: Row,
+    run: Run,
+    parity: Sequence[Parity],
+    file_metrics: Metrics,
+    against: Paired,
+    latency: Mapping[str, Sequence[Latency]],
+    context: variants.Context,
+    made: variants.Variants,
+    chosen: Row,
     sizes: Sequence[tuple[str, float, float]],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     target = context.target
     return {
         "ftkit": ftkit.__version__,
@@ -247,8 +283,12 @@ def manifest(
         "target": context.target_name,
         "chosen": chosen.name,
         "frame": context.frame,
-        "figures": {"p50_ms": chosen.p50_ms, "p95_ms": chosen.p95_ms, "size_bytes": chosen.size_bytes,
-                    "peak_rss_bytes": chosen.peak_rss_bytes},
+        "figures": {
+            "p50_ms": chosen.p50_ms,
+            "p95_ms": chosen.p95_ms,
+            "size_bytes": chosen.size_bytes,
+            "peak_rss_bytes": chosen.peak_rss_bytes,
+        },
         "opset": OPSET,
         "ir": IR_VERSION,
         "oldest_onnxruntime": target.oldest,
@@ -257,22 +297,37 @@ def manifest(
         "limits": asdict(context.limits),
         "evidence": {
             "decision": [{**asdict(row), "shippable": row.shippable} for row in made.rows],
-            "agreement": {name: [{**asdict(check), "passed": check.passed} for check in checks]
-                          for name, checks in made.checks.items()},
+            "agreement": {
+                name: [{**asdict(check), "passed": check.passed} for check in checks]
+                for name, checks in made.checks.items()
+            },
             "parity": [
                 {
-                    "provider": item.provider, "passed": item.passed, "first_divergence": item.first_divergence,
+                    "provider": item.provider,
+                    "passed": item.passed,
+                    "first_divergence": item.first_divergence,
                     "placement": item.placement,
                     "errors": item.errors,
                     "checks": [{**asdict(check), "passed": check.passed} for check in item.checks],
                 }
                 for item in parity
             ],
-            "accuracy": {"framework": run.data["metrics"]["test"], "file": asdict(file_metrics),
-                         "against_framework": asdict(against)},
-            "decided_on": context.device.machine if context.device else context.measured.get("machine", machine()),
-            "latency_over_sizes": [{"frame": frame, "p50_ms": p50, "p95_ms": p95} for frame, p50, p95 in sizes],
-            "latency": [{"variant": name, **asdict(item)} for name, items in latency.items() for item in items],
+            "accuracy": {
+                "framework": run.data["metrics"]["test"],
+                "file": asdict(file_metrics),
+                "against_framework": asdict(against),
+            },
+            "decided_on": context.device.machine
+            if context.device
+            else context.measured.get("machine", machine()),
+            "latency_over_sizes": [
+                {"frame": frame, "p50_ms": p50, "p95_ms": p95} for frame, p50, p95 in sizes
+            ],
+            "latency": [
+                {"variant": name, **asdict(item)}
+                for name, items in latency.items()
+                for item in items
+            ],
         },
         "machine": machine(),
-    }  # fmt: skip
+    }

@@ -101,11 +101,23 @@ class Exported:
 
     def _repr_html_(self) -> str:
         gates = [(gate.name, gate.verdict, gate.value, gate.limit) for gate in self.gates]
-        rows = [("chosen, " * (row.name == self.chosen) + row.name, row.verdict, row.accuracy, row.p50_ms,
-                 row.size_bytes / 1e6) for row in self.rows]  # fmt: skip
-        return "".join([f"<p>{escape(str(self.folder))}: {'all gates passed' if self.passed else self.verdict}</p>",
-                        table(("gate", "verdict", "value", "at most"), gates),
-                        table(("variant", "verdict", "val accuracy", "p50 ms", "MB"), rows)])  # fmt: skip
+        rows = [
+            (
+                "chosen, " * (row.name == self.chosen) + row.name,
+                row.verdict,
+                row.accuracy,
+                row.p50_ms,
+                row.size_bytes / 1e6,
+            )
+            for row in self.rows
+        ]
+        return "".join(
+            [
+                f"<p>{escape(str(self.folder))}: {'all gates passed' if self.passed else self.verdict}</p>",
+                table(("gate", "verdict", "value", "at most"), gates),
+                table(("variant", "verdict", "val accuracy", "p50 ms", "MB"), rows),
+            ]
+        )
 
 
 def held_out(run: Run, data: str | Path | None) -> Canvases:
@@ -115,11 +127,15 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
     """
     where = data or run.data["data"]
     if not Path(where).exists():
-        raise FtkitError(f"{where}: expected the images this run was trained on, found nothing. Try --data FOLDER")
+        raise FtkitError(
+            f"{where}: expected the images this run was trained on, found nothing. Try --data FOLDER"
+        )
     if run.data["max_pixels"]:
         os.environ.setdefault(MAX_PIXELS, run.data["max_pixels"])
     with console.bar("decoding") as progress:
-        images = read(where, run.data["seed"], run.data["group_by"], None if data else run.data["root"])
+        images = read(
+            where, run.data["seed"], run.data["group_by"], None if data else run.data["root"]
+        )
         canvases = build_canvases(images, run.preprocess, progress)
     if canvases.fingerprint != run.data["data_fingerprint"]:
         raise FtkitError(
@@ -131,8 +147,12 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
 
 def metadata(run: Run) -> dict[str, str]:
     """What the file says of itself: labels in order, preprocess, temperature, recipe, and the run's fingerprint."""
-    recipe = {key: value for key, value in run.data["recipe"].items() if key != "weights"}  # may be a local path
-    recipe["stages"] = [{**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]]  # so may this be
+    recipe = {
+        key: value for key, value in run.data["recipe"].items() if key != "weights"
+    }  # may be a local path
+    recipe["stages"] = [
+        {**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]
+    ]  # so may this be
     threshold = run.data["abstention"]["threshold"]
     return {
         "labels": json.dumps(list(run.classes), ensure_ascii=False),
@@ -153,24 +173,38 @@ def read_measured(path: Path, run: Run, target: str) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text())
-        figures = {name: (Raced(**item), data["sha256"][name]) for name, item in data["raced"].items()}
+        figures = {
+            name: (Raced(**item), data["sha256"][name]) for name, item in data["raced"].items()
+        }
         of, where = data["run"], (data["provider"], data["threads"], data["target"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise FtkitError(f"{path}: expected what `device/classify.py --bench` prints, found something else. "
-                         "Run it on the device and keep its output") from None  # fmt: skip
+        raise FtkitError(
+            f"{path}: expected what `device/classify.py --bench` prints, found something else. "
+            "Run it on the device and keep its output"
+        ) from None
     wanted = (TARGETS[target].provider, 1, target)
     if where[:2] != wanted[:2] or (wanted[0] == "cpu" and where[2] != target):
-        raise FtkitError(f"{path}: expected latencies of {wanted}, found those of {where} (provider, threads, target). "
-                         "Run `device/classify.py --bench` on the target, on one thread")  # fmt: skip
+        raise FtkitError(
+            f"{path}: expected latencies of {wanted}, found those of {where} (provider, threads, target). "
+            "Run `device/classify.py --bench` on the target, on one thread"
+        )
     if of != run.data["model_fingerprint"]:
-        raise FtkitError(f"{path}: expected latencies of this run, found those of another. Measure its own bundle")
+        raise FtkitError(
+            f"{path}: expected latencies of this run, found those of another. Measure its own bundle"
+        )
     return {**data, "raced": {name: asdict(item) for name, (item, _) in figures.items()}}
 
 
 def export(
-    run: Run, out: Path, *, settings: Export | None = None, providers: Sequence[str] = ("cpu",),
-    data: str | Path | None = None, quick: bool = False, extras: Extras | None = None,
-) -> Exported:  # fmt: skip
+    run: Run,
+    out: Path,
+    *,
+    settings: Export | None = None,
+    providers: Sequence[str] = ("cpu",),
+    data: str | Path | None = None,
+    quick: bool = False,
+    extras: Extras | None = None,
+) -> Exported:
     """Export `run`, decide on its variants, prove the file on each provider, judge the gates, seal the bundle.
 
     settings: gates and budgets, the recipe's by default. quick: shorter latency runs, marked so in the evidence.
@@ -179,8 +213,10 @@ def export(
     for name in providers:
         require(name)
         if PROVIDERS[name].captured:
-            raise FtkitError(f"--providers {name}: expected one that parity can be measured on, found one for "
-                             "`ftkit bench` alone. Try cuda")  # fmt: skip
+            raise FtkitError(
+                f"--providers {name}: expected one that parity can be measured on, found one for "
+                "`ftkit bench` alone. Try cuda"
+            )
     _require_extras(extras or Extras(), settings or run.recipe.export)
     keep_freed_memory()
     bound_threads()
@@ -188,16 +224,34 @@ def export(
     backbone = run.backbone()
     folder = bundles.begin(out)
     try:
-        return _build(run, backbone.model, canvases, folder, out, settings or run.recipe.export, providers, quick,
-                      extras or Extras())  # fmt: skip
+        return _build(
+            run,
+            backbone.model,
+            canvases,
+            folder,
+            out,
+            settings or run.recipe.export,
+            providers,
+            quick,
+            extras or Extras(),
+        )
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # moved away when sealed; a half-built one when not
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # moved away when sealed; a half-built one when not
 
 
 def _build(
-    run: Run, model: nn.Module, canvases: Canvases, folder: Path, out: Path, limits: Export,
-    providers: Sequence[str], quick: bool, extras: Extras,
-) -> Exported:  # fmt: skip
+    run: Run,
+    model: nn.Module,
+    canvases: Canvases,
+    folder: Path,
+    out: Path,
+    limits: Export,
+    providers: Sequence[str],
+    quick: bool,
+    extras: Extras,
+) -> Exported:
     with console.bar("converting to ONNX"):
         core = export_core(model, run.preprocess.size)
     rows = np.random.default_rng(0).permutation(spread_evenly(canvases.rows("test"), PARITY_IMAGES))
@@ -224,17 +278,35 @@ def _build(
         context.write(explained, folder / EXPLAIN, "fp32", (), plain=True)
     for name in (TRAINED_ON, SPLITS_CSV):
         shutil.copyfile(run.folder / name, folder / name)
-    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in run.classes), encoding="utf-8")
+    (folder / "labels.txt").write_text(
+        "".join(f"{label}\n" for label in run.classes), encoding="utf-8"
+    )
 
     parity = []
     for provider in providers:
         with console.bar(f"parity on {provider}"):
-            parity.append(compare(reference, *paths["fp32"][::-1], canvases.array(rows), photographs, run.preprocess,
-                                  run.temperature, core.layers, provider, limits.input_format))  # fmt: skip
+            parity.append(
+                compare(
+                    reference,
+                    *paths["fp32"][::-1],
+                    canvases.array(rows),
+                    photographs,
+                    run.preprocess,
+                    run.temperature,
+                    core.layers,
+                    provider,
+                    limits.input_format,
+                )
+            )
         _say_parity(parity[-1], len(rows))
     latency = evidence.latencies(paths, files[0], context.frame, providers, quick)
-    shipped = [_measured(row, latency[name], paths[name], context) for name, (row, _) in made.shipped.items()]
-    budgets = {row.name: evidence.budgets(row, paths[row.name], context, quick=quick) for row in shipped}
+    shipped = [
+        _measured(row, latency[name], paths[name], context)
+        for name, (row, _) in made.shipped.items()
+    ]
+    budgets = {
+        row.name: evidence.budgets(row, paths[row.name], context, quick=quick) for row in shipped
+    }
     chosen = evidence.choose(shipped, budgets)
     missed = [item for item in budgets[chosen.name] if item.verdict != "passed"]
     unproven = evidence.would_meet(made.rows, limits) if missed else []
@@ -244,18 +316,24 @@ def _build(
     sizes = evidence.over_sizes(chosen, paths[chosen.name], context)
     golden = photographs if limits.golden == "images" else []
     with console.bar("golden vectors"):
-        write_golden(folder, reference, golden, run.preprocess, run.temperature, paths, limits.input_format)
+        write_golden(
+            folder, reference, golden, run.preprocess, run.temperature, paths, limits.input_format
+        )
         paths[chosen.name][0].rename(folder / "model.onnx")
         write_flat(folder, chosen.name, run.preprocess, run.temperature, limits.input_format)
-    for licence in canvases.images.root.glob("LICEN[CS]E*") if golden else ():  # travels with the images
+    for licence in (
+        canvases.images.root.glob("LICEN[CS]E*") if golden else ()
+    ):  # travels with the images
         shutil.copyfile(licence, folder / "golden" / licence.name)
     paths[chosen.name] = (folder / "model.onnx", paths[chosen.name][1])
     bundles.add_runners(folder)
     _add_extras(folder, core.model, context, run.classes, extras)
 
     file_metrics, against = evidence.file_accuracy(folder, run, context, run.classes)
-    console.say(f"accuracy of the file on {file_metrics.images} held-out images: {file_metrics.accuracy:.4f} "
-                 f"(framework {run.data['metrics']['test']['accuracy']:.4f})")  # fmt: skip
+    console.say(
+        f"accuracy of the file on {file_metrics.images} held-out images: {file_metrics.accuracy:.4f} "
+        f"(framework {run.data['metrics']['test']['accuracy']:.4f})"
+    )
     gates = evidence.judge(
         limits,
         evidence.Measured(
@@ -270,48 +348,81 @@ def _build(
         ),
     )
     manifest = {
-        **evidence.manifest(run, parity, file_metrics, against, latency, context, made, chosen, sizes),
+        **evidence.manifest(
+            run, parity, file_metrics, against, latency, context, made, chosen, sizes
+        ),
         "variants": {
-            name: {form: path.relative_to(folder).as_posix() for form, path in zip(("file", "core"), pair, strict=True)}
+            name: {
+                form: path.relative_to(folder).as_posix()
+                for form, path in zip(("file", "core"), pair, strict=True)
+            }
             for name, pair in paths.items()
         },
-    }  # fmt: skip
-    told = {**manifest, "gates": [gate.as_dict() for gate in gates], "model_sha256": sha256(folder / "model.onnx")}
-    write_report(folder / "report.html", run.data, read_metrics(run.folder),
-                 _pictures(folder, canvases, run, limits), told)  # fmt: skip
+    }
+    told = {
+        **manifest,
+        "gates": [gate.as_dict() for gate in gates],
+        "model_sha256": sha256(folder / "model.onnx"),
+    }
+    write_report(
+        folder / "report.html",
+        run.data,
+        read_metrics(run.folder),
+        _pictures(folder, canvases, run, limits),
+        told,
+    )
     (folder / "MODEL_CARD.md").write_text(model_card(run.data, manifest), encoding="utf-8")
     final = bundles.seal(folder, out, manifest, gates, extras.sign)
     if extras.zipped:
         archive.pack(final, final.with_name(final.name + ".zip"))
     return Exported(
-        folder=final, gates=tuple(gates), parity=tuple(parity), latency=tuple(latency[chosen.name]),
-        file_metrics=file_metrics, rows=made.rows, chosen=chosen.name,
-    )  # fmt: skip
+        folder=final,
+        gates=tuple(gates),
+        parity=tuple(parity),
+        latency=tuple(latency[chosen.name]),
+        file_metrics=file_metrics,
+        rows=made.rows,
+        chosen=chosen.name,
+    )
 
 
-def _write_variants(folder: Path, made: variants.Variants, context: variants.Context) -> dict[str, tuple[Path, Path]]:
+def _write_variants(
+    folder: Path, made: variants.Variants, context: variants.Context
+) -> dict[str, tuple[Path, Path]]:
     """Variant -> (image form, core form), written and fit to load on the target's oldest ONNX Runtime."""
     (folder / "variants").mkdir()
     paths = {}
     for name, (row, core) in made.shipped.items():
-        image, plain = folder / "variants" / f"{name}.onnx", folder / "variants" / f"{name}-core.onnx"
+        image, plain = (
+            folder / "variants" / f"{name}.onnx",
+            folder / "variants" / f"{name}-core.onnx",
+        )
         context.write(core, image, name, row.kept, plain=False)
         context.write(core, plain, name, row.kept, plain=True)
         for path in (image, plain):
             if why := unshippable(path, context.target):
-                raise FtkitError(f"{path.name}: {why}, for target {context.target_name}. Try another backbone")
+                raise FtkitError(
+                    f"{path.name}: {why}, for target {context.target_name}. Try another backbone"
+                )
         paths[name] = (image, plain)
     return paths
 
 
-def _measured(row: Row, latency: Sequence[Latency], forms: tuple[Path, Path], context: variants.Context) -> Row:
+def _measured(
+    row: Row, latency: Sequence[Latency], forms: tuple[Path, Path], context: variants.Context
+) -> Row:
     """The row with the file's size and memory, and the full measurement on the target's provider, one thread, where
     this machine is the target: else the times of the race, or the target's own, stand."""
     row = replace(row, size_bytes=latency[0].size_bytes, peak_rss_bytes=latency[0].peak_rss_bytes)
     if context.device:
         provider = context.target.provider
-        (start,) = context.device.starts(form_of(provider, *forms), context.photograph, provider=provider,
-                                         frame=context.frame, count=1)  # fmt: skip
+        (start,) = context.device.starts(
+            form_of(provider, *forms),
+            context.photograph,
+            provider=provider,
+            frame=context.frame,
+            count=1,
+        )
         return replace(row, peak_rss_bytes=start.peak_rss_bytes)
     for item in latency:
         if context.here and item.provider == context.target.provider and item.threads == 1:
@@ -326,30 +437,48 @@ def _require_extras(extras: Extras, limits: Export) -> None:
     if extras.c:
         plain_c.require()
     if extras.handoff and limits.golden == "synthetic":
-        raise FtkitError("--handoff: expected that images may leave, found golden=synthetic. Leave out one of them")
+        raise FtkitError(
+            "--handoff: expected that images may leave, found golden=synthetic. Leave out one of them"
+        )
 
 
 def _add_extras(
-    folder: Path, core: onnx.ModelProto, context: variants.Context, classes: Sequence[str], extras: Extras
+    folder: Path,
+    core: onnx.ModelProto,
+    context: variants.Context,
+    classes: Sequence[str],
+    extras: Extras,
 ) -> None:
     if extras.c:
         with console.bar("plain C"):
-            plain_c.write_c(folder / "device" / "c", core, context.preprocess, classes, temperature=context.temperature,
-                            threshold=float(context.metadata["abstain_threshold"]),
-                            input_format=context.limits.input_format)  # fmt: skip
+            plain_c.write_c(
+                folder / "device" / "c",
+                core,
+                context.preprocess,
+                classes,
+                temperature=context.temperature,
+                threshold=float(context.metadata["abstain_threshold"]),
+                input_format=context.limits.input_format,
+            )
     if extras.web:
         web.add_page(folder, extras.web)
     if extras.ort:
         with console.bar("ORT format"):
             write_ort(folder / "model.onnx", folder / "device" / "ort", context.target)
     if extras.handoff:
-        rows = context.canvases.rows("val")[:: max(1, -(-len(context.canvases.rows("val")) // handoff.IMAGES))]
+        rows = context.canvases.rows("val")[
+            :: max(1, -(-len(context.canvases.rows("val")) // handoff.IMAGES))
+        ]
         with console.bar("hand-off"):
             handoff.write_handoff(
-                folder / "handoff", plain_c.static(core), context.pixels(variants.calibration_rows(context)[:32]),
-                context.pixels(rows), variants.answers(core, context, rows), context.canvases.labels[rows],
+                folder / "handoff",
+                plain_c.static(core),
+                context.pixels(variants.calibration_rows(context)[:32]),
+                context.pixels(rows),
+                variants.answers(core, context, rows),
+                context.canvases.labels[rows],
                 context.canvases.groups(rows),
-            )  # fmt: skip
+            )
 
 
 def _pictures(folder: Path, canvases: Canvases, run: Run, limits: Export) -> list[Picture]:
@@ -372,8 +501,10 @@ def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:
 
 def _say_parity(parity: Parity, photographs: int) -> None:
     worst, group = parity.worst, evidence.input_group
-    console.say(f"parity on {parity.provider} over {photographs} held-out images, noise and odd sizes: "
-                 f"{'passed' if parity.passed else 'FAILED'}")  # fmt: skip
+    console.say(
+        f"parity on {parity.provider} over {photographs} held-out images, noise and odd sizes: "
+        f"{'passed' if parity.passed else 'FAILED'}"
+    )
     console.say(
         f"  nearest to its limit: {worst.name}, {group(worst)}: {short(worst.value)} of {short(worst.limit)} allowed"
     )

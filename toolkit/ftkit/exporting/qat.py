@@ -33,14 +33,23 @@ RATE = 3e-5  # peak, Adam, cosine to zero
 def _pads(attributes: dict[str, Any], spatial: int) -> list[int]:
     """ONNX order (begins, ends) -> torch.nn.functional.pad's (last axis first)."""
     pads = attributes.get("pads", [0] * 2 * spatial)
-    return [side for axis in reversed(range(spatial)) for side in (pads[axis], pads[axis + spatial])]
+    return [
+        side for axis in reversed(range(spatial)) for side in (pads[axis], pads[axis + spatial])
+    ]
 
 
 def _conv(x: Values, a: dict[str, Any]) -> torch.Tensor:
     padded = F.pad(x[0], _pads(a, x[1].ndim - 2))
     spatial = x[1].ndim - 2
-    return F.conv2d(padded, x[1], x[2] if len(x) > 2 else None, tuple(a.get("strides", [1] * spatial)), 0,
-                    tuple(a.get("dilations", [1] * spatial)), a.get("group", 1))  # fmt: skip
+    return F.conv2d(
+        padded,
+        x[1],
+        x[2] if len(x) > 2 else None,
+        tuple(a.get("strides", [1] * spatial)),
+        0,
+        tuple(a.get("dilations", [1] * spatial)),
+        a.get("group", 1),
+    )
 
 
 def _gemm(x: Values, a: dict[str, Any]) -> Any:
@@ -67,8 +76,14 @@ def _reshape(x: Values, a: dict[str, Any]) -> Any:
 
 def _max_pool(x: Values, a: dict[str, Any]) -> torch.Tensor:
     padded = F.pad(x[0], _pads(a, 2), value=-torch.inf)
-    return F.max_pool2d(padded, tuple(a["kernel_shape"]), tuple(a.get("strides", [1, 1])), 0,
-                        tuple(a.get("dilations", [1, 1])), bool(a.get("ceil_mode", 0)))  # fmt: skip
+    return F.max_pool2d(
+        padded,
+        tuple(a["kernel_shape"]),
+        tuple(a.get("strides", [1, 1])),
+        0,
+        tuple(a.get("dilations", [1, 1])),
+        bool(a.get("ceil_mode", 0)),
+    )
 
 
 OPERATORS: dict[str, Callable[[Values, dict[str, Any]], Any]] = {
@@ -105,23 +120,44 @@ class Simulated(nn.Module):
 
     def __init__(self, core: onnx.ModelProto, quantized: onnx.ModelProto):
         super().__init__()
-        self.nodes = [(node, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute})
-                      for node in quantized.graph.node]  # fmt: skip
+        self.nodes = [
+            (node, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute})
+            for node in quantized.graph.node
+        ]
         self.input, self.output = quantized.graph.input[0].name, quantized.graph.output[0].name
         self.constants = {
-            item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in quantized.graph.initializer
+            item.name: torch.from_numpy(numpy_helper.to_array(item).copy())
+            for item in quantized.graph.initializer
         }
         floats = {item.name: numpy_helper.to_array(item) for item in core.graph.initializer}
-        unknown = {node.op_type for node, _ in self.nodes} - set(OPERATORS) - {"QuantizeLinear", "DequantizeLinear"}
-        unknown |= {node.op_type for node, a in self.nodes if a.get("auto_pad", b"NOTSET") != b"NOTSET"}
+        unknown = (
+            {node.op_type for node, _ in self.nodes}
+            - set(OPERATORS)
+            - {"QuantizeLinear", "DequantizeLinear"}
+        )
+        unknown |= {
+            node.op_type for node, a in self.nodes if a.get("auto_pad", b"NOTSET") != b"NOTSET"
+        }
         if unknown:
-            raise FtkitError(f"export.qat_epochs: expected operators it can train through, found {', '.join(unknown)}. "
-                             "Try --set export.qat_epochs=0")  # fmt: skip
-        self.sources = {node.output[0]: _origin(node.input[0], floats) for node, _ in self.nodes
-                        if node.op_type == "DequantizeLinear" and node.input[0] in self.constants}  # fmt: skip
-        kept = {name for node, _ in self.nodes for name in node.input if name in floats and floats[name].ndim > 1}
+            raise FtkitError(
+                f"export.qat_epochs: expected operators it can train through, found {', '.join(unknown)}. "
+                "Try --set export.qat_epochs=0"
+            )
+        self.sources = {
+            node.output[0]: _origin(node.input[0], floats)
+            for node, _ in self.nodes
+            if node.op_type == "DequantizeLinear" and node.input[0] in self.constants
+        }
+        kept = {
+            name
+            for node, _ in self.nodes
+            for name in node.input
+            if name in floats and floats[name].ndim > 1
+        }
         self.names = sorted({*self.sources.values(), *kept})
-        self.weights = nn.ParameterList(torch.from_numpy(floats[name].copy()) for name in self.names)
+        self.weights = nn.ParameterList(
+            torch.from_numpy(floats[name].copy()) for name in self.names
+        )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         floats = dict(zip(self.names, self.weights, strict=True))
@@ -129,13 +165,21 @@ class Simulated(nn.Module):
         for node, attributes in self.nodes:
             inputs: list[Any] = [values.get(name) for name in node.input]
             if node.op_type == "QuantizeLinear":
-                values[node.output[0]] = (inputs[0], inputs[1], inputs[2])  # rounded where it is dequantized
+                values[node.output[0]] = (
+                    inputs[0],
+                    inputs[1],
+                    inputs[2],
+                )  # rounded where it is dequantized
             elif node.output[0] in self.sources:
                 weight = floats[self.sources[node.output[0]]]
-                levels = int(self.constants[node.input[0]].abs().max())  # 127, or 64 with reduce_range
+                levels = int(
+                    self.constants[node.input[0]].abs().max()
+                )  # 127, or 64 with reduce_range
                 values[node.output[0]] = weight
                 if weight.ndim > 1:  # a bias has 32 bits: exact enough
-                    values[node.output[0]] = _rounded_weight(weight, attributes.get("axis", 0), levels)
+                    values[node.output[0]] = _rounded_weight(
+                        weight, attributes.get("axis", 0), levels
+                    )
             elif node.op_type == "DequantizeLinear":
                 value, scale, zero = inputs[0]
                 low, high = (0, 255) if zero.dtype == torch.uint8 else (-128, 127)
@@ -152,7 +196,9 @@ def _origin(name: str, floats: dict[str, Array]) -> str:
     """onnxruntime names a quantized constant after the float one."""
     origin = name.removesuffix("_quantized")
     if origin not in floats:
-        raise FtkitError(f"export.qat_epochs: expected the float values of {name}, found none. Leave it at 0")
+        raise FtkitError(
+            f"export.qat_epochs: expected the float values of {name}, found none. Leave it at 0"
+        )
     return origin
 
 
@@ -164,9 +210,15 @@ def _rounded_weight(weight: torch.Tensor, axis: int, levels: int) -> torch.Tenso
 
 
 def fine_tune(
-    core: onnx.ModelProto, quantized: onnx.ModelProto, pixels_of: Callable[[Array], Array], labels: Array,
-    teacher: Array, *, epochs: int, rate: float = RATE,
-) -> onnx.ModelProto:  # fmt: skip
+    core: onnx.ModelProto,
+    quantized: onnx.ModelProto,
+    pixels_of: Callable[[Array], Array],
+    labels: Array,
+    teacher: Array,
+    *,
+    epochs: int,
+    rate: float = RATE,
+) -> onnx.ModelProto:
     """The core form with weights adapted to 8 bits. pixels_of(rows) -> (n, 3, S, S) float32 for rows of 0 .. N - 1;
     labels (N,); teacher (N, classes): fp32's logits. Same numbers, same weights, on the same machine."""
     model = Simulated(core, quantized)
@@ -181,16 +233,23 @@ def fine_tune(
                 rows = order[start : start + BATCH]
                 logits = model(torch.from_numpy(pixels_of(rows)))
                 soft = F.kl_div(
-                    logits.log_softmax(1), torch.from_numpy(teacher[rows]).softmax(1), reduction="batchmean"
+                    logits.log_softmax(1),
+                    torch.from_numpy(teacher[rows]).softmax(1),
+                    reduction="batchmean",
                 )
-                loss = 0.5 * F.cross_entropy(logits, torch.from_numpy(labels[rows]).long()) + 0.5 * soft
+                loss = (
+                    0.5 * F.cross_entropy(logits, torch.from_numpy(labels[rows]).long())
+                    + 0.5 * soft
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 total, done = total + float(loss.detach()) * len(rows), done + 1
                 progress(done, steps)
-            console.say(f"quantization-aware stage  {epoch + 1}/{epochs}  loss {total / len(order):.3f}")
+            console.say(
+                f"quantization-aware stage  {epoch + 1}/{epochs}  loss {total / len(order):.3f}"
+            )
     trained = copy.deepcopy(core)
     found = dict(zip(model.names, model.weights, strict=True))
     for item in trained.graph.initializer:

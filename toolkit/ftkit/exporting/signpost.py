@@ -54,16 +54,24 @@ def signpost(
     context: variants.Context,
 ) -> list[str]:
     """What to say of budgets that are missed, or not sure to be met. rows: the decision table."""
-    lines = [f"missed: {item}" if item.verdict == "failed" else f"not sure: {item}" for item in missed]
+    lines = [
+        f"missed: {item}" if item.verdict == "failed" else f"not sure: {item}" for item in missed
+    ]
     if unproven:  # nothing smaller is needed: this one's accuracy is all that is open
         lines.append(_unproven(_surest(unproven), context))
         return lines
     large = next((item for item in missed if item.name == "size_mb"), None)
-    small = [row for row in rows if large and row.name.startswith("int8") and row.size_bytes / 1e6 <= large.limit]
+    small = [
+        row
+        for row in rows
+        if large and row.name.startswith("int8") and row.size_bytes / 1e6 <= large.limit
+    ]
     small = [row for row in small if row.verdict != "refused" and not row.shippable]
     if small:
         best = _surest(small)
-        lines.append(f"{best.name} would meet size_mb alone: {best.size_bytes / 1e6:.1f} MB; {_open(best, context)}")
+        lines.append(
+            f"{best.name} would meet size_mb alone: {best.size_bytes / 1e6:.1f} MB; {_open(best, context)}"
+        )
     elif large:
         lines.append("a smaller file takes a smaller backbone: docs/recipes.md has the sizes")
     slow = next((item for item in missed if item.name == "p95_ms" and item.values), None)
@@ -105,7 +113,11 @@ def _resolutions(
 ) -> list[str]:
     """A table of smaller inputs, and the command for the largest that is likely to meet the budget. only_int8: float32
     is too large a file whatever its input."""
-    ratios = [row.ratio for row in rows if row.name.startswith("int8") and row.verdict != "refused" and row.ratio]
+    ratios = [
+        row.ratio
+        for row in rows
+        if row.name.startswith("int8") and row.verdict != "refused" and row.ratio
+    ]
     ratio = min(ratios, default=None)
     timed = _timed(run, model, slow, ratio, context)
     if not timed:
@@ -115,12 +127,16 @@ def _resolutions(
         int8 = "" if item.int8_p95_ms is None else f"about {item.int8_p95_ms:.1f}"
         table.append((f"{item.size} x {item.size}", f"{item.p50_ms:.1f}/{item.p95_ms:.1f}", int8))
 
-    lines = [f"the same network on smaller inputs, not trained for them ({console.frames(context.frame)}):"]
+    lines = [
+        f"the same network on smaller inputs, not trained for them ({console.frames(context.frame)}):"
+    ]
     lines.append(console.table(table))
     best = None
     if not only_int8:
         best = next((item for item in timed if item.p95_ms <= slow.limit), None)
-    best = best or next((item for item in timed if (item.int8_p95_ms or slow.limit * 2) <= slow.limit), None)
+    best = best or next(
+        (item for item in timed if (item.int8_p95_ms or slow.limit * 2) <= slow.limit), None
+    )
     if best:
         lines.append(f"try: {_command(run, best.size)}")
     else:
@@ -128,7 +144,9 @@ def _resolutions(
     return lines
 
 
-def _timed(run: Run, model: nn.Module, slow: Budget, ratio: float | None, context: variants.Context) -> list[Smaller]:
+def _timed(
+    run: Run, model: nn.Module, slow: Budget, ratio: float | None, context: variants.Context
+) -> list[Smaller]:
     """The largest sizes that may meet the budget in fp32, or in int8, largest first; none for a network that takes one
     size only."""
     own, excess = run.preprocess.size, slow.excess
@@ -149,9 +167,13 @@ def _timed(run: Run, model: nn.Module, slow: Budget, ratio: float | None, contex
             if context.device:
                 (timed,) = context.device.over_sizes(path, context.photograph, [context.frame])
             else:
-                (timed,) = over_sizes(Condition(model=str(path), threads=1), context.photograph, [context.frame])
+                (timed,) = over_sizes(
+                    Condition(model=str(path), threads=1), context.photograph, [context.frame]
+                )
             _, p50, p95 = timed
-            found.append(Smaller(size=size, p50_ms=p50, p95_ms=p95, int8_p95_ms=ratio and p95 * ratio))
+            found.append(
+                Smaller(size=size, p50_ms=p50, p95_ms=p95, int8_p95_ms=ratio and p95 * ratio)
+            )
     return found
 
 

@@ -87,7 +87,9 @@ class Context:
     def race(self, files: Sequence[Path]) -> list[Raced] | None:
         """Files run in turn on the target, one thread; None where it is neither this machine nor reached."""
         if self.device:
-            return self.device.race(files, self.photograph, provider=self.target.provider, frame=self.frame)
+            return self.device.race(
+                files, self.photograph, provider=self.target.provider, frame=self.frame
+            )
         if not self.here:
             return None
         return race(files, self.photograph, provider=self.target.provider, frame=self.frame)
@@ -96,7 +98,9 @@ class Context:
         """The file a device gets, of a core form."""
         return image_form(core, self.preprocess, self.temperature, self.limits.input_format)
 
-    def write(self, core: onnx.ModelProto, path: Path, precision: str, kept: Sequence[str], *, plain: bool) -> None:
+    def write(
+        self, core: onnx.ModelProto, path: Path, precision: str, kept: Sequence[str], *, plain: bool
+    ) -> None:
         """Write a variant's image form, or (plain) its core form, with all that its file says of itself."""
         labelled = {**self.metadata, "precision": precision, "kept_in_float": json.dumps(kept)}
         write(core if plain else self.image_form(core), path, labelled)
@@ -164,14 +168,19 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
         row, best = min(rivals, key=lambda pair: _preference(pair[0]))
         if row.verdict != "refused":
             shipped[precision] = (replace(row, name=precision), best.core)
-    return Variants(rows=tuple(row for row, _ in judged), shipped=shipped,
-                    checks={item.name: item.checks for item in found if item.checks})  # fmt: skip
+    return Variants(
+        rows=tuple(row for row, _ in judged),
+        shipped=shipped,
+        checks={item.name: item.checks for item in found if item.checks},
+    )
 
 
 def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str = "cpu") -> Array:
     """Logits (N, classes) of a core form over these rows of the canvases."""
     session = Session(core.SerializeToString(), provider=provider)
-    return np.concatenate([session.run(context.pixels(rows[i : i + BATCH]))[0] for i in range(0, len(rows), BATCH)])
+    return np.concatenate(
+        [session.run(context.pixels(rows[i : i + BATCH]))[0] for i in range(0, len(rows), BATCH)]
+    )
 
 
 def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu") -> Array:
@@ -188,7 +197,9 @@ def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu
 def calibration_rows(context: Context) -> Array:
     """Training rows, spread over the set (rows lie in order of class), mixed."""
     rows = context.canvases.rows("train")
-    picks = np.unique(np.linspace(0, len(rows) - 1, min(context.limits.calibration_images, len(rows))).astype(int))
+    picks = np.unique(
+        np.linspace(0, len(rows) - 1, min(context.limits.calibration_images, len(rows))).astype(int)
+    )
     return np.random.default_rng(0).permutation(rows[picks])
 
 
@@ -213,12 +224,21 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
         with console.bar(name):
             model = int8(fp32.core, ranges, context.target, keep=order[:count])
             found = _answers_there(model, context)
-        rung = Candidate(name=name, core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found),
-                         kept=tuple(order[:count]))  # fmt: skip
+        rung = Candidate(
+            name=name,
+            core=model,
+            right=found.argmax(1) == labels,
+            sqnr_db=sqnr(logits, found),
+            kept=tuple(order[:count]),
+        )
         yield rung
         if _held(fp32, rung, context):
             return
-        if not count and (context.here or context.device) and _times([fp32, rung], context)[name].ratio_low >= 1:
+        if (
+            not count
+            and (context.here or context.device)
+            and _times([fp32, rung], context)[name].ratio_low >= 1
+        ):
             return
     if context.limits.qat_epochs:
         yield _trained(fp32, ranges, context, logits, labels)
@@ -235,17 +255,29 @@ def _compared(fp32: Candidate, rung: Candidate, context: Context) -> Paired:
     return paired(fp32.right, rung.right, groups, looks)
 
 
-def _trained(fp32: Candidate, ranges: Any, context: Context, logits: Array, labels: Array) -> Candidate:
+def _trained(
+    fp32: Candidate, ranges: Any, context: Context, logits: Array, labels: Array
+) -> Candidate:
     """Everything in 8 bits, after a quantization-aware stage on the training images."""
     from ftkit.exporting.qat import fine_tune
 
     rows = context.canvases.rows("train")
-    core = fine_tune(fp32.core, int8(fp32.core, ranges, context.target), lambda picks: context.pixels(rows[picks]),
-                     context.canvases.labels[rows], answers(fp32.core, context, rows),
-                     epochs=context.limits.qat_epochs)  # fmt: skip
+    core = fine_tune(
+        fp32.core,
+        int8(fp32.core, ranges, context.target),
+        lambda picks: context.pixels(rows[picks]),
+        context.canvases.labels[rows],
+        answers(fp32.core, context, rows),
+        epochs=context.limits.qat_epochs,
+    )
     model = int8(core, ranges, context.target)
     found = _answers_there(model, context)
-    return Candidate(name="int8, trained", core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found))
+    return Candidate(
+        name="int8, trained",
+        core=model,
+        right=found.argmax(1) == labels,
+        sqnr_db=sqnr(logits, found),
+    )
 
 
 def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Candidate:
@@ -258,8 +290,14 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
     sample = context.pixels(spread_evenly(rows, FLOAT64_IMAGES))
     rounding = context.reference.rounding(sample, "fp16")
     checks = agreement(logits, found, rounding, "fp16", f"val images on {provider}")
-    return Candidate(name="fp16", core=model, right=found.argmax(1) == labels, sqnr_db=sqnr(logits, found),
-                     kept=tuple(kept), checks=tuple(checks))  # fmt: skip
+    return Candidate(
+        name="fp16",
+        core=model,
+        right=found.argmax(1) == labels,
+        sqnr_db=sqnr(logits, found),
+        kept=tuple(kept),
+        checks=tuple(checks),
+    )
 
 
 def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
@@ -268,7 +306,10 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
     reached = context.here or context.device
     if (context.here and len(candidates) == 1) or not (reached or context.measured):
         return {}
-    with tempfile.TemporaryDirectory() as scratch, console.bar(f"latency of {len(candidates)} variants"):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        console.bar(f"latency of {len(candidates)} variants"),
+    ):
         files = [Path(scratch) / f"{number}.onnx" for number in range(len(candidates))]
         plain = PROVIDERS[context.target.provider].form == "core"
         for path, item in zip(files, candidates, strict=True):
@@ -284,7 +325,10 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
 
 
 def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context) -> Row:
-    limit, compared = context.limits.max_accuracy_drop, None if item is fp32 else _compared(fp32, item, context)
+    limit, compared = (
+        context.limits.max_accuracy_drop,
+        None if item is fp32 else _compared(fp32, item, context),
+    )
     verdict, reason = "reference", "what the others are compared with"
     if compared:
         verdict, reason = judge(compared, limit, times.ratio_high if times else None)
@@ -292,14 +336,26 @@ def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context
             reason += "; the answers are this machine's, not the target's (try --on)"
         failed = [check for check in item.checks if not check.passed]
         if failed:
-            verdict, reason = "refused", f"{failed[0].name}: {failed[0].value:.3g}, limit {failed[0].limit:.3g}"
+            verdict, reason = (
+                "refused",
+                f"{failed[0].name}: {failed[0].value:.3g}, limit {failed[0].limit:.3g}",
+            )
     return Row(
-        name=item.name, verdict=verdict, reason=reason, accuracy=float(item.right.mean()), paired=compared,
-        sqnr_db=item.sqnr_db, in_8_bits=quantized_nodes(item.core), heavy=len(heavy_nodes(item.core)), kept=item.kept,
-        ratio=times.ratio if times else None, ratio_high=times.ratio_high if times else None,
-        p50_ms=times.p50_ms if times else None, p95_ms=times.p95_ms if times else None,
+        name=item.name,
+        verdict=verdict,
+        reason=reason,
+        accuracy=float(item.right.mean()),
+        paired=compared,
+        sqnr_db=item.sqnr_db,
+        in_8_bits=quantized_nodes(item.core),
+        heavy=len(heavy_nodes(item.core)),
+        kept=item.kept,
+        ratio=times.ratio if times else None,
+        ratio_high=times.ratio_high if times else None,
+        p50_ms=times.p50_ms if times else None,
+        p95_ms=times.p95_ms if times else None,
         size_bytes=context.image_form(item.core).ByteSize(),
-    )  # fmt: skip
+    )
 
 
 def _preference(row: Row) -> tuple[int, float]:
@@ -314,15 +370,26 @@ def as_table(rows: Sequence[Row]) -> str:
     lines = [("variant", "val", "drop, points [95 %]", "time", "p50/p95", "MB", "verdict")]
     for row in rows:
         drop = row.paired
-        lines.append((
-            row.name, f"{row.accuracy:.3f}",
-            f"{drop.drop * 100:+.1f} [{drop.low * 100:+.1f},{drop.high * 100:+.1f}]" if drop else "",
-            f"{row.ratio:.2f}x" if row.ratio else "",
-            f"{row.p50_ms:.1f}/{row.p95_ms:.1f}" if row.p50_ms and row.p95_ms else "",
-            f"{row.size_bytes / 1e6:.1f}", row.verdict.removesuffix(" on target"),
-        ))  # fmt: skip
-    best = [min((row for row in rows if row.name.startswith(precision)), key=_preference)
-            for precision in dict.fromkeys(row.name.split(",")[0] for row in rows[1:])]  # fmt: skip
-    wrapped = [textwrap.fill(f"{row.name}: {row.reason}", 80, subsequent_indent="  ")
-               for row in best if not row.shippable]  # fmt: skip
+        lines.append(
+            (
+                row.name,
+                f"{row.accuracy:.3f}",
+                f"{drop.drop * 100:+.1f} [{drop.low * 100:+.1f},{drop.high * 100:+.1f}]"
+                if drop
+                else "",
+                f"{row.ratio:.2f}x" if row.ratio else "",
+                f"{row.p50_ms:.1f}/{row.p95_ms:.1f}" if row.p50_ms and row.p95_ms else "",
+                f"{row.size_bytes / 1e6:.1f}",
+                row.verdict.removesuffix(" on target"),
+            )
+        )
+    best = [
+        min((row for row in rows if row.name.startswith(precision)), key=_preference)
+        for precision in dict.fromkeys(row.name.split(",")[0] for row in rows[1:])
+    ]
+    wrapped = [
+        textwrap.fill(f"{row.name}: {row.reason}", 80, subsequent_indent="  ")
+        for row in best
+        if not row.shippable
+    ]
     return "\n".join([console.table(lines), *wrapped])

@@ -35,11 +35,20 @@ SHA512 = (
     "590a5cdc57bb2f35ce2b298de32f4d956fb42644c0ecd528a0a91e025c07ca61"
 )
 FILES = (
-    "ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm",
-    "ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm",
-)  # fmt: skip
+    "ort.wasm.min.mjs",
+    "ort-wasm-simd-threaded.mjs",
+    "ort-wasm-simd-threaded.wasm",
+    "ort.webgpu.min.mjs",
+    "ort-wasm-simd-threaded.asyncify.mjs",
+    "ort-wasm-simd-threaded.asyncify.wasm",
+)
 PAGE = "device/web"
-TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm", ".json": "application/json"}
+TYPES = {
+    ".mjs": "text/javascript",
+    ".js": "text/javascript",
+    ".wasm": "application/wasm",
+    ".json": "application/json",
+}
 HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",  # with the next one, WASM may use threads
     "Cross-Origin-Embedder-Policy": "require-corp",
@@ -72,14 +81,23 @@ def _fetched(folder: Path) -> Path:
     wanted = f"onnxruntime-web@{VERSION}"
     npm = shutil.which("npm") or shutil.which("npm", path=str(Path(sys.executable).parent))
     if npm is None:
-        raise FtkitError(f"--web: expected npm to fetch {wanted}, found none. Try `pip install 'ftkit[web]'`, or "
-                         f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz")  # fmt: skip
-    done = subprocess.run([npm, "pack", wanted, "--silent"], cwd=folder, capture_output=True, text=True, check=False)
+        raise FtkitError(
+            f"--web: expected npm to fetch {wanted}, found none. Try `pip install 'ftkit[web]'`, or "
+            f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz"
+        )
+    done = subprocess.run(
+        [npm, "pack", wanted, "--silent"], cwd=folder, capture_output=True, text=True, check=False
+    )
     found = list(folder.glob("*.tgz"))
     if done.returncode or not found:
-        said = next((line for line in done.stderr.splitlines() if line.strip()), f"exit code {done.returncode}")
-        raise FtkitError(f"--web: expected npm to fetch {wanted}, found: {said}. Try again with a network, or "
-                         f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz")  # fmt: skip
+        said = next(
+            (line for line in done.stderr.splitlines() if line.strip()),
+            f"exit code {done.returncode}",
+        )
+        raise FtkitError(
+            f"--web: expected npm to fetch {wanted}, found: {said}. Try again with a network, or "
+            f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz"
+        )
     return found[0]
 
 
@@ -117,10 +135,12 @@ def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
     metadata: dict[str, Any] = classify.session.metadata
     domain = metadata.get("out_of_domain")
     told = {
-        "name": json.loads(metadata.get("recipe", "{}")).get("name", bundle.name), "labels": classify.labels,
-        "input_format": classify.input_format, "abstain_threshold": classify.threshold,
+        "name": json.loads(metadata.get("recipe", "{}")).get("name", bundle.name),
+        "labels": classify.labels,
+        "input_format": classify.input_format,
+        "abstain_threshold": classify.threshold,
         "out_of_domain": json.loads(domain) if domain else None,
-    }  # fmt: skip
+    }
     (folder / "model.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
 
 
@@ -188,9 +208,13 @@ def serving(bundle: Path, files: Path, port: int = 0) -> Iterator[str]:
         page = Path(name)
         add_page(bundle, files, page)
         try:
-            server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=str(bundle), page=page))
+            server = ThreadingHTTPServer(
+                ("127.0.0.1", port), partial(_Handler, directory=str(bundle), page=page)
+            )
         except OSError as error:
-            raise FtkitError(f"--port {port}: expected a free port, found {error.strerror}. Try another") from None
+            raise FtkitError(
+                f"--port {port}: expected a free port, found {error.strerror}. Try another"
+            ) from None
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

@@ -24,7 +24,12 @@ from ftkit.models.weights import EXTRA_HEADS, PACKAGES, load
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.preprocess import Preprocess
 
-SEQUENCES = ("blocks", "stages", "layers", "features")  # where a backbone keeps its blocks, by its authors' custom
+SEQUENCES = (
+    "blocks",
+    "stages",
+    "layers",
+    "features",
+)  # where a backbone keeps its blocks, by its authors' custom
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,9 @@ def _preprocess(model: nn.Module, name: str, library: str) -> Preprocess:
     if name in PACKAGES:
         size = PACKAGES[name][2]
         grey = (127.0, 127.0, 127.0)
-        return Preprocess(size=size, resize=round(size / 0.875), mean=grey, std=(128.0, 128.0, 128.0))
+        return Preprocess(
+            size=size, resize=round(size / 0.875), mean=grey, std=(128.0, 128.0, 128.0)
+        )
     if library == "torchvision":
         return Preprocess()
     config = resolve_model_data_config(model)
@@ -128,7 +135,9 @@ def _new_head(old: nn.Module, classes: int) -> nn.Module:
         return nn.Linear(old.in_features, classes, bias=True)
     if isinstance(old, nn.Conv2d):
         return nn.Conv2d(old.in_channels, classes, kernel_size=1)
-    raise FtkitError(f"backbone: expected a linear last layer, found {type(old).__name__}. Try another backbone")
+    raise FtkitError(
+        f"backbone: expected a linear last layer, found {type(old).__name__}. Try another backbone"
+    )
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -158,7 +167,9 @@ def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
     counted = re.fullmatch(r"(last|first):(\d+)", train)
     if train == "head":
         return (backbone.head,)
-    alone = [name for name, _ in backbone.model.named_parameters(recurse=False)]  # a ViT's class token, for one
+    alone = [
+        name for name, _ in backbone.model.named_parameters(recurse=False)
+    ]  # a ViT's class token, for one
     if train == "all":
         return (*top, *alone)
     if counted and 1 <= int(counted[2]) <= len(listed):
@@ -201,7 +212,10 @@ def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
     model = backbone.model
     learning = [name for name, _ in model.named_parameters()]
     found: list[str] = []
-    for name in [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]:
+    for name in [
+        *(name for name, _ in model.named_modules()),
+        *(name for name, _ in model.named_parameters()),
+    ]:
         inside = any(name.startswith(outer + ".") for outer in found)
         holds = any(parameter == name or parameter.startswith(name + ".") for parameter in learning)
         if name and holds and not inside and wanted.search(name):
@@ -209,7 +223,9 @@ def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def features(net: nn.Module, head: nn.Module, inputs: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def features(
+    net: nn.Module, head: nn.Module, inputs: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What enters the head when `net` runs, (n, features) float32, and what leaves the net.
 
     A map that enters a convolutional head is averaged over space.

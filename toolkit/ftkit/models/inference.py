@@ -65,7 +65,9 @@ def runner(
         pairs = zip(session.run(example.numpy()), eager(example), strict=True)
         if all(np.abs(a - b).max() <= 1e-4 * np.abs(b).max() for a, b in pairs):
             return lambda pixels: session.run(pixels.numpy()), "onnxruntime"
-    except Exception:  # not every graph exports, and exporters raise anything: the framework's own pass remains
+    except (
+        Exception
+    ):  # not every graph exports, and exporters raise anything: the framework's own pass remains
         return eager, "torch"
     return eager, "torch"
 
@@ -78,8 +80,12 @@ def _onnx_bytes(net: nn.Module, example: torch.Tensor) -> bytes:
     plain = nn.Sequential(net).eval()
     with quiet():
         torch.onnx.export(
-            plain, (example[:2],), buffer,  # type: ignore[arg-type]  # a buffer works; the stub knows paths only
-             dynamo=False, opset_version=18,
-            input_names=["pixels"], dynamic_axes={"pixels": {0: "batch"}},
-        )  # fmt: skip
+            plain,
+            (example[:2],),
+            buffer,  # type: ignore[arg-type]  # a buffer works; the stub knows paths only
+            dynamo=False,
+            opset_version=18,
+            input_names=["pixels"],
+            dynamic_axes={"pixels": {0: "batch"}},
+        )
     return buffer.getvalue()

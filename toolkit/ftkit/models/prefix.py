@@ -39,13 +39,19 @@ def trace(model: nn.Module) -> fx.GraphModule | None:
         tracer = _Tracer()
         defaults = _defaulted_arguments(model)
         return fx.GraphModule(model, tracer.trace(model, concrete_args=defaults))
-    except Exception:  # a forward may do anything that symbolic values do not support; the stage then runs live
+    except (
+        Exception
+    ):  # a forward may do anything that symbolic values do not support; the stage then runs live
         return None
 
 
 def _defaulted_arguments(model: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters.values()
-    return {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
+    return {
+        item.name: item.default
+        for item in parameters
+        if item.default is not inspect.Parameter.empty
+    }
 
 
 def _trains(graph: fx.GraphModule, node: fx.Node, trained: Callable[[str], bool]) -> bool:
@@ -75,7 +81,9 @@ def frontier(graph: fx.GraphModule, trained: Callable[[str], bool]) -> list[fx.N
     for node in graph.graph.nodes:
         if node.op == "output":
             continue
-        if _trains(graph, node, trained) or any(source in moving for source in node.all_input_nodes):
+        if _trains(graph, node, trained) or any(
+            source in moving for source in node.all_input_nodes
+        ):
             moving.add(node)
     crossing = []
     for node in graph.graph.nodes:
@@ -116,7 +124,9 @@ def trained_part(graph: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModul
     """The values of one cut, in graph order -> logits. Parameters are the model's own: to train it trains the model."""
     needed = _needed([node for node in graph.graph.nodes if node.op == "output"], given=cut)
     copied = fx.Graph()
-    made: dict[fx.Node, fx.Node] = {node: copied.placeholder(f"cut_{number}") for number, node in enumerate(cut)}
+    made: dict[fx.Node, fx.Node] = {
+        node: copied.placeholder(f"cut_{number}") for number, node in enumerate(cut)
+    }
     for node in graph.graph.nodes:
         if node in needed:
             made[node] = copied.node_copy(node, lambda source: made[source])

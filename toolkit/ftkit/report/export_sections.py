@@ -34,7 +34,8 @@ def gates(manifest: Data) -> str:
     order = ("failed", "inconclusive", "passed")
     rows = [
         (
-            gate["name"] + (f"; {gate['unsettled']}" if gate["unsettled"] and not gate["passed"] else ""),
+            gate["name"]
+            + (f"; {gate['unsettled']}" if gate["unsettled"] and not gate["passed"] else ""),
             _verdict(gate["verdict"]),
             gate["value"],
             "" if gate["low"] is None else f"{short(gate['low'])} to {short(gate['high'])}",
@@ -55,28 +56,57 @@ def variants(manifest: Data) -> str:
         return f"{100 * paired['drop']:+.2f} [{100 * paired['low']:+.2f} to {100 * paired['high']:+.2f}]"
 
     rows = [
-        (row["name"], "chosen, " * (row["name"] == manifest["chosen"]) + row["verdict"], row["accuracy"],
-         bounds(row["paired"]), row["ratio"], row["p50_ms"], row["p95_ms"], row["size_bytes"] / 1e6,
-         f"{row['in_8_bits']} of {row['heavy']}")
+        (
+            row["name"],
+            "chosen, " * (row["name"] == manifest["chosen"]) + row["verdict"],
+            row["accuracy"],
+            bounds(row["paired"]),
+            row["ratio"],
+            row["p50_ms"],
+            row["p95_ms"],
+            row["size_bytes"] / 1e6,
+            f"{row['in_8_bits']} of {row['heavy']}",
+        )
         for row in decision
-    ]  # fmt: skip
-    placed = [(row["name"], row["p50_ms"], row["accuracy"], row["name"] == manifest["chosen"])
-              for row in decision if row["p50_ms"] and row["accuracy"] is not None]  # fmt: skip
-    return "".join([
-        table(("variant", "verdict", "val accuracy", "drop in points [95 %]", "time", "p50 ms", "p95", "MB",
-               "in 8 bits"), rows),
-        "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. In "
-        "8 bits: convolutions and matrix products.</p>",
-        *(f"<p>{escape(row['name'])}: {escape(row['reason'])}.</p>" for row in decision[1:]),
-        f'<div class="grid">{points("Accuracy and latency", placed, "p50 ms", "val accuracy")}</div>' if placed else "",
-    ])  # fmt: skip
+    ]
+    placed = [
+        (row["name"], row["p50_ms"], row["accuracy"], row["name"] == manifest["chosen"])
+        for row in decision
+        if row["p50_ms"] and row["accuracy"] is not None
+    ]
+    return "".join(
+        [
+            table(
+                (
+                    "variant",
+                    "verdict",
+                    "val accuracy",
+                    "drop in points [95 %]",
+                    "time",
+                    "p50 ms",
+                    "p95",
+                    "MB",
+                    "in 8 bits",
+                ),
+                rows,
+            ),
+            "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. "
+            "In 8 bits: convolutions and matrix products.</p>",
+            *(f"<p>{escape(row['name'])}: {escape(row['reason'])}.</p>" for row in decision[1:]),
+            f'<div class="grid">{points("Accuracy and latency", placed, "p50 ms", "val accuracy")}</div>'
+            if placed
+            else "",
+        ]
+    )
 
 
 def parity(manifest: Data) -> str:
     """Every check, and how far the logits are from float64."""
     evidence = manifest["evidence"]
-    every = [*evidence["parity"],
-             *({"provider": name, "checks": checks} for name, checks in evidence["agreement"].items())]  # fmt: skip
+    every = [
+        *evidence["parity"],
+        *({"provider": name, "checks": checks} for name, checks in evidence["agreement"].items()),
+    ]
     rows = [
         (
             c["name"],
@@ -91,18 +121,39 @@ def parity(manifest: Data) -> str:
     ]
     drawn = []
     for item in evidence["parity"]:
-        logits = next((c for c in item["checks"] if c["name"] == "core logits" and c["group"] == "photographs"), None)
+        logits = next(
+            (
+                c
+                for c in item["checks"]
+                if c["name"] == "core logits" and c["group"] == "photographs"
+            ),
+            None,
+        )
         if not logits or not any(item["errors"]):
             continue
         filled = [i for i, count in enumerate(item["errors"]) if count]
-        first, last = max(min(filled) - 1, 0) // 4 * 4, len(DECADES) - 1  # from a whole power of ten
+        first, last = (
+            max(min(filled) - 1, 0) // 4 * 4,
+            len(DECADES) - 1,
+        )  # from a whole power of ten
         ends = (float(DECADES[first]), float(DECADES[last]))
         known = (("framework's own", logits["floor"]), ("limit", logits["limit"]))
-        marks = [((math.log10(value) - ends[0]) / (ends[1] - ends[0]), name) for name, value in known if value]
+        marks = [
+            ((math.log10(value) - ends[0]) / (ends[1] - ends[0]), name)
+            for name, value in known
+            if value
+        ]
         title = f"Logits of images on {item['provider']}: distance from float64"
         edges = (f"1e{ends[0]:g}", f"1e{ends[1]:g}")
-        drawn.append(bars(title, item["errors"][first:], edges, marks, "each bar a quarter of a power of ten"))
-    placed = "".join(f"<p>{escape(item['provider'])}: {escape(item['placement'])}.</p>" for item in evidence["parity"])
+        drawn.append(
+            bars(
+                title, item["errors"][first:], edges, marks, "each bar a quarter of a power of ten"
+            )
+        )
+    placed = "".join(
+        f"<p>{escape(item['provider'])}: {escape(item['placement'])}.</p>"
+        for item in evidence["parity"]
+    )
     return (
         f'<div class="grid">{"".join(drawn)}</div>' * bool(drawn)
         + placed
@@ -114,12 +165,22 @@ def latency(manifest: Data) -> str:
     """One image at a time: percentiles, cold start and memory, over frame sizes, and the histograms."""
     found = manifest["evidence"]["latency"]
     rows = [
-        (item["variant"], condition(item), item["p50_ms"], item["p95_ms"], item["runs"],
-         "quick" if item["quick"] else "full", item["import_ms"], item["session_ms"], item["first_run_ms"],
-         item["import_ms"] + item["session_ms"] + item["first_run_ms"], item["peak_rss_bytes"] / 1e6,
-         item["size_bytes"] / 1e6)
+        (
+            item["variant"],
+            condition(item),
+            item["p50_ms"],
+            item["p95_ms"],
+            item["runs"],
+            "quick" if item["quick"] else "full",
+            item["import_ms"],
+            item["session_ms"],
+            item["first_run_ms"],
+            item["import_ms"] + item["session_ms"] + item["first_run_ms"],
+            item["peak_rss_bytes"] / 1e6,
+            item["size_bytes"] / 1e6,
+        )
         for item in found
-    ]  # fmt: skip
+    ]
     drawn = "".join(map(_histogram, found))
     said = f"<p>{frames(manifest['frame'])}, which the file resizes; decoding apart.</p>"
     over = manifest["evidence"]["latency_over_sizes"]
@@ -128,9 +189,27 @@ def latency(manifest: Data) -> str:
         [(item["frame"].replace("x", " x "), item["p50_ms"], item["p95_ms"]) for item in over],
         f"{manifest['chosen']} over frame sizes, one thread",
     )
-    return said + f'<div class="grid">{drawn}{f"<div>{sizes}</div>" if over else ""}</div>' + table(
-        ("variant", "provider", "p50 ms", "p95", "runs", "protocol", "import ms", "session", "first run", "cold start",
-         "peak MB", "file MB"), rows)  # fmt: skip
+    return (
+        said
+        + f'<div class="grid">{drawn}{f"<div>{sizes}</div>" if over else ""}</div>'
+        + table(
+            (
+                "variant",
+                "provider",
+                "p50 ms",
+                "p95",
+                "runs",
+                "protocol",
+                "import ms",
+                "session",
+                "first run",
+                "cold start",
+                "peak MB",
+                "file MB",
+            ),
+            rows,
+        )
+    )
 
 
 def _histogram(item: Data) -> str:
@@ -138,15 +217,24 @@ def _histogram(item: Data) -> str:
     low, high = item["low_ms"], item["high_ms"]
     marks = [((item["p50_ms"] - low) / ((high - low) or 1), f"p50 {item['p50_ms']:.2f}")]
     edges = (f"{low:.2f} ms", f"{high:.2f} ms")
-    return bars(f"{item['variant']} on {condition(item)}", item["histogram"], edges, marks,
-                f"{item['runs']} runs, fastest to 99th percentile")  # fmt: skip
+    return bars(
+        f"{item['variant']} on {condition(item)}",
+        item["histogram"],
+        edges,
+        marks,
+        f"{item['runs']} runs, fastest to 99th percentile",
+    )
 
 
 def found_in(folder: Path, manifest: Data) -> str:
     """Plots of what `ftkit bench --save` wrote for this model on this machine, where `folder` is in a repository."""
     path, machine = history.place(folder), manifest["machine"]["fingerprint"]
     try:
-        lines = [line for line in history.read(path) if line["name"] == manifest["name"]] if path.is_file() else []
+        lines = (
+            [line for line in history.read(path) if line["name"] == manifest["name"]]
+            if path.is_file()
+            else []
+        )
     except FtkitError as error:  # it is the user's file, and no evidence
         return f"<p>{escape(str(error).replace(str(path), path.name))}</p>"
     names = sorted({name for line in lines for name in line["series"] if f"({machine})" in name})

@@ -81,7 +81,9 @@ def section(title: str, *parts: str) -> str:
 
 def anchor(title: str) -> str:
     """A heading's place: "By class" -> "by-class"."""
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in title.lower()).split())
+    return "-".join(
+        "".join(letter if letter.isalnum() else " " for letter in title.lower()).split()
+    )
 
 
 def number(value: Any) -> str:
@@ -109,13 +111,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "")
 
     columns = [any(numeric(row[i]) for row in rows) for i in range(len(head))]
     top = "".join(
-        f'<th{" class=n" if n else ""} scope="col">{escape(h)}</th>' for h, n in zip(head, columns, strict=True)
+        f'<th{" class=n" if n else ""} scope="col">{escape(h)}</th>'
+        for h, n in zip(head, columns, strict=True)
     )
     body = "".join(f"<tr>{''.join(map(cell, row, columns))}</tr>" for row in rows)
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
     label = escape(caption or " ".join(head[:2]))
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{label}, table">'
-            f"<table>{named}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")  # fmt: skip
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}, table">'
+        f"<table>{named}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
@@ -124,13 +129,18 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     step = 10.0 ** math.floor(math.log10(span / about))
     step = next(step * factor for factor in (1, 2, 5, 10) if span / (step * factor) <= about)
     first = math.ceil(low / step - 1e-9)
-    return [round(first * step + i * step, 12) for i in range(int((high - first * step) / step + 1e-9) + 1)]
+    return [
+        round(first * step + i * step, 12)
+        for i in range(int((high - first * step) / step + 1e-9) + 1)
+    ]
 
 
 def figure(title: str, drawing: str, caption: str = "", height: int = HEIGHT) -> str:
     """A drawing of 460 x height with a title for eyes and for screen readers."""
-    return (f'<figure><figcaption>{escape(title)}{caption and ": "}{caption}</figcaption><svg viewBox="0 0 {WIDTH} '
-            f'{height}" role="img" aria-label="{escape(title)}">{drawing}</svg></figure>')  # fmt: skip
+    return (
+        f'<figure><figcaption>{escape(title)}{caption and ": "}{caption}</figcaption><svg viewBox="0 0 {WIDTH} '
+        f'{height}" role="img" aria-label="{escape(title)}">{drawing}</svg></figure>'
+    )
 
 
 def scales(
@@ -145,20 +155,30 @@ def scales(
 
 
 def axes(
-    xs: tuple[float, float], ys: tuple[float, float], x_name: str = "", y_name: str = "", *,
+    xs: tuple[float, float],
+    ys: tuple[float, float],
+    x_name: str = "",
+    y_name: str = "",
+    *,
     x_ticks: Sequence[float] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Grid lines with their numbers, and the names of both axes."""
     x, y = scales(xs, ys)
     parts = []
     for value in ticks(*ys):
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
-                     f'stroke="var(--line)"/><text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">'
-                     f"{value:g}</text>")  # fmt: skip
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
+            f'stroke="var(--line)"/><text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">'
+            f"{value:g}</text>"
+        )
     for value in ticks(*xs, 6) if x_ticks is None else x_ticks:
-        parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - 21}" text-anchor="middle">{value:g}</text>')
+        parts.append(
+            f'<text x="{x(value):.1f}" y="{HEIGHT - 21}" text-anchor="middle">{value:g}</text>'
+        )
     if x_name:
-        parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_name)}</text>')
+        parts.append(
+            f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_name)}</text>'
+        )
     if y_name:
         parts.append(f'<text x="{LEFT + 4}" y="{TOP + 2}">{escape(y_name)}</text>')
     return "".join(parts)
@@ -166,11 +186,18 @@ def axes(
 
 def legend(series: Sequence[Series]) -> str:
     """Names in their colours, and marks that tell them apart without colour."""
-    return ", ".join(f'<span style="color:var({colour})">{"○●"[i % 2]} {escape(name)}</span>'
-                     for i, (name, colour, _) in enumerate(series))  # fmt: skip
+    return ", ".join(
+        f'<span style="color:var({colour})">{"○●"[i % 2]} {escape(name)}</span>'
+        for i, (name, colour, _) in enumerate(series)
+    )
 
 
-def lines(title: str, series: Sequence[Series], bands: Sequence[tuple[int, str]] = (), x_name: str = "epoch") -> str:
+def lines(
+    title: str,
+    series: Sequence[Series],
+    bands: Sequence[tuple[int, str]] = (),
+    x_name: str = "epoch",
+) -> str:
     """One value an epoch. bands: where each stage begins, with its name."""
     count = max(len(values) for _, _, values in series)
     finite = [value for _, _, values in series for value in values if math.isfinite(value)]
@@ -183,21 +210,37 @@ def lines(title: str, series: Sequence[Series], bands: Sequence[tuple[int, str]]
     for place, (begin, name) in enumerate(bands):
         end = bands[place + 1][0] if place + 1 < len(bands) else count
         if place % 2 == 0:
-            parts.append(f'<rect x="{x(begin + 0.5):.1f}" width="{x(end + 0.5) - x(begin + 0.5):.1f}" y="{TOP}" '
-                         f'height="{HEIGHT - TOP - BOTTOM}" fill="var(--band)"/>')  # fmt: skip
-        parts.append(f'<text x="{x(begin + 0.5) + 3:.1f}" y="{HEIGHT - BOTTOM - 5}">{escape(name)}</text>')
-    parts.append(axes(xs, ys, x_name, x_ticks=[v for v in ticks(*xs, 6) if v == int(v) and v >= 1] or [1]))
+            parts.append(
+                f'<rect x="{x(begin + 0.5):.1f}" width="{x(end + 0.5) - x(begin + 0.5):.1f}" y="{TOP}" '
+                f'height="{HEIGHT - TOP - BOTTOM}" fill="var(--band)"/>'
+            )
+        parts.append(
+            f'<text x="{x(begin + 0.5) + 3:.1f}" y="{HEIGHT - BOTTOM - 5}">{escape(name)}</text>'
+        )
+    parts.append(
+        axes(xs, ys, x_name, x_ticks=[v for v in ticks(*xs, 6) if v == int(v) and v >= 1] or [1])
+    )
     for i, (_, colour, values) in enumerate(series):
         known = [(x(at + 1), y(value)) for at, value in enumerate(values) if math.isfinite(value)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in known)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="1.8"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="1.8"/>'
+        )
         fill = f"var({colour})" if i % 2 else "var(--paper)"
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6" fill="{fill}" stroke="var({colour})"/>' for a, b in known]
+        parts += [
+            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6" fill="{fill}" stroke="var({colour})"/>'
+            for a, b in known
+        ]
     return figure(title, "".join(parts), legend(series))
 
 
-def bars(title: str, counts: Sequence[int], ends: tuple[str, str], marks: Sequence[tuple[float, str]] = (),
-         caption: str = "") -> str:  # fmt: skip
+def bars(
+    title: str,
+    counts: Sequence[int],
+    ends: tuple[str, str],
+    marks: Sequence[tuple[float, str]] = (),
+    caption: str = "",
+) -> str:
     """A histogram. ends: what its first and last edge are; marks: places (0..1 along it) with a name."""
     height, most = 136, max(counts) or 1
     inner, step = height - BOTTOM - TOP, (WIDTH - 20) / len(counts)
@@ -210,12 +253,16 @@ def bars(title: str, counts: Sequence[int], ends: tuple[str, str], marks: Sequen
     for i, (place, name) in enumerate(marks):
         at = 10 + (WIDTH - 20) * min(max(place, 0.0), 1.0)
         side = "end" if place > 0.6 else "start"
-        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="2" y2="{height - BOTTOM}" stroke="var(--two)" '
-                     f'stroke-dasharray="4 3"/><text x="{at + (4 if side == "start" else -4):.1f}" y="{11 + 14 * i}" '
-                     f'text-anchor="{side}">{escape(name)}</text>')  # fmt: skip
-    parts.append(f'<line x1="10" x2="{WIDTH - 10}" y1="{height - BOTTOM}" y2="{height - BOTTOM}" stroke="var(--line)"/>'
-                 f'<text x="10" y="{height - 18}">{escape(ends[0])}</text><text x="{WIDTH - 10}" y="{height - 18}" '
-                 f'text-anchor="end">{escape(ends[1])}</text>')  # fmt: skip
+        parts.append(
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="2" y2="{height - BOTTOM}" stroke="var(--two)" '
+            f'stroke-dasharray="4 3"/><text x="{at + (4 if side == "start" else -4):.1f}" y="{11 + 14 * i}" '
+            f'text-anchor="{side}">{escape(name)}</text>'
+        )
+    parts.append(
+        f'<line x1="10" x2="{WIDTH - 10}" y1="{height - BOTTOM}" y2="{height - BOTTOM}" stroke="var(--line)"/>'
+        f'<text x="10" y="{height - 18}">{escape(ends[0])}</text><text x="{WIDTH - 10}" y="{height - 18}" '
+        f'text-anchor="end">{escape(ends[1])}</text>'
+    )
     return figure(title, "".join(parts), escape(caption), height)
 
 
@@ -225,32 +272,43 @@ def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.
     for i, (name, value, text) in enumerate(rows):
         y = 8 + i * 30
         wide = (WIDTH - 190) * min(max(value / most, 0.0), 1.0)
-        parts.append(f'<text class="strong" x="0" y="{y + 15}">{escape(name[:16])}</text><rect x="110" y="{y + 2}" '
-                     f'width="{wide:.1f}" height="18" fill="var(--one)"/><text x="{116 + wide:.1f}" y="{y + 15}">'
-                     f"{escape(text)}</text>")  # fmt: skip
+        parts.append(
+            f'<text class="strong" x="0" y="{y + 15}">{escape(name[:16])}</text><rect x="110" y="{y + 2}" '
+            f'width="{wide:.1f}" height="18" fill="var(--one)"/><text x="{116 + wide:.1f}" y="{y + 15}">'
+            f"{escape(text)}</text>"
+        )
     return figure(title, "".join(parts), "", 12 + 30 * len(rows))
 
 
 def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Share right against mean probability, a dot a bin, its area the bin's images; found: name -> bins."""
     x, y = scales((0, 1), (0, 1))
-    parts = [axes((0, 1), (0, 1), "probability given", "share right"),
-             f'<line x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}" stroke="var(--faint)" stroke-dasharray="4 4"/>'
-             ]  # fmt: skip
+    parts = [
+        axes((0, 1), (0, 1), "probability given", "share right"),
+        f'<line x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}" stroke="var(--faint)" stroke-dasharray="4 4"/>',
+    ]
     series: list[Series] = []
-    for i, ((name, bins), colour) in enumerate(zip(found.items(), ("--two", "--one"), strict=False)):
+    for i, ((name, bins), colour) in enumerate(
+        zip(found.items(), ("--two", "--one"), strict=False)
+    ):
         total = sum(images for images, _, _ in bins)
         path = " ".join(f"{x(top):.1f},{y(right):.1f}" for _, top, right in bins)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="1.2" opacity=".6"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="var({colour})" stroke-width="1.2" opacity=".6"/>'
+        )
         fill = f"var({colour})" if i % 2 else "var(--paper)"
-        parts += [f'<circle cx="{x(top):.1f}" cy="{y(right):.1f}" r="{2 + 12 * math.sqrt(images / total):.1f}" '
-                  f'fill="{fill}" fill-opacity=".55" stroke="var({colour})"/>'
-                  for images, top, right in bins]  # fmt: skip
+        parts += [
+            f'<circle cx="{x(top):.1f}" cy="{y(right):.1f}" r="{2 + 12 * math.sqrt(images / total):.1f}" '
+            f'fill="{fill}" fill-opacity=".55" stroke="var({colour})"/>'
+            for images, top, right in bins
+        ]
         series.append((name, colour, ()))
     return figure(title, "".join(parts), legend(series))
 
 
-def points(title: str, found: Sequence[tuple[str, float, float, bool]], x_name: str, y_name: str) -> str:
+def points(
+    title: str, found: Sequence[tuple[str, float, float, bool]], x_name: str, y_name: str
+) -> str:
     """Numbered points: (name, x, y, whether it is the chosen one); their names stand in the caption."""
     across, up = [item[1] for item in found], [item[2] for item in found]
     room = (max(up) - min(up)) * 0.25 or 0.01
@@ -263,9 +321,12 @@ def points(title: str, found: Sequence[tuple[str, float, float, bool]], x_name: 
         while any(abs(at[0] - c) < 14 and abs(at[1] - d) < 12 for c, d in taken):
             at = (at[0] + 12, at[1])  # beside a number that is there already
         taken.append(at)
-        parts.append(f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="5" fill="var({fill})"/><text class="strong" '
-                     f'x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="middle">{i}</text>')  # fmt: skip
+        parts.append(
+            f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="5" fill="var({fill})"/><text class="strong" '
+            f'x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="middle">{i}</text>'
+        )
     names = "; ".join(
-        f"{i} {escape(name)}{' (chosen)' if chosen else ''}" for i, (name, _, _, chosen) in enumerate(found, 1)
+        f"{i} {escape(name)}{' (chosen)' if chosen else ''}"
+        for i, (name, _, _, chosen) in enumerate(found, 1)
     )
     return figure(title, "".join(parts), names)

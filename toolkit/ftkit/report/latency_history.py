@@ -27,38 +27,57 @@ def plot(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     def y(value: float) -> float:
         return 14 + (height - 40) * (high - value) / (high - low)
 
-    parts = [f'<text x="0" y="{y(value) + 4:.1f}">{value:.3g} ms</text>' for value in (min(values), max(values))]
+    parts = [
+        f'<text x="0" y="{y(value) + 4:.1f}">{value:.3g} ms</text>'
+        for value in (min(values), max(values))
+    ]
     for i in marked:
-        parts.append(f'<line x1="{(x(i) + x(i - 1)) / 2:.1f}" x2="{(x(i) + x(i - 1)) / 2:.1f}" y1="4" '
-                     f'y2="{height - 20}" stroke="var(--two)" stroke-dasharray="4 4"/>')  # fmt: skip
+        parts.append(
+            f'<line x1="{(x(i) + x(i - 1)) / 2:.1f}" x2="{(x(i) + x(i - 1)) / 2:.1f}" y1="4" '
+            f'y2="{height - 20}" stroke="var(--two)" stroke-dasharray="4 4"/>'
+        )
     points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(values))
     parts.append(f'<polyline points="{points}" fill="none" stroke="var(--one)" stroke-width="2"/>')
     for i, (line, value) in enumerate(zip(lines, values, strict=True)):
         said = f"{line['time'][:10]} {line['commit'] or 'no commit'}{' modified' if line['modified'] else ''}"
-        parts.append(f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" fill="var(--one)">'
-                     f"<title>{escape(said)}: {value:.4g} ms</title></circle>")  # fmt: skip
+        parts.append(
+            f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" fill="var(--one)">'
+            f"<title>{escape(said)}: {value:.4g} ms</title></circle>"
+        )
     for i in sorted({0, len(values) - 1}):
         anchor = "start" if i == 0 else "end"
-        parts.append(f'<text x="{x(i):.1f}" y="{height - 4}" text-anchor="{anchor}">'
-                     f"{escape(lines[i]['time'][:10])} {escape(lines[i]['commit'][:7])}</text>")  # fmt: skip
+        parts.append(
+            f'<text x="{x(i):.1f}" y="{height - 4}" text-anchor="{anchor}">'
+            f"{escape(lines[i]['time'][:10])} {escape(lines[i]['commit'][:7])}</text>"
+        )
     said = ""
     for i in marked:
-        was, now = (statistics.median(values[a:b]) for a, b in ((max(0, i - BEFORE), i), (i, i + AFTER)))
+        was, now = (
+            statistics.median(values[a:b]) for a, b in ((max(0, i - BEFORE), i), (i, i + AFTER))
+        )
         commit = escape(lines[i]["commit"] or "unknown")
-        said += f"<li>{escape(lines[i]['time'][:10])}, commit {commit}: {was:.4g} to {now:.4g} ms</li>"
-    return (f'<figure><figcaption>{escape(title)}, last {values[-1]:.4g} ms</figcaption><svg viewBox="0 0 {width} '
-            f'{height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-            f"{f'<ul>{said}</ul>' if said else ''}</figure>")  # fmt: skip
+        said += (
+            f"<li>{escape(lines[i]['time'][:10])}, commit {commit}: {was:.4g} to {now:.4g} ms</li>"
+        )
+    return (
+        f'<figure><figcaption>{escape(title)}, last {values[-1]:.4g} ms</figcaption><svg viewBox="0 0 {width} '
+        f'{height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        f"{f'<ul>{said}</ul>' if said else ''}</figure>"
+    )
 
 
 def write_history(lines: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Write the page: a heading a machine, a plot a condition. lines: as read."""
     if not lines:
-        raise FtkitError(f"{out}: expected at least one measurement, found none. Try `ftkit bench MODEL --save`")
+        raise FtkitError(
+            f"{out}: expected at least one measurement, found none. Try `ftkit bench MODEL --save`"
+        )
     names = sorted({name for line in lines for name in line["series"]})
     body, machine = ["<h1>Latency over time</h1>"], ""
     if len({name.partition("|")[0] for name in names}) > 1:
-        body.append("<p>Several machines: each has plots of its own, and a difference between them is advisory.</p>")
+        body.append(
+            "<p>Several machines: each has plots of its own, and a difference between them is advisory.</p>"
+        )
     for name in names:
         where = name.partition("|")[0]
         if where != machine:

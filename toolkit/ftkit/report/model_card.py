@@ -61,9 +61,13 @@ preprocessing is inside. Outputs: `probabilities` (batch, classes) in the order 
 
 def _classes(accuracy: Mapping[str, Any]) -> str:
     supports = (sum(row) for row in accuracy["confusion"])
-    rows = zip(accuracy["classes"], supports, accuracy["recall"], accuracy["precision"], strict=True)
+    rows = zip(
+        accuracy["classes"], supports, accuracy["recall"], accuracy["precision"], strict=True
+    )
     return "\n".join(
-        "| {} | {} | {} | {} |".format(name.replace("|", "\\|"), support, _share(recall), _share(precision))
+        "| {} | {} | {} | {} |".format(
+            name.replace("|", "\\|"), support, _share(recall), _share(precision)
+        )
         for name, support, recall, precision in rows
     )
 
@@ -79,8 +83,10 @@ def _doubtful(held: Mapping[str, Any]) -> str:
     if held["threshold"] is None:
         return "Every answer is marked doubtful: the wanted precision was not reached on val"
     shown = "shown with 95 % confidence" if held["proven"] else "observed, not proven"
-    return (f"Answers below a probability of {held['threshold']:.2f} are marked doubtful: on val at least "
-            f"{held['wanted']:.0%} of the others were right ({shown})")  # fmt: skip
+    return (
+        f"Answers below a probability of {held['threshold']:.2f} are marked doubtful: on val at least "
+        f"{held['wanted']:.0%} of the others were right ({shown})"
+    )
 
 
 def _share(value: float | None) -> str:
@@ -93,4 +99,6 @@ def _data(run: Mapping[str, Any]) -> str:
 
 
 def _shape(input_format: str) -> str:
-    return {"grey": "(batch, H, W, 1)", "nv12": "(batch, H x 3 / 2, W, 1)"}.get(input_format, "(batch, H, W, 3)")
+    return {"grey": "(batch, H, W, 1)", "nv12": "(batch, H x 3 / 2, W, 1)"}.get(
+        input_format, "(batch, H, W, 3)"
+    )

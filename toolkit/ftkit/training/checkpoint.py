@@ -103,7 +103,10 @@ class State:
             if content is not None:
                 self.files[role] = f"{role}-{self.stage}-{self.epoch}-{self.step}.safetensors"
                 if self.ranks.main:
-                    plain = {key: value.detach().cpu().contiguous().clone() for key, value in content.items()}
+                    plain = {
+                        key: value.detach().cpu().contiguous().clone()
+                        for key, value in content.items()
+                    }
                     write_atomically(place / self.files[role], safetensors.torch.save(plain))
         if not self.ranks.main:
             return
@@ -141,7 +144,9 @@ def _load(folder: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(path.read_text())
         return {**data, "plan": dict(data["plan"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise FtkitError(f"{path}: expected the state of an unfinished run, found {error!r}. Train again") from None
+        raise FtkitError(
+            f"{path}: expected the state of an unfinished run, found {error!r}. Train again"
+        ) from None
 
 
 def read(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> State:
@@ -161,7 +166,9 @@ def read(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> State:
             data[key] = data[key] and tuple(data[key])
         state = State(folder=folder, **data)
     except (TypeError, KeyError) as error:
-        raise FtkitError(f"{folder}: expected a run of this ftkit, found {error}. Train again") from None
+        raise FtkitError(
+            f"{folder}: expected a run of this ftkit, found {error}. Train again"
+        ) from None
     state.ranks = ranks
     ranks.first(lambda: _cut_back(folder / METRICS, state.lines))
     return state

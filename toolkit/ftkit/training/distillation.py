@@ -25,17 +25,25 @@ class Teacher(nn.Module):
     def __init__(self, run: Run, student: Preprocess):
         super().__init__()
         own = run.preprocess
-        self.model, self.size, self.same_size = run.backbone().model.eval(), own.size, own.size == student.size
+        self.model, self.size, self.same_size = (
+            run.backbone().model.eval(),
+            own.size,
+            own.size == student.size,
+        )
         std = torch.tensor(own.std)
         self.register_buffer("scale", (torch.tensor(student.std) / std)[:, None, None])
-        self.register_buffer("shift", ((torch.tensor(student.mean) - torch.tensor(own.mean)) / std)[:, None, None])
+        self.register_buffer(
+            "shift", ((torch.tensor(student.mean) - torch.tensor(own.mean)) / std)[:, None, None]
+        )
         self.key = f"teacher {run.data['model_fingerprint']} {own!r}"
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n, 3, S, S) as the student takes them -> logits (n, classes)."""
         pixels = pixels * self.scale + self.shift
         if not self.same_size:
-            pixels = F.interpolate(pixels, (self.size, self.size), mode="bilinear", align_corners=False)
+            pixels = F.interpolate(
+                pixels, (self.size, self.size), mode="bilinear", align_corners=False
+            )
         logits: torch.Tensor = self.model(pixels)
         return logits
 

@@ -80,7 +80,9 @@ class Views:
         if view == 0:
             return evaluation(canvases, self.preprocess)
         generator = torch.Generator().manual_seed(seeded("view", self.seed, view, start))
-        return augmented(canvases, self.preprocess, self.augment, drawn(len(canvases), generator), view)
+        return augmented(
+            canvases, self.preprocess, self.augment, drawn(len(canvases), generator), view
+        )
 
     def chunks(self) -> list[tuple[Array, int, int, int]]:
         """(rows, view, start, first item) of every pass."""
@@ -96,7 +98,15 @@ class Views:
     @property
     def key(self) -> str:
         """What the pixels depend on."""
-        return json.dumps([self.canvases.fingerprint, repr(self.preprocess), repr(self.augment), self.count, self.seed])
+        return json.dumps(
+            [
+                self.canvases.fingerprint,
+                repr(self.preprocess),
+                repr(self.augment),
+                self.count,
+                self.seed,
+            ]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +136,13 @@ class Activations:
 
 
 def fill(
-    prefix: nn.Module, key: str, names: Sequence[str], views: Views,
-    progress: Callable[[int, int], None] = lambda done, total: None, ranks: Ranks = SOLO,
-) -> Activations | str:  # fmt: skip
+    prefix: nn.Module,
+    key: str,
+    names: Sequence[str],
+    views: Views,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = SOLO,
+) -> Activations | str:
     """Activations of `prefix` (pixels -> tuple of values, called `names`), or the reason why they cannot be cached.
 
     key: what the prefix computes (code and weights). A value must be a tensor with one entry an image. The ranks of a
@@ -138,16 +152,24 @@ def fill(
     train = len(jobs[0][0])
     with torch.inference_mode():
         sample = as_tuple(prefix(channels_last(views.pixels(jobs[0][0], 0, 0))))
-    if not all(isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample):
+    if not all(
+        isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample
+    ):
         return "a value that crosses the cut is no tensor with one entry an image"
-    text = json.dumps(["prefix-5", key, attributes(prefix), VERSIONS, list(names), views.key, views.chunk])
+    text = json.dumps(
+        ["prefix-5", key, attributes(prefix), VERSIONS, list(names), views.key, views.chunk]
+    )
     folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
     shapes = [(len(views), *value.shape[1:]) for value in sample]
     held = ranks.gather(_opened(folder, shapes) is not None)
-    held = [held[node] for node in ranks.gather(ranks.node)]  # what a machine's first rank saw holds for all of it
+    held = [
+        held[node] for node in ranks.gather(ranks.node)
+    ]  # what a machine's first rank saw holds for all of it
     if not held[ranks.rank] and ranks.rank == ranks.node:
         put_away(folder)  # damaged is absent
-    if not all(held) and (reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])):
+    if not all(held) and (
+        reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])
+    ):
         return reason
     opened = _opened(folder, shapes)
     reason = "" if opened else "its cache could not be kept: it is gone, or damaged"
@@ -155,11 +177,20 @@ def fill(
         return reason
     assert opened is not None  # else there was a reason
     arrays, kind, pass_s = opened
-    return Activations(arrays=dict(zip(names, arrays, strict=True)), train_rows=train, views=views.count,
-                       found=all(held), kind=kind, pass_s=pass_s, folder=folder)  # fmt: skip
+    return Activations(
+        arrays=dict(zip(names, arrays, strict=True)),
+        train_rows=train,
+        views=views.count,
+        found=all(held),
+        kind=kind,
+        pass_s=pass_s,
+        folder=folder,
+    )
 
 
-def _opened(folder: Path, shapes: Sequence[tuple[int, ...]]) -> tuple[list[Array], str, float] | None:
+def _opened(
+    folder: Path, shapes: Sequence[tuple[int, ...]]
+) -> tuple[list[Array], str, float] | None:
     """The arrays of an entry, memory-mapped, its kind and its seconds an image; None where there is none, or it is
     damaged."""
     try:
@@ -167,10 +198,14 @@ def _opened(folder: Path, shapes: Sequence[tuple[int, ...]]) -> tuple[list[Array
         told = json.loads((folder / "told.json").read_text())
         kind, pass_s = str(told["kind"]), float(told["pass_s"])
         arrays = [np.load(folder / f"{number}.npy", mmap_mode="r") for number in range(len(shapes))]
-    except Exception:  # numpy reads an array's header with Python's own parser, which raises whatever it meets
+    except (
+        Exception
+    ):  # numpy reads an array's header with Python's own parser, which raises whatever it meets
         return None
-    whole = all(array.shape == shape and array.dtype.name in TOLERANCE
-                for array, shape in zip(arrays, shapes, strict=True))  # fmt: skip
+    whole = all(
+        array.shape == shape and array.dtype.name in TOLERANCE
+        for array, shape in zip(arrays, shapes, strict=True)
+    )
     return (arrays, kind, pass_s) if whole else None
 
 
@@ -185,16 +220,28 @@ def attributes(module: nn.Module) -> list[Any]:
     """What decides a module's answers beside its weights and its code: every plain attribute of every module in it
     (stride, padding, eps, slope, ...)."""
     return [
-        [name, type(inner).__qualname__, sorted((key, repr(value)) for key, value in vars(inner).items()
-                                                if key not in UNTOLD and isinstance(value, PLAIN))]
+        [
+            name,
+            type(inner).__qualname__,
+            sorted(
+                (key, repr(value))
+                for key, value in vars(inner).items()
+                if key not in UNTOLD and isinstance(value, PLAIN)
+            ),
+        ]
         for name, inner in module.named_modules()
-    ]  # fmt: skip
+    ]
 
 
 def _write(
-    prefix: nn.Module, sample: Tensors, views: Views, folder: Path, progress: Callable[[int, int], None], ranks: Ranks,
+    prefix: nn.Module,
+    sample: Tensors,
+    views: Views,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    ranks: Ranks,
     held: bool,
-) -> str:  # fmt: skip
+) -> str:
     """Compute into a folder beside and publish it; or the reason why it does not fit, the same on every rank.
 
     held: this machine has it already, and only keeps step with the others.
@@ -209,7 +256,9 @@ def _write(
             return reason
         beside = Path(begun[ranks.node][0] or folder)
         try:
-            reason = "" if held else _computed(prefix, sample, dtypes, views, beside, progress, ranks)
+            reason = (
+                "" if held else _computed(prefix, sample, dtypes, views, beside, progress, ranks)
+            )
             found = set(ranks.gather(reason))
             if found <= {""}:
                 found = set(ranks.gather(_published(place, folder)))
@@ -220,9 +269,13 @@ def _write(
     return "its values are too large for float32"
 
 
-def _begun(folder: Path, sample: Tensors, dtypes: Sequence[str], items: int) -> tuple[Path | None, str]:
+def _begun(
+    folder: Path, sample: Tensors, dtypes: Sequence[str], items: int
+) -> tuple[Path | None, str]:
     """A folder beside with files of the right size, or the reason why not."""
-    needed = items * sum(v[0].numel() * np.dtype(d).itemsize for v, d in zip(sample, dtypes, strict=True))
+    needed = items * sum(
+        v[0].numel() * np.dtype(d).itemsize for v, d in zip(sample, dtypes, strict=True)
+    )
     beside = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +322,9 @@ def check(prefix: nn.Module, names: Sequence[str], activations: Activations, vie
         for name, value in zip(names, live, strict=True):
             array, at = activations.arrays[name], first + start
             kept = torch.from_numpy(array[at : at + len(value)].astype(np.float32))
-            off = float((kept - value.float().cpu()).abs().max() / value.abs().max().clamp(min=1e-12))
+            off = float(
+                (kept - value.float().cpu()).abs().max() / value.abs().max().clamp(min=1e-12)
+            )
             if not off <= _tolerance(array.dtype.name, value.device):
                 return f"cached {name} differs from a live pass by {off:.1e} of its largest value"
         first += len(rows)
@@ -301,15 +356,22 @@ def _make_room(folder: Path, needed: int) -> str:
 
 
 def _computed(
-    prefix: nn.Module, sample: Tensors, dtypes: Sequence[str], views: Views, folder: Path,
-    progress: Callable[[int, int], None], ranks: Ranks,
-) -> str:  # fmt: skip
+    prefix: nn.Module,
+    sample: Tensors,
+    dtypes: Sequence[str],
+    views: Views,
+    folder: Path,
+    progress: Callable[[int, int], None],
+    ranks: Ranks,
+) -> str:
     """This rank's share of the passes, into the files in `folder`; or why not (WIDE: a value does not fit float16)."""
     mine = views.chunks()[ranks.local :: ranks.local_world]
     run, how = runner(prefix, views.pixels(views.jobs()[0][0], 0, 0), share_of_cores(ranks))
     begun = time.perf_counter()
     try:
-        arrays = [np.load(folder / f"{number}.npy", mmap_mode="r+") for number in range(len(sample))]
+        arrays = [
+            np.load(folder / f"{number}.npy", mmap_mode="r+") for number in range(len(sample))
+        ]
         with np.errstate(over="raise"):
             for done, (rows, view, start, at) in enumerate(mine, start=1):
                 for array, value in zip(arrays, run(views.pixels(rows, view, start)), strict=True):
@@ -318,8 +380,10 @@ def _computed(
         for array in arrays:
             array.flush()
         if ranks.rank == ranks.node:
-            told = {"kind": f"{'/'.join(sorted(set(dtypes)))} by {how}",
-                    "pass_s": (time.perf_counter() - begun) / len(views)}  # fmt: skip
+            told = {
+                "kind": f"{'/'.join(sorted(set(dtypes)))} by {how}",
+                "pass_s": (time.perf_counter() - begun) / len(views),
+            }
             (folder / "told.json").write_text(json.dumps(told))
     except FloatingPointError:  # an image beyond the sample's range
         return WIDE

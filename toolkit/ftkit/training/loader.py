@@ -88,7 +88,9 @@ class _Cut:
 
 def under(names: Sequence[str]) -> Callable[[str], bool]:
     """Whether a parameter's name lies in one of the modules named."""
-    return lambda parameter: any(parameter == name or parameter.startswith(name + ".") for name in names)
+    return lambda parameter: any(
+        parameter == name or parameter.startswith(name + ".") for name in names
+    )
 
 
 def set_mode(model: nn.Module, names: Sequence[str], batchnorm: bool) -> None:
@@ -107,7 +109,9 @@ def set_mode(model: nn.Module, names: Sequence[str], batchnorm: bool) -> None:
                     inner.eval()
 
 
-def ahead(jobs: Iterable[Job], work: Callable[[Job], Made], depth: int = 2) -> Iterator[tuple[Job, Made]]:
+def ahead(
+    jobs: Iterable[Job], work: Callable[[Job], Made], depth: int = 2
+) -> Iterator[tuple[Job, Made]]:
     """Each job with what `work` made of it in a thread that stays up to `depth` jobs ahead."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[tuple[Job, Future[Made]]] = deque()
@@ -134,9 +138,15 @@ class Feeds:
     """Makes each stage's feed, and holds the activations that stages share."""
 
     def __init__(
-        self, backbone: Backbone, recipe: Recipe, canvases: Canvases, preprocess: Preprocess, seed: int,
-        device: torch.device, ranks: Ranks = SOLO,
-    ):  # fmt: skip
+        self,
+        backbone: Backbone,
+        recipe: Recipe,
+        canvases: Canvases,
+        preprocess: Preprocess,
+        seed: int,
+        device: torch.device,
+        ranks: Ranks = SOLO,
+    ):
         self.backbone, self.recipe, self.canvases = backbone, recipe, canvases
         self.preprocess, self.seed, self.device, self.ranks = preprocess, seed, device, ranks
         self.pixels = Source(canvases.array, len(canvases.slots), preprocess.resize**2 * 3, device)
@@ -154,7 +164,11 @@ class Feeds:
         """The feed of stage `number`; sets the model's modes for it."""
         stage, names, model = self.recipe.stages[number], self.trained[number], self.backbone.model
         set_mode(model, names, stage.batchnorm)
-        teacher = load(stage.teacher, self.preprocess, self.canvases.images.classes) if stage.teacher else None
+        teacher = (
+            load(stage.teacher, self.preprocess, self.canvases.images.classes)
+            if stage.teacher
+            else None
+        )
         if stage.cache == "off":
             return self._live("cache = off", teacher)
         cut = self._cut(number)
@@ -185,7 +199,9 @@ class Feeds:
             reason = next(filter(None, different), "")
             if not (reason and kept.found and again):
                 break
-            console.warn(f"cache: expected what a live pass gives, found that {reason}. It is computed anew")
+            console.warn(
+                f"cache: expected what a live pass gives, found that {reason}. It is computed anew"
+            )
             discard(kept, self.ranks)
             if kept is self._shared:
                 self._shared = None
@@ -193,16 +209,27 @@ class Feeds:
         return reason or kept
 
     def _cached(
-        self, number: int, cut: _Cut, training: fx.GraphModule, suffix: list[fx.Node], activations: Activations,
+        self,
+        number: int,
+        cut: _Cut,
+        training: fx.GraphModule,
+        suffix: list[fx.Node],
+        activations: Activations,
         teacher: Teacher | None,
-    ) -> Feed:  # fmt: skip
-        stage, model, rows = self.recipe.stages[number], self.backbone.model, self.canvases.rows("train")
+    ) -> Feed:
+        stage, model, rows = (
+            self.recipe.stages[number],
+            self.backbone.model,
+            self.canvases.rows("train"),
+        )
         taught = self._taught(teacher, stage.views)
         if isinstance(taught, str):
             return self._live(taught, teacher)
 
-        kept = {**{name: activations.arrays[name] for name in cut.names},
-                **({"teacher": taught.arrays["teacher"]} if taught else {})}  # fmt: skip
+        kept = {
+            **{name: activations.arrays[name] for name in cut.names},
+            **({"teacher": taught.arrays["teacher"]} if taught else {}),
+        }
         sources = [array_source(array, self.device) for array in kept.values()]
 
         def fetch(positions: Array, generator: torch.Generator, part: slice) -> Fetched:
@@ -212,7 +239,9 @@ class Feeds:
             return Fetched(tensors=[source.fetch(items) for source in sources], labels=labels)
 
         def prepare(fetched: Fetched) -> Batch:
-            values = [source.take(tensor) for source, tensor in zip(sources, fetched.tensors, strict=True)]
+            values = [
+                source.take(tensor) for source, tensor in zip(sources, fetched.tensors, strict=True)
+            ]
             tensors, targets = _floats(values), self._moved(fetched.labels)
             if taught is None:
                 return Batch(inputs=tensors, targets=targets)
@@ -220,7 +249,9 @@ class Feeds:
 
         def val(positions: Array) -> Tensors:
             items = activations.val_items(positions)
-            return _floats([source.take(source.fetch(items)) for source in sources[: len(cut.names)]])
+            return _floats(
+                [source.take(source.fetch(items)) for source in sources[: len(cut.names)]]
+            )
 
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         share = sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes)
@@ -230,10 +261,15 @@ class Feeds:
         if self.recipe.augment.mixes:
             how += "; mixup and cutmix are for live pixels"
         return Feed(
-            net=trained_part(training, suffix), eval_net=trained_part(cut.graph, cut.nodes), fetch=fetch,
-            prepare=prepare, val=val, how=how, kind=activations.kind,
+            net=trained_part(training, suffix),
+            eval_net=trained_part(cut.graph, cut.nodes),
+            fetch=fetch,
+            prepare=prepare,
+            val=val,
+            how=how,
+            kind=activations.kind,
             pass_s=activations.pass_s * self.ranks.local_world / self.ranks.world,
-        )  # fmt: skip
+        )
 
     def _cut(self, number: int) -> _Cut | str:
         """The eval-mode graph and its cut, or why there is none. Leaves the model's modes as they were."""
@@ -255,13 +291,19 @@ class Feeds:
 
     def views(self, count: int) -> Views:
         return Views(
-            canvases=self.canvases, preprocess=self.preprocess, augment=self.recipe.augment, count=count,
-            seed=self.seed, source=self.pixels,
-        )  # fmt: skip
+            canvases=self.canvases,
+            preprocess=self.preprocess,
+            augment=self.recipe.augment,
+            count=count,
+            seed=self.seed,
+            source=self.pixels,
+        )
 
     def share(self) -> None:
         """Run the prefix for every stage it serves: once, while the weights are still the pretrained ones."""
-        sharing = [n for n, s in enumerate(self.recipe.stages) if s.cache == "auto" and self._pristine(n)]
+        sharing = [
+            n for n, s in enumerate(self.recipe.stages) if s.cache == "auto" and self._pristine(n)
+        ]
         graph = trace(self.backbone.model.eval())
         if graph is None:
             return
@@ -276,7 +318,9 @@ class Feeds:
             return self._shared
         return self._fill(cut.graph, [cut.nodes], self.recipe.stages[number].views)
 
-    def _fill(self, graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]], count: int) -> Activations | str:
+    def _fill(
+        self, graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]], count: int
+    ) -> Activations | str:
         wanted = {node.name for cut in cuts for node in cut}
         names = [node.name for node in graph.graph.nodes if node.name in wanted]
         prefix = frozen_part(graph, cuts)
@@ -292,7 +336,9 @@ class Feeds:
 
         def made() -> Activations | str:
             with console.bar("teacher") as progress:
-                return fill(teacher, teacher.key, ["teacher"], self.views(count), progress, self.ranks)
+                return fill(
+                    teacher, teacher.key, ["teacher"], self.views(count), progress, self.ranks
+                )
 
         return self._trusted(made, teacher, ["teacher"])
 
@@ -305,28 +351,46 @@ class Feeds:
             draw, labels = drawn(len(positions), generator), self._labels[positions]
             mixing = mixing_of(len(positions), self.preprocess.size, self.recipe.augment, generator)
             if mixing is None:
-                return Fetched(tensors=[self.pixels.fetch(rows[positions[part]])], labels=self._pinned(labels[part]),
-                               draw=self._pinned(draw[:, part]))  # fmt: skip
+                return Fetched(
+                    tensors=[self.pixels.fetch(rows[positions[part]])],
+                    labels=self._pinned(labels[part]),
+                    draw=self._pinned(draw[:, part]),
+                )
             partner = mixing.partner[part]  # it may be another rank's image: both read it
-            wanted, place = np.unique(np.r_[np.arange(len(positions))[part], partner.numpy()], return_inverse=True)
-            return Fetched(tensors=[self.pixels.fetch(rows[positions[wanted]])], labels=self._pinned(labels[part]),
-                           draw=self._pinned(draw[:, wanted]), others=self._pinned(labels[partner]),
-                           place=self._pinned(torch.from_numpy(place).view(2, -1)),
-                           mixing=mixing.of(part).mapped(self._pinned))  # fmt: skip
+            wanted, place = np.unique(
+                np.r_[np.arange(len(positions))[part], partner.numpy()], return_inverse=True
+            )
+            return Fetched(
+                tensors=[self.pixels.fetch(rows[positions[wanted]])],
+                labels=self._pinned(labels[part]),
+                draw=self._pinned(draw[:, wanted]),
+                others=self._pinned(labels[partner]),
+                place=self._pinned(torch.from_numpy(place).view(2, -1)),
+                mixing=mixing.of(part).mapped(self._pinned),
+            )
 
         def prepare(fetched: Fetched) -> Batch:
             assert fetched.draw is not None  # fetch drew it
             canvases, mixing, others = self.pixels.take(fetched.tensors[0]), None, None
             pixels = augmented(canvases, self.preprocess, self.recipe.augment, fetched.draw)
-            if fetched.mixing is not None and fetched.place is not None and fetched.others is not None:
+            if (
+                fetched.mixing is not None
+                and fetched.place is not None
+                and fetched.others is not None
+            ):
                 mixing, place = fetched.mixing.mapped(self._moved), self._moved(fetched.place)
                 pixels = mixed(pixels[place[0]], pixels[place[1]], mixing)
                 others = self._moved(fetched.others)
             pixels = channels_last(pixels)
             with torch.no_grad():
                 answers = None if teacher is None else teacher(pixels)
-            return Batch(inputs=(pixels,), targets=self._moved(fetched.labels), teacher=answers, others=others,
-                         share=mixing.share if mixing else None)  # fmt: skip
+            return Batch(
+                inputs=(pixels,),
+                targets=self._moved(fetched.labels),
+                teacher=answers,
+                others=others,
+                share=mixing.share if mixing else None,
+            )
 
         def val(positions: Array) -> Tensors:
             canvases = self.pixels.take(self.pixels.fetch(val_rows[positions]))
@@ -334,5 +398,11 @@ class Feeds:
 
         model = self.backbone.model
         return Feed(
-            net=model, eval_net=model, fetch=fetch, prepare=prepare, val=val, how=f"live: {reason}", kind="live"
+            net=model,
+            eval_net=model,
+            fetch=fetch,
+            prepare=prepare,
+            val=val,
+            how=f"live: {reason}",
+            kind="live",
         )

@@ -21,9 +21,13 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def best_rate(
-    stage: Stage, backbone: Backbone, feed: Feed, batches: Iterable[tuple[np.ndarray, torch.Generator]], total: int,
+    stage: Stage,
+    backbone: Backbone,
+    feed: Feed,
+    batches: Iterable[tuple[np.ndarray, torch.Generator]],
+    total: int,
     val_labels: torch.Tensor,
-) -> float:  # fmt: skip
+) -> float:
     """The rate whose head ends with the lowest NLL on val, all trained for the stage's `total` steps on its batches.
 
     Ties in accuracy are common on a small val split; the NLL separates rates sooner.
@@ -36,16 +40,22 @@ def best_rate(
     groups += [{"params": [b], "weight_decay": 0.0} for b in biases]
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     if stage.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            groups, lr=1.0, momentum=0.9, nesterov=True
+        )
     else:
         optimizer = kinds[stage.optimizer](groups, lr=1.0)
 
-    def logits_of(found: torch.Tensor) -> torch.Tensor:  # (n, features) -> (rates, n, classes), one product for all
+    def logits_of(
+        found: torch.Tensor,
+    ) -> torch.Tensor:  # (n, features) -> (rates, n, classes), one product for all
         flat = F.linear(found, torch.cat(weights), torch.cat(biases))
         return flat.view(len(found), len(RATES), -1).transpose(0, 1)
 
     for step, (positions, generator) in enumerate(batches):
-        batch = feed.prepare(feed.fetch(positions, generator, slice(None)))  # every rank fits the whole fan
+        batch = feed.prepare(
+            feed.fetch(positions, generator, slice(None))
+        )  # every rank fits the whole fan
         for group, peak in zip(optimizer.param_groups, RATES * 2, strict=True):
             group["lr"] = rate(step, total, stage, peak)
         logits = logits_of(features(feed.net, head, batch.inputs)[0])

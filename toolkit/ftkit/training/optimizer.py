@@ -22,9 +22,8 @@ from ftkit.training.precision import Compute
 State = dict[str, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
 
-SOFTENING = (
-    3.0  # temperature of what a teacher teaches: 2.5 to 4 served small students best (Hinton et al. 2015, section 3)
-)
+# Temperature of what a teacher teaches: 2.5 to 4 served small students best (Hinton et al. 2015, section 3).
+SOFTENING = 3.0
 TAUGHT = 0.5  # share of the loss that is the teacher's
 
 
@@ -48,8 +47,13 @@ class Batch:
         def cut(value: torch.Tensor | None) -> torch.Tensor | None:
             return None if value is None else value[start:stop]
 
-        return Batch(inputs=tuple(value[start:stop] for value in self.inputs), targets=self.targets[start:stop],
-                     teacher=cut(self.teacher), others=cut(self.others), share=cut(self.share))  # fmt: skip
+        return Batch(
+            inputs=tuple(value[start:stop] for value in self.inputs),
+            targets=self.targets[start:stop],
+            teacher=cut(self.teacher),
+            others=cut(self.others),
+            share=cut(self.share),
+        )
 
 
 def rate(step: int, total: int, stage: Stage, peak: float) -> float:
@@ -81,10 +85,17 @@ def make_optimizer(backbone: Backbone, stage: Stage, fused: bool = False) -> tor
             decay = stage.weight_decay if parameter.ndim > 1 else 0.0
             label = label if stage.layer_decay < 1 or label == "head" else "blocks"
             key = f"{label}{'' if decay else ' without decay'}"
-            fresh = {"name": key, "params": [], "weight_decay": decay, "scale": stage.layer_decay**depth}
+            fresh = {
+                "name": key,
+                "params": [],
+                "weight_decay": decay,
+                "scale": stage.layer_decay**depth,
+            }
             groups.setdefault(key, fresh)["params"].append(parameter)
     if stage.optimizer == "sgd":
-        return torch.optim.SGD(groups.values(), lr=1.0, momentum=0.9, nesterov=True, fused=fused or None)
+        return torch.optim.SGD(
+            groups.values(), lr=1.0, momentum=0.9, nesterov=True, fused=fused or None
+        )
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
     return kind(groups.values(), lr=1.0, fused=fused or None)  # each step sets the rate
 
@@ -108,12 +119,16 @@ def class_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
     return len(labels) / (classes * counts)
 
 
-def loss_of(logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None) -> torch.Tensor:
+def loss_of(
+    logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None
+) -> torch.Tensor:
     """logits (n, classes) -> loss an image (n,), float32."""
     smoothing = stage.label_smoothing
 
     def hard(labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, labels, weight=weights, label_smoothing=smoothing, reduction="none")
+        return F.cross_entropy(
+            logits, labels, weight=weights, label_smoothing=smoothing, reduction="none"
+        )
 
     loss = hard(batch.targets)
     if batch.share is not None and batch.others is not None:
@@ -126,7 +141,12 @@ def loss_of(logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Ten
 
 
 def gradients(
-    net: nn.Module, batch: Batch, moving: Moving, weights: torch.Tensor | None, micro: int, share: float = 1.0
+    net: nn.Module,
+    batch: Batch,
+    moving: Moving,
+    weights: torch.Tensor | None,
+    micro: int,
+    share: float = 1.0,
 ) -> torch.Tensor:
     """Add one batch's gradients, `micro` images at a time -> (sum of losses, number right, images), float64, on the
     device, which no host waits for. share: of the mean gradient of its images."""
@@ -140,13 +160,17 @@ def gradients(
         moving.scaler.scale(loss * share / len(targets)).backward()
         losses += loss.detach()
         hits += (logits.detach().argmax(1) == part.targets).sum()
-    return torch.stack([losses.double(), hits.double(), torch.full_like(hits, len(targets)).double()])
+    return torch.stack(
+        [losses.double(), hits.double(), torch.full_like(hits, len(targets)).double()]
+    )
 
 
 def average(mean: State, current: State, decay: float) -> None:
     """Move `mean` towards `current` by 1 - decay, in place; counters (integers) stay."""
     floating = [name for name, value in current.items() if value.is_floating_point()]
-    torch._foreach_lerp_([mean[name] for name in floating], [current[name] for name in floating], 1 - decay)
+    torch._foreach_lerp_(
+        [mean[name] for name in floating], [current[name] for name in floating], 1 - decay
+    )
 
 
 class Moving:
@@ -158,9 +182,13 @@ class Moving:
     """
 
     def __init__(
-        self, model: nn.Module, inside: Callable[[str], bool], stage: Stage, optimizer: torch.optim.Optimizer,
+        self,
+        model: nn.Module,
+        inside: Callable[[str], bool],
+        stage: Stage,
+        optimizer: torch.optim.Optimizer,
         compute: Compute = Compute(device=torch.device("cpu")),  # noqa: B008  (frozen)
-    ):  # fmt: skip
+    ):
         self.current = {name: value for name, value in model.state_dict().items() if inside(name)}
         self.before = _clone(self.current)
         self.mean = _clone(self.current) if stage.ema else {}
@@ -173,7 +201,9 @@ class Moving:
         """Move what the gradients say; the average follows, faster at first; `gradients`' tally is added up."""
         if self.stage.clip:
             self.scaler.unscale_(self.optimizer)
-            held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            held = [
+                parameter for group in self.optimizer.param_groups for parameter in group["params"]
+            ]
             nn.utils.clip_grad_norm_(held, self.stage.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -204,13 +234,21 @@ class Moving:
 
     def tensors(self) -> State:
         """All of it under flat names, to be saved."""
-        flat = {"tally": self.tally, **{f"scaler/{key}": torch.tensor(value, dtype=torch.float64)
-                                        for key, value in self.scaler.state_dict().items()}}  # fmt: skip
+        flat = {
+            "tally": self.tally,
+            **{
+                f"scaler/{key}": torch.tensor(value, dtype=torch.float64)
+                for key, value in self.scaler.state_dict().items()
+            },
+        }
         for role in ("current", "mean", "best"):
             flat |= {f"{role}/{name}": value for name, value in getattr(self, role).items()}
         for index, values in self.optimizer.state_dict()["state"].items():
-            flat |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in values.items()
-                     if value is not None}  # fmt: skip
+            flat |= {
+                f"optimizer/{index}/{key}": torch.as_tensor(value)
+                for key, value in values.items()
+                if value is not None
+            }
         return flat
 
     def load(self, flat: State) -> None:
@@ -218,15 +256,25 @@ class Moving:
         if not flat:
             return
         self.tally = flat["tally"]
-        kinds = {key: value for key, value in self.scaler.state_dict().items() if f"scaler/{key}" in flat}
+        kinds = {
+            key: value for key, value in self.scaler.state_dict().items() if f"scaler/{key}" in flat
+        }
         if kinds:  # not from a run in another precision
-            self.scaler.load_state_dict({key: type(kinds[key])(flat[f"scaler/{key}"]) for key in kinds})
+            self.scaler.load_state_dict(
+                {key: type(kinds[key])(flat[f"scaler/{key}"]) for key in kinds}
+            )
         for role in ("current", "mean"):
             for name, value in getattr(self, role).items():
                 value.copy_(flat[f"{role}/{name}"])
-        named = {name.removeprefix("best/"): value for name, value in flat.items() if name.startswith("best/")}
+        named = {
+            name.removeprefix("best/"): value
+            for name, value in flat.items()
+            if name.startswith("best/")
+        }
         self.best = {name: _like(value, self.current[name]) for name, value in named.items()}
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]
         states: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in flat.items():
             if name.startswith("optimizer/"):
@@ -234,7 +282,7 @@ class Moving:
                 states.setdefault(int(index), {})[key] = _like(value, parameters[int(index)])
         self.optimizer.load_state_dict(
             {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )  # fmt: skip
+        )
 
 
 def _clone(state: State) -> State:

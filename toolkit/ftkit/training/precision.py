@@ -44,7 +44,9 @@ class Compute:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Around a training net's forward pass. Casts are not cached: a cached one would outlive its CUDA graph."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+        return torch.autocast(
+            self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False
+        )
 
     def scaler(self) -> torch.amp.GradScaler:
         """Scales the loss where float16's range would lose small gradients; passes everything through elsewhere."""
@@ -54,7 +56,11 @@ class Compute:
         if self.device.type == "cpu":
             return "cpu"
         words = f"{torch.cuda.get_device_name(self.device)}\n{str(self.dtype).removeprefix('torch.')} autocast, "
-        return words + "float32 elsewhere (TF32 off), channels_last" + ", deterministic" * self.deterministic
+        return (
+            words
+            + "float32 elsewhere (TF32 off), channels_last"
+            + ", deterministic" * self.deterministic
+        )
 
 
 def prepare(device: torch.device, deterministic: bool) -> Compute:
@@ -63,8 +69,12 @@ def prepare(device: torch.device, deterministic: bool) -> Compute:
     if device.type == "cpu":
         return Compute(device=device, deterministic=deterministic)
     exact_float32()
-    torch.backends.cudnn.benchmark = not deterministic  # batches have one size: the search pays once
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    torch.backends.cudnn.benchmark = (
+        not deterministic
+    )  # batches have one size: the search pays once
+    dtype = (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
     return Compute(device=device, dtype=dtype, deterministic=deterministic)
 
 
@@ -108,10 +118,16 @@ class _Captured(nn.Module):
     def __init__(self, net: nn.Module, inputs: Tensors, compute: Compute):
         super().__init__()
         if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
-            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # gradients come from its stream
-        shell = _Shell(net)  # capturing replaces the forward of what it is given, and the net is in use elsewhere
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(
+                False
+            )  # gradients come from its stream
+        shell = _Shell(
+            net
+        )  # capturing replaces the forward of what it is given, and the net is in use elsewhere
         with compute.autocast():
-            self.run: Any = torch.cuda.make_graphed_callables(shell, inputs, allow_unused_input=True)
+            self.run: Any = torch.cuda.make_graphed_callables(
+                shell, inputs, allow_unused_input=True
+            )
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.run(*inputs)
@@ -147,13 +163,20 @@ def fastest(
                 break
             try:
                 candidate = _made(way, compute)
-                off = float((_answer(candidate, inputs, compute) - expected).abs().max() / expected.abs().max())
+                off = float(
+                    (_answer(candidate, inputs, compute) - expected).abs().max()
+                    / expected.abs().max()
+                )
                 seconds = _step_seconds(candidate, inputs, compute)
             except Exception as error:  # capturing and compiling raise anything; eager remains
-                said.append(f"{way.name} failed: {(str(error) or type(error).__name__).splitlines()[0][:60]}")
+                said.append(
+                    f"{way.name} failed: {(str(error) or type(error).__name__).splitlines()[0][:60]}"
+                )
                 break
             wrong = not off <= AGREE
-            said.append(f"{way.name} {seconds * 1e3:.1f} ms" + (", but other answers" if wrong else ""))
+            said.append(
+                f"{way.name} {seconds * 1e3:.1f} ms" + (", but other answers" if wrong else "")
+            )
             if not wrong and seconds <= GAIN * taken:
                 candidate, best, taken = best, candidate, seconds
             release(candidate)
@@ -171,7 +194,9 @@ def fastest(
 def _made(way: Way, compute: Compute) -> nn.Module:
     if compute.device.type == "cpu":
         return way.make()
-    with torch.cuda.stream(torch.cuda.current_stream(compute.device)):  # a capture that fails leaves another one
+    with torch.cuda.stream(
+        torch.cuda.current_stream(compute.device)
+    ):  # a capture that fails leaves another one
         return way.make()
 
 
@@ -206,5 +231,7 @@ def deterministic_or_say(error: RuntimeError) -> FtkitError | None:
     said = (str(error) or " ").splitlines()[0]
     if "does not have a deterministic implementation" not in said:
         return None
-    return FtkitError(f"--deterministic: expected only operations with a deterministic form, found {said.split()[0]}. "
-                      "Try another backbone, or leave --deterministic out")  # fmt: skip
+    return FtkitError(
+        f"--deterministic: expected only operations with a deterministic form, found {said.split()[0]}. "
+        "Try another backbone, or leave --deterministic out"
+    )

@@ -59,12 +59,22 @@ class Run:
 
     def _repr_html_(self) -> str:
         test = self.metrics["test"]
-        rows = [(s["train"], "kept" if s["kept"] else "left out", s["epochs"], s["lr"], s["val_accuracy"])
-                for s in self.data["stages"]]  # fmt: skip
-        return (f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} classes, test "
-                f"accuracy {test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}] on "
-                f"{ground(test['images'], test['clusters'])}</p>"
-                f"{table(('stage', 'verdict', 'epochs', 'rate', 'val accuracy'), rows)}")  # fmt: skip
+        rows = [
+            (
+                s["train"],
+                "kept" if s["kept"] else "left out",
+                s["epochs"],
+                s["lr"],
+                s["val_accuracy"],
+            )
+            for s in self.data["stages"]
+        ]
+        return (
+            f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} classes, test "
+            f"accuracy {test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}] on "
+            f"{ground(test['images'], test['clusters'])}</p>"
+            f"{table(('stage', 'verdict', 'epochs', 'rate', 'val accuracy'), rows)}"
+        )
 
     def backbone(self) -> Backbone:
         """The trained model, in eval mode on the CPU."""
@@ -90,9 +100,13 @@ def claim(base: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             if folder.is_symlink() or not folder.exists():  # a link to nowhere, here or above
-                raise FtkitError(f"{folder}: expected a place to write to, found a broken link. Try --out") from None
+                raise FtkitError(
+                    f"{folder}: expected a place to write to, found a broken link. Try --out"
+                ) from None
         except OSError as error:
-            raise FtkitError(f"{folder}: expected a place to write to, found {error.strerror}. Try --out") from None
+            raise FtkitError(
+                f"{folder}: expected a place to write to, found {error.strerror}. Try --out"
+            ) from None
         else:
             return folder  # not after another process was first: then the next number is tried
 
@@ -100,14 +114,20 @@ def claim(base: Path) -> Path:
 def create(out: Path) -> Path:
     """A new run folder. Raises FtkitError when `out` holds anything already, or cannot be made."""
     if out.is_dir() and in_use(out):
-        raise FtkitError(f"{out}: expected a new folder, found one that another process trains in. Try another --out")
+        raise FtkitError(
+            f"{out}: expected a new folder, found one that another process trains in. Try another --out"
+        )
     if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         way = "--resume" if (out / "state").is_dir() else "another --out"
-        raise FtkitError(f"{out}: expected a new folder, found one there already. Try {way}, or remove it")
+        raise FtkitError(
+            f"{out}: expected a new folder, found one there already. Try {way}, or remove it"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FtkitError(f"{out}: expected a place to write to, found {error.strerror}. Try another --out") from None
+        raise FtkitError(
+            f"{out}: expected a place to write to, found {error.strerror}. Try another --out"
+        ) from None
     return out
 
 
@@ -133,7 +153,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def finish(folder: Path, model: nn.Module, data: Mapping[str, Any]) -> None:
     """Write the chosen weights, then run.json."""
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    state = {
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
+    }
     write_atomically(folder / WEIGHTS, safetensors.torch.save(state))
     write_atomically(folder / RUN, with_digest(json.dumps(data, indent=1) + "\n"))
 
@@ -141,10 +164,15 @@ def finish(folder: Path, model: nn.Module, data: Mapping[str, Any]) -> None:
 def environment() -> dict[str, str]:
     """Versions that decide what a run computes."""
     versions = {
-        "ftkit": ftkit.__version__, "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "timm": timm.__version__, "onnxruntime": onnxruntime.__version__,
-        "system": f"{platform.system()} {platform.machine()}", "threads": str(torch.get_num_threads()),
-    }  # fmt: skip
+        "ftkit": ftkit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+    }
     if torch.cuda.is_available():
         versions["gpu"] = torch.cuda.get_device_name()
     return versions
@@ -156,8 +184,12 @@ def open_run(folder: str | Path) -> Run:
     if not is_finished(path):
         if (path / "state" / "state.json").is_file():
             again = f"ftkit train DATA --out {shlex.quote(str(folder))} --resume"
-            raise FtkitError(f"{folder}: expected a finished run, found one that is not finished. Try `{again}`")
-        raise FtkitError(f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found none. Try `ftkit train DATA`")
+            raise FtkitError(
+                f"{folder}: expected a finished run, found one that is not finished. Try `{again}`"
+            )
+        raise FtkitError(
+            f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found none. Try `ftkit train DATA`"
+        )
     try:
         content = (path / RUN).read_bytes()
         data = json.loads(content)
@@ -166,8 +198,14 @@ def open_run(folder: str | Path) -> Run:
         if not is_whole(content):
             raise ValueError("another digest than its own: it was edited, or damaged")
         return Run(
-            folder=path, recipe=restore(data["recipe"]), preprocess=restore_preprocess(data["preprocess"]),
-            classes=tuple(data["classes"]), temperature=float(data["temperature"]), data=data,
-        )  # fmt: skip
+            folder=path,
+            recipe=restore(data["recipe"]),
+            preprocess=restore_preprocess(data["preprocess"]),
+            classes=tuple(data["classes"]),
+            temperature=float(data["temperature"]),
+            data=data,
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FtkitError(f"{path / RUN}: expected a run of this ftkit, found {error!r}. Train again") from None
+        raise FtkitError(
+            f"{path / RUN}: expected a run of this ftkit, found {error!r}. Train again"
+        ) from None

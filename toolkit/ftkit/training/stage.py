@@ -94,13 +94,21 @@ def train_stage(work: Work, number: int) -> StageResult:
     The last epoch is the stage's result, not the luckiest on a small val split; with patience, the best. Raises
     FtkitError when something frozen moved, Stopped after a signal.
     """
-    stage, run, backbone, labels = work.recipe.stages[number], work.state, work.backbone, work.labels["train"]
+    stage, run, backbone, labels = (
+        work.recipe.stages[number],
+        work.state,
+        work.backbone,
+        work.labels["train"],
+    )
     run.begin_stage()
     feed, names = work.feeds.stage(number), work.feeds.trained[number]
     console.say(f"{stage.train}: {feed.how}")
     compare_circumstances(run, {f"stage {number}": feed.kind})
     _remember_pristine(work, feed)
-    frozen, per_epoch = _frozen_fingerprint(backbone.model, names), max(1, len(labels) // stage.batch_size)
+    frozen, per_epoch = (
+        _frozen_fingerprint(backbone.model, names),
+        max(1, len(labels) // stage.batch_size),
+    )
     total, micro, broken = per_epoch * stage.epochs, stage.batch_size, False
     run.lr = _peak(work, number, feed, per_epoch)
     optimizer = make_optimizer(backbone, stage, fused=work.compute.device.type == "cuda")
@@ -108,8 +116,14 @@ def train_stage(work: Work, number: int) -> StageResult:
     moving.load(run.tensors("step"))
     example = partial(_read, work, number, feed, _order(work, number, 0), per_epoch, 0)
     size = min(stage.batch_size, len(labels))
-    net, together = run_as(feed, stage, work.compute, work.ranks, size, lambda: example()[1], total - run.step)
-    weights = class_weights(labels, len(work.feeds.canvases.images.classes)) if stage.balance == "loss" else None
+    net, together = run_as(
+        feed, stage, work.compute, work.ranks, size, lambda: example()[1], total - run.step
+    )
+    weights = (
+        class_weights(labels, len(work.feeds.canvases.images.classes))
+        if stage.balance == "loss"
+        else None
+    )
     with work.stop.deferred():
         for epoch in range(run.epoch, stage.epochs):
             begun, jobs = time.perf_counter(), range(run.step, per_epoch * (epoch + 1))
@@ -139,9 +153,19 @@ def train_stage(work: Work, number: int) -> StageResult:
                 break
             judged = _validated(work, feed, moving.result)
             speeds = work.ranks.gather(len(jobs) * size / work.ranks.world / spent)
-            _report_epoch(work, number, loss, accuracy, judged, rate(run.step - 1, total, stage, run.lr), speeds)
+            _report_epoch(
+                work,
+                number,
+                loss,
+                accuracy,
+                judged,
+                rate(run.step - 1, total, stage, run.lr),
+                speeds,
+            )
             if stage.patience and _out_of_patience(run, stage, moving, judged.score):
-                console.say(f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts")
+                console.say(
+                    f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts"
+                )
                 break
             work.pause(moving)
         release(net)
@@ -150,19 +174,27 @@ def train_stage(work: Work, number: int) -> StageResult:
 
 def _standing(
     work: Work, number: int, feed: Feed, moving: Moving, total: int, begun: float, before: int
-) -> str:  # fmt: skip
+) -> str:
     """The line below the bar: how the epoch, the stage and the run go. begun, before: the epoch's start and step."""
     stage, run = work.recipe.stages[number], work.state
     (loss, accuracy), done = moving.standing(), run.step - before
     parts = [f"stage {number + 1} of {len(work.recipe.stages)}"]
     if done:
-        speed, size = done / (time.perf_counter() - begun), min(stage.batch_size, len(work.labels["train"]))
-        parts += [f"loss {loss:.3f}", f"accuracy {accuracy:.3f}",
-                  f"rate {rate(run.step - 1, total, stage, run.lr or 0.0):.1e}",
-                  f"{speed * size:.0f} img/s",
-                  f"stage done in {console.clock((total - run.step) / speed)}"]  # fmt: skip
+        speed, size = (
+            done / (time.perf_counter() - begun),
+            min(stage.batch_size, len(work.labels["train"])),
+        )
+        parts += [
+            f"loss {loss:.3f}",
+            f"accuracy {accuracy:.3f}",
+            f"rate {rate(run.step - 1, total, stage, run.lr or 0.0):.1e}",
+            f"{speed * size:.0f} img/s",
+            f"stage done in {console.clock((total - run.step) / speed)}",
+        ]
         if feed.pass_s:
-            parts.append(f"{console.clock(feed.pass_s * run.step * size)} of frozen passes read, not run")
+            parts.append(
+                f"{console.clock(feed.pass_s * run.step * size)} of frozen passes read, not run"
+            )
     return " · ".join([*parts, feed.how])
 
 
@@ -172,11 +204,15 @@ def _order(work: Work, number: int, epoch: int) -> Array:
     generator = torch.Generator().manual_seed(seeded("order", work.seed, number, epoch))
     if stage.balance == "sample":
         chances = class_weights(labels, int(labels.max()) + 1)[labels]
-        return torch.multinomial(chances, len(labels), replacement=True, generator=generator).numpy()
+        return torch.multinomial(
+            chances, len(labels), replacement=True, generator=generator
+        ).numpy()
     return torch.randperm(len(labels), generator=generator).numpy()
 
 
-def _read(work: Work, number: int, feed: Feed, order: Array, per_epoch: int, step: int) -> tuple[float, Fetched]:
+def _read(
+    work: Work, number: int, feed: Feed, order: Array, per_epoch: int, step: int
+) -> tuple[float, Fetched]:
     """This rank's part of one step, and what its mean gradient weighs among the ranks'. Full batches; the rest is left
     out."""
     size = work.recipe.stages[number].batch_size
@@ -216,7 +252,9 @@ def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
                 generator = torch.Generator().manual_seed(place)
                 yield order[step * stage.batch_size : (step + 1) * stage.batch_size], generator
 
-    found = best_rate(stage, work.backbone, feed, batches(), per_epoch * stage.epochs, work.labels["val"])
+    found = best_rate(
+        stage, work.backbone, feed, batches(), per_epoch * stage.epochs, work.labels["val"]
+    )
     found = work.ranks.first(lambda: found)
     console.say(f"{stage.train}: rate {found:.0e}, the best of a fan on val")
     return found
@@ -231,7 +269,9 @@ def _out_of_patience(run: State, stage: Stage, moving: Moving, score: Score) -> 
     return run.waited >= stage.patience
 
 
-def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, broken: bool) -> StageResult:
+def _settle(
+    work: Work, number: int, feed: Feed, moving: Moving, frozen: str, broken: bool
+) -> StageResult:
     """End a stage: audit what was frozen, keep the better weights, commit."""
     stage, run, model = work.recipe.stages[number], work.state, work.backbone.model
     result, score, drift, accuracy = moving.best or moving.result, NEVER, None, 0.0
@@ -248,9 +288,16 @@ def _settle(work: Work, number: int, feed: Feed, moving: Moving, frozen: str, br
         )
     assert run.lr is not None  # train_stage set it
     outcome = StageResult(
-        train=stage.train, epochs=run.epoch, lr=run.lr, val_accuracy=accuracy,
-        val_nll=None if score is NEVER else -score[1], drift=drift, seconds=run.stage_spent, how=feed.how, kept=better,
-    )  # fmt: skip
+        train=stage.train,
+        epochs=run.epoch,
+        lr=run.lr,
+        val_accuracy=accuracy,
+        val_nll=None if score is NEVER else -score[1],
+        drift=drift,
+        seconds=run.stage_spent,
+        how=feed.how,
+        kept=better,
+    )
     if not better:
         console.say(f"{stage.train}: no better than before on val; its weights are left out")
     run.stages.append(asdict(outcome))
@@ -268,7 +315,9 @@ def _remember_pristine(work: Work, feed: Feed) -> None:
 
 
 def _validated(work: Work, feed: Feed, weights: dict[str, torch.Tensor]) -> Validation:
-    return validate(work.backbone, feed, work.labels["val"], weights, work.ranks, balanced=work.balanced)
+    return validate(
+        work.backbone, feed, work.labels["val"], weights, work.ranks, balanced=work.balanced
+    )
 
 
 def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
@@ -281,7 +330,13 @@ def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
 
 
 def _report_epoch(
-    work: Work, number: int, loss: float, accuracy: float, judged: Validation, lr: float, speeds: list[float]
+    work: Work,
+    number: int,
+    loss: float,
+    accuracy: float,
+    judged: Validation,
+    lr: float,
+    speeds: list[float],
 ) -> None:
     """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on. speeds: images/s by rank,
     which add up."""
@@ -289,7 +344,9 @@ def _report_epoch(
     images_per_s = sum(speeds)
     run.epoch += 1
     run.lines += 1
-    left = console.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""  # none was left
+    left = (
+        console.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""
+    )  # none was left
     console.say(
         f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {judged.accuracy:.3f}  "
         f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"
@@ -299,10 +356,17 @@ def _report_epoch(
     if not work.ranks.main:
         return
     line = {
-        "stage": number, "train": stage.train, "epoch": run.epoch, "loss": loss, "train_accuracy": accuracy,
-        "val_accuracy": judged.accuracy, "val_nll": -judged.score[1], "lr": lr, "images_per_s": images_per_s,
+        "stage": number,
+        "train": stage.train,
+        "epoch": run.epoch,
+        "loss": loss,
+        "train_accuracy": accuracy,
+        "val_accuracy": judged.accuracy,
+        "val_nll": -judged.score[1],
+        "lr": lr,
+        "images_per_s": images_per_s,
         **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
-    }  # fmt: skip
+    }
     append(run.folder, line)
     work.log(line, run.lines)
 
@@ -312,6 +376,8 @@ def compare_circumstances(run: State, now: dict[str, Any]) -> None:
     for name, value in now.items():
         before = run.circumstances.setdefault(name, value)
         if before != value:
-            console.warn(f"resume: expected {name} {before} as before the interruption, found {value}: the weights "
-                          "will be as good, not the same bit for bit")  # fmt: skip
+            console.warn(
+                f"resume: expected {name} {before} as before the interruption, found {value}: the weights "
+                "will be as good, not the same bit for bit"
+            )
             run.circumstances[name] = value

@@ -25,7 +25,13 @@ from ftkit_export.runtime.errors import FtkitError
 
 
 def run_as(
-    feed: Feed, stage: Stage, compute: Compute, ranks: Ranks, images: int, example: Callable[[], Fetched], steps: int
+    feed: Feed,
+    stage: Stage,
+    compute: Compute,
+    ranks: Ranks,
+    images: int,
+    example: Callable[[], Fetched],
+    steps: int,
 ) -> tuple[nn.Module, AbstractContextManager[Any]]:
     """The stage's net as it is run: the fastest way here, or, of several ranks, with gradients averaged over them; and
     what to be in while it runs. images: in a step; example: reads one step's; steps: still to come.
@@ -34,15 +40,21 @@ def run_as(
     """
     device = compute.device
     if images < ranks.world:
-        raise FtkitError(f"stage {stage.train}: batch_size: expected an image for each of {ranks.world} ranks, found "
-                         f"{images} in a step. Try a larger one, or fewer ranks")  # fmt: skip
+        raise FtkitError(
+            f"stage {stage.train}: batch_size: expected an image for each of {ranks.world} ranks, found "
+            f"{images} in a step. Try a larger one, or fewer ranks"
+        )
     if ranks.world > 1:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.11 does not know broadcast_buffers' new name
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # torch 2.11 does not know broadcast_buffers' new name
             net = DistributedDataParallel(
-                feed.net, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False,
+                feed.net,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-            )  # fmt: skip
+            )
         return net, GlobalBatchNorm(ranks.world) if stage.batchnorm else nullcontext()
     if device.type == "cpu" or steps < 1:
         return feed.net, nullcontext()
@@ -54,9 +66,14 @@ def run_as(
 
 
 def fresh_gradients(
-    net: nn.Module, feed: Feed, batch: Batch, moving: Moving, weights: torch.Tensor | None, micro: int,
+    net: nn.Module,
+    feed: Feed,
+    batch: Batch,
+    moving: Moving,
+    weights: torch.Tensor | None,
+    micro: int,
     share: float = 1.0,
-) -> tuple[torch.Tensor, nn.Module, int]:  # fmt: skip
+) -> tuple[torch.Tensor, nn.Module, int]:
     """Fresh gradients of one batch; out of memory, in halves that add up. Returns the tally, and the net and the size
     that fitted: a captured graph takes whole batches only, so halves go to the plain net."""
     while True:
@@ -77,4 +94,6 @@ def fresh_gradients(
             release(net)
             net, micro = feed.net, (min(micro, len(batch.targets)) + 1) // 2
             torch.cuda.empty_cache()
-            console.say(f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up")
+            console.say(
+                f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up"
+            )

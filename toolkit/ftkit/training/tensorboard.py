@@ -15,8 +15,15 @@ from typing import Any
 from ftkit_export.runtime.errors import FtkitError
 
 Log = Callable[[Mapping[str, Any], int], None]
-NAMES = {"loss": "loss/train", "val_nll": "loss/val", "train_accuracy": "accuracy/train",
-         "val_accuracy": "accuracy/val", "lr": "rate", "images_per_s": "images per s", "stage": "stage"}  # fmt: skip
+NAMES = {
+    "loss": "loss/train",
+    "val_nll": "loss/val",
+    "train_accuracy": "accuracy/train",
+    "val_accuracy": "accuracy/val",
+    "lr": "rate",
+    "images_per_s": "images per s",
+    "stage": "stage",
+}
 
 
 def nowhere(line: Mapping[str, Any], step: int) -> None:
@@ -30,8 +37,10 @@ def require() -> None:
             warnings.simplefilter("ignore", DeprecationWarning)
             import torch.utils.tensorboard  # noqa: F401
     except ImportError:
-        raise FtkitError("--tensorboard: expected the package tensorboard, found it not installed. "
-                         "Try `pip install 'ftkit[tensorboard]'`") from None  # fmt: skip
+        raise FtkitError(
+            "--tensorboard: expected the package tensorboard, found it not installed. "
+            "Try `pip install 'ftkit[tensorboard]'`"
+        ) from None
 
 
 @contextmanager

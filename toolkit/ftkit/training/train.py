@@ -54,10 +54,20 @@ HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 
 
 def train(
-    recipe: Recipe, data: str | Path, out: Path, *, seed: int = 0, device: str = "auto", resume: bool = False,
-    deterministic: bool = False, known: bool = False, group_by: str = "", allow_leakage: bool = False,
-    tensorboard: bool = False, root: str | Path | None = None,
-) -> Path:  # fmt: skip
+    recipe: Recipe,
+    data: str | Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    deterministic: bool = False,
+    known: bool = False,
+    group_by: str = "",
+    allow_leakage: bool = False,
+    tensorboard: bool = False,
+    root: str | Path | None = None,
+) -> Path:
     """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns `out`.
 
     resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do when it is finished.
@@ -75,7 +85,9 @@ def train(
         if ranks.first(lambda: resume and is_finished(out)):
             console.say(f"{out}: finished already")
             return out
-        plan = ranks.first(lambda: checkpoint.plan_of(out) if known and resume and checkpoint.exists(out) else None)
+        plan = ranks.first(
+            lambda: checkpoint.plan_of(out) if known and resume and checkpoint.exists(out) else None
+        )
         if plan:
             recipe, seed, group_by = restore(plan["recipe"]), plan["seed"], plan.get("group_by", "")
         plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
@@ -83,14 +95,34 @@ def train(
             ranks.together(require)
         try:
             with ExitStack() as opened:
-                _train(recipe, data, out, plan, precision.prepare(place, deterministic), resume, stop, ranks,
-                       allow_leakage, tensorboard, Path(root) if root else None, opened)  # fmt: skip
+                _train(
+                    recipe,
+                    data,
+                    out,
+                    plan,
+                    precision.prepare(place, deterministic),
+                    resume,
+                    stop,
+                    ranks,
+                    allow_leakage,
+                    tensorboard,
+                    Path(root) if root else None,
+                    opened,
+                )
         except Stopped as stopped:
-            done = f"go on with: {again}" if checkpoint.exists(out) else "no stage had begun; what was decoded is kept"
-            raise Stopped(stopped.exit_code - 128, f"stopped; {done}" if ranks.main else "") from None
+            done = (
+                f"go on with: {again}"
+                if checkpoint.exists(out)
+                else "no stage had begun; what was decoded is kept"
+            )
+            raise Stopped(
+                stopped.exit_code - 128, f"stopped; {done}" if ranks.main else ""
+            ) from None
         except torch.OutOfMemoryError:
-            raise FtkitError("--device cuda: expected memory for a step's images, found too little on the GPU. Try a "
-                             "smaller batch_size, or --device cpu") from None  # fmt: skip
+            raise FtkitError(
+                "--device cuda: expected memory for a step's images, found too little on the GPU. Try a "
+                "smaller batch_size, or --device cpu"
+            ) from None
         except RuntimeError as error:
             raise precision.deterministic_or_say(error) or error from None
     return out
@@ -111,26 +143,46 @@ def _planned(
 
 
 def _train(
-    recipe: Recipe, data: str | Path, out: Path, plan: dict[str, Any], policy: Compute, resume: bool, stop: Stop,
-    ranks: Ranks, allow_leakage: bool, tensorboard: bool, root: Path | None, opened: ExitStack,
-) -> None:  # fmt: skip
+    recipe: Recipe,
+    data: str | Path,
+    out: Path,
+    plan: dict[str, Any],
+    policy: Compute,
+    resume: bool,
+    stop: Stop,
+    ranks: Ranks,
+    allow_leakage: bool,
+    tensorboard: bool,
+    root: Path | None,
+    opened: ExitStack,
+) -> None:
     begun, device, seed = time.perf_counter(), policy.device, plan["seed"]
-    images, backbone, preprocess = ranks.together(lambda: _planned(recipe, data, seed, plan["group_by"], root))
+    images, backbone, preprocess = ranks.together(
+        lambda: _planned(recipe, data, seed, plan["group_by"], root)
+    )
     going_on = ranks.first(lambda: _begun(out, resume, opened))
     with console.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress, ranks)
     if not (going_on or allow_leakage):
         ranks.together(lambda: require_apart(canvases))
     with console.bar("comparing") as progress:
-        found = named(audit(images, canvases, progress, preprocess.fit), canvases, most=20) if ranks.main else {}
+        found = (
+            named(audit(images, canvases, progress, preprocess.fit), canvases, most=20)
+            if ranks.main
+            else {}
+        )
     _say_data(canvases)
     console.say(f"{recipe.name}: {recipe.backbone} on {policy}\nweights: {backbone.weights}")
     if ranks.world > 1:
-        console.say(f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch")
+        console.say(
+            f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch"
+        )
     plan = {**plan, "data_fingerprint": canvases.fingerprint}
     if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
-        raise FtkitError(f"{data}: expected the same recipe, seed, images, labels and splits on every machine, found "
-                         "others. Compare the machines' commands and files")  # fmt: skip
+        raise FtkitError(
+            f"{data}: expected the same recipe, seed, images, labels and splits on every machine, found "
+            "others. Compare the machines' commands and files"
+        )
     run = checkpoint.read(out, plan, ranks) if going_on else checkpoint.State(folder=out, plan=plan)
     run.ranks = ranks
     run.seconds += time.perf_counter() - begun
@@ -145,21 +197,43 @@ def _train(
     if tensorboard and ranks.main:  # not before there is a run to go on with
         log = opened.enter_context(log_events(out / "tensorboard", run.lines))
     if going_on:
-        console.say(f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next")
-    compare_circumstances(run, {
-        "threads": torch.get_num_threads(), "device": device.type, "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(), "memory format": "channels_last",
-        "precision": str(policy.dtype or torch.float32),
-        "prefix batch": feeds.views(1).chunk, "weights": backbone.weights, "ranks": ranks.world,
-    })  # fmt: skip
+        console.say(
+            f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next"
+        )
+    compare_circumstances(
+        run,
+        {
+            "threads": torch.get_num_threads(),
+            "device": device.type,
+            "torch": torch.__version__,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "memory format": "channels_last",
+            "precision": str(policy.dtype or torch.float32),
+            "prefix batch": feeds.views(1).chunk,
+            "weights": backbone.weights,
+            "ranks": ranks.world,
+        },
+    )
     every = torch.from_numpy(canvases.labels).to(device)
     labels = {split: every[torch.from_numpy(canvases.rows(split))] for split in ("train", "val")}
-    work = Work(recipe=recipe, backbone=backbone, feeds=feeds, state=run, stop=stop, seed=seed, labels=labels,
-                compute=policy, ranks=ranks, log=log)  # fmt: skip
+    work = Work(
+        recipe=recipe,
+        backbone=backbone,
+        feeds=feeds,
+        state=run,
+        stop=stop,
+        seed=seed,
+        labels=labels,
+        compute=policy,
+        ranks=ranks,
+        log=log,
+    )
     console.say(HEADER)
     for number in range(run.stage, len(recipe.stages)):
         train_stage(work, number)
-    ranks.together(lambda: _finish(work, images, data, root, preprocess, found) if ranks.main else None)
+    ranks.together(
+        lambda: _finish(work, images, data, root, preprocess, found) if ranks.main else None
+    )
 
 
 def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
@@ -172,30 +246,51 @@ def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
 
 
 def _finish(
-    work: Work, images: Images, data: str | Path, root: Path | None, preprocess: Preprocess, found: dict[str, Any]
-) -> None:  # fmt: skip
+    work: Work,
+    images: Images,
+    data: str | Path,
+    root: Path | None,
+    preprocess: Preprocess,
+    found: dict[str, Any],
+) -> None:
     """Judge the chosen weights once, and write the run."""
     run, canvases, backbone = work.state, work.feeds.canvases, work.backbone
     backbone.model.cpu().eval()
     verdict = judge(backbone, canvases, preprocess, work.recipe.precision)
     seconds = run.spent
     data_of_run = {
-        "schema": SCHEMA, "recipe": resolve(work.recipe), "classes": list(images.classes),
+        "schema": SCHEMA,
+        "recipe": resolve(work.recipe),
+        "classes": list(images.classes),
         "preprocess": asdict(preprocess),
-        **asdict(verdict), "mistakes": _named(verdict.mistakes, images, canvases), "seed": work.seed,
-        "group_by": run.plan["group_by"], "audit": found,
-        "data": str(Path(data).resolve()), "root": root and str(root.resolve()),
+        **asdict(verdict),
+        "mistakes": _named(verdict.mistakes, images, canvases),
+        "seed": work.seed,
+        "group_by": run.plan["group_by"],
+        "audit": found,
+        "data": str(Path(data).resolve()),
+        "root": root and str(root.resolve()),
         "max_pixels": os.environ.get(MAX_PIXELS),
-        "data_fingerprint": canvases.fingerprint, "bad_files": [[str(path), why] for path, why in canvases.bad],
+        "data_fingerprint": canvases.fingerprint,
+        "bad_files": [[str(path), why] for path, why in canvases.bad],
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
-        "weights": backbone.weights, "model_fingerprint": fingerprint(backbone.model), "stages": run.stages,
-        "seconds": seconds, "environment": environment(),
-    }  # fmt: skip
+        "weights": backbone.weights,
+        "model_fingerprint": fingerprint(backbone.model),
+        "stages": run.stages,
+        "seconds": seconds,
+        "environment": environment(),
+    }
     shown = pictures(canvases, data_of_run["mistakes"])
     save_pictures(run.folder / "mistakes", shown)
-    write_report(run.folder / "report.html", json.loads(json.dumps(data_of_run)), read_metrics(run.folder),
-                 shown)  # fmt: skip
-    digests = sorted(canvases.digests[row][:DIGEST] for split in ("train", "val") for row in canvases.rows(split))
+    write_report(
+        run.folder / "report.html",
+        json.loads(json.dumps(data_of_run)),
+        read_metrics(run.folder),
+        shown,
+    )
+    digests = sorted(
+        canvases.digests[row][:DIGEST] for split in ("train", "val") for row in canvases.rows(split)
+    )
     write_atomically(run.folder / TRAINED_ON, "".join(f"{digest}\n" for digest in digests).encode())
     write_atomically(run.folder / SPLITS_CSV, splits_csv(canvases.images))
     finish(run.folder, backbone.model, data_of_run)
@@ -204,7 +299,9 @@ def _finish(
     left, removed = trim()
     if left > LARGE:
         gone = f"; {removed / 1e9:.1f} GB of the longest unused removed" if removed else ""
-        console.say(f"cache: {left / 1e9:.1f} GB of at most {limit_bytes() / 1e9:g} (`ftkit cache`){gone}")
+        console.say(
+            f"cache: {left / 1e9:.1f} GB of at most {limit_bytes() / 1e9:g} (`ftkit cache`){gone}"
+        )
     console.say(
         f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
         f"{ground(test.images, test.clusters)}; trained in {console.clock(seconds)}"
@@ -215,12 +312,15 @@ def _named(mistakes: Sequence[Mistake], images: Images, canvases: Canvases) -> l
     """Mistakes with the image's place in the data and the classes' names."""
     return [
         {
-            "image": below(images.root, canvases.images.images[item.row].path), "class": images.classes[item.label],
-            "said": images.classes[item.said], "probability": item.probability, "row": item.row,
+            "image": below(images.root, canvases.images.images[item.row].path),
+            "class": images.classes[item.label],
+            "said": images.classes[item.said],
+            "probability": item.probability,
+            "row": item.row,
             "said_label": item.said,
         }
         for item in mistakes
-    ]  # fmt: skip
+    ]
 
 
 def _say_data(canvases: Canvases) -> None:
@@ -230,7 +330,9 @@ def _say_data(canvases: Canvases) -> None:
     console.say(f"{len(images.images)} images of {len(images.classes)} classes: {counts}{made}")
     for split in ("val", "test"):
         if missing := images.unjudged(split):
-            console.say(f"no {split} image of {', '.join(missing)}: {split} says nothing of {_them(missing)}")
+            console.say(
+                f"no {split} image of {', '.join(missing)}: {split} says nothing of {_them(missing)}"
+            )
     for path, reason in canvases.bad[:5]:
         console.say(f"left out {path}: {reason}")
     if canvases.bad:

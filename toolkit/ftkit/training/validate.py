@@ -19,7 +19,9 @@ from ftkit.training.loader import Feed
 from ftkit.utils.distributed import Ranks
 
 Array = np.ndarray[Any, Any]
-Score = tuple[float, float]  # on val: what stages compete on (accuracy, or balanced accuracy), then -NLL
+Score = tuple[
+    float, float
+]  # on val: what stages compete on (accuracy, or balanced accuracy), then -NLL
 
 EVAL_BATCH = 64
 DRIFT_IMAGES = 2048  # val images whose embeddings are compared
@@ -41,9 +43,14 @@ class Validation:
 
 @torch.inference_mode()
 def validate(
-    backbone: Backbone, feed: Feed, labels: torch.Tensor, weights: dict[str, torch.Tensor], ranks: Ranks,
-    *, balanced: bool,
-) -> Validation:  # fmt: skip
+    backbone: Backbone,
+    feed: Feed,
+    labels: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+    ranks: Ranks,
+    *,
+    balanced: bool,
+) -> Validation:
     """Judge these weights on the val split; the model is left as it was.
 
     balanced: the score is balanced accuracy, the mean recall of the classes: what a stage that balances its classes is
@@ -71,5 +78,7 @@ def validate(
     right = (whole.argmax(1) == labels).float()
     recalls = torch.stack([right[labels == label].mean() for label in labels.unique()])
     compared = recalls.mean() if balanced else right.mean()
-    told = ranks.first(lambda: [float(compared), -float(F.cross_entropy(whole, labels)), float(right.mean())])
+    told = ranks.first(
+        lambda: [float(compared), -float(F.cross_entropy(whole, labels)), float(right.mean())]
+    )
     return Validation(score=(told[0], told[1]), accuracy=told[2], embedding=kept.cpu().numpy())

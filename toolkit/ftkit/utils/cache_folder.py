@@ -76,7 +76,9 @@ def limit_bytes() -> float:
     except ValueError:
         limit = -1.0
     if not limit >= 0:
-        raise FtkitError(f"FTKIT_CACHE_GB: expected gigabytes, 0 or more, found {text!r}. Try FTKIT_CACHE_GB=20")
+        raise FtkitError(
+            f"FTKIT_CACHE_GB: expected gigabytes, 0 or more, found {text!r}. Try FTKIT_CACHE_GB=20"
+        )
     return limit * 1e9
 
 

@@ -17,7 +17,9 @@ from typing import Any
 
 Step = Callable[[int, int], None]
 
-spent: defaultdict[str, float] = defaultdict(float)  # seconds under each bar's label, for benchmarks
+spent: defaultdict[str, float] = defaultdict(
+    float
+)  # seconds under each bar's label, for benchmarks
 
 
 _muted = False
@@ -81,7 +83,9 @@ def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
             return Text(f"{amount}{clock(task.elapsed or 0)}{left}")
 
     console, told = Console(stderr=True), 0.0
-    progress = Progress(TextColumn("{task.description}", markup=False), BarColumn(), Clock(), console=console)
+    progress = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), Clock(), console=console
+    )
     below = Text(under(), style="dim", overflow="fold")
     task = progress.add_task(label, total=None)
 
@@ -92,8 +96,12 @@ def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
             told = time.perf_counter()
             below.plain = under()
 
-    with Live(Group(progress, below) if below.plain else progress, console=console, transient=True,
-              redirect_stdout=sys.stdout.isatty()):  # fmt: skip
+    with Live(
+        Group(progress, below) if below.plain else progress,
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+    ):
         yield step
 
 
@@ -138,5 +146,6 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of equal length, columns aligned left, two spaces apart; the first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     )

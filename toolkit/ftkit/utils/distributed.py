@@ -36,7 +36,9 @@ from ftkit_export.runtime.session import cores
 Made = TypeVar("Made")
 Tensors = dict[str, torch.Tensor]
 
-PATIENCE = timedelta(hours=12)  # of ranks for each other: one machine may decode while another has its canvases. A rank
+PATIENCE = timedelta(
+    hours=12
+)  # of ranks for each other: one machine may decode while another has its canvases. A rank
 # that dies is noticed at once: its connections close, and torchrun ends the others
 # Without it the ranks that torchrun starts again find the addresses of those before them (torch 2.14, rendezvous c10d).
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -89,7 +91,10 @@ class Ranks:
         room = max(int(size) for size in sizes)
         texts = [torch.empty(room, dtype=torch.uint8) for _ in sizes]
         dist.all_gather(texts, F.pad(own, (0, room - len(own))))
-        return [json.loads(bytes(text[: int(size)].numpy())) for text, size in zip(texts, sizes, strict=True)]
+        return [
+            json.loads(bytes(text[: int(size)].numpy()))
+            for text, size in zip(texts, sizes, strict=True)
+        ]
 
     def together(self, make: Callable[[], Made]) -> Made:
         """What this rank makes. When one rank fails, all do, and the first of them tells."""
@@ -115,10 +120,17 @@ class Ranks:
         """Rank 0's tensors, on the CPU, for all."""
         if self.world == 1:
             return dict(values)
-        facts = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in values.items()}
+        facts = {
+            name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
+            for name, value in values.items()
+        }
         found = {}
         for name, (dtype, shape) in self.gather(facts)[0].items():
-            found[name] = values[name].contiguous() if self.main else torch.empty(shape, dtype=getattr(torch, dtype))
+            found[name] = (
+                values[name].contiguous()
+                if self.main
+                else torch.empty(shape, dtype=getattr(torch, dtype))
+            )
             dist.broadcast(found[name], 0)
         return found
 
@@ -144,12 +156,16 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
+        )
     except (ValueError, RuntimeError) as error:
         console.mute(False)
         cure = f"Set {FRESH_STORE} for torchrun" if restarted() else "Start them with torchrun"
-        raise FtkitError(f"rank {ranks.rank}: expected to meet {ranks.world - 1} others, found: "
-                         f"{str(error).splitlines()[0]}. {cure}") from None  # fmt: skip
+        raise FtkitError(
+            f"rank {ranks.rank}: expected to meet {ranks.world - 1} others, found: "
+            f"{str(error).splitlines()[0]}. {cure}"
+        ) from None
     try:
         yield device, ranks
         dist.destroy_process_group()
@@ -158,11 +174,17 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         raise type(error)("") from None
     except RuntimeError as error:
         said = (str(error) or type(error).__name__).splitlines()[0]
-        if not isinstance(error, dist.DistError) and not any(word in said for word in ("gloo", "Gloo", "NCCL", "nccl")):
+        if not isinstance(error, dist.DistError) and not any(
+            word in said for word in ("gloo", "Gloo", "NCCL", "nccl")
+        ):
             raise
-        said = re.sub(r"^\[[^\]]*\] *", "", said).split(". ")[0][:70]  # gloo begins with its own file and line
-        _tell(f"rank {ranks.rank}: expected every rank to answer, found one gone ({said}). What was saved is kept: try "
-              "the same command with --resume, on as many GPUs as there are")  # fmt: skip
+        said = re.sub(r"^\[[^\]]*\] *", "", said).split(". ")[0][
+            :70
+        ]  # gloo begins with its own file and line
+        _tell(
+            f"rank {ranks.rank}: expected every rank to answer, found one gone ({said}). What was saved is kept: try "
+            "the same command with --resume, on as many GPUs as there are"
+        )
         raise FtkitError("") from None
     finally:  # after a failure the group is left as it is: to end it, NCCL would wait for those who are gone
         console.mute(False)
@@ -183,14 +205,28 @@ def _tell(text: str) -> None:
 
 def _placed() -> Ranks:
     """From torchrun's environment; each name is torchrun's own."""
-    number = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    number = {
+        name: os.environ.get(name, "")
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
     if not number["RANK"] or not number["WORLD_SIZE"]:
         return SOLO
     try:
-        return Ranks(*(int(number[name] or fallback) for name, fallback in
-                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))))  # fmt: skip
+        return Ranks(
+            *(
+                int(number[name] or fallback)
+                for name, fallback in (
+                    ("RANK", 0),
+                    ("WORLD_SIZE", 1),
+                    ("LOCAL_RANK", 0),
+                    ("LOCAL_WORLD_SIZE", 1),
+                )
+            )
+        )
     except ValueError:
-        raise FtkitError(f"environment: expected torchrun's numbers, found {number}. Start it with torchrun") from None
+        raise FtkitError(
+            f"environment: expected torchrun's numbers, found {number}. Start it with torchrun"
+        ) from None
 
 
 def pick_device(name: str, local: int = 0) -> torch.device:
@@ -200,11 +236,15 @@ def pick_device(name: str, local: int = 0) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise FtkitError("--device cuda: expected a GPU torch can use, found none. Try --device cpu, or `ftkit doctor`")
+        raise FtkitError(
+            "--device cuda: expected a GPU torch can use, found none. Try --device cpu, or `ftkit doctor`"
+        )
     if local >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
-        raise FtkitError(f"--device cuda: expected a GPU for each process on this machine, found {local + 1} or more "
-                         f"processes and {gpus} GPUs. Try {gpus} processes")  # fmt: skip
+        raise FtkitError(
+            f"--device cuda: expected a GPU for each process on this machine, found {local + 1} or more "
+            f"processes and {gpus} GPUs. Try {gpus} processes"
+        )
     return torch.device("cuda", local)
 
 
@@ -229,10 +269,18 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, running_mean: torch.Tensor | None,
-        running_var: torch.Tensor | None, eps: float, momentum: float,
-    ) -> torch.Tensor:  # fmt: skip
-        mean, variance = (part.double() for part in torch.batch_norm_update_stats(input, None, None, 0.0))
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: torch.Tensor | None,
+        running_var: torch.Tensor | None,
+        eps: float,
+        momentum: float,
+    ) -> torch.Tensor:
+        mean, variance = (
+            part.double() for part in torch.batch_norm_update_stats(input, None, None, 0.0)
+        )
         own = mean.new_tensor([input.numel() // input.shape[1]])
         total = torch.cat([own * mean, own * (variance + mean**2), own])
         dist.all_reduce(total)
@@ -244,7 +292,9 @@ class _Normalised(torch.autograd.Function):
         mean, variance = mean.to(weight), variance.to(weight)
         ctx.save_for_backward(input, weight, mean, variance)
         ctx.eps, ctx.count = eps, count
-        found: torch.Tensor = torch.native_batch_norm(input, weight, bias, mean, variance, False, 0.0, eps)[0]
+        found: torch.Tensor = torch.native_batch_norm(
+            input, weight, bias, mean, variance, False, 0.0, eps
+        )[0]
         return found
 
     @staticmethod
@@ -279,9 +329,25 @@ class GlobalBatchNorm(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.batch_norm:
             return func(*args, **kwargs)
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5,
-                 **dict(zip(names, args, strict=False)), **kwargs}  # fmt: skip
+        names = (
+            "input",
+            "running_mean",
+            "running_var",
+            "weight",
+            "bias",
+            "training",
+            "momentum",
+            "eps",
+        )
+        given = {
+            "weight": None,
+            "bias": None,
+            "training": False,
+            "momentum": 0.1,
+            "eps": 1e-5,
+            **dict(zip(names, args, strict=False)),
+            **kwargs,
+        }
         if not given.pop("training"):
             return func(*args, **kwargs)
         order = ("input", "weight", "bias", "running_mean", "running_var", "eps", "momentum")
@@ -308,9 +374,15 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     logging.disable(logging.ERROR)  # the processes say it better
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=count, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.1,
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()),
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
     try:
         elastic_launch(config, sys.executable)("-m", "ftkit", *arguments)
     except SignalException as stopped:
@@ -320,6 +392,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         if failure.exitcode > 0:
             return int(failure.exitcode)
         by = signal.Signals(-failure.exitcode).name
-        raise FtkitError(f"rank {rank}: expected it to finish, found it killed by {by}. What was saved is kept: try "
-                         "the same command with --resume") from None  # fmt: skip
+        raise FtkitError(
+            f"rank {rank}: expected it to finish, found it killed by {by}. What was saved is kept: try "
+            "the same command with --resume"
+        ) from None
     return 0
