@@ -100,7 +100,7 @@ def converted_once() -> Iterator[None]:
             key = fingerprint(model) + repr(rest)
             if key not in made:
                 made[key] = make(model, *rest)
-            return copy.copy(made[key])
+            return copy.deepcopy(made[key])  # tests cannot touch each other
 
         return again
 

@@ -65,7 +65,8 @@ def _preprocess(recipe: Recipe) -> Preprocess:
 
 
 def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
-    name, rest = path[0], path[1:]
+    name = path[0]
+    rest = path[1:]
     if isinstance(node, tuple):
         if not name.isdigit() or int(name) >= len(node):
             raise FtkitError(

@@ -57,7 +57,8 @@ def _write_zip(bundle: Path, beside: Path) -> None:
             info = zipfile.ZipInfo(
                 (PurePosixPath(bundle.name) / path.relative_to(bundle).as_posix()).as_posix(), EPOCH
             )
-            info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = 0o644 << 16
             archive.writestr(info, path.read_bytes())
     with beside.open("rb") as file:
         os.fsync(file.fileno())
@@ -202,7 +203,8 @@ def sign(bundle: Path, key: Path) -> None:
 
 def check_signature(bundle: Path, key: Path) -> None:
     """Raises BundleError when the bundle is not signed, or not with the other half of this public key (PEM)."""
-    path, manifest = bundle / SIGNATURE, bundle / MANIFEST
+    path = bundle / SIGNATURE
+    manifest = bundle / MANIFEST
     if not manifest.is_file():
         raise BundleError(
             f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`"

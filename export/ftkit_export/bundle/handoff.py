@@ -75,7 +75,8 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
             f"{path}: expected a hand-off in this bundle, found none. Try `ftkit export RUN --handoff`"
         )
     with np.load(path, allow_pickle=False) as stored:
-        expected, labels = stored["logits"].astype(np.float64), stored["labels"]
+        expected = stored["logits"].astype(np.float64)
+        labels = stored["labels"]
         groups = ["" if number < 0 else str(number) for number in stored["groups"]]
     try:
         with np.load(outputs, allow_pickle=False) as stored:
@@ -89,7 +90,8 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
             f"{outputs}: expected logits of shape {expected.shape}, in the order of handoff/inputs.npy, "
             f"found {found.shape}. Run every input"
         )
-    right, answered = expected.argmax(1) == labels, found.argmax(1) == labels
+    right = expected.argmax(1) == labels
+    answered = found.argmax(1) == labels
     compared = paired(right, answered & np.isfinite(found).all(1), groups)
     lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
     return Judged(

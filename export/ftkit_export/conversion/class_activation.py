@@ -120,7 +120,8 @@ class Explainer:
         content: the image, where it is not what lies at `path`."""
         image = self._preprocess.decode(content or path)
         image = from_frame(to_frame(image, self._format), self._format)  # what the model gets of it
-        place, number = folder / f"{path.stem}-why.png", 1
+        place = folder / f"{path.stem}-why.png"
+        number = 1
         while place.exists():
             number += 1
             place = folder / f"{path.stem}-why-{number}.png"

@@ -165,7 +165,8 @@ def _strip(proto: onnx.ModelProto) -> None:
     del proto.metadata_props[:]
     del proto.functions[:]
     proto.doc_string = proto.graph.doc_string = ""
-    proto.producer_name, proto.producer_version = "ftkit", ""
+    proto.producer_name = "ftkit"
+    proto.producer_version = ""
     del proto.graph.metadata_props[:]
     del proto.graph.value_info[:]
     for part in (

@@ -71,8 +71,10 @@ def _side(graph: _Graph, image: str, axis: int) -> str:
 
 def _square(graph: _Graph, image: str) -> str:
     """Centre square of (N, H, W, 3)."""
-    height, width = _side(graph, image, 1), _side(graph, image, 2)
-    side, two = graph.op("Min", height, width), graph.ints(2)
+    height = _side(graph, image, 1)
+    width = _side(graph, image, 2)
+    side = graph.op("Min", height, width)
+    two = graph.ints(2)
     top = graph.op("Div", graph.op("Sub", height, side), two)
     left = graph.op("Div", graph.op("Sub", width, side), two)
     starts = graph.op("Concat", top, left, axis=0)
@@ -82,7 +84,8 @@ def _square(graph: _Graph, image: str) -> str:
 
 def _letterboxed(graph: _Graph, image: str, resize: int) -> str:
     """Longest side to `resize`, black around, with the integer rounding of `Preprocess.canvas`."""
-    height, width = _side(graph, image, 1), _side(graph, image, 2)
+    height = _side(graph, image, 1)
+    width = _side(graph, image, 2)
     longest = graph.op("Max", height, width)
     sides = graph.op("Concat", height, width, axis=0)
     doubled = graph.op("Mul", sides, graph.ints(2 * resize))
@@ -107,11 +110,17 @@ def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
         return graph.op("Concat", frame, frame, frame, axis=3)
     if input_format != "nv12":
         return frame
-    rows, width = _side(graph, frame, 1), _side(graph, frame, 2)
-    third, two, one = graph.op("Div", rows, graph.ints(3)), graph.ints(2), graph.ints(1)
+    rows = _side(graph, frame, 1)
+    width = _side(graph, frame, 2)
+    third = graph.op("Div", rows, graph.ints(3))
+    two = graph.ints(2)
+    one = graph.ints(1)
     height = graph.op("Mul", third, two)
-    start, end, axis = graph.ints(0), graph.ints(2**62), graph.ints(1)
-    batch, half = _side(graph, frame, 0), graph.op("Div", width, two)
+    start = graph.ints(0)
+    end = graph.ints(2**62)
+    axis = graph.ints(1)
+    batch = _side(graph, frame, 0)
+    half = graph.op("Div", width, two)
     levels = graph.op("Cast", frame, to=TensorProto.FLOAT)
     luma = graph.op(
         "Sub", graph.op("Slice", levels, start, height, axis), graph.const(16, np.float32)
@@ -143,7 +152,8 @@ def preprocess_nodes(
     """
     graph = _Graph("preprocess/")
     image = _rgb(graph, image, input_format)
-    size, resize = preprocess.size, preprocess.resize
+    size = preprocess.size
+    resize = preprocess.resize
     if preprocess.fit == "pad":
         fitted = _letterboxed(graph, image, resize)
     else:

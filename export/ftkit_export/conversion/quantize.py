@@ -82,7 +82,8 @@ class _Reader:
     """What onnxruntime's calibrators draw from."""
 
     def __init__(self, name: str, batches: Iterable[Array]):
-        self._name, self._batches = name, iter(batches)
+        self._name = name
+        self._batches = iter(batches)
 
     def get_next(self) -> dict[str, Array] | None:
         batch = next(self._batches, None)
@@ -127,7 +128,8 @@ def int8(
     for part in (*model.graph.node, *model.graph.initializer):
         part.doc_string = ""
         del part.metadata_props[:]
-    model.producer_name, model.producer_version = core.producer_name, ""
+    model.producer_name = core.producer_name
+    model.producer_version = ""
     model.ir_version = core.ir_version
     return model
 

@@ -80,7 +80,8 @@ class Paired:
 
         if self.images == 0 or (self.clusters or 2) < 2 or not settled(MOST):
             return None
-        few, many = 0.0, MOST
+        few = 0.0
+        many = MOST
         for _ in range(40):
             middle = (few + many) / 2
             few, many = (few, middle) if settled(middle) else (middle, many)

@@ -133,7 +133,8 @@ def write_flat(
     columns, tolerance of its probabilities. NN.raw: the frame's bytes. pixels.f32 (images, 3, size, size), logits.f32
     and probabilities.f32 (images, classes): little-endian float32; the logits are those of the fp32 core form.
     """
-    folder, raw = bundle / "golden", bundle / "golden" / "raw"
+    folder = bundle / "golden"
+    raw = bundle / "golden" / "raw"
     entries = json.loads((folder / "golden.json").read_text())["images"]
     with np.load(folder / "expected.npz", allow_pickle=False) as stored:
         logits = stored["logits"]
@@ -141,7 +142,8 @@ def write_flat(
     groups = [entry["group"] for entry in entries]
     picks = [i for i, group in enumerate(groups) if i - groups.index(group) < RAW[group]]
     raw.mkdir()
-    frames, lines = [], []
+    frames = []
+    lines = []
     for row in picks:
         frame = to_frame(np.asarray(Image.open(folder / entries[row]["file"])), input_format)
         frames.append(frame)

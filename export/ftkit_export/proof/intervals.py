@@ -139,11 +139,14 @@ def _degrees_of_freedom(shares: Array, variances: Array) -> float:
     and variances v of their sums, where D^2 = diag(w) = 1 / (1 - h). Both traces in closed form: there may be as many
     groups as images.
     """
-    h, v = shares, variances
+    h = shares
+    v = variances
     w = 1 / (1 - h)
     total = float(v.sum())
     diagonal = v - 2 * v * h + total * h**2
-    vv, hh, vh = float((w * v**2).sum()), float((w * h**2).sum()), float((w * v * h).sum())
+    vv = float((w * v**2).sum())
+    hh = float((w * h**2).sum())
+    vh = float((w * v * h).sum())
     rank_two = 2 * vv * hh + total**2 * hh**2 + 2 * vh**2 - 4 * total * vh * hh
     squared = rank_two + float((w**2 * (v**2 + 2 * v * (diagonal - v))).sum())
     return float((w * diagonal).sum()) ** 2 / squared

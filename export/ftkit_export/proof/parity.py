@@ -189,7 +189,8 @@ def edge_images(size: int) -> dict[str, list[Array]]:
 
 def tolerance(logits32: Array, logits64: Array, provider: str) -> tuple[float, float]:
     """(tolerance, floor) for core logits: max(20 f, relative s) on CPU, relative s elsewhere."""
-    floor, scale = float(np.abs(logits32 - logits64).max()), float(np.abs(logits64).max())
+    floor = float(np.abs(logits32 - logits64).max())
+    scale = float(np.abs(logits64).max())
     relative = RELATIVE.get(provider, RELATIVE["cuda"])
     return max(FLOORS * floor, relative * scale), floor
 
@@ -411,7 +412,8 @@ def agreement(
 
     Top-1 may differ where the two best logits are nearer to each other than twice the limit: a tie.
     """
-    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    expected = expected.astype(np.float64)
+    found = found.astype(np.float64)
     limit = rounding_limit(rounding, float(np.abs(expected).max()))
     broken = int((np.isfinite(expected) & ~np.isfinite(found)).sum())
     top = np.sort(expected, -1)

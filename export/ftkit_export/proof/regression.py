@@ -46,10 +46,14 @@ COLD_TOLERANCE = (
 DRIFT = 0.15  # the least margin against figures from another day: sequential medians of one model spread by 14 %
 LAYOUT = 0.1  # where large buffers come to lie: up to 8 % of memory, by the length of a path alone
 SECONDS = 120.0
-LOOKS, ROUNDS = (5, 10, 20, 40, 80), 40
+LOOKS = (5, 10, 20, 40, 80)
+ROUNDS = 40
 PROCESSES = LOOKS[0]
-LEVEL, RESAMPLES = 1 - 0.05 / len(LOOKS), 2000
-Z, MEDIAN = NormalDist().inv_cdf((1 + LEVEL) / 2), 1.2533  # a median's standard error over a mean's
+LEVEL = 1 - 0.05 / len(LOOKS)
+RESAMPLES = 2000
+# a median's standard error over a mean's
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+MEDIAN = 1.2533
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +99,8 @@ def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
     picks = rng.integers(0, rounds, (RESAMPLES, len(ratios), rounds))
     medians = np.median(ratios[processes[:, :, None], picks].reshape(RESAMPLES, -1), axis=1)
     low, high = np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    spread, middle = (
-        float(np.std([np.median(control) for _, control in samples], ddof=1)),
-        float(np.median(ratios)),
-    )
+    spread = float(np.std([np.median(control) for _, control in samples], ddof=1))
+    middle = float(np.median(ratios))
     half = (
         Z * MEDIAN * spread / math.sqrt(len(samples))
     )  # few processes: a bootstrap alone would be too narrow
@@ -124,7 +126,8 @@ def decide(
 
     Raises FtkitError after the first of them when so slow a model leaves no time for `least`: two rounds.
     """
-    begun, drawn = clock(), 0
+    begun = clock()
+    drawn = 0
 
     def lasts(more: float) -> bool:
         spent = clock() - begun
@@ -159,12 +162,11 @@ def decide(
         if lasts(PROCESSES):
             again, outcome = settle()
             reason = f"{_reason(again, outcome, tolerance)} in a second round; the first said {_percent(found.low)}"
-            found, outcome = again, "inconclusive" if outcome == "passed" else outcome
+            found = again
+            outcome = "inconclusive" if outcome == "passed" else outcome
         else:
-            reason, outcome = (
-                f"{reason}; no time was left for a second round, try more --seconds",
-                "inconclusive",
-            )
+            reason = f"{reason}; no time was left for a second round, try more --seconds"
+            outcome = "inconclusive"
     return Verdict(
         what=what,
         verdict=outcome,
@@ -183,7 +185,8 @@ def _needed(found: Estimate, tolerance: float, processes: int) -> float:
     """
     if processes < 2 * PROCESSES:
         return 2 * processes
-    ratio, half = found.ratio - 1, (found.high - found.low) / 2
+    ratio = found.ratio - 1
+    half = (found.high - found.low) / 2
     away = max(tolerance - ratio, ratio - found.margin)
     needed = processes * (half / away) ** 2 / 2 if away > 0 else math.inf
     return needed if needed <= LOOKS[-1] else math.inf

@@ -34,7 +34,8 @@ from ftkit_export.runtime.targets import here
 from ftkit_export.runtime.verify import MANIFEST, check_files, read_manifest, sha256
 
 SCHEMA = 3  # 3: the size of the frames; 2: races over several processes
-STARTS, QUICK_STARTS = 5, 3
+STARTS = 5
+QUICK_STARTS = 3
 # Of a field's type as written -> what JSON has for it.
 TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
@@ -187,8 +188,11 @@ def bench(
     """
     found = model if isinstance(model, Model) else find(model, image, frame)
     counts = list(threads) or sorted({1, cores()})
-    provider, first = providers[0], counts[0] if providers[0] == "cpu" else 1
-    rows, cold, pieces = [], {}, {}
+    provider = providers[0]
+    first = counts[0] if providers[0] == "cpu" else 1
+    rows = []
+    cold = {}
+    pieces = {}
     running = found.run_by(provider)
     for name, path in running.items():
         listed = [

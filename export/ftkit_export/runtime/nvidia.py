@@ -32,10 +32,8 @@ def _opened() -> tuple[Any, Any] | None:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
-    handle, first = (
-        ctypes.c_void_p(),
-        os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip(),
-    )
+    handle = ctypes.c_void_p()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     count = ctypes.c_uint()
     if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return None
@@ -60,7 +58,8 @@ def facts() -> dict[str, str]:
     if found is None:
         return {}
     library, handle = found
-    name, version = ctypes.create_string_buffer(NAME_BYTES), ctypes.create_string_buffer(NAME_BYTES)
+    name = ctypes.create_string_buffer(NAME_BYTES)
+    version = ctypes.create_string_buffer(NAME_BYTES)
     if library.nvmlDeviceGetName(handle, name, NAME_BYTES) or library.nvmlSystemGetDriverVersion(
         version, NAME_BYTES
     ):
@@ -70,7 +69,8 @@ def facts() -> dict[str, str]:
 
 def used_bytes() -> int | None:
     """Bytes of the first GPU's memory in use; None without one."""
-    found, memory = _opened(), _Memory()
+    found = _opened()
+    memory = _Memory()
     if found is None or found[0].nvmlDeviceGetMemoryInfo(found[1], ctypes.byref(memory)):
         return None
     return int(memory.used)

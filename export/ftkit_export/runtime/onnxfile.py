@@ -112,12 +112,15 @@ class _RefusedError(Exception):
 
 
 def _inspect(data: memoryview) -> Inspected:
-    ir, opset, nodes = 0, 0, dict[str, int]()
+    ir = 0
+    opset = 0
+    nodes = dict[str, int]()
     for field, value in _fields(data):
         if field == MODEL_FIELDS["ir"] and isinstance(value, int):
             ir = value
         elif field == MODEL_FIELDS["opset"] and isinstance(value, memoryview):
-            domain, version = "", 0
+            domain = ""
+            version = 0
             for inner, item in _fields(value):
                 if inner == 1:
                     domain = _text(item)
@@ -209,7 +212,8 @@ def _fields(data: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
     """Protobuf's wire format: (field number, bytes or integer). Raises ValueError for what is none."""
     if isinstance(data, int):
         raise ValueError
-    at, end = 0, len(data)
+    at = 0
+    end = len(data)
     while at < end:
         key, at = _varint(data, at)
         if key >= 1 << 32:  # other readers would cut it short, and see another field
@@ -236,7 +240,8 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     while True:
         byte = data[at]
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        at = at + 1
+        shift = shift + 7
         if byte < 128:
             return value, at
         if shift > 63:

@@ -37,9 +37,11 @@ class Foreign:
 
     def score(self, embedding: Array) -> Array:
         """(N, D) -> (N,) float32: squared distance to the nearest class mean, 1 a dimension for what is familiar."""
-        means, axes = self.means.astype(np.float64), self.directions.astype(np.float64).T
+        means = self.means.astype(np.float64)
+        axes = self.directions.astype(np.float64).T
         unit = _unit(embedding)
-        along, mean_along = unit @ axes, means @ axes
+        along = unit @ axes
+        mean_along = means @ axes
         squares = _squares(unit, means, np.ones(unit.shape[1])) / self.rest - _squares(
             along, mean_along, self.weights
         )
@@ -106,7 +108,8 @@ def fit(
     means = np.stack([unit[labels == label].mean(0) for label in present])
     apart = unit - means[np.searchsorted(present, labels)]
     _, sizes, axes = np.linalg.svd(apart, full_matrices=False)
-    variance, count = sizes**2 / len(apart), min(directions, len(apart) // 4)
+    variance = sizes**2 / len(apart)
+    count = min(directions, len(apart) // 4)
     rest = max(float(variance[count:].sum()) / max(1, apart.shape[1] - count), 1e-12)
     found = Foreign(
         means=means.astype(np.float16),

@@ -26,10 +26,9 @@ FITS = ("crop", "squash", "pad")
 WHITE = 65535
 MAX_PIXELS = "FTKIT_MAX_PIXELS"  # environment variable: the largest image that is decoded, by default Pillow's limit
 TWELVE_BITS = 4095
-LONGEST, MOST_PIXELS = (
-    20_000,
-    200_000_000,
-)  # side and area of a frame that is made up to be measured with
+# side and area of a frame that is made up to be measured with
+LONGEST = 20_000
+MOST_PIXELS = 200_000_000
 INPUT_FORMATS = ("rgb", "bgr", "grey", "nv12")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
@@ -96,7 +95,8 @@ class Preprocess:
         side = self.resize
         if self.fit == "crop":
             square = min(height, width)
-            top, left = (height - square) // 2, (width - square) // 2
+            top = (height - square) // 2
+            left = (width - square) // 2
             image = image[top : top + square, left : left + square]
         if self.fit != "pad":
             return _resize(image, side, side)
@@ -106,7 +106,8 @@ class Preprocess:
             max(1, (2 * n * side + longest) // (2 * longest)) for n in (height, width)
         )
         out = np.zeros((side, side, 3), np.uint8)
-        top, left = (side - inner_h) // 2, (side - inner_w) // 2
+        top = (side - inner_h) // 2
+        left = (side - inner_w) // 2
         out[top : top + inner_h, left : left + inner_w] = _resize(image, inner_h, inner_w)
         return out
 
@@ -193,7 +194,8 @@ def from_frame(frame: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any
         return np.repeat(frame, 3, -1)
     if input_format != "nv12":
         return frame
-    height, width = frame.shape[0] * 2 // 3, frame.shape[1]
+    height = frame.shape[0] * 2 // 3
+    width = frame.shape[1]
     luma = frame[:height, :, 0].astype(np.float32) - 16
     chroma = frame[height:, :, 0].astype(np.float32).reshape(height // 2, width // 2, 2) - 128
     whole = np.concatenate([luma[..., None], chroma.repeat(2, 0).repeat(2, 1)], -1)
@@ -278,7 +280,8 @@ def _to_rgb(image: Image.Image, white: int | None) -> Image.Image:
 
 
 def _from_integers(values: np.ndarray[Any, Any], white: int | None) -> np.ndarray[Any, Any]:
-    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    low = int(values.min(initial=0))
+    high = int(values.max(initial=0))
     if low < 0 or high > (white or WHITE):
         raise _UnknownDepthError(
             f"expected integers of 0 to {white or WHITE}, found {low} to {high}. Convert it to 8 bits"

@@ -229,7 +229,8 @@ class Session:
         shared: bool = False,
     ):
         require(provider)
-        self.provider, self.threads = provider, threads or cores()
+        self.provider = provider
+        self.threads = threads or cores()
         self._session = self._open(model, spinning, optimised, shared)
         self._prove()
         self.placement = self._placed(model)
@@ -248,7 +249,8 @@ class Session:
     def _open(
         self, model: str | Path | bytes, spinning: bool, optimised: bool, shared: bool
     ) -> Any:
-        ort, chosen = _runtime(), PROVIDERS[self.provider]
+        ort = _runtime()
+        chosen = PROVIDERS[self.provider]
         if chosen.gpu and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN come in torch's own wheels; without them the session would be CPU's
         options = ort.SessionOptions()
@@ -365,7 +367,8 @@ class Session:
         Outputs whose sizes the file tells keep one place, as a captured graph asks for.
         """
         device = "cuda" if PROVIDERS[self.provider].gpu else "cpu"
-        binding, value_of = self._session.io_binding(), _runtime().OrtValue
+        binding = self._session.io_binding()
+        value_of = _runtime().OrtValue
         values = [value_of.ortvalue_from_numpy(array, device, 0) for array in arrays]
         for name, value in zip(self.input_names, values, strict=True):
             binding.bind_ortvalue_input(name, value)

@@ -23,16 +23,21 @@ from ftkit_export.runtime.latency import Condition, Latency, Parts, race
 if TYPE_CHECKING:
     from ftkit_export.runtime.session import Session
 
-WARM_UP_RUNS, WARM_UP_S = 20, 1.0
-RUNS, SECONDS = 200, 10.0
-QUICK_RUNS, QUICK_SECONDS = 50, 0.5
+WARM_UP_RUNS = 20
+WARM_UP_S = 1.0
+RUNS = 200
+SECONDS = 10.0
+QUICK_RUNS = 50
+QUICK_SECONDS = 0.5
 BRIEF = (
     WARM_UP_RUNS,
     WARM_UP_S / 4,
 )  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
 BINS = 40
 PART_ROUNDS = 60
-SIZE_WARM_UP, SIZE_RUNS = 5, 40  # runs at each size
+# runs at each size
+SIZE_WARM_UP = 5
+SIZE_RUNS = 40
 ANSWERED = 8  # images a run
 LARGEST = 1 << 30  # bytes of an input that is made up
 FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
@@ -164,7 +169,8 @@ def in_turn(
 
 def warm(call: Callable[[], object], runs: int, seconds: float) -> None:
     """Run it at least so often and so long."""
-    begun, count = time.perf_counter(), 0
+    begun = time.perf_counter()
+    count = 0
     while count < runs or time.perf_counter() - begun < seconds:
         call()
         count += 1
@@ -242,9 +248,11 @@ def _measure_here(
     warm(call, *(BRIEF if quick else (WARM_UP_RUNS, WARM_UP_S)))
     times = _timed(call, *((QUICK_RUNS, QUICK_SECONDS) if quick else (RUNS, SECONDS)))
     p50, p90, p95, p99 = (float(value) for value in np.percentile(times, (50, 90, 95, 99)))
-    low, high = float(times.min()), max(p99, float(times.min()) * 1.001)
+    low = float(times.min())
+    high = max(p99, float(times.min()) * 1.001)
     histogram = np.histogram(np.minimum(times, high), bins=BINS, range=(low, high))[0]
-    provider, after = PROVIDERS[condition.provider], nvidia.used_bytes()
+    provider = PROVIDERS[condition.provider]
+    after = nvidia.used_bytes()
     found = Latency(
         provider=condition.provider,
         threads=condition.threads or cores(),
@@ -351,10 +359,8 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
 
     from ftkit_export.runtime.preprocess import Preprocess, scaled
 
-    sessions, data = (
-        [opened(condition, shared=True) for condition in conditions],
-        Path(image).read_bytes(),
-    )
+    sessions = [opened(condition, shared=True) for condition in conditions]
+    data = Path(image).read_bytes()
     preprocess = Preprocess(**json.loads(sessions[1].metadata["preprocess"]))
     pixels = scaled(preprocess.decode(data), conditions[0].frame)
     calls: list[Callable[[], object]] = [

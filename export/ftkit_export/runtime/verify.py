@@ -106,7 +106,8 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
     data = path.read_bytes()
     try:
         manifest: dict[str, Any] = json.loads(data)
-        schema, files = manifest["schema"], manifest["files"]
+        schema = manifest["schema"]
+        files = manifest["files"]
     except (ValueError, KeyError, TypeError):
         raise BundleError(
             f"{path}: expected a manifest, found unreadable JSON. Export the bundle again"
@@ -192,7 +193,8 @@ def replay_golden(
             )
     with np.load(bundle / "golden" / "expected.npz", allow_pickle=False) as stored:
         expected = {name: stored[name] for name in stored.files}
-    input_format, preprocess = manifest["input_format"], Preprocess(**manifest["preprocess"])
+    input_format = manifest["input_format"]
+    preprocess = Preprocess(**manifest["preprocess"])
     frames = [
         to_frame(decode(bundle / "golden" / entry["file"]), input_format) for entry in entries
     ]

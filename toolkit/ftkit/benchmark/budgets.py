@@ -146,7 +146,8 @@ def against_stored(
     model: str | Path, stored: Mapping[str, Any], *, image: str | Path | None = None
 ) -> list[Verdict]:
     """The same against what bench measured earlier (`stored`), in its condition. Advisory on another machine."""
-    found, row = find(model, image, stored["frame"]), stored["rows"][0]
+    found = find(model, image, stored["frame"])
+    row = stored["rows"][0]
     path = found.shipped(stored["provider"])
     condition = Condition(
         model=str(path),

@@ -23,7 +23,9 @@ from ftkit.utils import console
 from ftkit_export.runtime.errors import FtkitError
 
 NAME = "ftkit-bench.jsonl"
-BEFORE, AFTER, LEAST = 8, 3, 0.05
+BEFORE = 8
+AFTER = 3
+LEAST = 0.05
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -43,10 +45,8 @@ def place(folder: Path) -> Path:
 
 def append(found: Mapping[str, Any], folder: Path) -> Path:
     """Add one measurement (ftkit_export.runtime.measure's) with the commit it was taken at, and return the file."""
-    path, keys = (
-        place(folder),
-        ("variant", "provider", "threads", "batch", "spinning", "copies", "p50_ms", "p95_ms"),
-    )
+    path = place(folder)
+    keys = ("variant", "provider", "threads", "batch", "spinning", "copies", "p50_ms", "p95_ms")
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git(folder, "rev-parse", "--short=12", "HEAD"),
@@ -110,7 +110,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def _series(line: Mapping[str, Any]) -> dict[str, float]:
     """What each plotted line gets of one measurement."""
     where = f"{line['machine']['cpu']}, {line['machine']['cores']} cores ({line['machine']['fingerprint']})"
-    where, quick = f"{where}|{line['name']}", ", quick" if line["quick"] else ""
+    where = f"{where}|{line['name']}"
+    quick = ", quick" if line["quick"] else ""
     frame = line.get("frame", "")  # of older lines the golden image's own, which they do not tell
     frames = f", {console.frames(frame)}" if frame else ""
     found = {}
@@ -132,7 +133,8 @@ def changes(values: Sequence[float]) -> list[int]:
     logs = [math.log(value) for value in values]
     start = 0
     for i in range(1, len(logs) - AFTER + 1):
-        before, after = logs[max(start, i - BEFORE) : i], logs[i : i + AFTER]
+        before = logs[max(start, i - BEFORE) : i]
+        after = logs[i : i + AFTER]
         if len(before) < AFTER:
             continue
         middle = statistics.median(before)

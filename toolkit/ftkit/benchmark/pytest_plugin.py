@@ -77,7 +77,8 @@ class Measured:
     """The fixture `latency`: call it with a model, or ask for `against`."""
 
     def __init__(self, request: pytest.FixtureRequest):
-        self._request, self.calls = request, 0
+        self._request = request
+        self.calls = 0
 
     def __call__(
         self,

@@ -93,7 +93,8 @@ def evaluate(
         raise FtkitError(
             f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01"
         )
-    echo, every = _echo(as_json), labelled(data, group_by, root)
+    echo = _echo(as_json)
+    every = labelled(data, group_by, root)
     images = every
     left_out: dict[str, int | None] = {}
     for each in (bundle, old) if old else (bundle,):
@@ -228,8 +229,10 @@ def bench(
     from ftkit_export.runtime.session import parse_providers
 
     echo = _echo(as_json)
-    limits, names = judging.parse_budgets(budgets), parse_providers(providers)
-    counts, batches = _numbers("--threads", threads or ""), _numbers("--batch", batch or "") or [0]
+    limits = judging.parse_budgets(budgets)
+    names = parse_providers(providers)
+    counts = _numbers("--threads", threads or "")
+    batches = _numbers("--batch", batch or "") or [0]
     if frame:
         parse_frame(frame)
     if not 0 < max_slowdown < 1 or not 1 <= seconds < 1e5:
@@ -243,7 +246,8 @@ def bench(
         ctx, host, baseline, kept_json, several, bool(host or limits or save or not baseline)
     )
     told: dict[str, Any] = {}
-    verdicts, stored = [], read(baseline) if baseline and kept_json else {}
+    verdicts = []
+    stored = read(baseline) if baseline and kept_json else {}
     with ExitStack() as stack:
         path = stack.enter_context(unpacked(model, key))
         old = stack.enter_context(unpacked(baseline, key)) if baseline and not stored else None

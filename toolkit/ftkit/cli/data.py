@@ -80,7 +80,8 @@ def audit_data(
     from ftkit.recipe import load
     from ftkit.utils import console
 
-    plan, images = load(recipe), read(folder, group_by=group_by, root=root)
+    plan = load(recipe)
+    images = read(folder, group_by=group_by, root=root)
     if fix:
         clean.require_new(fix, images)
     if sheets:
@@ -165,7 +166,8 @@ def report(what: Path | None, out: Path | None) -> None:
         from ftkit.report.build import load_pictures, write_report
         from ftkit.training.run import open_run, read_metrics
 
-        run, page = open_run(what), out or what / "report.html"
+        run = open_run(what)
+        page = out or what / "report.html"
         write_report(page, run.data, read_metrics(what), load_pictures(what / "mistakes"))
     else:
         path = what or history.place(Path.cwd())

@@ -70,7 +70,9 @@ def run_demo(out: Path) -> None:
             f"{out}: expected a new folder, found one there already. Try --out another, or remove it"
         )
     started = time.perf_counter()
-    data, run, bundle = out / "photos", out / "run", out / "bundle"
+    data = out / "photos"
+    run = out / "run"
+    bundle = out / "bundle"
     console.say(NOTICE)
     count = write_elpv(data, split=True)
     console.say(

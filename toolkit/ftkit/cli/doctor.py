@@ -46,10 +46,8 @@ def _torch_gpu() -> str:
     import torch
 
     if torch.cuda.is_available():
-        count, half = (
-            torch.cuda.device_count(),
-            torch.cuda.is_bf16_supported(including_emulation=False),
-        )
+        count = torch.cuda.device_count()
+        half = torch.cuda.is_bf16_supported(including_emulation=False)
         return (
             f"training: on {count} x {torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), "
             f"in {'bfloat16' if half else 'float16'}"

@@ -37,16 +37,22 @@ from ftkit_export.runtime.session import cores
 Array = np.ndarray[Any, Any]
 
 THUMB = 32  # pixels a side
-BITS_APART, CORRELATION = 8, 0.99
+BITS_APART = 8
+CORRELATION = 0.99
 SURE = 0.999  # where one picture is most of the set, less the mean it is noise; no two solar cells reach this
 # Two images that are each alike to a third may be twice as far apart as a pair; a group of near duplicates holds none
 # that are further apart than that. In units of 1 - CORRELATION, of which the angle's double is four times.
 GROUP_APART = 4.0
 MOST_GROUPED = 5000  # of images that hang together; a table of all their pairs is made
 FLAT = 1.0  # grey levels of deviation below which an image shows nothing
-BLOCK, CHUNK = 256, 4096
-TINY, HUGE = 0.5, 40_000_000  # of the canvas side; pixels
-FEW, UNEVEN = 20, 10.0  # training images of a class; largest class over smallest
+BLOCK = 256
+CHUNK = 4096
+# of the canvas side; pixels
+TINY = 0.5
+HUGE = 40_000_000
+# training images of a class; largest class over smallest
+FEW = 20
+UNEVEN = 10.0
 TOTALS = (
     "bad",
     "alike",
@@ -125,7 +131,8 @@ def audit(
     fit: str = "crop",
 ) -> Audit:
     """images: as read; canvases: of them, made with `fit`. progress(done, total) counts images."""
-    kept, total = canvases.images.images, len(canvases.images.images)
+    kept = canvases.images.images
+    total = len(canvases.images.images)
     alike = identical(canvases)
     thumbs = _thumbnails(canvases, progress)
     flat = thumbs.std((1, 2)) < FLAT
@@ -147,7 +154,8 @@ def audit(
     squares = np.array([min(width, height) / max(width, height, 1) for _, width, height in facts])
     if fit != "crop":  # which keeps all
         squares[:] = 1.0
-    side, classes = canvases.shards[0].shape[1], images.classes
+    side = canvases.shards[0].shape[1]
+    classes = images.classes
     train = Counter(image.label for image in images.of("train"))
     flat_rows = [int(row) for row in np.flatnonzero(flat)]
     return Audit(
@@ -202,7 +210,8 @@ def require_apart(canvases: Canvases) -> None:
     """Raises FtkitError when an identical file, or a group, is on several sides of the split, or identical files have
     several labels: what `Audit.passed` calls not ok."""
     images = canvases.images
-    copies, groups = identical(canvases), _shared_groups(images)
+    copies = identical(canvases)
+    groups = _shared_groups(images)
     leaks = _across(copies, [image.split for image in images.images])
     conflicts = _across(copies, [image.label for image in images.images])
     if leaks:
@@ -240,7 +249,8 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
     image may be in several. Two that are alike, of which neither is a first, are told by that one alone."""
     if len(rows) < 2:
         return []
-    signs, shapes = _hashes(thumbs[rows]), [_unit(thumbs[rows])]
+    signs = _hashes(thumbs[rows])
+    shapes = [_unit(thumbs[rows])]
     if (
         len(rows) >= THUMB
     ):  # what all have in common (a frame, a busbar) makes no pair; of a few, it is no average
@@ -251,7 +261,8 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
         near = np.argwhere(signs[one] @ signs[other].T >= 64 - 2 * BITS_APART)
         found = []
         for start in range(0, len(near), CHUNK):
-            a, b = one[near[start : start + CHUNK, 0]], other[near[start : start + CHUNK, 1]]
+            a = one[near[start : start + CHUNK, 0]]
+            b = other[near[start : start + CHUNK, 1]]
             sure = np.einsum("ijk,ijk->i", shapes[0][a], shapes[0][b]) >= SURE
             sure |= np.einsum("ijk,ijk->i", shapes[-1][a], shapes[-1][b]) >= CORRELATION
             found.append(np.stack([a[sure], b[sure]], 1))

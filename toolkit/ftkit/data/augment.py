@@ -39,7 +39,8 @@ def _normalise(levels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
 def _constants(preprocess: Preprocess, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation, (3, 1, 1) each, copied to the device once: a copy a step would make the host wait for it."""
     with torch.inference_mode(False):
-        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        mean = torch.tensor(preprocess.mean)
+        std = torch.tensor(preprocess.std)
         return mean[:, None, None].to(device), std[:, None, None].to(device)
 
 
@@ -109,15 +110,12 @@ def _coloured(levels: torch.Tensor, augment: Augment, draw: torch.Tensor) -> tor
 
 def _rectangles(size: int, draw: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """A random rectangle a sample -> (N, 1, S, S) bool: 2 to 33 % of the area, sides 0.3 to 3.3 (Zhong et al. 2020)."""
-    area, ratio = (
-        0.02 + 0.31 * draw[0],
-        torch.exp(math.log(0.3) + draw[1] * (math.log(3.3) - math.log(0.3))),
-    )
-    height, width = (
-        (area * ratio).sqrt().clamp(max=1) * size,
-        (area / ratio).sqrt().clamp(max=1) * size,
-    )
-    top, left = draw[2] * (size - height), draw[3] * (size - width)
+    area = 0.02 + 0.31 * draw[0]
+    ratio = torch.exp(math.log(0.3) + draw[1] * (math.log(3.3) - math.log(0.3)))
+    height = (area * ratio).sqrt().clamp(max=1) * size
+    width = (area / ratio).sqrt().clamp(max=1) * size
+    top = draw[2] * (size - height)
+    left = draw[3] * (size - width)
     place = torch.arange(size, device=draw.device) + 0.5
     down = (place >= top[:, None]) & (place < (top + height)[:, None])
     across = (place >= left[:, None]) & (place < (left + width)[:, None])
@@ -169,8 +167,11 @@ def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generato
 def mixed(pixels: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch.Tensor:
     """(n, 3, S, S), and the same of their partners -> mixed."""
     at = torch.arange(pixels.shape[-1], device=pixels.device)
-    left, top, side = mixing.left[:, None], mixing.top[:, None], mixing.side[:, None]
-    down, across = (at >= top) & (at < top + side), (at >= left) & (at < left + side)
+    left = mixing.left[:, None]
+    top = mixing.top[:, None]
+    side = mixing.side[:, None]
+    down = (at >= top) & (at < top + side)
+    across = (at >= left) & (at < left + side)
     pasted = down[:, None, :, None] & across[:, None, None, :]
     share = mixing.share[:, None, None, None]
     own = torch.where(mixing.blends[:, None, None, None], share, (~pasted).to(pixels.dtype))
@@ -179,7 +180,8 @@ def mixed(pixels: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch
 
 def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor) -> torch.Tensor:
     """A crop of S x S at a random place of the canvas, per sample -> (N, 3, S, S) float32 grey levels."""
-    size, room = preprocess.size, preprocess.resize - preprocess.size
+    size = preprocess.size
+    room = preprocess.resize - preprocess.size
     if room == 0:
         return _planes(canvases)
     top, left = ((draw[row] * (room + 1)).long().clamp(max=room) for row in (4, 5))
@@ -199,7 +201,8 @@ def _resample(
     area = augment.scale + (1 - augment.scale) * draw[6]
     side = full * area.sqrt()
     angle = math.radians(augment.rotate) * (2 * draw[7] - 1)
-    cos, sin = side * angle.cos(), side * angle.sin()
+    cos = side * angle.cos()
+    sin = side * angle.sin()
     shift_x, shift_y = ((1 - side) * (2 * draw[row] - 1) for row in (4, 5))
     theta = torch.stack(
         [torch.stack([cos, -sin, shift_x], -1), torch.stack([sin, cos, shift_y], -1)], 1

@@ -253,7 +253,8 @@ def _write(
     progress: Callable[[int], None],
 ) -> None:
     """One shard into the cache, unless it is there."""
-    folder, side = _folder(digests, preprocess), preprocess.resize
+    folder = _folder(digests, preprocess)
+    side = preprocess.resize
     if _opened(folder, len(paths), side) is None:
         put_away(folder)  # damaged is absent
         beside = None
@@ -283,7 +284,8 @@ class _Decoders:
     """Processes that decode, started when a shard first needs them, ended with the `with` block."""
 
     def __init__(self, preprocess: Preprocess, most: int):
-        self._preprocess, self._most = preprocess, most
+        self._preprocess = preprocess
+        self._most = most
         self._processes: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> _Decoders:

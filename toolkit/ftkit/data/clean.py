@@ -33,7 +33,9 @@ from ftkit_export.runtime.errors import FtkitError
 
 MOSTLY_KEPT = 0.7  # of the median image: below, the crop is worth a word
 NAMED = 5  # files of a kind that are named; --json names all
-SHEET, TILE, COLUMNS = 48, 128, 8
+SHEET = 48
+TILE = 128
+COLUMNS = 8
 PAIRS = 24  # rows of the sheet of duplicates
 
 
@@ -163,7 +165,8 @@ def _conclusion(found: Audit) -> str:
 def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
     """A contact sheet a class, spread over its images, and one of what is alike, a line a set; returns the JPEGs."""
     folder.mkdir(parents=True, exist_ok=True)
-    images, labels = canvases.images, canvases.labels
+    images = canvases.images
+    labels = canvases.labels
     written = []
     for label, name in enumerate(images.classes):
         rows = np.flatnonzero(labels == label)
@@ -193,7 +196,9 @@ def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
 
 def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases) -> None:
     """Images in rows of eight, each set beginning a new row, with their names and splits below."""
-    font, small, text = PIL.ImageFont.load_default(16), PIL.ImageFont.load_default(10), 26
+    font = PIL.ImageFont.load_default(16)
+    small = PIL.ImageFont.load_default(10)
+    text = 26
     height = sum(math.ceil(len(rows) / COLUMNS) for rows in sets) * (TILE + text) + 32
     sheet = PIL.Image.new("RGB", (COLUMNS * (TILE + 4) + 4, height), "white")
     draw = PIL.ImageDraw.Draw(sheet)
@@ -201,7 +206,8 @@ def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases
     top = 32
     for rows in sets:
         for number, row in enumerate(rows):
-            x, y = 4 + number % COLUMNS * (TILE + 4), top + number // COLUMNS * (TILE + text)
+            x = 4 + number % COLUMNS * (TILE + 4)
+            y = top + number // COLUMNS * (TILE + text)
             picture = PIL.Image.fromarray(canvases.array([row])[0]).resize(
                 (TILE, TILE), PIL.Image.Resampling.BILINEAR
             )
@@ -315,7 +321,8 @@ def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
 
 def require_outside(out: Path, images: Images, option: str) -> None:
     """Raises FtkitError when `out` lies in the data folder or, of a CSV, holds its images: they are never touched."""
-    place, root = out.resolve(), images.root.resolve()
+    place = out.resolve()
+    root = images.root.resolve()
     if (
         place.is_relative_to(root)
         if root.is_dir()

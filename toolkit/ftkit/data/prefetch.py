@@ -39,7 +39,8 @@ class Source:
         device: torch.device,
         room: int | None = None,
     ):
-        self._read, self.device = read, device
+        self._read = read
+        self.device = device
         if room is None:
             room = free_bytes(device) if device.type == "cuda" else 0
         self._resident = self._all(rows) if rows * row_bytes <= RESIDENT_SHARE * room else None

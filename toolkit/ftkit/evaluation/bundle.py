@@ -141,7 +141,9 @@ def answers(
     """
     classify = Classifier(bundle, provider=provider)
     known = {name: number for number, name in enumerate(classify.labels)}
-    found, kept, unreadable = [], list[Labelled](), []
+    found = []
+    kept = list[Labelled]()
+    unreadable = []
     for number, image in enumerate(images, start=1):
         try:
             found.append(classify.probabilities(classify.decode(image.path)))
@@ -170,7 +172,9 @@ def answers(
 
 def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
     """Paired comparison of two releases on the same images; each of the bounds is one-sided, 95 %."""
-    before, after, labels = old.right, new.right, np.array(new.labels)
+    before = old.right
+    after = new.right
+    labels = np.array(new.labels)
     groups = np.array(new.groups)
     overall = paired(before, after, list(groups))
     names = [name for name in new.metrics.classes if name in set(new.labels)]

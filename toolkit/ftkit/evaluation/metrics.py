@@ -34,7 +34,9 @@ from ftkit_export.proof.intervals import (
 
 Array = np.ndarray[Any, Any]
 
-COLDEST, HOTTEST = 0.05, 20.0  # temperatures
+# temperatures
+COLDEST = 0.05
+HOTTEST = 20.0
 # Standard deviation of log T around 0 before any image is seen: networks fine-tuned with a cross-entropy mostly need
 # temperatures of 0.6 to 1.6. A perfect val split of any size asks for 0; a few dozen images are no evidence for it.
 PRIOR_SPREAD = 0.25
@@ -106,7 +108,8 @@ def reliability(
     probabilities: Array, labels: Array, bins: int = 15
 ) -> tuple[tuple[int, float, float], ...]:
     """Equal-width bins of the top probability that hold images: (images, mean probability, share right) each."""
-    top, right = probabilities.max(1).astype(np.float64), probabilities.argmax(1) == labels
+    top = probabilities.max(1).astype(np.float64)
+    right = probabilities.argmax(1) == labels
     number = np.minimum((top * bins).astype(int), bins - 1)
     return tuple(
         (int((number == b).sum()), float(top[number == b].mean()), float(right[number == b].mean()))
@@ -125,12 +128,14 @@ def evaluate(
     probabilities: Array, labels: Array, classes: Sequence[str], groups: Sequence[str] | None = None
 ) -> Metrics:
     """probabilities (N, classes), labels (N,) int, groups N names ("" for an image on its own) -> Metrics."""
-    found, every = probabilities.argmax(1), np.arange(len(classes))
+    found = probabilities.argmax(1)
+    every = np.arange(len(classes))
     confusion = confusion_matrix(labels, found, labels=every)
     precision, recall, f1, support = precision_recall_fscore_support(
         labels, found, labels=every, zero_division=0.0
     )
-    there, right = support > 0, int(confusion.trace())
+    there = support > 0
+    right = int(confusion.trace())
     low, high, clusters = share_interval(found == labels, groups)
     bounds = _recall_bounds(found, labels, len(classes), groups)
     chosen = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), 1e-12)
@@ -244,7 +249,8 @@ def abstention(
     proven: bool = False,
 ) -> Abstention:
     """What a threshold chosen elsewhere comes to on these images."""
-    top, right = probabilities.max(1), probabilities.argmax(1) == labels
+    top = probabilities.max(1)
+    right = probabilities.argmax(1) == labels
     answered = top >= threshold if threshold is not None else np.zeros(len(top), bool)
     return Abstention(
         wanted=wanted,
@@ -259,7 +265,8 @@ def worst_mistakes(
     probabilities: Array, labels: Array, rows: Array, count: int = 12
 ) -> tuple[Mistake, ...]:
     """The wrong answers given with the greatest confidence, worst first."""
-    said, top = probabilities.argmax(1), probabilities.max(1)
+    said = probabilities.argmax(1)
+    top = probabilities.max(1)
     wrong = sorted(np.flatnonzero(said != labels), key=lambda i: -top[i])[:count]
     return tuple(
         Mistake(
@@ -274,10 +281,9 @@ def cka(one: Array, other: Array) -> float:
     rotation and scaling of the other (Kornblith et al. 2019)."""
     x, y = (value.astype(np.float64) - value.mean(0, dtype=np.float64) for value in (one, other))
     if len(x) < x.shape[1]:
-        x, y = (
-            x @ x.T,
-            y @ y.T,
-        )  # Gram matrices of the images: the same numbers, from the smaller side
+        # Gram matrices of the images: the same numbers, from the smaller side
+        x = x @ x.T
+        y = y @ y.T
         return float((x * y).sum() / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-300))
     cross = np.linalg.norm(x.T @ y) ** 2
     return float(cross / max(float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)), 1e-300))

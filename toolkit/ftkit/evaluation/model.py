@@ -61,7 +61,8 @@ class Answers:
     """The model in float32 on the CPU, made ready once: answers(rows) -> [logits (N, classes), embedding (N, D)]."""
 
     def __init__(self, backbone: Backbone, canvases: Canvases, preprocess: Preprocess):
-        self._canvases, self._preprocess = canvases, preprocess
+        self._canvases = canvases
+        self._preprocess = preprocess
         self._run, _ = runner(
             WithEmbedding(backbone), self._pixels(np.arange(min(CHUNK, len(canvases.slots))))
         )
@@ -82,10 +83,8 @@ def judge(
     backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precision: float
 ) -> Verdict:
     """Everything decided on val first; test is looked at once, and decides nothing."""
-    answers, rows = (
-        Answers(backbone, canvases, preprocess),
-        {split: canvases.rows(split) for split in ("val", "test")},
-    )
+    answers = Answers(backbone, canvases, preprocess)
+    rows = {split: canvases.rows(split) for split in ("val", "test")}
     labels = {split: canvases.labels[rows[split]] for split in rows}
     found = {split: answers(rows[split], f"evaluating {split}") for split in rows}
     logits = {split: found[split][0] for split in rows}

@@ -42,8 +42,10 @@ def file_accuracy(
 ) -> tuple[Metrics, Paired]:
     """File bytes -> probabilities on every held-out photograph, as a device would; and paired with the answers of the
     framework, which the run has kept."""
-    classify, rows = Classifier(folder), context.canvases.rows("test")
-    found, labels = [], context.canvases.labels[rows]
+    classify = Classifier(folder)
+    rows = context.canvases.rows("test")
+    found = []
+    labels = context.canvases.labels[rows]
     with console.bar("accuracy of the file") as progress:
         for number, row in enumerate(rows, start=1):
             found.append(
@@ -82,7 +84,8 @@ def latencies(
     found: dict[str, list[Latency]] = {name: [] for name in paths}
     for name, forms in paths.items():
         for provider in sorted(providers, key=lambda provider: provider != "cpu"):
-            path, counts = form_of(provider, *forms), threads if provider == "cpu" else [1]
+            path = form_of(provider, *forms)
+            counts = threads if provider == "cpu" else [1]
             listed = conditions(path, [provider], counts, [0], frame)
             for condition in listed:
                 if provider == "cpu" and not condition.spinning:
@@ -121,7 +124,8 @@ def _starts(
 ) -> Sequence[Start]:
     """Fresh processes on the target; none where it is neither here, nor reached, nor measured this very file."""
     provider = context.target.provider
-    path, count = form_of(provider, *forms), QUICK_STARTS if quick else STARTS
+    path = form_of(provider, *forms)
+    count = QUICK_STARTS if quick else STARTS
     if context.device:
         return context.device.starts(
             path, context.photograph, provider=provider, frame=context.frame, count=count
@@ -200,7 +204,8 @@ def judge(limits: Export, measured: Measured) -> list[Gate]:
     }
     for budget in measured.budgets:
         several = len(budget.values) > 1
-        where, unsettled = chosen.name, ""
+        where = chosen.name
+        unsettled = ""
         if measured.unproven:
             unsettled = f"{measured.unproven[0].name} would meet it, but is not proven"
         if not budget.values:
@@ -230,7 +235,9 @@ def _recall(metrics: Metrics, least: float) -> Gate:
     label = min(
         range(len(lows)), key=lambda label: (metrics.recall[label] is not None, lows[label])
     )
-    recall, low, high = metrics.recall[label], metrics.recall_low[label], metrics.recall_high[label]
+    recall = metrics.recall[label]
+    low = metrics.recall_low[label]
+    high = metrics.recall_high[label]
     if recall is None or low is None or high is None:
         name = f"images missed of class {metrics.classes[label]}, of which test has none"
         return Gate(

@@ -176,7 +176,8 @@ def read_measured(path: Path, run: Run, target: str) -> dict[str, Any]:
         figures = {
             name: (Raced(**item), data["sha256"][name]) for name, item in data["raced"].items()
         }
-        of, where = data["run"], (data["provider"], data["threads"], data["target"])
+        of = data["run"]
+        where = (data["provider"], data["threads"], data["target"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise FtkitError(
             f"{path}: expected what `device/classify.py --bench` prints, found something else. "
@@ -256,7 +257,8 @@ def _build(
         core = export_core(model, run.preprocess.size)
     rows = np.random.default_rng(0).permutation(spread_evenly(canvases.rows("test"), PARITY_IMAGES))
     files = [canvases.images.images[row].path for row in rows]
-    reference, photographs = Reference(model), _decoded(files, run.preprocess)
+    reference = Reference(model)
+    photographs = _decoded(files, run.preprocess)
     context = variants.Context(
         reference=reference,
         canvases=canvases,
@@ -393,10 +395,8 @@ def _write_variants(
     (folder / "variants").mkdir()
     paths = {}
     for name, (row, core) in made.shipped.items():
-        image, plain = (
-            folder / "variants" / f"{name}.onnx",
-            folder / "variants" / f"{name}-core.onnx",
-        )
+        image = folder / "variants" / f"{name}.onnx"
+        plain = folder / "variants" / f"{name}-core.onnx"
         context.write(core, image, name, row.kept, plain=False)
         context.write(core, plain, name, row.kept, plain=True)
         for path in (image, plain):
@@ -500,7 +500,8 @@ def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:
 
 
 def _say_parity(parity: Parity, photographs: int) -> None:
-    worst, group = parity.worst, evidence.input_group
+    worst = parity.worst
+    group = evidence.input_group
     console.say(
         f"parity on {parity.provider} over {photographs} held-out images, noise and odd sizes: "
         f"{'passed' if parity.passed else 'FAILED'}"

@@ -124,7 +124,8 @@ class Simulated(nn.Module):
             (node, {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute})
             for node in quantized.graph.node
         ]
-        self.input, self.output = quantized.graph.input[0].name, quantized.graph.output[0].name
+        self.input = quantized.graph.input[0].name
+        self.output = quantized.graph.output[0].name
         self.constants = {
             item.name: torch.from_numpy(numpy_helper.to_array(item).copy())
             for item in quantized.graph.initializer
@@ -228,7 +229,8 @@ def fine_tune(
     with console.bar("quantization-aware stage") as progress:
         done = 0
         for epoch in range(epochs):
-            order, total = np.random.default_rng(epoch).permutation(len(labels)), 0.0
+            order = np.random.default_rng(epoch).permutation(len(labels))
+            total = 0.0
             for start in range(0, len(order), BATCH):
                 rows = order[start : start + BATCH]
                 logits = model(torch.from_numpy(pixels_of(rows)))
@@ -245,7 +247,8 @@ def fine_tune(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total, done = total + float(loss.detach()) * len(rows), done + 1
+                total = total + float(loss.detach()) * len(rows)
+                done = done + 1
                 progress(done, steps)
             console.say(
                 f"quantization-aware stage  {epoch + 1}/{epochs}  loss {total / len(order):.3f}"

@@ -149,7 +149,8 @@ def _timed(
 ) -> list[Smaller]:
     """The largest sizes that may meet the budget in fp32, or in int8, largest first; none for a network that takes one
     size only."""
-    own, excess = run.preprocess.size, slow.excess
+    own = run.preprocess.size
+    excess = slow.excess
     wanted = {_rounded(own / excess**0.5), _rounded(own / (excess * (ratio or 1)) ** 0.5)}
     wanted |= {size - STEP for size in wanted}
     sizes = sorted({max(size, LEAST) for size in wanted if max(size, LEAST) < own}, reverse=True)

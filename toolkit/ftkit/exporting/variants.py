@@ -212,7 +212,8 @@ def _ranges(core: onnx.ModelProto, context: Context) -> Any:
 
 def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
     """Rungs until one is accepted for its accuracy, or none is left; the first only, when 8 bits are no faster."""
-    ranges, order = _ranges(fp32.core, context), list[str]()
+    ranges = _ranges(fp32.core, context)
+    order = list[str]()
     for count in RUNGS:
         if count and not order:
             with console.bar("ranking operators"):
@@ -325,21 +326,18 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
 
 
 def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context) -> Row:
-    limit, compared = (
-        context.limits.max_accuracy_drop,
-        None if item is fp32 else _compared(fp32, item, context),
-    )
-    verdict, reason = "reference", "what the others are compared with"
+    limit = context.limits.max_accuracy_drop
+    compared = None if item is fp32 else _compared(fp32, item, context)
+    verdict = "reference"
+    reason = "what the others are compared with"
     if compared:
         verdict, reason = judge(compared, limit, times.ratio_high if times else None)
         if not (context.here or context.device):
             reason += "; the answers are this machine's, not the target's (try --on)"
         failed = [check for check in item.checks if not check.passed]
         if failed:
-            verdict, reason = (
-                "refused",
-                f"{failed[0].name}: {failed[0].value:.3g}, limit {failed[0].limit:.3g}",
-            )
+            verdict = "refused"
+            reason = f"{failed[0].name}: {failed[0].value:.3g}, limit {failed[0].limit:.3g}"
     return Row(
         name=item.name,
         verdict=verdict,

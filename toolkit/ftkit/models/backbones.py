@@ -50,7 +50,8 @@ def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
     for an unknown name, a head that cannot be replaced, and as weights.load.
     """
     model, library = _create(name)
-    preprocess, head = _preprocess(model, name, library), _head_name(model)
+    preprocess = _preprocess(model, name, library)
+    head = _head_name(model)
     source = load(model, name, library, head, weights)
     old = model.get_submodule(head)
     _replace(model, head, _new_head(old, classes))
@@ -163,7 +164,8 @@ def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
     Raises FtkitError with the backbone's blocks for what is none of head, last:N, first:N, all, or a regular expression
     that some module's name matches.
     """
-    listed, top = blocks(backbone), [name for name, _ in backbone.model.named_children()]
+    listed = blocks(backbone)
+    top = [name for name, _ in backbone.model.named_children()]
     counted = re.fullmatch(r"(last|first):(\d+)", train)
     if train == "head":
         return (backbone.head,)

@@ -29,7 +29,8 @@ class WithEmbedding(nn.Module):
 
     def __init__(self, backbone: Backbone):
         super().__init__()
-        self.model, self.head = backbone.model, backbone.head
+        self.model = backbone.model
+        self.head = backbone.head
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         embedding, logits = features(self.model, self.model.get_submodule(self.head), (pixels,))

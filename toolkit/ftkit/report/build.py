@@ -107,7 +107,8 @@ def _judged(run: Data, manifest: Data | None) -> Data:
 
 
 def _verdict(run: Data, manifest: Data | None) -> list[str]:
-    found, name = _judged(run, manifest), escape(run["recipe"]["name"])
+    found = _judged(run, manifest)
+    name = escape(run["recipe"]["name"])
     right = (
         f"{found['accuracy']:.1%} of the held-out images right [{found['accuracy_low']:.1%} to "
         f"{found['accuracy_high']:.1%}; {ground(found['images'], found['clusters'])}]; {_weakest(found)}"
@@ -235,7 +236,8 @@ def _training(run: Data, epochs: Sequence[Data]) -> str:
 
 
 def _classes(found: Data) -> str:
-    names, counts = found["classes"], found["confusion"]
+    names = found["classes"]
+    counts = found["confusion"]
     rows = [
         (name, sum(row), recall, "" if low is None else f"{low:.2f} to {high:.2f}", precision)
         for name, row, recall, low, high, precision in zip(
@@ -273,7 +275,9 @@ def _classes(found: Data) -> str:
 
 def _sureness(run: Data) -> str:
     """Calibration before and after, what withholding doubtful answers brings, and how many images pass as familiar."""
-    after, before, held = run["metrics"]["test"], run["uncalibrated"]["test"], run["abstention"]
+    after = run["metrics"]["test"]
+    before = run["uncalibrated"]["test"]
+    held = run["abstention"]
     text = (
         f"Temperature {run['temperature']:.2f}: NLL {before['nll']:.3f} to {after['nll']:.3f}, "
         f"ECE {before['ece']:.3f} to {after['ece']:.3f}. "
@@ -363,7 +367,9 @@ def _data(run: Data) -> str:
 
 
 def _reproduce(run: Data, manifest: Data | None) -> str:
-    versions, group, audit = run["environment"], run["group_by"], run["audit"]
+    versions = run["environment"]
+    group = run["group_by"]
+    audit = run["audit"]
     leaks = bool(audit["shared_groups"]) or any(item["exact"] for item in audit["leaks"])
     train = f"ftkit train DATA --recipe recipe.json --seed {run['seed']} --out run"
     commands = [

@@ -132,10 +132,9 @@ def parity(manifest: Data) -> str:
         if not logits or not any(item["errors"]):
             continue
         filled = [i for i, count in enumerate(item["errors"]) if count]
-        first, last = (
-            max(min(filled) - 1, 0) // 4 * 4,
-            len(DECADES) - 1,
-        )  # from a whole power of ten
+        # from a whole power of ten
+        first = max(min(filled) - 1, 0) // 4 * 4
+        last = len(DECADES) - 1
         ends = (float(DECADES[first]), float(DECADES[last]))
         known = (("framework's own", logits["floor"]), ("limit", logits["limit"]))
         marks = [
@@ -214,7 +213,8 @@ def latency(manifest: Data) -> str:
 
 def _histogram(item: Data) -> str:
     """One condition's runs, fastest to 99th percentile."""
-    low, high = item["low_ms"], item["high_ms"]
+    low = item["low_ms"]
+    high = item["high_ms"]
     marks = [((item["p50_ms"] - low) / ((high - low) or 1), f"p50 {item['p50_ms']:.2f}")]
     edges = (f"{low:.2f} ms", f"{high:.2f} ms")
     return bars(
@@ -228,7 +228,8 @@ def _histogram(item: Data) -> str:
 
 def found_in(folder: Path, manifest: Data) -> str:
     """Plots of what `ftkit bench --save` wrote for this model on this machine, where `folder` is in a repository."""
-    path, machine = history.place(folder), manifest["machine"]["fingerprint"]
+    path = history.place(folder)
+    machine = manifest["machine"]["fingerprint"]
     try:
         lines = (
             [line for line in history.read(path) if line["name"] == manifest["name"]]

@@ -59,7 +59,12 @@ summary { cursor: pointer; margin: .4rem 0 }
   figure, tr { break-inside: avoid } .scroll { overflow: visible } pre { white-space: pre-wrap } }
 """
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 224, 46, 12, 12, 36
+WIDTH = 460
+HEIGHT = 224
+LEFT = 46
+RIGHT = 12
+TOP = 12
+BOTTOM = 36
 Series = tuple[str, str, Sequence[float]]  # name, colour variable, values
 
 
@@ -147,7 +152,8 @@ def scales(
     xs: tuple[float, float], ys: tuple[float, float], height: int = HEIGHT
 ) -> tuple[Callable[[float], float], Callable[[float], float]]:
     """x and y in the data's units -> places in the drawing."""
-    wide, tall = (xs[1] - xs[0]) or 1.0, (ys[1] - ys[0]) or 1.0
+    wide = (xs[1] - xs[0]) or 1.0
+    tall = (ys[1] - ys[0]) or 1.0
     return (
         lambda value: LEFT + (WIDTH - LEFT - RIGHT) * (value - xs[0]) / wide,
         lambda value: TOP + (height - TOP - BOTTOM) * (ys[1] - value) / tall,
@@ -204,7 +210,8 @@ def lines(
     if not finite:
         return ""
     room = (max(finite) - min(finite)) * 0.06 or 0.1
-    xs, ys = (0.5, count + 0.5), (min(finite) - room, max(finite) + room)
+    xs = (0.5, count + 0.5)
+    ys = (min(finite) - room, max(finite) + room)
     x, y = scales(xs, ys)
     parts = []
     for place, (begin, name) in enumerate(bands):
@@ -242,8 +249,10 @@ def bars(
     caption: str = "",
 ) -> str:
     """A histogram. ends: what its first and last edge are; marks: places (0..1 along it) with a name."""
-    height, most = 136, max(counts) or 1
-    inner, step = height - BOTTOM - TOP, (WIDTH - 20) / len(counts)
+    height = 136
+    most = max(counts) or 1
+    inner = height - BOTTOM - TOP
+    step = (WIDTH - 20) / len(counts)
     parts = [
         f'<rect x="{10 + i * step:.1f}" width="{max(step - 1, 0.5):.1f}" y="{TOP + inner * (1 - count / most):.1f}" '
         f'height="{inner * count / most:.1f}" fill="var(--one)"/>'
@@ -310,14 +319,17 @@ def points(
     title: str, found: Sequence[tuple[str, float, float, bool]], x_name: str, y_name: str
 ) -> str:
     """Numbered points: (name, x, y, whether it is the chosen one); their names stand in the caption."""
-    across, up = [item[1] for item in found], [item[2] for item in found]
+    across = [item[1] for item in found]
+    up = [item[2] for item in found]
     room = (max(up) - min(up)) * 0.25 or 0.01
-    xs, ys = (0.0, max(across) * 1.1), (min(up) - room, max(up) + room)
+    xs = (0.0, max(across) * 1.1)
+    ys = (min(up) - room, max(up) + room)
     x, y = scales(xs, ys)
     parts = [axes(xs, ys, x_name, y_name)]
     taken: list[tuple[float, float]] = []
     for i, (_, a, b, chosen) in enumerate(found, start=1):
-        fill, at = ("--good" if chosen else "--one"), (x(a), y(b) - 8)
+        fill = "--good" if chosen else "--one"
+        at = (x(a), y(b) - 8)
         while any(abs(at[0] - c) < 14 and abs(at[1] - d) < 12 for c, d in taken):
             at = (at[0] + 12, at[1])  # beside a number that is there already
         taken.append(at)

@@ -16,9 +16,13 @@ from ftkit_export.runtime.errors import FtkitError
 
 def plot(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """One series as SVG, with a table of its change points below."""
-    values, title = [float(line["series"][name]) for line in lines], name.partition("|")[2]
-    width, height, left = 860, 170, 60
-    low, high = min(values) * 0.97, max(values) * 1.03
+    values = [float(line["series"][name]) for line in lines]
+    title = name.partition("|")[2]
+    width = 860
+    height = 170
+    left = 60
+    low = min(values) * 0.97
+    high = max(values) * 1.03
     marked = changes(values)
 
     def x(index: int) -> float:
@@ -73,7 +77,8 @@ def write_history(lines: Sequence[Mapping[str, Any]], out: Path) -> None:
             f"{out}: expected at least one measurement, found none. Try `ftkit bench MODEL --save`"
         )
     names = sorted({name for line in lines for name in line["series"]})
-    body, machine = ["<h1>Latency over time</h1>"], ""
+    body = ["<h1>Latency over time</h1>"]
+    machine = ""
     if len({name.partition("|")[0] for name in names}) > 1:
         body.append(
             "<p>Several machines: each has plots of its own, and a difference between them is advisory.</p>"

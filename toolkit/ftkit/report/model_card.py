@@ -11,7 +11,8 @@ from ftkit_export.proof.intervals import ground
 
 def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """run: run.json's data; manifest: as sealed, but for the files. Returns Markdown."""
-    accuracy, evidence = manifest["evidence"]["accuracy"]["file"], manifest["evidence"]
+    accuracy = manifest["evidence"]["accuracy"]["file"]
+    evidence = manifest["evidence"]
     chosen = [item for item in evidence["latency"] if item["variant"] == manifest["chosen"]]
     machine = manifest["machine"]
     return f"""# {manifest["name"]}

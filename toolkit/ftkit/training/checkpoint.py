@@ -82,7 +82,10 @@ class State:
 
     def next_stage(self) -> None:
         """Stand at the beginning of the next stage."""
-        self.stage, self.epoch, self.step, self.waited = self.stage + 1, 0, 0, 0
+        self.stage = self.stage + 1
+        self.epoch = 0
+        self.step = 0
+        self.waited = 0
         self.lr = self.stage_best = None
         self.stage_seconds = 0.0
         self.begin_stage()

@@ -25,11 +25,9 @@ class Teacher(nn.Module):
     def __init__(self, run: Run, student: Preprocess):
         super().__init__()
         own = run.preprocess
-        self.model, self.size, self.same_size = (
-            run.backbone().model.eval(),
-            own.size,
-            own.size == student.size,
-        )
+        self.model = run.backbone().model.eval()
+        self.size = own.size
+        self.same_size = own.size == student.size
         std = torch.tensor(own.std)
         self.register_buffer("scale", (torch.tensor(student.std) / std)[:, None, None])
         self.register_buffer(

@@ -71,7 +71,8 @@ class Views:
 
     def jobs(self) -> list[tuple[Array, int]]:
         """(rows, view), in the order of the items."""
-        train, val = self.canvases.rows("train"), self.canvases.rows("val")
+        train = self.canvases.rows("train")
+        val = self.canvases.rows("val")
         return [*((train, view) for view in range(self.count)), (val, 0)]
 
     def pixels(self, rows: Array, view: int, start: int) -> torch.Tensor:
@@ -86,7 +87,8 @@ class Views:
 
     def chunks(self) -> list[tuple[Array, int, int, int]]:
         """(rows, view, start, first item) of every pass."""
-        found, at = [], 0
+        found = []
+        at = 0
         for rows, view in self.jobs():
             found += [(rows, view, start, at + start) for start in range(0, len(rows), self.chunk)]
             at += len(rows)
@@ -196,7 +198,8 @@ def _opened(
     try:
         os.utime(folder)
         told = json.loads((folder / "told.json").read_text())
-        kind, pass_s = str(told["kind"]), float(told["pass_s"])
+        kind = str(told["kind"])
+        pass_s = float(told["pass_s"])
         arrays = [np.load(folder / f"{number}.npy", mmap_mode="r") for number in range(len(shapes))]
     except (
         Exception
@@ -247,7 +250,8 @@ def _write(
     held: this machine has it already, and only keeps step with the others.
     """
     for dtypes in ([_dtype(value) for value in sample], ["float32"] * len(sample)):
-        place, reason = None, ""
+        place = None
+        reason = ""
         if ranks.rank == ranks.node and not held:
             place, reason = _begun(folder, sample, dtypes, len(views))
         begun = ranks.gather([place and str(place), reason])
@@ -283,7 +287,8 @@ def _begun(
             return None, reason
         beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         for number, (value, dtype) in enumerate(zip(sample, dtypes, strict=True)):
-            file, shape = beside / f"{number}.npy", (items, *value.shape[1:])
+            file = beside / f"{number}.npy"
+            shape = (items, *value.shape[1:])
             np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape).flush()
             reserve(file)
     except OSError as error:
@@ -320,7 +325,8 @@ def check(prefix: nn.Module, names: Sequence[str], activations: Activations, vie
         with torch.inference_mode():
             live = as_tuple(prefix(channels_last(views.pixels(rows, view, start))))
         for name, value in zip(names, live, strict=True):
-            array, at = activations.arrays[name], first + start
+            array = activations.arrays[name]
+            at = first + start
             kept = torch.from_numpy(array[at : at + len(value)].astype(np.float32))
             off = float(
                 (kept - value.float().cpu()).abs().max() / value.abs().max().clamp(min=1e-12)

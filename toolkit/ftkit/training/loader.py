@@ -147,8 +147,13 @@ class Feeds:
         device: torch.device,
         ranks: Ranks = SOLO,
     ):
-        self.backbone, self.recipe, self.canvases = backbone, recipe, canvases
-        self.preprocess, self.seed, self.device, self.ranks = preprocess, seed, device, ranks
+        self.backbone = backbone
+        self.recipe = recipe
+        self.canvases = canvases
+        self.preprocess = preprocess
+        self.seed = seed
+        self.device = device
+        self.ranks = ranks
         self.pixels = Source(canvases.array, len(canvases.slots), preprocess.resize**2 * 3, device)
         self._labels = torch.from_numpy(canvases.labels[canvases.rows("train")])
         self.trained = [trainable(backbone, stage.train) for stage in recipe.stages]
@@ -162,7 +167,9 @@ class Feeds:
 
     def stage(self, number: int) -> Feed:
         """The feed of stage `number`; sets the model's modes for it."""
-        stage, names, model = self.recipe.stages[number], self.trained[number], self.backbone.model
+        stage = self.recipe.stages[number]
+        names = self.trained[number]
+        model = self.backbone.model
         set_mode(model, names, stage.batchnorm)
         teacher = (
             load(stage.teacher, self.preprocess, self.canvases.images.classes)
@@ -191,7 +198,8 @@ class Feeds:
 
         An entry of an earlier run that differs is replaced, once: something changed that its key does not tell.
         """
-        kept, reason = make(), ""
+        kept = make()
+        reason = ""
         for again in (True, False):
             if isinstance(kept, str):
                 return kept
@@ -217,11 +225,9 @@ class Feeds:
         activations: Activations,
         teacher: Teacher | None,
     ) -> Feed:
-        stage, model, rows = (
-            self.recipe.stages[number],
-            self.backbone.model,
-            self.canvases.rows("train"),
-        )
+        stage = self.recipe.stages[number]
+        model = self.backbone.model
+        rows = self.canvases.rows("train")
         taught = self._taught(teacher, stage.views)
         if isinstance(taught, str):
             return self._live(taught, teacher)
@@ -242,7 +248,8 @@ class Feeds:
             values = [
                 source.take(tensor) for source, tensor in zip(sources, fetched.tensors, strict=True)
             ]
-            tensors, targets = _floats(values), self._moved(fetched.labels)
+            tensors = _floats(values)
+            targets = self._moved(fetched.labels)
             if taught is None:
                 return Batch(inputs=tensors, targets=targets)
             return Batch(inputs=tensors[:-1], targets=targets, teacher=tensors[-1])
@@ -343,12 +350,14 @@ class Feeds:
         return self._trusted(made, teacher, ["teacher"])
 
     def _live(self, reason: str, teacher: Teacher | None) -> Feed:
-        rows, val_rows = self.canvases.rows("train"), self.canvases.rows("val")
+        rows = self.canvases.rows("train")
+        val_rows = self.canvases.rows("val")
         if teacher is not None:
             teacher.to(self.device)
 
         def fetch(positions: Array, generator: torch.Generator, part: slice) -> Fetched:
-            draw, labels = drawn(len(positions), generator), self._labels[positions]
+            draw = drawn(len(positions), generator)
+            labels = self._labels[positions]
             mixing = mixing_of(len(positions), self.preprocess.size, self.recipe.augment, generator)
             if mixing is None:
                 return Fetched(
@@ -371,14 +380,17 @@ class Feeds:
 
         def prepare(fetched: Fetched) -> Batch:
             assert fetched.draw is not None  # fetch drew it
-            canvases, mixing, others = self.pixels.take(fetched.tensors[0]), None, None
+            canvases = self.pixels.take(fetched.tensors[0])
+            mixing = None
+            others = None
             pixels = augmented(canvases, self.preprocess, self.recipe.augment, fetched.draw)
             if (
                 fetched.mixing is not None
                 and fetched.place is not None
                 and fetched.others is not None
             ):
-                mixing, place = fetched.mixing.mapped(self._moved), self._moved(fetched.place)
+                mixing = fetched.mixing.mapped(self._moved)
+                place = self._moved(fetched.place)
                 pixels = mixed(pixels[place[0]], pixels[place[1]], mixing)
                 others = self._moved(fetched.others)
             pixels = channels_last(pixels)

@@ -150,8 +150,10 @@ def gradients(
 ) -> torch.Tensor:
     """Add one batch's gradients, `micro` images at a time -> (sum of losses, number right, images), float64, on the
     device, which no host waits for. share: of the mean gradient of its images."""
-    targets, stage = batch.targets, moving.stage
-    losses, hits = torch.zeros((), device=targets.device), torch.zeros((), device=targets.device)
+    targets = batch.targets
+    stage = moving.stage
+    losses = torch.zeros((), device=targets.device)
+    hits = torch.zeros((), device=targets.device)
     for start in range(0, len(targets), micro):
         part = batch.part(start, start + micro)
         with moving.autocast():
@@ -193,8 +195,10 @@ class Moving:
         self.before = _clone(self.current)
         self.mean = _clone(self.current) if stage.ema else {}
         self.best: State = {}
-        self.optimizer, self.stage = optimizer, stage
-        self.autocast, self.scaler = compute.autocast, compute.scaler()
+        self.optimizer = optimizer
+        self.stage = stage
+        self.autocast = compute.autocast
+        self.scaler = compute.scaler()
         self.tally = torch.zeros(3, dtype=torch.float64)
 
     def step(self, number: int, tally: torch.Tensor) -> None:

@@ -29,7 +29,9 @@ Tensors = tuple[torch.Tensor, ...]
 
 # cuBLAS is deterministic only with a fixed workspace, and torch asks once, at the first product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-WARM_UP, TIMED = 3, 7  # steps
+# steps
+WARM_UP = 3
+TIMED = 7
 GAIN = 0.95  # another way must take at most this share of eager's time
 AGREE = 0.05  # largest difference of logits, relative to the largest: bfloat16 rounds each value by up to 0.4 %
 

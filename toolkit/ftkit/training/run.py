@@ -36,7 +36,9 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.verify import is_whole, with_digest
 
-RUN, METRICS, WEIGHTS = "run.json", "metrics.jsonl", "model.safetensors"
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+WEIGHTS = "model.safetensors"
 SCHEMA = 5  # of run.json
 
 

@@ -94,22 +94,21 @@ def train_stage(work: Work, number: int) -> StageResult:
     The last epoch is the stage's result, not the luckiest on a small val split; with patience, the best. Raises
     FtkitError when something frozen moved, Stopped after a signal.
     """
-    stage, run, backbone, labels = (
-        work.recipe.stages[number],
-        work.state,
-        work.backbone,
-        work.labels["train"],
-    )
+    stage = work.recipe.stages[number]
+    run = work.state
+    backbone = work.backbone
+    labels = work.labels["train"]
     run.begin_stage()
-    feed, names = work.feeds.stage(number), work.feeds.trained[number]
+    feed = work.feeds.stage(number)
+    names = work.feeds.trained[number]
     console.say(f"{stage.train}: {feed.how}")
     compare_circumstances(run, {f"stage {number}": feed.kind})
     _remember_pristine(work, feed)
-    frozen, per_epoch = (
-        _frozen_fingerprint(backbone.model, names),
-        max(1, len(labels) // stage.batch_size),
-    )
-    total, micro, broken = per_epoch * stage.epochs, stage.batch_size, False
+    frozen = _frozen_fingerprint(backbone.model, names)
+    per_epoch = max(1, len(labels) // stage.batch_size)
+    total = per_epoch * stage.epochs
+    micro = stage.batch_size
+    broken = False
     run.lr = _peak(work, number, feed, per_epoch)
     optimizer = make_optimizer(backbone, stage, fused=work.compute.device.type == "cuda")
     moving = Moving(backbone.model, under(names), stage, optimizer, work.compute)
@@ -126,7 +125,8 @@ def train_stage(work: Work, number: int) -> StageResult:
     )
     with work.stop.deferred():
         for epoch in range(run.epoch, stage.epochs):
-            begun, jobs = time.perf_counter(), range(run.step, per_epoch * (epoch + 1))
+            begun = time.perf_counter()
+            jobs = range(run.step, per_epoch * (epoch + 1))
             read = partial(_read, work, number, feed, _order(work, number, epoch), per_epoch)
             standing = partial(_standing, work, number, feed, moving, total, begun, run.step)
             with console.bar(f"{stage.train} {epoch + 1}/{stage.epochs}", standing) as progress:
@@ -176,14 +176,13 @@ def _standing(
     work: Work, number: int, feed: Feed, moving: Moving, total: int, begun: float, before: int
 ) -> str:
     """The line below the bar: how the epoch, the stage and the run go. begun, before: the epoch's start and step."""
-    stage, run = work.recipe.stages[number], work.state
+    stage = work.recipe.stages[number]
+    run = work.state
     (loss, accuracy), done = moving.standing(), run.step - before
     parts = [f"stage {number + 1} of {len(work.recipe.stages)}"]
     if done:
-        speed, size = (
-            done / (time.perf_counter() - begun),
-            min(stage.batch_size, len(work.labels["train"])),
-        )
+        speed = done / (time.perf_counter() - begun)
+        size = min(stage.batch_size, len(work.labels["train"]))
         parts += [
             f"loss {loss:.3f}",
             f"accuracy {accuracy:.3f}",
@@ -200,7 +199,8 @@ def _standing(
 
 def _order(work: Work, number: int, epoch: int) -> Array:
     """Train positions in this epoch's order; drawn equally often by class where the stage balances by sampling."""
-    stage, labels = work.recipe.stages[number], work.labels["train"].cpu()
+    stage = work.recipe.stages[number]
+    labels = work.labels["train"].cpu()
     generator = torch.Generator().manual_seed(seeded("order", work.seed, number, epoch))
     if stage.balance == "sample":
         chances = class_weights(labels, int(labels.max()) + 1)[labels]
@@ -232,7 +232,8 @@ def _layers_seed(work: Work, number: int, step: int) -> int:
 
 def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
     """The stage's peak rate: as given, as found before an interruption, or by a fan of rates."""
-    stage, run = work.recipe.stages[number], work.state
+    stage = work.recipe.stages[number]
+    run = work.state
     if stage.lr != "auto":
         return stage.lr
     if run.lr is not None:
@@ -262,7 +263,8 @@ def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
 
 def _out_of_patience(run: State, stage: Stage, moving: Moving, score: Score) -> bool:
     if run.stage_best is None or score > run.stage_best:
-        run.stage_best, run.waited = score, 0
+        run.stage_best = score
+        run.waited = 0
         moving.keep_best()
     else:
         run.waited += 1
@@ -273,11 +275,17 @@ def _settle(
     work: Work, number: int, feed: Feed, moving: Moving, frozen: str, broken: bool
 ) -> StageResult:
     """End a stage: audit what was frozen, keep the better weights, commit."""
-    stage, run, model = work.recipe.stages[number], work.state, work.backbone.model
-    result, score, drift, accuracy = moving.best or moving.result, NEVER, None, 0.0
+    stage = work.recipe.stages[number]
+    run = work.state
+    model = work.backbone.model
+    result = moving.best or moving.result
+    score = NEVER
+    drift = None
+    accuracy = 0.0
     if not broken or moving.best:
         judged = _validated(work, feed, result)
-        score, accuracy = judged.score, judged.accuracy
+        score = judged.score
+        accuracy = judged.accuracy
         drift = cka(judged.embedding, run.tensors("pristine")["embedding"].numpy())
     best = run.best or NEVER
     better = score > best
@@ -340,7 +348,9 @@ def _report_epoch(
 ) -> None:
     """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on. speeds: images/s by rank,
     which add up."""
-    stage, run, images = work.recipe.stages[number], work.state, len(work.labels["train"])
+    stage = work.recipe.stages[number]
+    run = work.state
+    images = len(work.labels["train"])
     images_per_s = sum(speeds)
     run.epoch += 1
     run.lines += 1

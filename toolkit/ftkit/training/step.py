@@ -92,7 +92,8 @@ def fresh_gradients(
                     "GPU. Try a smaller preprocess.size, or --device cpu"
                 ) from None
             release(net)
-            net, micro = feed.net, (min(micro, len(batch.targets)) + 1) // 2
+            net = feed.net
+            micro = (min(micro, len(batch.targets)) + 1) // 2
             torch.cuda.empty_cache()
             console.say(
                 f"{moving.stage.train}: out of GPU memory; from here in steps of {micro} images that add up"

@@ -89,7 +89,9 @@ def train(
             lambda: checkpoint.plan_of(out) if known and resume and checkpoint.exists(out) else None
         )
         if plan:
-            recipe, seed, group_by = restore(plan["recipe"]), plan["seed"], plan.get("group_by", "")
+            recipe = restore(plan["recipe"])
+            seed = plan["seed"]
+            group_by = plan.get("group_by", "")
         plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
         if tensorboard:
             ranks.together(require)
@@ -156,7 +158,9 @@ def _train(
     root: Path | None,
     opened: ExitStack,
 ) -> None:
-    begun, device, seed = time.perf_counter(), policy.device, plan["seed"]
+    begun = time.perf_counter()
+    device = policy.device
+    seed = plan["seed"]
     images, backbone, preprocess = ranks.together(
         lambda: _planned(recipe, data, seed, plan["group_by"], root)
     )
@@ -254,7 +258,9 @@ def _finish(
     found: dict[str, Any],
 ) -> None:
     """Judge the chosen weights once, and write the run."""
-    run, canvases, backbone = work.state, work.feeds.canvases, work.backbone
+    run = work.state
+    canvases = work.feeds.canvases
+    backbone = work.backbone
     backbone.model.cpu().eval()
     verdict = judge(backbone, canvases, preprocess, work.recipe.precision)
     seconds = run.spent

@@ -86,7 +86,8 @@ def trim() -> tuple[int, int]:
     """Remove what has been unused longest until the cache keeps to its limit; what this process used stays, for it may
     have it mapped. Returns (bytes left, bytes removed)."""
     held = entries()
-    total, removed = sum(entry.size_bytes for entry in held), 0
+    total = sum(entry.size_bytes for entry in held)
+    removed = 0
     for entry in held:
         if total - removed <= limit_bytes() or entry.used_s < time.time() - BEGUN:
             break

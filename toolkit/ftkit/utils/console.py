@@ -61,7 +61,8 @@ def bar(label: str, under: Callable[[], str] = str) -> Iterator[Step]:
 
     under: a line below it, asked for once a second at most, and only where it is seen.
     """
-    begun, seen = time.perf_counter(), sys.stderr.isatty() and not (_muted or _quiet)
+    begun = time.perf_counter()
+    seen = sys.stderr.isatty() and not (_muted or _quiet)
     with _drawn(label, under) if seen else nullcontext(lambda done, total: None) as step:
         yield step
     spent[label] += time.perf_counter() - begun
@@ -82,7 +83,8 @@ def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
             left = f", {clock(task.time_remaining)} left" if task.time_remaining is not None else ""
             return Text(f"{amount}{clock(task.elapsed or 0)}{left}")
 
-    console, told = Console(stderr=True), 0.0
+    console = Console(stderr=True)
+    told = 0.0
     progress = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(), Clock(), console=console
     )

@@ -100,7 +100,8 @@ class Ranks:
         """What this rank makes. When one rank fails, all do, and the first of them tells."""
         if self.world == 1:
             return make()
-        made, failure = None, None
+        made = None
+        failure = None
         try:
             made = make()
         except FtkitError as error:
@@ -289,9 +290,11 @@ class _Normalised(torch.autograd.Function):
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean), momentum)
             running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)
-        mean, variance = mean.to(weight), variance.to(weight)
+        mean = mean.to(weight)
+        variance = variance.to(weight)
         ctx.save_for_backward(input, weight, mean, variance)
-        ctx.eps, ctx.count = eps, count
+        ctx.eps = eps
+        ctx.count = count
         found: torch.Tensor = torch.native_batch_norm(
             input, weight, bias, mean, variance, False, 0.0, eps
         )[0]
@@ -307,7 +310,8 @@ class _Normalised(torch.autograd.Function):
         )
         sums = torch.stack([by_bias, by_weight])
         dist.all_reduce(sums)
-        invstd, wide = (variance + ctx.eps).rsqrt(), (1, -1, *(1,) * (input.ndim - 2))
+        invstd = (variance + ctx.eps).rsqrt()
+        wide = (1, -1, *(1,) * (input.ndim - 2))
         slope = -weight * invstd**2 * sums[1] / ctx.count
         shift = -weight * invstd * sums[0] / ctx.count - slope * mean
         found.addcmul_(input, slope.view(wide)).add_(shift.view(wide))
