@@ -284,7 +284,7 @@ def test_the_plugin_fails_what_misses_its_budget_and_what_measures_nothing(
 def test_the_suite_runs_under_pytest_benchmark_with_our_figures_beside_its_own(
     bundle: Path, tmp_path: Path
 ) -> None:
-    root, out = Path(__file__).parents[2], tmp_path / "out.json"
+    root, out = Path(__file__).parents[3], tmp_path / "out.json"
     model = bundle / "variants" / "fp32-core.onnx"
     done = _pytest(
         root,

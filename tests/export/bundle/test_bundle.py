@@ -55,7 +55,7 @@ def test_the_file_is_one_opset_18_ir_8_labelled_and_without_local_paths(
     assert not any(item.external_data for item in model.graph.initializer)
     for leak in (
         str(Path.home()),
-        str(Path(__file__).parents[2]),
+        str(Path(__file__).parents[3]),
         str(bundle.parent),
         "site-packages",
         ".py",
