@@ -20,6 +20,7 @@ import onnx
 from torch import nn
 
 import ftkit
+from ftkit.benchmark.budgets import Budget
 from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases, spread_evenly
 from ftkit.data.canvas import build as build_canvases
@@ -43,7 +44,7 @@ from ftkit_export.bundle.write import Gate, Outcome
 from ftkit_export.conversion import plain_c
 from ftkit_export.conversion.class_activation import FILE as EXPLAIN
 from ftkit_export.conversion.class_activation import Explainer, with_features
-from ftkit_export.conversion.convert import export_core, write_ort
+from ftkit_export.conversion.convert import Core, export_core, write_ort
 from ftkit_export.proof.decision import Row
 from ftkit_export.proof.golden import write_flat, write_golden
 from ftkit_export.proof.parity import FLOAT64_IMAGES, Parity, Reference, compare
@@ -218,49 +219,88 @@ def export(
                 f"--providers {name}: expected one that parity can be measured on, found one for "
                 "`ftkit bench` alone. Try cuda"
             )
-    _require_extras(extras or Extras(), settings or run.recipe.export)
+    limits = settings or run.recipe.export
+    extras = extras or Extras()
+    _require_extras(extras, limits)
     keep_freed_memory()
     bound_threads()
     canvases = held_out(run, data)
-    backbone = run.backbone()
+    model = run.backbone().model
+
     folder = bundles.begin(out)
     try:
-        return _build(
-            run,
-            backbone.model,
-            canvases,
-            folder,
-            out,
-            settings or run.recipe.export,
-            providers,
-            quick,
-            extras or Extras(),
-        )
+        job = _prepare(run, model, canvases, folder, limits, providers, quick, extras)
+        made, paths = _make_variants(job)
+        parity = _prove(job, paths)
+        measured = _measure(job, made, paths)
+        paths = _finish_files(job, measured.chosen, paths)
+        return _seal(job, out, made, paths, parity, measured)
     finally:
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # moved away when sealed; a half-built one when not
+        # It was moved away when sealed; what is left here was not finished.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _build(
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every step of an export works on. folder: where the bundle is built. rows: of the canvases, held-out images
+    that parity sees; files: their paths; photographs: the first of them, decoded."""
+
+    run: Run
+    model: nn.Module
+    core: Core
+    context: variants.Context
+    folder: Path
+    rows: Array
+    files: Sequence[Path]
+    photographs: Sequence[Array]
+    providers: Sequence[str]
+    quick: bool
+    extras: Extras
+
+    @property
+    def limits(self) -> Export:
+        """Gates and budgets."""
+        return self.context.limits
+
+    @property
+    def canvases(self) -> Canvases:
+        """The run's images."""
+        return self.context.canvases
+
+
+Forms = dict[str, tuple[Path, Path]]  # variant -> (image form, core form)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """latency: of each shipped variant; budgets: of the chosen one; unproven: variants that would meet them; sizes:
+    (frame, p50 ms, p95 ms) of the chosen file."""
+
+    latency: Mapping[str, Sequence[Latency]]
+    chosen: Row
+    budgets: Sequence[Budget]
+    unproven: Sequence[Row]
+    sizes: Sequence[tuple[str, float, float]]
+
+
+def _prepare(
     run: Run,
     model: nn.Module,
     canvases: Canvases,
     folder: Path,
-    out: Path,
     limits: Export,
     providers: Sequence[str],
     quick: bool,
     extras: Extras,
-) -> Exported:
+) -> Job:
+    """Convert the model, and choose the images that it is proven on."""
     with console.bar("converting to ONNX"):
         core = export_core(model, run.preprocess.size)
-    rows = np.random.default_rng(0).permutation(spread_evenly(canvases.rows("test"), PARITY_IMAGES))
+    picked = spread_evenly(canvases.rows("test"), PARITY_IMAGES)
+    rows = np.random.default_rng(0).permutation(picked)
     files = [canvases.images.images[row].path for row in rows]
-    reference = Reference(model)
-    photographs = _decoded(files, run.preprocess)
     context = variants.Context(
-        reference=reference,
+        reference=Reference(model),
         canvases=canvases,
         preprocess=run.preprocess,
         temperature=run.temperature,
@@ -272,119 +312,182 @@ def _build(
         device=extras.device,
         metadata={**metadata(run), "input_format": limits.input_format},
     )
-    made = variants.make(core.model, context)
-    console.say(variants.as_table(made.rows))
-    console.say(f"times: one thread, {console.frames(context.frame)}, decoding apart")
-    paths = _write_variants(folder, made, context)
-    if explained := with_features(core.model):
-        context.write(explained, folder / EXPLAIN, "fp32", (), plain=True)
-    for name in (TRAINED_ON, SPLITS_CSV):
-        shutil.copyfile(run.folder / name, folder / name)
-    (folder / "labels.txt").write_text(
-        "".join(f"{label}\n" for label in run.classes), encoding="utf-8"
+    return Job(
+        run=run,
+        model=model,
+        core=core,
+        context=context,
+        folder=folder,
+        rows=rows,
+        files=files,
+        photographs=_decoded(files, run.preprocess),
+        providers=providers,
+        quick=quick,
+        extras=extras,
     )
 
-    parity = []
-    for provider in providers:
+
+def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
+    """Decide what may ship, and write it with what describes it."""
+    made = variants.make(job.core.model, job.context)
+    console.say(variants.as_table(made.rows))
+    console.say(f"times: one thread, {console.frames(job.context.frame)}, decoding apart")
+
+    paths = _write_variants(job.folder, made, job.context)
+    if explained := with_features(job.core.model):
+        job.context.write(explained, job.folder / EXPLAIN, "fp32", (), plain=True)
+    for name in (TRAINED_ON, SPLITS_CSV):
+        shutil.copyfile(job.run.folder / name, job.folder / name)
+    labels = "".join(f"{label}\n" for label in job.run.classes)
+    (job.folder / "labels.txt").write_text(labels, encoding="utf-8")
+    return made, paths
+
+
+def _prove(job: Job, paths: Forms) -> list[Parity]:
+    """Parity of fp32 with the framework, on each provider."""
+    found = []
+    image_form, core_form = paths["fp32"]
+    for provider in job.providers:
         with console.bar(f"parity on {provider}"):
-            parity.append(
-                compare(
-                    reference,
-                    *paths["fp32"][::-1],
-                    canvases.array(rows),
-                    photographs,
-                    run.preprocess,
-                    run.temperature,
-                    core.layers,
-                    provider,
-                    limits.input_format,
-                )
+            parity = compare(
+                job.context.reference,
+                core_form,
+                image_form,
+                job.canvases.array(job.rows),
+                job.photographs,
+                job.run.preprocess,
+                job.run.temperature,
+                job.core.layers,
+                provider,
+                job.limits.input_format,
             )
-        _say_parity(parity[-1], len(rows))
-    latency = evidence.latencies(paths, files[0], context.frame, providers, quick)
+        _say_parity(parity, len(job.rows))
+        found.append(parity)
+    return found
+
+
+def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
+    """Latency, memory and size of what may ship; the variant that does; a way on where it misses a budget."""
+    context = job.context
+    latency = evidence.latencies(paths, job.files[0], context.frame, job.providers, job.quick)
     shipped = [
         _measured(row, latency[name], paths[name], context)
         for name, (row, _) in made.shipped.items()
     ]
     budgets = {
-        row.name: evidence.budgets(row, paths[row.name], context, quick=quick) for row in shipped
+        row.name: evidence.budgets(row, paths[row.name], context, quick=job.quick)
+        for row in shipped
     }
     chosen = evidence.choose(shipped, budgets)
-    missed = [item for item in budgets[chosen.name] if item.verdict != "passed"]
-    unproven = evidence.would_meet(made.rows, limits) if missed else []
-    console.say(f"chosen: {chosen.name}" + (", the nearest to its budgets" if missed else ""))
-    for line in signpost(run, model, missed, unproven, made.rows, context) if missed else ():
-        console.say(line)
-    sizes = evidence.over_sizes(chosen, paths[chosen.name], context)
-    golden = photographs if limits.golden == "images" else []
-    with console.bar("golden vectors"):
-        write_golden(
-            folder, reference, golden, run.preprocess, run.temperature, paths, limits.input_format
-        )
-        paths[chosen.name][0].rename(folder / "model.onnx")
-        write_flat(folder, chosen.name, run.preprocess, run.temperature, limits.input_format)
-    for licence in (
-        canvases.images.root.glob("LICEN[CS]E*") if golden else ()
-    ):  # travels with the images
-        shutil.copyfile(licence, folder / "golden" / licence.name)
-    paths[chosen.name] = (folder / "model.onnx", paths[chosen.name][1])
-    bundles.add_runners(folder)
-    _add_extras(folder, core.model, context, run.classes, extras)
 
-    file_metrics, against = evidence.file_accuracy(folder, run, context, run.classes)
+    missed = [item for item in budgets[chosen.name] if item.verdict != "passed"]
+    unproven = evidence.would_meet(made.rows, job.limits) if missed else []
+    console.say(f"chosen: {chosen.name}{', the nearest to its budgets' if missed else ''}")
+    if missed:
+        for line in signpost(job.run, job.model, missed, unproven, made.rows, context):
+            console.say(line)
+
+    return Measurements(
+        latency=latency,
+        chosen=chosen,
+        budgets=budgets[chosen.name],
+        unproven=unproven,
+        sizes=evidence.over_sizes(chosen, paths[chosen.name], context),
+    )
+
+
+def _finish_files(job: Job, chosen: Row, paths: Forms) -> Forms:
+    """Golden vectors, model.onnx, runners and extras; returns where the variants are now."""
+    folder = job.folder
+    preprocess = job.run.preprocess
+    input_format = job.limits.input_format
+    golden = job.photographs if job.limits.golden == "images" else []
+    with console.bar("golden vectors"):
+        reference = job.context.reference
+        temperature = job.run.temperature
+        write_golden(folder, reference, golden, preprocess, temperature, paths, input_format)
+        paths[chosen.name][0].rename(folder / "model.onnx")
+        write_flat(folder, chosen.name, preprocess, temperature, input_format)
+    if golden:
+        for licence in job.canvases.images.root.glob("LICEN[CS]E*"):  # travels with the images
+            shutil.copyfile(licence, folder / "golden" / licence.name)
+
+    bundles.add_runners(folder)
+    _add_extras(folder, job.core.model, job.context, job.run.classes, job.extras)
+    return {**paths, chosen.name: (folder / "model.onnx", paths[chosen.name][1])}
+
+
+def _seal(
+    job: Job,
+    out: Path,
+    made: variants.Variants,
+    paths: Forms,
+    parity: Sequence[Parity],
+    measured: Measurements,
+) -> Exported:
+    """Judge the gates on the finished file; then report, model card, manifest."""
+    run = job.run
+    folder = job.folder
+    metrics, against = evidence.file_accuracy(folder, run, job.context, run.classes)
     console.say(
-        f"accuracy of the file on {file_metrics.images} held-out images: {file_metrics.accuracy:.4f} "
+        f"accuracy of the file on {metrics.images} held-out images: {metrics.accuracy:.4f} "
         f"(framework {run.data['metrics']['test']['accuracy']:.4f})"
     )
     gates = evidence.judge(
-        limits,
+        job.limits,
         evidence.Measured(
             parity=parity,
-            chosen=chosen,
-            metrics=file_metrics,
+            chosen=measured.chosen,
+            metrics=metrics,
             against=against,
             out_of_order=evidence.out_of_order(folder, run.classes),
-            budgets=budgets[chosen.name],
-            unproven=unproven,
-            frame=context.frame,
+            budgets=measured.budgets,
+            unproven=measured.unproven,
+            frame=job.context.frame,
         ),
     )
     manifest = {
         **evidence.manifest(
-            run, parity, file_metrics, against, latency, context, made, chosen, sizes
+            run,
+            parity,
+            metrics,
+            against,
+            measured.latency,
+            job.context,
+            made,
+            measured.chosen,
+            measured.sizes,
         ),
         "variants": {
             name: {
-                form: path.relative_to(folder).as_posix()
-                for form, path in zip(("file", "core"), pair, strict=True)
+                "file": image_form.relative_to(folder).as_posix(),
+                "core": core_form.relative_to(folder).as_posix(),
             }
-            for name, pair in paths.items()
+            for name, (image_form, core_form) in paths.items()
         },
     }
-    told = {
+
+    shown = {
         **manifest,
         "gates": [gate.as_dict() for gate in gates],
         "model_sha256": sha256(folder / "model.onnx"),
     }
-    write_report(
-        folder / "report.html",
-        run.data,
-        read_metrics(run.folder),
-        _pictures(folder, canvases, run, limits),
-        told,
-    )
+    mistakes = _pictures(folder, job.canvases, run, job.limits)
+    epochs = read_metrics(run.folder)
+    write_report(folder / "report.html", run.data, epochs, mistakes, shown)
     (folder / "MODEL_CARD.md").write_text(model_card(run.data, manifest), encoding="utf-8")
-    final = bundles.seal(folder, out, manifest, gates, extras.sign)
-    if extras.zipped:
-        archive.pack(final, final.with_name(final.name + ".zip"))
+
+    sealed = bundles.seal(folder, out, manifest, gates, job.extras.sign)
+    if job.extras.zipped:
+        archive.pack(sealed, sealed.with_name(sealed.name + ".zip"))
     return Exported(
-        folder=final,
+        folder=sealed,
         gates=tuple(gates),
         parity=tuple(parity),
-        latency=tuple(latency[chosen.name]),
-        file_metrics=file_metrics,
+        latency=tuple(measured.latency[measured.chosen.name]),
+        file_metrics=metrics,
         rows=made.rows,
-        chosen=chosen.name,
+        chosen=measured.chosen.name,
     )
 
 
