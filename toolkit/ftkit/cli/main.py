@@ -19,6 +19,7 @@ from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
 from ftkit.cli.options import MAX_PIXELS, Command
 from ftkit.utils import console
+from ftkit.utils.errors import ToldElsewhereError
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class _Group(click.Group):
         except FtkitError as error:
             if os.environ.get("FTKIT_DEBUG") == "1":
                 raise
-            if str(error):  # else another rank tells
+            if not isinstance(error, ToldElsewhereError):
                 click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:
@@ -449,10 +450,8 @@ def predict(
             more = {"explained": str(heat)} if heat else {}
             click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer), **more}))
         else:
-            click.echo(
-                f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip()
-                + f"  {heat}" * bool(heat)
-            )
+            line = f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip()
+            click.echo(f"{line}  {heat}" if heat else line)
     sys.exit(2 if bad else 0)
 
 

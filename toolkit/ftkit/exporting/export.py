@@ -104,7 +104,7 @@ class Exported:
         gates = [(gate.name, gate.verdict, gate.value, gate.limit) for gate in self.gates]
         rows = [
             (
-                "chosen, " * (row.name == self.chosen) + row.name,
+                f"chosen, {row.name}" if row.name == self.chosen else row.name,
                 row.verdict,
                 row.accuracy,
                 row.p50_ms,

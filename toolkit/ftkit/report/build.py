@@ -372,13 +372,17 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
     audit = run["audit"]
     leaks = bool(audit["shared_groups"]) or any(item["exact"] for item in audit["leaks"])
     train = f"ftkit train DATA --recipe recipe.json --seed {run['seed']} --out run"
+    if group:
+        train += f" --group-by {shlex.quote(group)}"
+    if leaks:
+        train += " --allow-leakage"
     commands = [
         "pip install "
         + " ".join(
             f"{name}=={versions[name].split('+')[0]}"
             for name in ("ftkit", "torch", "torchvision", "timm")
         ),
-        train + f" --group-by {shlex.quote(group)}" * bool(group) + " --allow-leakage" * leaks,
+        train,
     ]
     facts = {
         "data": run["data_fingerprint"],

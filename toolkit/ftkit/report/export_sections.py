@@ -58,7 +58,7 @@ def variants(manifest: Data) -> str:
     rows = [
         (
             row["name"],
-            "chosen, " * (row["name"] == manifest["chosen"]) + row["verdict"],
+            f"chosen, {row['verdict']}" if row["name"] == manifest["chosen"] else row["verdict"],
             row["accuracy"],
             bounds(row["paired"]),
             row["ratio"],

@@ -191,10 +191,14 @@ def seeded(*place: object) -> int:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a run. The message says how to go on; exit_code is the shell's: 128 + the signal."""
+    """Ctrl-C or SIGTERM ended a run. The message says how to go on.
+
+    signal: its number; exit_code: the shell's, 128 more.
+    """
 
     def __init__(self, number: int, message: str = ""):
         super().__init__(message)
+        self.signal = number
         self.exit_code = 128 + number
 
 

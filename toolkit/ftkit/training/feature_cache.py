@@ -50,6 +50,10 @@ UNTOLD = ("training",)  # attributes that decide nothing here: the prefix is in 
 VERSIONS = [torch.__version__, torchvision.__version__, timm.__version__, onnxruntime.__version__]
 
 
+class CannotCacheError(Exception):
+    """Why activations cannot be cached; a stage then runs on live pixels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Views:
     """`count` seeded views of each train image, and the evaluation crop of each val image, in a fixed order.
@@ -144,11 +148,11 @@ def fill(
     views: Views,
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = SOLO,
-) -> Activations | str:
-    """Activations of `prefix` (pixels -> tuple of values, called `names`), or the reason why they cannot be cached.
+) -> Activations:
+    """Activations of `prefix` (pixels -> tuple of values, called `names`).
 
     key: what the prefix computes (code and weights). A value must be a tensor with one entry an image. The ranks of a
-    machine compute a share each, into the same files.
+    machine compute a share each, into the same files. Raises CannotCacheError, on every rank alike.
     """
     jobs = views.jobs()
     train = len(jobs[0][0])
@@ -157,7 +161,7 @@ def fill(
     if not all(
         isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample
     ):
-        return "a value that crosses the cut is no tensor with one entry an image"
+        raise CannotCacheError("a value that crosses the cut is no tensor with one entry an image")
     text = json.dumps(
         ["prefix-5", key, attributes(prefix), VERSIONS, list(names), views.key, views.chunk]
     )
@@ -172,11 +176,11 @@ def fill(
     if not all(held) and (
         reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])
     ):
-        return reason
+        raise CannotCacheError(reason)
     opened = _opened(folder, shapes)
     reason = "" if opened else "its cache could not be kept: it is gone, or damaged"
     if reason := next(filter(None, ranks.gather(reason)), ""):
-        return reason
+        raise CannotCacheError(reason)
     assert opened is not None  # else there was a reason
     arrays, kind, pass_s = opened
     return Activations(

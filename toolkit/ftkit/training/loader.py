@@ -30,7 +30,14 @@ from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe
 from ftkit.training.distillation import Teacher, load
-from ftkit.training.feature_cache import Activations, Views, check, discard, fill
+from ftkit.training.feature_cache import (
+    Activations,
+    CannotCacheError,
+    Views,
+    check,
+    discard,
+    fill,
+)
 from ftkit.training.optimizer import Batch
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks
@@ -157,7 +164,8 @@ class Feeds:
         self.pixels = Source(canvases.array, len(canvases.slots), preprocess.resize**2 * 3, device)
         self._labels = torch.from_numpy(canvases.labels[canvases.rows("train")])
         self.trained = [trainable(backbone, stage.train) for stage in recipe.stages]
-        self._shared: Activations | str | None = None
+        self._shared: Activations | None = None
+        self._cannot_share: CannotCacheError | None = None
 
     def _pinned(self, host: torch.Tensor) -> torch.Tensor:
         return pinned(host, self.device)
@@ -176,45 +184,51 @@ class Feeds:
             if stage.teacher
             else None
         )
-        if stage.cache == "off":
-            return self._live("cache = off", teacher)
+        try:
+            return self._from_cache(number, teacher)
+        except CannotCacheError as reason:
+            return self._live(str(reason), teacher)
+
+    def _from_cache(self, number: int, teacher: Teacher | None) -> Feed:
+        """The feed of a stage whose prefix is cached. Raises CannotCacheError."""
+        if self.recipe.stages[number].cache == "off":
+            raise CannotCacheError("cache = off")
         cut = self._cut(number)
-        if isinstance(cut, str):
-            return self._live(cut, teacher)
         prefix = frozen_part(cut.graph, [cut.nodes])
-        kept = self._trusted(lambda: self._activations(number, cut), prefix, cut.names)
-        if isinstance(kept, str):
-            return self._live(kept, teacher)
-        training = trace(model)
-        suffix = frontier(training, under(names)) if training else []
+        activations = self._trusted(lambda: self._activations(number, cut), prefix, cut.names)
+
+        training = trace(self.backbone.model)
+        suffix = frontier(training, under(self.trained[number])) if training else []
         if training is None or [node.name for node in suffix] != cut.names:
-            return self._live("the graph differs between training and evaluation", teacher)
-        return self._cached(number, cut, training, suffix, kept, teacher)
+            raise CannotCacheError("the graph differs between training and evaluation")
+        return self._cached(number, cut, training, suffix, activations, teacher)
 
     def _trusted(
-        self, make: Callable[[], Activations | str], prefix: nn.Module, names: Sequence[str]
-    ) -> Activations | str:
-        """What `make` finds or computes, when it equals a live pass of `prefix` on every rank; else the reason why not.
+        self, make: Callable[[], Activations], prefix: nn.Module, names: Sequence[str]
+    ) -> Activations:
+        """What `make` finds or computes, when it equals a live pass of `prefix` on every rank. Raises CannotCacheError.
 
         An entry of an earlier run that differs is replaced, once: something changed that its key does not tell.
         """
-        kept = make()
-        reason = ""
-        for again in (True, False):
-            if isinstance(kept, str):
-                return kept
-            different = self.ranks.gather(check(prefix, names, kept, self.views(kept.views)))
-            reason = next(filter(None, different), "")
-            if not (reason and kept.found and again):
-                break
+        activations = make()
+        difference = self._difference(activations, prefix, names)
+        if difference and activations.found:
             console.warn(
-                f"cache: expected what a live pass gives, found that {reason}. It is computed anew"
+                f"cache: expected what a live pass gives, found that {difference}. It is computed anew"
             )
-            discard(kept, self.ranks)
-            if kept is self._shared:
+            discard(activations, self.ranks)
+            if activations is self._shared:
                 self._shared = None
-            kept = make()
-        return reason or kept
+            activations = make()
+            difference = self._difference(activations, prefix, names)
+        if difference:
+            raise CannotCacheError(difference)
+        return activations
+
+    def _difference(self, activations: Activations, prefix: nn.Module, names: Sequence[str]) -> str:
+        """How they differ from a live pass, on the first rank where they do; "" where they do not."""
+        views = self.views(activations.views)
+        return next(filter(None, self.ranks.gather(check(prefix, names, activations, views))), "")
 
     def _cached(
         self,
@@ -229,9 +243,6 @@ class Feeds:
         model = self.backbone.model
         rows = self.canvases.rows("train")
         taught = self._taught(teacher, stage.views)
-        if isinstance(taught, str):
-            return self._live(taught, teacher)
-
         kept = {
             **{name: activations.arrays[name] for name in cut.names},
             **({"teacher": taught.arrays["teacher"]} if taught else {}),
@@ -278,16 +289,18 @@ class Feeds:
             pass_s=activations.pass_s * self.ranks.local_world / self.ranks.world,
         )
 
-    def _cut(self, number: int) -> _Cut | str:
-        """The eval-mode graph and its cut, or why there is none. Leaves the model's modes as they were."""
+    def _cut(self, number: int) -> _Cut:
+        """The eval-mode graph and its cut. Leaves the model's modes as they were. Raises CannotCacheError."""
         modes = {name: module.training for name, module in self.backbone.model.named_modules()}
         graph = trace(self.backbone.model.eval())
         for name, module in self.backbone.model.named_modules():
             module.training = modes[name]
         if graph is None:
-            return "torch.fx cannot trace this backbone"
+            raise CannotCacheError("torch.fx cannot trace this backbone")
         nodes = frontier(graph, under(self.trained[number]))
-        return _Cut(graph, tuple(nodes)) if nodes else "nothing is frozen"
+        if not nodes:
+            raise CannotCacheError("nothing is frozen")
+        return _Cut(graph, tuple(nodes))
 
     def _pristine(self, number: int) -> bool:
         """Whether everything that trained before stage `number` trains in it too: its prefix is then as it was."""
@@ -318,16 +331,22 @@ class Feeds:
         served = [n for n in sharing if cuts[n]]
         if served:
             views = max(self.recipe.stages[n].views for n in served)
-            self._shared = self._fill(graph, [cuts[n] for n in served], views)
+            try:
+                self._shared = self._fill(graph, [cuts[n] for n in served], views)
+            except CannotCacheError as reason:
+                self._cannot_share = reason
 
-    def _activations(self, number: int, cut: _Cut) -> Activations | str:
-        if self._shared is not None and self._pristine(number):
-            return self._shared
+    def _activations(self, number: int, cut: _Cut) -> Activations:
+        if self._pristine(number):
+            if self._cannot_share:
+                raise self._cannot_share
+            if self._shared is not None:
+                return self._shared
         return self._fill(cut.graph, [cut.nodes], self.recipe.stages[number].views)
 
     def _fill(
         self, graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]], count: int
-    ) -> Activations | str:
+    ) -> Activations:
         wanted = {node.name for cut in cuts for node in cut}
         names = [node.name for node in graph.graph.nodes if node.name in wanted]
         prefix = frozen_part(graph, cuts)
@@ -335,13 +354,13 @@ class Feeds:
             key = prefix.code + fingerprint(prefix)
             return fill(prefix, key, names, self.views(count), progress, self.ranks)
 
-    def _taught(self, teacher: Teacher | None, count: int) -> Activations | str | None:
+    def _taught(self, teacher: Teacher | None, count: int) -> Activations | None:
         """The teacher's logits of the same views: its model is a frozen prefix too, and runs once."""
         if teacher is None:
             return None
         teacher.to(self.device)
 
-        def made() -> Activations | str:
+        def made() -> Activations:
             with console.bar("teacher") as progress:
                 return fill(
                     teacher, teacher.key, ["teacher"], self.views(count), progress, self.ranks

@@ -58,11 +58,8 @@ class Compute:
         if self.device.type == "cpu":
             return "cpu"
         words = f"{torch.cuda.get_device_name(self.device)}\n{str(self.dtype).removeprefix('torch.')} autocast, "
-        return (
-            words
-            + "float32 elsewhere (TF32 off), channels_last"
-            + ", deterministic" * self.deterministic
-        )
+        words += "float32 elsewhere (TF32 off), channels_last"
+        return f"{words}, deterministic" if self.deterministic else words
 
 
 def prepare(device: torch.device, deterministic: bool) -> Compute:

@@ -117,9 +117,7 @@ def train(
                 if checkpoint.exists(out)
                 else "no stage had begun; what was decoded is kept"
             )
-            raise Stopped(
-                stopped.exit_code - 128, f"stopped; {done}" if ranks.main else ""
-            ) from None
+            raise Stopped(stopped.signal, f"stopped; {done}" if ranks.main else "") from None
         except torch.OutOfMemoryError:
             raise FtkitError(
                 "--device cuda: expected memory for a step's images, found too little on the GPU. Try a "

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ftkit.utils import console
+from ftkit.utils.errors import ToldElsewhereError
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.session import cores
 
@@ -108,7 +109,7 @@ class Ranks:
             failure = error
         failed = [rank for rank, wrong in enumerate(self.gather(failure is not None)) if wrong]
         if failed:
-            raise failure if failure and failed[0] == self.rank else FtkitError("")
+            raise failure if failure and failed[0] == self.rank else ToldElsewhereError()
         return made  # type: ignore[return-value]  # it was made, or we are gone
 
     def first(self, make: Callable[[], Made]) -> Made:
@@ -186,7 +187,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
             f"rank {ranks.rank}: expected every rank to answer, found one gone ({said}). What was saved is kept: try "
             "the same command with --resume, on as many GPUs as there are"
         )
-        raise FtkitError("") from None
+        raise ToldElsewhereError from None
     finally:  # after a failure the group is left as it is: to end it, NCCL would wait for those who are gone
         console.mute(False)
 
