@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from ftkit_export.proof.decision import Paired, Verdict, paired
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import BundleError, FtkitError
-
-Array = np.ndarray[Any, Any]
 
 IMAGES = 256  # val images at most: 0.6 MB each at 224 pixels
 

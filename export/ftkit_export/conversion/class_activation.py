@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.runtime.session import Session
@@ -24,7 +25,6 @@ from ftkit_export.runtime.session import Session
 if TYPE_CHECKING:
     import onnx
 
-Array = np.ndarray[Any, Any]
 
 FILE = "variants/explain.onnx"
 THROUGH = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")

@@ -24,12 +24,11 @@ import numpy as np
 import onnx
 from onnx import numpy_helper, shape_inference
 
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.targets import Target
-
-Array = np.ndarray[Any, Any]
 
 METHODS = ("minmax", "percentile", "entropy")
 HEAVY = ("Conv", "Gemm", "MatMul", "ConvTranspose")  # where 8 bits pay, and cost accuracy

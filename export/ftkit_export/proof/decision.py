@@ -14,14 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 from scipy import stats
 
 from ftkit_export.proof.intervals import Design, difference_bounds, difference_design, ground
+from ftkit_export.runtime.arrays import Array
 
-Array = np.ndarray[Any, Any]
 Verdict = Literal["accepted", "refused", "inconclusive", "unproven on target"]
 
 LEVEL = 0.05  # chance of accepting, or refusing, against the truth

@@ -34,11 +34,10 @@ from ftkit_export.proof.parity import (
     rounding_limit,
     tolerance,
 )
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.runtime.session import Session
-
-Array = np.ndarray[Any, Any]
 
 PHOTOGRAPHS = 16
 PRECISIONS = ("tf32", "fp16")  # that a provider may round fp32's values to

@@ -28,12 +28,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-Array = np.ndarray[Any, Any]
+from ftkit_export.runtime.arrays import Array
 
 PRIOR_EVENTS = 3.0
 

@@ -34,11 +34,10 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ftkit_export.conversion.graph import pixel_model
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.runtime.session import PROVIDERS, Session
-
-Array = np.ndarray[Any, Any]
 
 FLOAT64_IMAGES = 64  # images per group that the float64 reference sees
 RELATIVE = {"cpu": 1e-5, "cuda": 1e-3}  # of s, by provider; any other provider is held to CUDA's

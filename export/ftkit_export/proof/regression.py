@@ -26,14 +26,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, Start, begin, in_child
 
-Array = np.ndarray[Any, Any]
 Outcome = Literal["passed", "failed", "inconclusive"]
 Sample = tuple[
     Array, Array

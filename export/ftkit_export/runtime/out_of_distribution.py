@@ -12,12 +12,10 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
-
+from ftkit_export.runtime.arrays import Array
 
 DTYPES = {"means": np.float16, "directions": np.float16, "weights": np.float32}
 

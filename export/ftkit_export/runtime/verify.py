@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.preprocess import Preprocess, decode, from_frame, to_frame
 from ftkit_export.runtime.session import PROVIDERS, Session
-
-Array = np.ndarray[Any, Any]
 
 SCHEMA = (
     4  # 4: the size of the frames that latency is judged at; 3: the manifest carries its own digest

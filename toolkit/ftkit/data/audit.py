@@ -30,11 +30,10 @@ from scipy.fft import dctn
 
 from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import SPLITS, Images, below, clusters
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess, decode
 from ftkit_export.runtime.session import cores
-
-Array = np.ndarray[Any, Any]
 
 THUMB = 32  # pixels a side
 BITS_APART = 8

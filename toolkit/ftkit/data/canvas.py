@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
@@ -31,6 +31,7 @@ import PIL
 from ftkit.data.dataset import Images
 from ftkit.recipe import restore_preprocess
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError
 from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
 from ftkit_export.runtime.session import cores
@@ -38,7 +39,6 @@ from ftkit_export.runtime.session import cores
 if TYPE_CHECKING:
     from ftkit.utils.distributed import Ranks
 
-Array = np.ndarray[Any, Any]
 
 SHARD = 512  # images; at 256 x 256 a shard is 100 MB
 FEWEST = 128  # images that processes are started for; starting takes 0.3 s

@@ -10,12 +10,11 @@ memory, and copied while the step before it runs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-Array = np.ndarray[Any, Any]
+from ftkit_export.runtime.arrays import Array
 
 RESIDENT_SHARE = 0.5  # of the free memory
 CHUNK = 512  # rows a copy to the device

@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,10 +21,9 @@ from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.utils import console
 from ftkit_export.proof.decision import Paired, Verdict, paired
 from ftkit_export.proof.intervals import ground
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError, ImageError, choices
 from ftkit_export.runtime.predict import Classifier
-
-Array = np.ndarray[Any, Any]
 
 LISTED = 20  # images that are printed; --json has them all
 TRAINED_ON = (

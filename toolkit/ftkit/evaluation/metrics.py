@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -31,8 +30,7 @@ from ftkit_export.proof.intervals import (
     design,
     share_interval,
 )
-
-Array = np.ndarray[Any, Any]
+from ftkit_export.runtime.arrays import Array
 
 # temperatures
 COLDEST = 0.05

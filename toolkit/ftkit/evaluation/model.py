@@ -7,7 +7,6 @@ verdict.metrics["test"].accuracy
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +27,10 @@ from ftkit.evaluation.metrics import (
 from ftkit.models.backbones import Backbone
 from ftkit.models.inference import CHUNK, WithEmbedding, runner
 from ftkit.utils import console
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.out_of_distribution import Foreign, fit
 from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess
-
-Array = np.ndarray[Any, Any]
 
 FOREIGN_IMAGES = 256  # 256, 512 and 1,398 training images caught foreign ones equally well
 FOREIGN_EACH = 10  # of each class at least: its mean must stand on more than one

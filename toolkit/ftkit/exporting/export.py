@@ -48,14 +48,13 @@ from ftkit_export.conversion.convert import Core, export_core, write_ort
 from ftkit_export.proof.decision import Row
 from ftkit_export.proof.golden import write_flat, write_golden
 from ftkit_export.proof.parity import FLOAT64_IMAGES, Parity, Reference, compare
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Latency, Raced
 from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
 from ftkit_export.runtime.session import PROVIDERS, form_of, require
 from ftkit_export.runtime.targets import TARGETS, unshippable
 from ftkit_export.runtime.verify import sha256
-
-Array = np.ndarray[Any, Any]
 
 PARITY_IMAGES = 256  # held-out photographs that parity sees; float64 sees the first 64
 DECODED_BYTES = 500_000_000

@@ -21,9 +21,9 @@ from onnx import numpy_helper
 from torch import nn
 
 from ftkit.utils import console
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 
-Array = np.ndarray[Any, Any]
 Values = list[Any]
 
 BATCH = 16

@@ -40,13 +40,12 @@ from ftkit_export.conversion.quantize import (
 )
 from ftkit_export.proof.decision import Paired, Row, judge, paired
 from ftkit_export.proof.parity import FLOAT64_IMAGES, Check, Reference, agreement
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.latency import Raced, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import PROVIDERS, Session
 from ftkit_export.runtime.targets import TARGETS, Target, here
 from ftkit_export.runtime.verify import sha256
-
-Array = np.ndarray[Any, Any]
 
 RUNGS = (0, 4, 8, 16)  # operators put back into float, the most damaged first
 BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kept

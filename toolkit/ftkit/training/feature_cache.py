@@ -32,11 +32,12 @@ from torch import nn
 from ftkit.data.augment import augmented, drawn, evaluation
 from ftkit.data.canvas import Canvases
 from ftkit.data.prefetch import Source
-from ftkit.models.inference import CHUNK, Array, Tensors, as_tuple, channels_last, runner
+from ftkit.models.inference import CHUNK, Tensors, as_tuple, channels_last, runner
 from ftkit.recipe import Augment
 from ftkit.training.checkpoint import seeded
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit.utils.distributed import SOLO, Ranks, share_of_cores
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 
 GPU_CHUNK = 256

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ from ftkit.training.feature_cache import (
 from ftkit.training.optimizer import Batch
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 
-Array = np.ndarray[Any, Any]
 Job = TypeVar("Job")
 Made = TypeVar("Made")
 

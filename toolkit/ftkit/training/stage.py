@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,9 +33,9 @@ from ftkit.training.tensorboard import Log
 from ftkit.training.validate import Score, Validation, detached, validate
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 
-Array = np.ndarray[Any, Any]
 NEVER: Score = (-1.0, -math.inf)
 
 

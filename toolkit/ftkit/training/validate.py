@@ -7,7 +7,6 @@ result.score > best_score
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,8 @@ from torch import nn
 from ftkit.models.backbones import Backbone, features
 from ftkit.training.loader import Feed
 from ftkit.utils.distributed import Ranks
+from ftkit_export.runtime.arrays import Array
 
-Array = np.ndarray[Any, Any]
 Score = tuple[
     float, float
 ]  # on val: what stages compete on (accuracy, or balanced accuracy), then -NLL
