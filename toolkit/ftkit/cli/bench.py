@@ -219,20 +219,26 @@ def bench(
     Exit 1 when a budget or --against fails, 3 when that cannot be told here.
     """
     from ftkit.benchmark import budgets as judging
-    from ftkit.benchmark import history, ssh
+    from ftkit.benchmark import history
     from ftkit.utils import console
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.latency import machine
-    from ftkit_export.runtime.measure import bench as measure
     from ftkit_export.runtime.measure import find, read
     from ftkit_export.runtime.preprocess import parse_frame
     from ftkit_export.runtime.session import parse_providers
 
     echo = _echo(as_json)
     limits = judging.parse_budgets(budgets)
-    names = parse_providers(providers)
-    counts = _numbers("--threads", threads or "")
-    batches = _numbers("--batch", batch or "") or [0]
+    plan = Plan(
+        providers=parse_providers(providers),
+        threads=_numbers("--threads", threads or ""),
+        batches=_numbers("--batch", batch or "") or [0],
+        image=image,
+        frame=frame,
+        quick=quick,
+        max_slowdown=max_slowdown,
+        seconds=seconds,
+    )
     if frame:
         parse_frame(frame)
     if not 0 < max_slowdown < 1 or not 1 <= seconds < 1e5:
@@ -241,64 +247,115 @@ def bench(
             f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120"
         )
     kept_json = baseline is not None and baseline.suffix == ".json"
-    several = max(len(names), len(counts), len(batches)) > 1
-    _check_together(
-        ctx, host, baseline, kept_json, several, bool(host or limits or save or not baseline)
-    )
-    told: dict[str, Any] = {}
-    verdicts = []
+    table = bool(host or limits or save or not baseline)
+    _check_together(ctx, host, baseline, kept_json, plan.several, table)
     stored = read(baseline) if baseline and kept_json else {}
+
+    measured: dict[str, Any] = {}
+    verdicts: Sequence[Verdict] = []
     with ExitStack() as stack:
         path = stack.enter_context(unpacked(model, key))
         old = stack.enter_context(unpacked(baseline, key)) if baseline and not stored else None
         say = stack.enter_context(console.note())
         if host:
-            say(f"measuring on {host}")
-            there = partial(
-                ssh.bench, host, path, provider=names[0], threads=(counts or [0])[0], quick=quick
-            )
-            told = there()
-            verdicts = judging.against_there(there, told, stored) if stored else []
-        elif not baseline or limits or save:
-            told = measure(
-                path,
-                providers=names,
-                threads=counts or ([1] if baseline else []),
-                batches=batches,
-                image=image,
-                frame=frame,
-                quick=quick,
-                say=say,
-            )
-        if stored and not host:
-            verdicts = judging.against_stored(path, stored, image=image)
-        elif old:
-            verdicts = judging.against(
-                path,
-                old,
-                provider=names[0],
-                threads=(counts or [1])[0],
-                batch=batches[0],
-                image=image,
-                frame=frame,
-                tolerance=max_slowdown,
-                seconds=seconds,
-                say=say,
-            )
-        facts = {
+            measured, verdicts = _measure_there(host, path, stored, plan, say)
+        else:
+            if table:
+                measured = _measure_here(path, plan, alone=baseline is None, say=say)
+            if stored:
+                verdicts = judging.against_stored(path, stored, image=image)
+            elif old:
+                verdicts = _in_turn(path, old, plan, say)
+        fingerprints = {
             "model": find(path).fingerprint,
             "baseline": find(old).fingerprint if old else stored.get("fingerprint"),
         }
+
     if verdicts:
-        told = {"machine": machine(), **told, "fingerprints": facts}
-    outcomes = _tell(echo, told, limits, verdicts)
+        measured = {"machine": machine(), **measured, "fingerprints": fingerprints}
+    outcomes = _tell(echo, measured, limits, verdicts)
     if save:
-        echo(f"saved: {history.append(told, Path.cwd())}")
-    write_json(as_json, told)
+        echo(f"saved: {history.append(measured, Path.cwd())}")
+    write_json(as_json, measured)
     code = judging.exit_code(outcomes)
     if outcomes:
         echo({0: "passed", 1: "FAILED", 3: "inconclusive"}[code])
     sys.exit(code)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `ftkit bench` was asked for. threads: CPU threads, none for the default; batches: 0 is what the file fixes;
+    max_slowdown, seconds: of --against."""
+
+    providers: Sequence[str]
+    threads: Sequence[int]
+    batches: Sequence[int]
+    image: Path | None
+    frame: str | None
+    quick: bool
+    max_slowdown: float
+    seconds: float
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one condition was asked for."""
+        return max(len(self.providers), len(self.threads), len(self.batches)) > 1
+
+
+def _measure_here(
+    path: Path, plan: Plan, *, alone: bool, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """All figures of a file on this machine. alone: without a baseline; then on all cores too."""
+    from ftkit_export.runtime.measure import bench as measure
+
+    return measure(
+        path,
+        providers=plan.providers,
+        threads=plan.threads or ([] if alone else [1]),
+        batches=plan.batches,
+        image=plan.image,
+        frame=plan.frame,
+        quick=plan.quick,
+        say=say,
+    )
+
+
+def _measure_there(
+    host: str, path: Path, stored: Mapping[str, Any], plan: Plan, say: Callable[[str], object]
+) -> tuple[dict[str, Any], Sequence[Verdict]]:
+    """All figures of a bundle on another machine, and the verdicts against what was measured there before."""
+    from ftkit.benchmark import budgets as judging
+    from ftkit.benchmark import ssh
+
+    say(f"measuring on {host}")
+    threads = plan.threads[0] if plan.threads else 0
+    measure = partial(
+        ssh.bench, host, path, provider=plan.providers[0], threads=threads, quick=plan.quick
+    )
+    measured = measure()
+    verdicts = judging.against_there(measure, measured, stored) if stored else []
+    return measured, verdicts
+
+
+def _in_turn(
+    path: Path, baseline: Path, plan: Plan, say: Callable[[str], object]
+) -> Sequence[Verdict]:
+    """The gate: candidate and baseline in the same processes."""
+    from ftkit.benchmark import budgets as judging
+
+    return judging.against(
+        path,
+        baseline,
+        provider=plan.providers[0],
+        threads=plan.threads[0] if plan.threads else 1,
+        batch=plan.batches[0],
+        image=plan.image,
+        frame=plan.frame,
+        tolerance=plan.max_slowdown,
+        seconds=plan.seconds,
+        say=say,
+    )
 
 
 def _tell(
