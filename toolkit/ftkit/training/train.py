@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +97,18 @@ def train(
             ranks.together(require)
         try:
             with ExitStack() as opened:
-                _train(
-                    recipe,
-                    data,
-                    out,
-                    plan,
-                    precision.prepare(place, deterministic),
-                    resume,
-                    stop,
-                    ranks,
-                    allow_leakage,
-                    tensorboard,
-                    Path(root) if root else None,
-                    opened,
+                request = Request(
+                    recipe=recipe,
+                    data=data,
+                    root=Path(root) if root else None,
+                    out=out,
+                    plan=plan,
+                    compute=precision.prepare(place, deterministic),
+                    resume=resume,
+                    allow_leakage=allow_leakage,
+                    tensorboard=tensorboard,
                 )
+                _train(request, stop, ranks, opened)
         except Stopped as stopped:
             done = (
                 f"go on with: {again}"
@@ -128,12 +126,55 @@ def train(
     return out
 
 
-def _planned(
-    recipe: Recipe, data: str | Path, seed: int, group_by: str, root: Path | None
-) -> tuple[Images, Backbone, Preprocess]:
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a training was asked for. plan: recipe, seed and group_by as JSON data, which a resumed run must share."""
+
+    recipe: Recipe
+    data: str | Path
+    root: Path | None
+    out: Path
+    plan: dict[str, Any]
+    compute: Compute
+    resume: bool
+    allow_leakage: bool
+    tensorboard: bool
+
+    @property
+    def seed(self) -> int:
+        """Of the splits, the head and every draw."""
+        seed: int = self.plan["seed"]
+        return seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The images, decoded and audited, and the pretrained model. audit: JSON data, on the first rank. going_on: there
+    is a run to resume."""
+
+    images: Images
+    canvases: Canvases
+    audit: dict[str, Any]
+    backbone: Backbone
+    preprocess: Preprocess
+    going_on: bool
+
+
+def _train(request: Request, stop: Stop, ranks: Ranks, opened: ExitStack) -> None:
+    begun = time.perf_counter()
+    prepared = _prepare(request, ranks, opened)
+    work = _begin_or_resume(request, prepared, stop, ranks, opened, begun)
+    console.say(HEADER)
+    for number in range(work.state.stage, len(request.recipe.stages)):
+        train_stage(work, number)
+    ranks.together(lambda: _finish(work, request, prepared) if ranks.main else None)
+
+
+def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     """The images and the pretrained model. Raises FtkitError for a typo, before an hour of decoding."""
-    images = read(data, seed, group_by, root)
-    torch.manual_seed(seed)
+    recipe = request.recipe
+    images = read(request.data, request.seed, request.plan["group_by"], request.root)
+    torch.manual_seed(request.seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
     for stage in recipe.stages:
         trainable(backbone, stage.train)
@@ -142,99 +183,106 @@ def _planned(
     return images, backbone, recipe.preprocess or backbone.preprocess
 
 
-def _train(
-    recipe: Recipe,
-    data: str | Path,
-    out: Path,
-    plan: dict[str, Any],
-    policy: Compute,
-    resume: bool,
-    stop: Stop,
-    ranks: Ranks,
-    allow_leakage: bool,
-    tensorboard: bool,
-    root: Path | None,
-    opened: ExitStack,
-) -> None:
-    begun = time.perf_counter()
-    device = policy.device
-    seed = plan["seed"]
-    images, backbone, preprocess = ranks.together(
-        lambda: _planned(recipe, data, seed, plan["group_by"], root)
-    )
-    going_on = ranks.first(lambda: _begun(out, resume, opened))
+def _prepare(request: Request, ranks: Ranks, opened: ExitStack) -> Prepared:
+    """Read, decode and audit the images. The run folder is there, and locked, before the decoding begins."""
+    recipe = request.recipe
+    images, backbone, preprocess = ranks.together(lambda: _planned(request))
+    going_on = ranks.first(lambda: _begun(request.out, request.resume, opened))
+
     with console.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress, ranks)
-    if not (going_on or allow_leakage):
+    if not (going_on or request.allow_leakage):
         ranks.together(lambda: require_apart(canvases))
+    audited: dict[str, Any] = {}
     with console.bar("comparing") as progress:
-        found = (
-            named(audit(images, canvases, progress, preprocess.fit), canvases, most=20)
-            if ranks.main
-            else {}
-        )
+        if ranks.main:
+            audited = named(audit(images, canvases, progress, preprocess.fit), canvases, most=20)
+
     _say_data(canvases)
-    console.say(f"{recipe.name}: {recipe.backbone} on {policy}\nweights: {backbone.weights}")
+    console.say(
+        f"{recipe.name}: {recipe.backbone} on {request.compute}\nweights: {backbone.weights}"
+    )
     if ranks.world > 1:
         console.say(
             f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch"
         )
-    plan = {**plan, "data_fingerprint": canvases.fingerprint}
+    return Prepared(
+        images=images,
+        canvases=canvases,
+        audit=audited,
+        backbone=backbone,
+        preprocess=preprocess,
+        going_on=going_on,
+    )
+
+
+def _begin_or_resume(
+    request: Request,
+    prepared: Prepared,
+    stop: Stop,
+    ranks: Ranks,
+    opened: ExitStack,
+    begun: float,
+) -> Work:
+    """The state of a new run, or of the interrupted one, and all that its stages work with."""
+    canvases = prepared.canvases
+    backbone = prepared.backbone
+    device = request.compute.device
+    plan = {**request.plan, "data_fingerprint": canvases.fingerprint}
     if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
         raise FtkitError(
-            f"{data}: expected the same recipe, seed, images, labels and splits on every machine, found "
+            f"{request.data}: expected the same recipe, seed, images, labels and splits on every machine, found "
             "others. Compare the machines' commands and files"
         )
-    run = checkpoint.read(out, plan, ranks) if going_on else checkpoint.State(folder=out, plan=plan)
+    if prepared.going_on:
+        run = checkpoint.read(request.out, plan, ranks)
+    else:
+        run = checkpoint.State(folder=request.out, plan=plan)
     run.ranks = ranks
     run.seconds += time.perf_counter() - begun
+
     keep_freed_memory()
     backbone.model.to(device).to(memory_format=torch.channels_last)
-    feeds = Feeds(backbone, recipe, canvases, preprocess, seed, device, ranks)
+    feeds = Feeds(
+        backbone, request.recipe, canvases, prepared.preprocess, request.seed, device, ranks
+    )
     feeds.share()
     if base := run.tensors("base"):
         backbone.model.load_state_dict(base)
     run.save()
+
     log: Log = nowhere
-    if tensorboard and ranks.main:  # not before there is a run to go on with
-        log = opened.enter_context(log_events(out / "tensorboard", run.lines))
-    if going_on:
+    if request.tensorboard and ranks.main:  # not before there is a run to go on with
+        log = opened.enter_context(log_events(request.out / "tensorboard", run.lines))
+    if prepared.going_on:
         console.say(
             f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next"
         )
-    compare_circumstances(
-        run,
-        {
-            "threads": torch.get_num_threads(),
-            "device": device.type,
-            "torch": torch.__version__,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "memory format": "channels_last",
-            "precision": str(policy.dtype or torch.float32),
-            "prefix batch": feeds.views(1).chunk,
-            "weights": backbone.weights,
-            "ranks": ranks.world,
-        },
-    )
+    circumstances = {
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "memory format": "channels_last",
+        "precision": str(request.compute.dtype or torch.float32),
+        "prefix batch": feeds.views(1).chunk,
+        "weights": backbone.weights,
+        "ranks": ranks.world,
+    }
+    compare_circumstances(run, circumstances)
+
     every = torch.from_numpy(canvases.labels).to(device)
-    labels = {split: every[torch.from_numpy(canvases.rows(split))] for split in ("train", "val")}
-    work = Work(
-        recipe=recipe,
+    return Work(
+        recipe=request.recipe,
         backbone=backbone,
         feeds=feeds,
         state=run,
         stop=stop,
-        seed=seed,
-        labels=labels,
-        compute=policy,
+        seed=request.seed,
+        labels={split: every[torch.from_numpy(canvases.rows(split))] for split in ("train", "val")},
+        compute=request.compute,
         ranks=ranks,
         log=log,
-    )
-    console.say(HEADER)
-    for number in range(run.stage, len(recipe.stages)):
-        train_stage(work, number)
-    ranks.together(
-        lambda: _finish(work, images, data, root, preprocess, found) if ranks.main else None
     )
 
 
@@ -247,33 +295,26 @@ def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
     return going_on
 
 
-def _finish(
-    work: Work,
-    images: Images,
-    data: str | Path,
-    root: Path | None,
-    preprocess: Preprocess,
-    found: dict[str, Any],
-) -> None:
+def _finish(work: Work, request: Request, prepared: Prepared) -> None:
     """Judge the chosen weights once, and write the run."""
     run = work.state
-    canvases = work.feeds.canvases
+    canvases = prepared.canvases
     backbone = work.backbone
     backbone.model.cpu().eval()
-    verdict = judge(backbone, canvases, preprocess, work.recipe.precision)
+    verdict = judge(backbone, canvases, prepared.preprocess, work.recipe.precision)
     seconds = run.spent
-    data_of_run = {
+    run_json = {
         "schema": SCHEMA,
         "recipe": resolve(work.recipe),
-        "classes": list(images.classes),
-        "preprocess": asdict(preprocess),
+        "classes": list(prepared.images.classes),
+        "preprocess": asdict(prepared.preprocess),
         **asdict(verdict),
-        "mistakes": _named(verdict.mistakes, images, canvases),
+        "mistakes": _named(verdict.mistakes, prepared.images, canvases),
         "seed": work.seed,
         "group_by": run.plan["group_by"],
-        "audit": found,
-        "data": str(Path(data).resolve()),
-        "root": root and str(root.resolve()),
+        "audit": prepared.audit,
+        "data": str(Path(request.data).resolve()),
+        "root": request.root and str(request.root.resolve()),
         "max_pixels": os.environ.get(MAX_PIXELS),
         "data_fingerprint": canvases.fingerprint,
         "bad_files": [[str(path), why] for path, why in canvases.bad],
@@ -284,32 +325,39 @@ def _finish(
         "seconds": seconds,
         "environment": environment(),
     }
-    shown = pictures(canvases, data_of_run["mistakes"])
-    save_pictures(run.folder / "mistakes", shown)
-    write_report(
-        run.folder / "report.html",
-        json.loads(json.dumps(data_of_run)),
-        read_metrics(run.folder),
-        shown,
-    )
-    digests = sorted(
-        canvases.digests[row][:DIGEST] for split in ("train", "val") for row in canvases.rows(split)
-    )
-    write_atomically(run.folder / TRAINED_ON, "".join(f"{digest}\n" for digest in digests).encode())
-    write_atomically(run.folder / SPLITS_CSV, splits_csv(canvases.images))
-    finish(run.folder, backbone.model, data_of_run)
-    shutil.rmtree(run.folder / "state")
+    _write(run.folder, run_json, work, canvases)
+
+    _say_cache()
     test = verdict.metrics["test"]
+    console.say(
+        f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
+        f"{ground(test.images, test.clusters)}; trained in {console.clock(seconds)}"
+    )
+
+
+def _write(folder: Path, run_json: dict[str, Any], work: Work, canvases: Canvases) -> None:
+    """Report, what was trained on, splits; then weights and run.json, which make it a finished run."""
+    shown = pictures(canvases, run_json["mistakes"])
+    save_pictures(folder / "mistakes", shown)
+    as_read_back = json.loads(json.dumps(run_json))
+    write_report(folder / "report.html", as_read_back, read_metrics(folder), shown)
+
+    rows = [row for split in ("train", "val") for row in canvases.rows(split)]
+    digests = sorted(canvases.digests[row][:DIGEST] for row in rows)
+    write_atomically(folder / TRAINED_ON, "".join(f"{digest}\n" for digest in digests).encode())
+    write_atomically(folder / SPLITS_CSV, splits_csv(canvases.images))
+    finish(folder, work.backbone.model, run_json)
+    shutil.rmtree(folder / "state")
+
+
+def _say_cache() -> None:
+    """Keep the cache within its limit, and say how large it is where that is worth a word."""
     left, removed = trim()
     if left > LARGE:
         gone = f"; {removed / 1e9:.1f} GB of the longest unused removed" if removed else ""
         console.say(
             f"cache: {left / 1e9:.1f} GB of at most {limit_bytes() / 1e9:g} (`ftkit cache`){gone}"
         )
-    console.say(
-        f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
-        f"{ground(test.images, test.clusters)}; trained in {console.clock(seconds)}"
-    )
 
 
 def _named(mistakes: Sequence[Mistake], images: Images, canvases: Canvases) -> list[dict[str, Any]]:
