@@ -171,7 +171,7 @@ def test_gpu_name_driver_and_memory_come_from_the_drivers_library(tmp_path: Path
     (tmp_path / "nvml.c").write_text(DRIVER)
     library = tmp_path / "libnvidia-ml.so.1"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
-    code = "import json; from ftkit_export.runtime import nvidia; print(json.dumps([nvidia.facts(), nvidia.used_bytes()]))"
+    code = "import json; from ftkit_export.runtime import nvidia as n; print(json.dumps([n.facts(), n.used_bytes()]))"
     for folder, expected in (
         (tmp_path, [{"gpu": "NVIDIA Test", "driver": "580.65"}, 30]),
         (Path("/"), None),
