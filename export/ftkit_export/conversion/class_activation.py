@@ -131,7 +131,7 @@ class Explainer:
 
 
 def overlay(seen: Array, heat: Array) -> Image.Image:
-    """The photograph (S, S, 3) uint8 with what spoke for the class in warm colours; what spoke against stays grey."""
+    """The image (S, S, 3) uint8 in grey, with positive class activation in warm colours."""
     side = seen.shape[0]
     share = Image.fromarray(
         (np.maximum(heat, 0) / max(float(heat.max()), 1e-12)).astype(np.float32)

@@ -38,7 +38,7 @@ class BundleError(FtkitError):
     """A bundle is incomplete, altered, or not a bundle."""
 
 
-# What people call a thing elsewhere -> what it is called here: nearer in meaning than any name by its letters.
+# Names that other tools use -> the name here: nearer in meaning than any name that is spelt alike.
 SYNONYMS = {
     "letterbox": "pad",
     "contain": "pad",

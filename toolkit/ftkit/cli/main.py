@@ -393,7 +393,7 @@ STANDARD_INPUT = Path("-")
 @click.option("--provider", default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, all probabilities.")
 @click.option(
-    "--explain", is_flag=True, help="Write a heat map of what spoke for each answer, into --out."
+    "--explain", is_flag=True, help="Write a class activation map of each answer into --out."
 )
 @click.option(
     "--out",

@@ -146,7 +146,7 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
 
 
 def metadata(run: Run) -> dict[str, str]:
-    """What the file says of itself: labels in order, preprocess, temperature, recipe, and the run's fingerprint."""
+    """ONNX metadata: labels in order, preprocessing, temperature, recipe, and the run's fingerprint."""
     recipe = {
         key: value for key, value in run.data["recipe"].items() if key != "weights"
     }  # may be a local path

@@ -1,4 +1,4 @@
-"""Where to go when an export misses a budget: what else would meet it, measured, with the command to run.
+"""Advice for an export that misses a budget: what else would meet it, measured, with the command to run.
 
     for line in signpost(run, missed, unproven, row, ratio, context):
         print(line)

@@ -100,7 +100,7 @@ class Context:
     def write(
         self, core: onnx.ModelProto, path: Path, precision: str, kept: Sequence[str], *, plain: bool
     ) -> None:
-        """Write a variant's image form, or (plain) its core form, with all that its file says of itself."""
+        """Write a variant's image form, or (plain) its core form, with its metadata."""
         labelled = {**self.metadata, "precision": precision, "kept_in_float": json.dumps(kept)}
         write(core if plain else self.image_form(core), path, labelled)
 

@@ -44,7 +44,7 @@ class Picture:
 def pictures(
     canvases: Canvases, mistakes: Sequence[Data], explain: Explainer | None = None
 ) -> list[Picture]:
-    """The worst mistakes as thumbnails, with what spoke for the wrong class where that can be shown."""
+    """The worst mistakes as thumbnails, with class activation maps of the wrong answers where there are any."""
     found = []
     for item in mistakes:
         canvas = canvases.array([item["row"]])[0]
@@ -318,7 +318,7 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> str:
             f'<figure><div class="{"pair" if picture.heat else ""}">{"".join(tags)}</div><figcaption>'
             f"{escape(said)}<br>{escape(mistake['image'])}</figcaption></figure>"
         )
-    heat = " Beside each, in warm colours, what spoke for the wrong class." if shown[0].heat else ""
+    heat = " Beside each, the class activation map of the wrong answer." if shown[0].heat else ""
     return (
         f'<p>Wrong, and surest of it first.{heat}</p><div class="pictures">{"".join(items)}</div>'
     )

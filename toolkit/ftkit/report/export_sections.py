@@ -47,7 +47,7 @@ def gates(manifest: Data) -> str:
 
 
 def variants(manifest: Data) -> str:
-    """The decision: what was tried, what each came to, and why."""
+    """The decision table: each variant with its figures, its verdict and the reason."""
     decision = manifest["evidence"]["decision"]
 
     def bounds(paired: Data | None) -> str:

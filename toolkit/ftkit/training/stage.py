@@ -41,7 +41,7 @@ NEVER: Score = (-1.0, -math.inf)
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What one stage came to. val_accuracy, val_nll: of the weights it ended with; kept: whether they became the model.
+    """Result of one training stage. val_accuracy, val_nll: of the weights it ended with; kept: whether they became the model.
 
     epochs: run, fewer than planned after an early stop. lr: peak rate. drift: linear CKA of the val embeddings with the
     pretrained backbone's, 1 = unmoved. None: the loss was no longer finite.
