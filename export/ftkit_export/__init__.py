@@ -1,1 +1,2 @@
-"""What leaves for the device: preprocess, convert, parity, latency, bundle. Knows nothing of training."""
+"""What leaves for the device: preprocess, convert, parity, latency, bundle. Knows nothing of
+training."""

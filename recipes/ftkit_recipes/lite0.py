@@ -2,8 +2,9 @@
 
     ftkit train photos            (or: python -m ftkit_recipes.lite0 photos)
 
-Measured on ELPV, four classes, stratified random 70/30 split, with --set augment.vflip=true, on a 2-core machine
-without a GPU: test accuracy 0.889, 0.898, 0.883 (seeds 0, 1, 2), 146 s from nothing cached. bench/README.md has more.
+Measured on ELPV, four classes, stratified random 70/30 split, with --set augment.vflip=true, on a
+2-core machine without a GPU: test accuracy 0.889, 0.898, 0.883 (seeds 0, 1, 2), 146 s from nothing
+cached. bench/README.md has more.
 """
 
 from ftkit.recipe import Augment, Recipe, Stage

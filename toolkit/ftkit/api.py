@@ -8,8 +8,8 @@
     ftkit.bench(done.folder)["rows"][0]["p50_ms"]
     ftkit.load(done.folder)("photo.jpg").label
 
-Every one raises ftkit.FtkitError, whose message says where, what was expected, what was found and what to try.
-In a notebook a run and an export show themselves as tables.
+Every one raises ftkit.FtkitError, whose message says where, what was expected, what was found and
+what to try. In a notebook a run and an export show themselves as tables.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def train(
 ) -> Run:
     """Fine-tune on labelled images and return the finished run.
 
-    data: a class folder, split folders or a CSV. out: the run folder, by default runs/RECIPE-N. recipe: a name,
-    FILE.py, the recipe.json of a report, or a Recipe. settings: "stages.1.lr=1e-4" and the like. device: auto, cpu,
-    cuda. resume: go on with the run in `out`; known: with its own recipe and seed. The rest is as `ftkit train` has it.
-    Raises FtkitError for bad data, recipe, weights or settings; Stopped (a KeyboardInterrupt) after Ctrl-C, saved.
-    Under torchrun the first rank returns; the others end here.
+    data: a class folder, split folders or a CSV. out: the run folder, by default runs/RECIPE-N.
+    recipe: a name, FILE.py, the recipe.json of a report, or a Recipe. settings: "stages.1.lr=1e-4"
+    and the like. device: auto, cpu, cuda. resume: go on with the run in `out`; known: with its own
+    recipe and seed. The rest is as `ftkit train` has it. Raises FtkitError for bad data, recipe,
+    weights or settings; Stopped (a KeyboardInterrupt) after Ctrl-C, saved. Under torchrun the first
+    rank returns; the others end here.
     """
     from ftkit.overrides import override
     from ftkit.recipe import Recipe
@@ -121,12 +122,13 @@ def export(
     sign: str | Path | None = None,
     quiet: bool = False,
 ) -> Exported:
-    """Export a run to ONNX, prove the file, seal the bundle; `passed` is False, and the folder BUNDLE.failed, when a
-    gate failed.
+    """Export a run to ONNX, prove the file, seal the bundle; `passed` is False, and the folder
+    BUNDLE.failed, when a gate failed.
 
-    run: as `train` returned it, or its folder. out: by default RUN-bundle. settings: "export.p95_ms=8" and the like.
-    data: where the run's images are now, if they moved. on: user@host whose latency decides (ssh); latency: a file of
-    it. runtime: onnxruntime-web's .tgz for web. The other arguments are those of `ftkit export`.
+    run: as `train` returned it, or its folder. out: by default RUN-bundle. settings:
+    "export.p95_ms=8" and the like. data: where the run's images are now, if they moved. on:
+    user@host whose latency decides (ssh); latency: a file of it. runtime: onnxruntime-web's .tgz
+    for web. The other arguments are those of `ftkit export`.
     """
     from ftkit.overrides import override
     from ftkit.recipe import Recipe, Stage
@@ -196,8 +198,9 @@ def export(
 def verify(
     bundle: str | Path, *, provider: str = "cpu", key: str | Path | None = None
 ) -> Verification:
-    """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. key: the public key that
-    must have signed it. Raises BundleError for one that is altered, incomplete, or signed by another."""
+    """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. key:
+    the public key that must have signed it. Raises BundleError for one that is altered, incomplete,
+    or signed by another."""
     from ftkit_export.bundle import archive
     from ftkit_export.runtime.verify import verify as run_verify
 
@@ -216,9 +219,10 @@ def bench(
     frame: str | None = None,
     quick: bool = False,
 ) -> Mapping[str, Any]:
-    """Latency, cold start, memory and size of a bundle or any ONNX file, in ms and bytes: what `ftkit bench --json`
-    writes. frame: "640x480", the size of the frames, by default what the bundle names. against: also run in turn
-    with that bundle or file; `against` then holds the verdicts."""
+    """Latency, cold start, memory and size of a bundle or any ONNX file, in ms and bytes: what
+    `ftkit bench --json` writes. frame: "640x480", the size of the frames, by default what the
+    bundle names. against: also run in turn with that bundle or file; `against` then holds the
+    verdicts."""
     from dataclasses import asdict
 
     from ftkit.benchmark.budgets import against as run_against
@@ -257,9 +261,10 @@ def bench(
 def load(
     bundle: str | Path, *, provider: str = "cpu", threads: int = 0, key: str | Path | None = None
 ) -> Classifier:
-    """The exported file as a function: load("bundle")("photo.jpg") -> Prediction (label, probability, probabilities,
-    doubtful, foreign). It takes a path, an image file's bytes, or an RGB array (H, W, 3) uint8. threads: 0 = all. key:
-    the public key that must have signed the bundle, whose hashes are then checked too."""
+    """The exported file as a function: load("bundle")("photo.jpg") -> Prediction (label,
+    probability, probabilities, doubtful, foreign). It takes a path, an image file's bytes, or an
+    RGB array (H, W, 3) uint8. threads: 0 = all. key: the public key that must have signed the
+    bundle, whose hashes are then checked too."""
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.predict import Classifier
 

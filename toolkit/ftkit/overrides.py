@@ -1,4 +1,4 @@
-"""What --set does: fields of a recipe changed by name, each typo answered with the choices.
+"""Apply --set: change fields of a recipe by name; a typo is answered with the choices.
 
 recipe = override(recipe, ["stages.1.lr=1e-4", "backbone=resnet18"])
 """
@@ -18,8 +18,9 @@ from ftkit_export.runtime.preprocess import Preprocess
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply "a.b=c" settings in order; those of preprocess last and together, for they bound each other, on top of the
-    recipe's or the backbone's own. Raises FtkitError with the field's choices for a typo."""
+    """Apply "a.b=c" settings in order; those of preprocess last and together, for they bound each
+    other, on top of the recipe's or the backbone's own. Raises FtkitError with the field's choices
+    for a typo."""
     pixels = {}
     for setting in settings:
         path, equals, text = (part.strip() for part in setting.partition("="))
@@ -91,7 +92,8 @@ def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
 
 
 def _fields(name: str, path: Sequence[str], node: Any, hints: Mapping[str, Any], text: str) -> str:
-    """What was found and what to try: a field of that name elsewhere in the recipe, before one of like letters here."""
+    """The rest of the error message: a field of that name elsewhere in the recipe, before one of
+    like letters here."""
     leaf = path[-1]
     for place, fields in _places(node).items():
         if leaf in fields or nearest(leaf, fields):

@@ -1,8 +1,10 @@
-"""Recipe: the whole plan as frozen dataclasses. One name `recipe` per file; a variant is `dataclasses.replace`.
+"""Recipe: the whole plan as frozen dataclasses. One name `recipe` per file; a variant is
+`dataclasses.replace`.
 
     recipe = load("lite0")                                     # by entry-point name or by file
 
-`resolve` turns a recipe into plain JSON for run.json and `restore` reads it back: only `ftkit train` executes a file.
+`resolve` turns a recipe into plain JSON for run.json and `restore` reads it back: only `ftkit
+train` executes a file.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ BALANCES = ("none", "loss", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random changes to a training view, per sample. Flips only where a flipped object is still the same class.
+    """Random changes to a training view, per sample. Flips only where a flipped object is still the
+    same class.
 
-    scale: smallest share of the canvas's area a crop may keep (1.0 = the evaluation crop). rotate: degrees either way.
-    brightness, contrast, saturation: relative, either way. erase: chance that a rectangle is blanked (Zhong et al.
-    2020). mixup, cutmix: alpha of the Beta law of two images' shares (Zhang et al. 2018, Yun et al. 2019); they mix
-    pixels, so a cached stage goes without. All off by default: what is allowed is the recipe's to say.
+    scale: smallest share of the canvas's area a crop may keep (1.0 = the evaluation crop). rotate:
+    degrees either way. brightness, contrast, saturation: relative, either way. erase: chance that a
+    rectangle is blanked (Zhong et al. 2020). mixup, cutmix: alpha of the Beta law of two images'
+    shares (Zhang et al. 2018, Yun et al. 2019); they mix pixels, so a cached stage goes without.
+    All off by default: what is allowed is the recipe's to say.
     """
 
     hflip: bool = False
@@ -75,16 +79,17 @@ class Augment:
 class Stage:
     """One stage: what trains, for how long, how fast.
 
-    train: "head", "last:N" (the last N of the backbone's blocks and all that follows), "first:N" (all up to the Nth
-    block, and the head), "all", or a regular expression searched for in module names ("attn|head").
-    lr: peak learning rate; "auto" (a cached head stage) tries a fan of rates at once and takes the best on val.
-    warmup: share of the steps it rises over. layer_decay: each block further from the head learns at this multiple of
-    the next one's rate. balance: classes weighted in the loss, or drawn equally often.
-    ema: decay of the averaged weights, 0 = off. clip: largest gradient norm, 0 = off. patience: epochs without a better
-    val score before the stage ends with its best epoch, 0 = all epochs, and the last one counts.
-    views: random views of each image that a cached stage draws from; view 0 is the evaluation crop.
-    batchnorm: whether the BatchNorm statistics of the trained part go on moving.
-    teacher: folder of a finished run whose answers to the same views are half of what is learned (Hinton et al. 2015).
+    train: "head", "last:N" (the last N of the backbone's blocks and all that follows), "first:N"
+    (all up to the Nth block, and the head), "all", or a regular expression searched for in module
+    names ("attn|head"). lr: peak learning rate; "auto" (a cached head stage) tries a fan of rates
+    at once and takes the best on val. warmup: share of the steps it rises over. layer_decay: each
+    block further from the head learns at this multiple of the next one's rate. balance: classes
+    weighted in the loss, or drawn equally often. ema: decay of the averaged weights, 0 = off. clip:
+    largest gradient norm, 0 = off. patience: epochs without a better val score before the stage
+    ends with its best epoch, 0 = all epochs, and the last one counts. views: random views of each
+    image that a cached stage draws from; view 0 is the evaluation crop. batchnorm: whether the
+    BatchNorm statistics of the trained part go on moving. teacher: folder of a finished run whose
+    answers to the same views are half of what is learned (Hinton et al. 2015).
     """
 
     train: str = "head"
@@ -141,20 +146,19 @@ class Stage:
 class Export:
     """Variants, gates and budgets of the exported file; a budget of None is not gated.
 
-    max_accuracy_drop: how far the file may fall below the framework, in shares (0.01 = 1 point): fp32 on test; int8 and
-    fp16 on val, with confidence.
-    min_recall: share of every class's test images that must be right, judged by the 95 % interval of the class that is
-    least sure of it.
-    p95_ms: milliseconds at one thread, image form, on this machine, held in each of several processes.
-    frame: "640x480", width and height of the camera's frames, which the file resizes: what latencies are measured and
-    judged at; None takes the size that 95 % of the data's own images do not exceed, by area.
-    size_mb: megabytes (1e6 bytes). memory_mb: highest resident memory of a process that runs the file.
-    target: where the file shall run (ftkit_export.runtime.targets); "auto" = this machine.
-    variants: "auto" = what the target has beside fp32, decided by measurement; "fp32" = none. calibration: minmax,
-    percentile or entropy over so many training images. qat_epochs: fake-quantized epochs, as a last stage, when no int8
-    form holds the accuracy.
-    input_format: what the device's frames are: rgb, bgr, grey or nv12. golden: "images" keeps a few held-out images in
-    the bundle, "synthetic" only formula-made ones.
+    max_accuracy_drop: how far the file may fall below the framework, in shares (0.01 = 1 point):
+    fp32 on test; int8 and fp16 on val, with confidence. min_recall: share of every class's test
+    images that must be right, judged by the 95 % interval of the class that is least sure of it.
+    p95_ms: milliseconds at one thread, image form, on this machine, held in each of several
+    processes. frame: "640x480", width and height of the camera's frames, which the file resizes:
+    what latencies are measured and judged at; None takes the size that 95 % of the data's own
+    images do not exceed, by area. size_mb: megabytes (1e6 bytes). memory_mb: highest resident
+    memory of a process that runs the file. target: where the file shall run
+    (ftkit_export.runtime.targets); "auto" = this machine. variants: "auto" = what the target has
+    beside fp32, decided by measurement; "fp32" = none. calibration: minmax, percentile or entropy
+    over so many training images. qat_epochs: fake-quantized epochs, as a last stage, when no int8
+    form holds the accuracy. input_format: what the device's frames are: rgb, bgr, grey or nv12.
+    golden: "images" keeps a few held-out images in the bundle, "synthetic" only formula-made ones.
     """
 
     max_accuracy_drop: float = 0.01
@@ -197,9 +201,11 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole plan. preprocess = None takes the backbone's own; weights: "pretrained", "none", or a file.
+    """A whole plan. preprocess = None takes the backbone's own; weights: "pretrained", "none", or a
+    file.
 
-    precision: share of answers that shall be right; answers too doubtful for it are withheld (threshold from val).
+    precision: share of answers that shall be right; answers too doubtful for it are withheld
+    (threshold from val).
     """
 
     name: str
@@ -306,7 +312,8 @@ def resolve(recipe: Recipe) -> dict[str, Any]:
 
 
 def restore(data: dict[str, Any]) -> Recipe:
-    """The recipe back from `resolve`'s data. Raises FtkitError when fields are unknown (a newer ftkit wrote them)."""
+    """The recipe back from `resolve`'s data. Raises FtkitError when fields are unknown (a newer
+    ftkit wrote them)."""
     try:
         return Recipe(
             **{

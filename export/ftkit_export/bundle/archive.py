@@ -39,7 +39,8 @@ LARGEST_SIGNATURE = 4096
 
 
 def pack(bundle: Path, out: Path) -> None:
-    """Write `bundle` as a zip: names sorted, dates fixed, under its folder's name. Appears whole or not at all."""
+    """Write `bundle` as a zip: names sorted, dates fixed, under its folder's name. Appears whole or
+    not at all."""
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         _write_zip(bundle, beside)
@@ -68,9 +69,9 @@ def _write_zip(bundle: Path, beside: Path) -> None:
 def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
     """A bundle's folder, or the folder in a zip, unpacked for as long as the block runs.
 
-    key: a public key that must have signed the manifest; of a zip that is checked before anything is unpacked. Raises
-    BundleError for another signature, and for a zip that would write outside, holds links, or unpacks to more than 4 GB
-    or 10,000 files.
+    key: a public key that must have signed the manifest; of a zip that is checked before anything
+    is unpacked. Raises BundleError for another signature, and for a zip that would write outside,
+    holds links, or unpacks to more than 4 GB or 10,000 files.
     """
     if not bundle.is_file():
         if key:
@@ -93,8 +94,8 @@ def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
 def unpacked(path: str | Path, key: Path | None = None) -> Iterator[Path]:
     """A bundle's folder where `path` is a .zip, else the path itself: a folder, or any ONNX file.
 
-    key: a public key that must have signed the bundle; then every file's hash is checked as well. Raises BundleError
-    when one of them does not fit.
+    key: a public key that must have signed the bundle; then every file's hash is checked as well.
+    Raises BundleError when one of them does not fit.
     """
     where = Path(path)
     if key and where.is_file() and where.suffix != ".zip":
@@ -196,13 +197,15 @@ def _copy(found: Any, file: Any, size: int, where: str) -> None:
 
 
 def sign(bundle: Path, key: Path) -> None:
-    """Write manifest.sig. key: a PEM file with an Ed25519 private key (`openssl genpkey -algorithm ed25519`)."""
+    """Write manifest.sig. key: a PEM file with an Ed25519 private key (`openssl genpkey -algorithm
+    ed25519`)."""
     private = _load(key, "load_pem_private_key", "Ed25519PrivateKey", "private")
     (bundle / SIGNATURE).write_bytes(private.sign((bundle / MANIFEST).read_bytes()))
 
 
 def check_signature(bundle: Path, key: Path) -> None:
-    """Raises BundleError when the bundle is not signed, or not with the other half of this public key (PEM)."""
+    """Raises BundleError when the bundle is not signed, or not with the other half of this public
+    key (PEM)."""
     path = bundle / SIGNATURE
     manifest = bundle / MANIFEST
     if not manifest.is_file():
@@ -259,7 +262,8 @@ def _load(key: Path, loader: str, kind: str, half: str) -> Any:
 
 
 def add_evidence(bundle: Path, copy: Path, name: str, evidence: str) -> Path:
-    """Write evidence/NAME.json into `copy`, a copy of `bundle` that is made when missing; returns the file.
+    """Write evidence/NAME.json into `copy`, a copy of `bundle` that is made when missing; returns
+    the file.
 
     The sealed files stay as they are. Raises BundleError when `copy` is something else.
     """

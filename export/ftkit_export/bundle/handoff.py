@@ -1,9 +1,10 @@
-"""For compilers that are not ONNX Runtime (TensorRT, OpenVINO, Hailo, RKNN): what they need, and a judgement after.
+"""For compilers that are not ONNX Runtime (TensorRT, OpenVINO, Hailo, RKNN): what they need, and a
+judgement after.
 
-BUNDLE/handoff/core.onnx          the fp32 core form with a fixed batch of 1: pixels (1, 3, S, S) -> logits, embedding
-BUNDLE/handoff/calibration/*.npy  training images as it wants them, float32 (1, 3, S, S)
-BUNDLE/handoff/inputs.npy         val images, float32 (n, 3, S, S): run them through what the compiler made
-BUNDLE/handoff/expected.npz       what fp32 answers, and the labels
+BUNDLE/handoff/core.onnx          the fp32 core form with a fixed batch of 1: pixels (1, 3, S, S) ->
+logits, embedding BUNDLE/handoff/calibration/*.npy  training images as it wants them, float32 (1, 3,
+S, S) BUNDLE/handoff/inputs.npy         val images, float32 (n, 3, S, S): run them through what the
+compiler made BUNDLE/handoff/expected.npz       what fp32 answers, and the labels
 
     judged = judge_outputs(bundle, "outputs.npz")      # `logits` (n, classes), in the order of inputs.npy
     judged.verdict                                     # accepted, refused, inconclusive
@@ -29,7 +30,8 @@ IMAGES = 256  # val images at most: 0.6 MB each at 224 pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Another compiler's answers beside fp32's: accuracy paired on val, least cosine of the logits, top-1 changed."""
+    """Another compiler's answers beside fp32's: accuracy paired on val, least cosine of the logits,
+    top-1 changed."""
 
     paired: Paired
     accuracy: float
@@ -48,8 +50,8 @@ def write_handoff(
     labels: Array,
     groups: Sequence[str],
 ) -> None:
-    """calibration (m, 3, S, S), inputs (n, 3, S, S) float32; logits (n, classes) of fp32; labels (n,); groups: n names,
-    written as numbers, "" as -1."""
+    """calibration (m, 3, S, S), inputs (n, 3, S, S) float32; logits (n, classes) of fp32; labels
+    (n,); groups: n names, written as numbers, "" as -1."""
     import onnx
 
     (folder / "calibration").mkdir(parents=True)
@@ -67,7 +69,8 @@ def write_handoff(
 
 
 def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
-    """outputs: .npz with `logits`. Raises BundleError without a hand-off, FtkitError for outputs that do not fit."""
+    """outputs: .npz with `logits`. Raises BundleError without a hand-off, FtkitError for outputs
+    that do not fit."""
     path = bundle / "handoff" / "expected.npz"
     if not path.is_file():
         raise BundleError(

@@ -4,8 +4,8 @@
     ...                                    # evidence, then report
     seal(folder, out, manifest, gates)     # the manifest comes last
 
-A bundle whose gate failed goes to BUNDLE.failed, one with a gate that could not be settled to BUNDLE.inconclusive;
-neither ever to BUNDLE.
+A bundle whose gate failed goes to BUNDLE.failed, one with a gate that could not be settled to
+BUNDLE.inconclusive; neither ever to BUNDLE.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ WORST_FIRST: tuple[Outcome, ...] = ("failed", "inconclusive")
 class Gate:
     """One judged quantity: passed when value <= limit.
 
-    low, high: of one measured in several processes, the least and the largest value: all must be within. value is NaN
-    where nothing was measured. unsettled: why a value beyond the limit is not the last word, "" where it is.
+    low, high: of one measured in several processes, the least and the largest value: all must be
+    within. value is NaN where nothing was measured. unsettled: why a value beyond the limit is not
+    the last word, "" where it is.
     """
 
     name: str
@@ -78,7 +79,8 @@ def overall(verdicts: Iterable[Outcome]) -> Outcome:
 
 
 def begin(out: Path) -> Path:
-    """A fresh folder beside `out` to build in. Raises FtkitError when `out` holds anything or cannot be made."""
+    """A fresh folder beside `out` to build in. Raises FtkitError when `out` holds anything or
+    cannot be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FtkitError(
             f"{out}: expected a new folder, found one there already. Try another --out, or remove it"
@@ -93,7 +95,8 @@ def begin(out: Path) -> Path:
 
 
 def beside(out: Path) -> Path:
-    """A hidden folder beside `out`, to be renamed to it once whole. Those that killed processes left are removed."""
+    """A hidden folder beside `out`, to be renamed to it once whole. Those that killed processes
+    left are removed."""
     host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
     for path in out.parent.glob(f".{glob.escape(out.name)}.{host}-*"):
         left = re.fullmatch(r"(\d+)\.\w+", path.name.rpartition(f".{host}-")[2])
@@ -117,7 +120,8 @@ PACKAGE = Path(ftkit_export.__file__).parent
 
 
 def runtime_files() -> list[str]:
-    """What runs on a device, below the package's folder: numpy, Pillow and ONNX Runtime suffice for it."""
+    """What runs on a device, below the package's folder: numpy, Pillow and ONNX Runtime suffice for
+    it."""
     return [
         "__init__.py",
         *(f"runtime/{path.name}" for path in sorted((PACKAGE / "runtime").glob("*.py"))),
@@ -125,7 +129,8 @@ def runtime_files() -> list[str]:
 
 
 def add_runners(folder: Path) -> None:
-    """Copy the runners into device/: classify.py with the part of this package that it imports, and cpp/."""
+    """Copy the runners into device/: classify.py with the part of this package that it imports, and
+    cpp/."""
     package = folder / "device" / "ftkit_export"
     (package / "runtime").mkdir(parents=True)
     for name in runtime_files():
@@ -141,9 +146,11 @@ def seal(
     gates: Sequence[Gate],
     key: Path | None = None,
 ) -> Path:
-    """Write the manifest with every file's hash, and move the folder to `out`, or to `out`.failed or .inconclusive.
+    """Write the manifest with every file's hash, and move the folder to `out`, or to `out`.failed
+    or .inconclusive.
 
-    key: an Ed25519 private key that signs the manifest. Returns where it went. An older one of the latter is replaced.
+    key: an Ed25519 private key that signs the manifest. Returns where it went. An older one of the
+    latter is replaced.
     """
     verdict = overall(gate.verdict for gate in gates)
     write_manifest(
@@ -166,7 +173,8 @@ def seal(
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
-    """Write manifest.json: `manifest`, with the hash of every file that lies in the folder now, and its own digest."""
+    """Write manifest.json: `manifest`, with the hash of every file that lies in the folder now, and
+    its own digest."""
     paths = {
         path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
     }
@@ -180,7 +188,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Onto the disk, so that a power cut after the rename leaves no empty files; a folder's own entries likewise."""
+    """Onto the disk, so that a power cut after the rename leaves no empty files; a folder's own
+    entries likewise."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # a folder, on Windows

@@ -1,11 +1,13 @@
-"""Where the model looked: a class activation map (Zhou et al. 2016), through ONNX Runtime, without the framework.
+"""Where the model looked: a class activation map (Zhou et al. 2016), through ONNX Runtime, without
+the framework.
 
     model = with_features(core)                 # at export: variants/explain.onnx, or None where no map is exact
     explain = Explainer("bundle")               # numpy, Pillow, ONNX Runtime
     heat, label = explain(image)                # (h, w) float32: each place's share of the class's logit
     overlay(explain.seen(image), heat).save("why.png")
 
-The map is exact where the head is linear over averaged features: its mean, plus the head's bias, is the logit.
+The map is exact where the head is linear over averaged features: its mean, plus the head's bias, is
+the logit.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ HEAT = np.array(
 
 
 def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The core form with two more outputs: `features` (N, C, h, w), the last feature map, and `head` (classes, C), the
-    weights that turn its averages into logits. None where something else stands between the two."""
+    """The core form with two more outputs: `features` (N, C, h, w), the last feature map, and
+    `head` (classes, C), the weights that turn its averages into logits. None where something else
+    stands between the two."""
     import onnx
     from onnx import helper, shape_inference
 
@@ -86,7 +89,8 @@ def _averages_over_space(node: onnx.NodeProto, weights: dict[str, onnx.TensorPro
 
 
 class Explainer:
-    """bundle: its folder. Raises FtkitError when it holds no map: its backbone has no pooled linear head."""
+    """bundle: its folder. Raises FtkitError when it holds no map: its backbone has no pooled linear
+    head."""
 
     def __init__(self, bundle: str | Path):
         path = Path(bundle) / FILE
@@ -106,7 +110,8 @@ class Explainer:
         return self._preprocess.canvas(image)[inside, inside]
 
     def __call__(self, image: Array, label: int | None = None) -> tuple[Array, int]:
-        """(H, W, 3) uint8 RGB, and the class to explain, by default the likeliest -> map (h, w) float32, class."""
+        """(H, W, 3) uint8 RGB, and the class to explain, by default the likeliest -> map (h, w)
+        float32, class."""
         pixels = self._preprocess.pixels(self._preprocess.canvas(image)[None])
         logits, _, features, head = self._session.run(pixels)
         chosen = int(logits[0].argmax()) if label is None else label
@@ -115,9 +120,11 @@ class Explainer:
     def write(
         self, path: Path, label: int, folder: Path, content: bytes | Path | None = None
     ) -> Path:
-        """One image file's overlay as folder/NAME-why.png, numbered where there is such a file; returns where it is.
+        """One image file's overlay as folder/NAME-why.png, numbered where there is such a file;
+        returns where it is.
 
-        content: the image, where it is not what lies at `path`."""
+        content: the image, where it is not what lies at `path`.
+        """
         image = self._preprocess.decode(content or path)
         image = from_frame(to_frame(image, self._format), self._format)  # what the model gets of it
         place = folder / f"{path.stem}-why.png"

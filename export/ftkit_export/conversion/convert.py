@@ -1,11 +1,13 @@
-"""nn.Module + Preprocess + labels -> the core form and the image form, each one self-contained ONNX file.
+"""nn.Module + Preprocess + labels -> the core form and the image form, each one self-contained ONNX
+file.
 
     core = export_core(model, size=224)                                # pixels -> logits, embedding
     write(core, path, metadata)                                        # atomically, metadata inside
     write(image_form(core.model, preprocess, temperature), path, metadata)
 
-The exporter leaves up to 200 KB of node metadata with absolute local paths in the file: it is stripped, after the
-layer names it holds have been put aside (a parity failure is told by layer name).
+The exporter leaves up to 200 KB of node metadata with absolute local paths in the file: it is
+stripped, after the layer names it holds have been put aside (a parity failure is told by layer
+name).
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ LINEAR_OPS = ("Gemm", "MatMul", "Conv")
 
 @dataclass(frozen=True)
 class Core:
-    """The core form, and for each of its values the framework module that made it (value name -> module path)."""
+    """The core form, and for each of its values the framework module that made it (value name ->
+    module path)."""
 
     model: onnx.ModelProto
     layers: Mapping[str, str]
@@ -44,8 +47,9 @@ class Core:
 def exact_float32() -> None:
     """float32 products in float32 on CUDA: TF32 off.
 
-    torch has two sets of switches. Where only the new ones are set, every later read of the legacy ones raises, and
-    torch.export reads them; where the legacy ones are set last, the new ones are undone.
+    torch has two sets of switches. Where only the new ones are set, every later read of the legacy
+    ones raises, and torch.export reads them; where the legacy ones are set last, the new ones are
+    undone.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -60,7 +64,8 @@ def _precisions() -> tuple[Any, ...]:
 
 @contextmanager
 def _same_precision() -> Iterator[None]:
-    """torch.export works within torch.backends.cudnn.flags, which on leaving sets cuDNN's precisions to "none"."""
+    """torch.export works within torch.backends.cudnn.flags, which on leaving sets cuDNN's
+    precisions to "none"."""
     before = [part.fp32_precision for part in _precisions()]
     try:
         yield
@@ -72,8 +77,8 @@ def _same_precision() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence for an export: exporters log and warn about their own internals, which no user can act on. What they
-    change of torch's precision is undone."""
+    """Silence for an export: exporters log and warn about their own internals, which no user can
+    act on. What they change of torch's precision is undone."""
     loggers = [logging.getLogger(name) for name in QUIETED]
     levels = [logger.level for logger in loggers]
     try:
@@ -89,7 +94,8 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _clamped() -> Iterator[None]:
-    """ReLU6 as a clamp, which it is: the exporter takes hardtanh to pieces, lite0's 33 in 2.2 of 7.4 s."""
+    """ReLU6 as a clamp, which it is: the exporter takes hardtanh to pieces, lite0's 33 in 2.2 of
+    7.4 s."""
     hardtanh = torch.nn.functional.hardtanh
 
     def clamp(
@@ -107,10 +113,12 @@ def _clamped() -> Iterator[None]:
 
 
 def export_core(model: torch.nn.Module, size: int) -> Core:
-    """model in eval mode on CPU -> core form: `pixels` float32 (N, 3, S, S) -> `logits` (N, classes), `embedding`.
+    """model in eval mode on CPU -> core form: `pixels` float32 (N, 3, S, S) -> `logits` (N,
+    classes), `embedding`.
 
-    size: S in pixels. The embedding is what enters the last linear layer, (N, features) float32; where the last layer
-    is a convolution (SqueezeNet) its input is averaged over space. Raises FtkitError when the exporter cannot.
+    size: S in pixels. The embedding is what enters the last linear layer, (N, features) float32;
+    where the last layer is a convolution (SqueezeNet) its input is averaged over space. Raises
+    FtkitError when the exporter cannot.
     """
     example = torch.zeros(
         2, 3, size, size
@@ -149,7 +157,8 @@ def export_core(model: torch.nn.Module, size: int) -> Core:
 
 
 def _layer_names(proto: onnx.ModelProto) -> dict[str, str]:
-    """Value name -> module path, from the exporter's name scopes (a printed list such as ['', 'blocks.0', 'add'])."""
+    """Value name -> module path, from the exporter's name scopes (a printed list such as ['',
+    'blocks.0', 'add'])."""
     layers = {}
     for node in proto.graph.node:
         scopes = {item.key: item.value for item in node.metadata_props}.get(
@@ -211,8 +220,9 @@ def _add_embedding(proto: onnx.ModelProto) -> None:
 
 
 def write_ort(model: Path, folder: Path, target: Target) -> None:
-    """model.ort, which ONNX Runtime's minimal builds read, and required_operators.config, the operators such a build
-    needs. Optimised for the target's processor at load time, not here: one file serves every machine of the target."""
+    """model.ort, which ONNX Runtime's minimal builds read, and required_operators.config, the
+    operators such a build needs. Optimised for the target's processor at load time, not here: one
+    file serves every machine of the target."""
     from onnxruntime.tools.convert_onnx_models_to_ort import (
         OptimizationStyle,
         convert_onnx_models_to_ort,

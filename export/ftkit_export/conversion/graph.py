@@ -1,9 +1,11 @@
-"""The Preprocess as ONNX operators, and the composed image form: uint8 image in, probabilities and embedding out.
+"""The Preprocess as ONNX operators, and the composed image form: uint8 image in, probabilities and
+embedding out.
 
     model = image_form(core, preprocess, temperature=1.3)   # core: pixels -> logits, embedding
 
-Resize works on the uint8 NHWC tensor itself and the cast comes after: only so does ONNX Runtime round as Pillow does
-(at most 1 grey level apart on photographs, 2 on noise; casting first leaves borders off by up to 8).
+Resize works on the uint8 NHWC tensor itself and the cast comes after: only so does ONNX Runtime
+round as Pillow does (at most 1 grey level apart on photographs, 2 on noise; casting first leaves
+borders off by up to 8).
 """
 
 from __future__ import annotations
@@ -146,7 +148,8 @@ def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
 def preprocess_nodes(
     preprocess: Preprocess, image: str, pixels: str, canvas: str = "", input_format: str = "rgb"
 ) -> _Graph:
-    """Nodes from `image`, a frame uint8 (N, H, W, 3), to `pixels` float32 (N, 3, S, S); `canvas` names the uint8 crop.
+    """Nodes from `image`, a frame uint8 (N, H, W, 3), to `pixels` float32 (N, 3, S, S); `canvas`
+    names the uint8 crop.
 
     Frames of another input_format have the shape that preprocess.to_frame says.
     """
@@ -168,7 +171,8 @@ def preprocess_nodes(
         graph.ints(1, 2),
         output=canvas,
     )
-    # Channels first, before normalising: along rows of three values ONNX Runtime is five times slower (measured).
+    # Channels first, before normalising: along rows of three values ONNX Runtime is five times
+    # slower (measured).
     levels = graph.op("Cast", graph.op("Transpose", crop, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
     mean, std = (
         [[[value]] for value in values] for values in (preprocess.mean, preprocess.std)
@@ -183,7 +187,8 @@ def preprocess_nodes(
 
 
 def pixel_model(preprocess: Preprocess, input_format: str = "rgb") -> onnx.ModelProto:
-    """The preprocessing alone: `image` uint8 (N, H, W, 3) -> `levels` uint8 (N, S, S, 3), `pixels` (N, 3, S, S).
+    """The preprocessing alone: `image` uint8 (N, H, W, 3) -> `levels` uint8 (N, S, S, 3), `pixels`
+    (N, 3, S, S).
 
     For measuring the graph's pixels against Pillow's.
     """
@@ -199,7 +204,8 @@ def pixel_model(preprocess: Preprocess, input_format: str = "rgb") -> onnx.Model
 
 
 def tiny_model() -> onnx.ModelProto:
-    """One convolution, `pixels` float32 (N, 3, 8, 8) -> `sums` (N, 1, 6, 6): does a provider run at all?"""
+    """One convolution, `pixels` float32 (N, 3, 8, 8) -> `sums` (N, 1, 6, 6): does a provider run at
+    all?"""
     graph = _Graph("")
     graph.op(
         "Conv", "pixels", graph.const(np.ones((1, 3, 3, 3)).tolist(), np.float32), output="sums"
@@ -212,10 +218,11 @@ def tiny_model() -> onnx.ModelProto:
 def image_form(
     core: onnx.ModelProto, preprocess: Preprocess, temperature: float, input_format: str = "rgb"
 ) -> onnx.ModelProto:
-    """core (`pixels` -> `logits`, `embedding`) -> `image` uint8 (N, H, W, 3) -> `probabilities`, `embedding`.
+    """core (`pixels` -> `logits`, `embedding`) -> `image` uint8 (N, H, W, 3) -> `probabilities`,
+    `embedding`.
 
-    probabilities = softmax(logits / temperature), float32 (N, classes). H and W are free. Frames of another
-    input_format have the shape that preprocess.to_frame says, and are converted inside.
+    probabilities = softmax(logits / temperature), float32 (N, classes). H and W are free. Frames of
+    another input_format have the shape that preprocess.to_frame says, and are converted inside.
     """
     before = preprocess_nodes(preprocess, "image", "pixels", input_format=input_format)
     after = _Graph("calibration/")

@@ -1,9 +1,11 @@
-"""Plain C from the core form: sources, weights, Makefile, and a header with labels and preprocessing.
+"""Plain C from the core form: sources, weights, Makefile, and a header with labels and
+preprocessing.
 
     write_c(bundle / "device" / "c", core, preprocess, labels, temperature=1.3, threshold=0.9, input_format="rgb")
 
-emx-onnx-cgen turns the network into C (float32, batch 1); decoding, resizing and softmax are device/c/classify.c's own.
-For Linux-class processors where no runtime may be installed: bench/README.md has its speed beside ONNX Runtime's.
+emx-onnx-cgen turns the network into C (float32, batch 1); decoding, resizing and softmax are
+device/c/classify.c's own. For Linux-class processors where no runtime may be installed:
+bench/README.md has its speed beside ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def write_c(
     threshold: float,
     input_format: str,
 ) -> None:
-    """Write the folder. Raises FtkitError when emx-onnx-cgen is missing, or cannot follow the model."""
+    """Write the folder. Raises FtkitError when emx-onnx-cgen is missing, or cannot follow the
+    model."""
     require()
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -95,7 +98,7 @@ def _header(
     threshold: float,
     input_format: str,
 ) -> str:
-    """What the C code must know: sizes, labels in order, preprocessing, temperature."""
+    """Constants for the C code: sizes, labels in order, preprocessing, temperature."""
     kinds = {"FIT": (FITS, preprocess.fit), "FORMAT": (INPUT_FORMATS, input_format)}
     lines = [
         f"enum {{ {', '.join(name.upper() for name in names)} }};\n#define {key} {value.upper()}"

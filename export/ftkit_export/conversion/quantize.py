@@ -5,9 +5,10 @@
     model = int8(core, ranges, target, keep=order[:4])         # the first four stay in float
     quantized_nodes(model)                                     # proof that 8 bits were delivered
 
-QDQ form in standard operators, one scale a channel for weights. MinMax ranges: percentile took six times as long for no
-gain (measured on lite0). The range of `pixels` is not measured but known, 0 to 255 through the normalisation: where one
-scale serves all channels, the network's input is then exact.
+QDQ form in standard operators, one scale a channel for weights. MinMax ranges: percentile took six
+times as long for no gain (measured on lite0). The range of `pixels` is not measured but known, 0 to
+255 through the normalisation: where one scale serves all channels, the network's input is then
+exact.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ RANK_IMAGES = 8
 def calibrate(
     core: onnx.ModelProto, batches: Iterable[Array], preprocess: Preprocess, method: str = "minmax"
 ) -> Any:
-    """Ranges of every tensor over `batches` of pixels (n, 3, S, S), one after the other: they are streamed.
+    """Ranges of every tensor over `batches` of pixels (n, 3, S, S), one after the other: they are
+    streamed.
 
     Returns onnxruntime's TensorsData. Raises FtkitError for an unknown method.
     """
@@ -78,7 +80,7 @@ def calibrate(
 
 
 class _Reader:
-    """What onnxruntime's calibrators draw from."""
+    """Calibration data as onnxruntime's calibrators read it."""
 
     def __init__(self, name: str, batches: Iterable[Array]):
         self._name = name
@@ -97,10 +99,11 @@ def int8(
     keep: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> onnx.ModelProto:
-    """The core form with 8-bit operators. keep: names of nodes left in float; only: no others than these in 8 bits.
+    """The core form with 8-bit operators. keep: names of nodes left in float; only: no others than
+    these in 8 bits.
 
-    A node goes with the activation behind it: kept apart, ONNX Runtime's optimiser changes the answers (measured on
-    lite0: SQNR 5 dB instead of 13).
+    A node goes with the activation behind it: kept apart, ONNX Runtime's optimiser changes the
+    answers (measured on lite0: SQNR 5 dB instead of 13).
     """
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -171,7 +174,8 @@ def heavy_nodes(model: onnx.ModelProto) -> list[str]:
 def rank(
     core: onnx.ModelProto, ranges: Any, target: Target, pixels: Array
 ) -> list[tuple[str, float]]:
-    """(name, SQNR of the logits in dB with that node alone in 8 bits), most damage first. pixels: (n, 3, S, S)."""
+    """(name, SQNR of the logits in dB with that node alone in 8 bits), most damage first. pixels:
+    (n, 3, S, S)."""
     expected = Session(core.SerializeToString()).run(pixels)[0]
     found = []
     for name in heavy_nodes(core):
@@ -181,7 +185,8 @@ def rank(
 
 
 def sqnr(expected: Array, found: Array) -> float:
-    """Signal to quantization noise ratio in dB; infinite when equal, minus infinite where a value is no number."""
+    """Signal to quantization noise ratio in dB; infinite when equal, minus infinite where a value
+    is no number."""
     noise = float(((found.astype(np.float64) - expected) ** 2).sum())
     if not np.isfinite(noise):
         return -np.inf
@@ -192,8 +197,8 @@ def sqnr(expected: Array, found: Array) -> float:
 def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]]:
     """The core form in float16, float32 in and out; and the nodes kept in float32.
 
-    Kept: operators whose calibrated values come within a factor 2 of float16's largest, and those that onnxruntime's
-    converter blocks. The embedding and the logits leave in float32.
+    Kept: operators whose calibrated values come within a factor 2 of float16's largest, and those
+    that onnxruntime's converter blocks. The embedding and the logits leave in float32.
     """
     from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -221,7 +226,8 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
 
 
 def _join_casts(model: onnx.ModelProto) -> None:
-    """A value that goes from one kept operator to the next must not pass through float16, as the converter has it."""
+    """A value that goes from one kept operator to the next must not pass through float16, as the
+    converter has it."""
     casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
     direct = {
         output: casts[node.input[0]].input[0]
@@ -249,7 +255,8 @@ def _largest(item: onnx.TensorProto) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """onnxruntime's quantizer logs through the root logger, and suggests a step that would split HardSwish."""
+    """onnxruntime's quantizer logs through the root logger, and suggests a step that would split
+    HardSwish."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

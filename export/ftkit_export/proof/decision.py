@@ -1,12 +1,14 @@
-"""int8 is a decision, not a flag: is a candidate as accurate as the reference on the same images, and which to ship?
+"""int8 is a decision, not a flag: is a candidate as accurate as the reference on the same images,
+and which to ship?
 
     found = paired(reference_right, candidate_right, groups)     # two arrays of booleans over the same images
     found.drop, found.low, found.high                            # in shares, with one-sided 95 % bounds
     found.verdict(limit=0.01)                                    # accepted, refused, inconclusive
 
-The bounds are those of `intervals.difference_bounds`: they hold where few images, or none, change sides, and where
-images come in groups. Where several candidates are looked at until one is accepted, they hold for all of them together
-(Bonferroni): else four looks would accept a bad one up to four times as often.
+The bounds are those of `intervals.difference_bounds`: they hold where few images, or none, change
+sides, and where images come in groups. Where several candidates are looked at until one is
+accepted, they hold for all of them together (Bonferroni): else four looks would accept a bad one up
+to four times as often.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ MOST = 1000.0  # times as many images as there are: more are not worth naming
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """images compared; worse: right before and wrong now; better: the other way. drop, low, high in shares; looks: how
-    many such comparisons the bounds hold for together. clusters: groups that the bounds rest on, None where the images
-    have none and count as independent; effect: their design effect; df: degrees of freedom of Student's t (None: the
-    normal law)."""
+    """images compared; worse: right before and wrong now; better: the other way. drop, low, high in
+    shares; looks: how many such comparisons the bounds hold for together. clusters: groups that the
+    bounds rest on, None where the images have none and count as independent; effect: their design
+    effect; df: degrees of freedom of Student's t (None: the normal law)."""
 
     images: int
     worse: int
@@ -47,17 +49,20 @@ class Paired:
     df: float | None = None
 
     def verdict(self, limit: float) -> Verdict:
-        """accepted: at most `limit` is lost, with 95 % confidence; refused: more is, with the same; else neither."""
+        """accepted: at most `limit` is lost, with 95 % confidence; refused: more is, with the same;
+        else neither."""
         if self.high <= limit:
             return "accepted"
         return "refused" if self.low > limit else "inconclusive"
 
     def settled_by(self, limit: float) -> tuple[int, int | None] | None:
-        """(images, clusters) that would settle it in four of five cases, were the true shares of changed images those
-        seen here; None for more than MOST times as many as here. Clusters: None where the images have no groups.
+        """(images, clusters) that would settle it in four of five cases, were the true shares of
+        changed images those seen here; None for more than MOST times as many as here. Clusters:
+        None where the images have no groups.
 
-        The next images will show shares of their own: bounds that just reach the limit at these would settle it as
-        often as not. So the bounds must clear the limit by as much as chance moves the drop, at POWER.
+        The next images will show shares of their own: bounds that just reach the limit at these
+        would settle it as often as not. So the bounds must clear the limit by as much as chance
+        moves the drop, at POWER.
         """
         shares = self.worse / max(1, self.images), self.better / max(1, self.images)
         here = Design(
@@ -96,8 +101,8 @@ class Paired:
 def paired(
     reference: Array, candidate: Array, groups: Sequence[str] | None = None, looks: int = 1
 ) -> Paired:
-    """Two boolean arrays (N,), whether each image was answered right, in the same order; groups: a name an image, ""
-    for one on its own."""
+    """Two boolean arrays (N,), whether each image was answered right, in the same order; groups: a
+    name an image, "" for one on its own."""
     worse = reference & ~candidate
     better = ~reference & candidate
     images = len(reference)
@@ -120,11 +125,12 @@ def paired(
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant in the decision table, on val. ratio: its latency over fp32's, median of interleaved runs;
-    ratio_high: upper end of its 95 % interval. p50_ms, p95_ms: one thread, one photograph.
+    """One variant in the decision table, on val. ratio: its latency over fp32's, median of
+    interleaved runs; ratio_high: upper end of its 95 % interval. p50_ms, p95_ms: one thread, one
+    photograph.
 
-    in_8_bits: operators that run in 8 bits (0 for the other precisions) of heavy ones; kept: those left in float.
-    verdict: fp32 is the reference. reason: in words, what the verdict rests on.
+    in_8_bits: operators that run in 8 bits (0 for the other precisions) of heavy ones; kept: those
+    left in float. verdict: fp32 is the reference. reason: in words, what the verdict rests on.
     """
 
     name: str
@@ -150,7 +156,8 @@ class Row:
 
 
 def judge(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdict, str]:
-    """Verdict on a candidate and its reason. ratio_high: upper bound of its latency over fp32's; None: not measured."""
+    """Verdict on a candidate and its reason. ratio_high: upper bound of its latency over fp32's;
+    None: not measured."""
     verdict = found.verdict(limit)
     points = f"{found.drop * 100:+.2f} points [{found.low * 100:+.2f}, {found.high * 100:+.2f}]"
     if ratio_high is not None and ratio_high >= 1:

@@ -1,13 +1,16 @@
-"""Golden vectors: real images and formula-made ones, with the answers each variant must give and a tolerance each.
+"""Golden vectors: real images and formula-made ones, with the answers each variant must give and a
+tolerance each.
 
-BUNDLE/golden/NN.png          lossless RGB images
-BUNDLE/golden/expected.npz    logits, probabilities and embedding on Pillow's pixels, float64
-BUNDLE/golden/golden.json     for each image its group, and per variant the tolerance of logits and of probabilities
-BUNDLE/golden/raw/            a few of them as flat files for C and C++ (index.txt says how to read them)
-BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, as onnxruntime_perf_test and onnx's own runner read them
+BUNDLE/golden/NN.png          lossless RGB images BUNDLE/golden/expected.npz    logits,
+probabilities and embedding on Pillow's pixels, float64 BUNDLE/golden/golden.json     for each image
+its group, and per variant the tolerance of logits and of probabilities BUNDLE/golden/raw/
+a few of them as flat files for C and C++ (index.txt says how to read them)
+BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, as onnxruntime_perf_test and onnx's
+own runner read them
 
-fp32 is held to the framework in float64. int8 and fp16 are held to their own answers on the machine that decided on
-them: how far those are from float64 is the accuracy decision's business; instruction sets differ by a rounding step.
+fp32 is held to the framework in float64. int8 and fp16 are held to their own answers on the machine
+that decided on them: how far those are from float64 is the accuracy decision's business;
+instruction sets differ by a rounding step.
 """
 
 from __future__ import annotations
@@ -56,10 +59,10 @@ def write_golden(
 ) -> None:
     """Write golden/ and test_data_set_0/ into `bundle`.
 
-    photographs: held-out images (H, W, 3) uint8; the first 16 are kept; none leaves the formula-made ones. files:
-    variant -> (image form, core form). fp32's answers are the framework's, on Pillow's pixels. The tolerance of its
-    probabilities adds twice what may come of another resizer's rounding (parity.resampled), and no more than parity
-    bounds it by.
+    photographs: held-out images (H, W, 3) uint8; the first 16 are kept; none leaves the
+    formula-made ones. files: variant -> (image form, core form). fp32's answers are the
+    framework's, on Pillow's pixels. The tolerance of its probabilities adds twice what may come of
+    another resizer's rounding (parity.resampled), and no more than parity bounds it by.
     """
     folder = bundle / "golden"
     folder.mkdir()
@@ -128,9 +131,10 @@ def write_flat(
 ) -> None:
     """Write golden/raw/ and test_data_set_0/ from golden/, for the variant that became model.onnx.
 
-    golden/raw/index.txt: a line `images classes size channels tolerance_of_logits`, then a line an image: file, rows,
-    columns, tolerance of its probabilities. NN.raw: the frame's bytes. pixels.f32 (images, 3, size, size), logits.f32
-    and probabilities.f32 (images, classes): little-endian float32; the logits are those of the fp32 core form.
+    golden/raw/index.txt: a line `images classes size channels tolerance_of_logits`, then a line an
+    image: file, rows, columns, tolerance of its probabilities. NN.raw: the frame's bytes.
+    pixels.f32 (images, 3, size, size), logits.f32 and probabilities.f32 (images, classes):
+    little-endian float32; the logits are those of the fp32 core form.
     """
     folder = bundle / "golden"
     raw = bundle / "golden" / "raw"

@@ -4,9 +4,10 @@
     found = difference_design(worse, better, groups)
     low, high = difference_bounds(worse.mean(), better.mean(), found, level)     # paired drop, each one-sided
 
-Images of one group (a module, a patient, a camera) are not independent. Their cluster-robust variance gives the design
-effect: how many times the variance of as many independent images. The intervals are those of independent images
-at the effective number of images, with Student's t in place of the normal quantile.
+Images of one group (a module, a patient, a camera) are not independent. Their cluster-robust
+variance gives the design effect: how many times the variance of as many independent images. The
+intervals are those of independent images at the effective number of images, with Student's t in
+place of the normal quantile.
 
 - Variance: CR2 of Bell and McCaffrey (Survey Methodology 28, 2002), which allows for unequal groups. A handful of
   errors tells little of how they cluster, and none at all nothing; so it is that of the images together with
@@ -19,8 +20,9 @@ at the effective number of images, with Student's t in place of the normal quant
   variance estimates recovery (Zou and Donner, Statistics in Medicine 27, 2008) with their covariance. Tango's score
   method accepts up to 6.8 % and refuses up to 8.7 % against the truth where 5 % are meant: few images change.
 
-`python bench/coverage.py` shows by simulation what they cover, and where they do not: where one group in ten fails
-almost whole, and few groups were seen, no interval from those groups knows of it.
+`python bench/coverage.py` shows by simulation what they cover, and where they do not: where one
+group in ten fails almost whole, and few groups were seen, no interval from those groups knows of
+it.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ PRIOR_EVENTS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """correlation: intraclass correlation that is assumed as long as few images were answered wrong, or changed.
-    least_effect: chance makes some groups look more alike than independent images are, and a share's interval may be
-    shorter for it; a bound that a verdict rests on may not."""
+    """correlation: intraclass correlation that is assumed as long as few images were answered
+    wrong, or changed. least_effect: chance makes some groups look more alike than independent
+    images are, and a share's interval may be shorter for it; a bound that a verdict rests on may
+    not."""
 
     correlation: float
     least_effect: float
@@ -56,8 +59,9 @@ DIFFERENCE = Prior(
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """How much images in groups tell. images: their number. clusters: number of groups, None where images have none
-    and count as independent. effect: the design effect. df: degrees of freedom of Student's t."""
+    """How much images in groups tell. images: their number. clusters: number of groups, None where
+    images have none and count as independent. effect: the design effect. df: degrees of freedom of
+    Student's t."""
 
     images: int
     clusters: int | None = None
@@ -84,7 +88,8 @@ class Design:
 
 
 def ground(images: int, clusters: int | None) -> str:
-    """What an interval rests on, in words: "375 images in 7 groups", "375 images, as if independent"."""
+    """What an interval rests on, in words: "375 images in 7 groups", "375 images, as if
+    independent"."""
     return (
         f"{images} images, as if independent"
         if clusters is None
@@ -100,7 +105,8 @@ def has_groups(groups: Sequence[str] | None) -> bool:
 def design(values: Array, groups: Sequence[str] | None, prior: Prior) -> Design:
     """The design of the mean of `values` (N,), which are 0 and 1, or -1, 0 and 1.
 
-    groups: a name an image; "" is an image on its own; None, or no name at all, is N independent images.
+    groups: a name an image; "" is an image on its own; None, or no name at all, is N independent
+    images.
     """
     images = len(values)
     if not has_groups(groups):
@@ -132,11 +138,12 @@ def design(values: Array, groups: Sequence[str] | None, prior: Prior) -> Design:
 
 
 def _degrees_of_freedom(shares: Array, variances: Array) -> float:
-    """Of the CR2 variance of a mean, by Satterthwaite's matching of two moments: trace(M)^2 / trace(M^2).
+    """Of the CR2 variance of a mean, by Satterthwaite's matching of two moments: trace(M)^2 /
+    trace(M^2).
 
-    M = D (diag(v) - v h' - h v' + sum(v) h h') D, the covariance of the adjusted residual sums of groups with shares h
-    and variances v of their sums, where D^2 = diag(w) = 1 / (1 - h). Both traces in closed form: there may be as many
-    groups as images.
+    M = D (diag(v) - v h' - h v' + sum(v) h h') D, the covariance of the adjusted residual sums of
+    groups with shares h and variances v of their sums, where D^2 = diag(w) = 1 / (1 - h). Both
+    traces in closed form: there may be as many groups as images.
     """
     h = shares
     v = variances
@@ -152,7 +159,8 @@ def _degrees_of_freedom(shares: Array, variances: Array) -> float:
 
 
 def wilson(share: float, count: float, quantile: float) -> tuple[float, float]:
-    """Score interval of a share of `count` images, which need not be whole (Wilson 1927): (low, high)."""
+    """Score interval of a share of `count` images, which need not be whole (Wilson 1927): (low,
+    high)."""
     if count <= 0 or math.isinf(quantile):
         return 0.0, 1.0
     spread = quantile**2 / count
@@ -164,8 +172,8 @@ def wilson(share: float, count: float, quantile: float) -> tuple[float, float]:
 def share_interval(
     right: Array, groups: Sequence[str] | None = None, level: float = 0.95
 ) -> tuple[float, float, int | None]:
-    """Two-sided interval of the share of True in `right` (N,) bool, and the number of clusters it rests on (None: as if
-    independent)."""
+    """Two-sided interval of the share of True in `right` (N,) bool, and the number of clusters it
+    rests on (None: as if independent)."""
     images = len(right)
     if images == 0:
         return 0.0, 1.0, None
@@ -178,7 +186,8 @@ def share_interval(
 
 
 def difference_design(worse: Array, better: Array, groups: Sequence[str] | None) -> Design:
-    """The design of mean(worse - better): two (N,) bool arrays, images that changed one way and the other."""
+    """The design of mean(worse - better): two (N,) bool arrays, images that changed one way and the
+    other."""
     return design(worse.astype(int) - better.astype(int), groups, DIFFERENCE)
 
 
@@ -204,7 +213,8 @@ def difference_bounds(
 def clopper_pearson(share: float, count: float, level: float) -> tuple[float, float]:
     """One-sided bounds of a share of `count` independent images, each at confidence `level`.
 
-    `count` need not be whole: the limits are quantiles of beta distributions (Clopper and Pearson 1934).
+    `count` need not be whole: the limits are quantiles of beta distributions (Clopper and Pearson
+    1934).
     """
     hits = share * count
     low = float(stats.beta.ppf(1 - level, hits, count - hits + 1)) if hits > 0 else 0.0

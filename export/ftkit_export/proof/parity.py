@@ -1,18 +1,21 @@
-"""Is the exported file equal to what was trained? Framework in float64 against ONNX Runtime, per provider.
+"""Is the exported file equal to what was trained? Framework in float64 against ONNX Runtime, per
+provider.
 
-The tolerance is a principle, not a wish. Per input group (photographs, noise and extremes differ by orders of
-magnitude) let f = max|torch32 - torch64| be the framework's own float32 error and s = max|logit|. Logits pass at
-max|ONNX - torch64| <= max(20 f, 1e-5 s); probabilities at that over the temperature, and the rounding of a float32
-softmax; top-1 must be equal outside ties (top-2 margin < 2 tolerances). Measured over 30 groups on 6 backbones: worst
-8 f, no false alarm.
-CUDA in float32 with TF32 off: 1e-3 s. What rounds to TF32 or float16 is held to ROUNDINGS times what that rounding does
-to this very model, emulated in the framework in both directions (to nearest, towards zero), and to CEILING.
+The tolerance is a principle, not a wish. Per input group (photographs, noise and extremes differ by
+orders of magnitude) let f = max|torch32 - torch64| be the framework's own float32 error and s =
+max|logit|. Logits pass at max|ONNX - torch64| <= max(20 f, 1e-5 s); probabilities at that over the
+temperature, and the rounding of a float32 softmax; top-1 must be equal outside ties (top-2 margin <
+2 tolerances). Measured over 30 groups on 6 backbones: worst 8 f, no false alarm. CUDA in float32
+with TF32 off: 1e-3 s. What rounds to TF32 or float16 is held to ROUNDINGS times what that rounding
+does to this very model, emulated in the framework in both directions (to nearest, towards zero),
+and to CEILING.
 
-The image form's pixels come from the definition of Preprocess, in Pillow and numpy; never from the graph under test.
-What the graph makes of an image is compared with them after normalisation, in grey levels: apart by at most
-RESAMPLED_LEVELS, by MEAN_LEVELS on average, and by whole levels only, since two resizers round differently but nothing
-may differ after that. How much the differences that are allowed change a probability is measured, and bounded by
-RESAMPLED_PROBABILITY; it is not added to any other tolerance.
+The image form's pixels come from the definition of Preprocess, in Pillow and numpy; never from the
+graph under test. What the graph makes of an image is compared with them after normalisation, in
+grey levels: apart by at most RESAMPLED_LEVELS, by MEAN_LEVELS on average, and by whole levels only,
+since two resizers round differently but nothing may differ after that. How much the differences
+that are allowed change a probability is measured, and bounded by RESAMPLED_PROBABILITY; it is not
+added to any other tolerance.
 
     parity = compare(reference, core_path, image_path, canvases, photographs, preprocess, temperature, layers)
     parity.passed
@@ -52,8 +55,9 @@ ROUNDINGS = 4.0  # a GPU accumulates in another order, and may round where the e
 CEILING = (
     0.1  # of the largest logit: a model that rounding moves further must not run in that precision
 )
-# Two resizers of one definition. Measured on three fits, four sizes, photographs, noise and odd shapes: at most so many
-# grey levels, but for 1 in 1,000 values; 0.043 on average of an image's channel; 1e-5 from a whole level.
+# Two resizers of one definition. Measured on three fits, four sizes, photographs, noise and odd
+# shapes: at most so many grey levels, but for 1 in 1,000 values; 0.043 on average of an image's
+# channel; 1e-5 from a whole level.
 RESAMPLED_LEVELS = {"photographs": 1, "noise": 2, "extremes": 2}
 RESAMPLED_SHARE = 1e-3
 MEAN_LEVELS = 0.1
@@ -65,7 +69,8 @@ DECADES = np.arange(-12, 1.25, 0.25)  # edges of the histogram of errors: powers
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One compared quantity: `value` must not exceed `limit`. `floor` is the framework's own float32 error."""
+    """One compared quantity: `value` must not exceed `limit`. `floor` is the framework's own
+    float32 error."""
 
     name: str
     group: str
@@ -82,9 +87,10 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """Every check on one provider, and the first diverging layer where one failed. errors: how many logits of the
-    photographs differ from float64 by how much, between the powers of ten in DECADES; smaller ones count as the first.
-    placement: where the core form's operators ran, in words (session.Session.placement)."""
+    """Every check on one provider, and the first diverging layer where one failed. errors: how many
+    logits of the photographs differ from float64 by how much, between the powers of ten in DECADES;
+    smaller ones count as the first. placement: where the core form's operators ran, in words
+    (session.Session.placement)."""
 
     provider: str
     checks: tuple[Check, ...]
@@ -122,7 +128,8 @@ class Reference:
         return self.answers(pixels, dtype)[0]
 
     def answers(self, pixels: Array, dtype: torch.dtype) -> tuple[Array, Array]:
-        """Logits (N, classes), and what enters the last linear layer, (N, features), averaged over space."""
+        """Logits (N, classes), and what enters the last linear layer, (N, features), averaged over
+        space."""
         keys = [(dtype, hashlib.sha256(item.tobytes()).digest()) for item in pixels]
         missing = list(
             {key: place for place, key in enumerate(keys) if key not in self._known}.values()
@@ -139,8 +146,9 @@ class Reference:
         )
 
     def rounding(self, pixels: Array, precision: str) -> float:
-        """max|emulated - float64| of the logits of the first images (N, 3, S, S), when every product is computed from
-        values of `precision` ("tf32", "fp16"): the larger of rounding to nearest and towards zero."""
+        """max|emulated - float64| of the logits of the first images (N, 3, S, S), when every
+        product is computed from values of `precision` ("tf32", "fp16"): the larger of rounding to
+        nearest and towards zero."""
         pixels = pixels[:FLOAT64_IMAGES]
         exact = self.logits(pixels, torch.float64)
         worst = 0.0
@@ -172,7 +180,8 @@ class Reference:
 
 
 def edge_images(size: int) -> dict[str, list[Array]]:
-    """Formula-made uint8 images by group: noise, and the extremes in value and in shape. Same on every machine."""
+    """Formula-made uint8 images by group: noise, and the extremes in value and in shape. Same on
+    every machine."""
     rng = np.random.default_rng(20250101)
     noise = [
         rng.integers(0, 256, shape, np.uint8) for shape in [(size, size, 3)] * 4 + [(427, 640, 3)]
@@ -219,9 +228,10 @@ def compare(
 ) -> Parity:
     """Compare both exported forms with the framework on one provider.
 
-    canvases: (N, R, R, 3) uint8 of held-out photographs, for the core form. photographs: some of them as decoded, each
-    (H, W, 3) uint8, for the image form, where the provider runs it. layers: value name -> module path (convert.Core).
-    Raises ProviderError when the provider cannot be proven.
+    canvases: (N, R, R, 3) uint8 of held-out photographs, for the core form. photographs: some of
+    them as decoded, each (H, W, 3) uint8, for the image form, where the provider runs it. layers:
+    value name -> module path (convert.Core). Raises ProviderError when the provider cannot be
+    proven.
     """
     core_session = Session(core, provider=provider)
     image_sessions = None
@@ -313,7 +323,8 @@ def _image_checks(
     temperature: float,
     group: str,
 ) -> list[Check]:
-    """End to end on odd sizes: the graph's pixels against Pillow's, its probabilities against float64's."""
+    """End to end on odd sizes: the graph's pixels against Pillow's, its probabilities against
+    float64's."""
     made = [pixel_session.run(frame[None])[1][0] for frame in frames]
     checks = pixel_checks(np.stack(made), np.stack(canvases), preprocess, group)
 
@@ -351,8 +362,8 @@ def _image_checks(
 
 
 def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: str) -> list[Check]:
-    """A graph's normalised pixels (N, 3, S, S) against Pillow's canvases (N, R, R, 3) of the same images, in grey
-    levels, undoing the normalisation that the recipe asks for."""
+    """A graph's normalised pixels (N, 3, S, S) against Pillow's canvases (N, R, R, 3) of the same
+    images, in grey levels, undoing the normalisation that the recipe asks for."""
     levels = _levels(made, preprocess)
     apart = levels - _cropped(canvases, preprocess)
     beyond = float((np.abs(apart) > RESAMPLED_LEVELS[group] + WHOLE_LEVELS).mean((1, 2, 3)).max())
@@ -370,8 +381,8 @@ def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: st
 
 
 def resampled(made: Array, canvases: Array, preprocess: Preprocess, group: str) -> Array:
-    """Pillow's pixels as another resizer may round them: each grey level where the graph has it, as far as
-    RESAMPLED_LEVELS allows; normalised in numpy. (N, 3, S, S) float32."""
+    """Pillow's pixels as another resizer may round them: each grey level where the graph has it, as
+    far as RESAMPLED_LEVELS allows; normalised in numpy. (N, 3, S, S) float32."""
     most = RESAMPLED_LEVELS[group]
     exact = _cropped(canvases, preprocess)
     steps = np.nan_to_num(_levels(made, preprocess) - exact).round().clip(-most, most)
@@ -399,15 +410,17 @@ def _cropped(canvases: Array, preprocess: Preprocess) -> Array:
 
 
 def rounding_limit(rounding: float, scale: float) -> float:
-    """What a lower precision may make of logits: rounding as emulated (Reference.rounding), scale: their largest."""
+    """What a lower precision may make of logits: rounding as emulated (Reference.rounding), scale:
+    their largest."""
     return min(ROUNDINGS * rounding, CEILING * scale) if np.isfinite(rounding) else 0.0
 
 
 def agreement(
     expected: Array, found: Array, rounding: float, precision: str, group: str
 ) -> list[Check]:
-    """Checks of a lower precision on the same inputs: logits (N, classes) against float32's. rounding: what emulated
-    rounding to that precision does to the logits of this model (Reference.rounding).
+    """Checks of a lower precision on the same inputs: logits (N, classes) against float32's.
+    rounding: what emulated rounding to that precision does to the logits of this model
+    (Reference.rounding).
 
     Top-1 may differ where the two best logits are nearer to each other than twice the limit: a tie.
     """
@@ -430,8 +443,9 @@ def agreement(
 
 
 class Emulated(TorchFunctionMode):
-    """Within the block, products on a CPU are computed from values rounded as a GPU's tensor cores take them, and
-    float16 rounds the result of every operation too. towards_zero: cut off, else to the nearest."""
+    """Within the block, products on a CPU are computed from values rounded as a GPU's tensor cores
+    take them, and float16 rounds the result of every operation too. towards_zero: cut off, else to
+    the nearest."""
 
     def __init__(self, precision: str, *, towards_zero: bool):
         super().__init__()
@@ -514,9 +528,11 @@ def _tf32(value: torch.Tensor, *, towards_zero: bool) -> torch.Tensor:
 def first_divergence(
     reference: Reference, core: Path, pixels: Array, layers: Mapping[str, str], provider: str
 ) -> str:
-    """Name the first layer whose output leaves the tolerance, with both magnitudes. pixels: (N, 3, S, S) float32.
+    """Name the first layer whose output leaves the tolerance, with both magnitudes. pixels: (N, 3,
+    S, S) float32.
 
-    Every value of the core file is made an output of ONE session (0.06 s) and compared with the module of its layer.
+    Every value of the core file is made an output of ONE session (0.06 s) and compared with the
+    module of its layer.
     """
     truth = _module_outputs(reference.float64, pixels, torch.float64)
     floors = _module_outputs(reference.float32, pixels, torch.float32)
@@ -542,7 +558,8 @@ def first_divergence(
 def _last_values(
     model: onnx.ModelProto, layers: Mapping[str, str], modules: set[str]
 ) -> dict[str, str]:
-    """Value -> the module whose output it is, in graph order: the last value made inside that module."""
+    """Value -> the module whose output it is, in graph order: the last value made inside that
+    module."""
     last: dict[str, str] = {}
     for node in model.graph.node:
         for value in node.output:

@@ -1,13 +1,15 @@
-"""Is the candidate slower than the baseline? A gate with an interval, an A/A control, and an honest "inconclusive".
+"""Is the candidate slower than the baseline? A gate with an interval, an A/A control, and an honest
+"inconclusive".
 
     found = compare(Condition(model="new.onnx", threads=1), Condition(model="old.onnx", threads=1), image="photo.png")
     found.verdict, found.ratio, found.low, found.high
 
-Each fresh process holds the baseline twice and the candidate once, and runs the three in turn, in changing order. Each
-round gives log(candidate / baseline), the baseline being the mean of both, and the A/A control log(baseline /
-baseline). The ratio is the median over all rounds, its interval a bootstrap over processes, then rounds; it is looked
-at after 5, 10, 20, 40 and 80 processes, and holds at all five looks together (95 %, Bonferroni). An interval alone is
-no gate: of 8 A/A comparisons within one process, 2 excluded 1. So:
+Each fresh process holds the baseline twice and the candidate once, and runs the three in turn, in
+changing order. Each round gives log(candidate / baseline), the baseline being the mean of both, and
+the A/A control log(baseline / baseline). The ratio is the median over all rounds, its interval a
+bootstrap over processes, then rounds; it is looked at after 5, 10, 20, 40 and 80 processes, and
+holds at all five looks together (95 %, Bonferroni). An interval alone is no gate: of 8 A/A
+comparisons within one process, 2 excluded 1. So:
 
     passed         the upper bound is at most 1 + tolerance (5 %)
     failed         the lower bound exceeds 1 + margin, and a second round of fresh processes says so too; margin: the
@@ -58,8 +60,9 @@ MEDIAN = 1.2533
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Candidate over baseline: ratio with its interval; spread: standard deviation of the A/A control's process
-    medians; margin: what the lower bound must exceed. All but the ratios are shares (0.05 is 5 %)."""
+    """Candidate over baseline: ratio with its interval; spread: standard deviation of the A/A
+    control's process medians; margin: what the lower bound must exceed. All but the ratios are
+    shares (0.05 is 5 %)."""
 
     ratio: float
     low: float
@@ -70,7 +73,8 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One quantity judged. what: latency, cold start, memory, size. processes, seconds: what the answer took."""
+    """One quantity judged. what: latency, cold start, memory, size. processes, seconds: what the
+    answer took."""
 
     what: str
     verdict: Outcome
@@ -91,7 +95,8 @@ class Verdict:
 
 
 def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
-    """Hierarchical bootstrap of the median log ratio, and no narrower than the control's spread allows; seeded."""
+    """Hierarchical bootstrap of the median log ratio, and no narrower than the control's spread
+    allows; seeded."""
     rounds = min(len(ratios) for ratios, _ in samples)
     ratios = np.stack([item[:rounds] for item, _ in samples])
     rng = np.random.default_rng(0)
@@ -122,9 +127,11 @@ def decide(
     least: int = 2 * PROCESSES,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Verdict:
-    """Draw samples until the answer is sure, or `seconds` would be over. draw: measures in one fresh process.
+    """Draw samples until the answer is sure, or `seconds` would be over. draw: measures in one
+    fresh process.
 
-    Raises FtkitError after the first of them when so slow a model leaves no time for `least`: two rounds.
+    Raises FtkitError after the first of them when so slow a model leaves no time for `least`: two
+    rounds.
     """
     begun = clock()
     drawn = 0
@@ -179,9 +186,11 @@ def decide(
 
 
 def _needed(found: Estimate, tolerance: float, processes: int) -> float:
-    """How many processes will settle it, were the ratio what it seems: the interval shrinks with their square root.
+    """How many processes will settle it, were the ratio what it seems: the interval shrinks with
+    their square root.
 
-    Halved, since the estimate moves too; infinite between the tolerance and the margin, where no number settles it.
+    Halved, since the estimate moves too; infinite between the tolerance and the margin, where no
+    number settles it.
     """
     if processes < 2 * PROCESSES:
         return 2 * processes
@@ -214,7 +223,8 @@ def compare(
     tolerance: float = TOLERANCE,
     seconds: float = SECONDS,
 ) -> Verdict:
-    """The latency gate. image: what ftkit's own files are fed with. Raises FtkitError when a model does not run."""
+    """The latency gate. image: what ftkit's own files are fed with. Raises FtkitError when a model
+    does not run."""
     each = seconds / (2 * PROCESSES + 3)  # so that two rounds fit; a process also has to start
     turns = itertools.cycle(range(3))
 
@@ -229,7 +239,8 @@ def compare(
 
 
 def sample(candidate: Array, one: Array, other: Array) -> Sample:
-    """Times (rounds,) of the candidate and of the baseline twice -> log ratios and their A/A control."""
+    """Times (rounds,) of the candidate and of the baseline twice -> log ratios and their A/A
+    control."""
     return np.log(candidate) - (np.log(one) + np.log(other)) / 2, np.log(other / one)
 
 
@@ -240,10 +251,12 @@ def compare_starts(
     *,
     seconds: float = SECONDS,
 ) -> tuple[Verdict, Verdict]:
-    """Cold start and peak memory, of processes that do nothing else: baseline, candidate and baseline again, in turn.
+    """Cold start and peak memory, of processes that do nothing else: baseline, candidate and
+    baseline again, in turn.
 
-    Cold start: session and first run; importing ONNX Runtime is not the model's doing. Memory: of other processes, in
-    which a path's length does not matter (`begin`). Raises FtkitError as compare.
+    Cold start: session and first run; importing ONNX Runtime is not the model's doing. Memory: of
+    other processes, in which a path's length does not matter (`begin`). Raises FtkitError as
+    compare.
     """
 
     def draws(name: str, *, even_heap: bool) -> Callable[[], Sample]:
@@ -293,10 +306,11 @@ def compare_sizes(candidate: int, baseline: int) -> Verdict:
 def compare_stored(
     now: Callable[[], Sequence[Start]], then: Sequence[Start], *, same_machine: bool
 ) -> list[Verdict]:
-    """Latency, cold start and memory against figures of another day. now: measures (again, to confirm a failure).
+    """Latency, cold start and memory against figures of another day. now: measures (again, to
+    confirm a failure).
 
-    There is no control in the same job, so 15 % is the least that can be told of times, and 10 % of memory; on another
-    machine, nothing.
+    There is no control in the same job, so 15 % is the least that can be told of times, and 10 % of
+    memory; on another machine, nothing.
     """
     first = list(now())
     found = [_stored(what, first, then, same_machine) for what in STORED]

@@ -17,7 +17,8 @@ from collections.abc import Iterable
 
 
 class FtkitError(Exception):
-    """Bad usage or bad input: the message says where, what was expected, what was found, what to try."""
+    """Bad usage or bad input: the message says where, what was expected, what was found, what to
+    try."""
 
     exit_code = 2
 
@@ -27,7 +28,8 @@ class ImageError(FtkitError):
 
 
 class UnavailableImageError(ImageError):
-    """One image file cannot be read now, for a reason that does not lie in its content: no memory, no permission."""
+    """One image file cannot be read now, for a reason that does not lie in its content: no memory,
+    no permission."""
 
 
 class ProviderError(FtkitError):

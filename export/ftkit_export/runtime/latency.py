@@ -5,10 +5,9 @@
     start = begin(Condition(model="model.onnx", threads=1), image="photo.png")     # cold: a fresh process, once
     fp32, int8 = race(["model.onnx", "int8.onnx"], image="photo.png")              # in turn, in several processes
 
-Warm-up: at least 20 runs and 1 s. Then at least 200 runs and 10 s (quick: 50 runs and 0.5 s after 0.25 s, and
-marked so). p99 only
-from 1000 runs on. Any ONNX file will do: what it is fed with follows from its signature where it is none of ftkit's.
-timing.py is what the processes run.
+Warm-up: at least 20 runs and 1 s. Then at least 200 runs and 10 s (quick: 50 runs and 0.5 s after
+0.25 s, and marked so). p99 only from 1000 runs on. Any ONNX file will do: what it is fed with
+follows from its signature where it is none of ftkit's. timing.py is what the processes run.
 """
 
 from __future__ import annotations
@@ -39,10 +38,11 @@ EVEN_HEAP = {
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What is run and how. threads: 0 = all cores. batch: 0 = what the file fixes, else 1. spinning: idle threads keep
-    a core busy. copies: inputs and outputs pass through host memory; False: they stay on the device. optimised: ONNX
-    Runtime may rewrite the graph. frame: "640x480", width and height of what an image form is fed: it resizes inside,
-    so its time depends on them. "": the image as it is."""
+    """A model and the conditions it is measured in. threads: 0 = all cores. batch: 0 = what the
+    file fixes, else 1. spinning: idle threads keep a core busy. copies: inputs and outputs pass
+    through host memory; False: they stay on the device. optimised: ONNX Runtime may rewrite the
+    graph. frame: "640x480", width and height of what an image form is fed: it resizes inside, so
+    its time depends on them. "": the image as it is."""
 
     model: str
     provider: str = "cpu"
@@ -56,12 +56,14 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One measured condition. Times in milliseconds a run, sizes in bytes; p99_ms is None below 1000 runs.
+    """One measured condition. Times in milliseconds a run, sizes in bytes; p99_ms is None below
+    1000 runs.
 
-    gpu_bytes: GPU memory that came to be used between the process's beginning and its last run, on the whole first GPU:
-    keep others off it. None without a GPU. placement: where the operators ran, in words (session.Session.placement).
-    histogram: counts in 40 equal bins from low_ms to high_ms, the fastest run and the 99th percentile; slower runs are
-    in the last bin. frame: width and height of what an image form was fed, "640x480"; "" for other files.
+    gpu_bytes: GPU memory that came to be used between the process's beginning and its last run, on
+    the whole first GPU: keep others off it. None without a GPU. placement: where the operators ran,
+    in words (session.Session.placement). histogram: counts in 40 equal bins from low_ms to high_ms,
+    the fastest run and the 99th percentile; slower runs are in the last bin. frame: width and
+    height of what an image form was fed, "640x480"; "" for other files.
     """
 
     provider: str
@@ -90,8 +92,8 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """One fresh process: importing ONNX Runtime, opening the session, the first run; then p50 and p95 of a short
-    steady stretch (50 runs), which budgets and stored baselines rest on."""
+    """One fresh process: importing ONNX Runtime, opening the session, the first run; then p50 and
+    p95 of a short steady stretch (50 runs), which budgets and stored baselines rest on."""
 
     import_ms: float
     session_ms: float
@@ -113,10 +115,11 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Raced:
-    """One of several models run in turn. ratio: its time over the first model's, the mean over processes of their
-    medians (of the logarithm), with a 95 % interval. spread: standard deviation over processes of the logarithm of the
-    first model's time over its own, in another session of the same process: the A/A control. processes: that were
-    started; 0 stands for figures of one process alone, which say nothing of another."""
+    """One of several models run in turn. ratio: its time over the first model's, the mean over
+    processes of their medians (of the logarithm), with a 95 % interval. spread: standard deviation
+    over processes of the logarithm of the first model's time over its own, in another session of
+    the same process: the A/A control. processes: that were started; 0 stands for figures of one
+    process alone, which say nothing of another."""
 
     p50_ms: float
     p95_ms: float
@@ -129,10 +132,12 @@ class Raced:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Where the time from file bytes to probabilities goes, medians in ms, runs in turn in one process.
+    """Where the time from file bytes to probabilities goes, medians in ms, runs in turn in one
+    process.
 
-    decode_ms: file bytes to pixels; pillow_ms: preprocessing in Pillow and numpy, as a program without the image form
-    would do it; network_ms: core form; together_ms: image form; preprocess_ms: median of together - network.
+    decode_ms: file bytes to pixels; pillow_ms: preprocessing in Pillow and numpy, as a program
+    without the image form would do it; network_ms: core form; together_ms: image form;
+    preprocess_ms: median of together - network.
     """
 
     decode_ms: float
@@ -145,7 +150,8 @@ class Parts:
 def measure(
     condition: Condition, image: str | Path | None = None, *, quick: bool = False
 ) -> Latency:
-    """Latency in a fresh process. image: what ftkit's own files are fed with; without one, noise of 224 x 224.
+    """Latency in a fresh process. image: what ftkit's own files are fed with; without one, noise of
+    224 x 224.
 
     Raises FtkitError with the child's own words when it fails.
     """
@@ -162,9 +168,9 @@ def begin(
 ) -> Start:
     """One cold start, in a fresh process. steady: then p50 and p95 too. Raises as measure.
 
-    even_heap: every large buffer is mapped, and given back when freed. Peak memory of one model then varies by 0.5 %;
-    otherwise the length of its path alone moves it by 7 % (lite0: 106 or 114 MB). Opening takes 1.3 times as long.
-    glibc only.
+    even_heap: every large buffer is mapped, and given back when freed. Peak memory of one model
+    then varies by 0.5 %; otherwise the length of its path alone moves it by 7 % (lite0: 106 or 114
+    MB). Opening takes 1.3 times as long. glibc only.
     """
     return Start(
         **in_child("begin", [condition], image, EVEN_HEAP if even_heap else None, steady=steady)
@@ -180,11 +186,13 @@ def race(
     rounds: int = ROUNDS,
     frame: str = "",
 ) -> list[Raced]:
-    """Models (of one form) run in turn on one image file, so that noise meets all alike. Raises as measure.
+    """Models (of one form) run in turn on one image file, so that noise meets all alike. Raises as
+    measure.
 
-    In each of several fresh processes the first model is opened twice, the others once, in another order each time: a
-    session's place in memory has a speed of its own, which no number of runs averages out. The interval is Student's t
-    over the processes, and no narrower than the same of the A/A control.
+    In each of several fresh processes the first model is opened twice, the others once, in another
+    order each time: a session's place in memory has a speed of its own, which no number of runs
+    averages out. The interval is Student's t over the processes, and no narrower than the same of
+    the A/A control.
     """
     conditions = [
         Condition(model=str(model), provider=provider, threads=threads, frame=frame)
@@ -242,7 +250,7 @@ def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
 
 
 def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Parts:
-    """What the time of one photograph is made of. Raises as measure."""
+    """Split the time for one image into decoding, preprocessing and network. Raises as measure."""
     core = replace(image_form, model=str(core_form))
     return Parts(**in_child("parts", [image_form, core], image))
 
@@ -250,7 +258,8 @@ def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Pa
 def over_sizes(
     condition: Condition, image: str | Path, frames: Sequence[str]
 ) -> list[tuple[str, float, float]]:
-    """(frame, p50 ms, p95 ms) of an image form fed with each of these sizes, in one process. Raises as measure."""
+    """(frame, p50 ms, p95 ms) of an image form fed with each of these sizes, in one process. Raises
+    as measure."""
     times = in_child("sizes", [replace(condition, frame=frame) for frame in frames], image)
     return [(frame, p50, p95) for frame, (p50, p95) in zip(frames, times, strict=True)]
 
@@ -290,8 +299,8 @@ def in_child(
 
 
 def machine() -> dict[str, object]:
-    """What the evidence was measured on: GPU and driver where there are, processor, cores that may be used, system,
-    Python, ONNX Runtime; fingerprint: of all these."""
+    """Facts about this machine: GPU and driver where there are, processor, cores that may be used,
+    system, Python, ONNX Runtime; fingerprint: of all these."""
     import onnxruntime
 
     from ftkit_export.runtime.session import cores

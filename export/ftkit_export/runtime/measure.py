@@ -1,9 +1,11 @@
-"""Everything there is to say about a model's speed on this machine, in one schema, on a workstation or a device.
+"""Everything there is to say about a model's speed on this machine, in one schema, on a workstation
+or a device.
 
     found = bench("bundle", providers=["cpu"])       # or any model.onnx; a dict, for JSON
     found["rows"], found["starts"], found["parts"], found["raced"]
 
-`ftkit bench` and `device/classify.py --bench` write it; `ftkit export --latency` and `ftkit bench --against` read it.
+`ftkit bench` and `device/classify.py --bench` write it; `ftkit export --latency` and `ftkit bench
+--against` read it.
 """
 
 from __future__ import annotations
@@ -48,10 +50,12 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What is measured. files: variant -> image form, the shipped one first (of a plain model: "model" -> it).
+    """A bundle or model file to measure. files: variant -> image form, the shipped one first (of a
+    plain model: "model" -> it).
 
-    cores: variant -> core form. name: the recipe's, or the file's. fingerprint: sha256 of the manifest, or of the file.
-    image: fed to ftkit's own files. frame: the size it is brought to, "640x480"; "": its own.
+    cores: variant -> core form. name: the recipe's, or the file's. fingerprint: sha256 of the
+    manifest, or of the file. image: fed to ftkit's own files. frame: the size it is brought to,
+    "640x480"; "": its own.
     """
 
     files: Mapping[str, Path]
@@ -105,8 +109,9 @@ class Model:
 def find(model: str | Path, image: str | Path | None = None, frame: str | None = None) -> Model:
     """A bundle's variants, its files checked, or a single ONNX file.
 
-    frame: by default the bundle's own, which its budgets are judged at, and of an `image` or another file none. Raises
-    BundleError for a bundle that is not whole, FtkitError when there is nothing to measure.
+    frame: by default the bundle's own, which its budgets are judged at, and of an `image` or
+    another file none. Raises BundleError for a bundle that is not whole, FtkitError when there is
+    nothing to measure.
     """
     path = Path(model)
     if path.is_dir():
@@ -144,7 +149,8 @@ def conditions(
     batches: Sequence[int],
     frame: str = "",
 ) -> list[Condition]:
-    """Provider x threads x batch. On the CPU several threads also without spinning; on a GPU also without copies."""
+    """Provider x threads x batch. On the CPU several threads also without spinning; on a GPU also
+    without copies."""
     found = []
     for provider in providers:
         for count in threads if provider == "cpu" else [1]:
@@ -177,14 +183,15 @@ def bench(
     frame: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure a bundle or a model file, or what `find` made of one. threads: 1 and all cores by default. batches: 0 =
-    what the file fixes, else 1. frame: as find's. say: told what is measured next.
+    """Measure a bundle or a model file, or what `find` made of one. threads: 1 and all cores by
+    default. batches: 0 = what the file fixes, else 1. frame: as find's. say: told what is measured
+    next.
 
-    The result: schema, machine, target, name, run, fingerprint, provider and threads (the first of each, which starts,
-    parts and raced hold for, starts for the first batch too), sha256 (variant -> its file that ran), quick, rows (a
-    Latency and its variant each), starts (variant -> Starts), parts (variant -> Parts, where both forms run), raced
-    (variant -> Raced, against the first of them that is fp32). Raises FtkitError for a model that is not there, or does
-    not run.
+    The result: schema, machine, target, name, run, fingerprint, provider and threads (the first of
+    each, which starts, parts and raced hold for, starts for the first batch too), sha256 (variant
+    -> its file that ran), quick, rows (a Latency and its variant each), starts (variant -> Starts),
+    parts (variant -> Parts, where both forms run), raced (variant -> Raced, against the first of
+    them that is fp32). Raises FtkitError for a model that is not there, or does not run.
     """
     found = model if isinstance(model, Model) else find(model, image, frame)
     counts = list(threads) or sorted({1, cores()})
@@ -243,7 +250,8 @@ def bench(
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """What bench wrote as JSON. Raises FtkitError when the file is something else, or of another schema."""
+    """Read the JSON that bench wrote. Raises FtkitError when the file is something else, or of
+    another schema."""
     try:
         data = json.loads(Path(path).read_text())
     except (OSError, ValueError):
@@ -311,7 +319,8 @@ def checked(data: Any, where: str) -> dict[str, Any]:
 
 
 def _main() -> int:
-    """`python -m ftkit_export.runtime.measure JSON`: measure what lies in this folder, print it as JSON."""
+    """`python -m ftkit_export.runtime.measure JSON`: measure what lies in this folder, print it as
+    JSON."""
     job = json.loads(sys.argv[1])
     threads = [job["threads"]] if job["threads"] else []
     try:

@@ -1,5 +1,5 @@
-"""What the NVIDIA driver (NVML) tells of the first GPU that this process may use; nothing where there is none, or where
-it cannot be known which of several it is.
+"""Facts from the NVIDIA driver (NVML) on the first GPU that this process may use; nothing where
+there is none, or where it cannot be known which of several it is.
 
 facts()         {"gpu": "NVIDIA H200", "driver": "580.65"}
 used_bytes()    memory in use on it, by all processes
@@ -47,8 +47,9 @@ def _opened() -> tuple[Any, Any] | None:
 
 
 def same_numbers(gpus: int) -> bool:
-    """Whether CUDA's number of a GPU is NVML's, which counts along the bus: CUDA counts the fastest first, unless
-    CUDA_DEVICE_ORDER=PCI_BUS_ID says otherwise. It is the user's to set: it changes which GPU is used."""
+    """Whether CUDA's number of a GPU is NVML's, which counts along the bus: CUDA counts the fastest
+    first, unless CUDA_DEVICE_ORDER=PCI_BUS_ID says otherwise. It is the user's to set: it changes
+    which GPU is used."""
     return gpus == 1 or os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") == "PCI_BUS_ID"
 
 

@@ -1,9 +1,10 @@
-"""What an ONNX file refers to, read from its bytes without loading it: a file from elsewhere is not trusted.
+"""References and operators of an ONNX file, read from its bytes without loading it: a file from
+elsewhere is not trusted.
 
     found = inspect("model.onnx")        # BundleError: external data, unknown domains, not a model
 
-Only the wire format of the few fields that can do harm is read (onnx.proto), so a device needs no onnx package, and
-weights are skipped, not parsed.
+Only the wire format of the few fields that can do harm is read (onnx.proto), so a device needs no
+onnx package, and weights are skipped, not parsed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ EXTERNAL = (
 )  # com.microsoft: a compiled engine for one provider, in the file or at a path it names
 MODEL_FIELDS = {"ir": 1, "graph": 7, "opset": 8, "function": 25}
 DEEPEST = 32  # graphs within graphs
-# What computes on shapes, and may be shape arithmetic itself; Expand, Resize and the like make data of a shape.
+# What computes on shapes, and may be shape arithmetic itself; Expand, Resize and the like make data
+# of a shape.
 ON_SHAPES = (
     "Gather",
     "Concat",
@@ -53,7 +55,8 @@ INTEGERS = (6, 7, 9)  # TensorProto.DataType: int32, int64, bool
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """ir: IR version; opset: of the default domain; nodes: operator type -> count, subgraphs included."""
+    """ir: IR version; opset: of the default domain; nodes: operator type -> count, subgraphs
+    included."""
 
     ir: int
     opset: int
@@ -74,9 +77,11 @@ def inspect(path: str | Path) -> Inspected:
 
 
 def shape_nodes(model: str | Path | bytes) -> set[str]:
-    """Names of the nodes that compute shapes only: what comes of Shape and Size, and of constants with it.
+    """Names of the nodes that compute shapes only: what comes of Shape and Size, and of constants
+    with it.
 
-    ONNX Runtime keeps them on the CPU whatever the provider (GetCpuPreferredNodes): there is nothing to gain elsewhere.
+    ONNX Runtime keeps them on the CPU whatever the provider (GetCpuPreferredNodes): there is
+    nothing to gain elsewhere.
     """
     data = memoryview(model if isinstance(model, bytes) else Path(model).read_bytes())
     names: set[str] = set()

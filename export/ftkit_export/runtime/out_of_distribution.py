@@ -1,10 +1,12 @@
-"""Is this image of the kind the model was trained on? A distance of its embedding from the training images' own.
+"""Is this image of the kind the model was trained on? A distance of its embedding from the training
+images' own.
 
     foreign = Foreign.from_text(metadata["out_of_domain"])
     foreign.score(embedding) > foreign.threshold
 
-Mahalanobis distance of the normalised embedding to the nearest class mean (Lee et al. 2018; normalised: Mueller and
-Hein 2025), with a shared covariance of few directions plus an equal rest. Measured: bench/README.md.
+Mahalanobis distance of the normalised embedding to the nearest class mean (Lee et al. 2018;
+normalised: Mueller and Hein 2025), with a shared covariance of few directions plus an equal rest.
+Measured: bench/README.md.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ DTYPES = {"means": np.float16, "directions": np.float16, "weights": np.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class Foreign:
-    """means (classes, D) and directions (K, D) float16, of the embedding scaled to length 1. rest: variance of every
-    direction but those; weights (K,) float32: 1 / rest - 1 / (the direction's own variance). threshold: the score that
-    `kept` of the val images stay below."""
+    """means (classes, D) and directions (K, D) float16, of the embedding scaled to length 1. rest:
+    variance of every direction but those; weights (K,) float32: 1 / rest - 1 / (the direction's own
+    variance). threshold: the score that `kept` of the val images stay below."""
 
     means: Array
     directions: Array
@@ -34,7 +36,8 @@ class Foreign:
     kept: float
 
     def score(self, embedding: Array) -> Array:
-        """(N, D) -> (N,) float32: squared distance to the nearest class mean, 1 a dimension for what is familiar."""
+        """(N, D) -> (N,) float32: squared distance to the nearest class mean, 1 a dimension for
+        what is familiar."""
         means = self.means.astype(np.float64)
         axes = self.directions.astype(np.float64).T
         unit = _unit(embedding)
@@ -87,7 +90,8 @@ def _unit(embedding: Array) -> Array:
 
 
 def _squares(one: Array, other: Array, weights: Array) -> Array:
-    """(N, D), (M, D), (D,) -> (N, M): weighted squared distances, by products of matrices (N x M x D never exists)."""
+    """(N, D), (M, D), (D,) -> (N, M): weighted squared distances, by products of matrices (N x M x
+    D never exists)."""
     squares: Array = (
         (one**2 @ weights)[:, None] + (other**2 @ weights)[None] - 2 * (one * weights) @ other.T
     )
@@ -97,7 +101,8 @@ def _squares(one: Array, other: Array, weights: Array) -> Array:
 def fit(
     embedding: Array, labels: Array, val: Array, *, directions: int = 16, kept: float = 0.95
 ) -> Foreign:
-    """embedding (N, D) with labels (N,) of training images, val (M, D) for the threshold -> Foreign.
+    """embedding (N, D) with labels (N,) of training images, val (M, D) for the threshold ->
+    Foreign.
 
     Small sets have fewer directions: at most a quarter of N.
     """

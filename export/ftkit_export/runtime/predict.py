@@ -30,9 +30,11 @@ from ftkit_export.runtime.verify import read_manifest
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One image's answer. probabilities: class name -> probability, in the model's class order; they sum to 1.
+    """One image's answer. probabilities: class name -> probability, in the model's class order;
+    they sum to 1.
 
-    doubtful: below the threshold at which the wanted precision was reached on val. foreign: unlike the training images.
+    doubtful: below the threshold at which the wanted precision was reached on val. foreign: unlike
+    the training images.
     """
 
     label: str
@@ -48,8 +50,9 @@ class Prediction:
 
 
 class Classifier:
-    """model: a bundle folder or its model.onnx. A provider that cannot run the image form runs the bundle's core form,
-    on pixels from Pillow. Raises BundleError when it has no labels, ProviderError as Session."""
+    """model: a bundle folder or its model.onnx. A provider that cannot run the image form runs the
+    bundle's core form, on pixels from Pillow. Raises BundleError when it has no labels,
+    ProviderError as Session."""
 
     def __init__(self, model: str | Path, *, provider: str = "cpu", threads: int = 0):
         path = Path(model)
@@ -111,12 +114,14 @@ class Classifier:
         return softmax(logits[0] / np.float32(self.temperature)), embedding
 
     def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
-        """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a bad file."""
+        """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a
+        bad file."""
         pixels = image if isinstance(image, np.ndarray) else self.decode(image)
         return self.frame(to_frame(pixels, self.input_format))
 
     def frame(self, frame: np.ndarray[Any, Any]) -> Prediction:
-        """A camera's frame as the model takes it (preprocess.to_frame; RGB unless exported otherwise)."""
+        """A camera's frame as the model takes it (preprocess.to_frame; RGB unless exported
+        otherwise)."""
         found, embedding = self._answer(frame)
         best = int(found.argmax())
         named = {label: float(value) for label, value in zip(self.labels, found, strict=True)}
@@ -156,7 +161,8 @@ def _core_form(bundle: Path) -> str:
 
 
 def image_files(paths: list[str | Path]) -> list[Path]:
-    """Files as given, and every image below the folders given, sorted. Raises FtkitError for a missing path."""
+    """Files as given, and every image below the folders given, sorted. Raises FtkitError for a
+    missing path."""
     found: list[Path] = []
     for item in map(Path, paths):
         if item.is_dir():

@@ -1,10 +1,12 @@
-"""Preprocess: the one definition of pixels, from image file to normalised tensor, in numpy and Pillow.
+"""Preprocess: the one definition of pixels, from image file to normalised tensor, in numpy and
+Pillow.
 
     image = decode("cell.jpg")               # (H, W, 3) uint8 RGB
     canvas = preprocess.canvas(image)        # (R, R, 3) uint8, what training keeps
     pixels = preprocess.pixels(canvas[None]) # (1, 3, S, S) float32, what the core form takes
 
-`graph.py` says the same as ONNX operators. This file is copied into every bundle: it needs numpy and Pillow only.
+`graph.py` says the same as ONNX operators. This file is copied into every bundle: it needs numpy
+and Pillow only.
 """
 
 from __future__ import annotations
@@ -37,11 +39,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 class Preprocess:
     """How an image becomes the network's input.
 
-    size: S, side of the network's input in pixels. resize: R, side of the canvas; R >= S.
-    mean, std: per channel, in grey levels (0..255): pixel = (level - mean) / std.
-    fit: "crop" keeps the centre square, "squash" resizes the whole image, "pad" letterboxes with black.
-    white: of 16-bit images, the value that is white (4095 of a 12-bit camera); None: 65535, and images that keep to the
-    lowest 12 bits are refused (`decode`). Raises FtkitError when a field makes no sense.
+    size: S, side of the network's input in pixels. resize: R, side of the canvas; R >= S. mean,
+    std: per channel, in grey levels (0..255): pixel = (level - mean) / std. fit: "crop" keeps the
+    centre square, "squash" resizes the whole image, "pad" letterboxes with black. white: of 16-bit
+    images, the value that is white (4095 of a 12-bit camera); None: 65535, and images that keep to
+    the lowest 12 bits are refused (`decode`). Raises FtkitError when a field makes no sense.
     """
 
     size: int = 224
@@ -83,11 +85,13 @@ class Preprocess:
         return replace(self, size=size, resize=max(size, round(self.resize * size / self.size)))
 
     def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
-        """An image file (path or bytes) -> (H, W, 3) uint8 RGB, as `decode` with this definition's white."""
+        """An image file (path or bytes) -> (H, W, 3) uint8 RGB, as `decode` with this definition's
+        white."""
         return decode(source, self.white)
 
     def canvas(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(H, W, 3) uint8 of any size -> (R, R, 3) uint8: fitted, then resized bilinear with antialiasing.
+        """(H, W, 3) uint8 of any size -> (R, R, 3) uint8: fitted, then resized bilinear with
+        antialiasing.
 
         Squaring comes first, so an 8000x2 image costs milliseconds, not gigabytes.
         """
@@ -112,7 +116,8 @@ class Preprocess:
         return out
 
     def pixels(self, canvases: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(N, R, R, 3) uint8 canvases -> (N, 3, S, S) float32: centre crop, then (level - mean) / std."""
+        """(N, R, R, 3) uint8 canvases -> (N, 3, S, S) float32: centre crop, then (level - mean) /
+        std."""
         start = (self.resize - self.size) // 2
         crop = canvases[:, start : start + self.size, start : start + self.size].astype(np.float32)
         scaled = (crop - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
@@ -149,14 +154,16 @@ def parse_frame(text: str) -> tuple[int, int]:
 
 
 def scaled(image: np.ndarray[Any, Any], frame: str) -> np.ndarray[Any, Any]:
-    """(H, W, 3) uint8 -> the same picture at the size of `frame` ("640x480"), to be measured with; "" leaves it."""
+    """(H, W, 3) uint8 -> the same picture at the size of `frame` ("640x480"), to be measured with;
+    "" leaves it."""
     if not frame:
         return image
     width, height = parse_frame(frame)
     return _resize(image, height, width)
 
 
-# BT.601, limited range, as cameras deliver NV12: R, G, B = 1.164 (Y - 16) + these times (U - 128, V - 128).
+# BT.601, limited range, as cameras deliver NV12: R, G, B = 1.164 (Y - 16) + these times (U - 128, V
+# - 128).
 LUMA = 255 / 219
 CHROMA = ((0.0, 1.596027), (-0.391762, -0.812968), (2.017232, 0.0))
 
@@ -164,8 +171,8 @@ CHROMA = ((0.0, 1.596027), (-0.391762, -0.812968), (2.017232, 0.0))
 def to_frame(image: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, Any]:
     """(H, W, 3) uint8 RGB -> the frame a camera of that format would deliver, uint8.
 
-    rgb, bgr: (H, W, 3). grey: (H, W, 1). nv12: (H * 3 / 2, W, 1), the luma plane, then rows of U and V by turns, with
-    H and W made even by repeating the last row and column.
+    rgb, bgr: (H, W, 3). grey: (H, W, 1). nv12: (H * 3 / 2, W, 1), the luma plane, then rows of U
+    and V by turns, with H and W made even by repeating the last row and column.
     """
     if input_format == "bgr":
         return np.ascontiguousarray(image[..., ::-1])
@@ -211,14 +218,16 @@ def _nv12_matrix() -> np.ndarray[Any, Any]:
 def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[Any, Any]:
     """An image file (path or bytes) -> (H, W, 3) uint8 RGB, upright by its EXIF orientation.
 
-    8-bit grey, palettes, CMYK and 1 bit are converted as Pillow does. Transparency is laid over white, as viewers show
-    it. 16-bit grey: level = 255 value / `white`, rounded; without a `white` it is 65535, and an image that keeps to the
-    lowest 12 bits is refused: it may be a 12-bit camera's, or a dark scene, and only the user knows. 32-bit integers:
-    the same within 0 .. 65535. Floats: 0 .. 1. Values beyond are refused; no image is scaled by its own extremes, for
-    then its grey would depend on what else it shows. 16-bit colour keeps its high byte (Pillow reads no more).
+    8-bit grey, palettes, CMYK and 1 bit are converted as Pillow does. Transparency is laid over
+    white, as viewers show it. 16-bit grey: level = 255 value / `white`, rounded; without a `white`
+    it is 65535, and an image that keeps to the lowest 12 bits is refused: it may be a 12-bit
+    camera's, or a dark scene, and only the user knows. 32-bit integers: the same within 0 .. 65535.
+    Floats: 0 .. 1. Values beyond are refused; no image is scaled by its own extremes, for then its
+    grey would depend on what else it shows. 16-bit colour keeps its high byte (Pillow reads no
+    more).
 
-    Raises ImageError naming the file and the reason (truncated, empty, not an image, too large to be honest, of unknown
-    depth), UnavailableImageError where it cannot be read now.
+    Raises ImageError naming the file and the reason (truncated, empty, not an image, too large to
+    be honest, of unknown depth), UnavailableImageError where it cannot be read now.
     """
     name = "image" if isinstance(source, bytes) else str(source)
     try:
@@ -263,7 +272,7 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
 
 
 class _UnknownDepthError(Exception):
-    """What the image's values mean cannot be known."""
+    """The meaning of the image's values is not known."""
 
 
 def _to_rgb(image: Image.Image, white: int | None) -> Image.Image:

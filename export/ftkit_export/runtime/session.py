@@ -1,9 +1,11 @@
-"""Open a model on a named provider with named threads, or fail: a session never silently runs elsewhere.
+"""Open a model on a named provider with named threads, or fail: a session never silently runs
+elsewhere.
 
     session = Session("model.onnx", provider="cpu", threads=1)
     probabilities, embedding = session.run(image)
 
-Every provider's options stand in the one table below. ONNX Runtime's telemetry is switched off before it is imported.
+Every provider's options stand in the one table below. ONNX Runtime's telemetry is switched off
+before it is imported.
 """
 
 from __future__ import annotations
@@ -26,13 +28,13 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once,
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """One ONNX Runtime execution provider, in one way of running it: its registered name, and the options ftkit opens
-    it with.
+    """One ONNX Runtime execution provider, in one way of running it: its registered name, and the
+    options ftkit opens it with.
 
-    precision: "" = float32, else what it rounds to ("tf32", "fp16"). form: which of a variant's two files it runs,
-    "image" or "core"; with the core form, Pillow and numpy make the pixels. gpu: inputs and outputs may stay on a GPU.
-    captured: runs with IO binding only. whole: every operator of a model must run on it; the others leave what they do
-    not take to another provider by design.
+    precision: "" = float32, else what it rounds to ("tf32", "fp16"). form: which of a variant's two
+    files it runs, "image" or "core"; with the core form, Pillow and numpy make the pixels. gpu:
+    inputs and outputs may stay on a GPU. captured: runs with IO binding only. whole: every operator
+    of a model must run on it; the others leave what they do not take to another provider by design.
     """
 
     name: str
@@ -50,8 +52,9 @@ _TENSORRT = "TensorrtExecutionProvider"
 
 
 def _cuda(precision: str = "", search: str = "HEURISTIC", captured: bool = False) -> Provider:
-    """HEURISTIC: ONNX Runtime's default EXHAUSTIVE costs seconds on the first run of each input shape. The core form:
-    CUDA's Resize takes no antialiased 8-bit images in NHWC (onnxruntime/core/providers/cuda/tensor/upsample.cc)."""
+    """HEURISTIC: ONNX Runtime's default EXHAUSTIVE costs seconds on the first run of each input
+    shape. The core form: CUDA's Resize takes no antialiased 8-bit images in NHWC
+    (onnxruntime/core/providers/cuda/tensor/upsample.cc)."""
     options = {
         "cudnn_conv_algo_search": search,
         "use_tf32": str(int(precision == "tf32")),
@@ -75,7 +78,8 @@ PROVIDERS: Mapping[str, Provider] = {
     "cuda-default": _cuda(search="DEFAULT"),
     "cuda-exhaustive": _cuda(search="EXHAUSTIVE"),
     "cuda-graph": _cuda(captured=True),
-    # TensorRT has no option for TF32, which it uses; NVIDIA_TF32_OVERRIDE=0 switches it off for a whole process.
+    # TensorRT has no option for TF32, which it uses; NVIDIA_TF32_OVERRIDE=0 switches it off for a
+    # whole process.
     "tensorrt": Provider(name=_TENSORRT, precision="tf32", form="core", gpu=True),
     "tensorrt-fp16": Provider(
         name=_TENSORRT, options={"trt_fp16_enable": "True"}, precision="fp16", form="core", gpu=True
@@ -106,8 +110,9 @@ def processors() -> list[int]:
 
 
 def cores() -> int:
-    """Cores this process may use: fewer than the machine has when it is pinned (taskset, a container's cpuset) or has a
-    quota of its own (`docker run --cpus`, a Kubernetes limit; cgroup v2), rounded down."""
+    """Cores this process may use: fewer than the machine has when it is pinned (taskset, a
+    container's cpuset) or has a quota of its own (`docker run --cpus`, a Kubernetes limit; cgroup
+    v2), rounded down."""
     seen = len(processors()) or os.cpu_count() or 1
     try:
         quota, period = map(int, QUOTA.read_text().split())
@@ -117,7 +122,8 @@ def cores() -> int:
 
 
 def offered() -> list[str]:
-    """Short names of the providers the installed ONNX Runtime was built with (built with is not yet: works here)."""
+    """Short names of the providers the installed ONNX Runtime was built with (built with is not
+    yet: works here)."""
     available = _runtime().get_available_providers()
     return [short for short, provider in PROVIDERS.items() if provider.name in available]
 
@@ -141,10 +147,11 @@ def form_of(provider: str, image: Any, core: Any) -> Any:
 
 
 def engine_cache(model: bytes) -> dict[str, str]:
-    """TensorRT's options for keeping the engines it builds, which takes minutes: next to ftkit's other caches.
+    """TensorRT's options for keeping the engines it builds, which takes minutes: next to ftkit's
+    other caches.
 
-    A folder a model: ONNX Runtime finds an engine by the graph's names and shapes, and would take that of another
-    model's weights (microsoft/onnxruntime, issue 6455).
+    A folder a model: ONNX Runtime finds an engine by the graph's names and shapes, and would take
+    that of another model's weights (microsoft/onnxruntime, issue 6455).
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     place = Path(os.environ.get("FTKIT_CACHE") or Path(home) / "ftkit") / "tensorrt"
@@ -168,7 +175,8 @@ def require(provider: str) -> None:
 
 
 def missing_library(provider: str) -> str:
-    """Why the provider's shared library does not load here, in the loader's own words; empty when it does load."""
+    """Why the provider's shared library does not load here, in the loader's own words; empty when
+    it does load."""
     import ctypes
 
     if not PROVIDERS[provider].gpu:
@@ -187,8 +195,8 @@ def missing_library(provider: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One input or output as the file declares it. type: in ONNX Runtime's words, "tensor(float)". shape: an int, or a
-    name (or None) where the size is free."""
+    """One input or output as the file declares it. type: in ONNX Runtime's words, "tensor(float)".
+    shape: an int, or a name (or None) where the size is free."""
 
     name: str
     type: str
@@ -196,7 +204,8 @@ class Input:
 
 
 def in_words(provider: str, operators: int, away: Mapping[str, int]) -> str:
-    """How many operators run on the provider, and how many elsewhere (integer arithmetic on shapes not counted)."""
+    """How many operators run on the provider, and how many elsewhere (integer arithmetic on shapes
+    not counted)."""
     others = ", ".join(f"{count} on {name}" for name, count in sorted(away.items()))
     here = operators - sum(away.values())
     return (
@@ -209,13 +218,15 @@ def in_words(provider: str, operators: int, away: Mapping[str, int]) -> str:
 class Session:
     """An ONNX Runtime session that is proven to run on the provider asked for.
 
-    model: a path or the serialized bytes. provider: a key of PROVIDERS. threads: intra-op threads, 0 = all cores.
-    spinning: whether idle worker threads spin (lower latency, a busy core). optimised: whether ONNX Runtime may rewrite
-    the graph. shared: another session runs between this one's runs, so its threads spin during a run only, each on a
-    processor of its own (else two sessions of two threads on two cores differ from themselves by 19 %, or by half when
-    both threads wake on one core). placement: where its operators run, in words. Raises ProviderError when the provider
-    is unknown, absent, not the one that answered, or (CUDA) not the one that computes every operator, BundleError when
-    the file refers to anything outside it, FtkitError when it does not load.
+    model: a path or the serialized bytes. provider: a key of PROVIDERS. threads: intra-op threads,
+    0 = all cores. spinning: whether idle worker threads spin (lower latency, a busy core).
+    optimised: whether ONNX Runtime may rewrite the graph. shared: another session runs between this
+    one's runs, so its threads spin during a run only, each on a processor of its own (else two
+    sessions of two threads on two cores differ from themselves by 19 %, or by half when both
+    threads wake on one core). placement: where its operators run, in words. Raises ProviderError
+    when the provider is unknown, absent, not the one that answered, or (CUDA) not the one that
+    computes every operator, BundleError when the file refers to anything outside it, FtkitError
+    when it does not load.
     """
 
     def __init__(
@@ -280,7 +291,8 @@ class Session:
             )
             providers.append((_CUDA, dict(PROVIDERS["cuda-tf32"].options)))
         try:
-            # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the CPU
+            # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the
+            # CPU
             return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             reason = str(error).split("\n")[0]
@@ -313,7 +325,8 @@ class Session:
         )
 
     def _placed(self, model: str | Path | bytes) -> str:
-        """Where the operators run, in words. Raises ProviderError where all must run on the provider and do not."""
+        """Where the operators run, in words. Raises ProviderError where all must run on the
+        provider and do not."""
         chosen = PROVIDERS[self.provider]
         if chosen.name == _CPU:
             return in_words(chosen.name, 0, {})  # there is nowhere else to run
@@ -332,7 +345,8 @@ class Session:
         return in_words(chosen.name, len(parts), Counter(where for where, _, _ in away))
 
     def _assigned(self) -> list[tuple[str, str, str]]:
-        """(provider, node's name, operator) of each node, as ONNX Runtime assigned them; none where it cannot tell."""
+        """(provider, node's name, operator) of each node, as ONNX Runtime assigned them; none where
+        it cannot tell."""
         if not hasattr(self._session, "get_provider_graph_assignment_info"):
             return []
         return [
@@ -342,7 +356,8 @@ class Session:
         ]
 
     def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """Inputs in the model's order -> outputs in the model's order. Raises FtkitError when the model cannot run."""
+        """Inputs in the model's order -> outputs in the model's order. Raises FtkitError when the
+        model cannot run."""
         if PROVIDERS[self.provider].captured:
             raise ProviderError(
                 f"provider {self.provider}: expected to be run with IO binding, which `ftkit bench` "
@@ -362,7 +377,8 @@ class Session:
         return outputs
 
     def bound(self, *arrays: np.ndarray[Any, Any]) -> Callable[[], list[Any]]:
-        """A call that runs on these inputs where they and the outputs (OrtValues) stay: on the provider's device.
+        """A call that runs on these inputs where they and the outputs (OrtValues) stay: on the
+        provider's device.
 
         Outputs whose sizes the file tells keep one place, as a captured graph asks for.
         """

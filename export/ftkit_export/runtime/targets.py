@@ -3,8 +3,9 @@
     target = TARGETS["x86-vnni"]
     why = unshippable("int8.onnx", target)       # "" or the reason
 
-Integer types per target: on x86, unsigned activations with signed weights, one scale a channel; without VNNI such
-products saturate in 16 bits, so weights keep 7 bits (reduce_range); on ARM both are signed. CUDA takes float16.
+Integer types per target: on x86, unsigned activations with signed weights, one scale a channel;
+without VNNI such products saturate in 16 bits, so weights keep 7 bits (reduce_range); on ARM both
+are signed. CUDA takes float16.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ LARGEST = 2**31  # bytes of one protobuf file
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """variants: precisions tried beside fp32. activations: "uint8" or "int8". oldest: the ONNX Runtime that must still
-    load the file, which sets opset and IR (1.15 and 1.17 refuse opset 20 with IR 10; measured)."""
+    """variants: precisions tried beside fp32. activations: "uint8" or "int8". oldest: the ONNX
+    Runtime that must still load the file, which sets opset and IR (1.15 and 1.17 refuse opset 20
+    with IR 10; measured)."""
 
     provider: str = "cpu"
     variants: tuple[str, ...] = ("int8",)

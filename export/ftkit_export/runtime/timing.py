@@ -1,6 +1,8 @@
-"""The inside of a measuring process: open a model in a condition, feed it, take the time of each run.
+"""The inside of a measuring process: open a model in a condition, feed it, take the time of each
+run.
 
-`python -m ftkit_export.runtime.timing JSON` does one of `WORK`, once, and prints JSON; latency.py starts it.
+`python -m ftkit_export.runtime.timing JSON` does one of `WORK`, once, and prints JSON; latency.py
+starts it.
 """
 
 from __future__ import annotations
@@ -60,10 +62,10 @@ def peak_rss_bytes() -> int:
 
 
 def feeds(session: Session, image: str | None, batch: int, frame: str = "") -> list[Any]:
-    """What the session is fed with: the image as ftkit's own file wants it, else noise after its signature.
+    """Inputs for a session: the image as ftkit's own file wants it, else noise after its signature.
 
-    frame: the size the image is brought to, "640x480". Raises FtkitError for an input that cannot be made, or that has
-    another batch.
+    frame: the size the image is brought to, "640x480". Raises FtkitError for an input that cannot
+    be made, or that has another batch.
     """
     if image and "preprocess" in session.metadata:
         return [_from_image(session, image, batch, frame)]
@@ -146,9 +148,11 @@ def in_turn(
     warm_up: tuple[int, float],
     seconds: float,
 ) -> Any:
-    """(rounds, calls) ms: each round runs every call once; who goes first changes, and so does who follows whom.
+    """(rounds, calls) ms: each round runs every call once; who goes first changes, and so does who
+    follows whom.
 
-    warm_up: at least so many rounds and seconds. Ends early after `seconds`, though not before 3 rounds.
+    warm_up: at least so many rounds and seconds. Ends early after `seconds`, though not before 3
+    rounds.
     """
     import numpy as np
 
@@ -190,8 +194,8 @@ def _timed(call: Callable[[], object], runs: int, seconds: float) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
-    """A model that has answered once. call: runs it again; frame: "640x480" of an image form's input; start: what it
-    took to come to the first answer, in ms: import, session, first run."""
+    """A model that has answered once. call: runs it again; frame: "640x480" of an image form's
+    input; start: what it took to come to the first answer, in ms: import, session, first run."""
 
     call: Callable[[], object]
     batch: int
@@ -297,7 +301,8 @@ def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool
 
 
 def pin(conditions: Sequence[Condition]) -> None:
-    """Keep the calling thread off the processors that the sessions' own threads are tied to, where there are any."""
+    """Keep the calling thread off the processors that the sessions' own threads are tied to, where
+    there are any."""
     from ftkit_export.runtime.session import processors
 
     if processors() and any(condition.threads != 1 for condition in conditions):
@@ -312,7 +317,8 @@ def _shared(condition: Condition, image: str | None) -> Callable[[], object]:
 def _pairs_here(
     conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float
 ) -> list[list[float]]:
-    """Times in ms, a row a round, a column a condition (`regression` reads them); about `seconds` in all."""
+    """Times in ms, a row a round, a column a condition (`regression` reads them); about `seconds`
+    in all."""
     begun = time.perf_counter()
     calls = [_shared(condition, image) for condition in conditions]
     pin(conditions)

@@ -1,10 +1,11 @@
-"""Does a bundle still prove itself here? Hashes, then golden vectors, on any machine, without the training framework.
+"""Does a bundle still prove itself here? Hashes, then golden vectors, on any machine, without the
+training framework.
 
     result = verify("bundle", provider="cpu")
     result.passed; result.checks
 
-A missing, changed or extra file, or a manifest of a newer schema, is a BundleError that names the file. A golden vector
-out of tolerance, or sealed evidence that failed, is a failed check.
+A missing, changed or extra file, or a manifest of a newer schema, is a BundleError that names the
+file. A golden vector out of tolerance, or sealed evidence that failed, is a failed check.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ EVIDENCE = "evidence"  # what other machines added to a copy
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenCheck:
-    """The worst golden image of one form on one provider: `value` is max |difference| in units of its tolerance.
+    """The worst golden image of one form on one provider: `value` is max |difference| in units of
+    its tolerance.
 
-    top1_wrong: images whose first class is another one, though the two best were further apart than the tolerance.
+    top1_wrong: images whose first class is another one, though the two best were further apart than
+    the tolerance.
     """
 
     name: str
@@ -56,8 +59,9 @@ class GoldenCheck:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What verify found. files: how many hashes were compared; failed_gates: sealed gates that had failed, as text;
-    placement: where the operators ran, in words, each once (session.Session.placement)."""
+    """Result of a verification. files: how many hashes were compared; failed_gates: sealed gates
+    that had failed, as text; placement: where the operators ran, in words, each once
+    (session.Session.placement)."""
 
     provider: str
     files: int
@@ -81,7 +85,8 @@ def sha256(path: Path) -> str:
 
 
 def with_digest(text: str) -> bytes:
-    """A JSON object with its own digest in it: SHA-256 of these very bytes, with zeros in the digest's place."""
+    """A JSON object with its own digest in it: SHA-256 of these very bytes, with zeros in the
+    digest's place."""
     data = text.replace("{", "{\n " + DIGEST_KEY + '"' + NO_DIGEST + '",', 1).encode()
     return data.replace(NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
@@ -95,8 +100,8 @@ def is_whole(data: bytes) -> bool:
 
 
 def read_manifest(bundle: str | Path) -> dict[str, Any]:
-    """The manifest of a bundle. Raises BundleError for none, another schema, one that was altered, or one that proves
-    nothing."""
+    """The manifest of a bundle. Raises BundleError for none, another schema, one that was altered,
+    or one that proves nothing."""
     path = Path(bundle) / MANIFEST
     if not path.is_file():
         raise BundleError(
@@ -150,7 +155,8 @@ def _variant_files(path: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def check_files(bundle: Path, files: dict[str, str]) -> None:
-    """Every listed file is there, unchanged, and nothing else is. Raises BundleError naming the first that is not."""
+    """Every listed file is there, unchanged, and nothing else is. Raises BundleError naming the
+    first that is not."""
     present = {
         path.relative_to(bundle).as_posix()
         for path in bundle.rglob("*")
@@ -182,8 +188,8 @@ def check_files(bundle: Path, files: dict[str, str]) -> None:
 def replay_golden(
     bundle: Path, manifest: dict[str, Any], provider: str
 ) -> tuple[tuple[GoldenCheck, ...], tuple[str, ...]]:
-    """Both forms of every variant over every golden image: image form end to end, core form from Pillow's pixels. The
-    checks, and where the sessions' operators ran."""
+    """Both forms of every variant over every golden image: image form end to end, core form from
+    Pillow's pixels. The checks, and where the sessions' operators ran."""
     entries = json.loads((bundle / "golden" / "golden.json").read_text())["images"]
     for entry in entries:
         if f"golden/{entry['file']}" not in manifest["files"]:

@@ -1,4 +1,4 @@
-"""What `ftkit bench` judges and prints of the figures that ftkit_export.runtime.measure and .regression measure.
+"""Judge and print measured latencies: budgets, and the regression gate.
 
 limits = parse_budgets(["p95_ms=8", "size_mb=5"])
 verdicts = judge(found, limits)
@@ -35,10 +35,11 @@ BUDGETS = ("p50_ms", "p95_ms", "cold_ms", "memory_mb", "size_mb")
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit and what was measured, a value a process, the longest measurement first; none where it could not be.
+    """A limit and what was measured, a value a process, the longest measurement first; none where
+    it could not be.
 
-    passed: every process is within; failed: none is; else it is not sure. By the sign test six that agree are 98 %
-    confidence, the four of a quick measurement 94 %.
+    passed: every process is within; failed: none is; else it is not sure. By the sign test six that
+    agree are 98 % confidence, the four of a quick measurement 94 %.
     """
 
     name: str
@@ -66,7 +67,8 @@ class Budget:
 
 
 def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
-    """["p95_ms=8"] -> {"p95_ms": 8.0}. Raises FtkitError for an unknown name, or a limit that is none."""
+    """["p95_ms=8"] -> {"p95_ms": 8.0}. Raises FtkitError for an unknown name, or a limit that is
+    none."""
     found = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -84,7 +86,8 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
 
 
 def judge(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]:
-    """Budgets of the shipped variant in the first condition that was measured: first provider, threads and batch."""
+    """Budgets of the shipped variant in the first condition that was measured: first provider,
+    threads and batch."""
     row = found["rows"][0]
     starts = [Start(**start) for start in found["starts"][row["variant"]]]
     return budgets(
@@ -100,8 +103,9 @@ def budgets(
     p95_ms: float | None,
     size_bytes: int,
 ) -> list[Budget]:
-    """What `ftkit bench` and `ftkit export` judge alike. starts: a process each; p50_ms, p95_ms: of a longer
-    measurement, None where there is none; then the latencies of `starts` do not count either."""
+    """Compare measurements with limits, for `ftkit bench` and `ftkit export` alike. starts: a
+    process each; p50_ms, p95_ms: of a longer measurement, None where there is none; then the
+    latencies of `starts` do not count either."""
     values: dict[str, tuple[float, ...]] = {
         "p50_ms": () if p50_ms is None else (p50_ms, *(start.p50_ms for start in starts)),
         "p95_ms": () if p95_ms is None else (p95_ms, *(start.p95_ms for start in starts)),
@@ -125,9 +129,9 @@ def against(
     frame: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[Verdict]:
-    """The gate: latency, cold start, memory and size of a bundle (its model.onnx) or any ONNX file, each run in turn
-    with the baseline's, on frames of the candidate's size. seconds: the most that it takes, two thirds of it for the
-    latency. Raises FtkitError as find.
+    """The gate: latency, cold start, memory and size of a bundle (its model.onnx) or any ONNX file,
+    each run in turn with the baseline's, on frames of the candidate's size. seconds: the most that
+    it takes, two thirds of it for the latency. Raises FtkitError as find.
     """
     new = find(candidate, image, frame)
     old = find(baseline, image)
@@ -145,7 +149,8 @@ def against(
 def against_stored(
     model: str | Path, stored: Mapping[str, Any], *, image: str | Path | None = None
 ) -> list[Verdict]:
-    """The same against what bench measured earlier (`stored`), in its condition. Advisory on another machine."""
+    """The same against what bench measured earlier (`stored`), in its condition. Advisory on
+    another machine."""
     found = find(model, image, stored["frame"])
     row = stored["rows"][0]
     path = found.shipped(stored["provider"])

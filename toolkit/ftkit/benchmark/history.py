@@ -3,9 +3,10 @@
     path = append(measured, folder)   # what bench measured; ftkit-bench.jsonl at the repository's root
     lines = read(path)
 
-Figures of two machines are never joined by a line: what the machine changed, nobody changed. A change point is marked
-where the median of the next three figures leaves that of up to eight before by more than 5 %, and by more than three
-times their own deviation: a plain rolling comparison, for finding the commit, not for judging it.
+Figures of two machines are never joined by a line: what the machine changed, nobody changed. A
+change point is marked where the median of the next three figures leaves that of up to eight before
+by more than 5 %, and by more than three times their own deviation: a plain rolling comparison, for
+finding the commit, not for judging it.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def place(folder: Path) -> Path:
-    """Where the history is kept: at the root of the repository that `folder` is in, else in `folder` itself."""
+    """Where the history is kept: at the root of the repository that `folder` is in, else in
+    `folder` itself."""
     return Path(_git(folder, "rev-parse", "--show-toplevel") or folder) / NAME
 
 
 def append(found: Mapping[str, Any], folder: Path) -> Path:
-    """Add one measurement (ftkit_export.runtime.measure's) with the commit it was taken at, and return the file."""
+    """Add one measurement (ftkit_export.runtime.measure's) with the commit it was taken at, and
+    return the file."""
     path = place(folder)
     keys = ("variant", "provider", "threads", "batch", "spinning", "copies", "p50_ms", "p95_ms")
     line = {
@@ -108,7 +111,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _series(line: Mapping[str, Any]) -> dict[str, float]:
-    """What each plotted line gets of one measurement."""
+    """Name of a plotted series -> its value in one measurement."""
     where = f"{line['machine']['cpu']}, {line['machine']['cores']} cores ({line['machine']['fingerprint']})"
     where = f"{where}|{line['name']}"
     quick = ", quick" if line["quick"] else ""

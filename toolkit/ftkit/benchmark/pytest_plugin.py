@@ -7,8 +7,8 @@
     def test_the_model_is_no_slower_than_the_last_release(latency):
         latency.against("bundle", "released/bundle")
 
-A budget that is missed, or a model that is surely slower, fails the test. What cannot be told on this machine is
-skipped, with the reason. Where the test also asks for pytest-benchmark's
+A budget that is missed, or a model that is surely slower, fails the test. What cannot be told on
+this machine is skipped, with the reason. Where the test also asks for pytest-benchmark's
 `benchmark`, the figures stand in its extra_info.
 """
 
@@ -91,9 +91,11 @@ class Measured:
         spinning: bool = True,
         quick: bool = True,
     ) -> dict[str, Any]:
-        """Measure a bundle's model.onnx or any ONNX file, hold it to the test's budgets, return the figures.
+        """Measure a bundle's model.onnx or any ONNX file, hold it to the test's budgets, return the
+        figures.
 
-        Fails the test when a budget is missed in every process, skips it when the processes do not agree.
+        Fails the test when a budget is missed in every process, skips it when the processes do not
+        agree.
         """
         from ftkit.benchmark.budgets import judge
         from ftkit_export.runtime.latency import Condition, measure
@@ -134,7 +136,8 @@ class Measured:
         max_slowdown: float = 0.05,
         seconds: float = 120,
     ) -> list[Verdict]:
-        """ftkit's regression gate: latency, cold start, memory, size. Fails or skips the test as __call__ does."""
+        """ftkit's regression gate: latency, cold start, memory, size. Fails or skips the test as
+        __call__ does."""
         from ftkit.benchmark.budgets import against
 
         verdicts = against(

@@ -1,11 +1,13 @@
-"""Measure on the device itself, over plain OpenSSH: nothing is installed there, and nothing is left there.
+"""Measure on the device itself, over plain OpenSSH: nothing is installed there, and nothing is left
+there.
 
     found = bench("pi@camera", Path("bundle"), quick=False)            # what `ftkit bench` would say there
     with Device.reached("pi@camera") as device:
         device.target, device.race(files, photograph)
 
-The device needs an ssh server, tar, and a python3 with numpy, onnxruntime and Pillow; USER@HOST:PYTHON names another
-interpreter there. Keys, ports and jump hosts are ssh's own business (~/.ssh/config).
+The device needs an ssh server, tar, and a python3 with numpy, onnxruntime and Pillow;
+USER@HOST:PYTHON names another interpreter there. Keys, ports and jump hosts are ssh's own business
+(~/.ssh/config).
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ NEEDED = "numpy, onnxruntime and Pillow"
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A folder on another machine, there for as long as the block of `reached` runs. python: the interpreter there."""
+    """A folder on another machine, there for as long as the block of `reached` runs. python: the
+    interpreter there."""
 
     host: str
     folder: str
@@ -50,7 +53,8 @@ class Device:
     @staticmethod
     @contextmanager
     def reached(where: str) -> Iterator[Device]:
-        """where: USER@HOST[:PYTHON]. Raises FtkitError when it cannot be reached, or lacks what is needed."""
+        """where: USER@HOST[:PYTHON]. Raises FtkitError when it cannot be reached, or lacks what is
+        needed."""
         host, python = _parse(where)
         folder = _ssh(host, MAKE_FOLDER).decode(errors="replace").strip().rpartition("\n")[2]
         if not re.fullmatch(
@@ -153,11 +157,12 @@ class Device:
 def bench(
     where: str, bundle: Path, *, provider: str = "cpu", threads: int = 0, quick: bool = False
 ) -> dict[str, Any]:
-    """Measure a bundle there with this ftkit's own code, and bring the figures back. threads: 0 = 1 and all.
+    """Measure a bundle there with this ftkit's own code, and bring the figures back. threads: 0 = 1
+    and all.
 
-    Only the bundle's models and its first golden image are sent, their hashes checked before: a bundle may come from
-    elsewhere, and nothing of it is executed. Raises FtkitError with the device's own words, BundleError when `bundle`
-    is none or was altered.
+    Only the bundle's models and its first golden image are sent, their hashes checked before: a
+    bundle may come from elsewhere, and nothing of it is executed. Raises FtkitError with the
+    device's own words, BundleError when `bundle` is none or was altered.
     """
     model = find(bundle)
     if not model.cores:

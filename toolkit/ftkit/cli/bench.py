@@ -80,9 +80,11 @@ def evaluate(
     key: Path | None,
     as_json: Path | None,
 ) -> None:
-    """Accuracy of BUNDLE's file on labelled images: DATA's test split, or all of DATA, without what it was trained on.
+    """Accuracy of BUNDLE's file on labelled images: DATA's test split, or all of DATA, without what
+    it was trained on.
 
-    With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images cannot tell.
+    With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images
+    cannot tell.
     """
     from ftkit.data.dataset import labelled
     from ftkit.evaluation.bundle import against, answers, as_text, require, unseen
@@ -285,8 +287,8 @@ def bench(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `ftkit bench` was asked for. threads: CPU threads, none for the default; batches: 0 is what the file fixes;
-    max_slowdown, seconds: of --against."""
+    """Arguments of `ftkit bench`. threads: CPU threads, none for the default; batches: 0 is what
+    the file fixes; max_slowdown, seconds: of --against."""
 
     providers: Sequence[str]
     threads: Sequence[int]
@@ -324,7 +326,8 @@ def _measure_here(
 def _measure_there(
     host: str, path: Path, stored: Mapping[str, Any], plan: Plan, say: Callable[[str], object]
 ) -> tuple[dict[str, Any], Sequence[Verdict]]:
-    """All figures of a bundle on another machine, and the verdicts against what was measured there before."""
+    """All figures of a bundle on another machine, and the verdicts against what was measured there
+    before."""
     from ftkit.benchmark import budgets as judging
     from ftkit.benchmark import ssh
 
@@ -364,7 +367,8 @@ def _tell(
     limits: Mapping[str, float],
     verdicts: Sequence[Verdict],
 ) -> list[Outcome]:
-    """Print the tables, budgets and gate; put the verdicts into `told` beside the figures; return the outcomes."""
+    """Print the tables, budgets and gate; put the verdicts into `told` beside the figures; return
+    the outcomes."""
     from ftkit.benchmark import budgets as judging
 
     outcomes: list[Outcome] = []

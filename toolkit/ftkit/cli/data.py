@@ -69,8 +69,8 @@ def audit_data(
 ) -> None:
     """Audit DATA: counts, bad files, duplicates, leakage, contradicting labels, sizes, imbalance.
 
-    Exit 1 when splits share an image or a group, or an image has two labels. What is decoded here is not decoded again
-    by `ftkit train`.
+    Exit 1 when splits share an image or a group, or an image has two labels. What is decoded here
+    is not decoded again by `ftkit train`.
     """
     from ftkit.data import clean
     from ftkit.data.audit import audit, named
@@ -114,7 +114,8 @@ def audit_data(
     help="Remove what was not used for so many days.",
 )
 def cache(clear: bool, unused: int | None) -> None:
-    """List what ftkit keeps between runs: decoded images and frozen activations. All of it can be made again.
+    """List what ftkit keeps between runs: decoded images and frozen activations. All of it can be
+    made again.
 
     FTKIT_CACHE moves it; FTKIT_CACHE_GB limits it (20): the longest unused goes first.
     """
@@ -151,7 +152,8 @@ def cache(clear: bool, unused: int | None) -> None:
     help="[default: beside what it tells of]",
 )
 def report(what: Path | None, out: Path | None) -> None:
-    """Write the report of a RUN, or copy the sealed one of a BUNDLE; by default plot what `ftkit bench --save` wrote.
+    """Write the report of a RUN, or copy the sealed one of a BUNDLE; by default plot what `ftkit
+    bench --save` wrote.
 
     HISTORY: by default ftkit-bench.jsonl at the root of this repository.
     """
@@ -189,7 +191,8 @@ def report(what: Path | None, out: Path | None) -> None:
 @RUNTIME
 @KEY
 def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None, key: Path | None) -> None:
-    """Try BUNDLE in a browser on this machine: drop an image or use the camera. Nothing leaves the machine."""
+    """Try BUNDLE in a browser on this machine: drop an image or use the camera. Nothing leaves the
+    machine."""
     import threading
     import webbrowser
 

@@ -1,7 +1,9 @@
-"""`ftkit demo`: real photographs of solar cells, then exactly what a user would run, then one table.
+"""`ftkit demo`: real photographs of solar cells, then exactly what a user would run, then one
+table.
 
-The photographs come from the package elpv-dataset (Deitsch et al., Solar Energy 185, 2019): 300 x 300 grey
-electroluminescence images of solar cells, monocrystalline or polycrystalline, sound or defect.
+The photographs come from the package elpv-dataset (Deitsch et al., Solar Energy 185, 2019): 300 x
+300 grey electroluminescence images of solar cells, monocrystalline or polycrystalline, sound or
+defect.
 """
 
 from __future__ import annotations
@@ -27,15 +29,18 @@ NOTICE = (
 )
 # A solar cell has no upright side, so a flipped one is as real as the original.
 SETTINGS = ("--set", "augment.vflip=true")
-# Cells of one module resemble each other: 375 cells of 7 modules tell less than 375 cells of as many modules.
+# Cells of one module resemble each other: 375 cells of 7 modules tell less than 375 cells of as
+# many modules.
 GROUPS = ("--group-by", "module[0-9]+")
 
 
 def write_elpv(out: Path, *, split: bool) -> int:
-    """Write the photographs with a certain label as class folders, named by module and cell; returns their number.
+    """Write the photographs with a certain label as class folders, named by module and cell;
+    returns their number.
 
-    out: folder to make. split=True: out/{train,val,test}/CLASS as `ftkit train` would split them by group, whole runs
-    of 60 consecutive cells on one side; False: out/CLASS. Raises FtkitError when the package is not installed.
+    out: folder to make. split=True: out/{train,val,test}/CLASS as `ftkit train` would split them by
+    group, whole runs of 60 consecutive cells on one side; False: out/CLASS. Raises FtkitError when
+    the package is not installed.
     """
     if util.find_spec("elpv_dataset") is None:
         raise FtkitError(
@@ -64,7 +69,8 @@ def write_elpv(out: Path, *, split: bool) -> int:
 
 
 def run_demo(out: Path) -> None:
-    """Make the data, run the user's commands, end with one table. Raises FtkitError when a step fails."""
+    """Make the data, run the user's commands, end with one table. Raises FtkitError when a step
+    fails."""
     if out.exists():
         raise FtkitError(
             f"{out}: expected a new folder, found one there already. Try --out another, or remove it"

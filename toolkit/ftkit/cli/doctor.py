@@ -1,4 +1,4 @@
-"""What works on this machine, and why the rest does not.
+"""Check which providers work on this machine, and why others do not.
 
 for line in examine(): print(line)
 """

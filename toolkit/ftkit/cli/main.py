@@ -1,4 +1,5 @@
-"""The command line: each command parses, calls one function, prints. Heavy imports wait until a command needs them."""
+"""The command line: each command parses, calls one function, prints. Heavy imports wait until a
+command needs them."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 
 
 class _Group(click.Group):
-    """Turns FtkitError into one line on standard error and its exit code; FTKIT_DEBUG=1 shows the traceback."""
+    """Turns FtkitError into one line on standard error and its exit code; FTKIT_DEBUG=1 shows the
+    traceback."""
 
     command_class = Command
 
@@ -129,7 +131,8 @@ def train(
     tensorboard: bool,
     quiet: bool,
 ) -> None:
-    """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group]."""
+    """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV
+    path,label[,split][,group]."""
     if gpus:
         sys.exit(_launched(ctx, gpus))
     said = [

@@ -1,4 +1,5 @@
-"""What commands share: suggestions for options that do not exist, and options of several commands."""
+"""Shared by the commands: suggestions for options that do not exist, and options of several
+commands."""
 
 from __future__ import annotations
 

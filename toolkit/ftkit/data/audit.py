@@ -1,4 +1,5 @@
-"""What is wrong with a data set, before a model learns it: bad files, leakage, labels that contradict each other.
+"""Find faults of a data set before a model learns them: bad files, leakage, labels that contradict
+each other.
 
     found = audit(images, canvases)       # all of it, from canvases that training will use again
     found.passed, found.leaks, found.conflicts
@@ -39,8 +40,9 @@ THUMB = 32  # pixels a side
 BITS_APART = 8
 CORRELATION = 0.99
 SURE = 0.999  # where one picture is most of the set, less the mean it is noise; no two solar cells reach this
-# Two images that are each alike to a third may be twice as far apart as a pair; a group of near duplicates holds none
-# that are further apart than that. In units of 1 - CORRELATION, of which the angle's double is four times.
+# Two images that are each alike to a third may be twice as far apart as a pair; a group of near
+# duplicates holds none that are further apart than that. In units of 1 - CORRELATION, of which the
+# angle's double is four times.
 GROUP_APART = 4.0
 MOST_GROUPED = 5000  # of images that hang together; a table of all their pairs is made
 FLAT = 1.0  # grey levels of deviation below which an image shows nothing
@@ -82,15 +84,17 @@ class Alike:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What was found. counts: images by class and split; formats, sizes: "JPEG" and "640 x 480", the most frequent
-    first; alike: identical and near duplicates; tiny, huge, flat: rows; shared_groups: on several sides of the split;
-    imbalance: the largest class in train over the smallest; few: classes with under 20 training images; hint: a
-    --group-by for file names that suggest groups.
+    """Findings. counts: images by class and split; formats, sizes: "JPEG" and "640 x 480", the most
+    frequent first; alike: identical and near duplicates; tiny, huge, flat: rows; shared_groups: on
+    several sides of the split; imbalance: the largest class in train over the smallest; few:
+    classes with under 20 training images; hint: a --group-by for file names that suggest groups.
 
-    near_groups: near duplicates as groups that a split should keep on one side, rows; no group is a chain whose ends
-    are not alike. unjudged: split -> classes without an image in it. crop_keeps: share of an image's area in its centre
-    square, (median over the images, number of images under half). emptied: rows of one flat colour only because the
-    recipe's crop left out what they show. frame: "640x480", the size that 95 % of the images do not exceed, by area."""
+    near_groups: near duplicates as groups that a split should keep on one side, rows; no group is a
+    chain whose ends are not alike. unjudged: split -> classes without an image in it. crop_keeps:
+    share of an image's area in its centre square, (median over the images, number of images under
+    half). emptied: rows of one flat colour only because the recipe's crop left out what they show.
+    frame: "640x480", the size that 95 % of the images do not exceed, by area.
+    """
 
     images: int
     classes: tuple[str, ...]
@@ -117,7 +121,8 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """No identical image on two sides or under two labels, no group on two sides. Near duplicates only warn."""
+        """No identical image on two sides or under two labels, no group on two sides. Near
+        duplicates only warn."""
         return not (
             self.shared_groups or any(item.exact for item in (*self.leaks, *self.conflicts))
         )
@@ -206,8 +211,8 @@ def named(found: Audit, canvases: Canvases, most: int | None = None) -> dict[str
 
 
 def require_apart(canvases: Canvases) -> None:
-    """Raises FtkitError when an identical file, or a group, is on several sides of the split, or identical files have
-    several labels: what `Audit.passed` calls not ok."""
+    """Raises FtkitError when an identical file, or a group, is on several sides of the split, or
+    identical files have several labels: what `Audit.passed` calls not ok."""
     images = canvases.images
     copies = identical(canvases)
     groups = _shared_groups(images)
@@ -244,8 +249,9 @@ def identical(canvases: Canvases) -> list[Alike]:
 
 
 def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
-    """thumbs (N, 32, 32) float32 grey; rows: those to compare -> sets of images, each alike to the first of its set. An
-    image may be in several. Two that are alike, of which neither is a first, are told by that one alone."""
+    """thumbs (N, 32, 32) float32 grey; rows: those to compare -> sets of images, each alike to the
+    first of its set. An image may be in several. Two that are alike, of which neither is a first,
+    are told by that one alone."""
     if len(rows) < 2:
         return []
     signs = _hashes(thumbs[rows])
@@ -292,10 +298,12 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
 
 
 def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]]:
-    """Sets of near duplicates -> groups, each image in one at most. thumbs (N, 32, 32) float32 grey, of all rows.
+    """Sets of near duplicates -> groups, each image in one at most. thumbs (N, 32, 32) float32
+    grey, of all rows.
 
-    Images that hang together through others make one group as long as its worst pair is no more than twice as far apart
-    as near duplicates may be (complete linkage); else they make several, and some pairs that are alike are parted.
+    Images that hang together through others make one group as long as its worst pair is no more
+    than twice as far apart as near duplicates may be (complete linkage); else they make several,
+    and some pairs that are alike are parted.
     """
     rows = sorted({row for item in near for row in item.rows})
     at = {row: number for number, row in enumerate(rows)}
@@ -321,7 +329,8 @@ def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]
 
 
 def _distances(shapes: Array, unit: float) -> Array:
-    """1 - correlation of all pairs, in multiples of `unit`; condensed, as scipy.spatial.distance.pdist orders them."""
+    """1 - correlation of all pairs, in multiples of `unit`; condensed, as
+    scipy.spatial.distance.pdist orders them."""
     flat = shapes.reshape(len(shapes), -1)
     correlation = flat @ flat.T
     upper = np.triu_indices(len(flat), 1)
@@ -329,7 +338,8 @@ def _distances(shapes: Array, unit: float) -> Array:
 
 
 def _by_first(near: Sequence[Alike], rows: set[int]) -> list[tuple[int, ...]]:
-    """Of too many images for a table of pairs: each goes with the first of the first set that it is in."""
+    """Of too many images for a table of pairs: each goes with the first of the first set that it is
+    in."""
     taken: set[int] = set()
     groups = []
     for item in near:
@@ -348,7 +358,8 @@ def _unit(thumbs: Array) -> Array:
 
 
 def _hashes(thumbs: Array) -> Array:
-    """(N, 32, 32) -> (N, 64) of +1 and -1: the low frequencies above and below their median (pHash, Zauner 2010)."""
+    """(N, 32, 32) -> (N, 64) of +1 and -1: the low frequencies above and below their median (pHash,
+    Zauner 2010)."""
     low = dctn(thumbs, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(thumbs), -1)
     low[:, 0] = 0
     return np.where(low > np.median(low, 1, keepdims=True), 1, -1).astype(np.float32)
@@ -417,7 +428,8 @@ def _shared_groups(images: Images) -> tuple[str, ...]:
 
 
 def _hint(images: Images) -> str:
-    """A --group-by, where names fall into many groups of several images: patient07_3.png, cam2-0001.jpg."""
+    """A --group-by, where names fall into many groups of several images: patient07_3.png,
+    cam2-0001.jpg."""
     names = [below(images.root, image.path) for image in images.images]
     for pattern in HINTS:
         matches = [re.search(pattern, name) for name in names]

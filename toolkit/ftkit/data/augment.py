@@ -25,7 +25,8 @@ DRAWS = 14  # random numbers an image
 
 
 def _planes(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, new. Bytes are moved, not floats: a quarter of the traffic."""
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, new. Bytes are moved, not floats: a quarter of
+    the traffic."""
     return pixels.permute(0, 3, 1, 2).contiguous().float()
 
 
@@ -37,7 +38,8 @@ def _normalise(levels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
 
 @lru_cache
 def _constants(preprocess: Preprocess, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation, (3, 1, 1) each, copied to the device once: a copy a step would make the host wait for it."""
+    """Mean and deviation, (3, 1, 1) each, copied to the device once: a copy a step would make the
+    host wait for it."""
     with torch.inference_mode(False):
         mean = torch.tensor(preprocess.mean)
         std = torch.tensor(preprocess.std)
@@ -45,14 +47,16 @@ def _constants(preprocess: Preprocess, device: torch.device) -> tuple[torch.Tens
 
 
 def evaluation(canvases: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: centre crop and normalise, equal to Preprocess.pixels."""
+    """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: centre crop and normalise, equal to
+    Preprocess.pixels."""
     start = (preprocess.resize - preprocess.size) // 2
     crop = canvases[:, start : start + preprocess.size, start : start + preprocess.size]
     return _normalise(_planes(crop), preprocess)
 
 
 def drawn(count: int, generator: torch.Generator) -> torch.Tensor:
-    """What `augmented` needs at random for `count` images, (DRAWS, count) on the CPU; a column is an image's own."""
+    """Random numbers of `augmented` for `count` images, (DRAWS, count) on the CPU; a column is an
+    image's own."""
     return torch.rand(DRAWS, count, generator=generator)
 
 
@@ -63,10 +67,12 @@ def augmented(
     draw: torch.Tensor,
     view: int | None = None,
 ) -> torch.Tensor:
-    """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: per-sample crop, flips, rotation, colour, erasing.
+    """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: per-sample crop, flips, rotation, colour,
+    erasing.
 
-    Where the crop neither scales nor turns, pixels are sliced, not resampled. Flips are drawn per sample, or, for a
-    cached view, follow its number, so that few views show every orientation. draw: (DRAWS, N), of `drawn`.
+    Where the crop neither scales nor turns, pixels are sliced, not resampled. Flips are drawn per
+    sample, or, for a cached view, follow its number, so that few views show every orientation.
+    draw: (DRAWS, N), of `drawn`.
     """
     draw = draw.to(canvases.device, non_blocking=True)
     if augment.scale < 1 or augment.rotate:
@@ -109,7 +115,8 @@ def _coloured(levels: torch.Tensor, augment: Augment, draw: torch.Tensor) -> tor
 
 
 def _rectangles(size: int, draw: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """A random rectangle a sample -> (N, 1, S, S) bool: 2 to 33 % of the area, sides 0.3 to 3.3 (Zhong et al. 2020)."""
+    """A random rectangle a sample -> (N, 1, S, S) bool: 2 to 33 % of the area, sides 0.3 to 3.3
+    (Zhong et al. 2020)."""
     area = 0.02 + 0.31 * draw[0]
     ratio = torch.exp(math.log(0.3) + draw[1] * (math.log(3.3) - math.log(0.3)))
     height = (area * ratio).sqrt().clamp(max=1) * size
@@ -124,8 +131,8 @@ def _rectangles(size: int, draw: torch.Tensor, wanted: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class Mixing:
-    """How images of a batch are mixed. partner (N,) positions; share (N,) of the own label; blends (N,): mixup, else
-    cutmix; left, top, side (N,) of the pasted square, pixels."""
+    """How images of a batch are mixed. partner (N,) positions; share (N,) of the own label; blends
+    (N,): mixup, else cutmix; left, top, side (N,) of the pasted square, pixels."""
 
     partner: torch.Tensor
     share: torch.Tensor
@@ -144,9 +151,11 @@ class Mixing:
 
 
 def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generator) -> Mixing | None:
-    """Draw, on the CPU, how `count` images of `size` pixels are mixed; None where the recipe does not mix.
+    """Draw, on the CPU, how `count` images of `size` pixels are mixed; None where the recipe does
+    not mix.
 
-    mixup blends (Zhang et al. 2018), cutmix pastes a rectangle (Yun et al. 2019); with both, each sample draws one.
+    mixup blends (Zhang et al. 2018), cutmix pastes a rectangle (Yun et al. 2019); with both, each
+    sample draws one.
     """
     if not augment.mixes:
         return None
@@ -179,7 +188,8 @@ def mixed(pixels: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch
 
 
 def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor) -> torch.Tensor:
-    """A crop of S x S at a random place of the canvas, per sample -> (N, 3, S, S) float32 grey levels."""
+    """A crop of S x S at a random place of the canvas, per sample -> (N, 3, S, S) float32 grey
+    levels."""
     size = preprocess.size
     room = preprocess.resize - preprocess.size
     if room == 0:
@@ -194,7 +204,8 @@ def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor)
 def _resample(
     canvases: torch.Tensor, preprocess: Preprocess, augment: Augment, draw: torch.Tensor
 ) -> torch.Tensor:
-    """Random area, place and angle by one affine grid, bilinear -> (N, 3, S, S) float32 grey levels."""
+    """Random area, place and angle by one affine grid, bilinear -> (N, 3, S, S) float32 grey
+    levels."""
     full = (
         preprocess.size / preprocess.resize
     )  # share of the canvas's side that the evaluation crop takes

@@ -1,12 +1,14 @@
-"""Decode once: every image becomes a canvas, R x R x 3 uint8, in memory-mapped shards that later runs find again.
+"""Decode once: every image becomes a canvas, R x R x 3 uint8, in memory-mapped shards that later
+runs find again.
 
     canvases = build(images, preprocess)     # decodes what is not there yet
     canvases.array(rows)                     # (n, R, R, 3) uint8 for row numbers of canvases.images
 
-A shard's name is the hash of its files' contents and of the canvas part of the preprocess. It is written beside and
-renamed: two runs may build the same one at once, and nobody ever reads a half. Processes decode, a part each, straight
-into the memory-mapped shard: no canvas is pickled home. They run this module with `python -m`, so that a caller
-needs no main guard and a fork meets no threads.
+A shard's name is the hash of its files' contents and of the canvas part of the preprocess. It is
+written beside and renamed: two runs may build the same one at once, and nobody ever reads a half.
+Processes decode, a part each, straight into the memory-mapped shard: no canvas is pickled home.
+They run this module with `python -m`, so that a caller needs no main guard and a fork meets no
+threads.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ IMAGES_EACH = 32  # of a shard, at least, for a process to be worth its start
 class Canvases:
     """Decoded images: images.images[i] is row i, and lies in shards[slots[i, 0]][slots[i, 1]].
 
-    bad: (file, reason) of those left out. digests: sha256 of each row's file. fingerprint: hash of contents, labels,
-    splits and preprocess.
+    bad: (file, reason) of those left out. digests: sha256 of each row's file. fingerprint: hash of
+    contents, labels, splits and preprocess.
     """
 
     images: Images
@@ -101,10 +103,12 @@ def build(
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks | None = None,
 ) -> Canvases:
-    """Canvases of every readable image; bad files are left out and listed. progress(done, total) counts images.
+    """Canvases of every readable image; bad files are left out and listed. progress(done, total)
+    counts images.
 
-    The ranks of a machine decode a share of the shards each, and open all of them. Raises FtkitError when no readable
-    image of a class is left to train on, the cache folder cannot be written, or machines have different images.
+    The ranks of a machine decode a share of the shards each, and open all of them. Raises
+    FtkitError when no readable image of a class is left to train on, the cache folder cannot be
+    written, or machines have different images.
     """
     paths = [image.path for image in images.images]
     shards: list[Array] = []
@@ -225,8 +229,9 @@ def _folder(digests: Sequence[str], preprocess: Preprocess) -> Path:
 
 
 def _opened(folder: Path, count: int, side: int) -> tuple[Array, dict[int, str]] | None:
-    """One shard (count, side, side, 3) uint8, memory-mapped, and slot -> reason for its bad files (their slots are
-    black); None where there is none, or it is damaged: cut short by a crash, or half deleted by hand."""
+    """One shard (count, side, side, 3) uint8, memory-mapped, and slot -> reason for its bad files
+    (their slots are black); None where there is none, or it is damaged: cut short by a crash, or
+    half deleted by hand."""
     try:
         os.utime(folder)  # used now: the cache forgets what has been unused longest
         stored = {
@@ -303,11 +308,12 @@ class _Decoders:
         digests: Sequence[str],
         progress: Callable[[int], None],
     ) -> dict[int, str]:
-        """Decode `paths` into the shard's file -> slot: reason for the bad ones. A few are decoded in this process.
+        """Decode `paths` into the shard's file -> slot: reason for the bad ones. A few are decoded
+        in this process.
 
-        The reasons are kept under the hashes of the contents, so they must lie in the contents. Raises FtkitError,
-        naming the image, for one that could not be read for another reason (memory ran out), and when a process ends
-        without a word (a decoder crashed).
+        The reasons are kept under the hashes of the contents, so they must lie in the contents.
+        Raises FtkitError, naming the image, for one that could not be read for another reason
+        (memory ran out), and when a process ends without a word (a decoder crashed).
         """
         reasons: dict[int, str] = {}
         for done, (slot, reason, lasting) in enumerate(self._answers(file, paths), start=1):
@@ -364,8 +370,8 @@ def _start() -> subprocess.Popen[str]:
 def decode_into(
     file: Path, items: Iterable[tuple[int, Path]], preprocess: Preprocess
 ) -> Iterator[tuple[int, str, bool]]:
-    """Decode (slot, path) into the shard's file; yields (slot, "" or why not, whether that lies in the file's content)
-    for each, in order."""
+    """Decode (slot, path) into the shard's file; yields (slot, "" or why not, whether that lies in
+    the file's content) for each, in order."""
     array = np.load(file, mmap_mode="r+")
     for slot, path in items:
         try:
@@ -387,7 +393,8 @@ def decode_into(
 
 
 def _work() -> None:
-    """A decoding process's whole life: a job a line on standard input, a line an image on standard output."""
+    """A decoding process's whole life: a job a line on standard input, a line an image on standard
+    output."""
     for line in sys.stdin:
         job = json.loads(line)
         items = ((slot, Path(path)) for slot, path in job["items"])

@@ -1,4 +1,4 @@
-"""What an audit is told as, shown as and mended by: lines of text, contact sheets, a cleaned copy.
+"""Present an audit as text and contact sheets, and write a cleaned copy of the data.
 
 print(as_text(found, canvases))
 write_sheets(Path("sheets"), found, canvases)
@@ -133,7 +133,7 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
 
 
 def _fit(found: Audit) -> list[str]:
-    """What the centre square leaves of images that are not square, where that matters."""
+    """Lines on how much a centre crop cuts off, where that matters."""
     share, under_half = found.crop_keeps
     if share > MOSTLY_KEPT and not under_half and not found.emptied:
         return []
@@ -163,7 +163,8 @@ def _conclusion(found: Audit) -> str:
 
 
 def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
-    """A contact sheet a class, spread over its images, and one of what is alike, a line a set; returns the JPEGs."""
+    """A contact sheet a class, spread over its images, and one of what is alike, a line a set;
+    returns the JPEGs."""
     folder.mkdir(parents=True, exist_ok=True)
     images = canvases.images
     labels = canvases.labels
@@ -228,8 +229,8 @@ def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaned:
-    """images: what is left to train on; left_out: reason -> files; groups: of near duplicates, their sizes; parted:
-    sets of near duplicates that lie in several groups."""
+    """images: what is left to train on; left_out: reason -> files; groups: of near duplicates,
+    their sizes; parted: sets of near duplicates that lie in several groups."""
 
     images: tuple[Image, ...]
     left_out: dict[str, int]
@@ -253,13 +254,14 @@ class Cleaned:
 
 
 def clean(found: Audit, canvases: Canvases) -> Cleaned:
-    """What is left to train on.
+    """Choose the images to train on.
 
-    Unreadable files go. Of identical files one stays: test's before val's before train's, so that the judgement stays
-    the same; of identical files under several labels none, for nobody knows the right one; of nearly identical ones
-    those that most of their set contradict. Other near duplicates become one group where ftkit may still put them on
-    one side (`Audit.near_groups`); where one is in a split that was given, those in train go. Splits that ftkit made,
-    and the train they were cut from, are left open.
+    Unreadable files go. Of identical files one stays: test's before val's before train's, so that
+    the judgement stays the same; of identical files under several labels none, for nobody knows the
+    right one; of nearly identical ones those that most of their set contradict. Other near
+    duplicates become one group where ftkit may still put them on one side (`Audit.near_groups`);
+    where one is in a split that was given, those in train go. Splits that ftkit made, and the train
+    they were cut from, are left open.
     """
     images = canvases.images.images
     gone = {"unreadable": len(found.bad), "identical": 0, "contradicting": 0, "near duplicates": 0}
@@ -302,7 +304,8 @@ def clean(found: Audit, canvases: Canvases) -> Cleaned:
 
 
 def _contradicting(rows: Sequence[int], images: Sequence[Image], exact: bool) -> list[int]:
-    """Those of a set under several labels that must go: all, but for near duplicates of the label that most have."""
+    """Those of a set under several labels that must go: all, but for near duplicates of the label
+    that most have."""
     counts = Counter(images[row].label for row in rows)
     most = max(counts, key=lambda label: counts[label], default=None)
     if exact or most is None or counts[most] * 2 <= len(rows):
@@ -320,7 +323,8 @@ def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
 
 
 def require_outside(out: Path, images: Images, option: str) -> None:
-    """Raises FtkitError when `out` lies in the data folder or, of a CSV, holds its images: they are never touched."""
+    """Raises FtkitError when `out` lies in the data folder or, of a CSV, holds its images: they are
+    never touched."""
     place = out.resolve()
     root = images.root.resolve()
     if (
@@ -349,7 +353,8 @@ def require_new(out: Path, images: Images) -> None:
 def write_clean(
     out: Path, kept: Sequence[Image], images: Images, progress: Callable[[int, int], None]
 ) -> Path:
-    """Write the CSV `out`, or the folder `out` with a copy of every file and images.csv; returns the CSV.
+    """Write the CSV `out`, or the folder `out` with a copy of every file and images.csv; returns
+    the CSV.
 
     Raises FtkitError as require_new.
     """

@@ -3,8 +3,9 @@
     images = read("photos")            # photos/CLASS/*.jpg, photos/{train,val,test}/CLASS/*, or photos.csv
     images.classes, images.of("train")
 
-A CSV has the columns path,label[,split][,group]; its paths are relative to the CSV. With no val split one is made from
-train, and with no test split one is too: stratified by class, seeded; groups and identical files stay on one side.
+A CSV has the columns path,label[,split][,group]; its paths are relative to the CSV. With no val
+split one is made from train, and with no test split one is too: stratified by class, seeded; groups
+and identical files stay on one side.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ TEST_SHARE = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """One labelled file. label: index into Images.classes. group: images that must stay on one side of a split."""
+    """One labelled file. label: index into Images.classes. group: images that must stay on one side
+    of a split."""
 
     path: Path
     label: int
@@ -58,7 +60,8 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """A labelled set. classes are in natural order (2 before 10); made: the splits that ftkit cut itself."""
+    """A labelled set. classes are in natural order (2 before 10); made: the splits that ftkit cut
+    itself."""
 
     root: Path
     classes: tuple[str, ...]
@@ -93,9 +96,9 @@ def read(
 ) -> Images:
     """Read a class folder, a split folder or a CSV.
 
-    group_by: a regular expression; its first group (or all it matches) in a file's path below `data` names the image's
-    group. root: the folder that a CSV's paths are relative to, by default its own. Raises FtkitError naming what is
-    missing and what to try.
+    group_by: a regular expression; its first group (or all it matches) in a file's path below
+    `data` names the image's group. root: the folder that a CSV's paths are relative to, by default
+    its own. Raises FtkitError naming what is missing and what to try.
     """
     root, rows = _rows(Path(data), Path(root) if root else None, group_by)
     classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
@@ -153,8 +156,8 @@ def as_csv(rows: Iterable[tuple[Image, str]], classes: Sequence[str]) -> bytes:
 
 
 def splits_csv(images: Images) -> bytes:
-    """Every image with its split, as `as_csv`; paths relative to the data folder, or to the CSV's, or, where images lie
-    elsewhere too, to the folder that holds them all: `root` of `read`."""
+    """Every image with its split, as `as_csv`; paths relative to the data folder, or to the CSV's,
+    or, where images lie elsewhere too, to the folder that holds them all: `root` of `read`."""
     folder = images.root if images.root.is_dir() else images.root.parent
     paths = [image.path.resolve() for image in images.images]
     if not all(path.is_relative_to(folder.resolve()) for path in paths):
@@ -188,8 +191,8 @@ def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[Row]
 
 
 def below(root: Path, path: Path) -> str:
-    """An image's path as a person sees it: from the data folder, or the CSV's. Of images elsewhere the last folder and
-    the name: the rest tells of this machine."""
+    """An image's path as a person sees it: from the data folder, or the CSV's. Of images elsewhere
+    the last folder and the name: the rest tells of this machine."""
     found = _relative(root, path)
     return Path(*path.parts[-2:]).as_posix() if ".." in Path(found).parts else found
 
@@ -321,7 +324,8 @@ def _image_file(folder: Path, text: str) -> Path | None:
 
 
 def _with_splits(images: Images, seed: int) -> Images:
-    """Fill in the splits that are missing: an image without one is train until val and test are cut from it."""
+    """Fill in the splits that are missing: an image without one is train until val and test are cut
+    from it."""
     given = {image.split for image in images.images}
     items = [image if image.split else replace(image, split="train") for image in images.images]
     if "train" not in {image.split for image in items}:
@@ -364,8 +368,8 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _together(items: Sequence[Image]) -> list[int]:
-    """For each image the first one that must be on its side of a split: of its group, or the same file again. Only
-    files of equal size are read."""
+    """For each image the first one that must be on its side of a split: of its group, or the same
+    file again. Only files of equal size are read."""
     seen: dict[str, int] = {}
     pairs = []
     sizes = [image.path.stat().st_size for image in items]
@@ -382,8 +386,8 @@ def _together(items: Sequence[Image]) -> list[int]:
 def _cut(
     items: Sequence[Image], together: Sequence[int], split: str, share: float, seed: int
 ) -> list[Image]:
-    """Move about `share` of train to `split`, class by class; what belongs together goes together; every class keeps an
-    image."""
+    """Move about `share` of train to `split`, class by class; what belongs together goes together;
+    every class keeps an image."""
     rng = random.Random(f"{seed}/{split}")
     groups: dict[str, list[int]] = defaultdict(list)
     for number, first in enumerate(together):

@@ -3,8 +3,8 @@
     source = Source(canvases.array, rows=2223, row_bytes=150_528, device=device)
     batch = source.take(source.fetch(rows))      # fetch on any thread, take on the device's own
 
-On a GPU all rows stay resident where they fit in half of its free memory; else each batch is read ahead into pinned
-memory, and copied while the step before it runs.
+On a GPU all rows stay resident where they fit in half of its free memory; else each batch is read
+ahead into pinned memory, and copied while the step before it runs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ CHUNK = 512  # rows a copy to the device
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that a tensor could get: what the driver calls free, and what torch holds and does not use."""
+    """Memory of a GPU that a tensor could get: what the driver calls free, and what torch holds and
+    does not use."""
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + max(0, idle)
 
 
 class Source:
-    """read(rows) -> (n, ...) of the first `rows` row numbers. room: free bytes on the device; by default as it tells,
-    none on a CPU, whose memory the stored arrays share already."""
+    """read(rows) -> (n, ...) of the first `rows` row numbers. room: free bytes on the device; by
+    default as it tells, none on a CPU, whose memory the stored arrays share already."""
 
     def __init__(
         self,
@@ -60,14 +61,15 @@ class Source:
         return whole
 
     def fetch(self, rows: Array) -> torch.Tensor:
-        """(n,) row numbers -> their values, or, resident, the numbers themselves; pinned where there is a GPU."""
+        """(n,) row numbers -> their values, or, resident, the numbers themselves; pinned where
+        there is a GPU."""
         return pinned(
             torch.from_numpy(np.ascontiguousarray(rows) if self.resident else self._read(rows)),
             self.device,
         )
 
     def take(self, fetched: torch.Tensor) -> torch.Tensor:
-        """What `fetch` gave -> (n, ...) on the device; queued, not awaited."""
+        """Move what `fetch` returned to the device, (n, ...); queued, not awaited."""
         moved = fetched.to(self.device, non_blocking=True)
         return moved if self._resident is None else self._resident[moved]
 

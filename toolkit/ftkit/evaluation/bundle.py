@@ -1,4 +1,5 @@
-"""A shipped file judged on labelled images, and against the release before it. ONNX Runtime only, no torch.
+"""A shipped file judged on labelled images, and against the release before it. ONNX Runtime only,
+no torch.
 
 images, seen = unseen("bundle", labelled("photos"))
 new = answers("bundle", images, provider="cpu")
@@ -37,8 +38,9 @@ DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, and no two
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What one file says. labels: the class names of the images; groups: "" for none; said: the answers; unreadable:
-    paths left out; placement: where the operators ran, in words (session.Session.placement)."""
+    """A file's answers on labelled images. labels: the class names of the images; groups: "" for
+    none; said: the answers; unreadable: paths left out; placement: where the operators ran, in
+    words (session.Session.placement)."""
 
     files: tuple[Path, ...]
     labels: tuple[str, ...]
@@ -67,7 +69,8 @@ class Regressed:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """New against old, on the same images. paired: of all; classes: of each class, bounds that hold for all together.
+    """New against old, on the same images. paired: of all; classes: of each class, bounds that hold
+    for all together.
 
     verdict: refused also where one class surely lost more than the limit, whatever the others won.
     """
@@ -90,8 +93,8 @@ class Change:
 
 
 def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelled], int | None]:
-    """The images that the bundle's model was not trained on, by their content, and how many it was: None where
-    `bundle` does not tell (a bare model.onnx, or a bundle of an older ftkit).
+    """The images that the bundle's model was not trained on, by their content, and how many it was:
+    None where `bundle` does not tell (a bare model.onnx, or a bundle of an older ftkit).
 
     Raises FtkitError when none is left.
     """
@@ -109,7 +112,8 @@ def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelle
 
 
 def trained_on_digest(path: Path) -> str:
-    """The file's digest as TRAINED_ON has it; "" for a file that cannot be read, which is said elsewhere."""
+    """The file's digest as TRAINED_ON has it; "" for a file that cannot be read, which is said
+    elsewhere."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:DIGEST]
     except OSError:
@@ -201,7 +205,8 @@ def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
 
 
 def as_text(new: Answers, old: Answers | None = None, change: Change | None = None) -> str:
-    """What a person reads, within 80 columns but for paths: accuracy, a row a class, what changed since `old`."""
+    """The result as text, within 80 columns but for paths: accuracy, a row a class, what changed
+    since `old`."""
     found = new.metrics
     lines = [
         f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on "

@@ -1,4 +1,5 @@
-"""How good, honestly: accuracy with its interval, per class, confusion, calibration before and after temperature.
+"""How good, honestly: accuracy with its interval, per class, confusion, calibration before and
+after temperature.
 
 metrics = evaluate(probabilities, labels, classes)
 temperature = fit_temperature(logits, labels, groups)
@@ -35,8 +36,9 @@ from ftkit_export.runtime.arrays import Array
 # temperatures
 COLDEST = 0.05
 HOTTEST = 20.0
-# Standard deviation of log T around 0 before any image is seen: networks fine-tuned with a cross-entropy mostly need
-# temperatures of 0.6 to 1.6. A perfect val split of any size asks for 0; a few dozen images are no evidence for it.
+# Standard deviation of log T around 0 before any image is seen: networks fine-tuned with a
+# cross-entropy mostly need temperatures of 0.6 to 1.6. A perfect val split of any size asks for 0;
+# a few dozen images are no evidence for it.
 PRIOR_SPREAD = 0.25
 CALIBRATION_FOLDS = 5
 LEVEL = 0.05  # chance that the precision claimed at the abstain threshold is not reached
@@ -53,10 +55,11 @@ STARTS = (
 class Metrics:
     """Of one split. Shares in 0..1; confusion[i][j] counts class i called j.
 
-    accuracy_low, accuracy_high: 95 % interval; clusters: groups of images that it rests on, None where images have no
-    groups and count as independent. recall (with its 95 % interval) and precision are per class: None where the class
-    has no images, or was never the answer. balanced_accuracy and macro_f1 are means over the classes that have images.
-    top5: None below six classes.
+    accuracy_low, accuracy_high: 95 % interval; clusters: groups of images that it rests on, None
+    where images have no groups and count as independent. recall (with its 95 % interval) and
+    precision are per class: None where the class has no images, or was never the answer.
+    balanced_accuracy and macro_f1 are means over the classes that have images. top5: None below six
+    classes.
     """
 
     images: int
@@ -79,10 +82,11 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Abstention:
-    """Answers below the threshold are withheld. precision: share right of the rest; coverage: share of images answered.
+    """Answers below the threshold are withheld. precision: share right of the rest; coverage: share
+    of images answered.
 
-    threshold None: the precision wanted was not reached on val at any threshold. proven: val shows with 95 % confidence
-    that it is reached; else it was only observed there.
+    threshold None: the precision wanted was not reached on val at any threshold. proven: val shows
+    with 95 % confidence that it is reached; else it was only observed there.
     """
 
     wanted: float
@@ -94,7 +98,8 @@ class Abstention:
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """An image the model is wrong about. row: its number in the canvases; probability: of the wrong answer."""
+    """An image the model is wrong about. row: its number in the canvases; probability: of the wrong
+    answer."""
 
     row: int
     label: int
@@ -105,7 +110,8 @@ class Mistake:
 def reliability(
     probabilities: Array, labels: Array, bins: int = 15
 ) -> tuple[tuple[int, float, float], ...]:
-    """Equal-width bins of the top probability that hold images: (images, mean probability, share right) each."""
+    """Equal-width bins of the top probability that hold images: (images, mean probability, share
+    right) each."""
     top = probabilities.max(1).astype(np.float64)
     right = probabilities.argmax(1) == labels
     number = np.minimum((top * bins).astype(int), bins - 1)
@@ -117,7 +123,8 @@ def reliability(
 
 
 def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): how far the bins' mean probability is from their share right."""
+    """Expected calibration error (Guo et al. 2017): how far the bins' mean probability is from
+    their share right."""
     found = reliability(probabilities, labels, bins)
     return sum(images * abs(right - top) for images, top, right in found) / len(labels)
 
@@ -125,7 +132,8 @@ def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
 def evaluate(
     probabilities: Array, labels: Array, classes: Sequence[str], groups: Sequence[str] | None = None
 ) -> Metrics:
-    """probabilities (N, classes), labels (N,) int, groups N names ("" for an image on its own) -> Metrics."""
+    """probabilities (N, classes), labels (N,) int, groups N names ("" for an image on its own) ->
+    Metrics."""
     found = probabilities.argmax(1)
     every = np.arange(len(classes))
     confusion = confusion_matrix(labels, found, labels=every)
@@ -187,12 +195,14 @@ def _where(values: Array, known: Array) -> tuple[float | None, ...]:
 def abstain_threshold(
     probabilities: Array, labels: Array, precision: float, groups: Sequence[str] | None = None
 ) -> tuple[float | None, bool]:
-    """(threshold, proven): the lowest top probability above which the answers are right often enough.
+    """(threshold, proven): the lowest top probability above which the answers are right often
+    enough.
 
-    proven: at least `precision` of them are, with 95 % confidence. The search looks at many thresholds, so it goes from
-    few answers to many and stops at the first that fails, from several starts that share the chance of an error (fixed
-    sequence testing; Angelopoulos et al. 2021, Learn then Test). Where nothing is proven, the lowest threshold at which
-    `precision` was observed, and False; (None, False) where it was not.
+    proven: at least `precision` of them are, with 95 % confidence. The search looks at many
+    thresholds, so it goes from few answers to many and stops at the first that fails, from several
+    starts that share the chance of an error (fixed sequence testing; Angelopoulos et al. 2021,
+    Learn then Test). Where nothing is proven, the lowest threshold at which `precision` was
+    observed, and False; (None, False) where it was not.
     """
     top = probabilities.max(1)
     right = probabilities.argmax(1) == labels
@@ -246,7 +256,7 @@ def abstention(
     threshold: float | None,
     proven: bool = False,
 ) -> Abstention:
-    """What a threshold chosen elsewhere comes to on these images."""
+    """Coverage and precision on these images at a threshold that was chosen on others."""
     top = probabilities.max(1)
     right = probabilities.argmax(1) == labels
     answered = top >= threshold if threshold is not None else np.zeros(len(top), bool)
@@ -275,8 +285,8 @@ def worst_mistakes(
 
 
 def cka(one: Array, other: Array) -> float:
-    """Linear centred kernel alignment of two embeddings (N, D1), (N, D2) of the same images, 0..1: 1 when one is a
-    rotation and scaling of the other (Kornblith et al. 2019)."""
+    """Linear centred kernel alignment of two embeddings (N, D1), (N, D2) of the same images, 0..1:
+    1 when one is a rotation and scaling of the other (Kornblith et al. 2019)."""
     x, y = (value.astype(np.float64) - value.mean(0, dtype=np.float64) for value in (one, other))
     if len(x) < x.shape[1]:
         # Gram matrices of the images: the same numbers, from the smaller side
@@ -288,11 +298,13 @@ def cka(one: Array, other: Array) -> float:
 
 
 def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None = None) -> float:
-    """The T of softmax(logits / T) (Guo et al. 2017), or 1 where the images do not show that another one is better.
+    """The T of softmax(logits / T) (Guo et al. 2017), or 1 where the images do not show that
+    another one is better.
 
-    T minimises the NLL and a prior towards 1; it is kept where it lowers the NLL of images that it was not fitted on
-    (folds; a group stays in one) by more than one standard error, so that it does no harm where images are few. By more
-    than two where T is below 1: claims that come out too sure cost more than claims that come out too doubtful.
+    T minimises the NLL and a prior towards 1; it is kept where it lowers the NLL of images that it
+    was not fitted on (folds; a group stays in one) by more than one standard error, so that it does
+    no harm where images are few. By more than two where T is below 1: claims that come out too sure
+    cost more than claims that come out too doubtful.
     """
     if len(labels) == 0:
         return 1.0

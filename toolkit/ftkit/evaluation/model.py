@@ -38,10 +38,11 @@ FOREIGN_EACH = 10  # of each class at least: its mean must stand on more than on
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """temperature and abstention's threshold come from val; metrics by split, calibrated; uncalibrated: as at
-    temperature 1, by split: {"nll": .., "ece": ..}; reliability: of test, {"before": .., "after": ..} the temperature,
-    as evaluate.reliability; abstention and mistakes: on test; foreign: out-of-domain statistics as the exported file
-    will carry them; foreign_kept: share of test images they let pass; answers: of test, the class number of each image.
+    """temperature and abstention's threshold come from val; metrics by split, calibrated;
+    uncalibrated: as at temperature 1, by split: {"nll": .., "ece": ..}; reliability: of test,
+    {"before": .., "after": ..} the temperature, as evaluate.reliability; abstention and mistakes:
+    on test; foreign: out-of-domain statistics as the exported file will carry them; foreign_kept:
+    share of test images they let pass; answers: of test, the class number of each image.
     """
 
     temperature: float
@@ -56,7 +57,8 @@ class Verdict:
 
 
 class Answers:
-    """The model in float32 on the CPU, made ready once: answers(rows) -> [logits (N, classes), embedding (N, D)]."""
+    """The model in float32 on the CPU, made ready once: answers(rows) -> [logits (N, classes),
+    embedding (N, D)]."""
 
     def __init__(self, backbone: Backbone, canvases: Canvases, preprocess: Preprocess):
         self._canvases = canvases
@@ -115,7 +117,8 @@ def judge(
 
 
 def _foreign(answers: Answers, canvases: Canvases, val: Array) -> Foreign:
-    """Out-of-domain statistics from training images, spread over the classes, and the threshold from val."""
+    """Out-of-domain statistics from training images, spread over the classes, and the threshold
+    from val."""
     rows = canvases.rows("train")
     labels = canvases.labels[rows]
     present = np.unique(labels)

@@ -1,4 +1,4 @@
-"""What an export measures on the finished files, and the one place where its gates are judged.
+"""Measure the finished files of an export, and judge its gates in one place.
 
 metrics, against = file_accuracy(folder, chosen, core, context, classes)
 found = latencies(paths, photograph, frame, providers, quick)
@@ -40,8 +40,8 @@ BUDGETS = ("p95_ms", "size_mb", "memory_mb")  # fields of recipe.Export
 def file_accuracy(
     folder: Path, run: Run, context: variants.Context, classes: Sequence[str]
 ) -> tuple[Metrics, Paired]:
-    """File bytes -> probabilities on every held-out photograph, as a device would; and paired with the answers of the
-    framework, which the run has kept."""
+    """File bytes -> probabilities on every held-out photograph, as a device would; and paired with
+    the answers of the framework, which the run has kept."""
     classify = Classifier(folder)
     rows = context.canvases.rows("test")
     found = []
@@ -60,7 +60,8 @@ def file_accuracy(
 
 
 def out_of_order(folder: Path, classes: Sequence[str]) -> int:
-    """Classes that the file's metadata or labels.txt (which runners without a JSON reader use) has elsewhere."""
+    """Classes that the file's metadata or labels.txt (which runners without a JSON reader use) has
+    elsewhere."""
     # Not splitlines: U+2028 and the like are characters of a label, and end no line for a runner.
     written = (folder / "labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     said = Classifier(folder).labels
@@ -78,8 +79,9 @@ def latencies(
     providers: Sequence[str],
     quick: bool,
 ) -> dict[str, list[Latency]]:
-    """Variant -> p50, p95, memory on a photograph at the size of `frame`, each in a fresh process; the first is one
-    thread on the CPU or, for want of it, the first provider. On a GPU with and without copies."""
+    """Variant -> p50, p95, memory on a photograph at the size of `frame`, each in a fresh process;
+    the first is one thread on the CPU or, for want of it, the first provider. On a GPU with and
+    without copies."""
     threads = sorted({1, cores()})
     found: dict[str, list[Latency]] = {name: [] for name in paths}
     for name, forms in paths.items():
@@ -103,8 +105,8 @@ def latencies(
 def budgets(
     row: Row, forms: tuple[Path, Path], context: variants.Context, *, quick: bool
 ) -> list[Budget]:
-    """The export's budgets, held against a shipped variant on its target, in several processes as `ftkit bench
-    --budget` does. row: with the full measurement, where there is one."""
+    """The export's budgets, held against a shipped variant on its target, in several processes as
+    `ftkit bench --budget` does. row: with the full measurement, where there is one."""
     limits = {
         name: getattr(context.limits, name)
         for name in BUDGETS
@@ -122,7 +124,8 @@ def budgets(
 def _starts(
     row: Row, forms: tuple[Path, Path], context: variants.Context, quick: bool
 ) -> Sequence[Start]:
-    """Fresh processes on the target; none where it is neither here, nor reached, nor measured this very file."""
+    """Fresh processes on the target; none where it is neither here, nor reached, nor measured this
+    very file."""
     provider = context.target.provider
     path = form_of(provider, *forms)
     count = QUICK_STARTS if quick else STARTS
@@ -139,8 +142,9 @@ def _starts(
 
 
 def choose(rows: Sequence[Row], judged: Mapping[str, Sequence[Budget]]) -> Row:
-    """The fastest shippable row that meets every budget, the smaller of two as fast; else the fastest of those that
-    surely miss none; else the one that misses by the smallest factor. judged: row name -> its budgets."""
+    """The fastest shippable row that meets every budget, the smaller of two as fast; else the
+    fastest of those that surely miss none; else the one that misses by the smallest factor. judged:
+    row name -> its budgets."""
     allowed = [row for row in rows if row.shippable]
     for verdicts in ({"passed"}, {"passed", "inconclusive"}):
         meeting = [
@@ -152,7 +156,8 @@ def choose(rows: Sequence[Row], judged: Mapping[str, Sequence[Budget]]) -> Row:
 
 
 def would_meet(rows: Sequence[Row], limits: Export) -> list[Row]:
-    """Variants that are not proven and would, by their figures in the decision table, meet the budgets."""
+    """Variants that are not proven and would, by their figures in the decision table, meet the
+    budgets."""
     return [
         row
         for row in rows
@@ -165,9 +170,10 @@ def would_meet(rows: Sequence[Row], limits: Export) -> list[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What the gates are judged on. metrics: of the file on test, against: paired with the framework there; budgets: of
-    the chosen row; unproven: variants that would meet them all, were they proven: a budget that is missed is then not
-    settled. frame: the size that latencies were measured at. out_of_order: classes elsewhere than in the run."""
+    """Measurements that the gates are judged on. metrics: of the file on test, against: paired with
+    the framework there; budgets: of the chosen row; unproven: variants that would meet them all,
+    were they proven: a budget that is missed is then not settled. frame: the size that latencies
+    were measured at. out_of_order: classes elsewhere than in the run."""
 
     parity: Sequence[Parity]
     chosen: Row
@@ -189,8 +195,9 @@ def judge(limits: Export, measured: Measured) -> list[Gate]:
         gates.append(Gate(name=label, value=worst.value, limit=worst.limit))
     gates.append(Gate(name="labels out of order", value=measured.out_of_order, limit=0))
 
-    # fp32 is held to the framework by parity, and int8 was accepted on val with confidence: on test, a drop within what
-    # chance allows is no contradiction, and one image more or less is none either.
+    # fp32 is held to the framework by parity, and int8 was accepted on val with confidence: on
+    # test, a drop within what chance allows is no contradiction, and one image more or less is none
+    # either.
     name = f"accuracy drop of the file ({chosen.name}, lower 95 % bound)"
     gates.append(Gate(name=name, value=measured.against.low, limit=limits.max_accuracy_drop))
 
@@ -225,12 +232,14 @@ def judge(limits: Export, measured: Measured) -> list[Gate]:
 
 
 def input_group(check: Check) -> str:
-    """Whose inputs a parity check compared, in words: the files of a bundle call the user's images photographs."""
+    """Whose inputs a parity check compared, in words: the files of a bundle call the user's images
+    photographs."""
     return "images" if check.group == "photographs" else check.group
 
 
 def _recall(metrics: Metrics, least: float) -> Gate:
-    """Whether every class is found often enough: of the class that is least sure of it, the share that is missed."""
+    """Whether every class is found often enough: of the class that is least sure of it, the share
+    that is missed."""
     lows = [0.0 if low is None else low for low in metrics.recall_low]
     label = min(
         range(len(lows)), key=lambda label: (metrics.recall[label] is not None, lows[label])
@@ -253,8 +262,8 @@ SIZES = ("320x240", "640x480", "1280x720", "1920x1080", "4000x3000")
 def over_sizes(
     row: Row, forms: tuple[Path, Path], context: variants.Context
 ) -> list[tuple[str, float, float]]:
-    """(frame, p50 ms, p95 ms) of the chosen image form on the target's CPU, one thread, smallest first; none where the
-    target is neither here nor reached, or runs the core form."""
+    """(frame, p50 ms, p95 ms) of the chosen image form on the target's CPU, one thread, smallest
+    first; none where the target is neither here nor reached, or runs the core form."""
     if not (context.here or context.device) or context.target.provider != "cpu":
         return []
     area = {frame: math.prod(parse_frame(frame)) for frame in {*SIZES, context.frame}}

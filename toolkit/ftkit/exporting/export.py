@@ -62,9 +62,10 @@ DECODED_BYTES = 500_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What an export may be asked for. measured: latencies from the target device, by variant. device: the target, over
-    ssh. c: plain C sources. ort: ONNX Runtime's own format. handoff: what other compilers need. zipped: BUNDLE.zip too.
-    sign: an Ed25519 key. web: the files of ONNX Runtime Web, for device/web."""
+    """Options of an export. measured: latencies from the target device, by variant. device: the
+    target, over ssh. c: plain C sources. ort: ONNX Runtime's own format. handoff: what other
+    compilers need. zipped: BUNDLE.zip too. sign: an Ed25519 key. web: the files of ONNX Runtime
+    Web, for device/web."""
 
     measured: Mapping[str, Any] = field(default_factory=dict)
     device: Device | None = None
@@ -78,8 +79,8 @@ class Extras:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The result of an export. folder: BUNDLE, or BUNDLE.failed when a gate failed, BUNDLE.inconclusive when one could
-    not be settled. rows: the decision table."""
+    """The result of an export. folder: BUNDLE, or BUNDLE.failed when a gate failed,
+    BUNDLE.inconclusive when one could not be settled. rows: the decision table."""
 
     folder: Path
     gates: tuple[Gate, ...]
@@ -146,7 +147,8 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
 
 
 def metadata(run: Run) -> dict[str, str]:
-    """ONNX metadata: labels in order, preprocessing, temperature, recipe, and the run's fingerprint."""
+    """ONNX metadata: labels in order, preprocessing, temperature, recipe, and the run's
+    fingerprint."""
     recipe = {
         key: value for key, value in run.data["recipe"].items() if key != "weights"
     }  # may be a local path
@@ -167,7 +169,7 @@ def metadata(run: Run) -> dict[str, str]:
 
 
 def read_measured(path: Path, run: Run, target: str) -> dict[str, Any]:
-    """What `device/classify.py --bench` printed on the target.
+    """Read what `device/classify.py --bench` printed on the target.
 
     Raises FtkitError when the file is none, of another run, or not of this target on one thread.
     """
@@ -206,10 +208,12 @@ def export(
     quick: bool = False,
     extras: Extras | None = None,
 ) -> Exported:
-    """Export `run`, decide on its variants, prove the file on each provider, judge the gates, seal the bundle.
+    """Export `run`, decide on its variants, prove the file on each provider, judge the gates, seal
+    the bundle.
 
-    settings: gates and budgets, the recipe's by default. quick: shorter latency runs, marked so in the evidence.
-    Raises ProviderError when a provider is not here, FtkitError when `out` exists or the images have changed.
+    settings: gates and budgets, the recipe's by default. quick: shorter latency runs, marked so in
+    the evidence. Raises ProviderError when a provider is not here, FtkitError when `out` exists or
+    the images have changed.
     """
     for name in providers:
         require(name)
@@ -241,8 +245,9 @@ def export(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every step of an export works on. folder: where the bundle is built. rows: of the canvases, held-out images
-    that parity sees; files: their paths; photographs: the first of them, decoded."""
+    """Inputs that all steps of an export share. folder: where the bundle is built. rows: of the
+    canvases, held-out images that parity sees; files: their paths; photographs: the first of them,
+    decoded."""
 
     run: Run
     model: nn.Module
@@ -272,8 +277,8 @@ Forms = dict[str, tuple[Path, Path]]  # variant -> (image form, core form)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """latency: of each shipped variant; budgets: of the chosen one; unproven: variants that would meet them; sizes:
-    (frame, p50 ms, p95 ms) of the chosen file."""
+    """latency: of each shipped variant; budgets: of the chosen one; unproven: variants that would
+    meet them; sizes: (frame, p50 ms, p95 ms) of the chosen file."""
 
     latency: Mapping[str, Sequence[Latency]]
     chosen: Row
@@ -366,7 +371,8 @@ def _prove(job: Job, paths: Forms) -> list[Parity]:
 
 
 def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
-    """Latency, memory and size of what may ship; the variant that does; a way on where it misses a budget."""
+    """Latency, memory and size of what may ship; the variant that does; a way on where it misses a
+    budget."""
     context = job.context
     latency = evidence.latencies(paths, job.files[0], context.frame, job.providers, job.quick)
     shipped = [
@@ -493,7 +499,8 @@ def _seal(
 def _write_variants(
     folder: Path, made: variants.Variants, context: variants.Context
 ) -> dict[str, tuple[Path, Path]]:
-    """Variant -> (image form, core form), written and fit to load on the target's oldest ONNX Runtime."""
+    """Variant -> (image form, core form), written and fit to load on the target's oldest ONNX
+    Runtime."""
     (folder / "variants").mkdir()
     paths = {}
     for name, (row, core) in made.shipped.items():
@@ -513,8 +520,9 @@ def _write_variants(
 def _measured(
     row: Row, latency: Sequence[Latency], forms: tuple[Path, Path], context: variants.Context
 ) -> Row:
-    """The row with the file's size and memory, and the full measurement on the target's provider, one thread, where
-    this machine is the target: else the times of the race, or the target's own, stand."""
+    """The row with the file's size and memory, and the full measurement on the target's provider,
+    one thread, where this machine is the target: else the times of the race, or the target's own,
+    stand."""
     row = replace(row, size_bytes=latency[0].size_bytes, peak_rss_bytes=latency[0].peak_rss_bytes)
     if context.device:
         provider = context.target.provider
@@ -592,7 +600,8 @@ def _pictures(folder: Path, canvases: Canvases, run: Run, limits: Export) -> lis
 
 
 def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:
-    """The first images, as the device will decode them: as many as float64 sees, within a bound on memory."""
+    """The first images, as the device will decode them: as many as float64 sees, within a bound on
+    memory."""
     found: list[Array] = []
     for path in paths[:FLOAT64_IMAGES]:
         found.append(preprocess.decode(path))

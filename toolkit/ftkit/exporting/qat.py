@@ -1,10 +1,12 @@
-"""A quantization-aware stage: the exported 8-bit graph itself, run in PyTorch with rounding simulated, and fine-tuned.
+"""A quantization-aware stage: the exported 8-bit graph itself, run in PyTorch with rounding
+simulated, and fine-tuned.
 
     trained = fine_tune(core, quantized, pixels_of, labels, teacher, epochs=2)      # a core form with adapted weights
     int8(trained, ranges, target)                                                    # goes through the same decision
 
-Rounding passes its gradient straight through (Bengio et al. 2013; Jacob et al. 2018). The activations' scales stay as
-calibrated, a weight's follow its channel's largest value. What is learned: the labels, and the answers of fp32.
+Rounding passes its gradient straight through (Bengio et al. 2013; Jacob et al. 2018). The
+activations' scales stay as calibrated, a weight's follow its channel's largest value. What is
+learned: the labels, and the answers of fp32.
 """
 
 from __future__ import annotations
@@ -113,9 +115,11 @@ OPERATORS: dict[str, Callable[[Values, dict[str, Any]], Any]] = {
 
 
 class Simulated(nn.Module):
-    """The quantized graph with its float weights as parameters: pixels (n, 3, S, S) -> logits (n, classes).
+    """The quantized graph with its float weights as parameters: pixels (n, 3, S, S) -> logits (n,
+    classes).
 
-    core: the float form that `quantized` was made from. Raises FtkitError for an operator it does not know.
+    core: the float form that `quantized` was made from. Raises FtkitError for an operator it does
+    not know.
     """
 
     def __init__(self, core: onnx.ModelProto, quantized: onnx.ModelProto):
@@ -220,8 +224,9 @@ def fine_tune(
     epochs: int,
     rate: float = RATE,
 ) -> onnx.ModelProto:
-    """The core form with weights adapted to 8 bits. pixels_of(rows) -> (n, 3, S, S) float32 for rows of 0 .. N - 1;
-    labels (N,); teacher (N, classes): fp32's logits. Same numbers, same weights, on the same machine."""
+    """The core form with weights adapted to 8 bits. pixels_of(rows) -> (n, 3, S, S) float32 for
+    rows of 0 .. N - 1; labels (N,); teacher (N, classes): fp32's logits. Same numbers, same
+    weights, on the same machine."""
     model = Simulated(core, quantized)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     steps = epochs * -(-len(labels) // BATCH)

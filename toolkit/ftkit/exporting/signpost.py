@@ -1,10 +1,11 @@
-"""Advice for an export that misses a budget: what else would meet it, measured, with the command to run.
+"""Advice for an export that misses a budget: what else would meet it, measured, with the command to
+run.
 
     for line in signpost(run, missed, unproven, row, ratio, context):
         print(line)
 
-Shorter times come from a smaller input. How long the very network takes at another resolution needs no training to
-know: it is exported anew and timed on the spot, in seconds.
+Shorter times come from a smaller input. How long the very network takes at another resolution needs
+no training to know: it is exported anew and timed on the spot, in seconds.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ TRIED = 2  # resolutions
 
 @dataclass(frozen=True, kw_only=True)
 class Smaller:
-    """The same network at another input size, as timed. int8_p95_ms: worked out from the ratio that int8 has at the
-    run's own size; None where it has none."""
+    """The same network at another input size, as timed. int8_p95_ms: worked out from the ratio that
+    int8 has at the run's own size; None where it has none."""
 
     size: int
     p50_ms: float
@@ -53,7 +54,8 @@ def signpost(
     rows: Sequence[Row],
     context: variants.Context,
 ) -> list[str]:
-    """What to say of budgets that are missed, or not sure to be met. rows: the decision table."""
+    """Advice on budgets that are missed, or not surely met, as lines of text. rows: the decision
+    table."""
     lines = [
         f"missed: {item}" if item.verdict == "failed" else f"not sure: {item}" for item in missed
     ]
@@ -81,7 +83,7 @@ def signpost(
 
 
 def _open(row: Row, context: variants.Context) -> str:
-    """What keeps a variant from being shipped."""
+    """The reason why a variant may not ship yet."""
     if row.paired is None or row.verdict != "inconclusive":
         return f"{row.verdict}: {row.reason}"
     beyond = (row.paired.high - context.limits.max_accuracy_drop) * 100
@@ -111,8 +113,8 @@ def _resolutions(
     *,
     only_int8: bool,
 ) -> list[str]:
-    """A table of smaller inputs, and the command for the largest that is likely to meet the budget. only_int8: float32
-    is too large a file whatever its input."""
+    """A table of smaller inputs, and the command for the largest that is likely to meet the budget.
+    only_int8: float32 is too large a file whatever its input."""
     ratios = [
         row.ratio
         for row in rows
@@ -147,8 +149,8 @@ def _resolutions(
 def _timed(
     run: Run, model: nn.Module, slow: Budget, ratio: float | None, context: variants.Context
 ) -> list[Smaller]:
-    """The largest sizes that may meet the budget in fp32, or in int8, largest first; none for a network that takes one
-    size only."""
+    """The largest sizes that may meet the budget in fp32, or in int8, largest first; none for a
+    network that takes one size only."""
     own = run.preprocess.size
     excess = slow.excess
     wanted = {_rounded(own / excess**0.5), _rounded(own / (excess * (ratio or 1)) ** 0.5)}

@@ -3,8 +3,9 @@
     variants = make(core, context)                # fp32 first; int8 or fp16 as the target has it
     variants.rows, variants.shipped               # the decision table; what may go into the bundle
 
-int8 climbs a ladder: everything in 8 bits, then the operators that suffer most back in float, until the accuracy on val
-is held with confidence. A form that is not faster than fp32 is refused before any of that.
+int8 climbs a ladder: everything in 8 bits, then the operators that suffer most back in float, until
+the accuracy on val is held with confidence. A form that is not faster than fp32 is refused before
+any of that.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kep
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a decision rests on. photograph: a real image file for the latency, frame: the size that it is brought to,
-    "640x480"; metadata: what every file carries;
-    measured: for a target that is not this machine, what `device/classify.py --bench` printed there, or nothing.
-    device: the target itself, reached over ssh. reference: the framework's own answers."""
+    """Inputs of the decision. photograph: a real image file for the latency, frame: the size that
+    it is brought to, "640x480"; metadata: what every file carries; measured: for a target that is
+    not this machine, what `device/classify.py --bench` printed there, or nothing. device: the
+    target itself, reached over ssh. reference: the framework's own answers."""
 
     reference: Reference
     canvases: Canvases
@@ -84,7 +85,8 @@ class Context:
         return self.target_name == here() if provider == "cpu" else not does_not_open(provider)
 
     def race(self, files: Sequence[Path]) -> list[Raced] | None:
-        """Files run in turn on the target, one thread; None where it is neither this machine nor reached."""
+        """Files run in turn on the target, one thread; None where it is neither this machine nor
+        reached."""
         if self.device:
             return self.device.race(
                 files, self.photograph, provider=self.target.provider, frame=self.frame
@@ -111,8 +113,8 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A core form to be judged. right: whether each val image is answered right; kept: operators left in float;
-    checks: of its own, beside accuracy (float16)."""
+    """A core form to be judged. right: whether each val image is answered right; kept: operators
+    left in float; checks: of its own, beside accuracy (float16)."""
 
     name: str
     core: onnx.ModelProto
@@ -129,8 +131,8 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Variants:
-    """rows: the decision table, fp32 first. shipped: variant name -> its row and core form, one a precision. checks:
-    how far a lower precision agrees, beside its accuracy."""
+    """rows: the decision table, fp32 first. shipped: variant name -> its row and core form, one a
+    precision. checks: how far a lower precision agrees, beside its accuracy."""
 
     rows: tuple[Row, ...]
     shipped: Mapping[str, tuple[Row, onnx.ModelProto]]
@@ -183,8 +185,9 @@ def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str 
 
 
 def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu") -> Array:
-    """Logits of the val images where the file will run: on the device, where there is one. Another processor's 8-bit
-    kernels saturate, round and accumulate in their own way. The device has the images already (`make`)."""
+    """Logits of the val images where the file will run: on the device, where there is one. Another
+    processor's 8-bit kernels saturate, round and accumulate in their own way. The device has the
+    images already (`make`)."""
     if not context.device:
         return answers(core, context, context.canvases.rows("val"), provider)
     with tempfile.TemporaryDirectory() as scratch:
@@ -210,7 +213,8 @@ def _ranges(core: onnx.ModelProto, context: Context) -> Any:
 
 
 def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
-    """Rungs until one is accepted for its accuracy, or none is left; the first only, when 8 bits are no faster."""
+    """Rungs until one is accepted for its accuracy, or none is left; the first only, when 8 bits
+    are no faster."""
     ranges = _ranges(fp32.core, context)
     order = list[str]()
     for count in RUNGS:
@@ -281,7 +285,8 @@ def _trained(
 
 
 def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Candidate:
-    """float16 on the target's provider where it is to be had, else on the CPU, whose verdict is then unproven."""
+    """float16 on the target's provider where it is to be had, else on the CPU, whose verdict is
+    then unproven."""
     model, kept = half(fp32.core, _ranges(fp32.core, context))
     rows = context.canvases.rows("val")
     provider = context.target.provider if context.here or context.device else "cpu"
@@ -301,8 +306,8 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
 
 def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
-    """All in the form that the target's provider runs, in turn on one thread on a real photograph; what the target
-    measured when not here."""
+    """All in the form that the target's provider runs, in turn on one thread on a real photograph;
+    what the target measured when not here."""
     reached = context.here or context.device
     if (context.here and len(candidates) == 1) or not (reached or context.measured):
         return {}
@@ -363,7 +368,8 @@ def _preference(row: Row) -> tuple[int, float]:
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """The decision table within 80 columns, times in ms on one thread; below it why a precision's best may not ship."""
+    """The decision table within 80 columns, times in ms on one thread; below it why a precision's
+    best may not ship."""
     lines = [("variant", "val", "drop, points [95 %]", "time", "p50/p95", "MB", "verdict")]
     for row in rows:
         drop = row.paired

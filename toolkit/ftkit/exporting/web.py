@@ -1,10 +1,11 @@
-"""A page that runs a bundle's model.onnx in a browser, through ONNX Runtime Web; nothing leaves the machine.
+"""A page that runs a bundle's model.onnx in a browser, through ONNX Runtime Web; nothing leaves the
+machine.
 
     add_page(bundle, runtime())            # BUNDLE/device/web, all files local
     with serving("bundle", files) as url:  # 127.0.0.1 only
 
-The runtime is the npm package onnxruntime-web at one version, checked by its hash, fetched once by npm or given as the
-.tgz that `npm pack` writes.
+The runtime is the npm package onnxruntime-web at one version, checked by its hash, fetched once by
+npm or given as the .tgz that `npm pack` writes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ HEADERS = {
 
 
 def runtime(package: Path | None = None) -> Path:
-    """The folder with ONNX Runtime Web's files, from the cache, from `package` (a .tgz), or fetched by npm.
+    """The folder with ONNX Runtime Web's files, from the cache, from `package` (a .tgz), or fetched
+    by npm.
 
     Raises FtkitError when npm is missing or fails, or the package is another.
     """
@@ -118,10 +120,11 @@ def _unpack(package: Path, folder: Path) -> None:
 
 
 def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
-    """Write the page, the runtime's `files` and model.json into `folder`, by default the bundle's device/web.
+    """Write the page, the runtime's `files` and model.json into `folder`, by default the bundle's
+    device/web.
 
-    model.json: name, labels, input_format, abstain_threshold, out_of_domain, as in the file's metadata, which a browser
-    cannot read.
+    model.json: name, labels, input_format, abstain_threshold, out_of_domain, as in the file's
+    metadata, which a browser cannot read.
     """
     folder = folder or bundle / PAGE
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,8 +156,8 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*args, **more)
 
     def send_head(self) -> Any:
-        """One file; / leads to the page. A page elsewhere that names this host otherwise gets nothing, and nobody gets
-        what a link leads to."""
+        """One file; / leads to the page. A page elsewhere that names this host otherwise gets
+        nothing, and nobody gets what a link leads to."""
         if self.headers.get("Host", "").split(":")[0] not in ("127.0.0.1", "localhost"):
             self.send_error(403)
         elif self.path == "/":
@@ -188,7 +191,7 @@ class _Handler(SimpleHTTPRequestHandler):
         return str(self._page / found.relative_to(own)) if found.is_relative_to(own) else str(found)
 
     def end_headers(self) -> None:
-        """What every answer carries."""
+        """Headers of every response."""
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
@@ -199,7 +202,8 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def serving(bundle: Path, files: Path, port: int = 0) -> Iterator[str]:
-    """Serve the page for `bundle` on 127.0.0.1 while the block runs; yields its address. port 0: any free one.
+    """Serve the page for `bundle` on 127.0.0.1 while the block runs; yields its address. port 0:
+    any free one.
 
     Raises FtkitError when the port is taken, BundleError when it is no bundle.
     """

@@ -34,7 +34,8 @@ SEQUENCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A model with a fresh head. head: module name of the last layer. weights: where they came from, with a hash."""
+    """A model with a fresh head. head: module name of the last layer. weights: where they came
+    from, with a hash."""
 
     name: str
     model: nn.Module
@@ -44,10 +45,12 @@ class Backbone:
 
 
 def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
-    """Build `name` (timm first, then torchvision) with `classes` outputs in a freshly initialised head.
+    """Build `name` (timm first, then torchvision) with `classes` outputs in a freshly initialised
+    head.
 
-    weights: "pretrained", "none", or the path of a .safetensors / .pth file of the backbone's state. Raises FtkitError
-    for an unknown name, a head that cannot be replaced, and as weights.load.
+    weights: "pretrained", "none", or the path of a .safetensors / .pth file of the backbone's
+    state. Raises FtkitError for an unknown name, a head that cannot be replaced, and as
+    weights.load.
     """
     model, library = _create(name)
     preprocess = _preprocess(model, name, library)
@@ -77,7 +80,8 @@ def _create(name: str) -> tuple[nn.Module, str]:
 
 
 def _with_option(make: Callable[..., nn.Module], name: str, *options: str) -> nn.Module | None:
-    """The model with one of the options off, where its maker knows it: without the second heads of its training."""
+    """The model with one of the options off, where its maker knows it: without the second heads of
+    its training."""
     for option in options:
         try:
             return make(name, **{option: False})
@@ -102,7 +106,8 @@ def _preprocess(model: nn.Module, name: str, library: str) -> Preprocess:
 
 
 def _head_name(model: nn.Module) -> str:
-    """Module name of the layer that makes the logits: the library's own word first, else the last linear layer."""
+    """Module name of the layer that makes the logits: the library's own word first, else the last
+    linear layer."""
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
     classifier: Any = getattr(model, "get_classifier", None)
     declared = classifier() if classifier else None
@@ -117,7 +122,8 @@ def _head_name(model: nn.Module) -> str:
 
 
 def _require_logits(model: nn.Module, name: str, size: int, classes: int) -> None:
-    """Raises FtkitError when the model with its new head does not give (n, classes): it has a second head, say."""
+    """Raises FtkitError when the model with its new head does not give (n, classes): it has a
+    second head, say."""
     try:
         with torch.inference_mode():
             answer: Any = model(torch.zeros(1, 3, size, size))
@@ -161,8 +167,8 @@ def blocks(backbone: Backbone) -> list[str]:
 def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
     """Names of the modules (or parameters that stand alone) that train for a stage's `train`.
 
-    Raises FtkitError with the backbone's blocks for what is none of head, last:N, first:N, all, or a regular expression
-    that some module's name matches.
+    Raises FtkitError with the backbone's blocks for what is none of head, last:N, first:N, all, or
+    a regular expression that some module's name matches.
     """
     listed = blocks(backbone)
     top = [name for name, _ in backbone.model.named_children()]
@@ -228,7 +234,7 @@ def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
 def features(
     net: nn.Module, head: nn.Module, inputs: Iterable[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What enters the head when `net` runs, (n, features) float32, and what leaves the net.
+    """Run `net` and return the input of its head, (n, features) float32, and its output.
 
     A map that enters a convolutional head is averaged over space.
     """

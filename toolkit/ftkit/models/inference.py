@@ -51,8 +51,8 @@ def runner(
 ) -> tuple[Callable[[torch.Tensor], list[Array]], str]:
     """The fastest way to run `net` here, and its name: pixels (n, 3, S, S) -> its outputs, float32.
 
-    ONNX Runtime on a CPU (threads: 0 = all cores), where its answer to `example` is the framework's to 1e-4 of the
-    largest value; the framework itself elsewhere, or where the net does not export.
+    ONNX Runtime on a CPU (threads: 0 = all cores), where its answer to `example` is the framework's
+    to 1e-4 of the largest value; the framework itself elsewhere, or where the net does not export.
     """
 
     def eager(pixels: torch.Tensor) -> list[Array]:
@@ -74,10 +74,11 @@ def runner(
 
 
 def _onnx_bytes(net: nn.Module, example: torch.Tensor) -> bytes:
-    """By the TorchScript exporter: 0.8 s where the dynamo one takes 10 s for lite0. The file never leaves this run."""
+    """By the TorchScript exporter: 0.8 s where the dynamo one takes 10 s for lite0. The file never
+    leaves this run."""
     buffer = io.BytesIO()
-    # A Sequential, since the exporter takes a GraphModule's `graph` for its own; in eval mode, since it gives the mode
-    # that it finds to every module inside.
+    # A Sequential, since the exporter takes a GraphModule's `graph` for its own; in eval mode,
+    # since it gives the mode that it finds to every module inside.
     plain = nn.Sequential(net).eval()
     with quiet():
         torch.onnx.export(

@@ -1,12 +1,14 @@
-"""The frozen prefix: cut the model where everything upstream is frozen, run that part once, keep what crosses the cut.
+"""The frozen prefix: cut the model where everything upstream is frozen, run that part once, keep
+what crosses the cut.
 
     graph = trace(model)                                   # None when the backbone cannot be traced
     nodes = frontier(graph, trained)                       # values that leave the frozen part
     prefix = frozen_part(graph, [nodes])                   # pixels -> those values
     suffix = trained_part(graph, nodes)                    # those values -> logits; shares the model's parameters
 
-torch.fx (Reed et al., MLSys 2022) records the graph. A node is frozen when all it depends on is: parameters that do
-not train and modules in eval mode. A dropout that is on is never frozen, since it differs at every pass.
+torch.fx (Reed et al., MLSys 2022) records the graph. A node is frozen when all it depends on is:
+parameters that do not train and modules in eval mode. A dropout that is on is never frozen, since
+it differs at every pass.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.GraphModule | None:
-    """The model's graph in the training / eval modes it is in now, or None when torch.fx cannot follow it."""
+    """The model's graph in the training / eval modes it is in now, or None when torch.fx cannot
+    follow it."""
     try:
         tracer = _Tracer()
         defaults = _defaulted_arguments(model)
@@ -73,7 +76,8 @@ def _trains(graph: fx.GraphModule, node: fx.Node, trained: Callable[[str], bool]
 
 
 def frontier(graph: fx.GraphModule, trained: Callable[[str], bool]) -> list[fx.Node]:
-    """The frozen values that the trained part uses, in graph order; empty when even the input is used by it.
+    """The frozen values that the trained part uses, in graph order; empty when even the input is
+    used by it.
 
     trained(name) tells whether the parameter of that name trains.
     """
@@ -121,7 +125,8 @@ def frozen_part(graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]]) -> fx.
 
 
 def trained_part(graph: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModule:
-    """The values of one cut, in graph order -> logits. Parameters are the model's own: to train it trains the model."""
+    """The values of one cut, in graph order -> logits. Parameters are the model's own: to train it
+    trains the model."""
     needed = _needed([node for node in graph.graph.nodes if node.op == "output"], given=cut)
     copied = fx.Graph()
     made: dict[fx.Node, fx.Node] = {

@@ -2,7 +2,8 @@
 
     source = load(model, "efficientnet_lite0", "timm", head="classifier", weights="pretrained")
 
-Without a network a download is refused at once, with the name of the file and the two ways to supply it.
+Without a network a download is refused at once, with the name of the file and the two ways to
+supply it.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ EXTRA_HEADS = re.compile(
 def load(model: nn.Module, name: str, library: str, head: str, weights: str) -> str:
     """Load into `model`; returns where they came from, with a hash of what was loaded.
 
-    weights: "pretrained", "none", or the path of a .safetensors / .pth file. Raises FtkitError for a file that does not
-    fit, or weights that cannot be had here.
+    weights: "pretrained", "none", or the path of a .safetensors / .pth file. Raises FtkitError for
+    a file that does not fit, or weights that cannot be had here.
     """
     if weights == "none":
         return "none"
@@ -164,7 +165,8 @@ def _renamed_lite(model: nn.Module, state: State) -> State:
 
 
 def _download(model: nn.Module, name: str, library: str, head: str) -> str:
-    """Weights from the library's own hub, through whatever proxy or mirror is set up (HTTPS_PROXY, HF_ENDPOINT)."""
+    """Weights from the library's own hub, through whatever proxy or mirror is set up (HTTPS_PROXY,
+    HF_ENDPOINT)."""
     if library == "torchvision":
         entry = torchvision.models.get_model_weights(name).DEFAULT
         file = Path(entry.url).name

@@ -1,7 +1,9 @@
-"""One self-contained report.html: verdict first, then how it was trained, how sure it is, what it costs. No script.
+"""One self-contained report.html: verdict first, then how it was trained, how sure it is, what it
+costs. No script.
 
 write_report(Path("report.html"), run_data, epochs, pictures)                    # of a run
-write_report(Path("report.html"), run_data, epochs, pictures, manifest)          # of a bundle: gates and evidence too
+write_report(Path("report.html"), run_data, epochs, pictures, manifest)          # of a bundle:
+gates and evidence too
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class Picture:
 def pictures(
     canvases: Canvases, mistakes: Sequence[Data], explain: Explainer | None = None
 ) -> list[Picture]:
-    """The worst mistakes as thumbnails, with class activation maps of the wrong answers where there are any."""
+    """The worst mistakes as thumbnails, with class activation maps of the wrong answers where there
+    are any."""
     found = []
     for item in mistakes:
         canvas = canvases.array([item["row"]])[0]
@@ -274,7 +277,8 @@ def _classes(found: Data) -> str:
 
 
 def _sureness(run: Data) -> str:
-    """Calibration before and after, what withholding doubtful answers brings, and how many images pass as familiar."""
+    """Calibration before and after, what withholding doubtful answers brings, and how many images
+    pass as familiar."""
     after = run["metrics"]["test"]
     before = run["uncalibrated"]["test"]
     held = run["abstention"]

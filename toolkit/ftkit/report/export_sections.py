@@ -1,4 +1,5 @@
-"""The part of a report that is about an exported file: gates, variants, parity, latency, history. Each returns HTML.
+"""The part of a report that is about an exported file: gates, variants, parity, latency, history.
+Each returns HTML.
 
 gates(manifest) + variants(manifest) + parity(manifest) + latency(manifest) + found_in(folder, manifest)
 """
@@ -161,7 +162,8 @@ def parity(manifest: Data) -> str:
 
 
 def latency(manifest: Data) -> str:
-    """One image at a time: percentiles, cold start and memory, over frame sizes, and the histograms."""
+    """One image at a time: percentiles, cold start and memory, over frame sizes, and the
+    histograms."""
     found = manifest["evidence"]["latency"]
     rows = [
         (
@@ -227,7 +229,8 @@ def _histogram(item: Data) -> str:
 
 
 def found_in(folder: Path, manifest: Data) -> str:
-    """Plots of what `ftkit bench --save` wrote for this model on this machine, where `folder` is in a repository."""
+    """Plots of what `ftkit bench --save` wrote for this model on this machine, where `folder` is in
+    a repository."""
     path = history.place(folder)
     machine = manifest["machine"]["fingerprint"]
     try:

@@ -1,4 +1,4 @@
-"""What every page of ftkit is made of: style, tables, figures drawn as SVG. No script, no network.
+"""Building blocks of every page: style, tables, figures drawn as SVG. No script, no network.
 
 html = page("ftkit: lite0", [section("Gates", table(("gate", "value"), rows)), lines("Loss", ...)])
 """
@@ -101,8 +101,8 @@ def number(value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
-    """Header and rows; numbers are set right; a cell that is already markup comes as a 1-tuple. It scrolls where it
-    must, by keyboard too."""
+    """Header and rows; numbers are set right; a cell that is already markup comes as a 1-tuple. It
+    scrolls where it must, by keyboard too."""
     if not rows:
         return ""
 
@@ -248,7 +248,8 @@ def bars(
     marks: Sequence[tuple[float, str]] = (),
     caption: str = "",
 ) -> str:
-    """A histogram. ends: what its first and last edge are; marks: places (0..1 along it) with a name."""
+    """A histogram. ends: what its first and last edge are; marks: places (0..1 along it) with a
+    name."""
     height = 136
     most = max(counts) or 1
     inner = height - BOTTOM - TOP
@@ -290,7 +291,8 @@ def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.
 
 
 def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """Share right against mean probability, a dot a bin, its area the bin's images; found: name -> bins."""
+    """Share right against mean probability, a dot a bin, its area the bin's images; found: name ->
+    bins."""
     x, y = scales((0, 1), (0, 1))
     parts = [
         axes((0, 1), (0, 1), "probability given", "share right"),
@@ -318,7 +320,8 @@ def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> s
 def points(
     title: str, found: Sequence[tuple[str, float, float, bool]], x_name: str, y_name: str
 ) -> str:
-    """Numbered points: (name, x, y, whether it is the chosen one); their names stand in the caption."""
+    """Numbered points: (name, x, y, whether it is the chosen one); their names stand in the
+    caption."""
     across = [item[1] for item in found]
     up = [item[2] for item in found]
     room = (max(up) - min(up)) * 0.25 or 0.01

@@ -1,4 +1,5 @@
-"""MODEL_CARD.md of a bundle: what the model is, on what evidence, its limits, how to use it (Mitchell et al. 2019)."""
+"""MODEL_CARD.md of a bundle: what the model is, on what evidence, its limits, how to use it
+(Mitchell et al. 2019)."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@
     state.ranks = ranks                        # of several, the first writes and reads, and tells the others
     state.save(step=tensors)                   # commits: everything before it is kept, whatever happens next
 
-state.json is the one commit point: tensors are written under new names first, then state.json that names them, then
-the old ones go. Randomness needs no place in it: every draw follows from (seed, stage, step).
+state.json is the one commit point: tensors are written under new names first, then state.json that
+names them, then the old ones go. Randomness needs no place in it: every draw follows from (seed,
+stage, step).
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ SAVE_SHARE = 50  # or this many times what the last save took, so that saving co
 
 @dataclass(kw_only=True)
 class State:
-    """Where a run stands. plan: what it was begun with (recipe, seed, data_fingerprint), never changed.
+    """Where a run stands. plan: what it was begun with (recipe, seed, data_fingerprint), never
+    changed.
 
-    stage, epoch, step: done so far (steps and epochs count within the stage). lr: the stage's peak rate.
-    best: the score on val (validate.Score) of what has been kept; stage_best: of the stage's best epoch; waited: epochs
-    since it. stages: outcomes of finished ones. lines: of metrics.jsonl that count. seconds: spent before an
-    interruption, in all and in this stage.
-    circumstances: what the bits depend on (threads, device, cache, ...). files: role -> file in RUN/state.
+    stage, epoch, step: done so far (steps and epochs count within the stage). lr: the stage's peak
+    rate. best: the score on val (validate.Score) of what has been kept; stage_best: of the stage's
+    best epoch; waited: epochs since it. stages: outcomes of finished ones. lines: of metrics.jsonl
+    that count. seconds: spent before an interruption, in all and in this stage. circumstances: what
+    the bits depend on (threads, device, cache, ...). files: role -> file in RUN/state.
     """
 
     folder: Path
@@ -96,7 +98,8 @@ class State:
         return time.monotonic() - self._saved_at > max(SAVE_EVERY, SAVE_SHARE * self._save_seconds)
 
     def save(self, **tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """Commit, with new tensors by role; a role given as None is dropped, a role not given stays as it was."""
+        """Commit, with new tensors by role; a role given as None is dropped, a role not given stays
+        as it was."""
         begun = time.monotonic()
         place = self.folder / "state"
         if self.ranks.main:
@@ -123,7 +126,8 @@ class State:
         self._save_seconds = self._saved_at - begun
 
     def tensors(self, role: str) -> dict[str, torch.Tensor]:
-        """What was saved under `role`, on the CPU; empty when nothing was. Every rank asks at once."""
+        """The tensors saved under `role`, on the CPU; empty when there are none. Every rank calls
+        it at once."""
         if role not in self.files:
             return {}
         path = self.folder / "state" / self.files[role]
@@ -136,7 +140,7 @@ def exists(folder: Path) -> bool:
 
 
 def plan_of(folder: Path) -> dict[str, Any]:
-    """What an interrupted run was begun with. Raises FtkitError when its state cannot be read."""
+    """The plan of an interrupted run. Raises FtkitError when its state cannot be read."""
     plan: dict[str, Any] = _load(folder)["plan"]
     return plan
 
@@ -203,9 +207,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Within `with Stop() as stop`, Ctrl-C and SIGTERM raise Stopped; within stop.deferred() the first only sets
-    stop.signal, for the loop to see after its step, and a second Ctrl-C raises. Not a second SIGTERM: a scheduler's
-    reaches a rank twice, from itself and from torchrun."""
+    """Within `with Stop() as stop`, Ctrl-C and SIGTERM raise Stopped; within stop.deferred() the
+    first only sets stop.signal, for the loop to see after its step, and a second Ctrl-C raises. Not
+    a second SIGTERM: a scheduler's reaches a rank twice, from itself and from torchrun."""
 
     def __init__(self) -> None:
         self.signal = 0

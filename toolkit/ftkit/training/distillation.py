@@ -1,4 +1,5 @@
-"""Another run's model as a teacher: it answers to the very pixels the student sees (Beyer et al. 2022: same views).
+"""Another run's model as a teacher: it answers to the very pixels the student sees (Beyer et al.
+2022: same views).
 
 teacher = load("runs/large", preprocess, classes)      # nn.Module: the student's pixels -> the teacher's logits
 """
@@ -17,7 +18,8 @@ from ftkit_export.runtime.preprocess import Preprocess
 
 
 class Teacher(nn.Module):
-    """A run's model behind the way from the student's pixels to its own: other normalisation, other size."""
+    """A run's model behind the way from the student's pixels to its own: other normalisation, other
+    size."""
 
     scale: torch.Tensor
     shift: torch.Tensor

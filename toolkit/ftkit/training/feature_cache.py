@@ -5,8 +5,8 @@
     activations.arrays[name][activations.items(views, positions)]
     check(prefix, names, activations, views)               # a sample against a live pass; "" when equal
 
-On a CPU the frozen part runs in ONNX Runtime (a whole lite0 run: 143 s, 194 s with eager PyTorch). Values are kept in
-memory-mapped files, as float16 where their range allows.
+On a CPU the frozen part runs in ONNX Runtime (a whole lite0 run: 143 s, 194 s with eager PyTorch).
+Values are kept in memory-mapped files, as float16 where their range allows.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class CannotCacheError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """`count` seeded views of each train image, and the evaluation crop of each val image, in a fixed order.
+    """`count` seeded views of each train image, and the evaluation crop of each val image, in a
+    fixed order.
 
     Row item = view * train images + position; the val images follow. View 0 is the evaluation crop.
     """
@@ -81,7 +82,8 @@ class Views:
         return [*((train, view) for view in range(self.count)), (val, 0)]
 
     def pixels(self, rows: Array, view: int, start: int) -> torch.Tensor:
-        """Rows start to start + chunk in one view -> (n, 3, S, S) float32. Depends on nothing but its arguments."""
+        """Rows start to start + chunk in one view -> (n, 3, S, S) float32. Depends on nothing but
+        its arguments."""
         canvases = self.source.take(self.source.fetch(rows[start : start + self.chunk]))
         if view == 0:
             return evaluation(canvases, self.preprocess)
@@ -104,7 +106,7 @@ class Views:
 
     @property
     def key(self) -> str:
-        """What the pixels depend on."""
+        """Everything that the pixels depend on, as text."""
         return json.dumps(
             [
                 self.canvases.fingerprint,
@@ -120,8 +122,9 @@ class Views:
 class Activations:
     """Kept values by name, each (items, ...): all views of the train images, then the val images.
 
-    kind: dtype and what computed them, e.g. "float16 by onnxruntime". found: an earlier run had computed them. pass_s:
-    seconds per image that the run took which filled it, all ranks of its machine at work. folder: where they lie.
+    kind: dtype and what computed them, e.g. "float16 by onnxruntime". found: an earlier run had
+    computed them. pass_s: seconds per image that the run took which filled it, all ranks of its
+    machine at work. folder: where they lie.
     """
 
     arrays: dict[str, Array]
@@ -152,8 +155,9 @@ def fill(
 ) -> Activations:
     """Activations of `prefix` (pixels -> tuple of values, called `names`).
 
-    key: what the prefix computes (code and weights). A value must be a tensor with one entry an image. The ranks of a
-    machine compute a share each, into the same files. Raises CannotCacheError, on every rank alike.
+    key: what the prefix computes (code and weights). A value must be a tensor with one entry an
+    image. The ranks of a machine compute a share each, into the same files. Raises
+    CannotCacheError, on every rank alike.
     """
     jobs = views.jobs()
     train = len(jobs[0][0])
@@ -198,8 +202,8 @@ def fill(
 def _opened(
     folder: Path, shapes: Sequence[tuple[int, ...]]
 ) -> tuple[list[Array], str, float] | None:
-    """The arrays of an entry, memory-mapped, its kind and its seconds an image; None where there is none, or it is
-    damaged."""
+    """The arrays of an entry, memory-mapped, its kind and its seconds an image; None where there is
+    none, or it is damaged."""
     try:
         os.utime(folder)
         told = json.loads((folder / "told.json").read_text())
@@ -225,8 +229,8 @@ def discard(activations: Activations, ranks: Ranks = SOLO) -> None:
 
 
 def attributes(module: nn.Module) -> list[Any]:
-    """What decides a module's answers beside its weights and its code: every plain attribute of every module in it
-    (stride, padding, eps, slope, ...)."""
+    """Attributes that decide a module's outputs besides weights and code: every plain one of every
+    module in it (stride, padding, eps, slope, ...)."""
     return [
         [
             name,
@@ -250,7 +254,8 @@ def _write(
     ranks: Ranks,
     held: bool,
 ) -> str:
-    """Compute into a folder beside and publish it; or the reason why it does not fit, the same on every rank.
+    """Compute into a folder beside and publish it; or the reason why it does not fit, the same on
+    every rank.
 
     held: this machine has it already, and only keeps step with the others.
     """
@@ -303,7 +308,8 @@ def _begun(
 
 
 def _published(beside: Path | None, folder: Path) -> str:
-    """What kept it from being renamed into place, on the rank that made it."""
+    """Rename the entry into place, on the rank that made it; returns the reason when that fails,
+    else ""."""
     try:
         if beside:
             publish(beside, folder)
@@ -318,8 +324,9 @@ def _gone(beside: Path | None) -> None:
 
 
 def check(prefix: nn.Module, names: Sequence[str], activations: Activations, views: Views) -> str:
-    """Compare a chunk of every view, and one of the val images, with a live pass of `prefix` (pixels -> the values
-    called `names`): each from another place, so that all of the set is sampled.
+    """Compare a chunk of every view, and one of the val images, with a live pass of `prefix`
+    (pixels -> the values called `names`): each from another place, so that all of the set is
+    sampled.
 
     Returns "" when equal, else what differs and by how much.
     """
@@ -352,7 +359,8 @@ def _dtype(sample: torch.Tensor) -> str:
 
 
 def _make_room(folder: Path, needed: int) -> str:
-    """Clear what killed runs left, then the caches unused longest, until `needed` bytes fit; else the reason."""
+    """Clear what killed runs left, then the caches unused longest, until `needed` bytes fit; else
+    the reason."""
     clear_abandoned(folder)
     entries = sorted((path.stat().st_mtime, path) for path in folder.glob("[!.]*"))
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for _, path in entries}
@@ -375,7 +383,8 @@ def _computed(
     progress: Callable[[int, int], None],
     ranks: Ranks,
 ) -> str:
-    """This rank's share of the passes, into the files in `folder`; or why not (WIDE: a value does not fit float16)."""
+    """This rank's share of the passes, into the files in `folder`; or why not (WIDE: a value does
+    not fit float16)."""
     mine = views.chunks()[ranks.local :: ranks.local_world]
     run, how = runner(prefix, views.pixels(views.jobs()[0][0], 0, 0), share_of_cores(ranks))
     begun = time.perf_counter()

@@ -1,12 +1,12 @@
-"""What a stage trains on: cached activations where freezing allows, live canvases elsewhere.
+"""Load what a stage trains on: cached activations where freezing allows, live canvases elsewhere.
 
     feeds = Feeds(backbone, recipe, canvases, ...)
     feed = feeds.stage(2)
     batch = feed.prepare(feed.fetch(positions, generator, ranks.part(len(positions))))
     logits = feed.net(*batch.inputs)
 
-Stages only ever thaw more of the model in the usual plans, so every stage's cut is upstream of all that trained before
-it: one pass of the prefix then serves all stages.
+Stages only ever thaw more of the model in the usual plans, so every stage's cut is upstream of all
+that trained before it: one pass of the prefix then serves all stages.
 """
 
 from __future__ import annotations
@@ -50,9 +50,11 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """What was read and drawn for a part of a batch. tensors: on their way to the device. draw: of augment.drawn.
+    """A part of a batch as read, with its random draws. tensors: on their way to the device. draw:
+    of augment.drawn.
 
-    With mixed pixels, others: the partners' labels (n,); place: where the images (n,) and their partners (n,) lie.
+    With mixed pixels, others: the partners' labels (n,); place: where the images (n,) and their
+    partners (n,) lie.
     """
 
     tensors: list[torch.Tensor]
@@ -67,10 +69,11 @@ class Fetched:
 class Feed:
     """One stage's data and nets.
 
-    fetch(positions, generator, part) draws for a whole batch of train positions and reads what a part of it needs, on
-    any thread; prepare makes a Batch of that on the device; val gives what eval_net takes. how: one phrase for the log.
-    kind: what the bits depend on ("live", "float16 by onnxruntime"). pass_s: seconds per image of the frozen part, when
-    it was cached; 0 without a cache. net is in training mode where it trains; both nets share the model's parameters.
+    fetch(positions, generator, part) draws for a whole batch of train positions and reads what a
+    part of it needs, on any thread; prepare makes a Batch of that on the device; val gives what
+    eval_net takes. how: one phrase for the log. kind: what the bits depend on ("live", "float16 by
+    onnxruntime"). pass_s: seconds per image of the frozen part, when it was cached; 0 without a
+    cache. net is in training mode where it trains; both nets share the model's parameters.
     """
 
     net: nn.Module
@@ -101,7 +104,8 @@ def under(names: Sequence[str]) -> Callable[[str], bool]:
 
 
 def set_mode(model: nn.Module, names: Sequence[str], batchnorm: bool) -> None:
-    """Everything frozen is in eval mode without gradients; what is named trains (BatchNorm's statistics on wish)."""
+    """Everything frozen is in eval mode without gradients; what is named trains (BatchNorm's
+    statistics on wish)."""
     model.eval().requires_grad_(False)
     parameters = dict(model.named_parameters())
     for name in names:
@@ -206,9 +210,11 @@ class Feeds:
     def _trusted(
         self, make: Callable[[], Activations], prefix: nn.Module, names: Sequence[str]
     ) -> Activations:
-        """What `make` finds or computes, when it equals a live pass of `prefix` on every rank. Raises CannotCacheError.
+        """The activations that `make` finds or computes, when they equal a live pass of `prefix` on
+        every rank. Raises CannotCacheError.
 
-        An entry of an earlier run that differs is replaced, once: something changed that its key does not tell.
+        An entry of an earlier run that differs is replaced, once: something changed that its key
+        does not tell.
         """
         activations = make()
         difference = self._difference(activations, prefix, names)
@@ -290,7 +296,8 @@ class Feeds:
         )
 
     def _cut(self, number: int) -> _Cut:
-        """The eval-mode graph and its cut. Leaves the model's modes as they were. Raises CannotCacheError."""
+        """The eval-mode graph and its cut. Leaves the model's modes as they were. Raises
+        CannotCacheError."""
         modes = {name: module.training for name, module in self.backbone.model.named_modules()}
         graph = trace(self.backbone.model.eval())
         for name, module in self.backbone.model.named_modules():
@@ -303,7 +310,8 @@ class Feeds:
         return _Cut(graph, tuple(nodes))
 
     def _pristine(self, number: int) -> bool:
-        """Whether everything that trained before stage `number` trains in it too: its prefix is then as it was."""
+        """Whether everything that trained before stage `number` trains in it too: its prefix is
+        then as it was."""
         now = under(self.trained[number])
         parameters = [name for name, _ in self.backbone.model.named_parameters()]
         before = [under(names) for names in self.trained[:number]]
@@ -320,7 +328,8 @@ class Feeds:
         )
 
     def share(self) -> None:
-        """Run the prefix for every stage it serves: once, while the weights are still the pretrained ones."""
+        """Run the prefix for every stage it serves: once, while the weights are still the
+        pretrained ones."""
         sharing = [
             n for n, s in enumerate(self.recipe.stages) if s.cache == "auto" and self._pristine(n)
         ]

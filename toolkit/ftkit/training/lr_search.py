@@ -1,4 +1,5 @@
-"""lr = "auto": heads trained side by side, one a rate, in one pass over cached features; the best names it.
+"""lr = "auto": heads trained side by side, one a rate, in one pass over cached features; the best
+names it.
 
 peak = best_rate(stage, backbone, feed, batches, total, val_labels)
 """
@@ -28,7 +29,8 @@ def best_rate(
     total: int,
     val_labels: torch.Tensor,
 ) -> float:
-    """The rate whose head ends with the lowest NLL on val, all trained for the stage's `total` steps on its batches.
+    """The rate whose head ends with the lowest NLL on val, all trained for the stage's `total`
+    steps on its batches.
 
     Ties in accuracy are common on a small val split; the NLL separates rates sooner.
     """

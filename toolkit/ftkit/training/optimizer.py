@@ -1,4 +1,5 @@
-"""The parts of a step: the rate, the optimizer's groups, the loss, its gradients, the averaged weights.
+"""The parts of a step: the rate, the optimizer's groups, the loss, its gradients, the averaged
+weights.
 
 optimizer = make_optimizer(backbone, stage)
 tally = gradients(net, batch, moving, ...)
@@ -22,17 +23,18 @@ from ftkit.training.precision import Compute
 State = dict[str, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
 
-# Temperature of what a teacher teaches: 2.5 to 4 served small students best (Hinton et al. 2015, section 3).
+# Temperature of what a teacher teaches: 2.5 to 4 served small students best (Hinton et al. 2015,
+# section 3).
 SOFTENING = 3.0
 TAUGHT = 0.5  # share of the loss that is the teacher's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one step trains on. inputs: what the net takes, each (n, ...). targets: labels (n,).
+    """One training batch. inputs: what the net takes, each (n, ...). targets: labels (n,).
 
-    teacher: its logits of the same views (n, classes), where there is one. others, share: with mixed pixels, the label
-    (n,) of what is mixed in, and the share (n,) of the image's own.
+    teacher: its logits of the same views (n, classes), where there is one. others, share: with
+    mixed pixels, the label (n,) of what is mixed in, and the share (n,) of the image's own.
     """
 
     inputs: Tensors
@@ -57,7 +59,8 @@ class Batch:
 
 
 def rate(step: int, total: int, stage: Stage, peak: float) -> float:
-    """Learning rate at `step` of `total`: a linear rise to `peak` over `warmup`, then the schedule's shape.
+    """Learning rate at `step` of `total`: a linear rise to `peak` over `warmup`, then the
+    schedule's shape.
 
     onecycle is a cosine with a rise over at least 20 % of the steps.
     """
@@ -71,11 +74,12 @@ def rate(step: int, total: int, stage: Stage, peak: float) -> float:
 
 
 def make_optimizer(backbone: Backbone, stage: Stage, fused: bool = False) -> torch.optim.Optimizer:
-    """A fresh optimizer over what requires gradients, in named groups: head and blocks, each with and without decay.
+    """A fresh optimizer over what requires gradients, in named groups: head and blocks, each with
+    and without decay.
 
-    Vectors (biases, normalisation) take no weight decay. Each group's `scale` multiplies the rate: with layer_decay,
-    decay ** (number of blocks between it and the head), as BEiT does (Bao et al. 2021). fused: all weights in one
-    kernel, on CUDA.
+    Vectors (biases, normalisation) take no weight decay. Each group's `scale` multiplies the rate:
+    with layer_decay, decay ** (number of blocks between it and the head), as BEiT does (Bao et al.
+    2021). fused: all weights in one kernel, on CUDA.
     """
     listed = blocks(backbone)
     groups: dict[str, dict[str, Any]] = {}
@@ -114,7 +118,8 @@ def _place(name: str, backbone: Backbone, listed: list[str]) -> tuple[str, int]:
 
 
 def class_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """(N,) labels -> (classes,) float32 weights, inverse to the class's count; their mean over the images is 1."""
+    """(N,) labels -> (classes,) float32 weights, inverse to the class's count; their mean over the
+    images is 1."""
     counts = torch.bincount(labels, minlength=classes).clamp(min=1).float()
     return len(labels) / (classes * counts)
 
@@ -148,8 +153,8 @@ def gradients(
     micro: int,
     share: float = 1.0,
 ) -> torch.Tensor:
-    """Add one batch's gradients, `micro` images at a time -> (sum of losses, number right, images), float64, on the
-    device, which no host waits for. share: of the mean gradient of its images."""
+    """Add one batch's gradients, `micro` images at a time -> (sum of losses, number right, images),
+    float64, on the device, which no host waits for. share: of the mean gradient of its images."""
     targets = batch.targets
     stage = moving.stage
     losses = torch.zeros((), device=targets.device)
@@ -176,11 +181,12 @@ def average(mean: State, current: State, decay: float) -> None:
 
 
 class Moving:
-    """Everything that changes while a stage trains: weights, their average, the best epoch's, the optimizer, the tally.
+    """Everything that changes while a stage trains: weights, their average, the best epoch's, the
+    optimizer, the tally.
 
-    current: the model's own tensors of the modules named, so they follow it. before: as they were when the stage began.
-    tally: (sum of losses, number right, number seen) of the epoch so far, float64. compute: precision; on a CPU
-    without one, float32.
+    current: the model's own tensors of the modules named, so they follow it. before: as they were
+    when the stage began. tally: (sum of losses, number right, number seen) of the epoch so far,
+    float64. compute: precision; on a CPU without one, float32.
     """
 
     def __init__(
@@ -202,7 +208,8 @@ class Moving:
         self.tally = torch.zeros(3, dtype=torch.float64)
 
     def step(self, number: int, tally: torch.Tensor) -> None:
-        """Move what the gradients say; the average follows, faster at first; `gradients`' tally is added up."""
+        """Move what the gradients say; the average follows, faster at first; `gradients`' tally is
+        added up."""
         if self.stage.clip:
             self.scaler.unscale_(self.optimizer)
             held = [
@@ -223,13 +230,14 @@ class Moving:
         return found
 
     def standing(self) -> tuple[float, float]:
-        """(mean loss, accuracy) of the epoch so far; NaN before its first step. Waits for the device."""
+        """(mean loss, accuracy) of the epoch so far; NaN before its first step. Waits for the
+        device."""
         losses, hits, seen = self.tally.tolist()
         return (losses / seen, hits / seen) if seen else (math.nan, math.nan)
 
     @property
     def result(self) -> State:
-        """What the stage would leave now: the averaged weights where there are any."""
+        """The weights to evaluate and keep: the averaged ones where there are any."""
         return self.mean or self.current
 
     def keep_best(self) -> None:

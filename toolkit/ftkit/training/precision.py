@@ -1,12 +1,13 @@
-"""How a stage computes on its device: precision, determinism, and the fastest way to run its net, by measurement.
+"""How a stage computes on its device: precision, determinism, and the fastest way to run its net,
+by measurement.
 
     compute = prepare(device, deterministic=False)
     with compute.autocast(): logits = net(pixels)
     net, said = fastest(net, inputs, ways(net, inputs, compute), steps=3000)
 
-On CUDA: bfloat16 autocast (float16 with a loss scale where the GPU has no bfloat16) for what trains; weights, updates,
-losses, frozen prefixes and validation in float32, TF32 off: cached activations and val scores must not depend on which
-kernel answered. On a CPU: float32 throughout.
+On CUDA: bfloat16 autocast (float16 with a loss scale where the GPU has no bfloat16) for what
+trains; weights, updates, losses, frozen prefixes and validation in float32, TF32 off: cached
+activations and val scores must not depend on which kernel answered. On a CPU: float32 throughout.
 """
 
 from __future__ import annotations
@@ -38,20 +39,23 @@ AGREE = 0.05  # largest difference of logits, relative to the largest: bfloat16 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """device; dtype of the autocast, None = float32 throughout; deterministic: the same weights twice."""
+    """device; dtype of the autocast, None = float32 throughout; deterministic: the same weights
+    twice."""
 
     device: torch.device
     dtype: torch.dtype | None = None
     deterministic: bool = False
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Around a training net's forward pass. Casts are not cached: a cached one would outlive its CUDA graph."""
+        """Around a training net's forward pass. Casts are not cached: a cached one would outlive
+        its CUDA graph."""
         return torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False
         )
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss where float16's range would lose small gradients; passes everything through elsewhere."""
+        """Scales the loss where float16's range would lose small gradients; passes everything
+        through elsewhere."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def __str__(self) -> str:
@@ -79,8 +83,8 @@ def prepare(device: torch.device, deterministic: bool) -> Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """Another way to run a net. make: does what it takes, once. worth: seconds that a stage must last to try it, a
-    guess until a GPU has measured what making costs."""
+    """Another way to run a net. make: does what it takes, once. worth: seconds that a stage must
+    last to try it, a guess until a GPU has measured what making costs."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -88,8 +92,8 @@ class Way:
 
 
 def ways(net: nn.Module, inputs: Tensors, compute: Compute) -> list[Way]:
-    """What may beat eager here: on CUDA a captured graph, then torch.compile. None on a CPU, where compiling gave a
-    fifth and cost up to 45 s, nor where the bits must not depend on it.
+    """Alternatives to eager execution here: on CUDA a captured graph, then torch.compile. None on a
+    CPU, where compiling gave a fifth and cost up to 45 s, nor where the bits must not depend on it.
     """
     if compute.device.type != "cuda" or compute.deterministic:
         return []
@@ -112,7 +116,8 @@ class _Shell(nn.Module):
 
 
 class _Captured(nn.Module):
-    """The net's forward and backward pass as CUDA graphs: one launch each, where a small net is all launches."""
+    """The net's forward and backward pass as CUDA graphs: one launch each, where a small net is all
+    launches."""
 
     def __init__(self, net: nn.Module, inputs: Tensors, compute: Compute):
         super().__init__()
@@ -144,10 +149,12 @@ def release(net: nn.Module) -> None:
 def fastest(
     net: nn.Module, inputs: Tensors, others: Sequence[Way], compute: Compute, steps: int
 ) -> tuple[nn.Module, str]:
-    """The net, or a faster way to run it, and what to say about it. inputs: a batch as every step will bring it.
+    """The net, or a faster way to run it, and what to say about it. inputs: a batch as every step
+    will bring it.
 
-    A way is tried when the stage still lasts long enough to repay it; taken when it is measured faster and its answers
-    are the net's. BatchNorm's statistics are as before, and no gradient is left.
+    A way is tried when the stage still lasts long enough to repay it; taken when it is measured
+    faster and its answers are the net's. BatchNorm's statistics are as before, and no gradient is
+    left.
     """
     if not others:
         return net, ""
@@ -226,7 +233,8 @@ def _finish(compute: Compute) -> None:
 
 
 def deterministic_or_say(error: RuntimeError) -> FtkitError | None:
-    """torch's complaint about an operation without a deterministic form, as one sentence; None for any other error."""
+    """torch's complaint about an operation without a deterministic form, as one sentence; None for
+    any other error."""
     said = (str(error) or " ").splitlines()[0]
     if "does not have a deterministic implementation" not in said:
         return None

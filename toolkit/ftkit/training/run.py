@@ -1,4 +1,5 @@
-"""The run folder: run.json, metrics.jsonl, model.safetensors, report.html. Data only, no pickle, each file atomic.
+"""The run folder: run.json, metrics.jsonl, model.safetensors, report.html. Data only, no pickle,
+each file atomic.
 
 folder = create(out)
 append(folder, {...})            # one line of metrics.jsonl
@@ -55,7 +56,8 @@ class Run:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """Split (val, test) -> what evaluate.Metrics has: accuracy, accuracy_low, accuracy_high, recall, ..."""
+        """Split (val, test) -> what evaluate.Metrics has: accuracy, accuracy_low, accuracy_high,
+        recall, ..."""
         found: Mapping[str, Any] = self.data["metrics"]
         return found
 
@@ -95,7 +97,8 @@ def next_free(base: Path) -> Path:
 
 
 def claim(base: Path) -> Path:
-    """runs/lite0-1, runs/lite0-2, ...: the first that did not exist, made now: no other process takes it too."""
+    """runs/lite0-1, runs/lite0-2, ...: the first that did not exist, made now: no other process
+    takes it too."""
     while True:
         folder = next_free(base)
         try:

@@ -2,8 +2,9 @@
 
 outcome = train_stage(work, number)      # leaves work.backbone.model as the better of before and after
 
-Every random number follows from (seed, stage, step), so a batch is the same whether the run was interrupted or not,
-and whoever computes it: of several ranks, each takes a slice of the same global batch.
+Every random number follows from (seed, stage, step), so a batch is the same whether the run was
+interrupted or not, and whoever computes it: of several ranks, each takes a slice of the same global
+batch.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ NEVER: Score = (-1.0, -math.inf)
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """Result of one training stage. val_accuracy, val_nll: of the weights it ended with; kept: whether they became the model.
+    """Result of one training stage. val_accuracy, val_nll: of the weights it ended with; kept:
+    whether they became the model.
 
-    epochs: run, fewer than planned after an early stop. lr: peak rate. drift: linear CKA of the val embeddings with the
-    pretrained backbone's, 1 = unmoved. None: the loss was no longer finite.
+    epochs: run, fewer than planned after an early stop. lr: peak rate. drift: linear CKA of the val
+    embeddings with the pretrained backbone's, 1 = unmoved. None: the loss was no longer finite.
     """
 
     train: str
@@ -60,7 +62,7 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What the stages of one run share."""
+    """State and data that all stages of a run share."""
 
     recipe: Recipe
     backbone: Backbone
@@ -79,7 +81,8 @@ class Work:
         return any(stage.balance != "none" for stage in self.recipe.stages)
 
     def pause(self, moving: Moving) -> None:
-        """Save when it is time or a signal came to any rank; then, after a signal, raise Stopped on all."""
+        """Save when it is time or a signal came to any rank; then, after a signal, raise Stopped on
+        all."""
         number = self.ranks.largest(self.stop.signal)
         if self.ranks.main and (number or self.state.due):
             self.state.save(step=moving.tensors())
@@ -88,10 +91,11 @@ class Work:
 
 
 def train_stage(work: Work, number: int) -> StageResult:
-    """Train one stage, from where work.state stands; the model is then its result, or as before when that is no better.
+    """Train one stage, from where work.state stands; the model is then its result, or as before
+    when that is no better.
 
-    The last epoch is the stage's result, not the luckiest on a small val split; with patience, the best. Raises
-    FtkitError when something frozen moved, Stopped after a signal.
+    The last epoch is the stage's result, not the luckiest on a small val split; with patience, the
+    best. Raises FtkitError when something frozen moved, Stopped after a signal.
     """
     stage = work.recipe.stages[number]
     run = work.state
@@ -174,7 +178,8 @@ def train_stage(work: Work, number: int) -> StageResult:
 def _standing(
     work: Work, number: int, feed: Feed, moving: Moving, total: int, begun: float, before: int
 ) -> str:
-    """The line below the bar: how the epoch, the stage and the run go. begun, before: the epoch's start and step."""
+    """The line below the bar: how the epoch, the stage and the run go. begun, before: the epoch's
+    start and step."""
     stage = work.recipe.stages[number]
     run = work.state
     (loss, accuracy), done = moving.standing(), run.step - before
@@ -197,7 +202,8 @@ def _standing(
 
 
 def _order(work: Work, number: int, epoch: int) -> Array:
-    """Train positions in this epoch's order; drawn equally often by class where the stage balances by sampling."""
+    """Train positions in this epoch's order; drawn equally often by class where the stage balances
+    by sampling."""
     stage = work.recipe.stages[number]
     labels = work.labels["train"].cpu()
     generator = torch.Generator().manual_seed(seeded("order", work.seed, number, epoch))
@@ -212,8 +218,8 @@ def _order(work: Work, number: int, epoch: int) -> Array:
 def _read(
     work: Work, number: int, feed: Feed, order: Array, per_epoch: int, step: int
 ) -> tuple[float, Fetched]:
-    """This rank's part of one step, and what its mean gradient weighs among the ranks'. Full batches; the rest is left
-    out."""
+    """This rank's part of one step, and what its mean gradient weighs among the ranks'. Full
+    batches; the rest is left out."""
     size = work.recipe.stages[number].batch_size
     at = step % per_epoch * size
     positions = order[at : at + size]
@@ -224,7 +230,8 @@ def _read(
 
 
 def _layers_seed(work: Work, number: int, step: int) -> int:
-    """Of the global generator, which dropout draws from; another on each rank, for each has other images."""
+    """Of the global generator, which dropout draws from; another on each rank, for each has other
+    images."""
     place = ("layers", work.seed, number, step)
     return seeded(*place) if work.ranks.main else seeded(*place, work.ranks.rank)
 
@@ -345,8 +352,8 @@ def _report_epoch(
     lr: float,
     speeds: list[float],
 ) -> None:
-    """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on. speeds: images/s by rank,
-    which add up."""
+    """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on.
+    speeds: images/s by rank, which add up."""
     stage = work.recipe.stages[number]
     run = work.state
     images = len(work.labels["train"])

@@ -1,4 +1,5 @@
-"""How a stage's net is run, step by step: the fastest way here, over all ranks, in halves when memory runs out.
+"""How a stage's net is run, step by step: the fastest way here, over all ranks, in halves when
+memory runs out.
 
 net, together = run_as(feed, stage, compute, ranks, example, steps)
 with together: tally, net, micro = fresh_gradients(net, feed, batch, moving, weights, micro)
@@ -33,8 +34,9 @@ def run_as(
     example: Callable[[], Fetched],
     steps: int,
 ) -> tuple[nn.Module, AbstractContextManager[Any]]:
-    """The stage's net as it is run: the fastest way here, or, of several ranks, with gradients averaged over them; and
-    what to be in while it runs. images: in a step; example: reads one step's; steps: still to come.
+    """The stage's net as it is run: the fastest way here, or, of several ranks, with gradients
+    averaged over them; and what to be in while it runs. images: in a step; example: reads one
+    step's; steps: still to come.
 
     Raises FtkitError when a rank would be without an image.
     """
@@ -74,8 +76,9 @@ def fresh_gradients(
     micro: int,
     share: float = 1.0,
 ) -> tuple[torch.Tensor, nn.Module, int]:
-    """Fresh gradients of one batch; out of memory, in halves that add up. Returns the tally, and the net and the size
-    that fitted: a captured graph takes whole batches only, so halves go to the plain net."""
+    """Fresh gradients of one batch; out of memory, in halves that add up. Returns the tally, and
+    the net and the size that fitted: a captured graph takes whole batches only, so halves go to the
+    plain net."""
     while True:
         moving.optimizer.zero_grad()
         try:

@@ -1,4 +1,5 @@
-"""TensorBoard events of a run, beside metrics.jsonl: loss, accuracies, rate and speed, an epoch a step.
+"""TensorBoard events of a run, beside metrics.jsonl: loss, accuracies, rate and speed, an epoch a
+step.
 
 with tensorboard(run / "tensorboard", done=0) as log:
     log(line, step)        # line: what metrics.jsonl got

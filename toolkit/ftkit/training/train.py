@@ -1,4 +1,5 @@
-"""Staged fine-tuning, from a folder of images to a run folder: one `for stage` over ftkit.training.stage.
+"""Staged fine-tuning, from a folder of images to a run folder: one `for stage` over
+ftkit.training.stage.
 
 run = train(recipe, "photos", Path("runs/lite0-1"))
 run = train(recipe, "photos", Path("runs/lite0-1"), resume=True)      # after an interruption: the same weights
@@ -68,16 +69,17 @@ def train(
     tensorboard: bool = False,
     root: str | Path | None = None,
 ) -> Path:
-    """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns `out`.
+    """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns
+    `out`.
 
-    resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do when it is finished.
-    known: a resumed run's own recipe and seed hold, not those given. deterministic: the same weights twice on a GPU
-    too, slower; a CPU gives them anyway, with as many threads. group_by, root: as intake.read's. allow_leakage: also
-    when train, val and test share images or groups, or identical files have two labels. tensorboard: events in
-    `out`/tensorboard too.
-    Raises FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, a resume with
-    another recipe, seed or data, a rank that is gone; Stopped (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the
-    run saved.
+    resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do
+    when it is finished. known: a resumed run's own recipe and seed hold, not those given.
+    deterministic: the same weights twice on a GPU too, slower; a CPU gives them anyway, with as
+    many threads. group_by, root: as intake.read's. allow_leakage: also when train, val and test
+    share images or groups, or identical files have two labels. tensorboard: events in
+    `out`/tensorboard too. Raises FtkitError for bad data, a bad recipe, weights that cannot be had,
+    an `out` that exists, a resume with another recipe, seed or data, a rank that is gone; Stopped
+    (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the run saved.
     """
     again = f"ftkit train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
     resume = resume or restarted()
@@ -128,7 +130,8 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a training was asked for. plan: recipe, seed and group_by as JSON data, which a resumed run must share."""
+    """Arguments of a training. plan: recipe, seed and group_by as JSON data, which a resumed run
+    must share."""
 
     recipe: Recipe
     data: str | Path
@@ -149,8 +152,8 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The images, decoded and audited, and the pretrained model. audit: JSON data, on the first rank. going_on: there
-    is a run to resume."""
+    """The images, decoded and audited, and the pretrained model. audit: JSON data, on the first
+    rank. going_on: there is a run to resume."""
 
     images: Images
     canvases: Canvases
@@ -171,7 +174,8 @@ def _train(request: Request, stop: Stop, ranks: Ranks, opened: ExitStack) -> Non
 
 
 def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
-    """The images and the pretrained model. Raises FtkitError for a typo, before an hour of decoding."""
+    """The images and the pretrained model. Raises FtkitError for a typo, before an hour of
+    decoding."""
     recipe = request.recipe
     images = read(request.data, request.seed, request.plan["group_by"], request.root)
     torch.manual_seed(request.seed)
@@ -184,7 +188,8 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
 
 
 def _prepare(request: Request, ranks: Ranks, opened: ExitStack) -> Prepared:
-    """Read, decode and audit the images. The run folder is there, and locked, before the decoding begins."""
+    """Read, decode and audit the images. The run folder is there, and locked, before the decoding
+    begins."""
     recipe = request.recipe
     images, backbone, preprocess = ranks.together(lambda: _planned(request))
     going_on = ranks.first(lambda: _begun(request.out, request.resume, opened))
@@ -287,7 +292,8 @@ def _begin_or_resume(
 
 
 def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
-    """Whether there is a run in `out` to go on with; else the folder is made. It is locked for as long as `opened`."""
+    """Whether there is a run in `out` to go on with; else the folder is made. It is locked for as
+    long as `opened`."""
     going_on = resume and checkpoint.exists(out)
     if not going_on:
         create(out)

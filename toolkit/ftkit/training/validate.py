@@ -52,9 +52,9 @@ def validate(
 ) -> Validation:
     """Judge these weights on the val split; the model is left as it was.
 
-    balanced: the score is balanced accuracy, the mean recall of the classes: what a stage that balances its classes is
-    trained for, and what its plain accuracy may fall for. Ranks take turns at its batches and sum what are zeros
-    elsewhere: every rank has every logit, exactly.
+    balanced: the score is balanced accuracy, the mean recall of the classes: what a stage that
+    balances its classes is trained for, and what its plain accuracy may fall for. Ranks take turns
+    at its batches and sum what are zeros elsewhere: every rank has every logit, exactly.
     """
     model = backbone.model
     modes = [module.training for module in model.modules()]

@@ -1,1 +1,1 @@
-"""What every package may use: files, the console, locks, seeds, processes."""
+"""Helpers for every package: files, the console, locks, seeds, processes."""

@@ -32,7 +32,8 @@ def cache_folder() -> Path:
 
 
 def reserve(file: Path) -> None:
-    """Claim the disk a sparse file will need: a full disk is then an OSError here, not a SIGBUS at some later page."""
+    """Claim the disk a sparse file will need: a full disk is then an OSError here, not a SIGBUS at
+    some later page."""
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
@@ -57,7 +58,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """What the cache holds, the longest unused first."""
+    """Entries of the cache, the longest unused first."""
     found = []
     for kind in KINDS:
         for folder in (cache_folder() / kind).glob("[!.]*"):
@@ -83,8 +84,8 @@ def limit_bytes() -> float:
 
 
 def trim() -> tuple[int, int]:
-    """Remove what has been unused longest until the cache keeps to its limit; what this process used stays, for it may
-    have it mapped. Returns (bytes left, bytes removed)."""
+    """Remove what has been unused longest until the cache keeps to its limit; what this process
+    used stays, for it may have it mapped. Returns (bytes left, bytes removed)."""
     held = entries()
     total = sum(entry.size_bytes for entry in held)
     removed = 0
@@ -105,7 +106,8 @@ def put_away(folder: Path) -> None:
 
 
 def publish(beside: Path, folder: Path) -> None:
-    """Rename a finished folder into place; if another run was first, its equal copy stays and ours goes."""
+    """Rename a finished folder into place; if another run was first, its equal copy stays and ours
+    goes."""
     try:
         beside.rename(folder)
     except OSError:

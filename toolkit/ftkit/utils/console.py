@@ -1,4 +1,5 @@
-"""What ftkit prints: lines on standard output, and progress bars on standard error while something takes long.
+"""Console output: lines on standard output, and progress bars on standard error while something
+takes long.
 
 with bar("decoding") as step:      # nothing is drawn when standard error is no terminal
     step(done, total)
@@ -109,7 +110,8 @@ def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
 
 @contextmanager
 def note() -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what goes on now and goes when done; nothing where that is no terminal."""
+    """A line on standard error that says what goes on now and goes when done; nothing where that is
+    no terminal."""
     if not sys.stderr.isatty() or _muted or _quiet:
         yield lambda text: None
         return

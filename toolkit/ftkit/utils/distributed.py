@@ -40,8 +40,9 @@ Tensors = dict[str, torch.Tensor]
 PATIENCE = timedelta(
     hours=12
 )  # of ranks for each other: one machine may decode while another has its canvases. A rank
-# that dies is noticed at once: its connections close, and torchrun ends the others
-# Without it the ranks that torchrun starts again find the addresses of those before them (torch 2.14, rendezvous c10d).
+# that dies is noticed at once: its connections close, and torchrun ends the others Without it the
+# ranks that torchrun starts again find the addresses of those before them (torch 2.14, rendezvous
+# c10d).
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 
 
@@ -98,7 +99,7 @@ class Ranks:
         ]
 
     def together(self, make: Callable[[], Made]) -> Made:
-        """What this rank makes. When one rank fails, all do, and the first of them tells."""
+        """Call `make` on every rank. When one rank fails, all do, and the first of them tells."""
         if self.world == 1:
             return make()
         made = None
@@ -113,7 +114,8 @@ class Ranks:
         return made  # type: ignore[return-value]  # it was made, or we are gone
 
     def first(self, make: Callable[[], Made]) -> Made:
-        """What rank 0 makes (JSON data), for all. When it fails, all do."""
+        """Call `make` on rank 0 and return its result (JSON data) on every rank. When it fails, all
+        do."""
         made = self.together(lambda: make() if self.main else None)
         found: Made = self.gather(made)[0]
         return found
@@ -142,10 +144,11 @@ SOLO = Ranks()
 
 @contextmanager
 def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
-    """This process's device ("auto", "cpu" or "cuda") and its place among the ranks torchrun started, if it did.
+    """This process's device ("auto", "cpu" or "cuda") and its place among the ranks torchrun
+    started, if it did.
 
-    Raises FtkitError when CUDA is asked for and absent, when there are fewer GPUs than processes on this machine, and
-    when, inside the block, another rank is gone.
+    Raises FtkitError when CUDA is asked for and absent, when there are fewer GPUs than processes on
+    this machine, and when, inside the block, another rank is gone.
     """
     ranks = _placed()
     device = pick_device(name, ranks.local)
@@ -193,7 +196,8 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
 
 
 def _tell(text: str) -> None:
-    """Print an error, unless another rank was first: at once, for torchrun may end this process next."""
+    """Print an error, unless another rank was first: at once, for torchrun may end this process
+    next."""
     if not text:
         return
     key = f"ftkit told {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
@@ -251,7 +255,8 @@ def pick_device(name: str, local: int = 0) -> torch.device:
 
 
 def bound_threads() -> None:
-    """No more of torch's threads than cores: it counts the machine's, whatever a container's quota says."""
+    """No more of torch's threads than cores: it counts the machine's, whatever a container's quota
+    says."""
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
@@ -261,13 +266,15 @@ def share_of_cores(ranks: Ranks) -> int:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after a failure: it then goes on with what was saved."""
+    """Whether torchrun started this process again after a failure: it then goes on with what was
+    saved."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 class _Normalised(torch.autograd.Function):
-    """Batch normalisation (Ioffe & Szegedy 2015) over all ranks' inputs (n, C, ...), on a CPU: torch's own kernels for
-    what touches the input, one sum over the ranks each way for the few numbers a channel."""
+    """Batch normalisation (Ioffe & Szegedy 2015) over all ranks' inputs (n, C, ...), on a CPU:
+    torch's own kernels for what touches the input, one sum over the ranks each way for the few
+    numbers a channel."""
 
     @staticmethod
     def forward(
@@ -303,8 +310,8 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """With mean and variance held, then the part that flows through them: sums of the gradient, and of the gradient
-        times the normalised input."""
+        """With mean and variance held, then the part that flows through them: sums of the gradient,
+        and of the gradient times the normalised input."""
         input, weight, mean, variance = ctx.saved_tensors
         found, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, input, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
@@ -320,10 +327,11 @@ class _Normalised(torch.autograd.Function):
 
 
 class GlobalBatchNorm(TorchFunctionMode):
-    """Within it, BatchNorm in training mode counts the whole global batch, whatever module calls F.batch_norm.
+    """Within it, BatchNorm in training mode counts the whole global batch, whatever module calls
+    F.batch_norm.
 
-    On CUDA by torch's own SyncBatchNorm, which knows no CPU. Statistics of a part of the batch would make the weights
-    depend on the number of ranks.
+    On CUDA by torch's own SyncBatchNorm, which knows no CPU. Statistics of a part of the batch
+    would make the weights depend on the number of ranks.
     """
 
     def __init__(self, world: int):
@@ -368,9 +376,11 @@ class GlobalBatchNorm(TorchFunctionMode):
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `ftkit ARGUMENTS` in `count` processes on this machine, by torchrun's own launcher. Returns the exit code.
+    """Run `ftkit ARGUMENTS` in `count` processes on this machine, by torchrun's own launcher.
+    Returns the exit code.
 
-    Raises FtkitError when a process was killed; what a process itself complained of is on standard error already.
+    Raises FtkitError when a process was killed; what a process itself complained of is on standard
+    error already.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -1,5 +1,5 @@
-"""One process at a time works on a run folder; the lock ends with its process, however that ends. File systems without
-locks have none.
+"""One process at a time works on a run folder; the lock ends with its process, however that ends.
+File systems without locks have none.
 
 with locked(out):        # FtkitError when another process has it
     ...
@@ -25,7 +25,8 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of an existing folder. Raises FtkitError, naming the process, when another one holds it."""
+    """Hold the lock of an existing folder. Raises FtkitError, naming the process, when another one
+    holds it."""
     if fcntl is None:
         yield
         return

@@ -15,8 +15,9 @@ THRESHOLDS = (
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what it frees: PyTorch's tensors otherwise go back to the kernel at every step and are faulted
-    in again, page by page (7 % of a lite0 step on 2 cores). Nothing happens with another C library."""
+    """Tell glibc to keep what it frees: PyTorch's tensors otherwise go back to the kernel at every
+    step and are faulted in again, page by page (7 % of a lite0 step on 2 cores). Nothing happens
+    with another C library."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         for name, value in THRESHOLDS:
