@@ -1,12 +1,11 @@
 """Golden vectors: real images and formula-made ones, with the answers each variant must give and a
 tolerance each.
 
-BUNDLE/golden/NN.png          lossless RGB images BUNDLE/golden/expected.npz    logits,
-probabilities and embedding on Pillow's pixels, float64 BUNDLE/golden/golden.json     for each image
-its group, and per variant the tolerance of logits and of probabilities BUNDLE/golden/raw/
-a few of them as flat files for C and C++ (index.txt says how to read them)
-BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, as onnxruntime_perf_test and onnx's
-own runner read them
+    BUNDLE/golden/NN.png          lossless RGB images
+    BUNDLE/golden/expected.npz    logits, probabilities and embedding on Pillow's pixels, float64
+    BUNDLE/golden/golden.json     each image's group; per variant the tolerance of its answers
+    BUNDLE/golden/raw/            a few of them as flat files for C and C++ (index.txt explains them)
+    BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, as onnxruntime_perf_test reads them
 
 fp32 is held to the framework in float64. int8 and fp16 are held to their own answers on the machine
 that decided on them: how far those are from float64 is the accuracy decision's business;
