@@ -1,10 +1,9 @@
-"""For compilers that are not ONNX Runtime (TensorRT, OpenVINO, Hailo, RKNN): what they need, and a
-judgement after.
+"""For compilers that are not ONNX Runtime (TensorRT, OpenVINO, Hailo, RKNN): what they need, and a judgement after.
 
-BUNDLE/handoff/core.onnx          the fp32 core form with a fixed batch of 1: pixels (1, 3, S, S) ->
-logits, embedding BUNDLE/handoff/calibration/*.npy  training images as it wants them, float32 (1, 3,
-S, S) BUNDLE/handoff/inputs.npy         val images, float32 (n, 3, S, S): run them through what the
-compiler made BUNDLE/handoff/expected.npz       what fp32 answers, and the labels
+BUNDLE/handoff/core.onnx          the fp32 core form with a fixed batch of 1: pixels (1, 3, S, S) -> logits, embedding
+BUNDLE/handoff/calibration/*.npy  training images as it wants them, float32 (1, 3, S, S)
+BUNDLE/handoff/inputs.npy         val images, float32 (n, 3, S, S): run them through what the compiler made
+BUNDLE/handoff/expected.npz       what fp32 answers, and the labels
 
     judged = judge_outputs(bundle, "outputs.npz")      # `logits` (n, classes), in the order of inputs.npy
     judged.verdict                                     # accepted, refused, inconclusive

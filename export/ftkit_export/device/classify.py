@@ -1,11 +1,9 @@
-"""Classify images on a device, or prove that the model works there. Needs numpy, onnxruntime and
-Pillow only.
+"""Classify images on a device, or prove that the model works there. Needs numpy, onnxruntime and Pillow only.
 
-python device/classify.py IMAGE...                   class and probability of each image python
-device/classify.py --raw ROWS COLUMNS FILE... the same of raw frames, as the model was exported for
-python device/classify.py --self-check               replay the golden vectors, then time the model;
-exit 0 or 1 python device/classify.py --bench > device.json      every variant's latency here, as
-`ftkit bench --json` writes it
+python device/classify.py IMAGE...                   class and probability of each image
+python device/classify.py --raw ROWS COLUMNS FILE... the same of raw frames, as the model was exported for
+python device/classify.py --self-check               replay the golden vectors, then time the model; exit 0 or 1
+python device/classify.py --bench > device.json      every variant's latency here, as `ftkit bench --json` writes it
 """
 
 import argparse

@@ -1,9 +1,7 @@
-"""One self-contained report.html: verdict first, then how it was trained, how sure it is, what it
-costs. No script.
+"""One self-contained report.html: verdict first, then how it was trained, how sure it is, what it costs. No script.
 
 write_report(Path("report.html"), run_data, epochs, pictures)                    # of a run
-write_report(Path("report.html"), run_data, epochs, pictures, manifest)          # of a bundle:
-gates and evidence too
+write_report(Path("report.html"), run_data, epochs, pictures, manifest)          # of a bundle: gates and evidence too
 """
 
 from __future__ import annotations
