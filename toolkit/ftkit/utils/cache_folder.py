@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import platformdirs
+
 from ftkit_export.runtime.errors import FtkitError
 
 KINDS = ("canvases", "prefix")
@@ -25,10 +27,10 @@ ABANDONED = 86_400  # seconds after which a hidden folder in the cache is what a
 
 
 def cache_folder() -> Path:
-    """$FTKIT_CACHE, else $XDG_CACHE_HOME/ftkit, else ~/.cache/ftkit."""
+    """$FTKIT_CACHE, else ftkit's folder where the system keeps caches, on Linux ~/.cache/ftkit."""
     if os.environ.get("FTKIT_CACHE"):
         return Path(os.environ["FTKIT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ftkit"
+    return platformdirs.user_cache_path("ftkit", appauthor=False)
 
 
 def reserve(file: Path) -> None:
