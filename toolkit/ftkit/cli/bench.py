@@ -47,7 +47,9 @@ KEY = click.option(
 )
 
 
-@click.command("eval", cls=Command)
+@click.command(
+    "eval", cls=Command, short_help="Accuracy on labelled images; compare with a release."
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option(
@@ -148,7 +150,7 @@ def evaluate(
     sys.exit(code)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Latency, memory, size; compare with a baseline.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--against",

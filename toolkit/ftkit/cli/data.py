@@ -37,7 +37,7 @@ RUNTIME = click.option(
 )
 
 
-@click.command("data", cls=Command)
+@click.command("data", cls=Command, short_help="Audit a data set; write a cleaned copy.")
 @click.argument("folder", metavar="DATA", type=click.Path(path_type=Path))
 @GROUP_BY
 @ROOT
@@ -105,7 +105,7 @@ def audit_data(
     sys.exit(0 if found.passed else 1)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="List or clear the cache.")
 @click.option("--clear", is_flag=True, help="Remove all of it.")
 @click.option(
     "--unused",
@@ -141,7 +141,7 @@ def cache(clear: bool, unused: int | None) -> None:
     click.echo(f"{cache_folder.cache_folder()}: at most {cache_folder.limit_bytes() / 1e9:g} GB")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Write the report of a run, a bundle or a history.")
 @click.argument(
     "what", metavar="[RUN|BUNDLE|HISTORY]", required=False, type=click.Path(path_type=Path)
 )
@@ -178,7 +178,7 @@ def report(what: Path | None, out: Path | None) -> None:
     click.echo(f"report: {page}")
 
 
-@click.command("try", cls=Command)
+@click.command("try", cls=Command, short_help="Try a bundle in a browser on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--port",

@@ -79,7 +79,7 @@ PROVIDERS = click.option(
 )
 
 
-@main.command()
+@main.command(short_help="Fine-tune on a folder of images or a CSV.")
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--recipe", "name", default="lite0", show_default=True, metavar="NAME|FILE.py")
 @click.option(
@@ -199,7 +199,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
 MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}
 
 
-@main.command()
+@main.command(short_help="Export a run to ONNX, prove the file, seal a bundle.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -314,7 +314,7 @@ def _missed(gate: Gate) -> str:
     return f"gate {gate.name}: expected at most {gate.limit:.4g}, found {gate.value:.4g}"
 
 
-@main.command()
+@main.command(short_help="Check a bundle on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @PROVIDERS
 @KEY
@@ -390,7 +390,7 @@ def verify(
 STANDARD_INPUT = Path("-")
 
 
-@main.command()
+@main.command(short_help="Classify images.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--provider", default="cpu", show_default=True)
@@ -458,7 +458,7 @@ def predict(
     sys.exit(2 if bad else 0)
 
 
-@main.command()
+@main.command(short_help="List the recipes, or show one.")
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
     """List the recipes, or print one as resolved, with its backbone's blocks."""
@@ -481,7 +481,7 @@ def recipes(name: str | None) -> None:
     click.echo("  " + " ".join(listed))
 
 
-@main.command()
+@main.command(short_help="Check which ONNX Runtime providers work here.")
 def doctor() -> None:
     """Say which providers really open a session here, and why the others do not."""
     from ftkit.cli.doctor import examine
@@ -490,7 +490,7 @@ def doctor() -> None:
         click.echo(line)
 
 
-@main.command()
+@main.command(short_help="The whole story on real photographs, offline.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 def demo(out: Path) -> None:
     """The whole story on real photographs, offline: data, train, export, verify, predict."""
