@@ -144,7 +144,7 @@ def export(
     )  # a typo is told before seconds of imports
 
     from ftkit.benchmark.ssh import Device
-    from ftkit.exporting.export import Extras, read_measured
+    from ftkit.exporting.export import Extras, frame_of, read_measured
     from ftkit.exporting.export import export as run_export
     from ftkit.exporting.variants import resolve_target
     from ftkit.exporting.web import runtime as web_runtime
@@ -176,7 +176,12 @@ def export(
         settings = [*settings, *(f"export.{key}={value}" for key, value in named.items() if value)]
         limits = override(opened.recipe, settings).export
         measured = (
-            read_measured(Path(latency), opened, resolve_target(limits.target, names))
+            read_measured(
+                Path(latency),
+                opened,
+                resolve_target(limits.target, names),
+                frame_of(limits, opened),
+            )
             if latency
             else {}
         )

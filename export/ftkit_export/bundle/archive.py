@@ -34,6 +34,16 @@ EPOCH = (
 )  # the earliest date a zip can hold: no file's own date makes two archives differ
 LARGEST = 4 << 30  # bytes unpacked
 MOST_FILES = 10_000
+# Raised by zipfile for an archive that is damaged, or was made to harm.
+BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    OSError,
+)
 LARGEST_MANIFEST = 64 << 20
 LARGEST_SIGNATURE = 4096
 
@@ -127,15 +137,7 @@ def _check_signature_inside(source: Path, key: Path) -> None:
                 archive.open(place).read(LARGEST_SIGNATURE) if place in archive.namelist() else None
             )
             _check(archive.read(entries[0]), signature, key, f"{source}: {place}")
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        OSError,
-    ) as error:
+    except BROKEN_ZIP as error:
         raise BundleError(
             f"{source}: expected a zipped bundle, found: {error}. Copy it again"
         ) from None
@@ -170,15 +172,7 @@ def _unpack(source: Path, folder: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(entry) as found, path.open("xb") as file:
                     _copy(found, file, entry.file_size, f"{source}: {entry.filename}")
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        lzma.LZMAError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        OSError,
-    ) as error:
+    except BROKEN_ZIP as error:
         raise BundleError(
             f"{source}: expected a zipped bundle, found: {error}. Copy it again"
         ) from None

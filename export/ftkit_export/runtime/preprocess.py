@@ -15,6 +15,8 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -238,8 +240,8 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
         ) from None
     if not data:
         raise ImageError(f"{name}: expected an image, found an empty file. Remove or replace it")
-    if asked := os.environ.get(MAX_PIXELS):
-        Image.MAX_IMAGE_PIXELS = int(asked)
+    if limit := most_pixels():
+        Image.MAX_IMAGE_PIXELS = limit
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -250,9 +252,10 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
         raise ImageError(f"{name}: {error}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         sizes = [f"{int(number) / 1e6:.0f}" for number in re.findall(r"(\d+) pixels", str(error))]
+        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
         raise ImageError(
-            f"{name}: expected an image of at most {(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels, found one of "
-            f"{sizes[0] if sizes else 'more'}. If it is no mistake, try --max-pixels with a larger number"
+            f"{name}: expected an image of at most {most:.0f} megapixels, found one of "
+            f"{sizes[0] if sizes else 'more'}. If it is no mistake, try --max-pixels N or {MAX_PIXELS}=N"
         ) from None
     except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
         if isinstance(error, MemoryError) or "out of memory" in str(
@@ -269,6 +272,35 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
         raise ImageError(
             f"{name}: expected an image, found {reason}. Remove or replace it"
         ) from None
+
+
+def most_pixels() -> int | None:
+    """The largest image that the environment allows; None for Pillow's own limit. Raises FtkitError
+    for what is no number."""
+    text = os.environ.get(MAX_PIXELS)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise FtkitError(
+            f"{MAX_PIXELS}: expected a number of pixels, found {text!r}. Try {MAX_PIXELS}=200000000"
+        )
+    return int(text)
+
+
+@contextmanager
+def allowing(pixels: str | None) -> Iterator[None]:
+    """Let images of so many pixels be decoded, here and in the processes that are started meanwhile;
+    None, or a limit that the environment has, leaves it as it is."""
+    if not pixels or os.environ.get(MAX_PIXELS):
+        yield
+        return
+    before = Image.MAX_IMAGE_PIXELS
+    os.environ[MAX_PIXELS] = pixels
+    try:
+        yield
+    finally:
+        del os.environ[MAX_PIXELS]
+        Image.MAX_IMAGE_PIXELS = before
 
 
 class _UnknownDepthError(Exception):

@@ -215,9 +215,15 @@ def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(
     page = path.with_suffix(".html").read_text()
     assert page.count("<h2>") == 2, "machines are kept apart"
     assert "advisory" in page
-    assert "p50 of fp32 on cpu, 1 thread, batch 1, quick" in page
+    assert line["frame"] == found["frame"] == "300x300"
+    larger = {**found, "frame": "4000x3000"}
+    series = set(line["series"])
+    append(larger, repository)
+    assert not series & {name for name in read(path)[-1]["series"] if "p50" in name}, (
+        "other frames, another line"
+    )
     path.write_text(path.read_text() + "{}\n")
-    assert "line 3: expected a measurement" in ftkit("report", path).stderr
+    assert "line 4: expected a measurement" in ftkit("report", path).stderr
 
 
 def test_a_change_point_is_where_the_level_changes_and_nowhere_else() -> None:

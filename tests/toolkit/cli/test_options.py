@@ -1,5 +1,7 @@
 """What was likely meant, by meaning before letters, and at once."""
 
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,8 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
-from ftkit_export.runtime.errors import ImageError, choices
-from ftkit_export.runtime.preprocess import MAX_PIXELS, decode
+from ftkit_export.runtime.errors import FtkitError, ImageError, choices
+from ftkit_export.runtime.preprocess import MAX_PIXELS, allowing, decode
 
 
 @pytest.mark.parametrize(
@@ -78,5 +80,24 @@ def test_a_very_large_image_is_told_as_that_and_may_be_allowed(
         monkeypatch.setenv(MAX_PIXELS, "1000000")
         with pytest.raises(ImageError, match="at most 1 megapixels, found one of 95"):
             decode(tmp_path / "wide.png")
+        monkeypatch.setenv(MAX_PIXELS, "many")
+        with pytest.raises(FtkitError, match="FTKIT_MAX_PIXELS: expected a number of pixels"):
+            decode(tmp_path / "wide.png")
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def test_the_limit_of_one_run_ends_with_its_export() -> None:
+    """From Python: another run in the same process is not trained on what the first one allowed."""
+    limit = Image.MAX_IMAGE_PIXELS
+    with allowing("100000000"):
+        decode(_png())
+        assert Image.MAX_IMAGE_PIXELS == 100_000_000
+    assert limit == Image.MAX_IMAGE_PIXELS
+    assert MAX_PIXELS not in os.environ
+
+
+def _png() -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    return content.getvalue()

@@ -1,6 +1,7 @@
 """Class folders, split folders and CSVs; honest splits; bad input in one clear sentence."""
 
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -253,6 +254,24 @@ def test_splits_written_are_read_again_from_another_place(tmp_path: Path, place:
         data = tmp_path / ("splits.csv" if "no such" in found else "data")
         with pytest.raises(FtkitError, match=found):
             read(data, root=root)
+
+
+def test_splits_tell_nothing_of_this_machine(tmp_path: Path) -> None:
+    """A link inside DATA keeps its name there; images with no folder in common keep two parts of their paths."""
+    _folder(tmp_path / "data", a=12, b=11)
+    elsewhere = _image(tmp_path / "secret place" / "x.png", 99)
+    (tmp_path / "data" / "b" / "linked.png").symlink_to(elsewhere)
+    text = splits_csv(read(tmp_path / "data")).decode()
+    assert "b/linked.png,b" in text
+    assert "secret" not in text
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        far = _image(Path(other) / "y" / "far.png", 100)
+        lines = ["path,label", f"{far},a"]
+        lines += [f"{path},{path.parent.name}" for path in (tmp_path / "data").rglob("*.png")]
+        (tmp_path / "data" / "set.csv").write_text("\n".join(lines))
+        text = splits_csv(read(tmp_path / "data" / "set.csv")).decode()
+    assert "y/far.png,a" in text
+    assert str(tmp_path.name) not in text
 
 
 def test_a_class_with_one_image_trains_with_it(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from conftest import TINY, ftkit, settings
 
 from ftkit.benchmark.budgets import Budget, budgets
 from ftkit.evaluation.metrics import evaluate
-from ftkit.exporting.evidence import Measured, choose, judge
+from ftkit.exporting.evidence import Measured, choose, judge, would_meet
 from ftkit.recipe import load
 from ftkit_export.bundle.write import Gate, overall
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.latency import Condition, Start, over_sizes
 from ftkit_export.runtime.preprocess import Preprocess, parse_frame
+from ftkit_export.runtime.session import Session
+from ftkit_export.runtime.timing import feeds
 
 
 def _row(name: str, verdict: str, p50: float, size: int) -> Row:
@@ -84,12 +88,14 @@ def test_a_budget_is_passed_failed_or_not_settled_by_all_its_processes() -> None
 
 def test_a_larger_frame_takes_longer_and_is_named_everywhere(bundle: Path, run: Path) -> None:
     """One file took 3 ms at 60 x 60 and 37 at 4000 x 3000, and passed "p95 3.18, limit 4"."""
-    sizes = over_sizes(
-        Condition(model=str(bundle / "model.onnx"), threads=1),
-        bundle / "golden" / "00.png",
-        ["60x60", "4000x3000"],
-    )
-    assert sizes[1][2] > 2 * sizes[0][2]
+    session = Session(bundle / "model.onnx")
+    for frame, shape in (("60x40", (1, 40, 60, 3)), ("", (1, 300, 300, 3))):
+        (fed,) = feeds(session, str(bundle / "golden" / "00.png"), 1, frame)
+        assert fed.shape == shape
+    condition = Condition(model=str(bundle / "model.onnx"), threads=1)
+    listed = over_sizes(condition, bundle / "golden" / "00.png", ["60x40", "640x480"])
+    assert [frame for frame, _, _ in listed] == ["60x40", "640x480"]
+    assert all(0 < p50 <= p95 for _, p50, p95 in listed)
 
     manifest = json.loads((bundle / "manifest.json").read_text())
     own = json.loads((run / "run.json").read_text())["audit"]["frame"]
@@ -114,7 +120,8 @@ def test_bench_runs_on_the_bundles_frames_and_on_those_it_is_told(
         rows.append(json.loads((tmp_path / "b.json").read_text()))
         assert f"frames of {rows[-1]['frame'].replace('x', ' x ')}, decoding apart" in done.stdout
     assert [found["frame"] for found in rows] == ["300x300", "2000x1500"]
-    assert rows[1]["rows"][0]["p50_ms"] > rows[0]["rows"][0]["p50_ms"]
+    for found in rows:
+        assert {row["frame"] for row in found["rows"]} == {found["frame"]}
     wrong = ftkit("bench", bundle, "--frame", "large")
     assert (wrong.exit_code, "frame large: expected WIDTHxHEIGHT" in wrong.stderr) == (2, True)
     for text in ("0x5", "640", "30000x1", "20000x20000"):
@@ -127,7 +134,7 @@ def test_a_missed_budget_says_all_that_is_missed_and_a_command_that_leads_on(
 ) -> None:
     out = tmp_path / "bundle"
     limits = settings(
-        "export.p95_ms=0.4", "export.size_mb=1", "export.frame=64x64", "export.variants=fp32"
+        "export.p95_ms=0.001", "export.size_mb=1", "export.frame=64x64", "export.variants=fp32"
     )
     done = ftkit("export", run, "--out", out, "--quick", *limits)
     assert done.exit_code == 1, done.output
@@ -218,3 +225,28 @@ def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(
     assert (again.exit_code, "in 4 processes" in again.stdout) == (0, True), (
         "one judge: as many processes"
     )
+
+
+def test_no_unproven_variant_answers_for_memory_that_nobody_measured() -> None:
+    """It would be faster and smaller; what memory it takes is not known."""
+    limits = replace(load("lite0").export, p95_ms=8.0)
+    open_row = replace(_row("int8", "inconclusive", 3, 4), size_bytes=4)
+    assert would_meet([open_row], limits) == [open_row]
+    assert would_meet([open_row], replace(limits, memory_mb=50.0)) == []
+
+
+def test_latencies_of_another_frame_are_refused(bundle: Path, run: Path, tmp_path: Path) -> None:
+    """A file measured at 300 x 300 would have passed a budget at 4000 x 3000."""
+    latency = tmp_path / "device.json"
+    command = [sys.executable, bundle / "device" / "classify.py", "--bench", "--quick"]
+    done = subprocess.run([*command, "--threads", "1"], capture_output=True, check=True)
+    latency.write_bytes(done.stdout)
+    measured = json.loads(done.stdout)
+    told = ["--latency", latency, "--target", measured["target"], "--quick"]
+    frame = settings("export.frame=4000x3000")
+    wrong = ftkit("export", run, "--out", tmp_path / "bundle", *told, *frame)
+    assert (wrong.exit_code, "frames of 4000 x 3000, found" in wrong.stderr) == (2, True)
+    latency.write_text(json.dumps({**measured, "starts": {"fp32": [{"import_ms": "soon"}] * 3}}))
+    damaged = ftkit("export", run, "--out", tmp_path / "bundle", *told)
+    assert (damaged.exit_code, "Traceback" in damaged.stderr) == (2, False)
+    assert "found something else" in damaged.stderr

@@ -58,3 +58,13 @@ def test_opening_an_entry_marks_it_used(run: Path, photos: Path, tmp_path: Path)
         os.utime(entry.folder, (1, 1))
     assert ftkit("data", photos).exit_code == 0
     assert any(entry.kind == "canvases" and entry.used_s < 3600 for entry in cache_folder.entries())
+
+
+def test_a_limit_that_is_none_stops_a_training_before_it_begins(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told after the training, in place of its result."""
+    monkeypatch.setenv("FTKIT_CACHE_GB", "much")
+    told = ftkit("train", photos, "--out", tmp_path / "run")
+    assert (told.exit_code, "FTKIT_CACHE_GB: expected" in told.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()

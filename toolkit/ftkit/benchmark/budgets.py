@@ -298,7 +298,7 @@ def _ms(value: float) -> str:
 
 def as_budgets(budgets: Sequence[Budget]) -> str:
     """A line a budget."""
-    return "\n".join(f"{_mark(item.verdict)}  {item}" for item in budgets)
+    return "\n".join(f"{console.MARKS[item.verdict]}  {item}" for item in budgets)
 
 
 def as_gate(verdicts: Sequence[Verdict]) -> str:
@@ -322,7 +322,3 @@ def as_gate(verdicts: Sequence[Verdict]) -> str:
         for item in verdicts
     ]
     return "\n".join([console.table(rows), *reasons])
-
-
-def _mark(outcome: Outcome) -> str:
-    return {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}[outcome]

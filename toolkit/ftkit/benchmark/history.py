@@ -68,6 +68,7 @@ def append(found: Mapping[str, Any], folder: Path) -> Path:
         "fingerprint": found["fingerprint"],
         "machine": found["machine"],
         "quick": found["quick"],
+        "frame": found["frame"],
         "rows": [{key: row[key] for key in keys} for row in found["rows"]],
         "cold_ms": {
             name: statistics.median(

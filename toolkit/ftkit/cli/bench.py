@@ -270,6 +270,7 @@ def bench(
                 verdicts = judging.against_stored(path, stored, image=image)
             elif old:
                 verdicts = _in_turn(path, old, plan, say)
+        fed = stored.get("frame") or find(path, image, frame).frame
         fingerprints = {
             "model": find(path).fingerprint,
             "baseline": find(old).fingerprint if old else stored.get("fingerprint"),
@@ -278,6 +279,8 @@ def bench(
     if verdicts:
         measured = {"machine": machine(), **measured, "fingerprints": fingerprints}
     outcomes = _tell(echo, measured, limits, verdicts)
+    if fed and not table:
+        echo(f"{console.frames(fed)}, decoding apart")
     if save:
         echo(f"saved: {history.append(measured, Path.cwd())}")
     write_json(as_json, measured)

@@ -139,7 +139,7 @@ def _summary(bundle: Path) -> str:
             (
                 "latency",
                 f"p50 {item['p50_ms']:.1f} ms, p95 {item['p95_ms']:.1f} ms on "
-                f"{console.condition(item)}",
+                f"{console.condition(item)}, {console.frames(manifest['frame'])}",
             )
         )
     rows.append(("size", f"{item['size_bytes'] / 1e6:.1f} MB"))

@@ -196,9 +196,6 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     return launch(gpus, arguments)
 
 
-MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}
-
-
 @main.command(short_help="Export a run to ONNX, prove the file, seal a bundle.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
@@ -296,7 +293,7 @@ def export(
         quiet=quiet,
     )
     for gate in done.gates:
-        click.echo(f"{MARKS[gate.verdict]}  {gate}")
+        click.echo(f"{console.MARKS[gate.verdict]}  {gate}")
         if gate.unsettled and not gate.passed:
             click.echo(f"        {gate.unsettled}")
     click.echo(f"bundle: {done.folder}")

@@ -31,7 +31,7 @@ ELSEWHERE = {
     "output": "--out",
     "name": "--out",
 }
-BUDGETS = {
+BUDGET_OPTIONS = {
     "p50": "p50_ms=8",
     "p50-ms": "p50_ms=8",
     "p95": "p95_ms=8",
@@ -62,8 +62,8 @@ class Command(click.Command):
             for option in item.opts
             if option.startswith("--")
         }
-        if "budget" in own and name in BUDGETS:
-            return f"--budget {BUDGETS[name]}"
+        if "budget" in own and name in BUDGET_OPTIONS:
+            return f"--budget {BUDGET_OPTIONS[name]}"
         said = ELSEWHERE.get(name, "")
         if said and said.split()[0].lstrip("-") in own:
             return said

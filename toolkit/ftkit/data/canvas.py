@@ -35,7 +35,7 @@ from ftkit.recipe import restore_preprocess
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError
-from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
+from ftkit_export.runtime.preprocess import Preprocess, most_pixels
 from ftkit_export.runtime.session import cores
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path,
 
 
 def _canvas_key(preprocess: Preprocess) -> str:
-    limit = os.environ.get(MAX_PIXELS)  # what is too large for one limit is not bad for another
+    limit = most_pixels()  # what is too large for one limit is not bad for another
     return f"canvas-2 {preprocess.fit} {preprocess.resize} {preprocess.white}{f' {limit}' if limit else ''}"
 
 

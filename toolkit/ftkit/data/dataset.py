@@ -156,14 +156,27 @@ def as_csv(rows: Iterable[tuple[Image, str]], classes: Sequence[str]) -> bytes:
 
 
 def splits_csv(images: Images) -> bytes:
-    """Every image with its split, as `as_csv`; paths relative to the data folder, or to the CSV's,
-    or, where images lie elsewhere too, to the folder that holds them all: `root` of `read`."""
+    """Every image with its split, as `as_csv`. Paths are relative to the data folder, or to the
+    CSV's, or, where images lie elsewhere too, to the folder that holds them all: `root` of `read`.
+
+    Links are not followed, and images with no folder in common are named by `below`: nothing here
+    tells of this machine.
+    """
     folder = images.root if images.root.is_dir() else images.root.parent
-    paths = [image.path.resolve() for image in images.images]
-    if not all(path.is_relative_to(folder.resolve()) for path in paths):
+    folder = _absolute(folder)
+    paths = [_absolute(image.path) for image in images.images]
+    if not all(path.is_relative_to(folder) for path in paths):
         folder = Path(os.path.commonpath([path.parent for path in paths]))
-    names = (path.relative_to(folder.resolve()).as_posix() for path in paths)
+    if folder == Path(folder.anchor):
+        names = [below(images.root, path) for path in paths]
+    else:
+        names = [path.relative_to(folder).as_posix() for path in paths]
     return as_csv(zip(images.images, names, strict=True), images.classes)
+
+
+def _absolute(path: Path) -> Path:
+    """Without following links, which would tell where they lead."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  # Path.resolve follows them
 
 
 def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[Row]]:
@@ -304,7 +317,8 @@ def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str
     image = _image_file(folder, fields["path"])
     if image is None:
         raise FtkitError(
-            f"{where}: expected an image at {folder / fields['path']}, found none. Check the path column"
+            f"{where}: expected an image at {folder / fields['path']}, found none. "
+            "Check the path column, or name the folder with --root"
         )
     label = fields["label"]
     if not label:

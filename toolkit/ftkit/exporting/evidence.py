@@ -1,7 +1,7 @@
 """Measure the finished files of an export, and judge its gates in one place.
 
-metrics, against = file_accuracy(folder, chosen, core, context, classes)
-found = latencies(paths, photograph, frame, providers, quick)
+metrics, against = file_accuracy(folder, run, context, classes)
+latency = latencies(paths, photograph, frame, providers, quick)
 gates = judge(limits, Measured(parity=..., chosen=..., ...))
 """
 
@@ -34,7 +34,7 @@ from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import parse_frame
 from ftkit_export.runtime.session import cores, form_of
 
-BUDGETS = ("p95_ms", "size_mb", "memory_mb")  # fields of recipe.Export
+GATED = ("p95_ms", "size_mb", "memory_mb")  # budgets among the fields of recipe.Export
 
 
 def file_accuracy(
@@ -109,7 +109,7 @@ def budgets(
     `ftkit bench --budget` does. row: with the full measurement, where there is one."""
     limits = {
         name: getattr(context.limits, name)
-        for name in BUDGETS
+        for name in GATED
         if getattr(context.limits, name) is not None
     }
     starts: Sequence[Start] = []
@@ -157,7 +157,9 @@ def choose(rows: Sequence[Row], judged: Mapping[str, Sequence[Budget]]) -> Row:
 
 def would_meet(rows: Sequence[Row], limits: Export) -> list[Row]:
     """Variants that are not proven and would, by their figures in the decision table, meet the
-    budgets."""
+    budgets; none where memory is one of them, which the table does not have."""
+    if limits.memory_mb is not None:
+        return []
     return [
         row
         for row in rows
@@ -248,11 +250,11 @@ def _recall(metrics: Metrics, least: float) -> Gate:
     low = metrics.recall_low[label]
     high = metrics.recall_high[label]
     if recall is None or low is None or high is None:
-        name = f"images missed of class {metrics.classes[label]}, of which test has none"
+        name = f"share missed of class {metrics.classes[label]}, of which test has no image"
         return Gate(
             name=name, value=math.nan, limit=1 - least, unsettled="no test image of that class"
         )
-    name = f"images missed of class {metrics.classes[label]}"
+    name = f"share missed of class {metrics.classes[label]}"
     return Gate(name=name, value=1 - recall, limit=1 - least, low=1 - high, high=1 - low)
 
 

@@ -7,7 +7,6 @@ verdict.folder, verdict.passed
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -50,14 +49,16 @@ from ftkit_export.proof.golden import write_flat, write_golden
 from ftkit_export.proof.parity import FLOAT64_IMAGES, Parity, Reference, compare
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.latency import Latency, Raced
-from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
+from ftkit_export.runtime.latency import Latency
+from ftkit_export.runtime.measure import read as read_bench
+from ftkit_export.runtime.preprocess import Preprocess, allowing
 from ftkit_export.runtime.session import PROVIDERS, form_of, require
 from ftkit_export.runtime.targets import TARGETS, unshippable
 from ftkit_export.runtime.verify import sha256
 
 PARITY_IMAGES = 256  # held-out photographs that parity sees; float64 sees the first 64
 DECODED_BYTES = 500_000_000
+GOLDEN_PIXELS = 40_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +132,6 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
         raise FtkitError(
             f"{where}: expected the images this run was trained on, found nothing. Try --data FOLDER"
         )
-    if run.data["max_pixels"]:
-        os.environ.setdefault(MAX_PIXELS, run.data["max_pixels"])
     with console.bar("decoding") as progress:
         images = read(
             where, run.data["seed"], run.data["group_by"], None if data else run.data["root"]
@@ -168,34 +167,37 @@ def metadata(run: Run) -> dict[str, str]:
     }
 
 
-def read_measured(path: Path, run: Run, target: str) -> dict[str, Any]:
+def read_measured(path: Path, run: Run, target: str, frame: str) -> dict[str, Any]:
     """Read what `device/classify.py --bench` printed on the target.
 
-    Raises FtkitError when the file is none, of another run, or not of this target on one thread.
+    Raises FtkitError when the file is none, of another run, not of this target on one thread, or of
+    frames of another size.
     """
-    try:
-        data = json.loads(path.read_text())
-        figures = {
-            name: (Raced(**item), data["sha256"][name]) for name, item in data["raced"].items()
-        }
-        of = data["run"]
-        where = (data["provider"], data["threads"], data["target"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise FtkitError(
-            f"{path}: expected what `device/classify.py --bench` prints, found something else. "
-            "Run it on the device and keep its output"
-        ) from None
-    wanted = (TARGETS[target].provider, 1, target)
-    if where[:2] != wanted[:2] or (wanted[0] == "cpu" and where[2] != target):
+    data = read_bench(path)
+    provider = TARGETS[target].provider
+    where = (data["provider"], data["threads"], data["target"])
+    wanted = (provider, 1, target)
+    if where[:2] != wanted[:2] or (provider == "cpu" and where[2] != target):
         raise FtkitError(
             f"{path}: expected latencies of {wanted}, found those of {where} (provider, threads, target). "
             "Run `device/classify.py --bench` on the target, on one thread"
         )
-    if of != run.data["model_fingerprint"]:
+    if data["run"] != run.data["model_fingerprint"]:
         raise FtkitError(
             f"{path}: expected latencies of this run, found those of another. Measure its own bundle"
         )
-    return {**data, "raced": {name: asdict(item) for name, (item, _) in figures.items()}}
+    if data["frame"] != frame and PROVIDERS[provider].form != "core":
+        raise FtkitError(
+            f"{path}: expected latencies on {console.frames(frame)}, found {data['frame'] or 'none'}. "
+            f"Try --set export.frame={data['frame'] or frame}, or measure again"
+        )
+    return data
+
+
+def frame_of(limits: Export, run: Run) -> str:
+    """The size of the frames that latencies are measured and judged at, "640x480"."""
+    frame: str = limits.frame or run.data["audit"]["frame"]
+    return frame
 
 
 def export(
@@ -227,20 +229,20 @@ def export(
     _require_extras(extras, limits)
     keep_freed_memory()
     bound_threads()
-    canvases = held_out(run, data)
-    model = run.backbone().model
-
-    folder = bundles.begin(out)
-    try:
-        job = _prepare(run, model, canvases, folder, limits, providers, quick, extras)
-        made, paths = _make_variants(job)
-        parity = _prove(job, paths)
-        measured = _measure(job, made, paths)
-        paths = _finish_files(job, measured.chosen, paths)
-        return _seal(job, out, made, paths, parity, measured)
-    finally:
-        # It was moved away when sealed; what is left here was not finished.
-        shutil.rmtree(folder, ignore_errors=True)
+    with allowing(run.data["max_pixels"]):
+        canvases = held_out(run, data)
+        model = run.backbone().model
+        folder = bundles.begin(out)
+        try:
+            job = _prepare(run, model, canvases, folder, limits, providers, quick, extras)
+            made, paths = _make_variants(job)
+            parity = _prove(job, paths)
+            measured = _measure(job, made, paths)
+            paths = _finish_files(job, measured.chosen, paths)
+            return _seal(job, out, made, paths, parity, measured)
+        finally:
+            # It was moved away when sealed; what is left here was not finished.
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +312,7 @@ def _prepare(
         temperature=run.temperature,
         limits=limits,
         photograph=files[0],
-        frame=limits.frame or run.data["audit"]["frame"],
+        frame=frame_of(limits, run),
         target_name=variants.resolve_target(limits.target, providers),
         measured=extras.measured,
         device=extras.device,
@@ -406,7 +408,9 @@ def _finish_files(job: Job, chosen: Row, paths: Forms) -> Forms:
     folder = job.folder
     preprocess = job.run.preprocess
     input_format = job.limits.input_format
-    golden = job.photographs if job.limits.golden == "images" else []
+    golden = []
+    if job.limits.golden == "images":  # of a size that any device decodes
+        golden = [image for image in job.photographs if image[..., 0].size <= GOLDEN_PIXELS]
     with console.bar("golden vectors"):
         reference = job.context.reference
         temperature = job.run.temperature

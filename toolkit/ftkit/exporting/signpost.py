@@ -1,7 +1,7 @@
 """Advice for an export that misses a budget: what else would meet it, measured, with the command to
 run.
 
-    for line in signpost(run, missed, unproven, row, ratio, context):
+    for line in signpost(run, model, missed, unproven, rows, context):
         print(line)
 
 Shorter times come from a smaller input. How long the very network takes at another resolution needs
@@ -32,7 +32,7 @@ from ftkit_export.runtime.latency import Condition, over_sizes
 
 STEP = 32  # pixels: what most backbones halve five times
 LEAST = 64  # pixels
-TRIED = 2  # resolutions
+MOST = 4  # resolutions that are timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def _timed(
     sizes = sorted({max(size, LEAST) for size in wanted if max(size, LEAST) < own}, reverse=True)
     found = []
     with tempfile.TemporaryDirectory() as scratch, console.bar("other input sizes"):
-        for size in sizes[: 2 * TRIED]:
+        for size in sizes[:MOST]:
             smaller = run.preprocess.at(size)
             path = Path(scratch) / f"{size}.onnx"
             try:

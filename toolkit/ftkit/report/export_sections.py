@@ -91,8 +91,8 @@ def variants(manifest: Data) -> str:
                 ),
                 rows,
             ),
-            "<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread. "
-            "In 8 bits: convolutions and matrix products.</p>",
+            f"<p>Drop: paired with fp32 on the same images of val. Time: of fp32's, runs taken in turn on one thread, "
+            f"{frames(manifest['frame'])}. In 8 bits: convolutions and matrix products.</p>",
             *(f"<p>{escape(row['name'])}: {escape(row['reason'])}.</p>" for row in decision[1:]),
             f'<div class="grid">{points("Accuracy and latency", placed, "p50 ms", "val accuracy")}</div>'
             if placed

@@ -81,6 +81,7 @@ def train(
     an `out` that exists, a resume with another recipe, seed or data, a rank that is gone; Stopped
     (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the run saved.
     """
+    limit_bytes()  # what is wrong with it is told before the training, not after
     again = f"ftkit train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
     resume = resume or restarted()
     with Stop() as stop, joined(device) as (place, ranks):

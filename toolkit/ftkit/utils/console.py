@@ -134,6 +134,9 @@ def short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}  # before a verdict
+
+
 def frames(frame: str) -> str:
     """ "640x480" -> "frames of 640 x 480"."""
     return f"frames of {frame.replace('x', ' x ')}"
