@@ -126,9 +126,8 @@ def shares() -> None:
                 else:
                     low, high, _ = share_interval(rng.random(images) < share)
                 covered += low <= share <= high
-            known = (
-                correlation != ONE_IN_TEN or share > 0.9
-            )  # a tenth of the groups cannot lower it further
+            # A tenth of the groups cannot lower it further
+            known = correlation != ONE_IN_TEN or share > 0.9
             cells.append(f"{covered / TRIALS:.3f}" if known else "")
         if clusters:
             group = f"{clusters}{', unequal' if unequal else ''}"

@@ -183,9 +183,8 @@ def throughput(scratch: Path, models: Sequence[str], batch: int, copies: int, de
     with cached_in(scratch / "cache"):
         for name in models:
             ours = through_ftkit(name, data, scratch, batch, device)
-            steps = EPOCHS * (
-                len(list(data.rglob("*.png"))) * 3 // 4 // batch
-            )  # three quarters train
+            # Three quarters train
+            steps = EPOCHS * (len(list(data.rglob("*.png"))) * 3 // 4 // batch)
             limit, loop = (
                 on_synthetic(name, batch, device, steps),
                 by_tutorial(name, data, batch, device),

@@ -66,9 +66,8 @@ def main() -> None:
                 verified = time.perf_counter() - whole
     print(console.table(rows))
     lines = [line for line in page.splitlines() if line.strip()]
-    last = next(
-        i for i, line in enumerate(commands, start=2) if line.startswith("ftkit verify")
-    )  # 1 is the clone
+    # 1 is the clone
+    last = next(i for i, line in enumerate(commands, start=2) if line.startswith("ftkit verify"))
     print(
         f"from clone to verified bundle: {console.clock(verified)}, {last} commands; {len(lines)} lines to read"
     )

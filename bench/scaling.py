@@ -144,10 +144,11 @@ def paper() -> str:
     Ring all-reduce: 2 (N - 1) / N x bytes at the slowest link, and 2 (N - 1) hops; BatchNorm over the global batch: a
     gather forward and a sum backward each, log2(N) hops; the flag of a step: log2(N) hops by TCP.
     """
+    # Bytes/s a GPU: 2/3 of NVLink 4's 450 GB/s, 80 % of a 400 Gbit/s adapter
     inside, between = (
         300e9,
         40e9,
-    )  # bytes/s a GPU: 2/3 of NVLink 4's 450 GB/s, 80 % of a 400 Gbit/s adapter
+    )
     lines = [
         "| model | gradients | step, one GPU | GPUs | all-reduce | BatchNorm | efficiency | all-reduce hidden |",
         "|---|---|---|---|---|---|---|---|",

@@ -40,11 +40,12 @@ def done(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in commands:
         words = command.split()
         if words[1] == "export":
+            # Differs in time only: two minutes
             words += [
                 "--quick",
                 "--set",
                 "export.variants=fp32",
-            ]  # differs in time only: two minutes
+            ]
         if words[1] == "train":
             words += settings(*TINY)  # likewise
         if words[0] == "ftkit":  # `pip install .` is how this very environment was made

@@ -73,9 +73,8 @@ def train(
     from ftkit.training.run import claim, next_free, open_run
     from ftkit.training.train import train as run_training
 
-    alone = (
-        os.environ.get("WORLD_SIZE", "1") == "1"
-    )  # the ranks of one run must agree on its folder
+    # The ranks of one run must agree on its folder
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
     folder = Path(out) if out else (claim if alone else next_free)(Path("runs") / plan.name)
     try:
         run_training(
@@ -139,9 +138,8 @@ def export(
             raise FtkitError(
                 f"--set {setting}: expected a field of export, found another. Try --set export.{setting}"
             )
-    override(
-        Recipe(name="", backbone="", stages=(Stage(),)), settings
-    )  # a typo is told before seconds of imports
+    # A typo is told before seconds of imports
+    override(Recipe(name="", backbone="", stages=(Stage(),)), settings)
 
     from ftkit.benchmark.ssh import Device
     from ftkit.exporting.export import Extras, frame_of, read_measured

@@ -43,9 +43,8 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             )
         parsed[name] = _parse(text, hints[name], setting)
     alone = {name: value for name, value in parsed.items() if name not in ("size", "resize")}
-    Preprocess(
-        **alone
-    )  # a wrong value is told before the backbone, whose own the others are, is built: in no time
+    # A wrong value is told before the backbone, whose own the others are, is built: in no time
+    Preprocess(**alone)
     preprocess = _preprocess(recipe)
     if "size" in parsed and "resize" not in parsed and preprocess.size:
         # A canvas of the old size would leave the network its middle only.

@@ -24,6 +24,7 @@ from typing import Any
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.verify import MANIFEST, SIGNATURE, check_files, read_manifest
 
+# The earliest date a zip can hold: no file's own date makes two archives differ
 EPOCH = (
     1980,
     1,
@@ -31,7 +32,7 @@ EPOCH = (
     0,
     0,
     0,
-)  # the earliest date a zip can hold: no file's own date makes two archives differ
+)
 LARGEST = 4 << 30  # bytes unpacked
 MOST_FILES = 10_000
 # Raised by zipfile for an archive that is damaged, or was made to harm.

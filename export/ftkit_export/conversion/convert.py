@@ -120,9 +120,8 @@ def export_core(model: torch.nn.Module, size: int) -> Core:
     where the last layer is a convolution (SqueezeNet) its input is averaged over space. Raises
     FtkitError when the exporter cannot.
     """
-    example = torch.zeros(
-        2, 3, size, size
-    )  # two images: torch.export takes a batch of one for a constant
+    # Two images: torch.export takes a batch of one for a constant
+    example = torch.zeros(2, 3, size, size)
     try:
         with quiet(), _clamped():
             program = torch.onnx.export(
@@ -241,9 +240,8 @@ def write_ort(model: Path, folder: Path, target: Target) -> None:
         path.rename(folder / name)
     config = folder / "required_operators.config"
     lines = config.read_text().splitlines(keepends=True)
-    config.write_text(
-        "".join(line for line in lines if not line.startswith("#"))
-    )  # comments hold local paths
+    # Comments hold local paths
+    config.write_text("".join(line for line in lines if not line.startswith("#")))
 
 
 def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:

@@ -174,9 +174,8 @@ def preprocess_nodes(
     # Channels first, before normalising: along rows of three values ONNX Runtime is five times
     # slower (measured).
     levels = graph.op("Cast", graph.op("Transpose", crop, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
-    mean, std = (
-        [[[value]] for value in values] for values in (preprocess.mean, preprocess.std)
-    )  # (3, 1, 1)
+    # (3, 1, 1)
+    mean, std = ([[[value]] for value in values] for values in (preprocess.mean, preprocess.std))
     graph.op(
         "Div",
         graph.op("Sub", levels, graph.const(mean, np.float32)),

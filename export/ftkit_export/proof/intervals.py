@@ -52,9 +52,8 @@ class Prior:
 
 SHARE = Prior(correlation=0.1, least_effect=0.5)  # the demo's modules: 0.13
 PROVEN_SHARE = Prior(correlation=0.1, least_effect=1.0)
-DIFFERENCE = Prior(
-    correlation=0.05, least_effect=1.0
-)  # which images change in 8 bits: 0 to 0.02 on the demo's
+# Which images change in 8 bits: 0 to 0.02 on the demo's
+DIFFERENCE = Prior(correlation=0.05, least_effect=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

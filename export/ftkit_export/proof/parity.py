@@ -48,9 +48,8 @@ IMAGE_FORM_IMAGES = (
     16  # end to end; the core form has shown the network equal on four times as many
 )
 FLOORS = 20.0
-ROUNDING = 4 * float(
-    np.finfo(np.float32).eps
-)  # exp, sum, quotient; smaller logits do not make it smaller
+# Exp, sum, quotient; smaller logits do not make it smaller
+ROUNDING = 4 * float(np.finfo(np.float32).eps)
 ROUNDINGS = 4.0  # a GPU accumulates in another order, and may round where the emulation does not
 CEILING = (
     0.1  # of the largest logit: a model that rounding moves further must not run in that precision

@@ -37,9 +37,8 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, Start, begin, in_child
 
 Outcome = Literal["passed", "failed", "inconclusive"]
-Sample = tuple[
-    Array, Array
-]  # of one process: log ratios candidate / baseline, log ratios of the A/A control
+# Of one process: log ratios candidate / baseline, log ratios of the A/A control
+Sample = tuple[Array, Array]
 
 TOLERANCE = 0.05
 COLD_TOLERANCE = (
@@ -106,9 +105,8 @@ def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
     low, high = np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     spread = float(np.std([np.median(control) for _, control in samples], ddof=1))
     middle = float(np.median(ratios))
-    half = (
-        Z * MEDIAN * spread / math.sqrt(len(samples))
-    )  # few processes: a bootstrap alone would be too narrow
+    # Few processes: a bootstrap alone would be too narrow
+    half = Z * MEDIAN * spread / math.sqrt(len(samples))
     return Estimate(
         ratio=math.exp(middle),
         low=math.exp(min(low, middle - half)),
@@ -280,9 +278,8 @@ def compare_starts(
         seconds=seconds / 2,
         least=PROCESSES,
     )
-    left = max(
-        seconds / 2, seconds - cold.seconds
-    )  # a file whose cold starts had time enough is not refused for memory
+    # A file whose cold starts had time enough is not refused for memory
+    left = max(seconds / 2, seconds - cold.seconds)
     return cold, decide("memory", draws("peak_rss_bytes", even_heap=True), seconds=left, least=1)
 
 

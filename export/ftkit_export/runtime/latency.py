@@ -31,9 +31,8 @@ ROUNDS = 20  # of a race, in each of its processes
 PROCESSES = 6
 STUDENT_T = 2.571  # 0.975 quantile at PROCESSES - 1 degrees of freedom
 RACE_SECONDS = 20.0  # the most that one process of a race may take
-EVEN_HEAP = {
-    "MALLOC_MMAP_THRESHOLD_": "131072"
-}  # its default, which glibc raises as it goes unless it is set
+# Its default, which glibc raises as it goes unless it is set
+EVEN_HEAP = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,9 +292,8 @@ def in_child(
         raise FtkitError(
             said or f"latency of {conditions[0].model}: the process ended early ({done.returncode})"
         )
-    return json.loads(
-        done.stdout.rstrip().rpartition("\n")[2]
-    )  # a provider may have printed before it
+    # A provider may have printed before it
+    return json.loads(done.stdout.rstrip().rpartition("\n")[2])
 
 
 def machine() -> dict[str, object]:

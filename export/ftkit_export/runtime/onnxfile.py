@@ -15,14 +15,14 @@ from pathlib import Path
 
 from ftkit_export.runtime.errors import BundleError
 
+# The standard's operators, and those built into every ONNX Runtime
 DOMAINS = (
     "",
     "ai.onnx",
     "com.microsoft",
-)  # the standard's operators, and those built into every ONNX Runtime
-EXTERNAL = (
-    "EPContext",
-)  # com.microsoft: a compiled engine for one provider, in the file or at a path it names
+)
+# com.microsoft: a compiled engine for one provider, in the file or at a path it names
+EXTERNAL = ("EPContext",)
 MODEL_FIELDS = {"ir": 1, "graph": 7, "opset": 8, "function": 25}
 DEEPEST = 32  # graphs within graphs
 # What computes on shapes, and may be shape arithmetic itself; Expand, Resize and the like make data

@@ -92,9 +92,8 @@ PROVIDERS: Mapping[str, Provider] = {
 }
 
 
-QUOTA = Path(
-    "/sys/fs/cgroup/cpu.max"
-)  # in a container its own (Linux, Documentation/admin-guide/cgroup-v2.rst)
+# In a container its own (Linux, Documentation/admin-guide/cgroup-v2.rst)
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def _runtime() -> Any:

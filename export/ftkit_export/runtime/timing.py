@@ -31,10 +31,11 @@ RUNS = 200
 SECONDS = 10.0
 QUICK_RUNS = 50
 QUICK_SECONDS = 0.5
+# A warm-up for quick runs, and for runs in turn, whose noise meets all alike
 BRIEF = (
     WARM_UP_RUNS,
     WARM_UP_S / 4,
-)  # a warm-up for quick runs, and for runs in turn, whose noise meets all alike
+)
 BINS = 40
 PART_ROUNDS = 60
 # runs at each size

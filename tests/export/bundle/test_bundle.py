@@ -400,9 +400,8 @@ def test_the_same_run_gives_the_same_bytes_but_for_timings(
     ]
     assert names[0] == names[1]
     timed = {"manifest.json", "manifest.sig", "report.html", "MODEL_CARD.md"}
-    timed.add(
-        "device/ort/model.ort"
-    )  # onnxruntime's converter writes hashed maps in another order each time
+    # ONNX Runtime's converter writes hashed maps in another order each time
+    timed.add("device/ort/model.ort")
     assert [
         name
         for name in sorted(names[0] - timed)

@@ -145,9 +145,8 @@ def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) ->
     checks = agreement(trained.logits, _run(model, trained.pixels), rounding, "fp16", "photographs")
     assert all(check.passed for check in checks), checks
 
-    wide = copy.deepcopy(
-        trained.core
-    )  # a layer whose values leave float16 and come back: scale up, then down
+    # A layer whose values leave float16 and come back: scale up, then down
+    wide = copy.deepcopy(trained.core)
     first = next(node for node in wide.graph.node if node.op_type == "Conv")
     for name, factor in (("up", 1e6), ("down", 1e-6)):
         wide.graph.initializer.append(numpy_helper.from_array(np.float32(factor), f"{name}_factor"))

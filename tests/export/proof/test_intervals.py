@@ -24,9 +24,8 @@ RNG = np.random.default_rng(20)
 
 
 def test_intervals_of_textbook_cases() -> None:
-    assert wilson(81 / 263, 263, 1.959964) == pytest.approx(
-        (0.2553, 0.3662), abs=1e-4
-    )  # Newcombe 1998, table I
+    # Newcombe 1998, table I
+    assert wilson(81 / 263, 263, 1.959964) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson(0, 20, 1.959964) == pytest.approx((0.0, 0.1611), abs=1e-4)
     assert clopper_pearson(0.1, 50, 0.975) == pytest.approx((0.0333, 0.2181), abs=1e-4)
     assert clopper_pearson(0.0, 100, 0.95) == pytest.approx((0.0, 1 - 0.05**0.01), abs=1e-9)

@@ -35,9 +35,8 @@ def broken(elpv: list[tuple[Path, str]], tmp_path_factory: pytest.TempPathFactor
         for label in ("a", "b"):
             (root / split / label).mkdir(parents=True)
             for number in range(count):
-                place = list(BROKEN).index("leaks") + 40 * len(
-                    list(root.rglob("*.png"))
-                )  # far apart: no siblings
+                # Far apart: no siblings
+                place = list(BROKEN).index("leaks") + 40 * len(list(root.rglob("*.png")))
                 shutil.copyfile(elpv[place % len(elpv)][0], root / split / label / f"{number}.png")
     train, test = root / "train" / "a", root / "test" / "a"
     shutil.copyfile(train / "1.png", test / "copy.png")

@@ -95,9 +95,8 @@ def test_erasing_blanks_a_rectangle_in_its_share_of_samples() -> None:
 
 @pytest.mark.parametrize("fields", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_mixed_pixels_hold_the_shares_that_are_told(fields: dict[str, float]) -> None:
-    pixels = (
-        torch.arange(1.0, 65.0)[:, None, None, None].expand(64, 3, 24, 24).contiguous()
-    )  # image i is all i + 1
+    # Image i is all i + 1
+    pixels = torch.arange(1.0, 65.0)[:, None, None, None].expand(64, 3, 24, 24).contiguous()
     mixing = mixing_of(64, 24, Augment(**fields), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
     assert mixing is not None
     partner, share = mixing.partner, mixing.share

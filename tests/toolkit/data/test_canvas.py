@@ -40,9 +40,8 @@ def test_rows_come_in_the_order_asked_for_from_many_shards(
 ) -> None:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(canvas, "SHARD", 7)
-    monkeypatch.setattr(
-        canvas, "FEWEST", 5
-    )  # the last shard, of one image, too goes to the processes
+    # The last shard, of one image, too goes to the processes
+    monkeypatch.setattr(canvas, "FEWEST", 5)
     canvases = canvas.build(read(photos), PREPROCESS)
     assert len(canvases.shards) == 18
     rows = np.random.default_rng(0).permutation(len(canvases.slots))[:40]

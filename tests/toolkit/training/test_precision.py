@@ -143,9 +143,8 @@ def test_float16_learns_with_a_scaled_loss_and_goes_on_from_its_scale() -> None:
     inputs = torch.randn(64, 8)
     batch = Batch(inputs=(inputs,), targets=inputs[:, :3].argmax(1))
     moving = Moving(net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half)
-    moving.scaler = torch.amp.GradScaler(
-        "cpu", init_scale=2.0**40
-    )  # too large: the first steps are left out
+    # Too large: the first steps are left out
+    moving.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     losses = []
     for step in range(80):
         moving.optimizer.zero_grad()

@@ -124,9 +124,8 @@ def test_out_of_memory_halves_the_step_and_the_gradients_stay(
     whole = net.linear.weight.grad.clone()  # type: ignore[union-attr]
     net.limit = 6
     feed = Feed(net=net, eval_net=net, fetch=None, prepare=None, val=None, how="", kind="")  # type: ignore[arg-type]
-    captured = nn.Sequential(
-        net
-    )  # what a step ran before: it goes, for it takes whole batches only
+    # What a step ran before: it goes, for it takes whole batches only
+    captured = nn.Sequential(net)
     _, left, micro = fresh_gradients(captured, feed, batch, moving, None, 20)
     assert (micro, left) == (5, net)
     assert "in steps of 5 images that add up" in capsys.readouterr().out

@@ -54,9 +54,10 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 
 def _limits(marker: pytest.Mark, where: str) -> dict[str, float]:
+    # Here: other people's test runs need none of it
     from ftkit.benchmark.budgets import (
         parse_budgets,
-    )  # here: other people's test runs need none of it
+    )
     from ftkit_export.runtime.errors import FtkitError
 
     try:

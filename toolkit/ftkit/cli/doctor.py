@@ -28,9 +28,8 @@ def examine() -> list[str]:
     if len(runtimes) > 1:
         lines.append(f"error: {' and '.join(runtimes)} install the same module: keep one of them")
     lines.append(_torch_gpu())
-    lines += [
-        _provider(name) for name in PROVIDERS if "-" not in name
-    ]  # what has one is another way to run one
+    # What has one is another way to run one
+    lines += [_provider(name) for name in PROVIDERS if "-" not in name]
     lines.append(f"{cores()} cores; cache at {cache_folder()}")
     return lines
 

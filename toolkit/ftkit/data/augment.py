@@ -206,9 +206,8 @@ def _resample(
 ) -> torch.Tensor:
     """Random area, place and angle by one affine grid, bilinear -> (N, 3, S, S) float32 grey
     levels."""
-    full = (
-        preprocess.size / preprocess.resize
-    )  # share of the canvas's side that the evaluation crop takes
+    # Share of the canvas's side that the evaluation crop takes
+    full = preprocess.size / preprocess.resize
     area = augment.scale + (1 - augment.scale) * draw[6]
     side = full * area.sqrt()
     angle = math.radians(augment.rotate) * (2 * draw[7] - 1)

@@ -43,12 +43,13 @@ PRIOR_SPREAD = 0.25
 CALIBRATION_FOLDS = 5
 LEVEL = 0.05  # chance that the precision claimed at the abstain threshold is not reached
 LOOKED_AT = 200  # thresholds, from each start
+# Shares of images answered at which the search for the threshold begins
 STARTS = (
     0.25,
     0.5,
     0.75,
     1.0,
-)  # shares of images answered at which the search for the threshold begins
+)
 
 
 @dataclass(frozen=True, kw_only=True)

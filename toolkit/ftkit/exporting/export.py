@@ -148,12 +148,10 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
 def metadata(run: Run) -> dict[str, str]:
     """ONNX metadata: labels in order, preprocessing, temperature, recipe, and the run's
     fingerprint."""
-    recipe = {
-        key: value for key, value in run.data["recipe"].items() if key != "weights"
-    }  # may be a local path
-    recipe["stages"] = [
-        {**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]
-    ]  # so may this be
+    # May be a local path
+    recipe = {key: value for key, value in run.data["recipe"].items() if key != "weights"}
+    # So may this be
+    recipe["stages"] = [{**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]]
     threshold = run.data["abstention"]["threshold"]
     return {
         "labels": json.dumps(list(run.classes), ensure_ascii=False),

@@ -170,16 +170,16 @@ class Simulated(nn.Module):
         for node, attributes in self.nodes:
             inputs: list[Any] = [values.get(name) for name in node.input]
             if node.op_type == "QuantizeLinear":
+                # Rounded where it is dequantized
                 values[node.output[0]] = (
                     inputs[0],
                     inputs[1],
                     inputs[2],
-                )  # rounded where it is dequantized
+                )
             elif node.output[0] in self.sources:
                 weight = floats[self.sources[node.output[0]]]
-                levels = int(
-                    self.constants[node.input[0]].abs().max()
-                )  # 127, or 64 with reduce_range
+                # 127, or 64 with reduce_range
+                levels = int(self.constants[node.input[0]].abs().max())
                 values[node.output[0]] = weight
                 if weight.ndim > 1:  # a bias has 32 bits: exact enough
                     values[node.output[0]] = _rounded_weight(

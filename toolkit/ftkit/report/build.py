@@ -408,10 +408,11 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
             "ftkit verify bundle",
         ]
         facts |= {"model.onnx sha256": manifest["model_sha256"], **manifest["machine"]}
+    # It may be a local path, as a teacher
     recipe = {
         **run["recipe"],
         "weights": Path(run["recipe"]["weights"]).name,
-    }  # it may be a local path, as a teacher
+    }
     recipe["stages"] = [
         {**s, "teacher": s["teacher"] and Path(s["teacher"]).name} for s in recipe["stages"]
     ]

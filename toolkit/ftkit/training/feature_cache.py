@@ -173,9 +173,8 @@ def fill(
     folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
     shapes = [(len(views), *value.shape[1:]) for value in sample]
     held = ranks.gather(_opened(folder, shapes) is not None)
-    held = [
-        held[node] for node in ranks.gather(ranks.node)
-    ]  # what a machine's first rank saw holds for all of it
+    # What a machine's first rank saw holds for all of it
+    held = [held[node] for node in ranks.gather(ranks.node)]
     if not held[ranks.rank] and ranks.rank == ranks.node:
         put_away(folder)  # damaged is absent
     if not all(held) and (

@@ -55,9 +55,8 @@ def best_rate(
         return flat.view(len(found), len(RATES), -1).transpose(0, 1)
 
     for step, (positions, generator) in enumerate(batches):
-        batch = feed.prepare(
-            feed.fetch(positions, generator, slice(None))
-        )  # every rank fits the whole fan
+        # Every rank fits the whole fan
+        batch = feed.prepare(feed.fetch(positions, generator, slice(None)))
         for group, peak in zip(optimizer.param_groups, RATES * 2, strict=True):
             group["lr"] = rate(step, total, stage, peak)
         logits = logits_of(features(feed.net, head, batch.inputs)[0])

@@ -72,9 +72,8 @@ def prepare(device: torch.device, deterministic: bool) -> Compute:
     if device.type == "cpu":
         return Compute(device=device, deterministic=deterministic)
     exact_float32()
-    torch.backends.cudnn.benchmark = (
-        not deterministic
-    )  # batches have one size: the search pays once
+    # Batches have one size: the search pays once
+    torch.backends.cudnn.benchmark = not deterministic
     dtype = (
         torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     )
@@ -122,12 +121,10 @@ class _Captured(nn.Module):
     def __init__(self, net: nn.Module, inputs: Tensors, compute: Compute):
         super().__init__()
         if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
-            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(
-                False
-            )  # gradients come from its stream
-        shell = _Shell(
-            net
-        )  # capturing replaces the forward of what it is given, and the net is in use elsewhere
+            # Gradients come from its stream
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        # Capturing replaces the forward of what it is given, and the net is in use elsewhere
+        shell = _Shell(net)
         with compute.autocast():
             self.run: Any = torch.cuda.make_graphed_callables(
                 shell, inputs, allow_unused_input=True

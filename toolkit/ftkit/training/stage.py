@@ -360,9 +360,8 @@ def _report_epoch(
     images_per_s = sum(speeds)
     run.epoch += 1
     run.lines += 1
-    left = (
-        console.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""
-    )  # none was left
+    # None was left
+    left = console.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""
     console.say(
         f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {judged.accuracy:.3f}  "
         f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"

@@ -48,9 +48,8 @@ def run_as(
         )
     if ranks.world > 1:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # torch 2.11 does not know broadcast_buffers' new name
+            # Torch 2.11 does not know broadcast_buffers' new name
+            warnings.simplefilter("ignore", FutureWarning)
             net = DistributedDataParallel(
                 feed.net,
                 device_ids=[device] if device.type == "cuda" else None,

@@ -18,9 +18,8 @@ from ftkit.training.loader import Feed
 from ftkit.utils.distributed import Ranks
 from ftkit_export.runtime.arrays import Array
 
-Score = tuple[
-    float, float
-]  # on val: what stages compete on (accuracy, or balanced accuracy), then -NLL
+# On val: what stages compete on (accuracy, or balanced accuracy), then -NLL
+Score = tuple[float, float]
 
 EVAL_BATCH = 64
 DRIFT_IMAGES = 2048  # val images whose embeddings are compared

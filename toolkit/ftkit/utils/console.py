@@ -18,9 +18,8 @@ from typing import Any
 
 Step = Callable[[int, int], None]
 
-spent: defaultdict[str, float] = defaultdict(
-    float
-)  # seconds under each bar's label, for benchmarks
+# Seconds under each bar's label, for benchmarks
+spent: defaultdict[str, float] = defaultdict(float)
 
 
 _muted = False

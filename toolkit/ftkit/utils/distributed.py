@@ -37,9 +37,8 @@ from ftkit_export.runtime.session import cores
 Made = TypeVar("Made")
 Tensors = dict[str, torch.Tensor]
 
-PATIENCE = timedelta(
-    hours=12
-)  # of ranks for each other: one machine may decode while another has its canvases. A rank
+# Of ranks for each other: one machine may decode while another has its canvases. A rank
+PATIENCE = timedelta(hours=12)
 # that dies is noticed at once: its connections close, and torchrun ends the others Without it the
 # ranks that torchrun starts again find the addresses of those before them (torch 2.14, rendezvous
 # c10d).
@@ -183,9 +182,8 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
             word in said for word in ("gloo", "Gloo", "NCCL", "nccl")
         ):
             raise
-        said = re.sub(r"^\[[^\]]*\] *", "", said).split(". ")[0][
-            :70
-        ]  # gloo begins with its own file and line
+        # Gloo begins with its own file and line
+        said = re.sub(r"^\[[^\]]*\] *", "", said).split(". ")[0][:70]
         _tell(
             f"rank {ranks.rank}: expected every rank to answer, found one gone ({said}). What was saved is kept: try "
             "the same command with --resume, on as many GPUs as there are"

@@ -15,9 +15,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises FtkitError, naming the file, when the disk is full; what was there stays.
     """
-    beside = path.with_name(
-        f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    )  # two writers share none
+    # Two writers share none
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with beside.open("wb") as file:
             file.write(content)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 
+# Mallopt: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 THRESHOLDS = (
     (-3, 32 << 20),
     (-1, 2**31 - 1),
     (-2, 64 << 20),
-)  # mallopt: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+)
 
 
 def keep_freed_memory() -> None:
