@@ -437,11 +437,11 @@ def predict(
         try:
             content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path
             answer = classify(content)
-            heat = (
-                explainer.write(path, classify.labels.index(answer.label), out, content)
-                if explainer
-                else None
-            )
+            heat = None
+            if explainer:
+                place = Path("stdin") if path == STANDARD_INPUT else path
+                label = classify.labels.index(answer.label)
+                heat = explainer.write(place, label, out, content)
         except ImageError as error:
             bad += 1
             click.echo(f"error: {error}", err=True)

@@ -31,20 +31,18 @@ def _verdict(verdict: str) -> tuple[str]:
 
 
 def gates(manifest: Data) -> str:
-    """Each gate with its value and limit, those that did not pass first."""
+    """Each gate with its value (and range over processes) and limit, those that did not pass first."""
     order = ("failed", "inconclusive", "passed")
-    rows = [
-        (
-            gate["name"]
-            + (f"; {gate['unsettled']}" if gate["unsettled"] and not gate["passed"] else ""),
-            _verdict(gate["verdict"]),
-            gate["value"],
-            "" if gate["low"] is None else f"{short(gate['low'])} to {short(gate['high'])}",
-            gate["limit"],
-        )
-        for gate in sorted(manifest["gates"], key=lambda gate: order.index(gate["verdict"]))
-    ]
-    return table(("gate", "verdict", "value", "range", "at most"), rows)
+    rows = []
+    for gate in sorted(manifest["gates"], key=lambda gate: order.index(gate["verdict"])):
+        name = gate["name"]
+        if gate["unsettled"] and not gate["passed"]:
+            name += f"; {gate['unsettled']}"
+        value = gate["value"]
+        if gate["low"] is not None:
+            value = f"{short(value)} [{short(gate['low'])} to {short(gate['high'])}]"
+        rows.append((name, _verdict(gate["verdict"]), value, gate["limit"]))
+    return table(("gate", "verdict", "value", "at most"), rows)
 
 
 def variants(manifest: Data) -> str:
@@ -183,7 +181,7 @@ def latency(manifest: Data) -> str:
         for item in found
     ]
     drawn = "".join(map(_histogram, found))
-    said = f"<p>{frames(manifest['frame'])}, which the file resizes; decoding apart.</p>"
+    said = f"<p>On {frames(manifest['frame'])}, which the file resizes; decoding apart.</p>"
     over = manifest["evidence"]["latency_over_sizes"]
     sizes = table(
         ("frame", "p50 ms", "p95"),

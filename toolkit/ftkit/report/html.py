@@ -47,7 +47,7 @@ svg { width: 100%; height: auto; display: block } svg text { fill: var(--faint);
 svg text.strong { fill: var(--ink); font-weight: 600 }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 2rem;
   margin-top: .8rem; max-width: 100% }
-.grid > figure { max-width: 36rem }
+.grid > figure { max-width: 36rem } .grid + .scroll { margin-top: 1.2rem }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem;
   margin-top: .8rem }
 .pictures img { width: 100%; height: auto; display: block; border-radius: 3px }
