@@ -225,7 +225,7 @@ def test_classes_that_test_and_val_cannot_judge_are_told(tmp_path: Path) -> None
     _patterns(tmp_path / "d" / "single", ["one.png"])
     told = ftkit("data", tmp_path / "d", "--json", tmp_path / "a.json")
     assert told.exit_code == 0
-    assert "test says nothing:\n  single" in told.stdout
+    assert "single" in told.stdout.partition("* made by ftkit")[2]
     assert json.loads((tmp_path / "a.json").read_text())["unjudged"] == {
         "val": ["single"],
         "test": ["single"],
@@ -262,8 +262,7 @@ def test_near_duplicates_end_in_a_word_on_fix_which_takes_out_what_contradicts(
             picture.save(train / name, **({"quality": quality} if name.endswith("jpg") else {}))
     told = ftkit("data", tmp_path / "d", "--fix", tmp_path / "clean.csv")
     assert told.exit_code == 0
-    assert "ok, but 2 sets of near duplicates are under several labels" in told.stdout
-    assert "3 contradicting" in told.stdout
+    assert "--fix" in ftkit("data", tmp_path / "d").stdout.splitlines()[-1]
     left = (tmp_path / "clean.csv").read_text()
     assert [name in left for name in ("a/x.png", "a/x.jpg", "b/x.jpg", "a/y.png", "b/y.jpg")] == [
         True,
@@ -285,17 +284,15 @@ def test_a_chain_of_near_duplicates_is_no_group(tmp_path: Path) -> None:
         (tmp_path / "d" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / "d" / "a" / f"{number:02}.png")
     _patterns(tmp_path / "d" / "b", [f"b{number}.png" for number in range(30)])
-    told = ftkit(
-        "data", tmp_path / "d", "--fix", tmp_path / "clean.csv", "--json", tmp_path / "a.json"
-    )
+    out = ("--fix", tmp_path / "clean.csv", "--json", tmp_path / "a.json")
+    assert ftkit("data", tmp_path / "d", *out).exit_code == 0
     found = json.loads((tmp_path / "a.json").read_text())
     assert len(found["near_groups"]) > 2
-    assert "grouped: 3" in told.stdout
-    assert "parted: " in told.stdout
     with (tmp_path / "clean.csv").open() as table:
         groups = {Path(row["path"]).stem: row["group"] for row in csv.DictReader(table)}
     chain = tmp_path / "d" / "a"
     shapes = {path.stem: np.asarray(Image.open(path), float) for path in chain.iterdir()}
+    assert len({group for group in groups.values() if group}) == len(found["near_groups"])
     for one, first in shapes.items():
         for other, second in shapes.items():
             if groups[one] and groups[one] == groups[other]:
@@ -311,6 +308,6 @@ def test_data_says_what_a_crop_leaves_and_what_it_emptied(tmp_path: Path) -> Non
     wide[:, :30] = np.random.default_rng(0).integers(0, 255, (40, 30, 3))
     Image.fromarray(wide).save(tmp_path / "a" / "edge.png")
     told = ftkit("data", tmp_path, "--json", tmp_path / "a.json")
-    assert "crop keeps 25% of the median image's area, and under half of 17 images" in told.stdout
-    assert "preprocess.fit=pad" in told.stdout
-    assert json.loads((tmp_path / "a.json").read_text())["emptied"] == ["a/edge.png"]
+    assert "--set preprocess.fit=pad" in told.stdout
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert (found["crop_keeps"], found["emptied"]) == ([0.25, 17], ["a/edge.png"])
