@@ -171,7 +171,13 @@ def read_measured(path: Path, run: Run, target: str, frame: str) -> dict[str, An
     Raises FtkitError when the file is none, of another run, not of this target on one thread, or of
     frames of another size.
     """
-    data = read_bench(path)
+    try:
+        data = read_bench(path)
+    except FtkitError:
+        raise FtkitError(
+            f"{path}: expected what `device/classify.py --bench` prints, found something else. "
+            "Run it on the device and keep its output"
+        ) from None
     provider = TARGETS[target].provider
     where = (data["provider"], data["threads"], data["target"])
     wanted = (provider, 1, target)
