@@ -62,6 +62,7 @@ def loaders(data: Path, batch: int = 32) -> tuple[DataLoader, DataLoader]:
     flips = [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
     training = ImageFolder(data / "train", transforms.Compose([*flips, *normalise]))
     test = ImageFolder(data / "test", transforms.Compose(normalise))
+
     return DataLoader(training, batch, shuffle=True, num_workers=2), DataLoader(
         test, 64, num_workers=2
     )
@@ -72,11 +73,13 @@ def probe(data: Path) -> float:
     transform = loaders(data)[1].dataset.transform
     model = build("efficientnet_lite0", 4).model
     features: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"train": [], "test": []}
+
     for split in (split for split in ("train", "val", "test") if (data / split).is_dir()):
         with torch.inference_mode():
             for x, y in DataLoader(ImageFolder(data / split, transform), 64):
                 found = model.forward_head(model.forward_features(x), pre_logits=True)
                 features["test" if split == "test" else "train"].append((found.numpy(), y.numpy()))
+
     whole = {
         name: [np.concatenate(column) for column in zip(*parts, strict=True)]
         for name, parts in features.items()
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--split", default="random", choices=["random", "group"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="settings")
+
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "elpv"
@@ -117,6 +121,7 @@ def main() -> None:
             write_random_split(data)
         else:
             write_elpv(data, split=True)
+
         results = []
         for seed in range(options.seeds):
             if options.what == "probe":
@@ -127,6 +132,7 @@ def main() -> None:
                 f"{options.what}, {options.split}, seed {seed}: {results[-1][0]:.4f} in {results[-1][1]:.0f} s",
                 flush=True,
             )
+
     accuracies, times = zip(*results, strict=True)
     print(
         f"{options.what}, {options.split}: mean {statistics.mean(accuracies):.4f}, {statistics.mean(times):.0f} s"

@@ -33,6 +33,7 @@ def main() -> None:
         write_elpv(root / "cells", split=False)
         cells = sorted((root / "cells").rglob("*.png"))
         rng = np.random.default_rng(0)
+
         for number in range(COUNT):
             path = root / "photos" / f"class{number % 10}" / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,7 @@ def main() -> None:
                 0, 4, (SIZE[1], SIZE[0], 1)
             )
             Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
         begun = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-m", "ftkit", "data", str(root / "photos")],
@@ -48,6 +50,7 @@ def main() -> None:
             text=True,
             check=False,
         )
+
         took = time.perf_counter() - begun
         print(f"{COUNT} JPEGs of {SIZE[0]} x {SIZE[1]}: {took:.1f} s, exit {done.returncode}")
         _found(root)
@@ -65,6 +68,7 @@ def _found(root: Path) -> None:
         f"{sum(len(each.rows) for each in sure)} images"
     )
     picks = rows[:: len(rows) // 150][:150]
+
     changes = {
         "JPEG at quality 40": _recompressed,
         "half the resolution": _halved,

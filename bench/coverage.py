@@ -93,12 +93,14 @@ def shares() -> None:
         (2000, 0, 0.0, False),
         (50, 10, 0.0, False),
     ]
+
     settings += [
         (n, g, c, u)
         for n, g in ((50, 10), (200, 20), (2000, 20), (2000, 50))
         for c in (0.05, 0.2)
         for u in (False, True)
     ]
+
     settings += [(375, 7, 0.1, False), (375, 7, 0.1, True)]
     settings += [(n, g, ONE_IN_TEN, False) for n, g in ((200, 20), (2000, 20), (375, 7))]
     for images, clusters, correlation, unequal in settings:
@@ -117,6 +119,7 @@ def shares() -> None:
                             if spread
                             else share
                         )
+
                     right = rng.random(counts.sum()) < np.repeat(
                         np.broadcast_to(chances, clusters), counts
                     )
@@ -125,10 +128,13 @@ def shares() -> None:
                     naive += share == 0.85 and alone[0] <= share <= alone[1]
                 else:
                     low, high, _ = share_interval(rng.random(images) < share)
+
                 covered += low <= share <= high
+
             # A tenth of the groups cannot lower it further
             known = correlation != ONE_IN_TEN or share > 0.9
             cells.append(f"{covered / TRIALS:.3f}" if known else "")
+
         if clusters:
             group = f"{clusters}{', unequal' if unequal else ''}"
             how = "one group in ten" if correlation == ONE_IN_TEN else f"correlated {correlation:g}"
@@ -168,6 +174,7 @@ def differences() -> None:
         "as if independent",
         "Tango",
     )
+
     settings = [
         (n, 0, 0.0, drop, better)
         for n in (50, 200, 2000)
@@ -179,6 +186,7 @@ def differences() -> None:
         for v in (0.0, 1.0, 2.0)
         for drop, better in ((0.02, 0.02), (0.01, 0.03))
     ]
+
     settings += [(200, 20, 1.0, 0.02, 0.02), (600, 30, 2.0, 0.02, 0.0), (375, 7, 1.0, 0.02, 0.02)]
     settings += [
         (n, g, ONE_IN_TEN, 0.02, better)
@@ -214,6 +222,7 @@ def differences() -> None:
                     score[1] <= drop,
                     score[0] > drop,
                 )
+
             part = [f"{100 * value / TRIALS:.1f}" for value in told]
             how = "one group in ten" if vary == ONE_IN_TEN else vary
             row(
@@ -275,6 +284,7 @@ def thresholds() -> None:
     many = rng.normal(0, 4, (100_000, 4))
     many_labels = (rng.random(len(many))[:, None] < softmax(many, axis=1).cumsum(1)).argmax(1)
     top, right = softmax(many, axis=1).max(1), many.argmax(1) == many_labels
+
     for images in (100, 200, 500, 2000):
         proven = broken = observed = wrong = 0
         answered = []
@@ -287,11 +297,13 @@ def thresholds() -> None:
                 proven += 1
                 answered.append((top >= threshold).mean())
                 broken += right[top >= threshold].mean() < 0.95
+
             order = np.sort(top[rows])
             good = [value for value in order if right[rows][top[rows] >= value].mean() >= 0.95]
             if good:
                 observed += 1
                 wrong += right[top >= min(good)].mean() < 0.95
+
         share = f"{np.mean(answered):.2f}" if answered else ""
         row(images, f"{proven} of 500", broken, f"{wrong} of {observed}", share)
 
@@ -299,6 +311,7 @@ def thresholds() -> None:
 def races(bundle: Path, trials: int) -> None:
     """A file against two copies of itself: how often "faster", how often "slower"."""
     core, image = bundle / "variants" / "fp32-core.onnx", bundle / "golden" / "00.png"
+
     faster = slower = 0
     widths = []
     for _ in range(trials // 2):
@@ -306,6 +319,7 @@ def races(bundle: Path, trials: int) -> None:
             faster += item.ratio_high < 1
             slower += item.ratio_low > 1
             widths.append(item.ratio_high - item.ratio_low)
+
     print(
         f"{trials} races of a file against itself, {PROCESSES} processes each: {faster} faster, {slower} slower; "
         f"median width of the 95 % interval {np.median(widths):.3f}"
@@ -323,14 +337,17 @@ def main() -> None:
         "temperatures": temperatures,
         "thresholds": thresholds,
     }
+
     parser.add_argument("--what", choices=[*tables, "races", "all"], default="all")
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--trials", type=int, default=100)
     options = parser.parse_args()
     print(json.dumps(machine()))
+
     if options.what == "races":
         races(options.bundle, options.trials)
         return
+
     for name, table in tables.items():
         if options.what in (name, "all"):
             print(f"\n{name}\n")

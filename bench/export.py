@@ -53,6 +53,7 @@ def trained(context: Context, core: onnx.ModelProto, ranges: Any, epochs: int) -
         answers(core, context, rows),
         epochs=epochs,
     )
+
     print(
         f"quantization-aware stage: {len(rows)} images, {epochs} epochs, {time.perf_counter() - begun:.0f} s"
     )
@@ -71,11 +72,14 @@ def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) ->
         for name, _ in rank(core, ranges, context.target, context.pixels(calibration[:RANK_IMAGES]))
     ]
     forms = {str(count): int8(core, ranges, context.target, keep=order[:count]) for count in KEPT}
+
     if epochs:
         forms["0, trained"] = trained(context, core, ranges, epochs)
+
     files = [folder / "fp32.onnx", *(folder / f"{name}.onnx" for name in forms)]
     for path, form in zip(files, [core, *forms.values()], strict=True):
         write(form, path, context.metadata)
+
     times = race(files, context.photograph)
     right = answers(core, context, rows).argmax(1) == labels
     print(
@@ -86,6 +90,7 @@ def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) ->
         f"| fp32 | 0 | 1, p50 {times[0].p50_ms:.2f} ms | accuracy {right.mean():.4f} of {len(rows)} | 1 | |"
     )
     whole = files[0].stat().st_size
+
     for (count, form), raced, path in zip(forms.items(), times[1:], files[1:], strict=True):
         found = paired(
             right, answers(form, context, rows).argmax(1) == labels, context.canvases.groups(rows)
@@ -110,12 +115,16 @@ def plain(run: Run, context: Context, core: onnx.ModelProto, folder: Path) -> No
             str(folder / "plain.onnx"),
             verbose=False,
         )
+
     plain_model = onnx.load(folder / "plain.onnx")
     plain_model.graph.input[0].name, old = "pixels", plain_model.graph.input[0].name
+
     for node in plain_model.graph.node:
         node.input[:] = ["pixels" if name == old else name for name in node.input]
+
     write(plain_model, folder / "plain.onnx", context.metadata)
     write(core, folder / "core.onnx", context.metadata)
+
     for threads in (1, 2):
         ours, other = race(
             [folder / "core.onnx", folder / "plain.onnx"], context.photograph, threads=threads
@@ -139,7 +148,9 @@ def _median_ratio(
             (one, other)[which]()
             pair[which] = (time.perf_counter() - begun) * 1e3
         times.append((pair[0], pair[1]))
+
     kept = times[3:]
+
     return (
         statistics.median(a for a, _ in kept),
         statistics.median(b for _, b in kept),
@@ -169,11 +180,13 @@ def pixels(context: Context, canvases: Canvases, run: Run, core: onnx.ModelProto
                 f"ratio {ratio:.2f}",
                 flush=True,
             )
+
     images = [canvases.images.images[row].path for row in canvases.rows("test")]
     session = Session(pixel_model(run.preprocess).SerializeToString())
     start = (run.preprocess.resize - run.preprocess.size) // 2
     inside = slice(start, start + run.preprocess.size)
     core_session, off, same = Session(core.SerializeToString()), [], 0
+
     for path in images:
         image = np.asarray(Image.open(path).convert("RGB"))
         canvas = run.preprocess.canvas(image)
@@ -184,6 +197,7 @@ def pixels(context: Context, canvases: Canvases, run: Run, core: onnx.ModelProto
             for item in (graph_pixels, run.preprocess.pixels(canvas[None]))
         ]
         same += int(pair[0] == pair[1])
+
     print(
         f"test split: {100 * (1 - statistics.mean(off)):.4f} % of values within 1 grey level, "
         f"top-1 equal on {same} of {len(images)}"
@@ -214,11 +228,14 @@ def main() -> None:
         metadata=metadata(run),
         measured={},
     )
+
     assert TARGETS[here()].provider == "cpu"
     print(machine())
+
     with tempfile.TemporaryDirectory() as scratch:
         front(context, core, Path(scratch), options.qat)
         plain(run, context, core, Path(scratch))
+
     pixels(context, canvases, run, core)
 
 

@@ -91,6 +91,7 @@ def training_mode(stack: ExitStack) -> None:
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 0.1
                 module.train()
+
         with torch.no_grad():
             noisy(torch.randn(8, 3, size, size))
         return export_core(noisy.eval(), size)
@@ -129,6 +130,7 @@ def shifted(stack: ExitStack) -> None:
         square = real(made, image)
         side = made.op("Shape", square, start=1, end=2)
         start = made.op("Min", made.ints(8), made.op("Sub", side, made.ints(1)))
+
         return made.op(
             "Slice",
             square,
@@ -189,6 +191,7 @@ def overflow(stack: ExitStack) -> None:
             proto.graph.initializer.append(
                 numpy_helper.from_array(np.float32(factor), f"{name}_factor")
             )
+
         after, value = list(proto.graph.node).index(first) + 1, first.output[0]
         first.output[0] = "before"
         proto.graph.node.insert(
@@ -242,15 +245,18 @@ def logistic_head(run: Run) -> Run:
     head = backbone.model.get_submodule(backbone.head)
     assert isinstance(head, torch.nn.Linear)
     weight = fitted.coef_ / scaler.scale_
+
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(weight))
         head.bias.copy_(torch.from_numpy(fitted.intercept_ - weight @ scaler.mean_))
+
     rows = canvases.rows("test")
     logits, _ = Answers(backbone, canvases, run.preprocess)(rows, "test")
     data = copy.deepcopy(run.data)
     data["metrics"]["test"]["accuracy"] = float((logits.argmax(1) == canvases.labels[rows]).mean())
     changed = replace(run, data=data)
     object.__setattr__(changed, "backbone", lambda: backbone)
+
     return changed
 
 
@@ -328,12 +334,14 @@ def verdict(run: Run, fault: Fault, folder: Path) -> str:
     if fault.variant:
         row = next(row for row in done.rows if row.name == fault.variant)
         return f"{row.verdict}: {row.reason}; chosen: {done.chosen}"
+
     failed = [gate for gate in done.gates if not gate.passed]
     place = "".join(
         f"; layer {item.first_divergence}" for item in done.parity if item.first_divergence
     )
     checks = {check.name for item in done.parity for check in item.checks if not check.passed}
     place += f"; also {', '.join(sorted(checks))}" if len(checks) > 1 else ""
+
     return (
         "; ".join(f"gate {gate.name}: {gate.value:.3g}, limit {gate.limit:.3g}" for gate in failed)
         + place
@@ -365,6 +373,7 @@ def flipped(sealed: Path) -> tuple[int, int]:
                 archive.check_signature(sealed, sealed.parent / "pub.pem")
         caught += bool(said)
         path.write_bytes(original)
+
     return caught, len(files)
 
 
@@ -372,6 +381,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
     """Run every fault, or the one named; print one row each; (caught, all)."""
     caught = 0
     print("| fault | caught by |\n|---|---|")
+
     with tempfile.TemporaryDirectory() as scratch:
 
         def row(name: str, said: str, expected: tuple[str, ...]) -> None:
@@ -384,6 +394,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
             row(fault.name, verdict(run, fault, Path(scratch) / str(number)), fault.expected)
         if only:
             return caught, number + 1
+
         head = Fault(
             "head by logistic regression",
             lambda stack: None,
@@ -391,6 +402,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
             INT8,
             "int8",
         )
+
         row(head.name, verdict(logistic_head(run), head, Path(scratch) / "head"), head.expected)
         with refused() as said, ExitStack() as stack:
             cpu_as_cuda(stack)
@@ -401,6 +413,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
                 providers=["cuda"],
                 quick=True,
             )
+
         row(
             "CPU session under a CUDA name",
             "".join(said),
@@ -416,6 +429,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
         (Path(scratch) / "pub.pem").write_bytes(
             key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
         )
+
         with redirect_stdout(io.StringIO()):
             done = export.export(
                 run,
@@ -423,6 +437,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
                 quick=True,
                 extras=export.Extras(sign=Path(scratch) / "key.pem"),
             )
+
         named, files = flipped(done.folder)
         row(
             "a byte flipped in each file of the bundle",
@@ -433,6 +448,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
             f"\nwithout a fault: {'passed' if done.passed else 'FALSE ALARM'}, int8 "
             + "; ".join(f"{item.name} {item.verdict}" for item in done.rows[1:])
         )
+
     return caught, len(FAULTS) + 3
 
 

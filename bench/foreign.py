@@ -49,15 +49,18 @@ def main() -> None:
         "noise": rng.integers(0, 256, (100, side, side, 3), np.uint8),
         "digits": np.stack([np.asarray(image.resize((side, side))) for image in digits]),
     }
+
     canvases = build(read(run.data["data"], run.data["seed"]), run.preprocess)
     answers = Answers(backbone, canvases, run.preprocess)
     found = {split: answers(canvases.rows(split), split) for split in ("val", "test")}
     example = torch.from_numpy(run.preprocess.pixels(colour[:CHUNK]))
     net, _ = runner(WithEmbedding(backbone), example)
+
     for name, images in sets.items():
         pixels = torch.from_numpy(run.preprocess.pixels(images))
         parts = [net(pixels[start : start + CHUNK]) for start in range(0, len(pixels), CHUNK)]
         found[name] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+
     familiar = Foreign.from_text(run.data["foreign"])
     scores = {
         "distance of the embedding (ftkit)": lambda logits, embedding: familiar.score(embedding),
@@ -65,6 +68,7 @@ def main() -> None:
         "top probability": lambda logits, embedding: np.logaddexp.reduce(logits, 1) - logits.max(1),
     }
     print(f"| score | test kept | {' | '.join(sets)} |\n|---|---|{'---|' * len(sets)}")
+
     for name, score in scores.items():
         limit = np.quantile(score(*found["val"]), 0.95)
         caught = " | ".join(f"{(score(*found[each]) > limit).mean():.3f}" for each in sets)

@@ -72,9 +72,11 @@ def build(folder: Path, size: int, quantized: bool = False) -> Path:
         export_core(made.model, size).model,
         folder / f"{size}{'-int8' if quantized else ''}.onnx",
     )
+
     if quantized:
         pixels = np.random.default_rng(0).standard_normal((8, 3, size, size), np.float32)
         core = int8(core, calibrate(core, iter([pixels]), made.preprocess), TARGETS[here()])
+
     write(core, path, {})
     return path
 
@@ -95,10 +97,12 @@ def neighbour(seed: int, there: bool) -> Iterator[None]:
     if not there:
         yield
         return
+
     process = multiprocessing.get_context("spawn").Process(
         target=_neighbour, args=(seed,), daemon=True
     )
     process.start()
+
     try:
         yield
     finally:
@@ -131,11 +135,13 @@ def child(job: dict[str, Any]) -> list[list[float]]:
         return [
             list(map(float, row)) for row in in_turn(calls, ROUNDS, warm_up=(10, 0), seconds=10)
         ]
+
     call, times, begun = slowed(condition, percent), [], time.perf_counter()
     while len(times) < 5 or time.perf_counter() - begun < THEIRS_S:
         start = time.perf_counter()
         call()
         times.append((time.perf_counter() - start) * 1e3)
+
     return [times]
 
 
@@ -156,6 +162,7 @@ def others(condition: Condition, percent: float) -> dict[str, bool]:
     from scipy.stats import mannwhitneyu
 
     (then,), (now,) = ask("runs", condition, 0), ask("runs", condition, percent)
+
     return {
         "pytest-benchmark median:5%": statistics.median(now) / statistics.median(then) > 1 + LIMIT,
         "min-of-N, 5%": min(now) / min(then) > 1 + LIMIT,
@@ -182,8 +189,10 @@ def trial(condition: Condition, percent: float, number: int, log: Path) -> None:
             **asdict(found),
             "others": others(condition, percent),
         }
+
     with log.open("a") as file:
         file.write(json.dumps(line) + "\n")
+
     print(
         f"{percent:g} %, {'noise' if noisy else 'quiet'}: {found.verdict} {found.ratio:.3f} "
         f"[{found.low:.3f}, {found.high:.3f}], margin {found.margin:.3f}, {found.processes} processes, "
@@ -207,6 +216,7 @@ def table(log: Path) -> str:
         "seconds each",
         *names,
     ]
+
     rows = [head, ["---"] * len(head)]
     for threads, percent, noisy in sorted(
         {(line["threads"], line["percent"], line["noisy"]) for line in lines}
@@ -231,6 +241,7 @@ def table(log: Path) -> str:
                 *(sum(line["others"][name] for line in there) for name in names),
             ]
         )
+
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
@@ -244,6 +255,7 @@ def real(folder: Path) -> None:
         "224 to 256 pixels": (replace(plain, model=str(build(folder, 256))), plain),
         "nothing": (plain, plain),
     }
+
     print(
         "| change | verdict | ratio | 95 % interval | A/A spread | seconds |\n|---|---|---|---|---|---|"
     )
@@ -270,6 +282,7 @@ def heavier(model: Path, megabytes: int, path: Path) -> Path:
     made.graph.node.append(helper.make_node("Gather", ["more", "which"], ["said"]))
     made.graph.output.append(helper.make_tensor_value_info("said", onnx.TensorProto.FLOAT, None))
     onnx.save(made, path)
+
     return path
 
 
@@ -281,6 +294,7 @@ def starts(folder: Path, trials: int) -> None:
         "| change | trials | what | failed | inconclusive | passed | ratio | seconds each |\n|"
         + "---|" * 8
     )
+
     for name, candidate in cases.items():
         found = []
         for _ in range(trials):
@@ -292,6 +306,7 @@ def starts(folder: Path, trials: int) -> None:
                     *(Condition(model=str(file), threads=1) for file in files), seconds=SECONDS / 3
                 )
             )
+
         for verdicts in zip(*found, strict=True):
             counts = (
                 sum(item.verdict == word for item in verdicts)
@@ -330,6 +345,7 @@ def cost(folder: Path) -> None:
             warm_up=(50, 1),
             seconds=60,
         )
+
         p50 = np.median(times, axis=0)
         ratios = times[:, 1] / times[:, 0]
         print(
@@ -350,6 +366,7 @@ def main() -> None:
     parser.add_argument("--percent", type=float, nargs="*", default=[3, 5, 10, 20])
     parser.add_argument("--log", type=Path, default=Path("gate.jsonl"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
+
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(json.loads(options.child))))
@@ -357,6 +374,7 @@ def main() -> None:
     if options.what == "table":
         tables.write("gate", table(options.log))
         return
+
     print(f"{machine()}; at least {PROCESSES} processes of {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch:
         if options.what in ("real", "cost"):
@@ -369,6 +387,7 @@ def main() -> None:
         for percent in [0] if options.what == "aa" else options.percent:
             for number in range(options.trials):
                 trial(condition, percent, number, options.log)
+
     print(table(options.log))
 
 

@@ -116,12 +116,15 @@ def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
         how="",
         kind="live",
     )
+
     optimizer = make_optimizer(backbone, stage, fused=place.type == "cuda")
     for group in optimizer.param_groups:
         group["lr"] = 1e-9
+
     moving = Moving(model, under(names), stage, optimizer, compute)
     net, _ = run_as(feed, stage, compute, SOLO, batch, lambda: nothing, steps)
     steps, warm = (STEPS, 10) if place.type == "cuda" else (3, 1)
+
     begun = 0.0
     for step in range(warm + steps):
         if step == warm:
@@ -129,6 +132,7 @@ def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
             begun = time.perf_counter()
         tally, net, _ = fresh_gradients(net, feed, fixed, moving, None, batch)
         moving.step(step + 1, tally)
+
     _wait(place)
     return steps * batch / (time.perf_counter() - begun)
 
@@ -145,11 +149,13 @@ def by_tutorial(name: str, data: Path, batch: int, device: str) -> float:
             transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ]
     )
+
     loader = DataLoader(
         ImageFolder(str(data), transform), batch, shuffle=True, num_workers=cores(), drop_last=True
     )
     optimizer, seen, begun = torch.optim.AdamW(model.parameters(), lr=1e-4), -1, 0.0
     limit = 30.0 if place.type == "cuda" else 10.0
+
     for images, labels in loader:
         optimizer.zero_grad()
         F.cross_entropy(model(images.to(place)), labels.to(place)).backward()
@@ -160,6 +166,7 @@ def by_tutorial(name: str, data: Path, batch: int, device: str) -> float:
             begun = time.perf_counter()
         elif time.perf_counter() - begun > limit:
             break
+
     _wait(place)
     return seen * batch / (time.perf_counter() - begun)
 
@@ -176,6 +183,7 @@ def throughput(scratch: Path, models: Sequence[str], batch: int, copies: int, de
         files = sorted(data.rglob("*.png"))
         for path in set(files) - set(random.Random(0).sample(files, 16 * batch)):
             path.unlink()
+
     lines = [
         "| model, batch | ftkit, img/s | same step, synthetic | share | tutorial loop | factor | timm, RTX 3090 |",
         "|---|---|---|---|---|---|---|",
@@ -193,6 +201,7 @@ def throughput(scratch: Path, models: Sequence[str], batch: int, copies: int, de
                 f"| {name}, {batch} | {ours:.0f} | {limit:.0f} | {ours / limit:.1%} | {loop:.0f} | "
                 f"{ours / loop:.1f}x | {TIMM[name]:.0f} |"
             )
+
     return "\n".join(lines)
 
 
@@ -203,6 +212,7 @@ def demo(scratch: Path, device: str) -> tuple[str, Path]:
     providers = "cpu,cuda,cuda-tf32" if device == "cuda" else "cpu"
     environment = {**os.environ, "FTKIT_CACHE": str(scratch / "demo-cache")}
     lines = ["| command | seconds |", "|---|---|"]
+
     for command in (
         ["train", data, "--out", run, "--device", device, *SETTINGS],
         ["export", run, "--out", bundle, "--quick", "--providers", providers],
@@ -212,6 +222,7 @@ def demo(scratch: Path, device: str) -> tuple[str, Path]:
             [sys.executable, "-m", "ftkit", *map(str, command)], check=True, env=environment
         )
         lines.append(f"| `ftkit {command[0]}` | {time.perf_counter() - begun:.1f} |")
+
     metrics = json.loads((run / "run.json").read_text())["metrics"]["test"]
     lines.append(
         f"| test accuracy | {metrics['accuracy']:.4f} [{metrics['accuracy_low']:.3f}, "
@@ -224,6 +235,7 @@ def provider(bundle: Path) -> str:
     """Parity as sealed, then latencies of each way to run CUDA, and of TensorRT where it opens."""
     manifest, found = json.loads((bundle / "manifest.json").read_text()), find(bundle)
     lines = ["| parity | group | value | limit |", "|---|---|---|---|"]
+
     for item in (
         *manifest["evidence"]["parity"],
         *(
@@ -237,6 +249,7 @@ def provider(bundle: Path) -> str:
             for check in item["checks"]
             if item["provider"] != "cpu"
         ]
+
     lines += [
         "",
         "| variant on provider | batch | copies | p50 ms | p95 ms | first run ms | GPU MB |",
@@ -260,11 +273,13 @@ def provider(bundle: Path) -> str:
                             f"| {variant} on {name} | {batch} | {copies} | {str(error)[:80]} | | | |"
                         )
                         continue
+
                     kept = (row.gpu_bytes or 0) / 1e6
                     lines.append(
                         f"| {variant} on {name} | {batch} | {'yes' if copies else 'no'} | {row.p50_ms:.2f} | "
                         f"{row.p95_ms:.2f} | {start.first_run_ms:.0f} | {kept:.0f} |"
                     )
+
     return "\n".join(lines)
 
 
@@ -285,6 +300,7 @@ def main() -> None:
     options = parser.parse_args()
     wanted, bundle = options.what.split(","), None
     gpu = options.device == "cuda"
+
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         if "throughput" in wanted:

@@ -35,6 +35,7 @@ def files(count: int) -> list[tuple[Path, str]]:
         if float(share) in (0.0, 1.0)
     ]
     mixed = [certain[i] for i in np.random.default_rng(0).permutation(len(certain))[: BASE + 80]]
+
     return [mixed[i % len(mixed)] for i in range(count)]
 
 
@@ -59,6 +60,7 @@ def in_process(code: str, **environment: str) -> dict[str, float]:
         capture_output=True,
         text=True,
     )
+
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -85,6 +87,7 @@ run = train(recipe, "{scratch}/data.csv", Path("{scratch}/run"))
 lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 result = dict(epoch={BASE * times} / lines[-1]["images_per_s"], whole=time.time() - begun)
 """
+
                 found = in_process(code, FTKIT_CACHE=f"{scratch}/cache")
                 print(
                     f"| {BASE * times} | {'cached' if cache == 'auto' else 'live'} | {found['epoch']:.1f} "
@@ -127,6 +130,7 @@ def canvases(count: int = 2000) -> None:
 
     torch.set_num_threads(os.cpu_count() or 1)
     print("| decoder | images/s | peak MB |\n|---|---|---|")
+
     for name, work in (
         ("one Pillow loop", pillow),
         ("torchvision", torchvision),
@@ -135,6 +139,7 @@ def canvases(count: int = 2000) -> None:
         begun = time.perf_counter()
         work()
         print(f"| {name} | {count / (time.perf_counter() - begun):.0f} | |", flush=True)
+
     for total in (count, 4 * count):
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / "data.csv").write_text(
@@ -144,6 +149,7 @@ def canvases(count: int = 2000) -> None:
                     for i, (path, label) in enumerate(files(total))
                 )
             )
+
             found = in_process(
                 f"""
 import time

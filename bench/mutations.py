@@ -48,10 +48,12 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if not spoiled:
             return bytes(spoiled)
+
         near = rng.random()
         span = len(spoiled) if near < 0.4 else min(len(spoiled), 4096)
         at = rng.randrange(span) if near < 0.7 else len(spoiled) - 1 - rng.randrange(span)
         length = rng.choice((1, 2, 4, 16, 64, 1024))
+
         kind = rng.randrange(6)
         if kind == 0:
             spoiled[at] ^= 1 << rng.randrange(8)
@@ -65,6 +67,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
             spoiled[at:at] = spoiled[at : at + length]
         else:
             del spoiled[at:]
+
     return bytes(spoiled)
 
 
@@ -88,6 +91,7 @@ def mutated_json(text: str, rng: random.Random) -> str:
     visit(document)
     if not places:
         return "null"
+
     node, key = rng.choice(places)
     kind = rng.randrange(4)
     if kind == 0:
@@ -96,6 +100,7 @@ def mutated_json(text: str, rng: random.Random) -> str:
         node.insert(key, node[key])
     else:
         node[key] = rng.choice(ODD)
+
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -106,6 +111,7 @@ def images(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     from ftkit_export.runtime.preprocess import decode
 
     picture = Image.open(next(photos.rglob("*.png"))).convert("RGB").resize((60, 40))
+
     files = []
     kinds = (
         "PNG RGB",
@@ -124,6 +130,7 @@ def images(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
         buffer = io.BytesIO()
         picture.convert("L" if mode == "I;16" else mode).convert(mode).save(buffer, name)
         files.append(buffer.getvalue())
+
     while True:
         yield lambda rng: decode(mutated(rng.choice(files), rng))
 
@@ -138,6 +145,7 @@ def tables(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
         *(f"{path},{path.parent.name},,g{i // 4}" for i, path in enumerate(paths)),
     ]
     lines += [f"{path},{path.parent.name},test," for path in sorted(photos.rglob("*.png"))[-40:]]
+
     data, target = "\n".join(lines).encode(), folder / "set.csv"
 
     def use(rng: random.Random) -> object:
@@ -169,6 +177,7 @@ def models(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
             else:
                 item.value = mutated(item.value.encode(), rng).decode(errors="replace")
             target.write_bytes(model.SerializeToString())
+
         return Classifier(target)(picture).remark
 
     while True:
@@ -182,6 +191,7 @@ def manifests(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
 
     copy = folder / "bundle"
     shutil.copytree(bundle, copy)
+
     original = (bundle / MANIFEST).read_text()
 
     def use(rng: random.Random) -> object:
@@ -191,11 +201,13 @@ def manifests(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
             document = json.loads(mutated_json(original, rng))
             document.pop("digest", None)
             (copy / MANIFEST).write_bytes(with_digest(json.dumps(document, indent=1) + "\n"))
+
         model = find(copy)
         if rng.random() < 0.02:
             from ftkit_export.runtime.verify import verify
 
             return verify(copy)
+
         return model.fingerprint, replay_golden
 
     while True:
@@ -217,9 +229,11 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
     preprocess = Preprocess(size=8, resize=8)
     few = folder / "few"
+
     for place in sorted(photos.iterdir()):
         if place.is_dir():
             shutil.copytree(place, few / place.name, ignore=lambda _, names: sorted(names)[8:])
+
     net = nn.AdaptiveAvgPool2d(2)
 
     def whole() -> object:
@@ -233,6 +247,7 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
             seed=0,
             source=source,
         )
+
         return canvases.array(range(len(canvases.slots))).sum(), fill(net, "key", ["values"], views)
 
     whole()
@@ -253,6 +268,7 @@ def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
     from ftkit_export.runtime.measure import bench, read
 
     path = folder / "bench.json"
+
     text = json.dumps(bench(bundle, threads=[1], quick=True), indent=1)
 
     def use(rng: random.Random) -> object:
@@ -273,6 +289,7 @@ def runs(run: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]
 
     copy = folder / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("report.html", "mistakes"))
+
     text = (run / "run.json").read_text()
 
     def use(rng: random.Random) -> object:
@@ -302,6 +319,7 @@ def work(kind: str, arguments: argparse.Namespace, first: int, count: int) -> No
         "json": (baselines, arguments.bundle),
         "run": (runs, arguments.run),
     }
+
     make, source = makers[kind]
     answers: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -318,6 +336,7 @@ def work(kind: str, arguments: argparse.Namespace, first: int, count: int) -> No
             except Exception:
                 answers["traceback"] += 1
                 print(json.dumps({"number": number, "error": traceback.format_exc()}))
+
     print(json.dumps(answers))
 
 
@@ -328,10 +347,12 @@ def main() -> int:
     )
     for name in ("bundle", "photos", "run"):
         parser.add_argument(name)
+
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", default="0")
     parser.add_argument("--only", default="images,csv,onnx,manifest,cache,json,run")
     parser.add_argument("--batch", help=argparse.SUPPRESS)
+
     arguments = parser.parse_args()
     if arguments.batch:
         kind, first, count = arguments.batch.split(",")
@@ -342,9 +363,11 @@ def main() -> int:
     print(
         "| file | mutated | used | refused in a sentence | traceback | crash | seconds |\n|---|---|---|---|---|---|---|"
     )
+
     kinds = arguments.only.split(",")
     for kind in kinds:
         begun = time.perf_counter()
+
         total: Counter[str] = Counter()
         share = arguments.count // len(kinds)
         for first in range(0, share, BATCH):
@@ -355,6 +378,7 @@ def main() -> int:
                 text=True,
                 check=False,
             )
+
             lines = done.stdout.splitlines()
             if done.returncode:
                 total["crash"] += 1
@@ -363,18 +387,21 @@ def main() -> int:
                     file=sys.stderr,
                 )
                 continue
+
             total.update(json.loads(lines[-1]))
             for line in lines[:-1]:
                 print(
                     f"{kind}: {json.loads(line)['number']}\n{json.loads(line)['error']}",
                     file=sys.stderr,
                 )
+
         bad += total["traceback"] + total["crash"]
         print(
             f"| {kind} | {share} | {total['used']} | {total['refused']} | {total['traceback']} | {total['crash']} "
             f"| {time.perf_counter() - begun:.0f} |",
             flush=True,
         )
+
     return 1 if bad else 0
 
 

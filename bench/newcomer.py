@@ -30,6 +30,7 @@ def main() -> None:
         for line in block.splitlines()
     ]
     commands = [line for line in commands if not line.startswith("ftkit try")]
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_elpv(folder / "all", split=False)
@@ -41,11 +42,13 @@ def main() -> None:
         rows = [("command", "seconds")]
         whole = time.perf_counter()
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder / "ftkit")], check=True)
+
         for label in ("mono-ok", "mono-defect"):
             place = folder / "ftkit" / "photos" / label
             place.mkdir(parents=True)
             for path in sorted((folder / "all" / label).iterdir())[:EACH]:
                 path.rename(place / path.name)
+
         activated = ""
         for command in commands:
             begun = time.perf_counter()
@@ -57,13 +60,16 @@ def main() -> None:
                 text=True,
                 check=False,
             )
+
             rows.append((command, f"{time.perf_counter() - begun:.0f}"))
             activated += f"{command}\n" if "activate" in command else ""
+
             if done.returncode:
                 print(done.stdout, done.stderr)
                 raise SystemExit(f"{command}: exit {done.returncode}")
             if command.startswith("ftkit verify"):
                 verified = time.perf_counter() - whole
+
     print(console.table(rows))
     lines = [line for line in page.splitlines() if line.strip()]
     # 1 is the clone

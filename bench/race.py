@@ -67,6 +67,7 @@ def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
     training, test = loaders(data, BATCH)
     backbone = build("efficientnet_lite0", 4)
     model, begun = backbone.model, time.perf_counter()
+
     for stage, epochs, lr in (("head", head, HEAD_LR), ("last:2", deep, DEEP_LR)):
         set_mode(model, trainable(backbone, stage), batchnorm=True)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -75,6 +76,7 @@ def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
                 optimizer.zero_grad()
                 F.cross_entropy(model(images), labels).backward()
                 optimizer.step()
+
     seconds = time.perf_counter() - begun
     return _accuracy(model, test), seconds
 
@@ -114,10 +116,12 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
         item_tfms=Resize(224, ResizeMethod.Squish),
         batch_tfms=[flips, normalise],
     )
+
     deeper = [
         model.get_submodule(name) for name in trainable(backbone, "last:2") if name != backbone.head
     ]
     inside = {id(p) for module in deeper for p in module.parameters()}
+
     top = list(model.get_submodule(backbone.head).parameters())
 
     def split(net: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
@@ -137,6 +141,7 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
         learner.fit_one_cycle(head, HEAD_LR)
         learner.freeze_to(-2)
         learner.fit_one_cycle(deep, DEEP_LR)
+
     seconds = time.perf_counter() - begun
     return _accuracy(model, loaders(data, BATCH)[1]), seconds
 
@@ -148,6 +153,7 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
     pl.seed_everything(seed, verbose=False)
     training, test = loaders(data, BATCH)
+
     backbone = build("efficientnet_lite0", 4)
 
     class Module(pl.LightningModule):
@@ -190,9 +196,11 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
     module = Module()
     trainer.fit(module, training)
     seconds = time.perf_counter() - begun
+
     return _accuracy(module.net, test), seconds
 
 
@@ -202,6 +210,7 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
     stages = [
         Stage(train="head", epochs=head, lr=HEAD_LR, optimizer="adam", schedule="constant", views=4)
     ]
+
     if deep:
         stages.append(
             Stage(
@@ -213,6 +222,7 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
                 views=4,
             )
         )
+
     recipe = Recipe(
         name="race",
         backbone="efficientnet_lite0",
@@ -245,6 +255,7 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
         seed=seed,
         source=Source(canvases.array, len(canvases.slots), 224 * 224 * 3, torch.device("cpu")),
     )
+
     rows = canvases.rows("train")
     chunks = [
         views.pixels(rows, view, start) for view in range(4) for start in range(0, len(rows), CHUNK)
@@ -270,11 +281,13 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
     )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     begun = time.perf_counter()
+
     for _ in range(deep):
         for batch in batches:
             optimizer.zero_grad()
             F.cross_entropy(suffix(batch), targets).backward()
             optimizer.step()
+
     return float("nan"), seconds + time.perf_counter() - begun
 
 
@@ -299,6 +312,7 @@ def main() -> None:
     parser.add_argument("--deep", type=int, default=10)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+
     results: dict[str, list[Outcome]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "elpv"
@@ -312,10 +326,12 @@ def main() -> None:
                     continue
                 results.setdefault(name, []).append(outcome)
                 print(f"{name}, seed {seed}: {outcome[0]:.4f} in {outcome[1]:.0f} s", flush=True)
+
     ours = (
         statistics.mean(seconds for _, seconds in results["ftkit"]) if "ftkit" in results else None
     )
     print("\n| who | test accuracy | seconds | ratio |\n|---|---|---|---|")
+
     for name, outcomes in results.items():
         accuracy, seconds = (statistics.mean(values) for values in zip(*outcomes, strict=True))
         print(

@@ -25,6 +25,7 @@ def main() -> None:
     """Handwritten digits over noise (JPEG compresses nothing worse), trained for a moment: many mistakes to show."""
     digits = load_digits()
     rng = np.random.default_rng(0)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for label in range(10):
@@ -35,6 +36,7 @@ def main() -> None:
                     (large + rng.integers(0, 120, (SIDE, SIDE, 3))).clip(0, 255).astype(np.uint8)
                 )
                 Image.fromarray(noisy).save(folder / "data" / str(label) / f"{number}.png")
+
         run = ftkit.train(
             folder / "data", out=folder / "run", recipe="gentle", settings=SMALL, quiet=True
         )
@@ -43,6 +45,7 @@ def main() -> None:
         print(
             f"{len(run.classes)} classes, {len(run.data['mistakes'])} mistakes: {page.stat().st_size / 1e6:.2f} MB"
         )
+
         with sync_playwright() as play:
             browser = play.chromium.launch(
                 executable_path=shutil.which("chromium"), args=["--no-sandbox"]
@@ -54,6 +57,7 @@ def main() -> None:
                 times.append(
                     tab.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
                 )
+
             print(
                 f"opens in {statistics.median(times):.0f} ms (median of {OPENED}, to the end of load)"
             )

@@ -58,18 +58,22 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=30)
     options, rng = parser.parse_args(), random.Random(0)
+
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
         whole, data = Path(scratch) / "whole", Path(scratch) / "elpv"
         write_random_split(data)
+
         for folder in (data / "train").iterdir():  # 160 photographs are enough to kill
             for path in sorted(folder.iterdir())[40:]:
                 path.unlink()
+
         chosen = [part for setting in SETTINGS for part in ("--set", setting)]
         begin(data, whole, *chosen).wait()
         begun = time.monotonic()
         begin(data, Path(scratch) / "again", *chosen).wait()
         seconds, expected = time.monotonic() - begun, ended(whole)
+
         kills = runs = equal = 0
         while kills < options.kills:
             out, runs = Path(scratch) / f"run-{runs}", runs + 1
@@ -87,6 +91,7 @@ def main() -> None:
                     process.kill()
                     process.wait()
                     kills, here = kills + 1, here + 1
+
             begin(data, out, *([] if (out / "state").exists() else chosen), "--resume").wait()
             weights, lines = ended(out)
             same = lines == expected[1] and all(
@@ -94,6 +99,7 @@ def main() -> None:
             )
             equal += same
             print(f"run {runs}: {here} kills, {'equal' if same else 'NOT EQUAL'}", flush=True)
+
         print(f"{kills} kills in {runs} runs; {equal} of {runs} ended bit-equal")
 
 

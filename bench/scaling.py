@@ -86,6 +86,7 @@ def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> 
             f"batch_size={batch}, cache='off'),))\n"
         )
         table = _subset(data, batch * (40 if device == "cuda" else 5))
+
         return [
             "-m",
             "ftkit",
@@ -108,11 +109,13 @@ def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> 
             "--nproc-per-node",
             str(count),
         ]
+
         subprocess.run(
             [*start, *command(f"run-{count}", each * count, device)], check=True, env=environment
         )
         speed, spent = _best(scratch / f"run-{count}"), ["", ""]
         alone, apart = alone or speed / count, speed
+
         if count > 1:
             running = [
                 subprocess.Popen(
@@ -121,6 +124,7 @@ def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> 
                 )
                 for number in range(count)
             ]
+
             assert not any(process.wait() for process in running)
             apart = sum(_best(scratch / f"apart-{count}-{number}") for number in range(count))
             done = subprocess.run(
@@ -131,10 +135,12 @@ def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> 
                 text=True,
             )
             spent = [f"{float(word):.2f} ms" for word in done.stdout.split()[-2:]]
+
         lines.append(
             f"| {count} | {speed:.1f} | {speed / (alone * count):.0%} | {speed / apart:.0%} | {spent[0]} | "
             f"{spent[1]} |"
         )
+
     return "\n".join(lines)
 
 
@@ -153,6 +159,7 @@ def paper() -> str:
         "| model | gradients | step, one GPU | GPUs | all-reduce | BatchNorm | efficiency | all-reduce hidden |",
         "|---|---|---|---|---|---|---|---|",
     ]
+
     for name in MODELS:
         model = build(MODELS[name], 1000, "none").model
         size = 4 * sum(p.numel() for p in model.parameters())
@@ -160,6 +167,7 @@ def paper() -> str:
             isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()
         )
         step = PAPER_BATCH / TIMM[name]
+
         for count in (8, 64):
             bandwidth, hop = (inside, 5e-6) if count <= 8 else (between, 15e-6)
             rounds = (count - 1).bit_length()
@@ -173,6 +181,7 @@ def paper() -> str:
                 f"| {name} | {size / 1e6:.0f} MB | {step * 1e3:.0f} ms | {count} | {reduce * 1e3:.1f} ms | "
                 f"{synced * 1e3:.1f} ms | {bare:.1%} | {hidden:.1%} |"
             )
+
     return "\n".join(lines)
 
 
@@ -189,13 +198,17 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true", help="only reckon")
     options = parser.parse_args()
     tables.write("paper", paper(), tables.GPU)
+
     if options.paper:
         return
+
     gpus = options.device == "cuda"
     counts = [int(word) for word in options.processes.split(",")]
     counts = [count for count in counts if not gpus or count <= torch.cuda.device_count()]
+
     with tempfile.TemporaryDirectory() as folder:
         found = scaling(Path(folder), counts, options.device, options.each)
+
     tables.write("scaling-gpu" if gpus else "scaling-cpu", found, tables.GPU)
 
 

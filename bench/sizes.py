@@ -49,12 +49,14 @@ def train(folder: Path) -> None:
     photos = folder / "photos"
     if not photos.is_dir():
         write_elpv(photos, split=True)
+
     labels = {
         image.path: image for image in read(photos, group_by=GROUPS).images if image.split == "test"
     }
     truth = np.array([image.label for image in labels.values()])
     groups = [image.group for image in labels.values()]
     rows = [("recipe", "size", "test accuracy [95 %]", "drop, points [95 %]", "s")]
+
     first = None
     for recipe, size in TRAINED:
         out = folder / f"{recipe}-{size}"
@@ -63,6 +65,7 @@ def train(folder: Path) -> None:
             ftkit.train(
                 photos, out=out, recipe=recipe, settings=settings, group_by=GROUPS, quiet=True
             )
+
         data = open_run(out).data
         test, right = data["metrics"]["test"], np.array(data["answers"]) == truth
         first = right if first is None else first
@@ -76,6 +79,7 @@ def train(folder: Path) -> None:
                 f"{data['seconds']:.0f}",
             )
         )
+
     print(console.table(rows))
 
 
@@ -96,14 +100,17 @@ def time(folder: Path) -> None:
             }
             write(image_form(core, preprocess, 1.0), path, metadata)
             files.append(path)
+
         raced = race(files, photograph, frame=FRAME)
         rows = [("recipe", "size", "p50 ms", "p95", "of lite0", "MB")]
+
         for (recipe, size), item, path in zip(TIMED, raced, files, strict=True):
             megabytes = f"{path.stat().st_size / 1e6:.1f}"
             ratio = f"{item.ratio:.2f}"
             rows.append(
                 (recipe, str(size), f"{item.p50_ms:.2f}", f"{item.p95_ms:.2f}", ratio, megabytes)
             )
+
     print(f"{console.frames(FRAME)}, one thread, fp32\n{console.table(rows)}\n{machine()}")
 
 

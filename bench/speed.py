@@ -30,12 +30,15 @@ def timed(command: tuple[str, ...]) -> tuple[float, dict[str, float]]:
     """Seconds of one command, and of each of its parts."""
     console.spent.clear()
     begun, found = time.perf_counter(), Counter[str]()
+
     try:
         code = ftkit(command, standalone_mode=False)
     except SystemExit as done:
         code = done.code
+
     assert not code, command
     whole = time.perf_counter() - begun
+
     for label, seconds in console.spent.items():
         found[re.sub(r" \d+/\d+$", "", label)] += seconds  # type: ignore[assignment]
     return whole, dict(found.most_common())
@@ -71,6 +74,7 @@ def main() -> None:
         data, run, bundle = (scratch / name for name in ("photos", "run", "bundle"))
         write_elpv(data, split=True)
         rows, spent = ["| part | seconds |", "|---|---|"], {}
+
         for command in (
             ("train", str(data), "--out", str(run), *SETTINGS),
             ("export", str(run), "--out", str(bundle), "--quick"),
@@ -81,6 +85,7 @@ def main() -> None:
             rows.append(f"| **ftkit {command[0]}** | **{whole:.1f}** |")
             rows += [f"| {label} | {seconds:.1f} |" for label, seconds in found.items()]
             rows.append(f"| the rest of {command[0]} | {whole - sum(found.values()):.1f} |")
+
         epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rates = {epoch["train"]: epoch["images_per_s"] for epoch in epochs}
         manifest = json.loads((bundle / "manifest.json").read_text())
@@ -90,6 +95,7 @@ def main() -> None:
             bundle / files["core"],
             bundle / "golden" / "00.png",
         )
+
     images = 2223
     tables.write(
         "speed",

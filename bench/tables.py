@@ -16,14 +16,17 @@ def write(name: str, table: str, file: Path = README) -> None:
     """Replace what stands between NAME's marks by the table, the machine and today's date; print it."""
     facts = machine()
     where = f"{facts['cores']} cores of {facts['cpu']}, ONNX Runtime {facts['onnxruntime']}, {date.today()}."
+
     if "gpu" in facts:
         where = f"{facts['gpu']}, driver {facts['driver']}, PyTorch {version('torch')}; {where}"
+
     text, count = re.subn(
         rf"(<!-- {name} -->\n).*?(<!-- end -->)",
         lambda found: f"{found[1]}{where}\n\n{table}\n{found[2]}",
         file.read_text(),
         flags=re.DOTALL,
     )
+
     assert count == 1, f"{file}: expected one mark for {name}, found {count}"
     file.write_text(text)
     print(f"\n{where}\n{table}")

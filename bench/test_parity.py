@@ -42,6 +42,7 @@ def test_parity_on_cpu(benchmark: BenchmarkFixture, tmp_path: Path, name: str) -
         1.0,
         core.layers,
     )
+
     parity: Parity = benchmark.pedantic(compare, args=arguments, rounds=1)
     for check in parity.checks:
         if check.floor:
@@ -52,6 +53,7 @@ def test_parity_on_cpu(benchmark: BenchmarkFixture, tmp_path: Path, name: str) -
             print(
                 f"{name}, {check.group}: {units:.2f} f, f = {check.floor:.2e}, max |difference| {check.value:.2e}"
             )
+
     worst = parity.worst
     print(
         f"{name}: worst check {worst.name}, {worst.group}, at {worst.value / (worst.limit or 1):.2f} of its limit"

@@ -65,6 +65,7 @@ def train(
 
     if resume and out is None:
         raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
+
     console.hush(quiet)
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
     plan = override(plan, [*([f"weights={weights}"] if weights else []), *settings])
@@ -75,6 +76,7 @@ def train(
 
     # The ranks of one run must agree on its folder
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
+
     folder = Path(out) if out else (claim if alone else next_free)(Path("runs") / plan.name)
     try:
         run_training(
@@ -95,8 +97,10 @@ def train(
         if not out:
             with suppress(OSError):
                 folder.rmdir()  # where nothing began
+
     if not console.is_first():
         sys.exit(0)  # of several ranks one has the run; this one's work is done
+
     return open_run(folder)
 
 
@@ -138,6 +142,7 @@ def export(
             raise FtkitError(
                 f"--set {setting}: expected a field of export, found another. Try --set export.{setting}"
             )
+
     # A typo is told before seconds of imports
     override(Recipe(name="", backbone="", stages=(Stage(),)), settings)
 
@@ -152,21 +157,25 @@ def export(
     console.hush(quiet)
     names = parse_providers(",".join(providers))
     opened = run if isinstance(run, Run) else open_run(run)
+
     if on and latency:
         raise FtkitError(
             "--on, --latency: expected one source of the device's times, found two. Leave out --latency"
         )
+
     where = (
         Path(out)
         if out
         else opened.folder.resolve().with_name(opened.folder.resolve().name + "-bundle")
     )
     files = web_runtime(Path(runtime) if runtime else None) if web else None
+
     with Device.reached(on) if on else nullcontext() as reached:
         if reached and target not in (None, "auto", "cuda", "web", reached.target):
             raise FtkitError(
                 f"--target {target}: expected what {on} is, {reached.target}, found another. Leave it out"
             )
+
         named = {
             "target": target or (reached.target if reached else None),
             "input_format": input_format,
@@ -183,6 +192,7 @@ def export(
             if latency
             else {}
         )
+
         extras = Extras(
             measured=measured,
             device=reached,
@@ -236,6 +246,7 @@ def bench(
         raise FtkitError(
             "against: expected one provider, number of threads and batch, found several. Try one"
         )
+
     with unpacked(model) as path:
         told = measure(
             path,
@@ -258,6 +269,7 @@ def bench(
                     frame=frame,
                 )
             told["against"] = [asdict(item) for item in found]
+
     return told
 
 

@@ -32,19 +32,24 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             pixels[path.removeprefix("preprocess.")] = (text, setting)
         else:
             recipe = _replace(recipe, path.split("."), text, setting)
+
     if not pixels:
         return recipe
+
     parsed = {}
     hints = typing.get_type_hints(Preprocess)
+
     for name, (text, setting) in pixels.items():
         if name not in hints:
             raise FtkitError(
                 f"--set {setting}: expected a field of preprocess, {choices(name, hints)}"
             )
         parsed[name] = _parse(text, hints[name], setting)
+
     alone = {name: value for name, value in parsed.items() if name not in ("size", "resize")}
     # A wrong value is told before the backbone, whose own the others are, is built: in no time
     Preprocess(**alone)
+
     preprocess = _preprocess(recipe)
     if "size" in parsed and "resize" not in parsed and preprocess.size:
         # A canvas of the old size would leave the network its middle only.
@@ -53,6 +58,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             console.say(
                 f"preprocess.resize: {parsed['resize']}, in proportion to the size (--set sets another)"
             )
+
     return dataclasses.replace(recipe, preprocess=dataclasses.replace(preprocess, **parsed))
 
 
@@ -67,6 +73,7 @@ def _preprocess(recipe: Recipe) -> Preprocess:
 def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
     name = path[0]
     rest = path[1:]
+
     if isinstance(node, tuple):
         if not name.isdigit() or int(name) >= len(node):
             raise FtkitError(
@@ -75,6 +82,7 @@ def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
         at = int(name)
         value = _replace(node[at], rest, text, setting) if rest else _missing(setting)
         return (*node[:at], value, *node[at + 1 :])
+
     hints = typing.get_type_hints(type(node))
     if name not in hints:
         raise FtkitError(
@@ -82,11 +90,13 @@ def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
         )
     if not rest:
         return dataclasses.replace(node, **{name: _parse(text, hints[name], setting)})
+
     child = getattr(node, name)
     if not (dataclasses.is_dataclass(child) or isinstance(child, tuple)):
         raise FtkitError(
             f"--set {setting}: expected {name} to have fields, found a plain value. Try {name}=VALUE"
         )
+
     return dataclasses.replace(node, **{name: _replace(child, rest, text, setting)})
 
 
@@ -124,6 +134,7 @@ def _parse(text: str, hint: Any, setting: str) -> Any:
             return _as_kind(text, kind)
         except (ValueError, KeyError):
             continue
+
     wanted = " or ".join(_word(kind) for kind in kinds)
     raise FtkitError(
         f"--set {setting}: expected {wanted}, found {text!r}. Try `ftkit recipes NAME` for its fields"
@@ -135,12 +146,14 @@ def _word(kind: Any) -> str:
         return "none"
     if typing.get_origin(kind) is Literal:
         return " or ".join(typing.get_args(kind))
+
     if typing.get_origin(kind) is tuple:
         return (
             "three numbers such as 127,127,127"
             if typing.get_args(kind)[0] is float
             else "a field, e.g. stages.0.lr"
         )
+
     return str(kind) if typing.get_origin(kind) else str(kind.__name__)
 
 
@@ -158,6 +171,7 @@ def _as_kind(text: str, kind: Any) -> Any:
         return {choice: choice for choice in typing.get_args(kind)}[text]
     if Ellipsis in typing.get_args(kind):  # stages
         raise ValueError(text)
+
     values = tuple(float(part) for part in text.strip("()[]").split(","))
     if len(values) != len(typing.get_args(kind)):
         raise ValueError(text)

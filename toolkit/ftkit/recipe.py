@@ -132,6 +132,7 @@ class Stage:
                 "clip": (0, math.inf),
             },
         )
+
         if self.lr != "auto" and (isinstance(self.lr, str) or not 0 < self.lr < math.inf):
             raise FtkitError(
                 f"stage.lr: expected a positive rate or auto, found {self.lr}. Try 1e-3"
@@ -190,6 +191,7 @@ class Export:
                 "qat_epochs": (0, 1000),
             },
         )
+
         if self.frame is not None:
             parse_frame(self.frame)
         if self.min_recall is not None:
@@ -254,12 +256,14 @@ def load(name: str) -> Recipe:
     """
     if name.endswith(".json"):
         return _of_json(Path(name))
+
     module = load_module(name)
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise FtkitError(
             f"recipe {name}: expected a name `recipe` of type Recipe in it, found none. Try ftkit recipes"
         )
+
     return recipe
 
 

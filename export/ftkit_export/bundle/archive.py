@@ -72,6 +72,7 @@ def _write_zip(bundle: Path, beside: Path) -> None:
             info.compress_type = zipfile.ZIP_DEFLATED
             info.external_attr = 0o644 << 16
             archive.writestr(info, path.read_bytes())
+
     with beside.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -89,6 +90,7 @@ def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
             check_signature(bundle, key)
         yield bundle
         return
+
     with tempfile.TemporaryDirectory() as scratch:
         if key:
             _check_signature_inside(bundle, key)
@@ -113,6 +115,7 @@ def unpacked(path: str | Path, key: Path | None = None) -> Iterator[Path]:
         raise BundleError(
             f"{where}: expected a signed bundle, found a single file. Try the bundle's folder or zip"
         )
+
     with opened(where, key) if key or where.suffix == ".zip" else nullcontext(where) as found:
         if key:
             check_files(found, read_manifest(found)["files"])
@@ -133,6 +136,7 @@ def _check_signature_inside(source: Path, key: Path) -> None:
                     f"{source}: expected one manifest, found {len(entries)}, or a huge one. "
                     "Do not trust it"
                 )
+
             place = PurePosixPath(entries[0].filename).with_name(SIGNATURE).as_posix()
             signature = (
                 archive.open(place).read(LARGEST_SIGNATURE) if place in archive.namelist() else None
@@ -152,6 +156,7 @@ def _unpack(source: Path, folder: Path) -> None:
                 raise BundleError(
                     f"{source}: expected at most 4 GB and 10,000 files, found more. Do not trust it"
                 )
+
             for entry in entries:
                 name = PurePosixPath(entry.filename)
                 if (
@@ -163,14 +168,17 @@ def _unpack(source: Path, folder: Path) -> None:
                     raise BundleError(
                         f"{source}: expected names inside it, found {entry.filename!r}. Do not trust it"
                     )
+
                 if stat.S_ISLNK(entry.external_attr >> 16):
                     raise BundleError(
                         f"{source}: expected plain files, found the link {entry.filename!r}. Do not trust it"
                     )
                 if entry.is_dir():
                     continue
+
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
+
                 with archive.open(entry) as found, path.open("xb") as file:
                     _copy(found, file, entry.file_size, f"{source}: {entry.filename}")
     except BROKEN_ZIP as error:
@@ -218,6 +226,7 @@ def _check(manifest: bytes, signature: bytes | None, key: Path, where: str) -> N
         raise BundleError(
             f"{where}: expected a signature, found none. Ask for a bundle made with --sign"
         )
+
     try:
         public.verify(signature, manifest)
     except InvalidSignature:
@@ -239,6 +248,7 @@ def _load(key: Path, loader: str, kind: str, half: str) -> Any:
         raise FtkitError(
             f"{key}: expected the package cryptography, found none. Try `pip install 'ftkit[sign]'`"
         ) from None
+
     try:
         data = key.read_bytes()
         found = (
@@ -253,6 +263,7 @@ def _load(key: Path, loader: str, kind: str, half: str) -> Any:
             f"{key}: expected an Ed25519 {half} key in PEM without a password, found none. "
             "Try `openssl genpkey -algorithm ed25519 -out key.pem`"
         ) from None
+
     return found
 
 
@@ -266,6 +277,7 @@ def add_evidence(bundle: Path, copy: Path, name: str, evidence: str) -> Path:
         raise BundleError(
             f"{copy}: expected a copy, found the sealed bundle itself. Try another folder"
         )
+
     if not copy.exists():
         shutil.copytree(bundle, copy)
     elif (
@@ -275,7 +287,9 @@ def add_evidence(bundle: Path, copy: Path, name: str, evidence: str) -> Path:
         raise BundleError(
             f"{copy}: expected a copy of {bundle}, found something else. Try a new folder"
         )
+
     path = copy / "evidence" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(evidence)
+
     return path

@@ -55,8 +55,10 @@ def write_handoff(
 
     (folder / "calibration").mkdir(parents=True)
     onnx.save(static_core, folder / "core.onnx")
+
     for number, item in enumerate(calibration):
         np.save(folder / "calibration" / f"{number:03d}.npy", item[None])
+
     np.save(folder / "inputs.npy", inputs)
     numbers = {name: number for number, name in enumerate(dict.fromkeys(filter(None, groups)))}
     np.savez(
@@ -75,10 +77,12 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
         raise BundleError(
             f"{path}: expected a hand-off in this bundle, found none. Try `ftkit export RUN --handoff`"
         )
+
     with np.load(path, allow_pickle=False) as stored:
         expected = stored["logits"].astype(np.float64)
         labels = stored["labels"]
         groups = ["" if number < 0 else str(number) for number in stored["groups"]]
+
     try:
         with np.load(outputs, allow_pickle=False) as stored:
             found = np.asarray(stored["logits"], np.float64).reshape(len(stored["logits"]), -1)
@@ -86,15 +90,18 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
         raise FtkitError(
             f"{outputs}: expected an .npz with an array `logits`, found none. Try numpy.savez"
         ) from None
+
     if found.shape != expected.shape:
         raise FtkitError(
             f"{outputs}: expected logits of shape {expected.shape}, in the order of handoff/inputs.npy, "
             f"found {found.shape}. Run every input"
         )
+
     right = expected.argmax(1) == labels
     answered = found.argmax(1) == labels
     compared = paired(right, answered & np.isfinite(found).all(1), groups)
     lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+
     return Judged(
         paired=compared,
         accuracy=float(answered.mean()),

@@ -85,6 +85,7 @@ def begin(out: Path) -> Path:
         raise FtkitError(
             f"{out}: expected a new folder, found one there already. Try another --out, or remove it"
         )
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         return beside(out)
@@ -156,19 +157,23 @@ def seal(
     write_manifest(
         folder, {"verdict": verdict, **manifest, "gates": [gate.as_dict() for gate in gates]}
     )
+
     if key:
         sign(folder, key)
     for path in sorted(folder.rglob("*"), reverse=True):
         flush(path)
+
     final = out
     if verdict != "passed":
         final = out.with_name(f"{out.name}.{verdict}")
         for name in WORST_FIRST:  # an earlier export's
             shutil.rmtree(out.with_name(f"{out.name}.{name}"), ignore_errors=True)
+
     folder.chmod(0o755)  # mkdtemp made it private
     flush(folder)
     folder.rename(final)
     flush(final.parent)
+
     return final
 
 
@@ -194,6 +199,7 @@ def flush(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # a folder, on Windows
         return
+
     try:
         os.fsync(descriptor)
     finally:

@@ -53,11 +53,13 @@ def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
         last = makers[last.input[0]]
     if last is None or last.op_type not in ("Gemm", "MatMul") or last.input[1] not in weights:
         return None
+
     pool = makers.get(last.input[0])
     while pool is not None and pool.op_type in THROUGH:
         pool = makers.get(pool.input[0])
     if pool is None or not _averages_over_space(pool, weights):
         return None
+
     shapes = {item.name: item for item in shape_inference.infer_shapes(model).graph.value_info}
     dims = [dim.dim_value for dim in shapes[pool.input[0]].type.tensor_type.shape.dim]
     outward = any(item.name == "transB" and item.i for item in last.attribute)
@@ -70,6 +72,7 @@ def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
     classes = weights[last.input[1]].dims[0 if outward else 1]
     for name, shape in (("features", ["batch", *dims[1:]]), ("head", [classes, dims[1]])):
         graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+
     return model
 
 
@@ -80,6 +83,7 @@ def _averages_over_space(node: onnx.NodeProto, weights: dict[str, onnx.TensorPro
         return True
     if node.op_type != "ReduceMean":
         return False
+
     axes: list[int] = [
         value for item in node.attribute if item.name == "axes" for value in item.ints
     ]
@@ -128,10 +132,12 @@ class Explainer:
         image = self._preprocess.decode(content or path)
         image = from_frame(to_frame(image, self._format), self._format)  # what the model gets of it
         place = folder / f"{path.stem}-why.png"
+
         number = 1
         while place.exists():
             number += 1
             place = folder / f"{path.stem}-why-{number}.png"
+
         folder.mkdir(parents=True, exist_ok=True)
         overlay(self.seen(image), self(image, label)[0]).save(place)
         return place
@@ -148,6 +154,7 @@ def overlay(seen: Array, heat: Array) -> Image.Image:
     colour = np.stack([np.interp(weight, stops, HEAT[:, channel]) for channel in range(3)], -1)
     grey = np.asarray(Image.fromarray(seen).convert("L"), np.float32)[..., None]
     strength = 0.65 * weight[..., None]
+
     return Image.fromarray(
         (grey * (1 - strength) + colour * strength).clip(0, 255).astype(np.uint8)
     )

@@ -53,6 +53,7 @@ def exact_float32() -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
     for part in _precisions():
         part.fp32_precision = "ieee"
 
@@ -140,17 +141,20 @@ def export_core(model: torch.nn.Module, size: int) -> Core:
             f"export: expected a model the ONNX exporter can follow, found {type(error).__name__}: "
             f"{str(error).splitlines()[0]}. Try another backbone, e.g. --set backbone=efficientnet_lite0"
         ) from error
+
     assert program is not None  # dynamo=True without a file name always returns the program
     proto = program.model_proto
     layers = _layer_names(proto)
     _strip(proto)
     _add_embedding(proto)
     proto.ir_version = IR_VERSION
+
     opset = max(item.version for item in proto.opset_import if item.domain in ("", "ai.onnx"))
     if opset != OPSET:
         raise FtkitError(
             f"export: expected opset {OPSET}, found {opset}. Try `pip install -U torch onnxscript`"
         )
+
     onnx.checker.check_model(proto, full_check=True)
     return Core(proto, layers)
 
@@ -166,6 +170,7 @@ def _layer_names(proto: onnx.ModelProto) -> dict[str, str]:
         path = [scope for scope in ast.literal_eval(scopes)[:-1] if scope]
         for output in node.output:
             layers[output] = path[-1] if path else ""
+
     return layers
 
 
@@ -177,6 +182,7 @@ def _strip(proto: onnx.ModelProto) -> None:
     proto.producer_version = ""
     del proto.graph.metadata_props[:]
     del proto.graph.value_info[:]
+
     for part in (
         *proto.graph.node,
         *proto.graph.initializer,
@@ -193,13 +199,16 @@ def _add_embedding(proto: onnx.ModelProto) -> None:
     value = graph.output[0].name
     while value in makers and makers[value].op_type not in LINEAR_OPS:
         value = makers[value].input[0]
+
     if value not in makers:
         raise FtkitError(
             "export: expected a linear or convolutional last layer, found none. Try another backbone"
         )
+
     source = makers[value].input[0]
     shapes = {item.name: item for item in shape_inference.infer_shapes(proto).graph.value_info}
     dims = shapes[source].type.tensor_type.shape.dim
+
     if makers[value].op_type == "Conv":
         axes = helper.make_tensor("embedding_axes", onnx.TensorProto.INT64, [2], [2, 3])
         graph.initializer.append(axes)
@@ -208,6 +217,7 @@ def _add_embedding(proto: onnx.ModelProto) -> None:
         )
     else:
         last = helper.make_node("Identity", [source], ["embedding"], name="embedding")
+
     graph.node.append(last)
     features = dims[1].dim_value
     output = helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["batch", features])
@@ -228,6 +238,7 @@ def write_ort(model: Path, folder: Path, target: Target) -> None:
     )
 
     folder.mkdir(parents=True)
+
     with quiet(), redirect_stdout(io.StringIO()):
         convert_onnx_models_to_ort(
             model,
@@ -235,9 +246,11 @@ def write_ort(model: Path, folder: Path, target: Target) -> None:
             optimization_styles=[OptimizationStyle.Runtime],
             target_platform="arm" if target is TARGETS["arm64"] else "amd64",
         )
+
     for path in folder.iterdir():
         name = "model.ort" if path.suffix == ".ort" else "required_operators.config"
         path.rename(folder / name)
+
     config = folder / "required_operators.config"
     lines = config.read_text().splitlines(keepends=True)
     # Comments hold local paths
@@ -251,13 +264,16 @@ def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> No
     """
     del model.metadata_props[:]
     helper.set_model_props(model, dict(sorted(metadata.items())))
+
     if model.ByteSize() >= 2**31:
         raise FtkitError(
             f"{path}: expected a model below 2 GB, found {model.ByteSize()} bytes. Try a smaller backbone"
         )
+
     beside = path.with_name(path.name + ".tmp")
     with beside.open("wb") as file:
         file.write(model.SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())
+
     beside.replace(path)

@@ -48,6 +48,7 @@ class _Graph:
             name=f"{self.prefix}{kind}_{len(self.nodes)}",
             **attributes,
         )
+
         self.nodes.append(node)
         return output
 
@@ -81,6 +82,7 @@ def _square(graph: _Graph, image: str) -> str:
     left = graph.op("Div", graph.op("Sub", width, side), two)
     starts = graph.op("Concat", top, left, axis=0)
     ends = graph.op("Add", starts, side)
+
     return graph.op("Slice", image, starts, ends, graph.ints(1, 2))
 
 
@@ -101,6 +103,7 @@ def _letterboxed(graph: _Graph, image: str, resize: int) -> str:
     after = graph.op("Sub", free, before)
     zero = graph.ints(0)
     pads = graph.op("Concat", zero, before, zero, zero, after, zero, axis=0)
+
     return graph.op("Pad", resized, pads, graph.const(0, np.uint8))
 
 
@@ -112,6 +115,7 @@ def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
         return graph.op("Concat", frame, frame, frame, axis=3)
     if input_format != "nv12":
         return frame
+
     rows = _side(graph, frame, 1)
     width = _side(graph, frame, 2)
     third = graph.op("Div", rows, graph.ints(3))
@@ -142,6 +146,7 @@ def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
     bounded = graph.op(
         "Clip", graph.op("Round", mixed), graph.const(0, np.float32), graph.const(255, np.float32)
     )
+
     return graph.op("Cast", bounded, to=TensorProto.UINT8)
 
 
@@ -157,11 +162,13 @@ def preprocess_nodes(
     image = _rgb(graph, image, input_format)
     size = preprocess.size
     resize = preprocess.resize
+
     if preprocess.fit == "pad":
         fitted = _letterboxed(graph, image, resize)
     else:
         squared = _square(graph, image) if preprocess.fit == "crop" else image
         fitted = _resized(graph, squared, graph.ints(resize, resize))
+
     start = (resize - size) // 2
     crop = graph.op(
         "Slice",
@@ -171,6 +178,7 @@ def preprocess_nodes(
         graph.ints(1, 2),
         output=canvas,
     )
+
     # Channels first, before normalising: along rows of three values ONNX Runtime is five times
     # slower (measured).
     levels = graph.op("Cast", graph.op("Transpose", crop, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
@@ -182,6 +190,7 @@ def preprocess_nodes(
         graph.const(std, np.float32),
         output=pixels,
     )
+
     return graph
 
 
@@ -197,6 +206,7 @@ def pixel_model(preprocess: Preprocess, input_format: str = "rgb") -> onnx.Model
         helper.make_tensor_value_info("levels", TensorProto.UINT8, ["batch", size, size, 3]),
         helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, size, size]),
     ]
+
     return _model(
         graph.nodes, [_image_input(input_format)], outputs, list(graph.constants.values())
     )
@@ -234,6 +244,7 @@ def image_form(
         embedding,
     ]
     constants = [*before.constants.values(), *core.graph.initializer, *after.constants.values()]
+
     return _model(
         [*before.nodes, *core.graph.node, *after.nodes],
         [_image_input(input_format)],

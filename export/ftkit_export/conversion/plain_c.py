@@ -62,6 +62,7 @@ def write_c(
     model."""
     require()
     folder.mkdir(parents=True)
+
     with tempfile.TemporaryDirectory() as scratch:
         onnx.save(static(core), Path(scratch) / "model.onnx")
         command = [
@@ -76,16 +77,19 @@ def write_c(
             "model.c",
         ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise FtkitError(
             f"--c: expected a model that emx-onnx-cgen can follow, found: {''.join(last)}. Leave out --c"
         )
+
     features = core.graph.output[1].type.tensor_type.shape.dim[1].dim_value
     (folder / "model.h").write_text(
         _header(preprocess, labels, features, temperature, threshold, input_format),
         encoding="utf-8",
     )
+
     for name in ("classify.c", "Makefile"):
         shutil.copyfile(SOURCES / name, folder / name)
 
@@ -110,14 +114,18 @@ def _header(
         "CLASSES": len(labels),
         "FEATURES": features,
     }
+
     lines += [f"#define {key} {value}" for key, value in numbers.items()]
     lines += [f"#define TEMPERATURE {temperature!r}", f"#define THRESHOLD {threshold!r}"]
+
     for key, values in (("MEAN", preprocess.mean), ("STD", preprocess.std)):
         lines.append(
             f"static const float {key}[3] = {{{', '.join(f'{float(v)!r}f' for v in values)}}};"
         )
+
     quoted = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels)
     lines.append(f"static const char *const LABELS[CLASSES] = {{{quoted}}};")
+
     return (
         "/* Written by ftkit: labels, preprocessing and calibration of this model. */\n"
         + "\n".join(lines)

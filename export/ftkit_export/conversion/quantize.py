@@ -52,6 +52,7 @@ def calibrate(
         raise FtkitError(
             f"calibration: expected one of {', '.join(METHODS)}, found {method!r}. Try minmax"
         )
+
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         path = Path(scratch) / "core.onnx"
         onnx.save(core, path)
@@ -66,8 +67,10 @@ def calibrate(
             }[method],
             providers=["CPUExecutionProvider"],
         )
+
         calibrator.collect_data(_Reader(core.graph.input[0].name, batches))
         ranges = calibrator.compute_data()
+
     low, high = (
         np.array(
             [(level - m) / s for m, s in zip(preprocess.mean, preprocess.std, strict=True)],
@@ -75,6 +78,7 @@ def calibrate(
         )
         for level in (0, 255)
     )
+
     ranges.data[core.graph.input[0].name] = TensorData(lowest=low.min(), highest=high.max())
     return ranges
 
@@ -110,6 +114,7 @@ def int8(
     from onnxruntime.quantization.registry import QDQRegistry
 
     activations = QuantType.QUInt8 if target.activations == "uint8" else QuantType.QInt8
+
     with _quiet():
         quantizer = QDQQuantizer(
             shape_inference.infer_shapes(core),
@@ -123,16 +128,21 @@ def int8(
             list(QDQRegistry),
             {},
         )
+
         quantizer.quantize_model()
         quantizer.model.topological_sort()
+
     model: onnx.ModelProto = quantizer.model.model
     del model.graph.value_info[:]
+
     for part in (*model.graph.node, *model.graph.initializer):
         part.doc_string = ""
         del part.metadata_props[:]
+
     model.producer_name = core.producer_name
     model.producer_version = ""
     model.ir_version = core.ir_version
+
     return model
 
 
@@ -142,12 +152,14 @@ def _with_activation(core: onnx.ModelProto, names: Sequence[str]) -> list[str]:
     for node in core.graph.node:
         for value in node.input:
             users.setdefault(value, []).append(node)
+
     found = list(names)
     for node in core.graph.node:
         if node.name in names:
             found += [
                 user.name for user in users.get(node.output[0], []) if user.op_type in ACTIVATIONS
             ]
+
     return found
 
 
@@ -159,6 +171,7 @@ def quantized_nodes(model: onnx.ModelProto) -> int:
         if node.op_type == "DequantizeLinear"
         for output in node.output
     }
+
     return sum(
         all(name in made for name in node.input[:2])
         for node in model.graph.node
@@ -211,6 +224,7 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
     }
     weights = {item.name for item in core.graph.initializer if _largest(item) > limit}
     keep = [node.name for node in core.graph.node if (wide | weights) & {*node.input, *node.output}]
+
     with _quiet():
         model = convert_float_to_float16(
             shape_inference.infer_shapes(copy.deepcopy(core)),
@@ -218,10 +232,12 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
             node_block_list=keep,
             disable_shape_infer=True,
         )
+
     _join_casts(model)
     ONNXModel(model).topological_sort()
     del model.graph.value_info[:]
     model.ir_version = core.ir_version
+
     return model, keep
 
 
@@ -234,10 +250,12 @@ def _join_casts(model: onnx.ModelProto) -> None:
         for output, node in casts.items()
         if node.input[0] in casts and node.attribute[0].i == onnx.TensorProto.FLOAT
     }
+
     for node in model.graph.node:
         for place, value in enumerate(node.input):
             if value in direct:
                 node.input[place] = direct[value]
+
     used = {value for node in model.graph.node for value in node.input} | {
         item.name for item in model.graph.output
     }

@@ -32,13 +32,16 @@ def self_check(provider: str, threads: int) -> int:
     failed."""
     result = verify(BUNDLE, provider)
     print(f"files        {result.files} unchanged")
+
     for check in result.checks:
         print(
             f"{check.name:<12} {'ok' if check.passed else 'FAILED'}: {check.images} golden images, worst {check.file} "
             f"at {check.value:.2f} of its tolerance, top-1 equal {check.top1_equal}/{check.images}"
         )
+
     for gate in result.failed_gates:
         print(f"sealed gate  FAILED: {gate}")
+
     golden = BUNDLE / "golden" / "00.png"
     found = find(BUNDLE)
     condition = Condition(
@@ -51,6 +54,7 @@ def self_check(provider: str, threads: int) -> int:
         f"({provider}, {latency.threads} threads{frames})"
     )
     print("self-check passed" if result.passed else "self-check FAILED")
+
     return 0 if result.passed else 1
 
 
@@ -86,9 +90,11 @@ def main() -> int:
     options = parser.parse_args()
     if not (options.images or options.self_check or options.bench):
         parser.error("give images, --self-check or --bench")
+
     try:
         if options.self_check:
             return self_check(options.provider, options.threads)
+
         if options.bench:
             threads = [options.threads] if options.threads else []
             print(
@@ -99,8 +105,10 @@ def main() -> int:
                 )
             )
             return 0
+
         classify = Classifier(BUNDLE, provider=options.provider, threads=options.threads)
         channels = 3 if classify.input_format in ("rgb", "bgr") else 1
+
         for path in map(Path, options.images) if options.raw else image_files(options.images):
             if options.raw:
                 answer = classify.frame(raw_frame(path, options.raw[0], options.raw[1], channels))
@@ -113,6 +121,7 @@ def main() -> int:
     except (FtkitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+
     return 0
 
 

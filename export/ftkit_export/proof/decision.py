@@ -71,6 +71,7 @@ class Paired:
             effect=self.effect,
             df=math.inf if self.df is None else self.df,
         )
+
         chance = 0.0  # where no answer changed, none is expected to
         if self.worse or self.better:
             chance = float(stats.norm.ppf(POWER) / stats.norm.ppf(1 - LEVEL / self.looks))
@@ -84,11 +85,14 @@ class Paired:
 
         if self.images == 0 or (self.clusters or 2) < 2 or not settled(MOST):
             return None
+
         few = 0.0
         many = MOST
+
         for _ in range(40):
             middle = (few + many) / 2
             few, many = (few, middle) if settled(middle) else (middle, many)
+
         enough = here.times(many)
         return enough.images, enough.clusters
 
@@ -109,6 +113,7 @@ def paired(
     found = difference_design(worse, better, groups)
     shares = int(worse.sum()) / max(1, images), int(better.sum()) / max(1, images)
     low, high = difference_bounds(*shares, found, 1 - LEVEL / looks)
+
     return Paired(
         images=images,
         worse=int(worse.sum()),
@@ -160,19 +165,23 @@ def judge(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdic
     None: not measured."""
     verdict = found.verdict(limit)
     points = f"{found.drop * 100:+.2f} points [{found.low * 100:+.2f}, {found.high * 100:+.2f}]"
+
     if ratio_high is not None and ratio_high >= 1:
         return (
             "refused",
             f"not faster than fp32: ratio up to {ratio_high:.2f}; accuracy drop {points}",
         )
+
     if verdict != "accepted":
         more = _more(found, limit) if verdict == "inconclusive" else ""
         return verdict, f"accuracy drop {points} on {found.ground}, limit {limit * 100:.2f}{more}"
+
     if ratio_high is None:
         return (
             "unproven on target",
             f"accuracy drop {points}; its latency on the target is unknown. Try --latency FILE",
         )
+
     return "accepted", f"accuracy drop {points}; latency at most {ratio_high:.2f} of fp32's"
 
 

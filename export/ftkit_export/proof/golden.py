@@ -75,6 +75,7 @@ def write_golden(
     pixel_session = Session(pixel_model(preprocess, input_format).SerializeToString())
     entries: list[dict[str, Any]] = []
     expected: dict[str, list[Array]] = {"logits": [], "probabilities": [], "embedding": []}
+
     for group, images in groups.items():
         frames = [to_frame(item, input_format) for item in images]
         canvases = np.stack([preprocess.canvas(from_frame(item, input_format)) for item in frames])
@@ -101,6 +102,7 @@ def write_golden(
                 for key, limit in limits.items()
             }
         }
+
         for name, (image_session, core_session) in sessions.items():
             logits = np.concatenate([core_session.run(item[None])[0] for item in pillow]).astype(
                 np.float64
@@ -113,13 +115,16 @@ def write_golden(
             allowed[name] = {
                 "any": {"logits": STEP * float(np.abs(logits).max()), "probabilities": STEP}
             }
+
         for item in images:
             name = f"{len(entries):02d}.png"
             Image.fromarray(item).save(folder / name)
             entries.append({"file": name, "group": group, "tolerance": allowed})
+
         expected["logits"].append(logits64)
         expected["embedding"].append(embedding)
         expected["probabilities"].append(softmax(logits64 / temperature))
+
     arrays = {key: np.concatenate(parts) for key, parts in expected.items()}
     np.savez(folder / "expected.npz", **arrays)  # type: ignore[arg-type]  # numpy's stub mistakes ** for a flag
     (folder / "golden.json").write_text(json.dumps({"images": entries}, indent=1) + "\n")
@@ -138,12 +143,15 @@ def write_flat(
     folder = bundle / "golden"
     raw = bundle / "golden" / "raw"
     entries = json.loads((folder / "golden.json").read_text())["images"]
+
     with np.load(folder / "expected.npz", allow_pickle=False) as stored:
         logits = stored["logits"]
         probabilities = stored["probabilities" if chosen == "fp32" else f"{chosen}/probabilities"]
+
     groups = [entry["group"] for entry in entries]
     picks = [i for i, group in enumerate(groups) if i - groups.index(group) < RAW[group]]
     raw.mkdir()
+
     frames = []
     lines = []
     for row in picks:
@@ -153,18 +161,21 @@ def write_flat(
         limit = allowed.get("cpu", allowed.get("any"))["probabilities"]
         (raw / f"{row:02d}.raw").write_bytes(frame.tobytes())
         lines.append(f"{row:02d}.raw {frame.shape[0]} {frame.shape[1]} {limit:.6g}")
+
     pixels = preprocess.pixels(
         np.stack([preprocess.canvas(from_frame(frame, input_format)) for frame in frames])
     )
     limit = max(entries[row]["tolerance"]["fp32"]["cpu"]["logits"] for row in picks)
     head = f"{len(picks)} {logits.shape[1]} {preprocess.size} {frames[0].shape[2]} {limit:.6g}"
     (raw / "index.txt").write_text("\n".join([head, *lines]) + "\n")
+
     for name, array in (
         ("pixels", pixels),
         ("logits", logits[picks]),
         ("probabilities", probabilities[picks]),
     ):
         (raw / f"{name}.f32").write_bytes(array.astype("<f4").tobytes())
+
     (answers,) = zip(*Session(bundle / "model.onnx").run(frames[0][None]), strict=True)
     _write_test_data(bundle / "test_data_set_0", frames[0], *answers)
 

@@ -110,6 +110,7 @@ def design(values: Array, groups: Sequence[str] | None, prior: Prior) -> Design:
     images = len(values)
     if not has_groups(groups):
         return Design(images=images)
+
     assert groups is not None
     names = np.array([name or f"\0{number}" for number, name in enumerate(groups)])
     _, membership = np.unique(names, return_inverse=True)
@@ -128,6 +129,7 @@ def design(values: Array, groups: Sequence[str] | None, prior: Prior) -> Design:
     correlation = min(1.0, max(0.0, (effect - 1) / max(mean_size - 1, 1e-9)))
     df = _degrees_of_freedom(shares, sizes * (1 + (sizes - 1) * correlation))
     contributing = float(squares.sum()) ** 2 / float((squares**2).sum())
+
     return Design(
         images=images,
         clusters=len(sizes),
@@ -154,6 +156,7 @@ def _degrees_of_freedom(shares: Array, variances: Array) -> float:
     vh = float((w * v * h).sum())
     rank_two = 2 * vv * hh + total**2 * hh**2 + 2 * vh**2 - 4 * total * vh * hh
     squared = rank_two + float((w**2 * (v**2 + 2 * v * (diagonal - v))).sum())
+
     return float((w * diagonal).sum()) ** 2 / squared
 
 
@@ -176,10 +179,12 @@ def share_interval(
     images = len(right)
     if images == 0:
         return 0.0, 1.0, None
+
     share = float(right.mean())
     found = design(right, groups, SHARE)
     if found.df <= 0:
         return 0.0, 1.0, found.clusters
+
     low, high = wilson(share, images / found.effect, found.quantile((1 + level) / 2))
     return low, high, found.clusters
 
@@ -199,6 +204,7 @@ def difference_bounds(
     """
     if found.images == 0 or found.df <= 0:
         return -1.0, 1.0
+
     normal = float(stats.norm.ppf(level))
     count = found.images / found.effect * (normal / found.quantile(level)) ** 2
     worse_low, worse_high = clopper_pearson(worse, count, level)
@@ -206,6 +212,7 @@ def difference_bounds(
     covariance = 2 * worse * better * normal**2 / count
     below = math.sqrt((worse - worse_low) ** 2 + (better_high - better) ** 2 + covariance)
     above = math.sqrt((worse_high - worse) ** 2 + (better - better_low) ** 2 + covariance)
+
     return max(-1.0, worse - better - below), min(1.0, worse - better + above)
 
 

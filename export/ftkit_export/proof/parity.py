@@ -139,6 +139,7 @@ class Reference:
                 places, *self._run(pixels[places], dtype), strict=True
             ):
                 self._known[keys[place]] = logits, embedding
+
         found = [self._known[key] for key in keys]
         return np.stack([logits for logits, _ in found]), np.stack(
             [embedding for _, embedding in found]
@@ -150,6 +151,7 @@ class Reference:
         nearest and towards zero."""
         pixels = pixels[:FLOAT64_IMAGES]
         exact = self.logits(pixels, torch.float64)
+
         worst = 0.0
         for towards_zero in (False, True):
             with Emulated(precision, towards_zero=towards_zero), torch.inference_mode():
@@ -158,6 +160,7 @@ class Reference:
                     for i in range(0, len(pixels), CHUNK)
                 ]
             worst = max(worst, float(np.abs(torch.cat(parts).numpy() - exact).max()))
+
         return worst
 
     def _run(self, pixels: Array, dtype: torch.dtype) -> tuple[Array, Array]:
@@ -166,6 +169,7 @@ class Reference:
             -1
         ]
         seen: list[torch.Tensor] = []
+
         hook = linear.register_forward_pre_hook(
             lambda _module, inputs: seen.append(inputs[0].detach())
         )
@@ -174,6 +178,7 @@ class Reference:
                 logits = model(torch.from_numpy(pixels).to(dtype))
         finally:
             hook.remove()
+
         embedding = seen[0].mean((2, 3)) if seen[0].ndim == 4 else seen[0]
         return logits.numpy(), embedding.numpy()
 
@@ -191,6 +196,7 @@ def edge_images(size: int) -> dict[str, list[Array]]:
     shapes = [(1, 1, 3), (2000, 10, 3), (2, 8000, 3)]
     odd = [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
     flat = [np.full((size, size, 3), level, np.uint8) for level in (0, 255)]
+
     return {"noise": noise, "extremes": [*flat, checker, *odd]}
 
 
@@ -237,6 +243,7 @@ def compare(
     if PROVIDERS[provider].form == "image":
         pixel_form = pixel_model(preprocess, input_format).SerializeToString()
         image_sessions = Session(image, provider=provider), Session(pixel_form, provider=provider)
+
     checks: list[Check] = []
     errors: tuple[int, ...] = ()
     failing = None  # pixels of the first group whose logits differ: a fault may not show on another
@@ -252,19 +259,24 @@ def compare(
         errors = errors or _histogram(
             logits, reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
         )
+
         if failing is None and not all(check.passed for check in found):
             failing = pixels[:2]
+
         checks += found
         if image_sessions is None:
             continue
+
         frames = [to_frame(item, input_format) for item in images]
         pillow = [preprocess.canvas(from_frame(frame, input_format)) for frame in frames]
         checks += _image_checks(
             reference, *image_sessions, frames, pillow, preprocess, temperature, group
         )
+
     diverging = (
         "" if failing is None else first_divergence(reference, core, failing, layers, provider)
     )
+
     return Parity(
         provider=provider,
         checks=tuple(checks),
@@ -287,12 +299,14 @@ def _core_checks(
     logits32 = reference.logits(pixels, torch.float32)
     if precision := PROVIDERS[provider].precision:
         return agreement(logits32, found, reference.rounding(pixels, precision), precision, group)
+
     logits64 = reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
     limit, floor = tolerance(logits32[: len(logits64)], logits64, provider)
     value = float(np.abs(found[: len(logits64)] - logits64).max())
     top = np.sort(logits32, -1)
     clear = top[:, -1] - top[:, -2] >= 2 * limit  # outside ties
     disagree = int((found.argmax(-1) != logits32.argmax(-1))[clear].sum())
+
     return [
         Check(
             name="core logits",
@@ -334,6 +348,7 @@ def _image_checks(
         preprocess,
         group,
     )
+
     logits32 = reference.logits(allowed, torch.float32)
     logits64 = reference.logits(allowed, torch.float64)
     expected = softmax(logits64 / temperature)
@@ -346,6 +361,7 @@ def _image_checks(
     )
     batches = [np.repeat(frames[0][None], size, 0) for size in (2, 7)]
     spread = max(float(np.abs(session.run(batch)[0] - found[:1]).max()) for batch in batches)
+
     return [
         *checks,
         Check(name="probabilities", group=group, value=value, limit=limit, inputs=len(found)),
@@ -373,6 +389,7 @@ def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: st
         ("mean of a channel", drift, MEAN_LEVELS),
         ("pixels between grey levels", fraction, WHOLE_LEVELS),
     )
+
     return [
         Check(name=name, group=group, value=value, limit=limit, inputs=len(made))
         for name, value, limit in values
@@ -390,6 +407,7 @@ def resampled(made: Array, canvases: Array, preprocess: Preprocess, group: str) 
     inside[:, start : start + preprocess.size, start : start + preprocess.size] = (
         exact + steps
     ).clip(0, 255)
+
     return preprocess.pixels(inside)
 
 
@@ -435,6 +453,7 @@ def agreement(
         (f"{precision} logits", float(np.abs(found - expected).max()), limit),
         (f"{precision} top-1 changed, not in ties", changed, 0.0),
     )
+
     return [
         Check(name=name, group=group, value=value, limit=most, inputs=len(found))
         for name, value, most in values
@@ -473,6 +492,7 @@ class Emulated(TorchFunctionMode):
             return value
         if not self._half:
             return _tf32(value, towards_zero=self._towards_zero)
+
         half = value.half()
         if self._towards_zero:
             half = torch.where(
@@ -480,6 +500,7 @@ class Emulated(TorchFunctionMode):
                 torch.nextafter(half, torch.zeros_like(half)),
                 half,
             )
+
         return half.float()
 
 
@@ -539,6 +560,7 @@ def first_divergence(
     makers = _last_values(model, layers, set(truth))
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in makers)
+
     found = Session(model.SerializeToString(), provider=provider).run(pixels)
     for layer, value in zip(makers.values(), found, strict=True):
         expected = truth[layer]
@@ -551,6 +573,7 @@ def first_divergence(
                 f"{layer}: max |difference| {error:.3g} where {limit:.3g} is allowed "
                 f"(its values reach {float(np.abs(expected).max()):.3g})"
             )
+
     return "no single layer: the difference is in the last operations"
 
 
@@ -566,12 +589,14 @@ def _last_values(
             while path:
                 last[path] = value
                 path = path.rpartition(".")[0]
+
     order = {value: number for number, node in enumerate(model.graph.node) for value in node.output}
     found: dict[str, str] = {}
     for module in sorted(
         modules & set(last), key=len
     ):  # the innermost module that ends with this value names it
         found[last[module]] = module
+
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
@@ -586,10 +611,12 @@ def _module_outputs(model: torch.nn.Module, pixels: Array, dtype: torch.dtype) -
                     outputs[name] = output.detach().clone().numpy()
 
             hooks.append(module.register_forward_hook(keep))
+
     try:
         with torch.inference_mode():
             model(torch.from_numpy(pixels).to(dtype))
     finally:
         for hook in hooks:
             hook.remove()
+
     return outputs

@@ -107,6 +107,7 @@ def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
     middle = float(np.median(ratios))
     # Few processes: a bootstrap alone would be too narrow
     half = Z * MEDIAN * spread / math.sqrt(len(samples))
+
     return Estimate(
         ratio=math.exp(middle),
         low=math.exp(min(low, middle - half)),
@@ -151,18 +152,22 @@ def decide(
                         f"--seconds: expected time for {least} processes, found {spent:.1f} s for one and "
                         f"{seconds:.0f} s for all ({what}). Try {times} times as much"
                     )
+
             found = estimate(samples, tolerance)
             if found.high <= 1 + tolerance:
                 return found, "passed"
             if found.low > 1 + found.margin:
                 return found, "failed"
+
             more = _needed(found, tolerance, look) - look
             if math.isinf(more) or not lasts(max(more, look)):
                 break
+
         return found, "inconclusive"
 
     found, outcome = settle()
     reason = _reason(found, outcome, tolerance)
+
     if outcome == "failed":
         if lasts(PROCESSES):
             again, outcome = settle()
@@ -172,6 +177,7 @@ def decide(
         else:
             reason = f"{reason}; no time was left for a second round, try more --seconds"
             outcome = "inconclusive"
+
     return Verdict(
         what=what,
         verdict=outcome,
@@ -192,10 +198,12 @@ def _needed(found: Estimate, tolerance: float, processes: int) -> float:
     """
     if processes < 2 * PROCESSES:
         return 2 * processes
+
     ratio = found.ratio - 1
     half = (found.high - found.low) / 2
     away = max(tolerance - ratio, ratio - found.margin)
     needed = processes * (half / away) ** 2 / 2 if away > 0 else math.inf
+
     return needed if needed <= LOOKS[-1] else math.inf
 
 
@@ -278,6 +286,7 @@ def compare_starts(
         seconds=seconds / 2,
         least=PROCESSES,
     )
+
     # A file whose cold starts had time enough is not refused for memory
     left = max(seconds / 2, seconds - cold.seconds)
     return cold, decide("memory", draws("peak_rss_bytes", even_heap=True), seconds=left, least=1)
@@ -289,6 +298,7 @@ def compare_sizes(candidate: int, baseline: int) -> Verdict:
     found = Estimate(ratio=ratio, low=ratio, high=ratio, spread=0.0, margin=TOLERANCE)
     outcome: Outcome = "passed" if ratio <= 1 + TOLERANCE else "failed"
     reason = _percent(ratio)
+
     return Verdict(
         what="size",
         verdict=outcome,
@@ -325,6 +335,7 @@ def compare_stored(
                         reason="a second round did not confirm the first, which failed",
                     )
                 )
+
     return found
 
 
@@ -352,14 +363,17 @@ def _stored(what: str, now: Sequence[Start], then: Sequence[Start], same_machine
         spread=spread,
         margin=max(tolerance, math.expm1(3 * spread)),
     )
+
     outcome: Outcome = "inconclusive"
     if same_machine and found.high <= 1 + tolerance:
         outcome = "passed"
     elif same_machine and found.low > 1 + found.margin:
         outcome = "failed"
+
     reason = f"{_reason(found, outcome, tolerance)}; from another day, so {tolerance:.0%} is the least that can be told"
     if not same_machine:
         reason = "advisory: the baseline is from another machine"
+
     return Verdict(
         what=what,
         verdict=outcome,

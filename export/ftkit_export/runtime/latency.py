@@ -198,12 +198,15 @@ def race(
         for model in models
     ]
     entrants = [conditions[0], *conditions]
+
     tables = []
     for number in range(PROCESSES):
         shift = number % len(entrants)
         order = [*range(shift, len(entrants)), *range(shift)]
+
         if number % 2:
             order.reverse()
+
         times = in_child(
             "pairs",
             [entrants[place] for place in order],
@@ -214,6 +217,7 @@ def race(
         tables.append(
             [[row[order.index(place)] for place in range(len(entrants))] for row in times]
         )
+
     return compared(tables)
 
 
@@ -226,6 +230,7 @@ def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
     spread = float(control.std(ddof=1))
     # The control compares one session with one; a candidate is compared with the mean of two.
     least = spread * math.sqrt(0.75)
+
     found = []
     for place in range(1, logs[0].shape[1]):
         pooled = np.exp(np.concatenate([log[:, place] for log in logs]))
@@ -234,6 +239,7 @@ def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
             medians = np.array([np.median(log[:, place] - log[:, :2].mean(1)) for log in logs])
             middle = float(medians.mean())
             half = STUDENT_T * max(float(medians.std(ddof=1)), least) / math.sqrt(len(logs))
+
         found.append(
             Raced(
                 p50_ms=float(np.percentile(pooled, 50)),
@@ -245,6 +251,7 @@ def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
                 processes=len(logs),
             )
         )
+
     return found
 
 
@@ -277,6 +284,7 @@ def in_child(
         "image": image and str(image),
         **more,
     }
+
     path = os.pathsep.join(
         [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
@@ -292,6 +300,7 @@ def in_child(
         raise FtkitError(
             said or f"latency of {conditions[0].model}: the process ended early ({done.returncode})"
         )
+
     # A provider may have printed before it
     return json.loads(done.stdout.rstrip().rpartition("\n")[2])
 
@@ -304,6 +313,7 @@ def machine() -> dict[str, object]:
     from ftkit_export.runtime.session import cores
 
     cpu = platform.processor() or platform.machine()
+
     info = Path("/proc/cpuinfo")
     if info.is_file():
         names = [
@@ -312,9 +322,11 @@ def machine() -> dict[str, object]:
             if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
+
     board = Path("/proc/device-tree/model")  # an ARM board's own name, where processors have none
     if board.is_file() and cpu in ("", platform.machine()):
         cpu = board.read_text().rstrip("\0\n")
+
     facts: dict[str, object] = {
         **nvidia.facts(),
         "cpu": cpu,

@@ -119,6 +119,7 @@ def find(model: str | Path, image: str | Path | None = None, frame: str | None =
         check_files(path, manifest["files"])
         names = sorted(manifest["variants"], key=lambda name: name != manifest["chosen"])
         pairs = {name: manifest["variants"][name] for name in names}
+
         return Model(
             files={name: path / pair["file"] for name, pair in pairs.items()},
             cores={name: path / pair["core"] for name, pair in pairs.items()},
@@ -128,10 +129,12 @@ def find(model: str | Path, image: str | Path | None = None, frame: str | None =
             image=Path(image) if image else path / "golden" / "00.png",
             frame=frame or ("" if image else manifest["frame"]),
         )
+
     if not path.is_file():
         raise FtkitError(
             f"{path}: expected a bundle or an ONNX file, found nothing there. Check the path"
         )
+
     return Model(
         files={"model": path},
         cores={},
@@ -164,6 +167,7 @@ def conditions(
                     found.append(replace(plain, spinning=False))
                 if PROVIDERS[provider].gpu:
                     found.append(replace(plain, copies=False))
+
     return found
 
 
@@ -197,6 +201,7 @@ def bench(
     counts = list(threads) or sorted({1, cores()})
     provider = providers[0]
     first = counts[0] if providers[0] == "cpu" else 1
+
     rows = []
     cold = {}
     pieces = {}
@@ -210,14 +215,17 @@ def bench(
         for condition in listed:
             say(f"{name} on {condition.provider}, {condition.threads} threads")
             rows.append({"variant": name, **asdict(measure(condition, found.image, quick=quick))})
+
         say(f"{name}: cold starts")
         cold[name] = [asdict(start) for start in starts(listed[0], found.image, quick=quick)]
+
         if name in found.cores and found.image and path != found.cores[name]:
             say(f"{name}: decoding, preprocessing, network")
             condition = Condition(
                 model=str(path), provider=provider, threads=first, frame=found.frame
             )
             pieces[name] = asdict(parts(condition, found.cores[name], found.image))
+
     raced = {}
     if found.image and found.cores:
         say("variants in turn")
@@ -230,6 +238,7 @@ def bench(
             frame=found.frame,
         )
         raced = {name: asdict(item) for name, item in zip(order, results, strict=True)}
+
     return {
         "schema": SCHEMA,
         "machine": machine(),
@@ -264,9 +273,11 @@ def fits(kind: Any, data: Mapping[str, Any]) -> bool:
     for item in fields(kind):
         if item.name not in data and item.default is MISSING:
             return False
+
         value = data.get(item.name, item.default)
         word = str(item.type).split(" ")[0].split("[")[0]
         kinds = TYPES[word]
+
         if "None" in str(item.type) and value is None:
             continue
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -275,6 +286,7 @@ def fits(kind: Any, data: Mapping[str, Any]) -> bool:
             return False
         if isinstance(value, list | tuple) and not all(type(each) is int for each in value):
             return False
+
     return set(data) <= {item.name for item in fields(kind)}
 
 
@@ -310,11 +322,13 @@ def checked(data: Any, where: str) -> dict[str, Any]:
         )
     except (KeyError, IndexError, TypeError, AttributeError):
         whole = False
+
     if not whole:
         raise FtkitError(
             f"{where}: expected what `ftkit bench --json` writes (schema {SCHEMA}), found something else. "
             "Measure it again, or export the bundle again"
         )
+
     return dict(data)
 
 
@@ -333,6 +347,7 @@ def _main() -> int:
     except FtkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
     print(json.dumps(found))
     return 0
 

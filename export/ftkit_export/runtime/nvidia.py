@@ -32,6 +32,7 @@ def _opened() -> tuple[Any, Any] | None:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
+
     handle = ctypes.c_void_p()
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     count = ctypes.c_uint()
@@ -39,10 +40,12 @@ def _opened() -> tuple[Any, Any] | None:
         return None
     if first.isdigit() and not same_numbers(count.value):
         return None  # which of them CUDA calls the first is not known here
+
     if first.isdigit():
         failed = library.nvmlDeviceGetHandleByIndex_v2(int(first), ctypes.byref(handle))
     else:
         failed = library.nvmlDeviceGetHandleByUUID(first.encode(), ctypes.byref(handle))
+
     return None if failed else (library, handle)
 
 
@@ -58,13 +61,16 @@ def facts() -> dict[str, str]:
     found = _opened()
     if found is None:
         return {}
+
     library, handle = found
     name = ctypes.create_string_buffer(NAME_BYTES)
+
     version = ctypes.create_string_buffer(NAME_BYTES)
     if library.nvmlDeviceGetName(handle, name, NAME_BYTES) or library.nvmlSystemGetDriverVersion(
         version, NAME_BYTES
     ):
         return {}
+
     return {"gpu": name.value.decode(), "driver": version.value.decode()}
 
 

@@ -87,28 +87,34 @@ def shape_nodes(model: str | Path | bytes) -> set[str]:
     names: set[str] = set()
     shapes: set[str] = set()
     constants: set[str] = {""}
+
     for field, value in _fields(data):
         if field != MODEL_FIELDS["graph"]:
             continue
+
         entries = list(_fields(value))
         for number, entry in entries:
             if number == 5:
                 tensor = dict(_fields(entry))
                 if tensor.get(2) in INTEGERS and 8 in tensor:
                     constants.add(_text(tensor[8]))
+
         for number, entry in entries:
             if number != 1:
                 continue
+
             parts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
             for inner, item in _fields(entry):
                 if inner in parts:
                     parts[inner].append(_text(item))
+
             inputs, outputs, name, (kind, *_) = parts[1], parts[2], parts[3], parts[4]
             if kind in ("Shape", "Size") or (
                 kind in ON_SHAPES and shapes & set(inputs) and set(inputs) <= shapes | constants
             ):
                 shapes |= set(outputs)
                 names |= set(name)
+
     return names - {""}
 
 
@@ -140,8 +146,10 @@ def _inspect(data: memoryview) -> Inspected:
             raise _RefusedError(
                 "expected plain operators, found functions of the file's own. Do not trust this file"
             )
+
     if not ir or not nodes:
         raise ValueError
+
     return Inspected(ir=ir, opset=opset, nodes=nodes)
 
 
@@ -150,6 +158,7 @@ def _graph(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
         raise _RefusedError(
             f"expected graphs nested at most {DEEPEST} deep, found more. Do not trust this file"
         )
+
     for field, value in _fields(data):
         if field == 1:
             _node(value, nodes, depth)
@@ -217,25 +226,30 @@ def _fields(data: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
     """Protobuf's wire format: (field number, bytes or integer). Raises ValueError for what is none."""
     if isinstance(data, int):
         raise ValueError
+
     at = 0
     end = len(data)
     while at < end:
         key, at = _varint(data, at)
         if key >= 1 << 32:  # other readers would cut it short, and see another field
             raise ValueError
+
         kind = key & 7
         if kind == 0:
             number, at = _varint(data, at)
             yield key >> 3, number
             continue
+
         if kind == 2:
             size, at = _varint(data, at)
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
             raise ValueError
+
         if at + size > end:
             raise ValueError
+
         yield key >> 3, data[at : at + size]
         at += size
 

@@ -47,6 +47,7 @@ class Foreign:
             along, mean_along, self.weights
         )
         found: Array = (squares.min(1) / unit.shape[1]).astype(np.float32)
+
         return found
 
     def to_text(self) -> str:
@@ -73,6 +74,7 @@ class Foreign:
             data[name] = np.frombuffer(
                 base64.b64decode(item["base64"], validate=True), dtype
             ).reshape(item["shape"])
+
         found = Foreign(**data)
         shapes = found.means.ndim, found.directions.ndim, found.weights.shape, found.means.shape[1:]
         if (
@@ -80,6 +82,7 @@ class Foreign:
             or not found.rest > 0
         ):
             raise ValueError("out-of-domain statistics that do not fit each other")
+
         return found
 
 
@@ -122,5 +125,6 @@ def fit(
         kept=kept,
         weights=(1 / rest - 1 / np.maximum(variance[:count], rest)).astype(np.float32),
     )
+
     threshold = float(np.quantile(found.score(val), kept))
     return Foreign(**{**found.__dict__, "threshold": threshold})

@@ -59,16 +59,19 @@ class Classifier:
         if path.is_dir():
             core = provider in PROVIDERS and PROVIDERS[provider].form == "core"
             path = path / (_core_form(path) if core else "model.onnx")
+
         if not path.is_file():
             raise BundleError(
                 f"{model}: expected a bundle or a model.onnx, found neither. Try `ftkit export RUN`"
             )
+
         self.session = Session(path, provider=provider, threads=threads)
         metadata = self.session.metadata
         if "labels" not in metadata:
             raise BundleError(
                 f"{path}: expected labels in its metadata, found none. Try a file ftkit exported"
             )
+
         self.core = self.session.input_names == ["pixels"]
         try:
             self.labels = _labels(metadata["labels"])
@@ -81,10 +84,12 @@ class Classifier:
                 if metadata.get("out_of_domain")
                 else None
             )
+
             if self.input_format not in INPUT_FORMATS or not self.temperature > 0:
                 raise ValueError(
                     f"input_format {self.input_format}, temperature {self.temperature}"
                 )
+
             classes = self.session.outputs[0].shape[-1:]
             if isinstance(classes[0], int) and classes[0] != len(self.labels):
                 raise ValueError(f"{len(self.labels)} labels for {classes[0]} classes")
@@ -126,6 +131,7 @@ class Classifier:
         best = int(found.argmax())
         named = {label: float(value) for label, value in zip(self.labels, found, strict=True)}
         score = self.familiar.score(embedding)[0] if self.familiar else 0.0
+
         return Prediction(
             label=self.labels[best],
             probability=float(found[best]),
@@ -180,4 +186,5 @@ def image_files(paths: list[str | Path]) -> list[Path]:
             raise FtkitError(
                 f"{item}: expected an image or a folder, found nothing there. Check the path"
             )
+
     return found

@@ -99,13 +99,16 @@ class Preprocess:
         """
         height, width = image.shape[:2]
         side = self.resize
+
         if self.fit == "crop":
             square = min(height, width)
             top = (height - square) // 2
             left = (width - square) // 2
             image = image[top : top + square, left : left + square]
+
         if self.fit != "pad":
             return _resize(image, side, side)
+
         longest = max(height, width)
         # Integer arithmetic, so that the graph rounds the same way.
         inner_h, inner_w = (
@@ -115,6 +118,7 @@ class Preprocess:
         top = (side - inner_h) // 2
         left = (side - inner_w) // 2
         out[top : top + inner_h, left : left + inner_w] = _resize(image, inner_h, inner_w)
+
         return out
 
     def pixels(self, canvases: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -182,6 +186,7 @@ def to_frame(image: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, 
         return np.asarray(Image.fromarray(image).convert("L"))[..., None]
     if input_format != "nv12":
         return image
+
     even = np.pad(
         image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge"
     ).astype(np.float64)
@@ -192,6 +197,7 @@ def to_frame(image: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, 
     ]
     chroma = np.stack(halved, -1).reshape(len(halved[0]), -1)
     frame = np.concatenate([luma + 16, chroma]).round().clip(0, 255).astype(np.uint8)
+
     return frame[..., None]
 
 
@@ -203,6 +209,7 @@ def from_frame(frame: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any
         return np.repeat(frame, 3, -1)
     if input_format != "nv12":
         return frame
+
     height = frame.shape[0] * 2 // 3
     width = frame.shape[1]
     luma = frame[:height, :, 0].astype(np.float32) - 16
@@ -210,6 +217,7 @@ def from_frame(frame: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any
     whole = np.concatenate([luma[..., None], chroma.repeat(2, 0).repeat(2, 1)], -1)
     rgb = whole @ _nv12_matrix().astype(np.float32).T
     rounded: np.ndarray[Any, Any] = rgb.round().clip(0, 255).astype(np.uint8)
+
     return rounded
 
 
@@ -238,10 +246,12 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
         raise UnavailableImageError(
             f"{name}: expected a readable image file, found {error.strerror}. Check the path"
         ) from None
+
     if not data:
         raise ImageError(f"{name}: expected an image, found an empty file. Remove or replace it")
     if limit := most_pixels():
         Image.MAX_IMAGE_PIXELS = limit
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -264,6 +274,7 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
             raise UnavailableImageError(
                 f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
             ) from None
+
         reason = (
             "no known image format"
             if "cannot identify" in str(error)
@@ -284,6 +295,7 @@ def most_pixels() -> int | None:
         raise FtkitError(
             f"{MAX_PIXELS}: expected a number of pixels, found {text!r}. Try {MAX_PIXELS}=200000000"
         )
+
     return int(text)
 
 
@@ -294,8 +306,10 @@ def allowing(pixels: str | None) -> Iterator[None]:
     if not pixels or os.environ.get(MAX_PIXELS):
         yield
         return
+
     before = Image.MAX_IMAGE_PIXELS
     os.environ[MAX_PIXELS] = pixels
+
     try:
         yield
     finally:
@@ -332,6 +346,7 @@ def _from_integers(values: np.ndarray[Any, Any], white: int | None) -> np.ndarra
             f"expected 16-bit values that use their range, found none above {high}: 12 bits, or a dark scene. "
             f"Try --set preprocess.white={TWELVE_BITS} (or {WHITE}), or convert it to 8 bits"
         )
+
     levels: np.ndarray[Any, Any] = (
         np.rint(values * (255 / (white or WHITE))).clip(0, 255).astype(np.uint8)
     )
@@ -348,5 +363,6 @@ def _from_floats(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         raise _UnknownDepthError(
             f"expected floating-point values of 0 to 1, found {found}. Convert it to 8 bits"
         )
+
     levels: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)
     return levels

@@ -60,6 +60,7 @@ def _cuda(precision: str = "", search: str = "HEURISTIC", captured: bool = False
         "use_tf32": str(int(precision == "tf32")),
         "enable_cuda_graph": str(int(captured)),
     }
+
     return Provider(
         name=_CUDA,
         options=options,
@@ -135,6 +136,7 @@ def parse_providers(text: str) -> list[str]:
             raise ProviderError(
                 f"--providers: expected known providers, {choices(name, PROVIDERS)}"
             )
+
     if not names:
         raise ProviderError("--providers: expected at least one provider, found none. Try cpu")
     return list(dict.fromkeys(names))
@@ -154,11 +156,13 @@ def engine_cache(model: bytes) -> dict[str, str]:
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     place = Path(os.environ.get("FTKIT_CACHE") or Path(home) / "ftkit") / "tensorrt"
+
     folder = place / f"{hashlib.sha256(model).hexdigest()[:32]}-{_runtime().__version__}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a read-only home: engines are then built each time
         return {}
+
     return {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder)}
 
 
@@ -180,15 +184,18 @@ def missing_library(provider: str) -> str:
 
     if not PROVIDERS[provider].gpu:
         return ""
+
     stem = "cuda" if PROVIDERS[provider].name == _CUDA else "tensorrt"
     folder = Path(_runtime().__file__).parent / "capi"
     library = next(iter(sorted(folder.glob(f"*onnxruntime_providers_{stem}.*"))), None)
     if library is None:
         return f"this ONNX Runtime ships no {stem} library"
+
     try:
         ctypes.CDLL(str(library))
     except OSError as error:
         return str(error)
+
     return ""
 
 
@@ -263,32 +270,41 @@ class Session:
         chosen = PROVIDERS[self.provider]
         if chosen.gpu and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN come in torch's own wheels; without them the session would be CPU's
+
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 4
+
         if not optimised:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "1" if spinning else "0"
         )
         options.add_session_config_entry("session.force_spinning_stop", "1" if shared else "0")
+
         others = processors()[1 : self.threads]  # the first is the caller's own
         if shared and others and len(others) == self.threads - 1:
             words = ";".join(str(number + 1) for number in others)  # ONNX Runtime counts from 1
             options.add_session_config_entry("session.intra_op_thread_affinities", words)
+
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         where = "model" if isinstance(model, bytes) else str(model)
+
         if not isinstance(model, bytes) and not Path(model).is_file():
             raise FtkitError(f"{where}: expected an ONNX file, found none. Check the path")
         if not isinstance(model, bytes):
             inspect(model)  # a file may come from elsewhere
+
         source = model if isinstance(model, bytes) else str(model)
         providers = [(chosen.name, dict(chosen.options))]
+
         if chosen.name == _TENSORRT:  # what it does not take runs on CUDA, not on the CPU
             providers[0][1].update(
                 engine_cache(model if isinstance(model, bytes) else Path(model).read_bytes())
             )
             providers.append((_CUDA, dict(PROVIDERS["cuda-tf32"].options)))
+
         try:
             # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the
             # CPU
@@ -329,18 +345,22 @@ class Session:
         chosen = PROVIDERS[self.provider]
         if chosen.name == _CPU:
             return in_words(chosen.name, 0, {})  # there is nowhere else to run
+
         parts = self._assigned()
         if not parts:
             return "unknown: this ONNX Runtime does not tell where its operators run"
+
         away = [item for item in parts if item[0] != chosen.name]
         if away:
             shapes = shape_nodes(model)
             away = [item for item in away if item[1] not in shapes]
+
         if away and chosen.whole:
             named = ", ".join(sorted({f"{kind} on {where}" for where, _, kind in away}))
             raise ProviderError(
                 self._not_proven(f"{len(away)} of {len(parts)} operators elsewhere: {named}")
             )
+
         return in_words(chosen.name, len(parts), Counter(where for where, _, _ in away))
 
     def _assigned(self) -> list[tuple[str, str, str]]:
@@ -362,6 +382,7 @@ class Session:
                 f"provider {self.provider}: expected to be run with IO binding, which `ftkit bench` "
                 "does, found plain runs. Try cuda"
             )
+
         feed = dict(zip(self.input_names, arrays, strict=True))
         try:
             outputs: list[np.ndarray[Any, Any]] = self._session.run(None, feed)
@@ -373,6 +394,7 @@ class Session:
             raise FtkitError(
                 f"model: expected to run on {shapes}, found: {reason}. Check the input's shape"
             ) from None
+
         return outputs
 
     def bound(self, *arrays: np.ndarray[Any, Any]) -> Callable[[], list[Any]]:
@@ -387,10 +409,12 @@ class Session:
         values = [value_of.ortvalue_from_numpy(array, device, 0) for array in arrays]
         for name, value in zip(self.input_names, values, strict=True):
             binding.bind_ortvalue_input(name, value)
+
         for item in self._session.get_outputs():
             sizes = list(item.shape)
             if sizes and self.inputs and self.inputs[0].shape[:1] == tuple(sizes[:1]):
                 sizes[0] = arrays[0].shape[0]  # the batch, by the same name
+
             if (
                 item.type == "tensor(float)"
                 and sizes
@@ -410,6 +434,7 @@ class Session:
                     f"model: expected to run with IO binding, found: {str(error).splitlines()[0]}. "
                     "Try `ftkit doctor`"
                 ) from None
+
             outputs: list[Any] = binding.get_outputs()
             return outputs
 

@@ -59,6 +59,7 @@ def unshippable(model: Path, target: Target) -> str:
         found = inspect(model)
     except BundleError as error:
         return str(error).split(": ", 1)[1].split(". ")[0]  # its advice is for files from elsewhere
+
     if found.opset > target.opset:
         return f"expected opset {target.opset} at most, found {found.opset}"
     if found.ir > target.ir:

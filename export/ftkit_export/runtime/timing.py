@@ -55,10 +55,12 @@ def peak_rss_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+
     try:
         import resource
     except ImportError:  # Windows
         return 0
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
 
 
@@ -85,6 +87,7 @@ def _from_image(session: Session, image: str, batch: int, frame: str) -> Any:
         picture = scaled(preprocess.decode(image), frame)
         camera = to_frame(picture, session.metadata.get("input_format", "rgb"))
         return np.repeat(camera[None], batch or 1, axis=0)
+
     return np.repeat(
         preprocess.pixels(preprocess.canvas(preprocess.decode(image))[None]), batch or 1, axis=0
     )
@@ -95,11 +98,13 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
 
     types = {"float": "float32", "double": "float64", "bool": "bool_"}
     word = kind.removeprefix("tensor(").removesuffix(")")
+
     dtype = getattr(np, types.get(word, word), None)
     if not isinstance(dtype, type) or not issubclass(dtype, np.number | np.bool_):
         raise FtkitError(
             f"input {name}: expected numbers, found {kind}. Only tensors of numbers can be made up"
         )
+
     sizes = [size if isinstance(size, int) and size > 0 else FREE for size in shape]
     if shape and not isinstance(shape[0], int):
         sizes[0] = batch or 1
@@ -107,16 +112,19 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
         raise FtkitError(
             f"input {name}: expected batch {batch}, found {shape[0]} in the file. Try without --batch"
         )
+
     if math.prod(sizes) * np.dtype(dtype).itemsize > LARGEST:
         raise FtkitError(
             f"input {name}: expected at most 1 GB with free sizes as {FREE}, found {sizes}. "
             "Try a file with sizes of its own"
         )
+
     rng = np.random.default_rng(0)
     if dtype is np.uint8:
         return rng.integers(0, 256, sizes, np.uint8)
     if issubclass(dtype, np.floating):
         return rng.standard_normal(sizes).astype(dtype)
+
     return np.zeros(sizes, dtype)  # 0 is an index into any table
 
 
@@ -159,6 +167,7 @@ def in_turn(
 
     warm(lambda: [call() for call in calls], *warm_up)
     times = np.zeros((rounds, len(calls)))
+
     begun = time.perf_counter()
     for number in range(rounds):
         shift = number // 2 % len(calls)
@@ -169,6 +178,7 @@ def in_turn(
             times[number, which] = (time.perf_counter() - start) * 1e3
         if number >= 2 and time.perf_counter() - begun > seconds:
             return times[: number + 1]
+
     return times
 
 
@@ -222,6 +232,7 @@ def _begun(condition: Condition, image: str | None) -> _Begun:
         "session_ms": (ready - imported) * 1e3,
         "first_run_ms": (time.perf_counter() - before) * 1e3,
     }
+
     return _Begun(
         call=call,
         batch=fed[0].shape[0] if fed and fed[0].ndim else 1,
@@ -282,6 +293,7 @@ def _measure_here(
         if before is None or after is None or not provider.gpu
         else max(0, after - before),
     )
+
     return asdict(found)
 
 
@@ -289,10 +301,12 @@ def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool
     begun = _begun(conditions[0], image)
     if not steady:
         return {**begun.start, "peak_rss_bytes": peak_rss_bytes()}
+
     import numpy as np
 
     warm(begun.call, *BRIEF)
     p50, p95 = np.percentile(_timed(begun.call, QUICK_RUNS, 0), (50, 95))
+
     return {
         **begun.start,
         "p50_ms": float(p50),
@@ -324,11 +338,13 @@ def _pairs_here(
     calls = [_shared(condition, image) for condition in conditions]
     pin(conditions)
     gc.disable()
+
     for _ in range(rounds // 4):
         for call in calls:
             call()
         if time.perf_counter() - begun > seconds / 4:
             break
+
     found = in_turn(calls, rounds, warm_up=(0, 0), seconds=seconds - (time.perf_counter() - begun))
     return [[float(value) for value in row] for row in found]
 
@@ -354,6 +370,7 @@ def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[floa
     session = opened(conditions[0])
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
     canvases = np.load(image, mmap_mode="r", allow_pickle=False)
+
     return [
         row
         for start in range(0, len(canvases), ANSWERED)
@@ -388,6 +405,7 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
         together_ms=together,
         preprocess_ms=float(np.median(times[:, 2] - times[:, 3])),
     )
+
     return asdict(found)
 
 
@@ -397,6 +415,7 @@ def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]
 
     session = opened(conditions[0])
     gc.disable()
+
     found = []
     for condition in conditions:
         call = runner(session, condition, feeds(session, image, 1, condition.frame))
@@ -404,6 +423,7 @@ def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]
         found.append(
             [float(value) for value in np.percentile(_timed(call, SIZE_RUNS, 0), (50, 95))]
         )
+
     return found
 
 
@@ -435,6 +455,7 @@ def _main() -> int:
             file=sys.stderr,
         )
         return 2
+
     print(json.dumps(found))
     return 0
 

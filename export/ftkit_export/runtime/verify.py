@@ -107,6 +107,7 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
         raise BundleError(
             f"{bundle}: expected a bundle, found no {MANIFEST}. Try `ftkit export RUN`"
         )
+
     data = path.read_bytes()
     try:
         manifest: dict[str, Any] = json.loads(data)
@@ -116,20 +117,24 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
         raise BundleError(
             f"{path}: expected a manifest, found unreadable JSON. Export the bundle again"
         ) from None
+
     if not isinstance(schema, int) or schema != SCHEMA:
         older = isinstance(schema, int) and schema < SCHEMA
         cure = "Export the run again" if older else "Try a newer ftkit"
         raise BundleError(f"{path}: expected schema {SCHEMA}, found {schema}. {cure}")
+
     if not is_whole(data):
         raise BundleError(
             f"{path}: expected the digest that it carries to be its own, found another. Copy it again"
         )
+
     named = _variant_files(path, manifest)
     for name in (*files, *named):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
             raise BundleError(
                 f"{path}: expected names inside the bundle, found {name!r}. Do not trust this bundle"
             )
+
     return manifest
 
 
@@ -146,11 +151,13 @@ def _variant_files(path: Path, manifest: dict[str, Any]) -> list[str]:
         )
     except (KeyError, TypeError, AttributeError):
         whole = False
+
     if not whole:
         raise BundleError(
             f"{path}: expected gates, variants and the files they name, found a manifest without. "
             "Export the bundle again"
         )
+
     return named
 
 
@@ -163,6 +170,7 @@ def check_files(bundle: Path, files: dict[str, str]) -> None:
         if path.is_file() or path.is_symlink()
     }
     present -= {MANIFEST, SIGNATURE}
+
     present = {
         name for name in present if not (name.startswith(f"{EVIDENCE}/") and name.endswith(".json"))
     }
@@ -170,10 +178,12 @@ def check_files(bundle: Path, files: dict[str, str]) -> None:
         raise BundleError(
             f"{bundle / name}: expected this file, found it missing. Copy the bundle again"
         )
+
     for name in sorted(present - set(files)):
         raise BundleError(
             f"{bundle / name}: expected only files the manifest lists, found this one. Remove it"
         )
+
     for name, digest in sorted(files.items()):
         if (bundle / name).is_symlink():
             raise BundleError(
@@ -196,8 +206,10 @@ def replay_golden(
             raise BundleError(
                 f"{bundle}: expected golden images of its own, found {entry['file']!r}. Do not trust it"
             )
+
     with np.load(bundle / "golden" / "expected.npz", allow_pickle=False) as stored:
         expected = {name: stored[name] for name in stored.files}
+
     input_format = manifest["input_format"]
     preprocess = Preprocess(**manifest["preprocess"])
     frames = [
@@ -207,6 +219,7 @@ def replay_golden(
         preprocess.pixels(preprocess.canvas(from_frame(frame, input_format))[None])
         for frame in frames
     ]
+
     checks = []
     placements = []
     for variant, files in manifest["variants"].items():
@@ -223,6 +236,7 @@ def replay_golden(
             checks.append(
                 _compare(f"{variant} {form}", entries, found, expected[key], np.array(limits))
             )
+
     return tuple(checks), tuple(dict.fromkeys(placements))
 
 
@@ -241,6 +255,7 @@ def _compare(
     equal = np.array([a.argmax() == b.argmax() for a, b in zip(found, expected, strict=True)])
     best = np.sort(expected, axis=1)
     clear = best[:, -1] - best[:, -2] > limits
+
     return GoldenCheck(
         name=name,
         file=entries[worst]["file"],
@@ -260,6 +275,7 @@ def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
     folder = Path(bundle)
     manifest = read_manifest(folder)
     check_files(folder, manifest["files"])
+
     try:
         checks, placement = replay_golden(folder, manifest, provider)
     except (
@@ -274,11 +290,13 @@ def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
             f"{folder}: expected golden vectors that fit its manifest, found others ({error}). "
             "Do not trust this bundle"
         ) from None
+
     failed = tuple(
         f"{gate['name']}: {gate['value']} (limit {gate['limit']})"
         for gate in manifest["gates"]
         if not gate["passed"]
     )
+
     return Verification(
         provider=provider,
         files=len(manifest["files"]),

@@ -82,6 +82,7 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
             raise FtkitError(
                 f"--budget {text}: expected a limit above 0, found {value!r}. Try {name}=10"
             )
+
     return found
 
 
@@ -143,6 +144,7 @@ def against(
     found = [compare(one, other, new.image, tolerance=tolerance, seconds=seconds * 2 / 3)]
     say("cold starts and memory, in turn")
     found += compare_starts(one, other, new.image, seconds=seconds / 3)
+
     return [*found, compare_sizes(*(Path(item.model).stat().st_size for item in (one, other)))]
 
 
@@ -161,6 +163,7 @@ def against_stored(
         batch=row["batch"],
         frame=found.frame,
     )
+
     return _stored(lambda: starts(condition, found.image), path.stat().st_size, stored, machine())
 
 
@@ -170,6 +173,7 @@ def against_there(
     """The same for what another machine measured. measure: does it again, to confirm a failure."""
     row = found["rows"][0]
     here, there = ((item["provider"], item["threads"]) for item in (found, stored))
+
     if found["frame"] != stored["frame"]:
         raise FtkitError(
             f"--against: expected figures of the same frames, found {found['frame'] or 'none'} and "
@@ -180,7 +184,9 @@ def against_there(
             f"--against: expected figures of {here[0]} on {here[1]} threads, found {there[0]} on "
             f"{there[1]}. Try --providers {there[0]} --threads {there[1]}"
         )
+
     asked = iter([found])
+
     return _stored(
         lambda: [
             Start(**start) for start in (next(asked, None) or measure())["starts"][row["variant"]]
@@ -231,8 +237,10 @@ def as_tables(found: Mapping[str, Any]) -> str:
                 str(row["runs"]),
             )
         )
+
     cold = [("variant", "import ms", "session", "first run", "cold start", "peak MB", "file MB")]
     sizes = {row["variant"]: row["size_bytes"] for row in found["rows"]}
+
     for name, items in found["starts"].items():
         times = [
             statistics.median(item[key] for item in items)
@@ -246,6 +254,7 @@ def as_tables(found: Mapping[str, Any]) -> str:
                 f"{sizes[name] / 1e6:.1f}",
             )
         )
+
     tables = [console.table(rows), console.table(cold)]
     if found["parts"]:
         keys = ("decode_ms", "preprocess_ms", "network_ms", "together_ms", "pillow_ms")
@@ -268,12 +277,14 @@ def as_tables(found: Mapping[str, Any]) -> str:
                 ]
             )
         )
+
     raced = [
         f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
         f"{item['ratio_high']:.2f}]"
         for name, item in found["raced"].items()
         if name != "fp32"
     ]
+
     quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
     frames = [f"{console.frames(found['frame'])}, decoding apart"] if found["frame"] else []
     held = {
@@ -287,6 +298,7 @@ def as_tables(found: Mapping[str, Any]) -> str:
         if row["provider"] != "cpu" and row.get("placement")
     ]
     memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
+
     return "\n".join(
         ["\n\n".join(tables), *frames, *dict.fromkeys(placed), *memory, *raced, *quick]
     )
@@ -317,6 +329,7 @@ def as_gate(verdicts: Sequence[Verdict]) -> str:
                 item.verdict,
             )
         )
+
     reasons = [
         textwrap.fill(f"{item.what}: {item.reason}", 80, subsequent_indent="  ")
         for item in verdicts

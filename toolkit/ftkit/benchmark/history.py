@@ -78,10 +78,12 @@ def append(found: Mapping[str, Any], folder: Path) -> Path:
         },
         "size_bytes": {row["variant"]: row["size_bytes"] for row in found["rows"]},
     }
+
     with path.open(
         "a", encoding="utf-8"
     ) as file:  # one write: two jobs at once do not mix their lines
         file.write(json.dumps(line) + "\n")
+
     return path
 
 
@@ -89,6 +91,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a history, oldest first. Raises FtkitError naming the line that is none."""
     if not path.is_file():
         raise FtkitError(f"{path}: expected a history, found none. Try `ftkit bench MODEL --save`")
+
     found = []
     for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -102,12 +105,14 @@ def read(path: Path) -> list[dict[str, Any]]:
                     "series": _series(line),
                 }
             )
+
             if not all(0 < value < math.inf for value in found[-1]["series"].values()):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise FtkitError(
                 f"{path} line {number}: expected a measurement, found something else. Remove it"
             ) from None
+
     return sorted(found, key=lambda line: str(line["time"]))
 
 
@@ -118,6 +123,7 @@ def _series(line: Mapping[str, Any]) -> dict[str, float]:
     quick = ", quick" if line["quick"] else ""
     frame = line.get("frame", "")  # of older lines the golden image's own, which they do not tell
     frames = f", {console.frames(frame)}" if frame else ""
+
     found = {}
     for row in line["rows"]:
         threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
@@ -126,6 +132,7 @@ def _series(line: Mapping[str, Any]) -> dict[str, float]:
         )
         condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}{more}{frames}{quick}"
         found[f"{where}: p50 of {condition}"] = float(row["p50_ms"])
+
     for name, value in line["cold_ms"].items():
         found[f"{where}: cold start of {name}{quick}"] = float(value)
     return found
@@ -135,19 +142,24 @@ def changes(values: Sequence[float]) -> list[int]:
     """Places where the level changes, each the first figure of its new level."""
     found: list[int] = []
     logs = [math.log(value) for value in values]
+
     start = 0
     for i in range(1, len(logs) - AFTER + 1):
         before = logs[max(start, i - BEFORE) : i]
         after = logs[i : i + AFTER]
+
         if len(before) < AFTER:
             continue
+
         middle = statistics.median(before)
         deviation = 1.4826 * statistics.median(abs(value - middle) for value in before)
         beyond = max(math.log1p(LEAST), 3 * deviation)
+
         step = statistics.median(after) - middle
         if (
             abs(step) > beyond and abs(logs[i] - middle) > beyond
         ):  # it begins here, not at the next one
             found.append(i)
             start = i
+
     return found

@@ -112,12 +112,14 @@ class Measured:
             spinning=spinning,
             frame=found.frame,
         )
+
         row = {"variant": "shipped", **asdict(measure(condition, found.image, quick=quick))}
         cold = [asdict(start) for start in starts(condition, found.image, quick=quick)]
         self._tell(row)
         limits: dict[str, float] = {}
         for marker in self._request.node.iter_markers(MARKER):
             limits |= _limits(marker, self._request.node.nodeid)
+
         kept = judge({"rows": [row], "starts": {"shipped": cold}}, limits)
         for item in kept:
             if item.verdict == "failed":
@@ -125,6 +127,7 @@ class Measured:
         for item in kept:
             if item.verdict == "inconclusive":
                 pytest.skip(f"inconclusive: {model}: {item}")
+
         return row
 
     def against(
@@ -149,6 +152,7 @@ class Measured:
             tolerance=max_slowdown,
             seconds=seconds,
         )
+
         self._tell({item.what: asdict(item) for item in verdicts})
         for outcome, then in (("failed", pytest.fail), ("inconclusive", pytest.skip)):
             for item in verdicts:
@@ -157,6 +161,7 @@ class Measured:
                         f"{item.what} {outcome}: {item.reason} (ratio {item.ratio:.3f} "
                         f"[{item.low:.3f}, {item.high:.3f}], margin {item.margin:.1%})"
                     )
+
         return verdicts
 
     def _tell(self, figures: dict[str, Any]) -> None:

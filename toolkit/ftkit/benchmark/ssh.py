@@ -63,6 +63,7 @@ class Device:
             raise FtkitError(
                 f"{host}: expected the folder that mktemp -d makes, found {folder[:80]!r}. Check its login"
             )
+
         try:
             package = Path(ftkit_export.__file__).parent
             _send(
@@ -103,6 +104,7 @@ class Device:
             for name in names
         ]
         job = {"what": "race", "conditions": conditions, "image": f"image{image.suffix}"}
+
         return [
             Raced(**item) for item in self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))
         ]
@@ -119,6 +121,7 @@ class Device:
             "image": f"image{image.suffix}",
             "steady": True,
         }
+
         return [
             Start(**self.run("-m", "ftkit_export.runtime.timing", json.dumps(job)))
             for _ in range(count)
@@ -170,6 +173,7 @@ def bench(
             f"{bundle}: expected a bundle to measure on another machine, found a single file. "
             "Try a folder that `ftkit export` made"
         )
+
     there = model.renamed()
     with Device.reached(where) as device:
         _send(
@@ -194,6 +198,7 @@ def _parse(where: str) -> tuple[str, str]:
         raise FtkitError(
             f"{where}: expected a path to python3 after the colon, found {python!r}. Try ~/venv/bin/python"
         )
+
     return host, python or "python3"
 
 
@@ -206,6 +211,7 @@ def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
         raise FtkitError(
             "ssh: expected an OpenSSH client, found none. Try installing openssh-client"
         ) from None
+
     if done.returncode:
         said = (
             done.stderr.decode(errors="replace").strip().splitlines()
@@ -217,6 +223,7 @@ def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
             f"{host}: expected ssh, tar and a python3 with {NEEDED}, found: {said}. "
             f"Try `ssh {host} python3 --version`"
         )
+
     return done.stdout
 
 

@@ -97,17 +97,21 @@ def evaluate(
         raise FtkitError(
             f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01"
         )
+
     echo = _echo(as_json)
     every = labelled(data, group_by, root)
     images = every
+
     left_out: dict[str, int | None] = {}
     for each in (bundle, old) if old else (bundle,):
         with unpacked(each, key) as path:
             require(path, every)
             left, seen = unseen(path, every)
+
         kept = set(left)
         images = [image for image in images if image in kept]
         left_out[str(each)] = seen
+
         if seen is None:
             click.echo(
                 f"{each.name} does not tell what it was trained on: these images may be among it",
@@ -115,36 +119,43 @@ def evaluate(
             )
         elif seen:
             echo(f"left out: {seen} images that {each.name} was trained on")
+
     if not images:
         raise FtkitError(
             f"{data}: expected images that neither bundle was trained on, found none. Try held-out images"
         )
+
     with (
         unpacked(bundle, key) as path,
         console.bar(f"{bundle.name} on {len(images)} images") as step,
     ):
         new = answers(path, images, provider=provider, step=step)
+
     if provider != "cpu":
         echo(f"{provider}: {new.placement}")
     for line in new.unreadable:
         click.echo(f"left out: {line}", err=True)
+
     before = change = None
     if old:
         with unpacked(old, key) as path, console.bar(f"{old.name} on {len(images)} images") as step:
             before = answers(path, images, provider=provider, step=step)
         change = against(new, before, max_drop=max_drop)
+
     echo(as_text(new, before, change))
     told: dict[str, Any] = {
         "bundle": str(bundle),
         "metrics": dataclasses.asdict(new.metrics),
         "left_out": left_out,
     }
+
     if before and change:
         told["against"] = {
             "bundle": str(old),
             "metrics": dataclasses.asdict(before.metrics),
             **dataclasses.asdict(change),
         }
+
     code = {"accepted": 0, "refused": 1}.get(change.verdict, 3) if change else 0
     write_json(as_json, told)
     sys.exit(code)
@@ -243,6 +254,7 @@ def bench(
         max_slowdown=max_slowdown,
         seconds=seconds,
     )
+
     if frame:
         parse_frame(frame)
     if not 0 < max_slowdown < 1 or not 1 <= seconds < 1e5:
@@ -250,6 +262,7 @@ def bench(
             "--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
             f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120"
         )
+
     kept_json = baseline is not None and baseline.suffix == ".json"
     table = bool(host or limits or save or not baseline)
     _check_together(ctx, host, baseline, kept_json, plan.several, table)
@@ -261,6 +274,7 @@ def bench(
         path = stack.enter_context(unpacked(model, key))
         old = stack.enter_context(unpacked(baseline, key)) if baseline and not stored else None
         say = stack.enter_context(console.note())
+
         if host:
             measured, verdicts = _measure_there(host, path, stored, plan, say)
         else:
@@ -270,6 +284,7 @@ def bench(
                 verdicts = judging.against_stored(path, stored, image=image)
             elif old:
                 verdicts = _in_turn(path, old, plan, say)
+
         fed = stored.get("frame") or find(path, image, frame).frame
         fingerprints = {
             "model": find(path).fingerprint,
@@ -278,15 +293,19 @@ def bench(
 
     if verdicts:
         measured = {"machine": machine(), **measured, "fingerprints": fingerprints}
+
     outcomes = _tell(echo, measured, limits, verdicts)
     if fed and not table:
         echo(f"{console.frames(fed)}, decoding apart")
     if save:
         echo(f"saved: {history.append(measured, Path.cwd())}")
+
     write_json(as_json, measured)
     code = judging.exit_code(outcomes)
+
     if outcomes:
         echo({0: "passed", 1: "FAILED", 3: "inconclusive"}[code])
+
     sys.exit(code)
 
 
@@ -343,6 +362,7 @@ def _measure_there(
     )
     measured = measure()
     verdicts = judging.against_there(measure, measured, stored) if stored else []
+
     return measured, verdicts
 
 
@@ -385,10 +405,12 @@ def _tell(
         told["budgets"] = [
             {**dataclasses.asdict(item), "verdict": item.verdict} for item in budgeted
         ]
+
     if verdicts:
         echo(judging.as_gate(verdicts))
         outcomes += [item.verdict for item in verdicts]
         told["against"] = [dataclasses.asdict(item) for item in verdicts]
+
     return outcomes
 
 
@@ -418,6 +440,7 @@ def _check_together(
             f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
             "Try --ssh HOST --json FILE for the baseline first"
         )
+
     _refuse(ctx, "--ssh", bool(host), "batch", "image", "frame", "max_slowdown", "seconds")
     _refuse(
         ctx,
@@ -430,6 +453,7 @@ def _check_together(
         "max_slowdown",
         "seconds",
     )
+
     _refuse(ctx, "--against without --budget or --save", not table, "quick")
     if (host or baseline) and several:
         raise FtkitError(

@@ -82,25 +82,31 @@ def audit_data(
 
     plan = load(recipe)
     images = read(folder, group_by=group_by, root=root)
+
     if fix:
         clean.require_new(fix, images)
     if sheets:
         clean.require_outside(sheets, images, "--sheets")
+
     preprocess = plan.preprocess or build(plan.backbone, 2, "none").preprocess
     with console.bar("decoding") as step:
         canvases = build_canvases(images, preprocess, step)
     with console.bar("comparing") as step:
         found = audit(images, canvases, step, preprocess.fit)
+
     echo = partial(click.echo, err=as_json == Path("-"))
     echo(clean.as_text(found, canvases))
+
     for path in clean.write_sheets(sheets, found, canvases) if sheets else ():
         echo(f"sheet: {path}")
+
     if fix:
         cleaned = clean.clean(found, canvases)
         with console.bar("copying") as step:
             table = clean.write_clean(fix, cleaned.images, images, step)
         echo(f"{len(cleaned.images)} images in {table}\n{cleaned}")
         echo(f"next: ftkit train {shlex.quote(str(table))}")
+
     write_json(as_json, named(found, canvases))
     sys.exit(0 if found.passed else 1)
 
@@ -130,6 +136,7 @@ def cache(clear: bool, unused: int | None) -> None:
             f"removed: {sum(entry.size_bytes for entry in gone) / 1e9:.2f} GB in {len(gone)} entries"
         )
         held = cache_folder.entries()
+
     rows = [("kind", "entries", "GB", "last used")]
     for kind, words in (("canvases", "decoded images"), ("prefix", "frozen activations")):
         own = [entry for entry in held if entry.kind == kind]
@@ -137,6 +144,7 @@ def cache(clear: bool, unused: int | None) -> None:
         rows.append(
             (words, str(len(own)), f"{sum(entry.size_bytes for entry in own) / 1e9:.2f}", used)
         )
+
     click.echo(console.table(rows))
     click.echo(f"{cache_folder.cache_folder()}: at most {cache_folder.limit_bytes() / 1e9:g} GB")
 
@@ -175,6 +183,7 @@ def report(what: Path | None, out: Path | None) -> None:
         path = what or history.place(Path.cwd())
         page = out or path.with_suffix(".html")
         write_history(history.read(path), page)
+
     click.echo(f"report: {page}")
 
 

@@ -46,6 +46,7 @@ def write_elpv(out: Path, *, split: bool) -> int:
         raise FtkitError(
             "demo: expected the package elpv-dataset, found it not installed. Try `pip install 'ftkit[demo]'`"
         )
+
     with resources.as_file(resources.files("elpv_dataset") / "data") as source:
         lines = ["path,label,group"]
         for line in (source / "labels.csv").read_text().splitlines():
@@ -55,15 +56,18 @@ def write_elpv(out: Path, *, split: bool) -> int:
                 lines.append(
                     f"{source / name},{kind}-{'defect' if float(probability) else 'ok'},{module}"
                 )
+
         out.mkdir(parents=True, exist_ok=True)
         table = out / "photos.csv"
         table.write_text("\n".join(lines) + "\n")
         images = read(table)
         table.unlink()
+
         for image in images.images:
             folder = out / (image.split if split else "") / images.classes[image.label]
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(image.path, folder / f"module{int(image.group):02d}-{image.path.name}")
+
     (out / "LICENSE.txt").write_text(NOTICE + "\n")
     return len(images.images)
 
@@ -75,6 +79,7 @@ def run_demo(out: Path) -> None:
         raise FtkitError(
             f"{out}: expected a new folder, found one there already. Try --out another, or remove it"
         )
+
     started = time.perf_counter()
     data = out / "photos"
     run = out / "run"
@@ -121,6 +126,7 @@ def _summary(bundle: Path) -> str:
             f"{accuracy['accuracy']:.3f} {interval} on {ground(accuracy['images'], accuracy['clusters'])}",
         )
     )
+
     for item in evidence["parity"]:
         logits = max(
             (c for c in item["checks"] if c["floor"] is not None),
@@ -133,6 +139,7 @@ def _summary(bundle: Path) -> str:
                 f"{logits['value'] / logits['floor']:.1f} x the framework's own float32 error",
             )
         )
+
     rows.append(("chosen", f"{manifest['chosen']} for {manifest['target']}"))
     for item in (item for item in evidence["latency"] if item["variant"] == manifest["chosen"]):
         rows.append(
@@ -142,5 +149,6 @@ def _summary(bundle: Path) -> str:
                 f"{console.condition(item)}, {console.frames(manifest['frame'])}",
             )
         )
+
     rows.append(("size", f"{item['size_bytes'] / 1e6:.1f} MB"))
     return console.table(rows)

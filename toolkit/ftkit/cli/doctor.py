@@ -25,12 +25,15 @@ def examine() -> list[str]:
     lines = [f"{name} {_version(name)}" for name in PACKAGES]
     runtimes = [name for name in RUNTIMES if _version(name) != "absent"]
     lines += [f"{name} {_version(name)}" for name in runtimes]
+
     if len(runtimes) > 1:
         lines.append(f"error: {' and '.join(runtimes)} install the same module: keep one of them")
+
     lines.append(_torch_gpu())
     # What has one is another way to run one
     lines += [_provider(name) for name in PROVIDERS if "-" not in name]
     lines.append(f"{cores()} cores; cache at {cache_folder()}")
+
     return lines
 
 
@@ -51,6 +54,7 @@ def _torch_gpu() -> str:
             f"training: on {count} x {torch.cuda.get_device_name()} (CUDA {torch.version.cuda}), "
             f"in {'bfloat16' if half else 'float16'}"
         )
+
     built = (
         f"torch was built for CUDA {torch.version.cuda}"
         if torch.version.cuda
@@ -62,9 +66,11 @@ def _torch_gpu() -> str:
 def _provider(name: str) -> str:
     if name not in offered():
         return f"provider {name:<9} absent: this ONNX Runtime was built without it"
+
     why = does_not_open(name)
     if not why:
         return f"provider {name:<9} works"
+
     missing = missing_library(name)
     source = next((text for library, text in SOURCES.items() if missing.startswith(library)), "")
     return f"provider {name:<9} does not open: " + (

@@ -135,6 +135,7 @@ def train(
     path,label[,split][,group]."""
     if gpus:
         sys.exit(_launched(ctx, gpus))
+
     said = [
         name_
         for name_ in ("name", "settings", "weights", "seed", "group_by")
@@ -157,6 +158,7 @@ def train(
         quiet=quiet,
         known=not said,
     )
+
     if not quiet:
         click.echo(f"run: {run.folder}\nnext: ftkit export {shlex.quote(str(run.folder))}")
 
@@ -171,8 +173,10 @@ def _launched(ctx: click.Context, gpus: int) -> int:
         raise FtkitError(
             "--gpus: expected --device cuda, found cpu. For processes on a CPU, try torchrun -m ftkit train"
         )
+
     pick_device("cuda", gpus - 1)
     arguments = ["train", str(ctx.params["data"]), "--device", "cuda"]
+
     for option in ctx.command.params:
         given = (
             ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
@@ -182,6 +186,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
         value = ctx.params[option.name or ""]
         for item in value if isinstance(value, tuple) else [value]:
             arguments += [option.opts[0]] if item is True else [option.opts[0], str(item)]
+
     if "--out" not in arguments:
         if ctx.params["resume"]:
             raise FtkitError(
@@ -193,6 +198,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
         finally:
             with suppress(OSError):
                 folder.rmdir()  # where nothing began
+
     return launch(gpus, arguments)
 
 
@@ -296,6 +302,7 @@ def export(
         click.echo(f"{console.MARKS[gate.verdict]}  {gate}")
         if gate.unsettled and not gate.passed:
             click.echo(f"        {gate.unsettled}")
+
     click.echo(f"bundle: {done.folder}")
     if not done.passed:
         open_ = [gate for gate in done.gates if gate.verdict == done.verdict]
@@ -304,6 +311,7 @@ def export(
             err=True,
         )
         sys.exit(3 if done.verdict == "inconclusive" else 1)
+
     click.echo(f"next: ftkit verify {shlex.quote(str(done.folder))}")
 
 
@@ -344,20 +352,25 @@ def verify(
     with archive.opened(bundle, key) as folder:
         if key:
             click.echo(f"signed with {key.name}")
+
         for provider in parse_providers(providers):
             result = api.verify(folder, provider=provider)
             code = code if result.passed else 1
             click.echo(f"{provider}: {result.files} files unchanged")
+
             for placement in result.placement:
                 click.echo(f"{provider}: {placement}")
+
             for check in result.checks:
                 verdict = "ok" if check.passed else "FAILED"
                 click.echo(
                     f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
                     f"worst {check.file} at {check.value:.2f} of its tolerance"
                 )
+
             for gate in result.failed_gates:
                 click.echo(f"sealed gate FAILED: {gate}")
+
             if add_to:
                 evidence = {
                     "machine": machine(),
@@ -368,6 +381,7 @@ def verify(
                 click.echo(
                     f"evidence: {archive.add_evidence(folder, add_to, name, json.dumps(evidence, indent=1))}"
                 )
+
         if outputs:
             judged = judge_outputs(
                 folder, outputs, read_manifest(folder)["limits"]["max_accuracy_drop"]
@@ -380,6 +394,7 @@ def verify(
                 f"outputs: {judged.verdict}"
             )
             code = code or {"accepted": 0, "refused": 1}.get(judged.verdict, 3)
+
     click.echo({0: "verified", 3: "inconclusive"}.get(code, "NOT verified"))
     sys.exit(code)
 
@@ -424,15 +439,18 @@ def predict(
             raise FtkitError(
                 f"{path}: expected a file or a folder, found a web address. Try curl -s URL | ftkit predict BUNDLE -"
             )
+
     files: list[Path] = []
     for path in images:
         files += [path] if path == STANDARD_INPUT else image_files([path])
+
     bad = 0
     with unpacked(bundle, key) as folder:
         classify = api.load(folder, provider=provider)
         explainer = Explainer(folder) if explain else None
     if provider != "cpu":
         click.echo(f"{provider}: {classify.session.placement}", err=True)
+
     for path in files:
         try:
             content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path
@@ -446,12 +464,14 @@ def predict(
             bad += 1
             click.echo(f"error: {error}", err=True)
             continue
+
         if as_json:
             more = {"explained": str(heat)} if heat else {}
             click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer), **more}))
         else:
             line = f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip()
             click.echo(f"{line}  {heat}" if heat else line)
+
     sys.exit(2 if bad else 0)
 
 
@@ -466,6 +486,7 @@ def recipes(name: str | None) -> None:
             doc = (recipes_.load_module(each).__doc__ or "").strip().splitlines()[0]
             click.echo(f"{each:<20} {doc}")
         return
+
     from ftkit.models.backbones import blocks, build
 
     loaded = recipes_.load(name)

@@ -64,9 +64,11 @@ class Command(click.Command):
         }
         if "budget" in own and name in BUDGET_OPTIONS:
             return f"--budget {BUDGET_OPTIONS[name]}"
+
         said = ELSEWHERE.get(name, "")
         if said and said.split()[0].lstrip("-") in own:
             return said
+
         like = difflib.get_close_matches(name, own, n=1, cutoff=LIKE)
         return own[like[0]] if like else ""
 

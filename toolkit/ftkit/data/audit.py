@@ -142,8 +142,10 @@ def audit(
     flat = thumbs.std((1, 2)) < FLAT
 
     alone = np.ones(total, bool)  # of identical files, one is compared with the rest
+
     for item in alike:
         alone[list(item.rows[1:])] = False
+
     copies = {item.rows[0]: item.rows for item in alike}
     near = near_duplicates(thumbs, np.flatnonzero(alone & ~flat))
     near_groups = without_chains(near, thumbs)
@@ -155,13 +157,16 @@ def audit(
 
     with ThreadPoolExecutor(cores()) as pool:
         facts = list(pool.map(_header, [image.path for image in kept]))
+
     squares = np.array([min(width, height) / max(width, height, 1) for _, width, height in facts])
     if fit != "crop":  # which keeps all
         squares[:] = 1.0
+
     side = canvases.shards[0].shape[1]
     classes = images.classes
     train = Counter(image.label for image in images.of("train"))
     flat_rows = [int(row) for row in np.flatnonzero(flat)]
+
     return Audit(
         images=len(images.images),
         classes=classes,
@@ -196,17 +201,21 @@ def named(found: Audit, canvases: Canvases, most: int | None = None) -> dict[str
     """The audit as JSON data, images by name; most: names of a kind, all by default."""
     names = [below(canvases.images.root, image.path) for image in canvases.images.images]
     told: dict[str, Any] = {**asdict(found), "passed": found.passed}
+
     for kind in ("alike", "leaks", "conflicts"):
         told[kind] = [
             {"images": [names[row] for row in item["rows"][:most]], "exact": item["exact"]}
             for item in told[kind][:most]
         ]
+
     for kind in ("tiny", "huge", "flat", "emptied"):
         told[kind] = [names[row] for row in told[kind][:most]]
+
     told["near_groups"] = [[names[row] for row in rows[:most]] for rows in found.near_groups[:most]]
     told["totals"] = {kind: len(getattr(found, kind)) for kind in TOTALS}
     told["bad"], told["shared_groups"] = found.bad[:most], found.shared_groups[:most]
     told["sizes"] = dict(list(found.sizes.items())[:most])
+
     return told
 
 
@@ -218,6 +227,7 @@ def require_apart(canvases: Canvases) -> None:
     groups = _shared_groups(images)
     leaks = _across(copies, [image.split for image in images.images])
     conflicts = _across(copies, [image.label for image in images.images])
+
     if leaks:
         first = ", ".join(below(images.root, images.images[row].path) for row in leaks[0].rows[:3])
         raise FtkitError(
@@ -225,11 +235,13 @@ def require_apart(canvases: Canvases) -> None:
             f"share (e.g. {first}). See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, "
             "or --allow-leakage"
         )
+
     if groups:
         raise FtkitError(
             f"{images.root}: expected each group in one of train, val and test, found {len(groups)} in "
             f"several (e.g. {groups[0]}). Try moving each to one side, or --allow-leakage"
         )
+
     if conflicts:
         first = ", ".join(
             below(images.root, images.images[row].path) for row in conflicts[0].rows[:3]
@@ -254,8 +266,10 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
     are told by that one alone."""
     if len(rows) < 2:
         return []
+
     signs = _hashes(thumbs[rows])
     shapes = [_unit(thumbs[rows])]
+
     if (
         len(rows) >= THUMB
     ):  # what all have in common (a frame, a busbar) makes no pair; of a few, it is no average
@@ -271,6 +285,7 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
             sure = np.einsum("ijk,ijk->i", shapes[0][a], shapes[0][b]) >= SURE
             sure |= np.einsum("ijk,ijk->i", shapes[-1][a], shapes[-1][b]) >= CORRELATION
             found.append(np.stack([a[sure], b[sure]], 1))
+
         return np.concatenate(found) if found else np.empty((0, 2), np.int64)
 
     sets: dict[
@@ -285,11 +300,13 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
                 joined.setdefault(int(a), int(b))
         for number in map(int, block):
             sets.setdefault(joined.get(number, number), []).append(number)
+
     firsts = np.array(list(sets), np.int64)
     for start in range(0, len(rows), BLOCK):  # firsts that came later, or second
         for a, b in same(np.arange(start, min(start + BLOCK, len(rows))), firsts):
             if int(a) not in sets[int(b)]:
                 sets[int(b)].append(int(a))
+
     return [
         Alike(rows=tuple(int(rows[number]) for number in each), exact=False)
         for each in sets.values()
@@ -309,11 +326,13 @@ def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]
     at = {row: number for number, row in enumerate(rows)}
     pairs = [(at[item.rows[0]], at[row]) for item in near for row in item.rows[1:]]
     members: dict[int, list[int]] = defaultdict(list)
+
     for number, first in enumerate(clusters(len(rows), pairs) if rows else []):
         members[first].append(rows[number])
 
     plain = _unit(thumbs)
     apart = _unit(plain - plain.mean(0)) if len(thumbs) >= THUMB else plain
+
     found: list[tuple[int, ...]] = []
     for together in members.values():
         if len(together) > MOST_GROUPED:
@@ -325,6 +344,7 @@ def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]
         )
         labels = fcluster(linkage(distances, method="complete"), GROUP_APART, criterion="distance")
         found += [tuple(int(row) for row in own[labels == label]) for label in np.unique(labels)]
+
     return [group for group in found if len(group) > 1]
 
 
@@ -377,6 +397,7 @@ def _thumbnails(canvases: Canvases, progress: Callable[[int, int], None]) -> Arr
         for row, thumb in enumerate(pool.map(one, canvases.slots)):
             found[row] = thumb
             progress(row + 1, len(found))
+
     return found
 
 
@@ -440,4 +461,5 @@ def _hint(images: Images) -> str:
             and len(groups) <= 0.5 * len(names)
         ):
             return pattern
+
     return ""

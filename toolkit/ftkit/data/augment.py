@@ -79,6 +79,7 @@ def augmented(
         levels = _resample(canvases, preprocess, augment, draw)
     else:
         levels = _shifted(canvases, preprocess, draw)
+
     turn = view
     for allowed, axis, chance in ((augment.hflip, 3, draw[0]), (augment.vflip, 2, draw[1])):
         if allowed and turn is None:
@@ -86,10 +87,12 @@ def augmented(
         elif allowed and turn is not None:
             levels = levels.flip(axis) if turn % 2 else levels
             turn //= 2
+
     pixels = _normalise(_coloured(levels, augment, draw).contiguous(), preprocess)
     if augment.erase:
         # Zero is the mean colour: what a backbone is least surprised by.
         pixels = pixels * ~_rectangles(preprocess.size, draw[9:13], draw[13] < augment.erase)
+
     return pixels
 
 
@@ -126,6 +129,7 @@ def _rectangles(size: int, draw: torch.Tensor, wanted: torch.Tensor) -> torch.Te
     place = torch.arange(size, device=draw.device) + 0.5
     down = (place >= top[:, None]) & (place < (top + height)[:, None])
     across = (place >= left[:, None]) & (place < (left + width)[:, None])
+
     return (down[:, None, :, None] & across[:, None, None, :]) & wanted[:, None, None, None]
 
 
@@ -159,6 +163,7 @@ def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generato
     """
     if not augment.mixes:
         return None
+
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     blends = rng.random(count) < (0.5 if augment.cutmix else 1.0) * bool(augment.mixup)
     alphas = np.where(blends, augment.mixup, augment.cutmix)
@@ -168,6 +173,7 @@ def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generato
     side = ((1 - share).sqrt() * size).round()
     top, left = ((row * (size - side + 1)).floor() for row in place)
     kinds = torch.from_numpy(blends)
+
     return Mixing(
         partner, torch.where(kinds, share, 1 - side.square() / size**2), kinds, left, top, side
     )
@@ -184,6 +190,7 @@ def mixed(pixels: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch
     pasted = down[:, None, :, None] & across[:, None, None, :]
     share = mixing.share[:, None, None, None]
     own = torch.where(mixing.blends[:, None, None, None], share, (~pasted).to(pixels.dtype))
+
     return own * pixels + (1 - own) * partners
 
 
@@ -194,10 +201,12 @@ def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor)
     room = preprocess.resize - preprocess.size
     if room == 0:
         return _planes(canvases)
+
     top, left = ((draw[row] * (room + 1)).long().clamp(max=room) for row in (4, 5))
     span = torch.arange(size, device=canvases.device)
     sample = torch.arange(len(canvases), device=canvases.device)[:, None, None]
     crop = canvases[sample, (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]]
+
     return _planes(crop)
 
 
@@ -221,6 +230,7 @@ def _resample(
         theta, [len(canvases), 3, preprocess.size, preprocess.size], align_corners=False
     )
     levels = _planes(canvases)
+
     return F.grid_sample(
         levels, grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )

@@ -111,6 +111,7 @@ def build(
     written, or machines have different images.
     """
     paths = [image.path for image in images.images]
+
     shards: list[Array] = []
     slots: list[tuple[int, int]] = []
     bad: list[tuple[Path, str]] = []
@@ -123,14 +124,17 @@ def build(
                 f"{_folder(found, preprocess)}: expected the canvases just written, found them gone or "
                 "damaged. Check the disk, or try FTKIT_CACHE=another folder"
             )
+
         array, reasons = shard
         shards.append(array)
+
         for slot, path in enumerate(part):
             if slot in reasons:
                 bad.append((path, reasons[slot]))
             else:
                 slots.append((number, slot))
                 digests.append(found[slot])
+
     left = images.without({path for path, _ in bad})
     _require_every_class(images, left, bad)
     rows = [
@@ -138,6 +142,7 @@ def build(
         for digest, image in zip(digests, left.images, strict=True)
     ]
     text = "\n".join([_canvas_key(preprocess), *images.classes, *rows])
+
     return Canvases(
         images=left,
         shards=tuple(shards),
@@ -171,20 +176,24 @@ def _digests(
                     partial(_advance, progress, start, len(paths)),
                 )
                 made[str(start // SHARD)] = found
+
         return made
 
     share = max(1, cores() // among)
     everywhere = ranks.gather([len(paths), ranks.together(own)]) if ranks else [(len(paths), own())]
     merged: dict[str, list[str]] = {}
     same = len({count for count, _ in everywhere}) == 1
+
     for _, each in everywhere:
         for number, found in each.items():
             same = same and merged.setdefault(number, found) == found
+
     if not same:
         raise FtkitError(
             f"{paths[0].parent}: expected the same images on every machine, found others. Copy one "
             "machine's folder to the rest"
         )
+
     return [merged[str(number)] for number in range(len(merged))]
 
 
@@ -202,6 +211,7 @@ def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path,
                 f"{images.root}: expected readable training images of class {name!r}, found none "
                 f"({len(bad)} bad files, e.g. {path}: {reason}). Try replacing them"
             )
+
     for split in ("val", "test"):
         if not left.of(split):
             raise FtkitError(
@@ -243,6 +253,7 @@ def _opened(folder: Path, count: int, side: int) -> tuple[Array, dict[int, str]]
         Exception
     ):  # numpy reads an array's header with Python's own parser, which raises whatever it meets
         return None
+
     return (
         (array, stored)
         if array.shape == (count, side, side, 3) and array.dtype == np.uint8
@@ -282,6 +293,7 @@ def _write(
         finally:
             if beside is not None:
                 shutil.rmtree(beside, ignore_errors=True)  # gone when published
+
     progress(len(paths))
 
 
@@ -322,6 +334,7 @@ class _Decoders:
             if reason:
                 reasons[slot] = reason
             progress(done)
+
         return reasons
 
     def _answers(self, file: Path, paths: Sequence[Path]) -> Iterator[tuple[int, str, bool]]:
@@ -330,6 +343,7 @@ class _Decoders:
             return
         while len(self._processes) < min(self._most, max(2, len(paths) // IMAGES_EACH)):
             self._processes.append(_start())
+
         count = len(self._processes)
         for number, process in enumerate(self._processes):
             items = [(slot, str(paths[slot])) for slot in range(number, len(paths), count)]
@@ -341,6 +355,7 @@ class _Decoders:
             )
             process.stdin.write("\n")
             process.stdin.flush()
+
         for slot, path in enumerate(paths):
             process = self._processes[slot % count]  # each tells of its images in order
             assert process.stdout
@@ -356,6 +371,7 @@ class _Decoders:
 
 def _start() -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "ftkit.data.canvas"],
         env=environment,
@@ -389,6 +405,7 @@ def decode_into(
                 "expected memory for its canvas, found too little. Close other programs",
                 False,
             )
+
     array.flush()
 
 

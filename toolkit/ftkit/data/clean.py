@@ -45,10 +45,12 @@ def as_text(found: Audit, canvases: Canvases) -> str:
     rows = [("class", *(f"{split}{'*' if split in found.made else ''}" for split in splits))]
     rows += [(name, *(str(each[split]) for split in splits)) for name, each in found.counts.items()]
     lines = [f"{found.images} images of {len(found.classes)} classes", "", console.table(rows)]
+
     if found.made:
         lines.append(
             "* made by ftkit: stratified, seeded; groups and identical files kept on one side"
         )
+
     lines += [
         "",
         f"formats  {_most(found.formats)}",
@@ -79,6 +81,7 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
             if len(items) > NAMED
             else []
         )
+
         return (
             [f"{len(items)} {title}", *(f"  {item}" for item in items[:NAMED]), *more]
             if items
@@ -109,11 +112,13 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         ),
         *listed(f"classes with under {FEW} training images:", list(found.few)),
     ]
+
     lines += listed(
         "shown whole, and emptied by this recipe's crop:", [name(row) for row in found.emptied]
     )
     for split, classes in found.unjudged.items():
         lines += listed(f"classes without a {split} image, of which {split} says nothing:", classes)
+
     if found.imbalance > UNEVEN:
         lines.append(
             f"classes are uneven, {found.imbalance:.0f} to 1: try --set stages.0.balance=loss"
@@ -122,6 +127,7 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         lines.append(
             f"names suggest groups (one object, one day): if so, try --group-by '{found.hint}'"
         )
+
     lines += [
         *listed("nearly identical on several sides of the split:", sets(found.leaks, False)),
         *listed("nearly identical under several labels:", sets(found.conflicts, False)),
@@ -168,6 +174,7 @@ def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     images = canvases.images
     labels = canvases.labels
+
     written = []
     for label, name in enumerate(images.classes):
         rows = np.flatnonzero(labels == label)
@@ -179,6 +186,7 @@ def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
         path = folder / f"{label}-{_file_name(name)}.jpg"
         _sheet(path, f"{name}: {len(picks)} of {len(rows)}", [list(map(int, picks))], canvases)
         written.append(path)
+
     leaks, conflicts = ({item.rows for item in some} for some in (found.leaks, found.conflicts))
     serious = sorted(
         found.alike, key=lambda item: (item.rows not in leaks, item.rows not in conflicts)
@@ -192,6 +200,7 @@ def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
             canvases,
         )
         written.append(path)
+
     return written
 
 
@@ -204,6 +213,7 @@ def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases
     sheet = PIL.Image.new("RGB", (COLUMNS * (TILE + 4) + 4, height), "white")
     draw = PIL.ImageDraw.Draw(sheet)
     draw.text((6, 6), title, "black", font)
+
     top = 32
     for rows in sets:
         for number, row in enumerate(rows):
@@ -221,7 +231,9 @@ def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases
                 "dimgrey",
                 small,
             )
+
         top += math.ceil(len(rows) / COLUMNS) * (TILE + text)
+
     content = io.BytesIO()
     sheet.save(content, "JPEG", quality=80)
     write_atomically(path, content.getvalue())
@@ -240,6 +252,7 @@ class Cleaned:
     def __str__(self) -> str:
         left_out = ", ".join(f"{count} {why}" for why, count in self.left_out.items() if count)
         lines = [f"left out: {left_out or 'none'}"]
+
         if self.groups:
             lines.append(
                 f"grouped: {sum(self.groups)} near duplicates in {len(self.groups)} groups, the largest of "
@@ -250,6 +263,7 @@ class Cleaned:
                 f"parted: {self.parted} sets of near duplicates lie in several groups; one group of them would be a "
                 "chain whose ends are not alike"
             )
+
         return "\n".join(lines)
 
 
@@ -267,6 +281,7 @@ def clean(found: Audit, canvases: Canvases) -> Cleaned:
     gone = {"unreadable": len(found.bad), "identical": 0, "contradicting": 0, "near duplicates": 0}
     free = ("train", *found.made)  # what is in the others stays there
     conflicts = {item.rows for item in found.conflicts}
+
     left: dict[int, Image] = dict(enumerate(images))
 
     def leave_out(rows: Iterable[int], reason: str) -> None:
@@ -289,6 +304,7 @@ def clean(found: Audit, canvases: Canvases) -> Cleaned:
         if len(rows) > 1:
             _together(left, rows)
             groups.append(len(rows))
+
     near_left = [
         [row for row in item.rows if row in left] for item in found.alike if not item.exact
     ]
@@ -300,6 +316,7 @@ def clean(found: Audit, canvases: Canvases) -> Cleaned:
 
     open_ = free if found.made else ()
     kept = (replace(image, split="") if image.split in open_ else image for image in left.values())
+
     return Cleaned(images=tuple(kept), left_out=gone, groups=tuple(groups), parted=parted)
 
 
@@ -360,11 +377,13 @@ def write_clean(
     """
     require_new(out, images)
     base = images.root if images.root.is_dir() else images.root.parent
+
     if out.suffix == ".csv":
         write_atomically(
             out, as_csv(((image, _from(out.parent, image.path)) for image in kept), images.classes)
         )
         return out
+
     folder = beside(out)
     try:
         placed = []
@@ -376,13 +395,16 @@ def write_clean(
             shutil.copyfile(image.path, place)
             placed.append((image, _from(folder, place)))
             progress(number, len(kept))
+
         for licence in base.glob("LICEN[CS]E*"):
             shutil.copyfile(licence, folder / licence.name)
+
         (folder / "images.csv").write_bytes(as_csv(placed, images.classes))
         folder.chmod(0o755)
         folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
     return out / "images.csv"
 
 

@@ -107,6 +107,7 @@ def read(
             f"{root}: expected at least two classes, found one ({classes[0]}). Try a folder for each class, "
             "e.g. ok/ and defect/"
         )
+
     index = {label: number for number, label in enumerate(classes)}
     images = sorted(
         (
@@ -142,6 +143,7 @@ def labelled(
         raise FtkitError(
             f"{root}: expected a test split, found train and val only. Try a folder of held-out images"
         )
+
     images = [Labelled(path, label, group) for path, label, _, group in chosen]
     return sorted(images, key=lambda image: natural(image.path.as_posix()))
 
@@ -167,10 +169,12 @@ def splits_csv(images: Images) -> bytes:
     paths = [_absolute(image.path) for image in images.images]
     if not all(path.is_relative_to(folder) for path in paths):
         folder = Path(os.path.commonpath([path.parent for path in paths]))
+
     if folder == Path(folder.anchor):
         names = [below(images.root, path) for path in paths]
     else:
         names = [path.relative_to(folder).as_posix() for path in paths]
+
     return as_csv(zip(images.images, names, strict=True), images.classes)
 
 
@@ -185,11 +189,13 @@ def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[Row]
         raise FtkitError(
             f"{data}: expected a folder of images or a CSV, found nothing there. Check the path"
         )
+
     if root and not (root.is_dir() and data.is_file()):
         found = f"{data}, which is no CSV" if root.is_dir() else "no such folder"
         raise FtkitError(
             f"--root {root}: expected the folder that a CSV's paths are relative to, found {found}. Try it without"
         )
+
     rows = _from_csv(data, root or data.parent) if data.is_file() else _from_folder(data)
     if not rows and data.is_file():
         raise FtkitError(
@@ -199,6 +205,7 @@ def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[Row]
         raise FtkitError(
             f"{data}: expected images as {data}/CLASS/IMAGE.jpg, found none. Try a folder a class"
         )
+
     top = root or data
     return top, _grouped(top, rows, group_by) if group_by else rows
 
@@ -221,12 +228,14 @@ def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
         raise FtkitError(
             f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
         ) from None
+
     found = [pattern.search(_relative(root, path)) for path, _, _, _ in rows]
     if not any(found):
         raise FtkitError(
             f"--group-by {group_by}: expected it to match paths such as {_relative(root, rows[0][0])}, "
             "found no match. Try '([^/]+)_[0-9]+'"
         )
+
     names = [match and (match[1] if pattern.groups else match[0]) for match in found]
     return [
         (path, label, split, name or group)
@@ -239,6 +248,7 @@ def _from_folder(root: Path) -> list[Row]:
     splits = {
         path: SPLIT_NAMES[path.name.lower()] for path in top if path.name.lower() in SPLIT_NAMES
     }
+
     others = sorted(path.name for path in top if path not in splits)
     if (
         "train" not in splits.values() and others
@@ -248,6 +258,7 @@ def _from_folder(root: Path) -> list[Row]:
             for path, split in splits.items()
             if path.name.lower() not in ("valid", "validation")
         }
+
     if not splits:
         return [(path, label, "", "") for path, label in _class_folders(root)]
 
@@ -257,6 +268,7 @@ def _from_folder(root: Path) -> list[Row]:
             f"{root}: expected either splits (train, val, test) or classes, found {named[0]!r} beside "
             f"{others[0]!r}. Rename the one, or move the other out of the data folder"
         )
+
     rows = []
     for folder, split in splits.items():
         for path, label in _class_folders(folder):
@@ -265,6 +277,7 @@ def _from_folder(root: Path) -> list[Row]:
                     f"{folder / label}: expected a class, found a folder named like a split. Rename it"
                 )
             rows.append((path, label, split, ""))
+
     return rows
 
 
@@ -295,6 +308,7 @@ def _from_csv(path: Path, folder: Path) -> list[Row]:
             raise FtkitError(
                 f"{path}: expected a column {column!r}, found {', '.join(columns) or 'none'}. Try path,label"
             )
+
     return [_csv_row(folder, f"{path} line {number}", columns, line) for number, line in table]
 
 
@@ -308,6 +322,7 @@ def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str
             f"{where}: expected {len(columns)} fields ({', '.join(columns)}), found {len(columns) + len(surplus)}. "
             'Quote a field that has a comma in it: "food, drink"'
         )
+
     fields = {
         str(column).strip(): (text or "").strip()
         for column, text in line.items()
@@ -320,14 +335,17 @@ def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str
             f"{where}: expected an image at {folder / fields['path']}, found none. "
             "Check the path column, or name the folder with --root"
         )
+
     label = fields["label"]
     if not label:
         raise FtkitError(f"{where}: expected a label, found none. Fill in the label column")
     if any(character in label for character in LINE_ENDS):
         raise FtkitError(f"{where}: expected a label on one line, found {label!r}. Correct it")
+
     split = SPLIT_NAMES.get(fields.get("split", "").lower(), fields.get("split", ""))
     if split and split not in SPLITS:
         raise FtkitError(f"{where}: expected split train, val or test, found {split!r}. Correct it")
+
     return image, label, split, fields.get("group", "")
 
 
@@ -346,17 +364,22 @@ def _with_splits(images: Images, seed: int) -> Images:
         raise FtkitError(
             f"{images.root}: expected a train split, found {', '.join(sorted(given))}. Try adding train/"
         )
+
     made = [split for split in ("test", "val") if split not in given]
     together = _together(items) if made else []
+
     for split in made:
         items = _cut(items, together, split, {"test": TEST_SHARE, "val": VAL_SHARE}[split], seed)
+
     result = replace(images, images=tuple(items), made=tuple(made))
     counts = Counter(image.label for image in result.of("train"))
+
     for label, name in enumerate(images.classes):
         if counts[label] == 0:
             raise FtkitError(
                 f"{images.root}: expected training images of class {name!r}, found none. Try adding some"
             )
+
     for split in ("val", "test"):
         if not result.of(split):
             grouped = any(image.group for image in items)
@@ -368,6 +391,7 @@ def _with_splits(images: Images, seed: int) -> Images:
             raise FtkitError(
                 f"{images.root}: expected enough images for a {split} split, found {len(items)} in all. Try {cure}"
             )
+
     return result
 
 
@@ -388,12 +412,14 @@ def _together(items: Sequence[Image]) -> list[int]:
     pairs = []
     sizes = [image.path.stat().st_size for image in items]
     often = Counter(sizes)
+
     for number, (image, size) in enumerate(zip(items, sizes, strict=True)):
         keys = [f"group {image.group}"] if image.group else []
         if often[size] > 1:
             with suppress(OSError):  # canvases name it
                 keys.append(hashlib.sha256(image.path.read_bytes()).hexdigest())
         pairs += [(seen.setdefault(key, number), number) for key in keys]
+
     return clusters(len(items), pairs)
 
 
@@ -404,17 +430,22 @@ def _cut(
     every class keeps an image."""
     rng = random.Random(f"{seed}/{split}")
     groups: dict[str, list[int]] = defaultdict(list)
+
     for number, first in enumerate(together):
         if items[number].split == "train":
             groups[items[first].group or f"\0{first}"].append(number)
+
     left = Counter(image.label for image in items if image.split == "train")
     wanted = {label: round(count * share) if count > 1 else 0 for label, count in left.items()}
+
     for label, count in left.items():
         if count >= 4 and wanted[label] == 0:
             wanted[label] = 1
+
     order = sorted(groups)
     rng.shuffle(order)
     result = list(items)
+
     for name in order:
         members = Counter(items[number].label for number in groups[name])
         gain = sum(min(count, max(0, wanted[label])) for label, count in members.items())
@@ -426,4 +457,5 @@ def _cut(
             result[number] = replace(items[number], split=split)
         wanted = {label: count - members.get(label, 0) for label, count in wanted.items()}
         left.subtract(members)
+
     return result

@@ -101,6 +101,7 @@ def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelle
     path = Path(bundle) / TRAINED_ON
     if not path.is_file():
         return list(images), None
+
     known = set(path.read_text().split())
     left = [image for image in images if trained_on_digest(image.path) not in known]
     if not left:
@@ -108,6 +109,7 @@ def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelle
             f"{images[0].path.parent}: expected images that the model was not trained on, found that it "
             f"was on all {len(images)}. Try held-out images"
         )
+
     return left, len(images) - len(left)
 
 
@@ -143,6 +145,7 @@ def answers(
     """
     classify = Classifier(bundle, provider=provider)
     known = {name: number for number, name in enumerate(classify.labels)}
+
     found = []
     kept = list[Labelled]()
     unreadable = []
@@ -153,13 +156,16 @@ def answers(
         except ImageError as error:
             unreadable.append(str(error))
         step(number, len(images))
+
     if not kept:
         raise FtkitError(
             f"{images[0].path}: expected images that can be read, found none. {unreadable[0]}"
         )
+
     probabilities = np.stack(found)
     labels = np.array([known[image.label] for image in kept])
     groups = tuple(image.group for image in kept)
+
     return Answers(
         files=tuple(image.path for image in kept),
         labels=tuple(image.label for image in kept),
@@ -180,10 +186,12 @@ def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
     groups = np.array(new.groups)
     overall = paired(before, after, list(groups))
     names = [name for name in new.metrics.classes if name in set(new.labels)]
+
     classes = {}
     for name in names:
         own = labels == name
         classes[name] = paired(before[own], after[own], list(groups[own]), looks=len(names))
+
     regressed = [
         Regressed(image=str(path), label=label, said=said, probability=probability)
         for path, label, said, probability, was, now in zip(
@@ -191,9 +199,11 @@ def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
         )
         if was and not now
     ]
+
     verdict = overall.verdict(max_drop)
     if any(found.verdict(max_drop) == "refused" for found in classes.values()):
         verdict = "refused"
+
     return Change(
         verdict=verdict,
         max_drop=max_drop,
@@ -214,6 +224,7 @@ def as_text(new: Answers, old: Answers | None = None, change: Change | None = No
         f"NLL {found.nll:.3f}, ECE {found.ece:.3f}",
     ]
     rows = [("class", "images", "recall", "precision", *["drop, points [95 %]"] * bool(change))]
+
     for place, name in enumerate(found.classes):
         shares = [
             f"{value:.3f}" if value is not None else "-"
@@ -221,6 +232,7 @@ def as_text(new: Answers, old: Answers | None = None, change: Change | None = No
         ]
         drop = [_points(change.classes[name]) if name in change.classes else ""] if change else []
         rows.append((name, str(sum(found.confusion[place])), *shares, *drop))
+
     lines.append(console.table(rows))
     if old and change:
         lines.append(
@@ -230,8 +242,10 @@ def as_text(new: Answers, old: Answers | None = None, change: Change | None = No
             f"  {item.image}  {item.label} -> {item.said} {item.probability:.3f}"
             for item in change.regressed[:LISTED]
         ]
+
         if len(change.regressed) > LISTED:
             lines.append(f"  and {len(change.regressed) - LISTED} more: see --json")
+
         lines += [
             f"class {name} surely lost more than {change.max_drop:.1%}"
             for name in change.worse_classes
@@ -241,6 +255,7 @@ def as_text(new: Answers, old: Answers | None = None, change: Change | None = No
             f"points, limit {change.max_drop * 100:.2f}"
         )
         lines.append(change.verdict)
+
     return "\n".join(lines)
 
 

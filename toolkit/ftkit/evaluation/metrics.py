@@ -116,6 +116,7 @@ def reliability(
     top = probabilities.max(1).astype(np.float64)
     right = probabilities.argmax(1) == labels
     number = np.minimum((top * bins).astype(int), bins - 1)
+
     return tuple(
         (int((number == b).sum()), float(top[number == b].mean()), float(right[number == b].mean()))
         for b in range(bins)
@@ -146,6 +147,7 @@ def evaluate(
     low, high, clusters = share_interval(found == labels, groups)
     bounds = _recall_bounds(found, labels, len(classes), groups)
     chosen = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), 1e-12)
+
     return Metrics(
         images=len(labels),
         accuracy=right / len(labels),
@@ -180,12 +182,14 @@ def _recall_bounds(
     """(2, classes): 95 % interval of each class's recall; 0 and 1 of a class without images."""
     names = None if groups is None else np.array(groups)
     bounds = np.empty((2, classes))
+
     for label in range(classes):
         own = labels == label
         low, high, _ = share_interval(
             answers[own] == label, None if names is None else list(names[own])
         )
         bounds[:, label] = low, high
+
     return bounds
 
 
@@ -212,6 +216,7 @@ def abstain_threshold(
 
     order = np.argsort(-top, kind="stable")
     last_of_ties = np.append(np.flatnonzero(np.diff(top[order])), len(top) - 1)
+
     proven = None
     for start in STARTS:
         for last in _thinned(last_of_ties[last_of_ties >= math.ceil(start * len(top)) - 1]):
@@ -222,6 +227,7 @@ def abstain_threshold(
             proven = (
                 float(top[order[last]]) if proven is None else min(proven, float(top[order[last]]))
             )
+
     if proven is not None:
         return proven, True
 
@@ -261,6 +267,7 @@ def abstention(
     top = probabilities.max(1)
     right = probabilities.argmax(1) == labels
     answered = top >= threshold if threshold is not None else np.zeros(len(top), bool)
+
     return Abstention(
         wanted=wanted,
         threshold=threshold,
@@ -277,6 +284,7 @@ def worst_mistakes(
     said = probabilities.argmax(1)
     top = probabilities.max(1)
     wrong = sorted(np.flatnonzero(said != labels), key=lambda i: -top[i])[:count]
+
     return tuple(
         Mistake(
             row=int(rows[i]), label=int(labels[i]), said=int(said[i]), probability=float(top[i])
@@ -294,6 +302,7 @@ def cka(one: Array, other: Array) -> float:
         x = x @ x.T
         y = y @ y.T
         return float((x * y).sum() / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-300))
+
     cross = np.linalg.norm(x.T @ y) ** 2
     return float(cross / max(float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)), 1e-300))
 
@@ -309,12 +318,14 @@ def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None =
     """
     if len(labels) == 0:
         return 1.0
+
     names = [name or f"\0{number}" for number, name in enumerate(groups or [""] * len(labels))]
     _, clusters = np.unique(names, return_inverse=True)
     folds = np.random.default_rng(0).permutation(clusters.max() + 1)[clusters] % CALIBRATION_FOLDS
 
     before = _nll(logits, labels, 1.0)
     gain = np.zeros(len(labels))
+
     for fold in np.unique(folds):
         held = folds == fold
         if held.all():
@@ -322,10 +333,12 @@ def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None =
         gain[held] = before[held] - _nll(
             logits[held], labels[held], _temperature(logits[~held], labels[~held])
         )
+
     # Gains lie where errors do: what is known of their grouping is the errors' design effect.
     effect = design(logits.argmax(1) == labels, groups, SHARE).effect
     error = math.sqrt(float(gain.var()) / len(gain) * effect)
     temperature = _temperature(logits, labels)
+
     return temperature if gain.mean() > (1 if temperature > 1 else 2) * error else 1.0
 
 

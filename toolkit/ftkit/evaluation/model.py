@@ -97,6 +97,7 @@ def judge(
     )
     classes = canvases.images.classes
     plain = {split: evaluate(softmax(logits[split]), labels[split], classes) for split in rows}
+
     return Verdict(
         temperature=temperature,
         metrics={

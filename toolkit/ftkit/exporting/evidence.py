@@ -46,16 +46,19 @@ def file_accuracy(
     rows = context.canvases.rows("test")
     found = []
     labels = context.canvases.labels[rows]
+
     with console.bar("accuracy of the file") as progress:
         for number, row in enumerate(rows, start=1):
             found.append(
                 classify.probabilities(classify.decode(context.canvases.images.images[row].path))
             )
             progress(number, len(rows))
+
     probabilities = np.stack(found)
     groups = context.canvases.groups(rows)
     framework = np.array(run.data["answers"])
     against = paired(framework == labels, probabilities.argmax(1) == labels, groups)
+
     return evaluate(probabilities, labels, classes, groups), against
 
 
@@ -65,6 +68,7 @@ def out_of_order(folder: Path, classes: Sequence[str]) -> int:
     # Not splitlines: U+2028 and the like are characters of a label, and end no line for a runner.
     written = (folder / "labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     said = Classifier(folder).labels
+
     return sum(
         found != list(classes)[place : place + 1]
         for place in range(max(len(classes), len(written), len(said)))
@@ -84,10 +88,12 @@ def latencies(
     without copies."""
     threads = sorted({1, cores()})
     found: dict[str, list[Latency]] = {name: [] for name in paths}
+
     for name, forms in paths.items():
         for provider in sorted(providers, key=lambda provider: provider != "cpu"):
             path = form_of(provider, *forms)
             counts = threads if provider == "cpu" else [1]
+
             listed = conditions(path, [provider], counts, [0], frame)
             for condition in listed:
                 if provider == "cpu" and not condition.spinning:
@@ -99,6 +105,7 @@ def latencies(
                 console.say(
                     f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms"
                 )
+
     return found
 
 
@@ -129,10 +136,12 @@ def _starts(
     provider = context.target.provider
     path = form_of(provider, *forms)
     count = QUICK_STARTS if quick else STARTS
+
     if context.device:
         return context.device.starts(
             path, context.photograph, provider=provider, frame=context.frame, count=count
         )
+
     if context.here:
         condition = Condition(model=str(path), provider=provider, threads=1, frame=context.frame)
         return starts(condition, context.photograph, quick=quick)
@@ -152,6 +161,7 @@ def choose(rows: Sequence[Row], judged: Mapping[str, Sequence[Budget]]) -> Row:
         ]
         if meeting:
             return min(meeting, key=lambda row: (row.p50_ms or 0, row.size_bytes))
+
     return min(allowed, key=lambda row: max(item.excess for item in judged[row.name]))
 
 
@@ -195,6 +205,7 @@ def judge(limits: Export, measured: Measured) -> list[Gate]:
         worst = item.worst
         label = f"parity on {item.provider} ({worst.name}, {input_group(worst)})"
         gates.append(Gate(name=label, value=worst.value, limit=worst.limit))
+
     gates.append(Gate(name="labels out of order", value=measured.out_of_order, limit=0))
 
     # fp32 is held to the framework by parity, and int8 was accepted on val with confidence: on
@@ -220,6 +231,7 @@ def judge(limits: Export, measured: Measured) -> list[Gate]:
         if not budget.values:
             where += ", not measured on the target: try --latency"
             unsettled = "not measured on the target"
+
         gates.append(
             Gate(
                 name=f"{words[budget.name]} ({where})",
@@ -230,6 +242,7 @@ def judge(limits: Export, measured: Measured) -> list[Gate]:
                 unsettled=unsettled,
             )
         )
+
     return gates
 
 
@@ -248,12 +261,14 @@ def _recall(metrics: Metrics, least: float) -> Gate:
     )
     recall = metrics.recall[label]
     low = metrics.recall_low[label]
+
     high = metrics.recall_high[label]
     if recall is None or low is None or high is None:
         name = f"share missed of class {metrics.classes[label]}, of which test has no image"
         return Gate(
             name=name, value=math.nan, limit=1 - least, unsettled="no test image of that class"
         )
+
     name = f"share missed of class {metrics.classes[label]}"
     return Gate(name=name, value=1 - recall, limit=1 - least, low=1 - high, high=1 - low)
 
@@ -268,8 +283,10 @@ def over_sizes(
     first; none where the target is neither here nor reached, or runs the core form."""
     if not (context.here or context.device) or context.target.provider != "cpu":
         return []
+
     area = {frame: math.prod(parse_frame(frame)) for frame in {*SIZES, context.frame}}
     listed = sorted(area, key=lambda frame: area[frame])
+
     with console.bar("latency over frame sizes"):
         if context.device:
             return context.device.over_sizes(forms[0], context.photograph, listed)
@@ -290,6 +307,7 @@ def manifest(
     sizes: Sequence[tuple[str, float, float]],
 ) -> dict[str, Any]:
     target = context.target
+
     return {
         "ftkit": ftkit.__version__,
         "name": run.recipe.name,

@@ -113,6 +113,7 @@ class Exported:
             )
             for row in self.rows
         ]
+
         return "".join(
             [
                 f"<p>{escape(str(self.folder))}: {'all gates passed' if self.passed else self.verdict}</p>",
@@ -132,16 +133,19 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
         raise FtkitError(
             f"{where}: expected the images this run was trained on, found nothing. Try --data FOLDER"
         )
+
     with console.bar("decoding") as progress:
         images = read(
             where, run.data["seed"], run.data["group_by"], None if data else run.data["root"]
         )
         canvases = build_canvases(images, run.preprocess, progress)
+
     if canvases.fingerprint != run.data["data_fingerprint"]:
         raise FtkitError(
             f"{where}: expected the images this run was trained on, found others (changed, added or removed since). "
             "Try the original folder with --data, or train again"
         )
+
     return canvases
 
 
@@ -153,6 +157,7 @@ def metadata(run: Run) -> dict[str, str]:
     # So may this be
     recipe["stages"] = [{**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]]
     threshold = run.data["abstention"]["threshold"]
+
     return {
         "labels": json.dumps(list(run.classes), ensure_ascii=False),
         "preprocess": json.dumps(asdict(run.preprocess)),
@@ -178,8 +183,10 @@ def read_measured(path: Path, run: Run, target: str, frame: str) -> dict[str, An
             f"{path}: expected what `device/classify.py --bench` prints, found something else. "
             "Run it on the device and keep its output"
         ) from None
+
     provider = TARGETS[target].provider
     where = (data["provider"], data["threads"], data["target"])
+
     wanted = (provider, 1, target)
     if where[:2] != wanted[:2] or (provider == "cpu" and where[2] != target):
         raise FtkitError(
@@ -195,6 +202,7 @@ def read_measured(path: Path, run: Run, target: str, frame: str) -> dict[str, An
             f"{path}: expected latencies on {console.frames(frame)}, found {data['frame'] or 'none'}. "
             f"Try --set export.frame={data['frame'] or frame}, or measure again"
         )
+
     return data
 
 
@@ -228,14 +236,17 @@ def export(
                 f"--providers {name}: expected one that parity can be measured on, found one for "
                 "`ftkit bench` alone. Try cuda"
             )
+
     limits = settings or run.recipe.export
     extras = extras or Extras()
     _require_extras(extras, limits)
     keep_freed_memory()
     bound_threads()
+
     with allowing(run.data["max_pixels"]):
         canvases = held_out(run, data)
         model = run.backbone().model
+
         folder = bundles.begin(out)
         try:
             job = _prepare(run, model, canvases, folder, limits, providers, quick, extras)
@@ -306,6 +317,7 @@ def _prepare(
     """Convert the model, and choose the images that it is proven on."""
     with console.bar("converting to ONNX"):
         core = export_core(model, run.preprocess.size)
+
     picked = spread_evenly(canvases.rows("test"), PARITY_IMAGES)
     rows = np.random.default_rng(0).permutation(picked)
     files = [canvases.images.images[row].path for row in rows]
@@ -322,6 +334,7 @@ def _prepare(
         device=extras.device,
         metadata={**metadata(run), "input_format": limits.input_format},
     )
+
     return Job(
         run=run,
         model=model,
@@ -344,10 +357,12 @@ def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
     console.say(f"times: one thread, {console.frames(job.context.frame)}, decoding apart")
 
     paths = _write_variants(job.folder, made, job.context)
+
     if explained := with_features(job.core.model):
         job.context.write(explained, job.folder / EXPLAIN, "fp32", (), plain=True)
     for name in (TRAINED_ON, SPLITS_CSV):
         shutil.copyfile(job.run.folder / name, job.folder / name)
+
     labels = "".join(f"{label}\n" for label in job.run.classes)
     (job.folder / "labels.txt").write_text(labels, encoding="utf-8")
     return made, paths
@@ -357,6 +372,7 @@ def _prove(job: Job, paths: Forms) -> list[Parity]:
     """Parity of fp32 with the framework, on each provider."""
     found = []
     image_form, core_form = paths["fp32"]
+
     for provider in job.providers:
         with console.bar(f"parity on {provider}"):
             parity = compare(
@@ -371,8 +387,10 @@ def _prove(job: Job, paths: Forms) -> list[Parity]:
                 provider,
                 job.limits.input_format,
             )
+
         _say_parity(parity, len(job.rows))
         found.append(parity)
+
     return found
 
 
@@ -394,6 +412,7 @@ def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
     missed = [item for item in budgets[chosen.name] if item.verdict != "passed"]
     unproven = evidence.would_meet(made.rows, job.limits) if missed else []
     console.say(f"chosen: {chosen.name}{', the nearest to its budgets' if missed else ''}")
+
     if missed:
         for line in signpost(job.run, job.model, missed, unproven, made.rows, context):
             console.say(line)
@@ -415,12 +434,14 @@ def _finish_files(job: Job, chosen: Row, paths: Forms) -> Forms:
     golden = []
     if job.limits.golden == "images":  # of a size that any device decodes
         golden = [image for image in job.photographs if image[..., 0].size <= GOLDEN_PIXELS]
+
     with console.bar("golden vectors"):
         reference = job.context.reference
         temperature = job.run.temperature
         write_golden(folder, reference, golden, preprocess, temperature, paths, input_format)
         paths[chosen.name][0].rename(folder / "model.onnx")
         write_flat(folder, chosen.name, preprocess, temperature, input_format)
+
     if golden:
         for licence in job.canvases.images.root.glob("LICEN[CS]E*"):  # travels with the images
             shutil.copyfile(licence, folder / "golden" / licence.name)
@@ -459,6 +480,7 @@ def _seal(
             frame=job.context.frame,
         ),
     )
+
     manifest = {
         **evidence.manifest(
             run,
@@ -491,8 +513,10 @@ def _seal(
     (folder / "MODEL_CARD.md").write_text(model_card(run.data, manifest), encoding="utf-8")
 
     sealed = bundles.seal(folder, out, manifest, gates, job.extras.sign)
+
     if job.extras.zipped:
         archive.pack(sealed, sealed.with_name(sealed.name + ".zip"))
+
     return Exported(
         folder=sealed,
         gates=tuple(gates),
@@ -522,6 +546,7 @@ def _write_variants(
                     f"{path.name}: {why}, for target {context.target_name}. Try another backbone"
                 )
         paths[name] = (image, plain)
+
     return paths
 
 
@@ -542,6 +567,7 @@ def _measured(
             count=1,
         )
         return replace(row, peak_rss_bytes=start.peak_rss_bytes)
+
     for item in latency:
         if context.here and item.provider == context.target.provider and item.threads == 1:
             return replace(row, p50_ms=item.p50_ms, p95_ms=item.p95_ms)
@@ -578,11 +604,13 @@ def _add_extras(
                 threshold=float(context.metadata["abstain_threshold"]),
                 input_format=context.limits.input_format,
             )
+
     if extras.web:
         web.add_page(folder, extras.web)
     if extras.ort:
         with console.bar("ORT format"):
             write_ort(folder / "model.onnx", folder / "device" / "ort", context.target)
+
     if extras.handoff:
         rows = context.canvases.rows("val")[
             :: max(1, -(-len(context.canvases.rows("val")) // handoff.IMAGES))
@@ -628,5 +656,6 @@ def _say_parity(parity: Parity, photographs: int) -> None:
     console.say(
         f"  nearest to its limit: {worst.name}, {group(worst)}: {short(worst.value)} of {short(worst.limit)} allowed"
     )
+
     if parity.first_divergence:
         console.say(f"first diverging layer: {parity.first_divergence}")

@@ -43,6 +43,7 @@ def _pads(attributes: dict[str, Any], spatial: int) -> list[int]:
 def _conv(x: Values, a: dict[str, Any]) -> torch.Tensor:
     padded = F.pad(x[0], _pads(a, x[1].ndim - 2))
     spatial = x[1].ndim - 2
+
     return F.conv2d(
         padded,
         x[1],
@@ -140,6 +141,7 @@ class Simulated(nn.Module):
             - set(OPERATORS)
             - {"QuantizeLinear", "DequantizeLinear"}
         )
+
         unknown |= {
             node.op_type for node, a in self.nodes if a.get("auto_pad", b"NOTSET") != b"NOTSET"
         }
@@ -148,6 +150,7 @@ class Simulated(nn.Module):
                 f"export.qat_epochs: expected operators it can train through, found {', '.join(unknown)}. "
                 "Try --set export.qat_epochs=0"
             )
+
         self.sources = {
             node.output[0]: _origin(node.input[0], floats)
             for node, _ in self.nodes
@@ -159,6 +162,7 @@ class Simulated(nn.Module):
             for name in node.input
             if name in floats and floats[name].ndim > 1
         }
+
         self.names = sorted({*self.sources.values(), *kept})
         self.weights = nn.ParameterList(
             torch.from_numpy(floats[name].copy()) for name in self.names
@@ -167,6 +171,7 @@ class Simulated(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         floats = dict(zip(self.names, self.weights, strict=True))
         values: dict[str, Any] = {"": None, **self.constants, **floats, self.input: pixels}
+
         for node, attributes in self.nodes:
             inputs: list[Any] = [values.get(name) for name in node.input]
             if node.op_type == "QuantizeLinear":
@@ -193,6 +198,7 @@ class Simulated(nn.Module):
                 )
             else:
                 values[node.output[0]] = OPERATORS[node.op_type](inputs, attributes)
+
         logits: torch.Tensor = values[self.output]
         return logits
 
@@ -231,6 +237,7 @@ def fine_tune(
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     steps = epochs * -(-len(labels) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
     with console.bar("quantization-aware stage") as progress:
         done = 0
         for epoch in range(epochs):
@@ -255,12 +262,16 @@ def fine_tune(
                 total = total + float(loss.detach()) * len(rows)
                 done = done + 1
                 progress(done, steps)
+
             console.say(
                 f"quantization-aware stage  {epoch + 1}/{epochs}  loss {total / len(order):.3f}"
             )
+
     trained = copy.deepcopy(core)
     found = dict(zip(model.names, model.weights, strict=True))
+
     for item in trained.graph.initializer:
         if item.name in found:
             item.CopyFrom(numpy_helper.from_array(found[item.name].detach().numpy(), item.name))
+
     return trained

@@ -62,12 +62,14 @@ def signpost(
     if unproven:  # nothing smaller is needed: this one's accuracy is all that is open
         lines.append(_unproven(_surest(unproven), context))
         return lines
+
     large = next((item for item in missed if item.name == "size_mb"), None)
     small = [
         row
         for row in rows
         if large and row.name.startswith("int8") and row.size_bytes / 1e6 <= large.limit
     ]
+
     small = [row for row in small if row.verdict != "refused" and not row.shippable]
     if small:
         best = _surest(small)
@@ -76,9 +78,11 @@ def signpost(
         )
     elif large:
         lines.append("a smaller file takes a smaller backbone: docs/recipes.md has the sizes")
+
     slow = next((item for item in missed if item.name == "p95_ms" and item.values), None)
     if slow and context.target.provider == "cpu" and (context.here or context.device):
         lines += _resolutions(run, model, slow, rows, context, only_int8=bool(small))
+
     return lines
 
 
@@ -124,6 +128,7 @@ def _resolutions(
     timed = _timed(run, model, slow, ratio, context)
     if not timed:
         return []
+
     table = [("input", "fp32 p50/p95 ms", "int8 p95 ms, if its accuracy holds")]
     for item in timed:
         int8 = "" if item.int8_p95_ms is None else f"about {item.int8_p95_ms:.1f}"
@@ -136,6 +141,7 @@ def _resolutions(
     best = None
     if not only_int8:
         best = next((item for item in timed if item.p95_ms <= slow.limit), None)
+
     best = best or next(
         (item for item in timed if (item.int8_p95_ms or slow.limit * 2) <= slow.limit), None
     )
@@ -143,6 +149,7 @@ def _resolutions(
         lines.append(f"try: {_command(run, best.size)}")
     else:
         lines.append("none of them meets it: try a smaller backbone (docs/recipes.md)")
+
     return lines
 
 
@@ -156,27 +163,33 @@ def _timed(
     wanted = {_rounded(own / excess**0.5), _rounded(own / (excess * (ratio or 1)) ** 0.5)}
     wanted |= {size - STEP for size in wanted}
     sizes = sorted({max(size, LEAST) for size in wanted if max(size, LEAST) < own}, reverse=True)
+
     found = []
     with tempfile.TemporaryDirectory() as scratch, console.bar("other input sizes"):
         for size in sizes[:MOST]:
             smaller = run.preprocess.at(size)
             path = Path(scratch) / f"{size}.onnx"
+
             try:
                 core = export_core(model, size).model
             except FtkitError:
                 return []
+
             form = image_form(core, smaller, run.temperature, context.limits.input_format)
             write(form, path, {**context.metadata, "preprocess": json.dumps(asdict(smaller))})
+
             if context.device:
                 (timed,) = context.device.over_sizes(path, context.photograph, [context.frame])
             else:
                 (timed,) = over_sizes(
                     Condition(model=str(path), threads=1), context.photograph, [context.frame]
                 )
+
             _, p50, p95 = timed
             found.append(
                 Smaller(size=size, p50_ms=p50, p95_ms=p95, int8_p95_ms=ratio and p95 * ratio)
             )
+
     return found
 
 

@@ -150,8 +150,10 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     """fp32, then what the target has beside it, each with its verdict."""
     rows = context.canvases.rows("val")
     labels = context.canvases.labels[rows]
+
     with console.bar("fp32 on val"):
         logits = answers(core, context, rows)
+
     fp32 = Candidate(name="fp32", core=core, right=logits.argmax(1) == labels)
     found = [fp32]
     wanted = context.target.variants if context.limits.variants == "auto" else ()
@@ -161,14 +163,17 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
         found += _ladder(fp32, context, logits, labels)
     if "fp16" in wanted:
         found.append(_half(fp32, context, logits, labels))
+
     times = _times(found, context)
     judged = [(_row(item, fp32, times.get(item.name), context), item) for item in found]
     shipped = {"fp32": (judged[0][0], core)}
+
     for precision in wanted:
         rivals = [pair for pair in judged[1:] if pair[0].name.startswith(precision)]
         row, best = min(rivals, key=lambda pair: _preference(pair[0]))
         if row.verdict != "refused":
             shipped[precision] = (replace(row, name=precision), best.core)
+
     return Variants(
         rows=tuple(row for row, _ in judged),
         shipped=shipped,
@@ -224,10 +229,12 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
                 order = [name for name, _ in rank(fp32.core, ranges, context.target, sample)]
         if count and count >= len(order):
             break
+
         name = f"int8, {count} float" if count else "int8"
         with console.bar(name):
             model = int8(fp32.core, ranges, context.target, keep=order[:count])
             found = _answers_there(model, context)
+
         rung = Candidate(
             name=name,
             core=model,
@@ -235,15 +242,18 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
             sqnr_db=sqnr(logits, found),
             kept=tuple(order[:count]),
         )
+
         yield rung
         if _held(fp32, rung, context):
             return
+
         if (
             not count
             and (context.here or context.device)
             and _times([fp32, rung], context)[name].ratio_low >= 1
         ):
             return
+
     if context.limits.qat_epochs:
         yield _trained(fp32, ranges, context, logits, labels)
 
@@ -274,8 +284,10 @@ def _trained(
         answers(fp32.core, context, rows),
         epochs=context.limits.qat_epochs,
     )
+
     model = int8(core, ranges, context.target)
     found = _answers_there(model, context)
+
     return Candidate(
         name="int8, trained",
         core=model,
@@ -290,11 +302,14 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
     model, kept = half(fp32.core, _ranges(fp32.core, context))
     rows = context.canvases.rows("val")
     provider = context.target.provider if context.here or context.device else "cpu"
+
     with console.bar("fp16 on val"):
         found = _answers_there(model, context, provider)
+
     sample = context.pixels(spread_evenly(rows, FLOAT64_IMAGES))
     rounding = context.reference.rounding(sample, "fp16")
     checks = agreement(logits, found, rounding, "fp16", f"val images on {provider}")
+
     return Candidate(
         name="fp16",
         core=model,
@@ -311,17 +326,21 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
     reached = context.here or context.device
     if (context.here and len(candidates) == 1) or not (reached or context.measured):
         return {}
+
     with (
         tempfile.TemporaryDirectory() as scratch,
         console.bar(f"latency of {len(candidates)} variants"),
     ):
         files = [Path(scratch) / f"{number}.onnx" for number in range(len(candidates))]
         plain = PROVIDERS[context.target.provider].form == "core"
+
         for path, item in zip(files, candidates, strict=True):
             context.write(item.core, path, item.precision, item.kept, plain=plain)
         if found := context.race(files):
             return {item.name: times for item, times in zip(candidates, found, strict=True)}
+
         known = context.measured["sha256"]  # of the very files that ran there
+
         return {
             item.name: Raced(**context.measured["raced"][item.precision])
             for path, item in zip(files, candidates, strict=True)
@@ -332,6 +351,7 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
 def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context) -> Row:
     limit = context.limits.max_accuracy_drop
     compared = None if item is fp32 else _compared(fp32, item, context)
+
     verdict = "reference"
     reason = "what the others are compared with"
     if compared:
@@ -342,6 +362,7 @@ def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context
         if failed:
             verdict = "refused"
             reason = f"{failed[0].name}: {failed[0].value:.3g}, limit {failed[0].limit:.3g}"
+
     return Row(
         name=item.name,
         verdict=verdict,
@@ -386,6 +407,7 @@ def as_table(rows: Sequence[Row]) -> str:
                 row.verdict.removesuffix(" on target"),
             )
         )
+
     best = [
         min((row for row in rows if row.name.startswith(precision)), key=_preference)
         for precision in dict.fromkeys(row.name.split(",")[0] for row in rows[1:])

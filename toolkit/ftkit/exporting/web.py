@@ -68,14 +68,17 @@ def runtime(package: Path | None = None) -> Path:
     folder = cache_folder() / "web" / f"onnxruntime-web-{VERSION}"
     if folder.is_dir():
         return folder
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     clear_abandoned(folder.parent)
+
     beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         _unpack(package or _fetched(beside), beside)
         publish(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
     return folder
 
 
@@ -87,6 +90,7 @@ def _fetched(folder: Path) -> Path:
             f"--web: expected npm to fetch {wanted}, found none. Try `pip install 'ftkit[web]'`, or "
             f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz"
         )
+
     done = subprocess.run(
         [npm, "pack", wanted, "--silent"], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -100,6 +104,7 @@ def _fetched(folder: Path) -> Path:
             f"--web: expected npm to fetch {wanted}, found: {said}. Try again with a network, or "
             f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz"
         )
+
     return found[0]
 
 
@@ -107,14 +112,17 @@ def _unpack(package: Path, folder: Path) -> None:
     wrong = f"{package}: expected onnxruntime-web {VERSION} as `npm pack` writes it, found"
     if not package.is_file():
         raise FtkitError(f"{wrong} no file. Check the path")
+
     content = package.read_bytes()
     if hashlib.sha512(content).hexdigest() != SHA512:
         raise FtkitError(f"{wrong} other bytes. Try `npm pack onnxruntime-web@{VERSION}`")
+
     with tarfile.open(package) as archive:
         for name in FILES:
             member = archive.extractfile(f"package/dist/{name}")
             assert member  # the hash is right
             (folder / name).write_bytes(member.read())
+
     for path in folder.glob("*.tgz"):
         path.unlink()
 
@@ -134,6 +142,7 @@ def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
         shutil.copyfile(source, folder / source.name)
     for name in FILES:
         shutil.copyfile(files / name, folder / name)
+
     classify = Classifier(bundle)
     metadata: dict[str, Any] = classify.session.metadata
     domain = metadata.get("out_of_domain")
@@ -168,6 +177,7 @@ class _Handler(SimpleHTTPRequestHandler):
             self.send_error(404)
         else:
             return super().send_head()
+
         return None
 
     def _served(self) -> bool:
@@ -211,6 +221,7 @@ def serving(bundle: Path, files: Path, port: int = 0) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name:
         page = Path(name)
         add_page(bundle, files, page)
+
         try:
             server = ThreadingHTTPServer(
                 ("127.0.0.1", port), partial(_Handler, directory=str(bundle), page=page)
@@ -219,8 +230,10 @@ def serving(bundle: Path, files: Path, port: int = 0) -> Iterator[str]:
             raise FtkitError(
                 f"--port {port}: expected a free port, found {error.strerror}. Try another"
             ) from None
+
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
+
         try:
             yield f"http://127.0.0.1:{server.server_port}/{PAGE}/"
         finally:

@@ -59,8 +59,10 @@ def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
     source = load(model, name, library, head, weights)
     old = model.get_submodule(head)
     _replace(model, head, _new_head(old, classes))
+
     if hasattr(model, "num_classes"):
         model.num_classes = classes  # type: ignore[assignment]  # timm's own bookkeeping
+
     _require_logits(model.eval(), name, preprocess.size, classes)
     return Backbone(name=name, model=model.eval(), head=head, preprocess=preprocess, weights=source)
 
@@ -68,14 +70,17 @@ def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
 def _create(name: str) -> tuple[nn.Module, str]:
     if name in PACKAGES:
         return timm.create_model(name, bn_eps=1e-3), "timm"
+
     if timm.is_model(name):
         model = timm.create_model(name)
         if any(EXTRA_HEADS.search(inner) for inner, _ in model.named_modules()):
             model = _with_option(timm.create_model, name, "distillation", "distilled") or model
         return model, "timm"
+
     if name in torchvision.models.list_models(module=torchvision.models):
         get = partial(torchvision.models.get_model, weights=None)
         return _with_option(get, name, "aux_logits") or get(name), "torchvision"
+
     near = timm.list_models(f"*{name.split('_')[0]}*")[:12] or ["efficientnet_lite0", "resnet18"]
     raise FtkitError(f"backbone: expected a timm or torchvision model, {choices(name, near)}")
 
@@ -98,11 +103,14 @@ def _preprocess(model: nn.Module, name: str, library: str) -> Preprocess:
         return Preprocess(
             size=size, resize=round(size / 0.875), mean=grey, std=(128.0, 128.0, 128.0)
         )
+
     if library == "torchvision":
         return Preprocess()
+
     config = resolve_model_data_config(model)
     size = config["input_size"][-1]
     mean, std = (tuple(255 * value for value in config[key]) for key in ("mean", "std"))
+
     return Preprocess(size=size, resize=math.floor(size / config["crop_pct"]), mean=mean, std=std)
 
 
@@ -112,13 +120,16 @@ def _head_name(model: nn.Module) -> str:
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
     classifier: Any = getattr(model, "get_classifier", None)
     declared = classifier() if classifier else None
+
     for name, module in modules:
         if module is declared and isinstance(module, nn.Linear | nn.Conv2d):
             return name
+
     for kind in (nn.Linear, nn.Conv2d):  # SqueezeNet ends in a convolution
         for name, module in reversed(modules):
             if isinstance(module, kind):
                 return name
+
     raise FtkitError("backbone: expected a linear last layer, found none. Try another backbone")
 
 
@@ -131,6 +142,7 @@ def _require_logits(model: nn.Module, name: str, size: int, classes: int) -> Non
         found = str(tuple(answer.shape))
     except Exception as error:  # a model's forward may raise anything
         found = str(error).splitlines()[0]
+
     if found != f"(1, {classes})":
         raise FtkitError(
             f"backbone {name}: expected logits of shape (1, {classes}) after its head was replaced, found {found}. "
@@ -174,12 +186,15 @@ def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
     listed = blocks(backbone)
     top = [name for name, _ in backbone.model.named_children()]
     counted = re.fullmatch(r"(last|first):(\d+)", train)
+
     if train == "head":
         return (backbone.head,)
+
     # A ViT's class token, for one
     alone = [name for name, _ in backbone.model.named_parameters(recurse=False)]
     if train == "all":
         return (*top, *alone)
+
     if counted and 1 <= int(counted[2]) <= len(listed):
         names = (
             _last(listed, top, int(counted[2]))
@@ -187,8 +202,10 @@ def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
             else [*alone, *_first(listed, top, int(counted[2]))]
         )
         return _with_head(backbone, names)
+
     if not counted and (matched := _matching(backbone, train)):
         return matched
+
     raise FtkitError(
         f"stage.train: expected head, all, last:1 to last:{len(listed)}, first:1 to first:{len(listed)}, or a pattern "
         f"in module names of {backbone.name}, found {train!r}. Its blocks: {', '.join(listed)}"
@@ -217,8 +234,10 @@ def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
         wanted = re.compile(pattern)
     except re.error:
         return ()
+
     model = backbone.model
     learning = [name for name, _ in model.named_parameters()]
+
     found: list[str] = []
     for name in [
         *(name for name, _ in model.named_modules()),
@@ -228,6 +247,7 @@ def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
         holds = any(parameter == name or parameter.startswith(name + ".") for parameter in learning)
         if name and holds and not inside and wanted.search(name):
             found.append(name)
+
     return tuple(found)
 
 
@@ -245,5 +265,6 @@ def features(
             answer = net(*inputs)
     finally:
         handle.remove()
+
     found = seen[0].float()
     return (found.mean((2, 3)) if found.ndim == 4 else found.flatten(1)), answer

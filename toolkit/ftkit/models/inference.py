@@ -61,6 +61,7 @@ def runner(
 
     if example.device.type != "cpu":
         return eager, "torch"
+
     try:
         session = Session(_onnx_bytes(net, example), threads=threads)
         pairs = zip(session.run(example.numpy()), eager(example), strict=True)
@@ -70,6 +71,7 @@ def runner(
         Exception
     ):  # not every graph exports, and exporters raise anything: the framework's own pass remains
         return eager, "torch"
+
     return eager, "torch"
 
 
@@ -90,4 +92,5 @@ def _onnx_bytes(net: nn.Module, example: torch.Tensor) -> bytes:
             input_names=["pixels"],
             dynamic_axes={"pixels": {0: "batch"}},
         )
+
     return buffer.getvalue()

@@ -60,6 +60,7 @@ def _defaulted_arguments(model: nn.Module) -> dict[str, Any]:
 def _trains(graph: fx.GraphModule, node: fx.Node, trained: Callable[[str], bool]) -> bool:
     if node.op == "get_attr":
         return trained(str(node.target))
+
     if node.op == "call_module":
         module = graph.get_submodule(str(node.target))
         names = [name for name, _ in module.named_parameters()]
@@ -68,10 +69,12 @@ def _trains(graph: fx.GraphModule, node: fx.Node, trained: Callable[[str], bool]
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             return module.training
         return isinstance(module, DROPOUTS) and module.training and module.p > 0
+
     if node.op == "call_function" and node.target in DROPOUT_FUNCTIONS:
         rate = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
         on = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True)
         return bool(on) and bool(rate)
+
     return False
 
 
@@ -89,12 +92,14 @@ def frontier(graph: fx.GraphModule, trained: Callable[[str], bool]) -> list[fx.N
             source in moving for source in node.all_input_nodes
         ):
             moving.add(node)
+
     crossing = []
     for node in graph.graph.nodes:
         if node in moving or node.op in ("get_attr", "output"):
             continue
         if any(user in moving or user.op == "output" for user in node.users):
             crossing.append(node)
+
     return [] if any(node.op == "placeholder" for node in crossing) else crossing
 
 
@@ -114,11 +119,13 @@ def frozen_part(graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]]) -> fx.
     """pixels -> the values of all cuts, each once, in graph order: one pass serves every stage."""
     wanted = {node for cut in cuts for node in cut}
     needed = _needed(list(wanted))
+
     copied = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
         if node in needed:
             made[node] = copied.node_copy(node, lambda source: made[source])
+
     copied.output(tuple(made[node] for node in graph.graph.nodes if node in wanted))
     copied.lint()
     return fx.GraphModule(graph, copied)
@@ -132,8 +139,10 @@ def trained_part(graph: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModul
     made: dict[fx.Node, fx.Node] = {
         node: copied.placeholder(f"cut_{number}") for number, node in enumerate(cut)
     }
+
     for node in graph.graph.nodes:
         if node in needed:
             made[node] = copied.node_copy(node, lambda source: made[source])
+
     copied.lint()
     return fx.GraphModule(graph, copied)

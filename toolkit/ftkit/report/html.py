@@ -122,6 +122,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "")
     body = "".join(f"<tr>{''.join(map(cell, row, columns))}</tr>" for row in rows)
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
     label = escape(caption or " ".join(head[:2]))
+
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{label}, table">'
         f"<table>{named}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
@@ -177,16 +178,19 @@ def axes(
             f'stroke="var(--line)"/><text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">'
             f"{value:g}</text>"
         )
+
     for value in ticks(*xs, 6) if x_ticks is None else x_ticks:
         parts.append(
             f'<text x="{x(value):.1f}" y="{HEIGHT - 21}" text-anchor="middle">{value:g}</text>'
         )
+
     if x_name:
         parts.append(
             f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 6}" text-anchor="end">{escape(x_name)}</text>'
         )
     if y_name:
         parts.append(f'<text x="{LEFT + 4}" y="{TOP + 2}">{escape(y_name)}</text>')
+
     return "".join(parts)
 
 
@@ -209,10 +213,12 @@ def lines(
     finite = [value for _, _, values in series for value in values if math.isfinite(value)]
     if not finite:
         return ""
+
     room = (max(finite) - min(finite)) * 0.06 or 0.1
     xs = (0.5, count + 0.5)
     ys = (min(finite) - room, max(finite) + room)
     x, y = scales(xs, ys)
+
     parts = []
     for place, (begin, name) in enumerate(bands):
         end = bands[place + 1][0] if place + 1 < len(bands) else count
@@ -224,6 +230,7 @@ def lines(
         parts.append(
             f'<text x="{x(begin + 0.5) + 3:.1f}" y="{HEIGHT - BOTTOM - 5}">{escape(name)}</text>'
         )
+
     parts.append(
         axes(xs, ys, x_name, x_ticks=[v for v in ticks(*xs, 6) if v == int(v) and v >= 1] or [1])
     )
@@ -238,6 +245,7 @@ def lines(
             f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6" fill="{fill}" stroke="var({colour})"/>'
             for a, b in known
         ]
+
     return figure(title, "".join(parts), legend(series))
 
 
@@ -260,6 +268,7 @@ def bars(
         for i, count in enumerate(counts)
         if count
     ]
+
     for i, (place, name) in enumerate(marks):
         at = 10 + (WIDTH - 20) * min(max(place, 0.0), 1.0)
         side = "end" if place > 0.6 else "start"
@@ -268,6 +277,7 @@ def bars(
             f'stroke-dasharray="4 3"/><text x="{at + (4 if side == "start" else -4):.1f}" y="{11 + 14 * i}" '
             f'text-anchor="{side}">{escape(name)}</text>'
         )
+
     parts.append(
         f'<line x1="10" x2="{WIDTH - 10}" y1="{height - BOTTOM}" y2="{height - BOTTOM}" stroke="var(--line)"/>'
         f'<text x="10" y="{height - 18}">{escape(ends[0])}</text><text x="{WIDTH - 10}" y="{height - 18}" '
@@ -287,6 +297,7 @@ def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.
             f'width="{wide:.1f}" height="18" fill="var(--one)"/><text x="{116 + wide:.1f}" y="{y + 15}">'
             f"{escape(text)}</text>"
         )
+
     return figure(title, "".join(parts), "", 12 + 30 * len(rows))
 
 
@@ -298,6 +309,7 @@ def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> s
         axes((0, 1), (0, 1), "probability given", "share right"),
         f'<line x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}" stroke="var(--faint)" stroke-dasharray="4 4"/>',
     ]
+
     series: list[Series] = []
     for i, ((name, bins), colour) in enumerate(
         zip(found.items(), ("--two", "--one"), strict=False)
@@ -314,6 +326,7 @@ def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> s
             for images, top, right in bins
         ]
         series.append((name, colour, ()))
+
     return figure(title, "".join(parts), legend(series))
 
 
@@ -329,6 +342,7 @@ def points(
     ys = (min(up) - room, max(up) + room)
     x, y = scales(xs, ys)
     parts = [axes(xs, ys, x_name, y_name)]
+
     taken: list[tuple[float, float]] = []
     for i, (_, a, b, chosen) in enumerate(found, start=1):
         fill = "--good" if chosen else "--one"
@@ -340,6 +354,7 @@ def points(
             f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="5" fill="var({fill})"/><text class="strong" '
             f'x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="middle">{i}</text>'
         )
+
     names = "; ".join(
         f"{i} {escape(name)}{' (chosen)' if chosen else ''}"
         for i, (name, _, _, chosen) in enumerate(found, 1)

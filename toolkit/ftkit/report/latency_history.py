@@ -40,20 +40,24 @@ def plot(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
             f'<line x1="{(x(i) + x(i - 1)) / 2:.1f}" x2="{(x(i) + x(i - 1)) / 2:.1f}" y1="4" '
             f'y2="{height - 20}" stroke="var(--two)" stroke-dasharray="4 4"/>'
         )
+
     points = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(values))
     parts.append(f'<polyline points="{points}" fill="none" stroke="var(--one)" stroke-width="2"/>')
+
     for i, (line, value) in enumerate(zip(lines, values, strict=True)):
         said = f"{line['time'][:10]} {line['commit'] or 'no commit'}{' modified' if line['modified'] else ''}"
         parts.append(
             f'<circle cx="{x(i):.1f}" cy="{y(value):.1f}" r="3" fill="var(--one)">'
             f"<title>{escape(said)}: {value:.4g} ms</title></circle>"
         )
+
     for i in sorted({0, len(values) - 1}):
         anchor = "start" if i == 0 else "end"
         parts.append(
             f'<text x="{x(i):.1f}" y="{height - 4}" text-anchor="{anchor}">'
             f"{escape(lines[i]['time'][:10])} {escape(lines[i]['commit'][:7])}</text>"
         )
+
     said = ""
     for i in marked:
         was, now = (
@@ -63,6 +67,7 @@ def plot(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
         said += (
             f"<li>{escape(lines[i]['time'][:10])}, commit {commit}: {was:.4g} to {now:.4g} ms</li>"
         )
+
     return (
         f'<figure><figcaption>{escape(title)}, last {values[-1]:.4g} ms</figcaption><svg viewBox="0 0 {width} '
         f'{height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
@@ -76,13 +81,16 @@ def write_history(lines: Sequence[Mapping[str, Any]], out: Path) -> None:
         raise FtkitError(
             f"{out}: expected at least one measurement, found none. Try `ftkit bench MODEL --save`"
         )
+
     names = sorted({name for line in lines for name in line["series"]})
     body = ["<h1>Latency over time</h1>"]
     machine = ""
+
     if len({name.partition("|")[0] for name in names}) > 1:
         body.append(
             "<p>Several machines: each has plots of its own, and a difference between them is advisory.</p>"
         )
+
     for name in names:
         where = name.partition("|")[0]
         if where != machine:
@@ -90,4 +98,5 @@ def write_history(lines: Sequence[Mapping[str, Any]], out: Path) -> None:
             body.append(f"<h2>{escape(where)}</h2>")
         there = [line for line in lines if name in line["series"]]
         body.append(plot(name, there))
+
     write_atomically(out, page("ftkit: latency over time", body))

@@ -16,6 +16,7 @@ def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     evidence = manifest["evidence"]
     chosen = [item for item in evidence["latency"] if item["variant"] == manifest["chosen"]]
     machine = manifest["machine"]
+
     return f"""# {manifest["name"]}
 
 {manifest["backbone"]}, fine-tuned in {len(run["stages"])} stages to {len(manifest["labels"])} classes;
@@ -66,6 +67,7 @@ def _classes(accuracy: Mapping[str, Any]) -> str:
     rows = zip(
         accuracy["classes"], supports, accuracy["recall"], accuracy["precision"], strict=True
     )
+
     return "\n".join(
         "| {} | {} | {} | {} |".format(
             name.replace("|", "\\|"), support, _share(recall), _share(precision)

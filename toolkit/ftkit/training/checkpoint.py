@@ -102,8 +102,10 @@ class State:
         as it was."""
         begun = time.monotonic()
         place = self.folder / "state"
+
         if self.ranks.main:
             place.mkdir(exist_ok=True)
+
         for role, content in tensors.items():
             self.files.pop(role, None)
             if content is not None:
@@ -114,14 +116,18 @@ class State:
                         for key, value in content.items()
                     }
                     write_atomically(place / self.files[role], safetensors.torch.save(plain))
+
         if not self.ranks.main:
             return
+
         fields = {**asdict(self), "seconds": self.spent, "stage_seconds": self.stage_spent}
         del fields["folder"]
         write_atomically(place / "state.json", (json.dumps(fields, indent=1) + "\n").encode())
+
         for path in place.iterdir():
             if path.name not in (*self.files.values(), "state.json"):
                 path.unlink()
+
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - begun
 
@@ -168,6 +174,7 @@ def read(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> State:
                 f"{folder}: expected the {name.replace('_', ' ')} this run began with, found another. "
                 "Try --resume with only DATA and --out, or another --out"
             )
+
     try:
         for key in ("best", "stage_best"):
             data[key] = data[key] and tuple(data[key])
@@ -176,6 +183,7 @@ def read(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> State:
         raise FtkitError(
             f"{folder}: expected a run of this ftkit, found {error}. Train again"
         ) from None
+
     state.ranks = ranks
     ranks.first(lambda: _cut_back(folder / METRICS, state.lines))
     return state

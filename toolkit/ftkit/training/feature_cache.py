@@ -161,12 +161,15 @@ def fill(
     """
     jobs = views.jobs()
     train = len(jobs[0][0])
+
     with torch.inference_mode():
         sample = as_tuple(prefix(channels_last(views.pixels(jobs[0][0], 0, 0))))
+
     if not all(
         isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample
     ):
         raise CannotCacheError("a value that crosses the cut is no tensor with one entry an image")
+
     text = json.dumps(
         ["prefix-5", key, attributes(prefix), VERSIONS, list(names), views.key, views.chunk]
     )
@@ -181,12 +184,15 @@ def fill(
         reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])
     ):
         raise CannotCacheError(reason)
+
     opened = _opened(folder, shapes)
     reason = "" if opened else "its cache could not be kept: it is gone, or damaged"
     if reason := next(filter(None, ranks.gather(reason)), ""):
         raise CannotCacheError(reason)
+
     assert opened is not None  # else there was a reason
     arrays, kind, pass_s = opened
+
     return Activations(
         arrays=dict(zip(names, arrays, strict=True)),
         train_rows=train,
@@ -213,6 +219,7 @@ def _opened(
         Exception
     ):  # numpy reads an array's header with Python's own parser, which raises whatever it meets
         return None
+
     whole = all(
         array.shape == shape and array.dtype.name in TOLERANCE
         for array, shape in zip(arrays, shapes, strict=True)
@@ -263,10 +270,12 @@ def _write(
         reason = ""
         if ranks.rank == ranks.node and not held:
             place, reason = _begun(folder, sample, dtypes, len(views))
+
         begun = ranks.gather([place and str(place), reason])
         if reason := next((why for _, why in begun if why), ""):
             _gone(place)
             return reason
+
         beside = Path(begun[ranks.node][0] or folder)
         try:
             reason = (
@@ -277,8 +286,10 @@ def _write(
                 found = set(ranks.gather(_published(place, folder)))
         finally:
             _gone(place)
+
         if WIDE not in found or found - {"", WIDE}:
             return next(filter(None, sorted(found - {WIDE})), "")
+
     return "its values are too large for float32"
 
 
@@ -303,6 +314,7 @@ def _begun(
     except OSError as error:
         _gone(beside)
         return None, f"its cache could not be kept: {error.strerror}"
+
     return beside, ""
 
 
@@ -333,8 +345,10 @@ def check(prefix: nn.Module, names: Sequence[str], activations: Activations, vie
     for number, (rows, view) in enumerate(views.jobs()):
         starts = range(0, len(rows), views.chunk)
         start = starts[number * len(starts) // (views.count + 1)]
+
         with torch.inference_mode():
             live = as_tuple(prefix(channels_last(views.pixels(rows, view, start))))
+
         for name, value in zip(names, live, strict=True):
             array = activations.arrays[name]
             at = first + start
@@ -344,7 +358,9 @@ def check(prefix: nn.Module, names: Sequence[str], activations: Activations, vie
             )
             if not off <= _tolerance(array.dtype.name, value.device):
                 return f"cached {name} differs from a live pass by {off:.1e} of its largest value"
+
         first += len(rows)
+
     return ""
 
 
@@ -366,10 +382,12 @@ def _make_room(folder: Path, needed: int) -> str:
     free = shutil.disk_usage(folder).free
     if needed > DISK_SHARE * (free + sum(sizes.values())):
         return f"its cache would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free at {folder}"
+
     for path in sizes:
         if needed <= DISK_SHARE * shutil.disk_usage(folder).free:
             break
         shutil.rmtree(path, ignore_errors=True)  # a run that has it mapped keeps its pages
+
     return ""
 
 
@@ -386,6 +404,7 @@ def _computed(
     not fit float16)."""
     mine = views.chunks()[ranks.local :: ranks.local_world]
     run, how = runner(prefix, views.pixels(views.jobs()[0][0], 0, 0), share_of_cores(ranks))
+
     begun = time.perf_counter()
     try:
         arrays = [
@@ -396,8 +415,10 @@ def _computed(
                 for array, value in zip(arrays, run(views.pixels(rows, view, start)), strict=True):
                     array[at : at + len(value)] = value
                 progress(min(done * views.chunk * ranks.local_world, len(views)), len(views))
+
         for array in arrays:
             array.flush()
+
         if ranks.rank == ranks.node:
             told = {
                 "kind": f"{'/'.join(sorted(set(dtypes)))} by {how}",
@@ -408,4 +429,5 @@ def _computed(
         return WIDE
     except OSError as error:
         return f"its cache could not be kept: {error.strerror}"
+
     return ""

@@ -108,6 +108,7 @@ def set_mode(model: nn.Module, names: Sequence[str], batchnorm: bool) -> None:
     statistics on wish)."""
     model.eval().requires_grad_(False)
     parameters = dict(model.named_parameters())
+
     for name in names:
         if name in parameters:
             parameters[name].requires_grad_(True)
@@ -183,6 +184,7 @@ class Feeds:
         names = self.trained[number]
         model = self.backbone.model
         set_mode(model, names, stage.batchnorm)
+
         teacher = (
             load(stage.teacher, self.preprocess, self.canvases.images.classes)
             if stage.teacher
@@ -197,6 +199,7 @@ class Feeds:
         """The feed of a stage whose prefix is cached. Raises CannotCacheError."""
         if self.recipe.stages[number].cache == "off":
             raise CannotCacheError("cache = off")
+
         cut = self._cut(number)
         prefix = frozen_part(cut.graph, [cut.nodes])
         activations = self._trusted(lambda: self._activations(number, cut), prefix, cut.names)
@@ -227,8 +230,10 @@ class Feeds:
                 self._shared = None
             activations = make()
             difference = self._difference(activations, prefix, names)
+
         if difference:
             raise CannotCacheError(difference)
+
         return activations
 
     def _difference(self, activations: Activations, prefix: nn.Module, names: Sequence[str]) -> str:
@@ -253,6 +258,7 @@ class Feeds:
             **{name: activations.arrays[name] for name in cut.names},
             **({"teacher": taught.arrays["teacher"]} if taught else {}),
         }
+
         sources = [array_source(array, self.device) for array in kept.values()]
 
         def fetch(positions: Array, generator: torch.Generator, part: slice) -> Fetched:
@@ -282,8 +288,10 @@ class Feeds:
         origin = "found in the cache" if activations.found else "computed once"
         dtype = activations.kind.split()[0]
         how = f"frozen prefix {origin}: {stage.views} views x {len(rows)}, {dtype}; {share:.0%} trains"
+
         if self.recipe.augment.mixes:
             how += "; mixup and cutmix are for live pixels"
+
         return Feed(
             net=trained_part(training, suffix),
             eval_net=trained_part(cut.graph, cut.nodes),
@@ -300,10 +308,12 @@ class Feeds:
         CannotCacheError."""
         modes = {name: module.training for name, module in self.backbone.model.named_modules()}
         graph = trace(self.backbone.model.eval())
+
         for name, module in self.backbone.model.named_modules():
             module.training = modes[name]
         if graph is None:
             raise CannotCacheError("torch.fx cannot trace this backbone")
+
         nodes = frontier(graph, under(self.trained[number]))
         if not nodes:
             raise CannotCacheError("nothing is frozen")
@@ -336,6 +346,7 @@ class Feeds:
         graph = trace(self.backbone.model.eval())
         if graph is None:
             return
+
         cuts = {n: frontier(graph, under(self.trained[n])) for n in sharing}
         served = [n for n in sharing if cuts[n]]
         if served:
@@ -367,6 +378,7 @@ class Feeds:
         """The teacher's logits of the same views: its model is a frozen prefix too, and runs once."""
         if teacher is None:
             return None
+
         teacher.to(self.device)
 
         def made() -> Activations:
@@ -380,12 +392,14 @@ class Feeds:
     def _live(self, reason: str, teacher: Teacher | None) -> Feed:
         rows = self.canvases.rows("train")
         val_rows = self.canvases.rows("val")
+
         if teacher is not None:
             teacher.to(self.device)
 
         def fetch(positions: Array, generator: torch.Generator, part: slice) -> Fetched:
             draw = drawn(len(positions), generator)
             labels = self._labels[positions]
+
             mixing = mixing_of(len(positions), self.preprocess.size, self.recipe.augment, generator)
             if mixing is None:
                 return Fetched(
@@ -393,10 +407,12 @@ class Feeds:
                     labels=self._pinned(labels[part]),
                     draw=self._pinned(draw[:, part]),
                 )
+
             partner = mixing.partner[part]  # it may be another rank's image: both read it
             wanted, place = np.unique(
                 np.r_[np.arange(len(positions))[part], partner.numpy()], return_inverse=True
             )
+
             return Fetched(
                 tensors=[self.pixels.fetch(rows[positions[wanted]])],
                 labels=self._pinned(labels[part]),
@@ -412,6 +428,7 @@ class Feeds:
             mixing = None
             others = None
             pixels = augmented(canvases, self.preprocess, self.recipe.augment, fetched.draw)
+
             if (
                 fetched.mixing is not None
                 and fetched.place is not None
@@ -421,9 +438,11 @@ class Feeds:
                 place = self._moved(fetched.place)
                 pixels = mixed(pixels[place[0]], pixels[place[1]], mixing)
                 others = self._moved(fetched.others)
+
             pixels = channels_last(pixels)
             with torch.no_grad():
                 answers = None if teacher is None else teacher(pixels)
+
             return Batch(
                 inputs=(pixels,),
                 targets=self._moved(fetched.labels),
@@ -437,6 +456,7 @@ class Feeds:
             return (channels_last(evaluation(canvases, self.preprocess)),)
 
         model = self.backbone.model
+
         return Feed(
             net=model,
             eval_net=model,

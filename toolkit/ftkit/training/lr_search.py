@@ -41,6 +41,7 @@ def best_rate(
     groups = [{"params": [w], "weight_decay": stage.weight_decay} for w in weights]
     groups += [{"params": [b], "weight_decay": 0.0} for b in biases]
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
     if stage.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
             groups, lr=1.0, momentum=0.9, nesterov=True
@@ -59,6 +60,7 @@ def best_rate(
         batch = feed.prepare(feed.fetch(positions, generator, slice(None)))
         for group, peak in zip(optimizer.param_groups, RATES * 2, strict=True):
             group["lr"] = rate(step, total, stage, peak)
+
         logits = logits_of(features(feed.net, head, batch.inputs)[0])
         losses = F.cross_entropy(
             logits.flatten(0, 1),
@@ -66,13 +68,16 @@ def best_rate(
             label_smoothing=stage.label_smoothing,
             reduction="none",
         ).view(len(RATES), -1)
+
         optimizer.zero_grad()
         losses.mean(1).sum().backward()  # each head's gradient is its own loss's
         optimizer.step()
+
     with torch.no_grad():
         starts = range(0, len(val_labels), 256)
         parts = [feed.val(np.arange(start, min(start + 256, len(val_labels)))) for start in starts]
         found = torch.cat([features(feed.eval_net, head, inputs)[0] for inputs in parts])
         scores = [float(F.cross_entropy(logits, val_labels)) for logits in logits_of(found)]
+
     finite = [score if np.isfinite(score) else np.inf for score in scores]
     return RATES[int(np.argmin(finite))]

@@ -96,10 +96,12 @@ def make_optimizer(backbone: Backbone, stage: Stage, fused: bool = False) -> tor
                 "scale": stage.layer_decay**depth,
             }
             groups.setdefault(key, fresh)["params"].append(parameter)
+
     if stage.optimizer == "sgd":
         return torch.optim.SGD(
             groups.values(), lr=1.0, momentum=0.9, nesterov=True, fused=fused or None
         )
+
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
     return kind(groups.values(), lr=1.0, fused=fused or None)  # each step sets the rate
 
@@ -111,9 +113,11 @@ def _place(name: str, backbone: Backbone, listed: list[str]) -> tuple[str, int]:
     for number, block in enumerate(listed):
         if name.startswith(block + "."):
             return block, len(listed) - number
+
     top = [child for child, _ in backbone.model.named_children()]
     first = name.split(".")[0]
     after = first in top and top.index(first) >= top.index(listed[-1].split(".")[0])
+
     return ("after the blocks", 0) if after else ("stem", len(listed) + 1)
 
 
@@ -138,10 +142,12 @@ def loss_of(
     loss = hard(batch.targets)
     if batch.share is not None and batch.others is not None:
         loss = batch.share * loss + (1 - batch.share) * hard(batch.others)
+
     if batch.teacher is not None:
         soft = F.log_softmax(logits / SOFTENING, 1), F.log_softmax(batch.teacher / SOFTENING, 1)
         taught = F.kl_div(*soft, log_target=True, reduction="none").sum(1) * SOFTENING**2
         loss = (1 - TAUGHT) * loss + TAUGHT * taught
+
     return loss
 
 
@@ -159,6 +165,7 @@ def gradients(
     stage = moving.stage
     losses = torch.zeros((), device=targets.device)
     hits = torch.zeros((), device=targets.device)
+
     for start in range(0, len(targets), micro):
         part = batch.part(start, start + micro)
         with moving.autocast():
@@ -167,6 +174,7 @@ def gradients(
         moving.scaler.scale(loss * share / len(targets)).backward()
         losses += loss.detach()
         hits += (logits.detach().argmax(1) == part.targets).sum()
+
     return torch.stack(
         [losses.double(), hits.double(), torch.full_like(hits, len(targets)).double()]
     )
@@ -216,10 +224,13 @@ class Moving:
                 parameter for group in self.optimizer.param_groups for parameter in group["params"]
             ]
             nn.utils.clip_grad_norm_(held, self.stage.clip)
+
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
         if self.mean:
             average(self.mean, self.current, min(self.stage.ema, (1 + number) / (10 + number)))
+
         self.tally = self.tally.to(tally.device, non_blocking=True)
         self.tally += tally
 
@@ -255,18 +266,21 @@ class Moving:
         }
         for role in ("current", "mean", "best"):
             flat |= {f"{role}/{name}": value for name, value in getattr(self, role).items()}
+
         for index, values in self.optimizer.state_dict()["state"].items():
             flat |= {
                 f"optimizer/{index}/{key}": torch.as_tensor(value)
                 for key, value in values.items()
                 if value is not None
             }
+
         return flat
 
     def load(self, flat: State) -> None:
         """Take up what `tensors` gave, each in the layout it had."""
         if not flat:
             return
+
         self.tally = flat["tally"]
         kinds = {
             key: value for key, value in self.scaler.state_dict().items() if f"scaler/{key}" in flat
@@ -275,9 +289,11 @@ class Moving:
             self.scaler.load_state_dict(
                 {key: type(kinds[key])(flat[f"scaler/{key}"]) for key in kinds}
             )
+
         for role in ("current", "mean"):
             for name, value in getattr(self, role).items():
                 value.copy_(flat[f"{role}/{name}"])
+
         named = {
             name.removeprefix("best/"): value
             for name, value in flat.items()
@@ -287,11 +303,13 @@ class Moving:
         parameters = [
             parameter for group in self.optimizer.param_groups for parameter in group["params"]
         ]
+
         states: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in flat.items():
             if name.startswith("optimizer/"):
                 _, index, key = name.split("/")
                 states.setdefault(int(index), {})[key] = _like(value, parameters[int(index)])
+
         self.optimizer.load_state_dict(
             {"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]}
         )

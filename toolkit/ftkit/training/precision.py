@@ -71,12 +71,14 @@ def prepare(device: torch.device, deterministic: bool) -> Compute:
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
         return Compute(device=device, deterministic=deterministic)
+
     exact_float32()
     # Batches have one size: the search pays once
     torch.backends.cudnn.benchmark = not deterministic
     dtype = (
         torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     )
+
     return Compute(device=device, dtype=dtype, deterministic=deterministic)
 
 
@@ -123,6 +125,7 @@ class _Captured(nn.Module):
         if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
             # Gradients come from its stream
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+
         # Capturing replaces the forward of what it is given, and the net is in use elsewhere
         shell = _Shell(net)
         with compute.autocast():
@@ -155,15 +158,18 @@ def fastest(
     """
     if not others:
         return net, ""
+
     best: nn.Module = net
     held: dict[str, Any] = {name: value.clone() for name, value in net.named_buffers()}
     try:
         expected = _answer(net, inputs, compute)
         taken = eager = _step_seconds(net, inputs, compute)
         said = [f"eager {eager * 1e3:.1f} ms a step"]
+
         for way in others:
             if taken * steps < way.worth:
                 break
+
             try:
                 candidate = _made(way, compute)
                 off = float(
@@ -176,12 +182,15 @@ def fastest(
                     f"{way.name} failed: {(str(error) or type(error).__name__).splitlines()[0][:60]}"
                 )
                 break
+
             wrong = not off <= AGREE
             said.append(
                 f"{way.name} {seconds * 1e3:.1f} ms" + (", but other answers" if wrong else "")
             )
+
             if not wrong and seconds <= GAIN * taken:
                 candidate, best, taken = best, candidate, seconds
+
             release(candidate)
     except torch.OutOfMemoryError:  # the first step will meet it, and halve
         torch.cuda.empty_cache()
@@ -191,6 +200,7 @@ def fastest(
             for name, buffer in net.named_buffers():
                 buffer.copy_(held[name])
         net.zero_grad(set_to_none=True)
+
     return best, ", ".join(said)
 
 
@@ -221,6 +231,7 @@ def _step_seconds(net: nn.Module, inputs: Tensors, compute: Compute) -> float:
         found.float().square().mean().backward()
         _finish(compute)
         times.append(time.perf_counter() - begun)
+
     return sorted(times[WARM_UP:])[TIMED // 2]
 
 

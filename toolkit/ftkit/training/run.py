@@ -73,6 +73,7 @@ class Run:
             )
             for s in self.data["stages"]
         ]
+
         return (
             f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} classes, test "
             f"accuracy {test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}] on "
@@ -122,17 +123,20 @@ def create(out: Path) -> Path:
         raise FtkitError(
             f"{out}: expected a new folder, found one that another process trains in. Try another --out"
         )
+
     if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         way = "--resume" if (out / "state").is_dir() else "another --out"
         raise FtkitError(
             f"{out}: expected a new folder, found one there already. Try {way}, or remove it"
         )
+
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FtkitError(
             f"{out}: expected a place to write to, found {error.strerror}. Try another --out"
         ) from None
+
     return out
 
 
@@ -195,6 +199,7 @@ def open_run(folder: str | Path) -> Run:
         raise FtkitError(
             f"{folder}: expected a run (with {RUN} and {WEIGHTS}), found none. Try `ftkit train DATA`"
         )
+
     try:
         content = (path / RUN).read_bytes()
         data = json.loads(content)

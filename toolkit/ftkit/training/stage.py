@@ -126,34 +126,41 @@ def train_stage(work: Work, number: int) -> StageResult:
         if stage.balance == "loss"
         else None
     )
+
     with work.stop.deferred():
         for epoch in range(run.epoch, stage.epochs):
             begun = time.perf_counter()
             jobs = range(run.step, per_epoch * (epoch + 1))
             read = partial(_read, work, number, feed, _order(work, number, epoch), per_epoch)
+
             standing = partial(_standing, work, number, feed, moving, total, begun, run.step)
             with console.bar(f"{stage.train} {epoch + 1}/{stage.epochs}", standing) as progress:
                 for step, (share, fetched) in ahead(jobs, read):
                     lr = rate(step, total, stage, run.lr)
                     for group in moving.optimizer.param_groups:
                         group["lr"] = lr * group["scale"]
+
                     torch.manual_seed(_layers_seed(work, number, step))
                     with together:
                         tally, net, micro = fresh_gradients(
                             net, feed, feed.prepare(fetched), moving, weights, micro, share
                         )
+
                     moving.step(step + 1, work.ranks.sum(tally))
                     run.step = step + 1
                     progress(run.step - per_epoch * epoch, per_epoch)
                     work.pause(moving)
+
             loss, accuracy = moving.epoch()
             spent = time.perf_counter() - begun
+
             broken = not math.isfinite(loss)
             if broken:
                 console.say(
                     f"{stage.train}: the loss is no longer finite; what was good before is kept. Try a lower lr"
                 )
                 break
+
             judged = _validated(work, feed, moving.result)
             speeds = work.ranks.gather(len(jobs) * size / work.ranks.world / spent)
             _report_epoch(
@@ -165,12 +172,15 @@ def train_stage(work: Work, number: int) -> StageResult:
                 rate(run.step - 1, total, stage, run.lr),
                 speeds,
             )
+
             if stage.patience and _out_of_patience(run, stage, moving, judged.score):
                 console.say(
                     f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts"
                 )
                 break
+
             work.pause(moving)
+
         release(net)
         return _settle(work, number, feed, moving, frozen, broken)
 
@@ -184,6 +194,7 @@ def _standing(
     run = work.state
     (loss, accuracy), done = moving.standing(), run.step - before
     parts = [f"stage {number + 1} of {len(work.recipe.stages)}"]
+
     if done:
         speed = done / (time.perf_counter() - begun)
         size = min(stage.batch_size, len(work.labels["train"]))
@@ -194,10 +205,12 @@ def _standing(
             f"{speed * size:.0f} img/s",
             f"stage done in {console.clock((total - run.step) / speed)}",
         ]
+
         if feed.pass_s:
             parts.append(
                 f"{console.clock(feed.pass_s * run.step * size)} of frozen passes read, not run"
             )
+
     return " · ".join([*parts, feed.how])
 
 
@@ -207,11 +220,13 @@ def _order(work: Work, number: int, epoch: int) -> Array:
     stage = work.recipe.stages[number]
     labels = work.labels["train"].cpu()
     generator = torch.Generator().manual_seed(seeded("order", work.seed, number, epoch))
+
     if stage.balance == "sample":
         chances = class_weights(labels, int(labels.max()) + 1)[labels]
         return torch.multinomial(
             chances, len(labels), replacement=True, generator=generator
         ).numpy()
+
     return torch.randperm(len(labels), generator=generator).numpy()
 
 
@@ -240,6 +255,7 @@ def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
     """The stage's peak rate: as given, as found before an interruption, or by a fan of rates."""
     stage = work.recipe.stages[number]
     run = work.state
+
     if stage.lr != "auto":
         return stage.lr
     if run.lr is not None:
@@ -264,6 +280,7 @@ def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
     )
     found = work.ranks.first(lambda: found)
     console.say(f"{stage.train}: rate {found:.0e}, the best of a fan on val")
+
     return found
 
 
@@ -286,6 +303,7 @@ def _settle(
     model = work.backbone.model
     result = moving.best or moving.result
     score = NEVER
+
     drift = None
     accuracy = 0.0
     if not broken or moving.best:
@@ -293,13 +311,16 @@ def _settle(
         score = judged.score
         accuracy = judged.accuracy
         drift = cka(judged.embedding, run.tensors("pristine")["embedding"].numpy())
+
     best = run.best or NEVER
     better = score > best
     model.load_state_dict(detached(result if better else moving.before), strict=False)
+
     if _frozen_fingerprint(model, work.feeds.trained[number]) != frozen:
         raise FtkitError(
             f"stage {stage.train}: expected frozen weights to stay, found them changed. Please report this"
         )
+
     assert run.lr is not None  # train_stage set it
     outcome = StageResult(
         train=stage.train,
@@ -312,12 +333,15 @@ def _settle(
         how=feed.how,
         kept=better,
     )
+
     if not better:
         console.say(f"{stage.train}: no better than before on val; its weights are left out")
+
     run.stages.append(asdict(outcome))
     run.best = max(score, best)
     run.next_stage()
     run.save(step=None, base=model.state_dict())
+
     return outcome
 
 
@@ -366,10 +390,12 @@ def _report_epoch(
         f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {judged.accuracy:.3f}  "
         f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"
     )
+
     if len(speeds) > 1 and run.epoch == stage.epochs:
         console.say(f"{stage.train}: {min(speeds):.0f} to {max(speeds):.0f} img/s a rank")
     if not work.ranks.main:
         return
+
     line = {
         "stage": number,
         "train": stage.train,
@@ -382,6 +408,7 @@ def _report_epoch(
         "images_per_s": images_per_s,
         **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
     }
+
     append(run.folder, line)
     work.log(line, run.lines)
 

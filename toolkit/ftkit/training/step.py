@@ -46,6 +46,7 @@ def run_as(
             f"stage {stage.train}: batch_size: expected an image for each of {ranks.world} ranks, found "
             f"{images} in a step. Try a larger one, or fewer ranks"
         )
+
     if ranks.world > 1:
         with warnings.catch_warnings():
             # Torch 2.11 does not know broadcast_buffers' new name
@@ -57,12 +58,15 @@ def run_as(
                 gradient_as_bucket_view=True,
             )
         return net, GlobalBatchNorm(ranks.world) if stage.batchnorm else nullcontext()
+
     if device.type == "cpu" or steps < 1:
         return feed.net, nullcontext()
+
     inputs = feed.prepare(example()).inputs
     found, said = fastest(feed.net, inputs, ways(feed.net, inputs, compute), compute, steps)
     if said:
         console.say(f"{stage.train}: {said}")
+
     return found, nullcontext()
 
 
@@ -93,6 +97,7 @@ def fresh_gradients(
                     f"stage {moving.stage.train}: expected memory for one image at a time, found too little on the "
                     "GPU. Try a smaller preprocess.size, or --device cpu"
                 ) from None
+
             release(net)
             net = feed.net
             micro = (min(micro, len(batch.targets)) + 1) // 2

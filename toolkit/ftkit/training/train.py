@@ -84,10 +84,12 @@ def train(
     limit_bytes()  # what is wrong with it is told before the training, not after
     again = f"ftkit train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
     resume = resume or restarted()
+
     with Stop() as stop, joined(device) as (place, ranks):
         if ranks.first(lambda: resume and is_finished(out)):
             console.say(f"{out}: finished already")
             return out
+
         plan = ranks.first(
             lambda: checkpoint.plan_of(out) if known and resume and checkpoint.exists(out) else None
         )
@@ -95,9 +97,11 @@ def train(
             recipe = restore(plan["recipe"])
             seed = plan["seed"]
             group_by = plan.get("group_by", "")
+
         plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
         if tensorboard:
             ranks.together(require)
+
         try:
             with ExitStack() as opened:
                 request = Request(
@@ -126,6 +130,7 @@ def train(
             ) from None
         except RuntimeError as error:
             raise precision.deterministic_or_say(error) or error from None
+
     return out
 
 
@@ -181,10 +186,12 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     images = read(request.data, request.seed, request.plan["group_by"], request.root)
     torch.manual_seed(request.seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
+
     for stage in recipe.stages:
         trainable(backbone, stage.train)
         if stage.teacher:
             distillation.require(stage.teacher, images.classes)
+
     return images, backbone, recipe.preprocess or backbone.preprocess
 
 
@@ -199,6 +206,7 @@ def _prepare(request: Request, ranks: Ranks, opened: ExitStack) -> Prepared:
         canvases = build_canvases(images, preprocess, progress, ranks)
     if not (going_on or request.allow_leakage):
         ranks.together(lambda: require_apart(canvases))
+
     audited: dict[str, Any] = {}
     with console.bar("comparing") as progress:
         if ranks.main:
@@ -208,10 +216,12 @@ def _prepare(request: Request, ranks: Ranks, opened: ExitStack) -> Prepared:
     console.say(
         f"{recipe.name}: {recipe.backbone} on {request.compute}\nweights: {backbone.weights}"
     )
+
     if ranks.world > 1:
         console.say(
             f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch"
         )
+
     return Prepared(
         images=images,
         canvases=canvases,
@@ -234,16 +244,19 @@ def _begin_or_resume(
     canvases = prepared.canvases
     backbone = prepared.backbone
     device = request.compute.device
+
     plan = {**request.plan, "data_fingerprint": canvases.fingerprint}
     if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
         raise FtkitError(
             f"{request.data}: expected the same recipe, seed, images, labels and splits on every machine, found "
             "others. Compare the machines' commands and files"
         )
+
     if prepared.going_on:
         run = checkpoint.read(request.out, plan, ranks)
     else:
         run = checkpoint.State(folder=request.out, plan=plan)
+
     run.ranks = ranks
     run.seconds += time.perf_counter() - begun
 
@@ -253,17 +266,21 @@ def _begin_or_resume(
         backbone, request.recipe, canvases, prepared.preprocess, request.seed, device, ranks
     )
     feeds.share()
+
     if base := run.tensors("base"):
         backbone.model.load_state_dict(base)
+
     run.save()
 
     log: Log = nowhere
+
     if request.tensorboard and ranks.main:  # not before there is a run to go on with
         log = opened.enter_context(log_events(request.out / "tensorboard", run.lines))
     if prepared.going_on:
         console.say(
             f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next"
         )
+
     circumstances = {
         "threads": torch.get_num_threads(),
         "device": device.type,
@@ -275,9 +292,11 @@ def _begin_or_resume(
         "weights": backbone.weights,
         "ranks": ranks.world,
     }
+
     compare_circumstances(run, circumstances)
 
     every = torch.from_numpy(canvases.labels).to(device)
+
     return Work(
         recipe=request.recipe,
         backbone=backbone,
@@ -332,6 +351,7 @@ def _finish(work: Work, request: Request, prepared: Prepared) -> None:
         "seconds": seconds,
         "environment": environment(),
     }
+
     _write(run.folder, run_json, work, canvases)
 
     _say_cache()
@@ -387,11 +407,13 @@ def _say_data(canvases: Canvases) -> None:
     counts = ", ".join(f"{len(images.of(split))} {split}" for split in ("train", "val", "test"))
     made = f" ({' and '.join(images.made)} made here)" if images.made else ""
     console.say(f"{len(images.images)} images of {len(images.classes)} classes: {counts}{made}")
+
     for split in ("val", "test"):
         if missing := images.unjudged(split):
             console.say(
                 f"no {split} image of {', '.join(missing)}: {split} says nothing of {_them(missing)}"
             )
+
     for path, reason in canvases.bad[:5]:
         console.say(f"left out {path}: {reason}")
     if canvases.bad:

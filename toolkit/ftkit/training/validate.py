@@ -63,14 +63,17 @@ def validate(
     assert isinstance(head, nn.Linear | nn.Conv2d)  # build() makes no other
     whole = torch.zeros(len(labels), head.weight.shape[0], device=labels.device)
     kept = torch.zeros(min(len(labels), DRIFT_IMAGES), head.weight.shape[1], device=labels.device)
+
     for start in range(0, len(labels), EVAL_BATCH)[ranks.rank :: ranks.world]:
         place = slice(start, min(start + EVAL_BATCH, len(labels)))
         found, answer = features(feed.eval_net, head, feed.val(np.arange(place.start, place.stop)))
         whole[place] = answer.float()
         kept[place] = found[: max(0, len(kept) - start)]
+
     model.load_state_dict(own, strict=False)
     for module, mode in zip(model.modules(), modes, strict=True):
         module.training = mode
+
     ranks.sum(whole)
     ranks.sum(kept)
     right = (whole.argmax(1) == labels).float()
@@ -79,4 +82,5 @@ def validate(
     told = ranks.first(
         lambda: [float(compared), -float(F.cross_entropy(whole, labels)), float(right.mean())]
     )
+
     return Validation(score=(told[0], told[1]), accuracy=told[2], embedding=kept.cpu().numpy())

@@ -78,10 +78,12 @@ def limit_bytes() -> float:
         limit = float(text)
     except ValueError:
         limit = -1.0
+
     if not limit >= 0:
         raise FtkitError(
             f"FTKIT_CACHE_GB: expected gigabytes, 0 or more, found {text!r}. Try FTKIT_CACHE_GB=20"
         )
+
     return limit * 1e9
 
 
@@ -90,12 +92,14 @@ def trim() -> tuple[int, int]:
     used stays, for it may have it mapped. Returns (bytes left, bytes removed)."""
     held = entries()
     total = sum(entry.size_bytes for entry in held)
+
     removed = 0
     for entry in held:
         if total - removed <= limit_bytes() or entry.used_s < time.time() - BEGUN:
             break
         put_away(entry.folder)
         removed += entry.size_bytes
+
     return total - removed, removed
 
 

@@ -89,6 +89,7 @@ def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
         TextColumn("{task.description}", markup=False), BarColumn(), Clock(), console=console
     )
     below = Text(under(), style="dim", overflow="fold")
+
     task = progress.add_task(label, total=None)
 
     def step(done: int, total: int) -> None:

@@ -86,12 +86,14 @@ class Ranks:
         """Every rank's value (JSON data), by rank."""
         if self.world == 1:
             return [value]
+
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(own)]))
         room = max(int(size) for size in sizes)
         texts = [torch.empty(room, dtype=torch.uint8) for _ in sizes]
         dist.all_gather(texts, F.pad(own, (0, room - len(own))))
+
         return [
             json.loads(bytes(text[: int(size)].numpy()))
             for text, size in zip(texts, sizes, strict=True)
@@ -101,12 +103,14 @@ class Ranks:
         """Call `make` on every rank. When one rank fails, all do, and the first of them tells."""
         if self.world == 1:
             return make()
+
         made = None
         failure = None
         try:
             made = make()
         except FtkitError as error:
             failure = error
+
         failed = [rank for rank, wrong in enumerate(self.gather(failure is not None)) if wrong]
         if failed:
             raise failure if failure and failed[0] == self.rank else ToldElsewhereError()
@@ -123,6 +127,7 @@ class Ranks:
         """Rank 0's tensors, on the CPU, for all."""
         if self.world == 1:
             return dict(values)
+
         facts = {
             name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
             for name, value in values.items()
@@ -135,6 +140,7 @@ class Ranks:
                 else torch.empty(shape, dtype=getattr(torch, dtype))
             )
             dist.broadcast(found[name], 0)
+
         return found
 
 
@@ -151,14 +157,18 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     """
     ranks = _placed()
     device = pick_device(name, ranks.local)
+
     if ranks.world == 1:
         bound_threads()
         yield device, SOLO
         return
+
     console.mute(not ranks.main)
     torch.set_num_threads(share_of_cores(ranks))
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
@@ -170,6 +180,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
             f"rank {ranks.rank}: expected to meet {ranks.world - 1} others, found: "
             f"{str(error).splitlines()[0]}. {cure}"
         ) from None
+
     try:
         yield device, ranks
         dist.destroy_process_group()
@@ -182,6 +193,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
             word in said for word in ("gloo", "Gloo", "NCCL", "nccl")
         ):
             raise
+
         # Gloo begins with its own file and line
         said = re.sub(r"^\[[^\]]*\] *", "", said).split(". ")[0][:70]
         _tell(
@@ -198,11 +210,13 @@ def _tell(text: str) -> None:
     next."""
     if not text:
         return
+
     key = f"ftkit told {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
         first = dist.distributed_c10d._get_default_store().add(key, 1) == 1
     except Exception:  # the store may be gone too
         first = True
+
     if first:
         print(f"error: {text}", file=sys.stderr, flush=True)
 
@@ -215,6 +229,7 @@ def _placed() -> Ranks:
     }
     if not number["RANK"] or not number["WORLD_SIZE"]:
         return SOLO
+
     try:
         return Ranks(
             *(
@@ -243,12 +258,14 @@ def pick_device(name: str, local: int = 0) -> torch.device:
         raise FtkitError(
             "--device cuda: expected a GPU torch can use, found none. Try --device cpu, or `ftkit doctor`"
         )
+
     if local >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise FtkitError(
             f"--device cuda: expected a GPU for each process on this machine, found {local + 1} or more "
             f"processes and {gpus} GPUs. Try {gpus} processes"
         )
+
     return torch.device("cuda", local)
 
 
@@ -293,9 +310,11 @@ class _Normalised(torch.autograd.Function):
         dist.all_reduce(total)
         count, (mean, square) = float(total[-1]), (total[:-1] / total[-1]).chunk(2)
         variance = square - mean**2
+
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.to(running_mean), momentum)
             running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)
+
         mean = mean.to(weight)
         variance = variance.to(weight)
         ctx.save_for_backward(input, weight, mean, variance)
@@ -304,6 +323,7 @@ class _Normalised(torch.autograd.Function):
         found: torch.Tensor = torch.native_batch_norm(
             input, weight, bias, mean, variance, False, 0.0, eps
         )[0]
+
         return found
 
     @staticmethod
@@ -321,6 +341,7 @@ class _Normalised(torch.autograd.Function):
         slope = -weight * invstd**2 * sums[1] / ctx.count
         shift = -weight * invstd * sums[0] / ctx.count - slope * mean
         found.addcmul_(input, slope.view(wide)).add_(shift.view(wide))
+
         return found, by_weight, by_bias, None, None, None, None
 
 
@@ -340,6 +361,7 @@ class GlobalBatchNorm(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.batch_norm:
             return func(*args, **kwargs)
+
         names = (
             "input",
             "running_mean",
@@ -350,6 +372,7 @@ class GlobalBatchNorm(TorchFunctionMode):
             "momentum",
             "eps",
         )
+
         given = {
             "weight": None,
             "bias": None,
@@ -361,13 +384,16 @@ class GlobalBatchNorm(TorchFunctionMode):
         }
         if not given.pop("training"):
             return func(*args, **kwargs)
+
         order = ("input", "weight", "bias", "running_mean", "running_var", "eps", "momentum")
         if given["weight"] is None:  # without an affine part
             given["weight"] = given["input"].new_ones(given["input"].shape[1])
             given["bias"] = given["input"].new_zeros(given["input"].shape[1])
+
         values = [given[key] for key in order]
         if not given["input"].is_cuda:
             return _Normalised.apply(*values)
+
         from torch.nn.modules._functions import SyncBatchNorm
 
         return SyncBatchNorm.apply(*values, dist.group.WORLD, self.world)
@@ -386,6 +412,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     logging.disable(logging.ERROR)  # the processes say it better
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -409,4 +436,5 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             f"rank {rank}: expected it to finish, found it killed by {by}. What was saved is kept: try "
             "the same command with --resume"
         ) from None
+
     return 0

@@ -30,6 +30,7 @@ def locked(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
+
     path = folder / LOCK
     descriptor = _taken(path)
     try:
@@ -68,8 +69,10 @@ def _taken(path: Path) -> int:
             ) from None
         except OSError:  # a file system without locks: some NFS and Lustre mounts
             return descriptor
+
         # Its last holder may have removed the file between our opening and locking it.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor
+
         os.close(descriptor)
