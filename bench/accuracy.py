@@ -29,6 +29,7 @@ from torchvision.datasets import ImageFolder
 
 from ftkit.cli.demo import SETTINGS, write_elpv
 from ftkit.models.backbones import build
+from ftkit.options import TrainOptions
 from ftkit.overrides import override
 from ftkit.recipe import load
 from ftkit.training.train import train
@@ -98,7 +99,10 @@ def recipe(name: str, data: Path, seed: int, settings: list[str]) -> tuple[float
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
         begun = time.perf_counter()
         run = train(
-            override(load(name), [*FLIPS, *settings]), data, Path(scratch) / "run", seed=seed
+            override(load(name), [*FLIPS, *settings]),
+            data,
+            Path(scratch) / "run",
+            TrainOptions(seed=seed),
         )
         seconds = time.perf_counter() - begun
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds

@@ -32,6 +32,7 @@ from torchvision.datasets import ImageFolder
 
 from ftkit.cli.demo import SETTINGS, write_elpv
 from ftkit.models.backbones import build
+from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, Stage
 from ftkit.training.loader import Feed, Fetched, set_mode, under
 from ftkit.training.optimizer import Batch, Moving, make_optimizer
@@ -88,7 +89,9 @@ def recipe_of(name: str, batch: int, epochs: int) -> Recipe:
 
 def through_ftkit(name: str, data: Path, scratch: Path, batch: int, device: str) -> float:
     """Images/s of the best epoch after the first, which holds the warm-up."""
-    out = train(recipe_of(name, batch, EPOCHS), data, scratch / f"run-{name}", device=device)
+    out = train(
+        recipe_of(name, batch, EPOCHS), data, scratch / f"run-{name}", TrainOptions(device=device)
+    )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return max(float(line["images_per_s"]) for line in lines[1:])
 

@@ -33,6 +33,7 @@ from ftkit.data.prefetch import Source
 from ftkit.models.backbones import build, trainable
 from ftkit.models.inference import CHUNK, runner
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
+from ftkit.options import TrainOptions
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.feature_cache import Views
 from ftkit.training.loader import set_mode, under
@@ -233,7 +234,7 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
         begun = time.perf_counter()
-        run = train(recipe, data, Path(scratch) / "run", seed=seed)
+        run = train(recipe, data, Path(scratch) / "run", TrainOptions(seed=seed))
         seconds = time.perf_counter() - begun
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 

@@ -25,7 +25,7 @@ FLOORS = {
         ("training",),
         ("report", "evaluation"),
         ("benchmark", "data", "overrides"),
-        ("models",),
+        ("models", "options"),
         ("recipe", "utils"),
     ),
     "export/ftkit_export": (

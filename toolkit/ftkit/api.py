@@ -21,54 +21,39 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftkit.options import BenchOptions, ExportOptions, TrainOptions, by_keyword
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
+    from ftkit.benchmark.ssh import Device
     from ftkit.exporting.export import Exported
-    from ftkit.recipe import Recipe
+    from ftkit.recipe import Export
     from ftkit.training.run import Run
     from ftkit_export.runtime.predict import Classifier
     from ftkit_export.runtime.verify import Verification
 
 
-def train(
-    data: str | Path,
-    *,
-    out: str | Path | None = None,
-    recipe: str | Path | Recipe = "lite0",
-    settings: Sequence[str] = (),
-    weights: str | None = None,
-    seed: int = 0,
-    device: str = "auto",
-    resume: bool = False,
-    deterministic: bool = False,
-    group_by: str = "",
-    root: str | Path | None = None,
-    allow_leakage: bool = False,
-    tensorboard: bool = False,
-    quiet: bool = False,
-    known: bool = False,
-) -> Run:
+@by_keyword(TrainOptions)
+def train(data: str | Path, options: TrainOptions) -> Run:
     """Fine-tune on labelled images and return the finished run.
 
-    data: a class folder, split folders or a CSV. out: the run folder, by default runs/RECIPE-N.
-    recipe: a name, FILE.py, the recipe.json of a report, or a Recipe. settings: "stages.1.lr=1e-4"
-    and the like. device: auto, cpu, cuda. resume: go on with the run in `out`; known: with its own
-    recipe and seed. The rest is as `ftkit train` has it. Raises FtkitError for bad data, recipe,
-    weights or settings; Stopped (a KeyboardInterrupt) after Ctrl-C, saved. Under torchrun the first
-    rank returns; the others end here.
+    data: a class folder, split folders or a CSV. The options are those of TrainOptions, by keyword.
+    Raises FtkitError for bad data, recipe, weights or settings; Stopped (a KeyboardInterrupt) after
+    Ctrl-C, saved. Under torchrun the first rank returns; the others end here.
     """
     from ftkit.overrides import override
     from ftkit.recipe import Recipe
     from ftkit.recipe import load as load_recipe
     from ftkit.utils import console
 
-    if resume and out is None:
+    if options.resume and options.out is None:
         raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
 
-    console.hush(quiet)
+    console.hush(options.quiet)
+    recipe = options.recipe
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    plan = override(plan, [*([f"weights={weights}"] if weights else []), *settings])
+    weights = [f"weights={options.weights}"] if options.weights else []
+    plan = override(plan, [*weights, *options.settings])
 
     # They take seconds to import: a typo has been told by now.
     from ftkit.training.run import claim, next_free, open_run
@@ -76,25 +61,13 @@ def train(
 
     # The ranks of one run must agree on its folder
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    new_folder = claim if alone else next_free
 
-    folder = Path(out) if out else (claim if alone else next_free)(Path("runs") / plan.name)
+    folder = Path(options.out) if options.out else new_folder(Path("runs") / plan.name)
     try:
-        run_training(
-            plan,
-            data,
-            folder,
-            seed=seed,
-            device=device,
-            resume=resume,
-            deterministic=deterministic,
-            known=known,
-            group_by=group_by,
-            root=root,
-            allow_leakage=allow_leakage,
-            tensorboard=tensorboard,
-        )
+        run_training(plan, data, folder, options)
     finally:
-        if not out:
+        if not options.out:
             with suppress(OSError):
                 folder.rmdir()  # where nothing began
 
@@ -104,108 +77,103 @@ def train(
     return open_run(folder)
 
 
-def export(
-    run: Run | str | Path,
-    *,
-    out: str | Path | None = None,
-    settings: Sequence[str] = (),
-    providers: Sequence[str] = ("cpu",),
-    data: str | Path | None = None,
-    quick: bool = False,
-    target: str | None = None,
-    latency: str | Path | None = None,
-    on: str | None = None,
-    input_format: str | None = None,
-    c: bool = False,
-    ort: bool = False,
-    handoff: bool = False,
-    web: bool = False,
-    runtime: str | Path | None = None,
-    zipped: bool = False,
-    sign: str | Path | None = None,
-    quiet: bool = False,
-) -> Exported:
+@by_keyword(ExportOptions)
+def export(run: Run | str | Path, options: ExportOptions) -> Exported:
     """Export a run to ONNX, prove the file, seal the bundle; `passed` is False, and the folder
     BUNDLE.failed, when a gate failed.
 
-    run: as `train` returned it, or its folder. out: by default RUN-bundle. settings:
-    "export.p95_ms=8" and the like. data: where the run's images are now, if they moved. on:
-    user@host whose latency decides (ssh); latency: a file of it. runtime: onnxruntime-web's .tgz
-    for web. The other arguments are those of `ftkit export`.
+    run: as `train` returned it, or its folder. The options are those of ExportOptions, by keyword.
     """
+    _check_settings(options)
+
+    from ftkit.benchmark.ssh import Device
+    from ftkit.exporting.export import Extras
+    from ftkit.exporting.export import export as run_export
+    from ftkit.exporting.web import runtime as web_runtime
+    from ftkit.training.run import Run, open_run
+    from ftkit.utils import console
+    from ftkit_export.runtime.session import parse_providers
+
+    console.hush(options.quiet)
+    providers = parse_providers(",".join(options.providers))
+    opened = run if isinstance(run, Run) else open_run(run)
+    folder = opened.folder.resolve()
+    out = Path(options.out) if options.out else folder.with_name(f"{folder.name}-bundle")
+    files = web_runtime(Path(options.runtime) if options.runtime else None) if options.web else None
+
+    with Device.reached(options.on) if options.on else nullcontext() as device:
+        limits = _limits(options, opened, device)
+        extras = Extras(
+            measured=_latency_of_target(options, opened, limits, providers),
+            device=device,
+            c=options.c,
+            ort=options.ort,
+            handoff=options.handoff,
+            zipped=options.zipped,
+            sign=Path(options.sign) if options.sign else None,
+            web=files,
+        )
+
+        return run_export(
+            opened,
+            out,
+            settings=limits,
+            providers=providers,
+            data=options.data,
+            quick=options.quick,
+            extras=extras,
+        )
+
+
+def _check_settings(options: ExportOptions) -> None:
+    """Tell a typo before seconds of imports."""
     from ftkit.overrides import override
     from ftkit.recipe import Recipe, Stage
-    from ftkit.utils import console
 
-    for setting in settings:
+    for setting in options.settings:
         if not setting.startswith("export."):
             raise FtkitError(
                 f"--set {setting}: expected a field of export, found another. Try --set export.{setting}"
             )
 
-    # A typo is told before seconds of imports
-    override(Recipe(name="", backbone="", stages=(Stage(),)), settings)
+    override(Recipe(name="", backbone="", stages=(Stage(),)), options.settings)
 
-    from ftkit.benchmark.ssh import Device
-    from ftkit.exporting.export import Extras, frame_of, read_measured
-    from ftkit.exporting.export import export as run_export
-    from ftkit.exporting.variants import resolve_target
-    from ftkit.exporting.web import runtime as web_runtime
-    from ftkit.training.run import Run, open_run
-    from ftkit_export.runtime.session import parse_providers
-
-    console.hush(quiet)
-    names = parse_providers(",".join(providers))
-    opened = run if isinstance(run, Run) else open_run(run)
-
-    if on and latency:
+    if options.on and options.latency:
         raise FtkitError(
             "--on, --latency: expected one source of the device's times, found two. Leave out --latency"
         )
 
-    where = (
-        Path(out)
-        if out
-        else opened.folder.resolve().with_name(opened.folder.resolve().name + "-bundle")
-    )
-    files = web_runtime(Path(runtime) if runtime else None) if web else None
 
-    with Device.reached(on) if on else nullcontext() as reached:
-        if reached and target not in (None, "auto", "cuda", "web", reached.target):
-            raise FtkitError(
-                f"--target {target}: expected what {on} is, {reached.target}, found another. Leave it out"
-            )
+def _limits(options: ExportOptions, run: Run, device: Device | None) -> Export:
+    """Gates and budgets: the recipe's, what was set, and what the device is."""
+    from ftkit.overrides import override
 
-        named = {
-            "target": target or (reached.target if reached else None),
-            "input_format": input_format,
-        }
-        settings = [*settings, *(f"export.{key}={value}" for key, value in named.items() if value)]
-        limits = override(opened.recipe, settings).export
-        measured = (
-            read_measured(
-                Path(latency),
-                opened,
-                resolve_target(limits.target, names),
-                frame_of(limits, opened),
-            )
-            if latency
-            else {}
+    if device and options.target not in (None, "auto", "cuda", "web", device.target):
+        raise FtkitError(
+            f"--target {options.target}: expected what {options.on} is, {device.target}, found another. "
+            "Leave it out"
         )
 
-        extras = Extras(
-            measured=measured,
-            device=reached,
-            c=c,
-            ort=ort,
-            handoff=handoff,
-            zipped=zipped,
-            sign=Path(sign) if sign else None,
-            web=files,
-        )
-        return run_export(
-            opened, where, settings=limits, providers=names, data=data, quick=quick, extras=extras
-        )
+    named = {
+        "target": options.target or (device.target if device else None),
+        "input_format": options.input_format,
+    }
+    settings = [f"export.{key}={value}" for key, value in named.items() if value]
+    return override(run.recipe, [*options.settings, *settings]).export
+
+
+def _latency_of_target(
+    options: ExportOptions, run: Run, limits: Export, providers: Sequence[str]
+) -> dict[str, Any]:
+    """What was measured on the target itself; nothing without --latency."""
+    from ftkit.exporting.export import frame_of, read_measured
+    from ftkit.exporting.variants import resolve_target
+
+    if not options.latency:
+        return {}
+
+    target = resolve_target(limits.target, providers)
+    return read_measured(Path(options.latency), run, target, frame_of(limits, run))
 
 
 def verify(
@@ -221,54 +189,29 @@ def verify(
         return run_verify(folder, provider)
 
 
-def bench(
-    model: str | Path,
-    *,
-    against: str | Path | None = None,
-    providers: Sequence[str] = ("cpu",),
-    threads: Sequence[int] = (),
-    batches: Sequence[int] = (0,),
-    image: str | Path | None = None,
-    frame: str | None = None,
-    quick: bool = False,
-) -> Mapping[str, Any]:
+@by_keyword(BenchOptions)
+def bench(model: str | Path, options: BenchOptions) -> Mapping[str, Any]:
     """Latency, cold start, memory and size of a bundle or any ONNX file, in ms and bytes: what
-    `ftkit bench --json` writes. frame: "640x480", the size of the frames, by default what the
-    bundle names. against: also run in turn with that bundle or file; `against` then holds the
-    verdicts."""
+    `ftkit bench --json` writes.
+
+    The options are those of BenchOptions, by keyword. With `against`, the result's "against" holds
+    the verdicts of the regression gate.
+    """
     from dataclasses import asdict
 
-    from ftkit.benchmark.budgets import against as run_against
+    from ftkit.benchmark.budgets import against, measure
     from ftkit_export.bundle.archive import unpacked
-    from ftkit_export.runtime.measure import bench as measure
 
-    if against and max(len(providers), len(threads), len(batches)) > 1:
+    if options.against and options.several:
         raise FtkitError(
             "against: expected one provider, number of threads and batch, found several. Try one"
         )
 
     with unpacked(model) as path:
-        told = measure(
-            path,
-            providers=providers,
-            threads=threads,
-            batches=batches,
-            image=image,
-            frame=frame,
-            quick=quick,
-        )
-        if against:
-            with unpacked(against) as old:
-                found = run_against(
-                    path,
-                    old,
-                    provider=providers[0],
-                    threads=(*threads, 1)[0],
-                    batch=batches[0],
-                    image=image and Path(image),
-                    frame=frame,
-                )
-            told["against"] = [asdict(item) for item in found]
+        told = measure(path, options)
+        if options.against:
+            with unpacked(options.against) as old:
+                told["against"] = [asdict(item) for item in against(path, old, options)]
 
     return told
 

@@ -2,7 +2,7 @@
 
 limits = parse_budgets(["p95_ms=8", "size_mb=5"])
 verdicts = judge(found, limits)
-gate = against("bundle", "old-bundle", provider="cpu", threads=1)
+gate = against("bundle", "old-bundle", BenchOptions(threads=[1]))
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftkit.options import BenchOptions
 from ftkit.utils import console
 from ftkit_export.proof.regression import (
-    SECONDS,
-    TOLERANCE,
     Outcome,
     Verdict,
     compare,
@@ -28,7 +27,7 @@ from ftkit_export.proof.regression import (
 )
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.latency import Condition, Start, machine
-from ftkit_export.runtime.measure import find, starts
+from ftkit_export.runtime.measure import bench, find, starts
 
 BUDGETS = ("p50_ms", "p95_ms", "cold_ms", "memory_mb", "size_mb")
 
@@ -117,35 +116,59 @@ def budgets(
     return [Budget(name=name, limit=limit, values=values[name]) for name, limit in limits.items()]
 
 
+def measure(
+    model: str | Path,
+    options: BenchOptions,
+    *,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """All figures of a bundle or any ONNX file on this machine. say: told what is measured next."""
+    return bench(
+        model,
+        providers=options.providers,
+        threads=options.threads,
+        batches=options.batches,
+        image=options.image,
+        frame=options.frame,
+        quick=options.quick,
+        say=say,
+    )
+
+
 def against(
     candidate: str | Path,
     baseline: str | Path,
+    options: BenchOptions,
     *,
-    provider: str = "cpu",
-    threads: int = 1,
-    batch: int = 0,
-    tolerance: float = TOLERANCE,
-    seconds: float = SECONDS,
-    image: str | Path | None = None,
-    frame: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[Verdict]:
     """The gate: latency, cold start, memory and size of a bundle (its model.onnx) or any ONNX file,
-    each run in turn with the baseline's, on frames of the candidate's size. seconds: the most that
-    it takes, two thirds of it for the latency. Raises FtkitError as find.
+    each run in turn with the baseline's, in the first condition of `options`, on frames of the
+    candidate's size. Two thirds of the time are for the latency. Raises FtkitError as find.
     """
-    new = find(candidate, image, frame)
-    old = find(baseline, image)
+    new = find(candidate, options.image, options.frame)
+    old = find(baseline, options.image)
+    provider = options.providers[0]
     one, other = (
-        Condition(model=str(path), provider=provider, threads=threads, batch=batch, frame=new.frame)
+        Condition(
+            model=str(path),
+            provider=provider,
+            threads=options.threads[0] if options.threads else 1,
+            batch=options.batches[0],
+            frame=new.frame,
+        )
         for path in (new.shipped(provider), old.shipped(provider))
     )
-    say("latency, in turn")
-    found = [compare(one, other, new.image, tolerance=tolerance, seconds=seconds * 2 / 3)]
-    say("cold starts and memory, in turn")
-    found += compare_starts(one, other, new.image, seconds=seconds / 3)
 
-    return [*found, compare_sizes(*(Path(item.model).stat().st_size for item in (one, other)))]
+    say("latency, in turn")
+    latency = compare(
+        one, other, new.image, tolerance=options.max_slowdown, seconds=options.seconds * 2 / 3
+    )
+    say("cold starts and memory, in turn")
+    starts = compare_starts(one, other, new.image, seconds=options.seconds / 3)
+    sizes = compare_sizes(*(Path(item.model).stat().st_size for item in (one, other)))
+
+    return [latency, *starts, sizes]
 
 
 def against_stored(
@@ -220,16 +243,24 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 def as_tables(found: Mapping[str, Any]) -> str:
     """Latency, cold start and parts, within 80 columns."""
-    rows = [
-        ("variant", "provider", "threads", "batch", "p50 ms", "p90", "p95", "p99", "img/s", "runs")
-    ]
-    for row in found["rows"]:
-        threads = f"{row['threads']}{'' if row['spinning'] else ' no spin'}{'' if row['copies'] else ' no copy'}"
-        rows.append(
+    tables = [_latency_table(found["rows"]), _starts_table(found)]
+    if found["parts"]:
+        tables.append(_parts_table(found["parts"]))
+
+    return "\n".join(["\n\n".join(tables), *_remarks(found)])
+
+
+def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line a condition."""
+    head = ("variant", "provider", "threads", "batch", "p50 ms", "p90", "p95", "p99", "img/s")
+    lines = [(*head, "runs")]
+    for row in rows:
+        ways = f"{'' if row['spinning'] else ' no spin'}{'' if row['copies'] else ' no copy'}"
+        lines.append(
             (
                 row["variant"],
                 row["provider"],
-                threads,
+                f"{row['threads']}{ways}",
                 str(row["batch"]),
                 _ms(row["p50_ms"]),
                 *(_ms(row[key]) if row[key] else "-" for key in ("p90_ms", "p95_ms", "p99_ms")),
@@ -238,7 +269,12 @@ def as_tables(found: Mapping[str, Any]) -> str:
             )
         )
 
-    cold = [("variant", "import ms", "session", "first run", "cold start", "peak MB", "file MB")]
+    return console.table(lines)
+
+
+def _starts_table(found: Mapping[str, Any]) -> str:
+    """Medians over processes, a line a variant."""
+    lines = [("variant", "import ms", "session", "first run", "cold start", "peak MB", "file MB")]
     sizes = {row["variant"]: row["size_bytes"] for row in found["rows"]}
 
     for name, items in found["starts"].items():
@@ -247,61 +283,49 @@ def as_tables(found: Mapping[str, Any]) -> str:
             for key in ("import_ms", "session_ms", "first_run_ms")
         ]
         peak = statistics.median(item["peak_rss_bytes"] for item in items)
-        cold.append(
-            (
-                name,
-                *(f"{value:.0f}" for value in (*times, sum(times), peak / 1e6)),
-                f"{sizes[name] / 1e6:.1f}",
-            )
-        )
+        figures = [f"{value:.0f}" for value in (*times, sum(times), peak / 1e6)]
+        lines.append((name, *figures, f"{sizes[name] / 1e6:.1f}"))
 
-    tables = [console.table(rows), console.table(cold)]
-    if found["parts"]:
-        keys = ("decode_ms", "preprocess_ms", "network_ms", "together_ms", "pillow_ms")
-        head = (
-            "variant",
-            "decode ms",
-            "preprocess",
-            "network",
-            "the last two",
-            "Pillow's preprocess",
-        )
-        tables.append(
-            console.table(
-                [
-                    head,
-                    *(
-                        (name, *(_ms(part[key]) for key in keys))
-                        for name, part in found["parts"].items()
-                    ),
-                ]
-            )
-        )
+    return console.table(lines)
 
+
+def _parts_table(parts: Mapping[str, Mapping[str, float]]) -> str:
+    """What of an image's time is decoding, preprocessing and the network."""
+    columns = {
+        "decode ms": "decode_ms",
+        "preprocess": "preprocess_ms",
+        "network": "network_ms",
+        "the last two": "together_ms",
+        "Pillow's preprocess": "pillow_ms",
+    }
+    lines = [("variant", *columns)]
+    lines += [(name, *(_ms(part[key]) for key in columns.values())) for name, part in parts.items()]
+    return console.table(lines)
+
+
+def _remarks(found: Mapping[str, Any]) -> list[str]:
+    """What the tables do not hold: frames, placement, GPU memory, races, quick runs."""
+    frames = [f"{console.frames(found['frame'])}, decoding apart"] if found["frame"] else []
+    placed = [
+        f"{row['variant']} on {row['provider']}: {row['placement']}"
+        for row in found["rows"]
+        if row["provider"] != "cpu" and row.get("placement")
+    ]
+    held = {
+        f"{row['variant']} on {row['provider']}": row["gpu_bytes"]
+        for row in found["rows"]
+        if row.get("gpu_bytes")
+    }
+    memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
     raced = [
         f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
         f"{item['ratio_high']:.2f}]"
         for name, item in found["raced"].items()
         if name != "fp32"
     ]
-
     quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
-    frames = [f"{console.frames(found['frame'])}, decoding apart"] if found["frame"] else []
-    held = {
-        f"{row['variant']} on {row['provider']}": row["gpu_bytes"]
-        for row in found["rows"]
-        if row.get("gpu_bytes")
-    }
-    placed = [
-        f"{row['variant']} on {row['provider']}: {row['placement']}"
-        for row in found["rows"]
-        if row["provider"] != "cpu" and row.get("placement")
-    ]
-    memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
 
-    return "\n".join(
-        ["\n\n".join(tables), *frames, *dict.fromkeys(placed), *memory, *raced, *quick]
-    )
+    return [*frames, *dict.fromkeys(placed), *memory, *raced, *quick]
 
 
 def _ms(value: float) -> str:

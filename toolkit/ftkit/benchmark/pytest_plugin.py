@@ -143,15 +143,12 @@ class Measured:
         """ftkit's regression gate: latency, cold start, memory, size. Fails or skips the test as
         __call__ does."""
         from ftkit.benchmark.budgets import against
+        from ftkit.options import BenchOptions
 
-        verdicts = against(
-            candidate,
-            baseline,
-            provider=provider,
-            threads=threads,
-            tolerance=max_slowdown,
-            seconds=seconds,
+        options = BenchOptions(
+            providers=[provider], threads=[threads], max_slowdown=max_slowdown, seconds=seconds
         )
+        verdicts = against(candidate, baseline, options)
 
         self._tell({item.what: asdict(item) for item in verdicts})
         for outcome, then in (("failed", pytest.fail), ("inconclusive", pytest.skip)):

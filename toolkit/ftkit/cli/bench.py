@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ftkit.cli.options import MAX_PIXELS, Command
+from ftkit.options import BenchOptions
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
@@ -165,7 +166,6 @@ def evaluate(
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--against",
-    "baseline",
     type=click.Path(path_type=Path),
     metavar="BASELINE",
     help="A bundle or ONNX file to run in turn with, or the JSON of an earlier bench.",
@@ -213,21 +213,17 @@ def evaluate(
 @click.pass_context
 def bench(
     ctx: click.Context,
+    /,
     model: Path,
-    baseline: Path | None,
     budgets: tuple[str, ...],
     providers: str,
     threads: str | None,
     batch: str | None,
-    image: Path | None,
-    frame: str | None,
-    max_slowdown: float,
-    seconds: float,
-    quick: bool,
     save: bool,
     host: str | None,
     key: Path | None,
     as_json: Path | None,
+    **given: Any,
 ) -> None:
     """Latency, cold start, memory and size of MODEL: a bundle or any ONNX file.
 
@@ -237,70 +233,39 @@ def bench(
     from ftkit.benchmark import history
     from ftkit.utils import console
     from ftkit_export.bundle.archive import unpacked
-    from ftkit_export.runtime.latency import machine
-    from ftkit_export.runtime.measure import find, read
-    from ftkit_export.runtime.preprocess import parse_frame
     from ftkit_export.runtime.session import parse_providers
 
     echo = _echo(as_json)
     limits = judging.parse_budgets(budgets)
-    plan = Plan(
+    options = BenchOptions(
         providers=parse_providers(providers),
         threads=_numbers("--threads", threads or ""),
         batches=_numbers("--batch", batch or "") or [0],
-        image=image,
-        frame=frame,
-        quick=quick,
-        max_slowdown=max_slowdown,
-        seconds=seconds,
+        **given,
     )
+    table = bool(host or limits or save or not options.against)
+    _check(ctx, options, host, table)
 
-    if frame:
-        parse_frame(frame)
-    if not 0 < max_slowdown < 1 or not 1 <= seconds < 1e5:
-        raise FtkitError(
-            "--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
-            f"{max_slowdown:g} and {seconds:g}. Try 0.05 and 120"
-        )
-
-    kept_json = baseline is not None and baseline.suffix == ".json"
-    table = bool(host or limits or save or not baseline)
-    _check_together(ctx, host, baseline, kept_json, plan.several, table)
-    stored = read(baseline) if baseline and kept_json else {}
-
-    measured: dict[str, Any] = {}
-    verdicts: Sequence[Verdict] = []
     with ExitStack() as stack:
         path = stack.enter_context(unpacked(model, key))
-        old = stack.enter_context(unpacked(baseline, key)) if baseline and not stored else None
         say = stack.enter_context(console.note())
-
         if host:
-            measured, verdicts = _measure_there(host, path, stored, plan, say)
+            measured = _measure_there(host, path, options, say)
+        elif not options.against:
+            measured = Measured(figures=judging.measure(path, options, say=say))
+        elif _is_stored(options.against):
+            measured = _against_stored(path, options, table, say)
         else:
-            if table:
-                measured = _measure_here(path, plan, alone=baseline is None, say=say)
-            if stored:
-                verdicts = judging.against_stored(path, stored, image=image)
-            elif old:
-                verdicts = _in_turn(path, old, plan, say)
+            baseline = stack.enter_context(unpacked(options.against, key))
+            measured = _against_file(path, baseline, options, table, say)
 
-        fed = stored.get("frame") or find(path, image, frame).frame
-        fingerprints = {
-            "model": find(path).fingerprint,
-            "baseline": find(old).fingerprint if old else stored.get("fingerprint"),
-        }
-
-    if verdicts:
-        measured = {"machine": machine(), **measured, "fingerprints": fingerprints}
-
-    outcomes = _tell(echo, measured, limits, verdicts)
-    if fed and not table:
-        echo(f"{console.frames(fed)}, decoding apart")
+    outcomes = _tell(echo, measured, limits)
+    if measured.frame and not table:
+        echo(f"{console.frames(measured.frame)}, decoding apart")
     if save:
-        echo(f"saved: {history.append(measured, Path.cwd())}")
+        echo(f"saved: {history.append(measured.figures, Path.cwd())}")
 
-    write_json(as_json, measured)
+    write_json(as_json, measured.figures)
     code = judging.exit_code(outcomes)
 
     if outcomes:
@@ -310,92 +275,118 @@ def bench(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Arguments of `ftkit bench`. threads: CPU threads, none for the default; batches: 0 is what
-    the file fixes; max_slowdown, seconds: of --against."""
+class Measured:
+    """figures: for --json, without the tables' when only the gate was asked for. verdicts: of the
+    gate. frame: the size of the frames that it compared on."""
 
-    providers: Sequence[str]
-    threads: Sequence[int]
-    batches: Sequence[int]
-    image: Path | None
-    frame: str | None
-    quick: bool
-    max_slowdown: float
-    seconds: float
-
-    @property
-    def several(self) -> bool:
-        """Whether more than one condition was asked for."""
-        return max(len(self.providers), len(self.threads), len(self.batches)) > 1
-
-
-def _measure_here(
-    path: Path, plan: Plan, *, alone: bool, say: Callable[[str], object]
-) -> dict[str, Any]:
-    """All figures of a file on this machine. alone: without a baseline; then on all cores too."""
-    from ftkit_export.runtime.measure import bench as measure
-
-    return measure(
-        path,
-        providers=plan.providers,
-        threads=plan.threads or ([] if alone else [1]),
-        batches=plan.batches,
-        image=plan.image,
-        frame=plan.frame,
-        quick=plan.quick,
-        say=say,
-    )
+    figures: dict[str, Any]
+    verdicts: Sequence[Verdict] = ()
+    frame: str = ""
 
 
 def _measure_there(
-    host: str, path: Path, stored: Mapping[str, Any], plan: Plan, say: Callable[[str], object]
-) -> tuple[dict[str, Any], Sequence[Verdict]]:
+    host: str, path: Path, options: BenchOptions, say: Callable[[str], object]
+) -> Measured:
     """All figures of a bundle on another machine, and the verdicts against what was measured there
     before."""
-    from ftkit.benchmark import budgets as judging
     from ftkit.benchmark import ssh
+    from ftkit.benchmark.budgets import against_there
+    from ftkit_export.runtime.measure import read
 
     say(f"measuring on {host}")
-    threads = plan.threads[0] if plan.threads else 0
+    threads = options.threads[0] if options.threads else 0
     measure = partial(
-        ssh.bench, host, path, provider=plan.providers[0], threads=threads, quick=plan.quick
-    )
-    measured = measure()
-    verdicts = judging.against_there(measure, measured, stored) if stored else []
-
-    return measured, verdicts
-
-
-def _in_turn(
-    path: Path, baseline: Path, plan: Plan, say: Callable[[str], object]
-) -> Sequence[Verdict]:
-    """The gate: candidate and baseline in the same processes."""
-    from ftkit.benchmark import budgets as judging
-
-    return judging.against(
+        ssh.bench,
+        host,
         path,
-        baseline,
-        provider=plan.providers[0],
-        threads=plan.threads[0] if plan.threads else 1,
-        batch=plan.batches[0],
-        image=plan.image,
-        frame=plan.frame,
-        tolerance=plan.max_slowdown,
-        seconds=plan.seconds,
-        say=say,
+        provider=options.providers[0],
+        threads=threads,
+        quick=options.quick,
     )
+    stored = read(options.against) if options.against else None
+    figures = measure()
+    if not stored:
+        return Measured(figures=figures)
+
+    verdicts = against_there(measure, figures, stored)
+    fingerprints = _fingerprints(path, stored["fingerprint"])
+    return Measured(
+        figures={**figures, **fingerprints}, verdicts=verdicts, frame=stored.get("frame", "")
+    )
+
+
+def _against_stored(
+    path: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
+) -> Measured:
+    """The gate against the JSON of an earlier bench. table: all figures too."""
+    from ftkit.benchmark.budgets import against_stored
+    from ftkit_export.runtime.measure import find, read
+
+    assert options.against
+    stored = read(options.against)
+    figures = _figures(path, options, table, say)
+    verdicts = against_stored(path, stored, image=options.image)
+    frame = stored.get("frame") or find(path, options.image, options.frame).frame
+
+    return Measured(
+        figures={**figures, **_fingerprints(path, stored.get("fingerprint"))},
+        verdicts=verdicts,
+        frame=frame,
+    )
+
+
+def _against_file(
+    path: Path, baseline: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
+) -> Measured:
+    """The gate: candidate and baseline in the same processes. table: all figures too."""
+    from ftkit.benchmark.budgets import against
+    from ftkit_export.runtime.measure import find
+
+    figures = _figures(path, options, table, say)
+    verdicts = against(path, baseline, options, say=say)
+
+    return Measured(
+        figures={**figures, **_fingerprints(path, find(baseline).fingerprint)},
+        verdicts=verdicts,
+        frame=find(path, options.image, options.frame).frame,
+    )
+
+
+def _figures(
+    path: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """What stands beside the gate's verdicts: the machine, and all figures on one thread when
+    `table` is asked for."""
+    from ftkit.benchmark.budgets import measure
+    from ftkit_export.runtime.latency import machine
+
+    if not table:
+        return {"machine": machine()}
+
+    return measure(path, dataclasses.replace(options, threads=options.threads or [1]), say=say)
+
+
+def _fingerprints(path: Path, baseline: str | None) -> dict[str, Any]:
+    from ftkit_export.runtime.measure import find
+
+    return {"fingerprints": {"model": find(path).fingerprint, "baseline": baseline}}
+
+
+def _is_stored(baseline: str | Path) -> bool:
+    """Whether it is the JSON of an earlier bench, not a model."""
+    return Path(baseline).suffix == ".json"
 
 
 def _tell(
     echo: Callable[..., None],
-    told: dict[str, Any],
+    measured: Measured,
     limits: Mapping[str, float],
-    verdicts: Sequence[Verdict],
 ) -> list[Outcome]:
-    """Print the tables, budgets and gate; put the verdicts into `told` beside the figures; return
-    the outcomes."""
+    """Print the tables, budgets and gate; put the verdicts beside the figures; return the
+    outcomes."""
     from ftkit.benchmark import budgets as judging
 
+    told = measured.figures
     outcomes: list[Outcome] = []
     if "rows" in told:
         echo(judging.as_tables(told))
@@ -406,10 +397,10 @@ def _tell(
             {**dataclasses.asdict(item), "verdict": item.verdict} for item in budgeted
         ]
 
-    if verdicts:
-        echo(judging.as_gate(verdicts))
-        outcomes += [item.verdict for item in verdicts]
-        told["against"] = [dataclasses.asdict(item) for item in verdicts]
+    if measured.verdicts:
+        echo(judging.as_gate(measured.verdicts))
+        outcomes += [item.verdict for item in measured.verdicts]
+        told["against"] = [dataclasses.asdict(item) for item in measured.verdicts]
 
     return outcomes
 
@@ -426,39 +417,38 @@ def _numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in dict.fromkeys(parts)]
 
 
-def _check_together(
-    ctx: click.Context,
-    host: str | None,
-    baseline: Path | None,
-    kept_json: bool,
-    several: bool,
-    table: bool,
-) -> None:
+def _check(ctx: click.Context, options: BenchOptions, host: str | None, table: bool) -> None:
     """Options that do not go together are refused: none is ignored."""
-    if host and baseline and not kept_json:
+    from ftkit_export.runtime.measure import read
+    from ftkit_export.runtime.preprocess import parse_frame
+
+    if options.frame:
+        parse_frame(options.frame)
+    if not 0 < options.max_slowdown < 1 or not 1 <= options.seconds < 1e5:
         raise FtkitError(
-            f"--against {baseline}: expected the JSON of an earlier bench with --ssh, found another. "
+            "--max-slowdown, --seconds: expected a share below 1 and at least 1 s, found "
+            f"{options.max_slowdown:g} and {options.seconds:g}. Try 0.05 and 120"
+        )
+
+    stored = bool(options.against) and _is_stored(options.against or "")
+    if host and options.against and not stored:
+        raise FtkitError(
+            f"--against {options.against}: expected the JSON of an earlier bench with --ssh, found another. "
             "Try --ssh HOST --json FILE for the baseline first"
         )
 
-    _refuse(ctx, "--ssh", bool(host), "batch", "image", "frame", "max_slowdown", "seconds")
-    _refuse(
-        ctx,
-        "--against FILE.json",
-        kept_json and not host,
-        "threads",
-        "providers",
-        "batch",
-        "frame",
-        "max_slowdown",
-        "seconds",
-    )
-
+    gate = ("max_slowdown", "seconds")
+    _refuse(ctx, "--ssh", bool(host), "batch", "image", "frame", *gate)
+    measured_before = ("threads", "providers", "batch", "frame", *gate)
+    _refuse(ctx, "--against FILE.json", stored and not host, *measured_before)
     _refuse(ctx, "--against without --budget or --save", not table, "quick")
-    if (host or baseline) and several:
+    if (host or options.against) and options.several:
         raise FtkitError(
             "--ssh, --against: expected one provider, number of threads and batch, found several. Try one"
         )
+
+    if stored and options.against:
+        read(options.against)
 
 
 def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:

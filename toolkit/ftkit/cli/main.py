@@ -81,7 +81,7 @@ PROVIDERS = click.option(
 
 @main.command(short_help="Fine-tune on a folder of images or a CSV.")
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--recipe", "name", default="lite0", show_default=True, metavar="NAME|FILE.py")
+@click.option("--recipe", default="lite0", show_default=True, metavar="NAME|FILE.py")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -113,53 +113,19 @@ PROVIDERS = click.option(
 @click.option("--tensorboard", is_flag=True, help="Events in RUN/tensorboard too.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.pass_context
-def train(
-    ctx: click.Context,
-    data: Path,
-    name: str,
-    out: Path | None,
-    settings: tuple[str, ...],
-    weights: str | None,
-    device: str,
-    gpus: int | None,
-    seed: int,
-    deterministic: bool,
-    resume: bool,
-    group_by: str,
-    root: Path | None,
-    allow_leakage: bool,
-    tensorboard: bool,
-    quiet: bool,
-) -> None:
+def train(ctx: click.Context, /, data: Path, gpus: int | None, **options: Any) -> None:
     """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV
     path,label[,split][,group]."""
     if gpus:
         sys.exit(_launched(ctx, gpus))
 
-    said = [
-        name_
-        for name_ in ("name", "settings", "weights", "seed", "group_by")
-        if ctx.get_parameter_source(name_) is not click.core.ParameterSource.DEFAULT
-    ]
-    run = api.train(
-        data,
-        out=out,
-        recipe=name,
-        settings=settings,
-        weights=weights,
-        seed=seed,
-        device=device,
-        resume=resume,
-        deterministic=deterministic,
-        group_by=group_by,
-        root=root,
-        allow_leakage=allow_leakage,
-        tensorboard=tensorboard,
-        quiet=quiet,
-        known=not said,
+    plan = ("recipe", "settings", "weights", "seed", "group_by")
+    known = all(
+        ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT for name in plan
     )
+    run = api.train(data, **options, known=known)
 
-    if not quiet:
+    if not options["quiet"]:
         click.echo(f"run: {run.folder}\nnext: ftkit export {shlex.quote(str(run.folder))}")
 
 
@@ -192,7 +158,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
             raise FtkitError(
                 "--resume: expected the run to go on with, found no --out. Try --out RUN"
             )
-        folder = claim(Path("runs") / load(ctx.params["name"]).name)
+        folder = claim(Path("runs") / load(ctx.params["recipe"]).name)
         try:
             return launch(gpus, [*arguments, "--out", str(folder)])
         finally:
@@ -234,7 +200,6 @@ def _launched(ctx: click.Context, gpus: int) -> int:
 )
 @click.option(
     "--on",
-    "device",
     metavar="USER@HOST",
     help="Let that device's own latency choose the variant (ssh).",
 )
@@ -254,50 +219,12 @@ def _launched(ctx: click.Context, gpus: int) -> int:
 )
 @MAX_PIXELS
 @click.option("-q", "--quiet", is_flag=True, help="Print gates, warnings and errors only.")
-def export(
-    run: Path,
-    out: Path | None,
-    settings: tuple[str, ...],
-    providers: str,
-    data: Path | None,
-    quick: bool,
-    target: str | None = None,
-    latency: Path | None = None,
-    input_format: str | None = None,
-    c: bool = False,
-    ort: bool = False,
-    handoff: bool = False,
-    zipped: bool = False,
-    sign: Path | None = None,
-    device: str | None = None,
-    web: bool = False,
-    runtime: Path | None = None,
-    quiet: bool = False,
-) -> None:
+def export(run: Path, providers: str, **options: Any) -> None:
     """Export RUN to ONNX, prove the file, and seal a bundle.
 
     Exit 1 when a gate fails, 3 when none fails and one cannot be settled here.
     """
-    done = api.export(
-        run,
-        out=out,
-        settings=settings,
-        providers=[providers],
-        data=data,
-        quick=quick,
-        target=target,
-        latency=latency,
-        on=device,
-        input_format=input_format,
-        c=c,
-        ort=ort,
-        handoff=handoff,
-        web=web,
-        runtime=runtime,
-        zipped=zipped,
-        sign=sign,
-        quiet=quiet,
-    )
+    done = api.export(run, providers=[providers], **options)
     for gate in done.gates:
         click.echo(f"{console.MARKS[gate.verdict]}  {gate}")
         if gate.unsettled and not gate.passed:

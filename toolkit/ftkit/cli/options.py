@@ -77,9 +77,7 @@ def _allow(_: click.Context, __: click.Parameter, pixels: int | None) -> None:
     """For this process and those that it starts to decode."""
     if pixels:
         # Not before it is needed: it takes numpy
-        from ftkit_export.runtime.preprocess import (
-            MAX_PIXELS as LIMIT,
-        )
+        from ftkit_export.runtime.preprocess import MAX_PIXELS as LIMIT
 
         os.environ[LIMIT] = str(pixels)
 

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ftkit.evaluation.metrics import Mistake
 from ftkit.evaluation.model import judge
 from ftkit.models.backbones import Backbone, build, trainable
 from ftkit.models.weights import fingerprint
+from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, resolve, restore
 from ftkit.report.build import pictures, save_pictures, write_report
 from ftkit.training import checkpoint, distillation, precision
@@ -54,52 +55,26 @@ from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
 HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 
 
-def train(
-    recipe: Recipe,
-    data: str | Path,
-    out: Path,
-    *,
-    seed: int = 0,
-    device: str = "auto",
-    resume: bool = False,
-    deterministic: bool = False,
-    known: bool = False,
-    group_by: str = "",
-    allow_leakage: bool = False,
-    tensorboard: bool = False,
-    root: str | Path | None = None,
-) -> Path:
+def train(recipe: Recipe, data: str | Path, out: Path, options: TrainOptions | None = None) -> Path:
     """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns
     `out`.
 
-    resume: go on where an interrupted run in `out` stands; begin when there is none; nothing to do
-    when it is finished. known: a resumed run's own recipe and seed hold, not those given.
-    deterministic: the same weights twice on a GPU too, slower; a CPU gives them anyway, with as
-    many threads. group_by, root: as intake.read's. allow_leakage: also when train, val and test
-    share images or groups, or identical files have two labels. tensorboard: events in
-    `out`/tensorboard too. Raises FtkitError for bad data, a bad recipe, weights that cannot be had,
-    an `out` that exists, a resume with another recipe, seed or data, a rank that is gone; Stopped
-    (a KeyboardInterrupt) after Ctrl-C or SIGTERM, with the run saved.
+    options: its out, recipe, settings and weights are what the first arguments came from. Raises
+    FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, a
+    resume with another recipe, seed or data, a rank that is gone; Stopped (a KeyboardInterrupt)
+    after Ctrl-C or SIGTERM, with the run saved.
     """
     limit_bytes()  # what is wrong with it is told before the training, not after
-    again = f"ftkit train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
-    resume = resume or restarted()
+    options = options or TrainOptions()
+    if restarted():
+        options = replace(options, resume=True)
 
-    with Stop() as stop, joined(device) as (place, ranks):
-        if ranks.first(lambda: resume and is_finished(out)):
+    with Stop() as stop, joined(options.device) as (place, ranks):
+        if ranks.first(lambda: options.resume and is_finished(out)):
             console.say(f"{out}: finished already")
             return out
 
-        plan = ranks.first(
-            lambda: checkpoint.plan_of(out) if known and resume and checkpoint.exists(out) else None
-        )
-        if plan:
-            recipe = restore(plan["recipe"])
-            seed = plan["seed"]
-            group_by = plan.get("group_by", "")
-
-        plan = {"recipe": resolve(recipe), "seed": seed, "group_by": group_by}
-        if tensorboard:
+        if options.tensorboard:
             ranks.together(require)
 
         try:
@@ -107,16 +82,15 @@ def train(
                 request = Request(
                     recipe=recipe,
                     data=data,
-                    root=Path(root) if root else None,
                     out=out,
-                    plan=plan,
-                    compute=precision.prepare(place, deterministic),
-                    resume=resume,
-                    allow_leakage=allow_leakage,
-                    tensorboard=tensorboard,
+                    seed=options.seed,
+                    group_by=options.group_by,
+                    options=options,
+                    compute=precision.prepare(place, options.deterministic),
                 )
-                _train(request, stop, ranks, opened)
+                _train(_as_begun(request, ranks), stop, ranks, opened)
         except Stopped as stopped:
+            again = f"ftkit train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
             done = (
                 f"go on with: {again}"
                 if checkpoint.exists(out)
@@ -136,24 +110,46 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Arguments of a training. plan: recipe, seed and group_by as JSON data, which a resumed run
-    must share."""
+    """What is to be trained, and how. seed: of the splits, the head and every draw."""
 
     recipe: Recipe
     data: str | Path
-    root: Path | None
     out: Path
-    plan: dict[str, Any]
+    seed: int
+    group_by: str
+    options: TrainOptions
     compute: Compute
-    resume: bool
-    allow_leakage: bool
-    tensorboard: bool
 
     @property
-    def seed(self) -> int:
-        """Of the splits, the head and every draw."""
-        seed: int = self.plan["seed"]
-        return seed
+    def root(self) -> Path | None:
+        """What the paths of a CSV are relative to."""
+        return Path(self.options.root) if self.options.root else None
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """Recipe, seed and group_by as JSON data, which a resumed run must share."""
+        return {"recipe": resolve(self.recipe), "seed": self.seed, "group_by": self.group_by}
+
+
+def _as_begun(request: Request, ranks: Ranks) -> Request:
+    """The request with the recipe, seed and groups of the run that it resumes, where those are to
+    be known from the run itself."""
+    options = request.options
+    known = options.known and options.resume
+    plan = ranks.first(
+        lambda: (
+            checkpoint.plan_of(request.out) if known and checkpoint.exists(request.out) else None
+        )
+    )
+    if not plan:
+        return request
+
+    return replace(
+        request,
+        recipe=restore(plan["recipe"]),
+        seed=plan["seed"],
+        group_by=plan.get("group_by", ""),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +179,7 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     """The images and the pretrained model. Raises FtkitError for a typo, before an hour of
     decoding."""
     recipe = request.recipe
-    images = read(request.data, request.seed, request.plan["group_by"], request.root)
+    images = read(request.data, request.seed, request.group_by, request.root)
     torch.manual_seed(request.seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
 
@@ -200,11 +196,11 @@ def _prepare(request: Request, ranks: Ranks, opened: ExitStack) -> Prepared:
     begins."""
     recipe = request.recipe
     images, backbone, preprocess = ranks.together(lambda: _planned(request))
-    going_on = ranks.first(lambda: _begun(request.out, request.resume, opened))
+    going_on = ranks.first(lambda: _begun(request.out, request.options.resume, opened))
 
     with console.bar("decoding") as progress:
         canvases = build_canvases(images, preprocess, progress, ranks)
-    if not (going_on or request.allow_leakage):
+    if not (going_on or request.options.allow_leakage):
         ranks.together(lambda: require_apart(canvases))
 
     audited: dict[str, Any] = {}
@@ -244,20 +240,7 @@ def _begin_or_resume(
     canvases = prepared.canvases
     backbone = prepared.backbone
     device = request.compute.device
-
-    plan = {**request.plan, "data_fingerprint": canvases.fingerprint}
-    if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
-        raise FtkitError(
-            f"{request.data}: expected the same recipe, seed, images, labels and splits on every machine, found "
-            "others. Compare the machines' commands and files"
-        )
-
-    if prepared.going_on:
-        run = checkpoint.read(request.out, plan, ranks)
-    else:
-        run = checkpoint.State(folder=request.out, plan=plan)
-
-    run.ranks = ranks
+    run = _state(request, prepared, ranks)
     run.seconds += time.perf_counter() - begun
 
     keep_freed_memory()
@@ -269,34 +252,19 @@ def _begin_or_resume(
 
     if base := run.tensors("base"):
         backbone.model.load_state_dict(base)
-
     run.save()
 
     log: Log = nowhere
-
-    if request.tensorboard and ranks.main:  # not before there is a run to go on with
+    if request.options.tensorboard and ranks.main:  # not before there is a run to go on with
         log = opened.enter_context(log_events(request.out / "tensorboard", run.lines))
+
     if prepared.going_on:
         console.say(
             f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next"
         )
-
-    circumstances = {
-        "threads": torch.get_num_threads(),
-        "device": device.type,
-        "torch": torch.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "memory format": "channels_last",
-        "precision": str(request.compute.dtype or torch.float32),
-        "prefix batch": feeds.views(1).chunk,
-        "weights": backbone.weights,
-        "ranks": ranks.world,
-    }
-
-    compare_circumstances(run, circumstances)
+    compare_circumstances(run, _circumstances(request, backbone, feeds, ranks))
 
     every = torch.from_numpy(canvases.labels).to(device)
-
     return Work(
         recipe=request.recipe,
         backbone=backbone,
@@ -309,6 +277,42 @@ def _begin_or_resume(
         ranks=ranks,
         log=log,
     )
+
+
+def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.State:
+    """A new run's state, or the interrupted run's. Raises FtkitError when the ranks were given
+    different things to do, or the interrupted run was."""
+    plan = {**request.plan, "data_fingerprint": prepared.canvases.fingerprint}
+    if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
+        raise FtkitError(
+            f"{request.data}: expected the same recipe, seed, images, labels and splits on every machine, found "
+            "others. Compare the machines' commands and files"
+        )
+
+    if prepared.going_on:
+        run = checkpoint.read(request.out, plan, ranks)
+    else:
+        run = checkpoint.State(folder=request.out, plan=plan)
+
+    run.ranks = ranks
+    return run
+
+
+def _circumstances(
+    request: Request, backbone: Backbone, feeds: Feeds, ranks: Ranks
+) -> dict[str, Any]:
+    """What the weights' bits depend on beside the plan."""
+    return {
+        "threads": torch.get_num_threads(),
+        "device": request.compute.device.type,
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "memory format": "channels_last",
+        "precision": str(request.compute.dtype or torch.float32),
+        "prefix batch": feeds.views(1).chunk,
+        "weights": backbone.weights,
+        "ranks": ranks.world,
+    }
 
 
 def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
