@@ -32,14 +32,16 @@ from torchvision.datasets import ImageFolder
 
 from ftkit.cli.demo import SETTINGS, write_elpv
 from ftkit.models.backbones import build
+from ftkit.models.freezing import set_mode, under
 from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, Stage
-from ftkit.training.loader import Feed, Fetched, set_mode, under
+from ftkit.training.loader import Fetched, Loader
 from ftkit.training.optimizer import Batch, Moving, make_optimizer
 from ftkit.training.precision import prepare
 from ftkit.training.step import fresh_gradients, run_as
 from ftkit.training.train import train
 from ftkit.utils.distributed import SOLO, pick_device
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.latency import Condition, begin, measure
 from ftkit_export.runtime.measure import find
 from ftkit_export.runtime.preprocess import Preprocess
@@ -96,6 +98,33 @@ def through_ftkit(name: str, data: Path, scratch: Path, batch: int, device: str)
     return max(float(line["images_per_s"]) for line in lines[1:])
 
 
+class _Fixed(Loader):
+    """The same batch at every step, already on the device."""
+
+    def __init__(self, net: torch.nn.Module, batch: Batch):
+        super().__init__(
+            net=net,
+            eval_net=net,
+            labels=batch.targets,
+            device=batch.targets.device,
+            how="",
+            kind="live",
+        )
+        self.batch = batch
+
+    def fetch(self, positions: Array, generator: torch.Generator, part: slice) -> Fetched:
+        """Nothing."""
+        return Fetched(tensors=[], labels=torch.zeros(0))
+
+    def prepare(self, fetched: Fetched) -> Batch:
+        """The batch."""
+        return self.batch
+
+    def val(self, positions: Array) -> tuple[torch.Tensor, ...]:
+        """Nothing."""
+        return ()
+
+
 def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
     """Images/s of the very same step, on one batch of noise that lies on the device. steps: as many as the stage has,
     for they decide whether another way to run it is tried."""
@@ -110,22 +139,14 @@ def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
     )
     fixed = Batch(inputs=(pixels,), targets=torch.zeros(batch, dtype=torch.long, device=place))
     nothing = Fetched(tensors=[], labels=torch.zeros(0))
-    feed = Feed(
-        net=model,
-        eval_net=model,
-        fetch=lambda *_: nothing,
-        prepare=lambda _: fixed,
-        val=lambda _: (),
-        how="",
-        kind="live",
-    )
+    loader = _Fixed(model, fixed)
 
     optimizer = make_optimizer(backbone, stage, fused=place.type == "cuda")
     for group in optimizer.param_groups:
         group["lr"] = 1e-9
 
     moving = Moving(model, under(names), stage, optimizer, compute)
-    net, _ = run_as(feed, stage, compute, SOLO, batch, lambda: nothing, steps)
+    net, _ = run_as(loader, stage, compute, SOLO, batch, lambda: nothing, steps)
     steps, warm = (STEPS, 10) if place.type == "cuda" else (3, 1)
 
     begun = 0.0
@@ -133,7 +154,7 @@ def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
         if step == warm:
             _wait(place)
             begun = time.perf_counter()
-        tally, net, _ = fresh_gradients(net, feed, fixed, moving, None, batch)
+        tally, net, _ = fresh_gradients(net, loader, fixed, moving, None, batch)
         moving.step(step + 1, tally)
 
     _wait(place)

@@ -30,13 +30,13 @@ from torch.utils.data import DataLoader
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.data.prefetch import Source
-from ftkit.models.backbones import build, trainable
+from ftkit.models.backbones import build
+from ftkit.models.freezing import set_mode, trainable, under
 from ftkit.models.inference import CHUNK, runner
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.options import TrainOptions
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.feature_cache import Views
-from ftkit.training.loader import set_mode, under
 from ftkit.training.train import train
 from ftkit_export.runtime.preprocess import Preprocess
 

@@ -15,12 +15,13 @@ from conftest import TINY, ftkit, settings
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.models.backbones import build
+from ftkit.models.freezing import under
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.checkpoint import Stopped
-from ftkit.training.loader import Feeds, under
 from ftkit.training.optimizer import Moving, make_optimizer
 from ftkit.training.precision import fastest, prepare, ways
 from ftkit.training.stage import Work
+from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.step import fresh_gradients
 from ftkit_export.runtime.latency import Condition, measure
 from ftkit_export.runtime.preprocess import Preprocess
@@ -97,23 +98,25 @@ def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
     recipe = Recipe(name="x", backbone="efficientnet_lite0", augment=augment, stages=(stage,))
     backbone, compute = build("efficientnet_lite0", 4, "none"), prepare(CUDA, False)
     backbone.model.to(CUDA).to(memory_format=torch.channels_last)
-    feeds = Feeds(backbone, recipe, build_canvases(read(photos), preprocess), preprocess, 0, CUDA)
-    assert feeds.pixels.resident
-    feed = feeds.stage(0)
+    loaders = StageLoaders(
+        backbone, recipe, build_canvases(read(photos), preprocess), preprocess, 0, CUDA
+    )
+    assert loaders.pixels.resident
+    loader = loaders.stage(0)
     moving = Moving(
         backbone.model,
-        under(feeds.trained[0]),
+        under(loaders.trained[0]),
         stage,
         make_optimizer(backbone, stage, True),
         compute,
     )
-    net = feed.net
+    net = loader.net
 
     def step(number: int) -> None:
-        fetched = feed.fetch(
+        fetched = loader.fetch(
             np.arange(number, number + 16), torch.Generator().manual_seed(number), slice(0, 16)
         )
-        tally, _, _ = fresh_gradients(net, feed, feed.prepare(fetched), moving, None, 16)
+        tally, _, _ = fresh_gradients(net, loader, loader.prepare(fetched), moving, None, 16)
         moving.step(number + 1, tally)
 
     for number in range(3):

@@ -8,11 +8,12 @@ import torch
 
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
-from ftkit.models.backbones import build, trainable
+from ftkit.models.backbones import build
+from ftkit.models.freezing import set_mode, trainable, under
 from ftkit.models.inference import runner
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.recipe import Recipe, Stage
-from ftkit.training.loader import Feeds, set_mode, under
+from ftkit.training.stage_loaders import StageLoaders
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 
@@ -97,7 +98,7 @@ def test_frozen_modules_are_in_eval_mode_and_the_rest_trains() -> None:
 
 
 @pytest.fixture(scope="module")
-def feeds(photos: Path) -> Feeds:
+def loaders(photos: Path) -> StageLoaders:
     torch.manual_seed(0)
     recipe = Recipe(
         name="x",
@@ -110,7 +111,7 @@ def feeds(photos: Path) -> Feeds:
         ),
     )
     canvases = build_canvases(read(photos), PREPROCESS)
-    return Feeds(
+    return StageLoaders(
         build("resnet18", 4, "none"),
         recipe,
         canvases,
@@ -121,65 +122,71 @@ def feeds(photos: Path) -> Feeds:
 
 
 def test_one_pass_serves_head_and_last_blocks(
-    feeds: Feeds, monkeypatch: pytest.MonkeyPatch
+    loaders: StageLoaders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ftkit.training.loader
+    import ftkit.training.stage_loaders
 
     passes: list[object] = []
-    real = ftkit.training.loader.fill
+    real = ftkit.training.stage_loaders.fill
     monkeypatch.setattr(
-        ftkit.training.loader, "fill", lambda *a, **k: (passes.append(a), real(*a, **k))[1]
+        ftkit.training.stage_loaders, "fill", lambda *a, **k: (passes.append(a), real(*a, **k))[1]
     )
-    feeds.share()
-    assert "computed once" in feeds.stage(0).how
-    second = feeds.stage(1)
+    loaders.share()
+    assert "computed once" in loaders.stage(0).how
+    second = loaders.stage(1)
     assert "frozen prefix" in second.how
     assert len(passes) == 1
-    assert feeds.stage(2).how == "live: nothing is frozen"
+    assert loaders.stage(2).how == "live: nothing is frozen"
 
 
-def test_cached_logits_are_the_live_ones(feeds: Feeds) -> None:
+def test_cached_logits_are_the_live_ones(loaders: StageLoaders) -> None:
     """Float16 activations move the logits by less than a thousandth of their size."""
-    feed = feeds.stage(1)
-    feeds.backbone.model.eval()
-    rows = feeds.canvases.rows("val")
-    pixels = torch.from_numpy(PREPROCESS.pixels(feeds.canvases.array(rows)))
+    loader = loaders.stage(1)
+    loaders.backbone.model.eval()
+    rows = loaders.canvases.rows("val")
+    pixels = torch.from_numpy(PREPROCESS.pixels(loaders.canvases.array(rows)))
     with torch.inference_mode():
-        live = feeds.backbone.model(pixels)
-        cached = feed.eval_net(*feed.val(np.arange(len(rows))))
+        live = loaders.backbone.model(pixels)
+        cached = loader.eval_net(*loader.val(np.arange(len(rows))))
     assert float((live - cached).abs().max()) < 1e-3 * float(live.abs().max())
 
 
-def test_a_second_run_finds_the_first_ones_activations(feeds: Feeds) -> None:
-    feeds.stage(0)
-    again = Feeds(feeds.backbone, feeds.recipe, feeds.canvases, PREPROCESS, 0, torch.device("cpu"))
+def test_a_second_run_finds_the_first_ones_activations(loaders: StageLoaders) -> None:
+    loaders.stage(0)
+    again = StageLoaders(
+        loaders.backbone, loaders.recipe, loaders.canvases, PREPROCESS, 0, torch.device("cpu")
+    )
     again.share()
     assert "found in the cache" in again.stage(0).how
 
 
-def test_a_head_stage_after_a_deeper_one_gets_a_prefix_of_its_own(feeds: Feeds) -> None:
+def test_a_head_stage_after_a_deeper_one_gets_a_prefix_of_its_own(loaders: StageLoaders) -> None:
     """Once the body has trained, the shared activations are stale."""
-    feeds.stage(0)
+    loaders.stage(0)
     with torch.no_grad():
-        feeds.backbone.model.layer1[0].conv1.weight.mul_(1.5)
-    feed = feeds.stage(3)
-    assert "computed once" in feed.how
-    rows = feeds.canvases.rows("val")
-    feeds.backbone.model.eval()
+        loaders.backbone.model.layer1[0].conv1.weight.mul_(1.5)
+    loader = loaders.stage(3)
+    assert "computed once" in loader.how
+    rows = loaders.canvases.rows("val")
+    loaders.backbone.model.eval()
     with torch.inference_mode():
-        live = feeds.backbone.model(torch.from_numpy(PREPROCESS.pixels(feeds.canvases.array(rows))))
-        cached = feed.eval_net(*feed.val(np.arange(len(rows))))
+        live = loaders.backbone.model(
+            torch.from_numpy(PREPROCESS.pixels(loaders.canvases.array(rows)))
+        )
+        cached = loader.eval_net(*loader.val(np.arange(len(rows))))
     assert float((live - cached).abs().max()) < 1e-3 * float(live.abs().max())
 
 
 def test_a_cache_larger_than_the_disk_is_not_begun(
-    feeds: Feeds, monkeypatch: pytest.MonkeyPatch
+    loaders: StageLoaders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
     import ftkit.training.feature_cache
 
     monkeypatch.setattr(ftkit.training.feature_cache, "DISK_SHARE", 0.0)
-    fresh = Feeds(feeds.backbone, feeds.recipe, feeds.canvases, PREPROCESS, 99, torch.device("cpu"))
+    fresh = StageLoaders(
+        loaders.backbone, loaders.recipe, loaders.canvases, PREPROCESS, 99, torch.device("cpu")
+    )
     fresh.share()
     assert "live: its cache would take" in fresh.stage(0).how
 

@@ -22,7 +22,7 @@ from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.training.loader import Feeds
+from ftkit.training.stage_loaders import StageLoaders
 from ftkit.utils import distributed
 from ftkit.utils.distributed import FRESH_STORE, Ranks
 from ftkit_export.runtime.preprocess import Preprocess
@@ -253,13 +253,15 @@ def test_a_part_of_a_batch_is_that_part_of_the_whole(photos: Path, cache: str) -
     )
     canvases = build_canvases(read(photos), preprocess)
     torch.manual_seed(0)
-    feed = Feeds(
+    loader = StageLoaders(
         build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, torch.device("cpu")
     ).stage(0)
-    assert feed.how.startswith("live") is (cache == "off")
+    assert loader.how.startswith("live") is (cache == "off")
 
     def batch(part: slice) -> Sequence[torch.Tensor]:
-        made = feed.prepare(feed.fetch(np.arange(40, 57), torch.Generator().manual_seed(3), part))
+        made = loader.prepare(
+            loader.fetch(np.arange(40, 57), torch.Generator().manual_seed(3), part)
+        )
         return [
             value
             for value in (*made.inputs, made.targets, made.others, made.share)

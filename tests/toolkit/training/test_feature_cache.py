@@ -17,7 +17,7 @@ from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import feature_cache
 from ftkit.training.feature_cache import Activations, Views, _tolerance, attributes, check, fill
-from ftkit.training.loader import Feeds
+from ftkit.training.stage_loaders import StageLoaders
 from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=32, resize=40)
@@ -103,11 +103,11 @@ def test_views_differ_and_are_the_same_again(views: Views) -> None:
     )
 
 
-def _feeds(views: Views) -> Feeds:
+def _loaders(views: Views) -> StageLoaders:
     recipe = Recipe(name="x", backbone="resnet18", stages=(Stage(),))
     torch.manual_seed(0)
     backbone = build("resnet18", 4, "none")
-    return Feeds(backbone, recipe, views.canvases, PREPROCESS, 0, torch.device("cpu"))
+    return StageLoaders(backbone, recipe, views.canvases, PREPROCESS, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("place", ["first view", "last view", "val"])
@@ -115,7 +115,7 @@ def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
     views: Views, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Wherever it is wrong: the check saw one chunk of the last view, and the entry stayed for ever."""
-    assert "frozen prefix computed once" in _feeds(views).stage(0).how
+    assert "frozen prefix computed once" in _loaders(views).stage(0).how
     (file,) = (feature_cache.cache_folder() / "prefix").glob("*/0.npy")
     array = np.load(file, mmap_mode="r+")
     right = np.array(array)
@@ -129,10 +129,10 @@ def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
     array[rows[place]] *= 1.01
     array.flush()
     del array
-    assert "frozen prefix computed once" in _feeds(views).stage(0).how
+    assert "frozen prefix computed once" in _loaders(views).stage(0).how
     assert "differs from a live pass by" in capsys.readouterr().err
     np.testing.assert_array_equal(np.load(file), right)
-    assert "found in the cache" in _feeds(views).stage(0).how
+    assert "found in the cache" in _loaders(views).stage(0).how
 
 
 @pytest.mark.parametrize("file", ["told.json", "0.npy"])

@@ -20,9 +20,9 @@ from ftkit.data.prefetch import Source, array_source, free_bytes
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import precision
-from ftkit.training.loader import Feeds
 from ftkit.training.optimizer import Batch, Moving, gradients, loss_of
 from ftkit.training.precision import Compute, Way, fastest
+from ftkit.training.stage_loaders import StageLoaders
 from ftkit_export.runtime.nvidia import same_numbers
 from ftkit_export.runtime.preprocess import Preprocess
 
@@ -112,14 +112,16 @@ def test_a_batch_is_made_on_the_gpu_without_the_host_waiting(photos: Path) -> No
     )
     recipe = Recipe(name="x", backbone="resnet18", augment=everything, stages=(Stage(cache="off"),))
     canvases = build_canvases(read(photos), preprocess)
-    feeds = Feeds(build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, CPU.device)
-    feed = feeds.stage(0)
-    fetched = feed.fetch(np.arange(16), torch.Generator().manual_seed(0), slice(0, 16))
-    feeds.device = feeds.pixels.device = torch.device("cuda")
+    loaders = StageLoaders(
+        build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, CPU.device
+    )
+    loader = loaders.stage(0)
+    fetched = loader.fetch(np.arange(16), torch.Generator().manual_seed(0), slice(0, 16))
+    loader._device = loaders.pixels.device = torch.device("cuda")
     augment._constants.cache_clear()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            batch = feed.prepare(fetched)
+            batch = loader.prepare(fetched)
             loss = loss_of(
                 torch.zeros(16, 4, device="cuda"), batch, Stage(label_smoothing=0.1), None
             )

@@ -15,11 +15,12 @@ from torch import nn
 from ftkit.data.augment import evaluation
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
-from ftkit.models.backbones import build, trainable
+from ftkit.models.backbones import build
+from ftkit.models.freezing import trainable
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import lr_search, stage
 from ftkit.training.distillation import Teacher
-from ftkit.training.loader import Feed, Feeds, ahead
+from ftkit.training.loader import Fetched, Loader, ahead
 from ftkit.training.optimizer import (
     Batch,
     Moving,
@@ -29,9 +30,11 @@ from ftkit.training.optimizer import (
     make_optimizer,
 )
 from ftkit.training.run import open_run
+from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.step import fresh_gradients
 from ftkit.training.validate import Validation, validate
 from ftkit.utils.distributed import SOLO
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=64, resize=64)
@@ -97,6 +100,26 @@ def test_a_teacher_pulls_towards_its_own_answers() -> None:
     assert float(soft[0, 0]) < 0 < float(soft[0, 2])
 
 
+class _InMemory(Loader):
+    """Val pixels that lie in memory; nothing to train on."""
+
+    def __init__(self, net: nn.Module, pixels: torch.Tensor):
+        device = torch.device("cpu")
+        super().__init__(
+            net=net, eval_net=net, labels=torch.zeros(0), device=device, how="", kind="live"
+        )
+        self.pixels = pixels
+
+    def fetch(self, positions: Array, generator: torch.Generator, part: slice) -> Fetched:
+        raise NotImplementedError
+
+    def prepare(self, fetched: Fetched) -> Batch:
+        raise NotImplementedError
+
+    def val(self, positions: Array) -> tuple[torch.Tensor, ...]:
+        return (self.pixels[positions],)
+
+
 class _Small(nn.Module):
     """Runs out of memory above `limit` images at once, as a GPU would."""
 
@@ -123,10 +146,10 @@ def test_out_of_memory_halves_the_step_and_the_gradients_stay(
     gradients(net, batch, moving, None, 20)
     whole = net.linear.weight.grad.clone()  # type: ignore[union-attr]
     net.limit = 6
-    feed = Feed(net=net, eval_net=net, fetch=None, prepare=None, val=None, how="", kind="")  # type: ignore[arg-type]
+    loader = _InMemory(net, torch.zeros(0))
     # What a step ran before: it goes, for it takes whole batches only
     captured = nn.Sequential(net)
-    _, left, micro = fresh_gradients(captured, feed, batch, moving, None, 20)
+    _, left, micro = fresh_gradients(captured, loader, batch, moving, None, 20)
     assert (micro, left) == (5, net)
     assert "in steps of 5 images that add up" in capsys.readouterr().out
     assert torch.allclose(net.linear.weight.grad, whole, atol=1e-6)  # type: ignore[arg-type]
@@ -291,7 +314,7 @@ def test_a_student_learns_from_a_run(run: Path, photos: Path, tmp_path: Path) ->
         augment=Augment(hflip=True),
         stages=(Stage(views=2, teacher=str(run)),),
     )
-    feeds = Feeds(
+    loaders = StageLoaders(
         build("resnet18", 4, "none"),
         recipe,
         build_canvases(read(photos), PREPROCESS),
@@ -299,13 +322,13 @@ def test_a_student_learns_from_a_run(run: Path, photos: Path, tmp_path: Path) ->
         0,
         torch.device("cpu"),
     )
-    feed, generator = feeds.stage(0), torch.Generator().manual_seed(1)
+    loader, generator = loaders.stage(0), torch.Generator().manual_seed(1)
     positions = np.arange(5)
-    batch = feed.prepare(feed.fetch(positions, generator, slice(None)))
+    batch = loader.prepare(loader.fetch(positions, generator, slice(None)))
     views = torch.randint(2, (5,), generator=torch.Generator().manual_seed(1))
     pixels = torch.cat(
         [
-            feeds.views(2).pixels(feeds.canvases.rows("train"), int(v), 0)[i : i + 1]
+            loaders.views(2).pixels(loaders.canvases.rows("train"), int(v), 0)[i : i + 1]
             for i, v in enumerate(views)
         ]
     )
@@ -336,15 +359,7 @@ def test_stages_that_balance_their_classes_compete_on_balanced_accuracy() -> Non
     backbone = build("resnet18", 2, "none")
     labels, pixels = torch.tensor([0] * 18 + [1] * 2), torch.zeros(20, 3, 32, 32)
     pixels[18:], pixels[:4] = 1.0, 1.0  # the rare class is bright, and so are four of the others
-    feed = Feed(
-        net=backbone.model,
-        eval_net=backbone.model,
-        fetch=None,
-        prepare=None,
-        val=lambda rows: (pixels[rows],),
-        how="",
-        kind="",
-    )  # type: ignore[arg-type]
+    loader = _InMemory(backbone.model, pixels)
     head = backbone.model.fc
 
     def judged(balanced: bool, sees_brightness: bool) -> Validation:
@@ -362,7 +377,7 @@ def test_stages_that_balance_their_classes_compete_on_balanced_accuracy() -> Non
             head.bias.copy_(
                 torch.tensor([middle, -middle]) if sees_brightness else torch.tensor([1.0, 0.0])
             )
-        return validate(backbone, feed, labels, {}, SOLO, balanced=balanced)
+        return validate(backbone, loader, labels, {}, SOLO, balanced=balanced)
 
     seeing, blind = judged(False, True), judged(False, False)
     assert (round(seeing.accuracy, 3), round(blind.accuracy, 3)) == (0.8, 0.9)

@@ -1,7 +1,7 @@
 """lr = "auto": heads trained side by side, one a rate, in one pass over cached features; the best
 names it.
 
-peak = best_rate(stage, backbone, feed, batches, total, val_labels)
+peak = best_rate(stage, backbone, loader, batches, total, val_labels)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from ftkit.models.backbones import Backbone, features
 from ftkit.recipe import Stage
-from ftkit.training.loader import Feed
+from ftkit.training.loader import Loader
 from ftkit.training.optimizer import rate
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -24,7 +24,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 def best_rate(
     stage: Stage,
     backbone: Backbone,
-    feed: Feed,
+    loader: Loader,
     batches: Iterable[tuple[np.ndarray, torch.Generator]],
     total: int,
     val_labels: torch.Tensor,
@@ -57,11 +57,11 @@ def best_rate(
 
     for step, (positions, generator) in enumerate(batches):
         # Every rank fits the whole fan
-        batch = feed.prepare(feed.fetch(positions, generator, slice(None)))
+        batch = loader.prepare(loader.fetch(positions, generator, slice(None)))
         for group, peak in zip(optimizer.param_groups, RATES * 2, strict=True):
             group["lr"] = rate(step, total, stage, peak)
 
-        logits = logits_of(features(feed.net, head, batch.inputs)[0])
+        logits = logits_of(features(loader.net, head, batch.inputs)[0])
         losses = F.cross_entropy(
             logits.flatten(0, 1),
             batch.targets.repeat(len(RATES)),
@@ -75,8 +75,10 @@ def best_rate(
 
     with torch.no_grad():
         starts = range(0, len(val_labels), 256)
-        parts = [feed.val(np.arange(start, min(start + 256, len(val_labels)))) for start in starts]
-        found = torch.cat([features(feed.eval_net, head, inputs)[0] for inputs in parts])
+        parts = [
+            loader.val(np.arange(start, min(start + 256, len(val_labels)))) for start in starts
+        ]
+        found = torch.cat([features(loader.eval_net, head, inputs)[0] for inputs in parts])
         scores = [float(F.cross_entropy(logits, val_labels)) for logits in logits_of(found)]
 
     finite = [score if np.isfinite(score) else np.inf for score in scores]

@@ -21,14 +21,16 @@ from torch import nn
 
 from ftkit.evaluation.metrics import cka
 from ftkit.models.backbones import Backbone
+from ftkit.models.freezing import under
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, Stage
 from ftkit.training.checkpoint import State, Stop, Stopped, seeded
-from ftkit.training.loader import Feed, Feeds, Fetched, ahead, under
+from ftkit.training.loader import Fetched, Loader, ahead
 from ftkit.training.lr_search import best_rate
 from ftkit.training.optimizer import Moving, class_weights, make_optimizer, rate
 from ftkit.training.precision import Compute, release
 from ftkit.training.run import append
+from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.step import fresh_gradients, run_as
 from ftkit.training.tensorboard import Log
 from ftkit.training.validate import Score, Validation, detached, validate
@@ -66,7 +68,7 @@ class Work:
 
     recipe: Recipe
     backbone: Backbone
-    feeds: Feeds
+    loaders: StageLoaders
     state: State
     stop: Stop
     seed: int
@@ -98,190 +100,255 @@ def train_stage(work: Work, number: int) -> StageResult:
     best. Raises FtkitError when something frozen moved, Stopped after a signal.
     """
     stage = work.recipe.stages[number]
-    run = work.state
-    backbone = work.backbone
-    labels = work.labels["train"]
-    run.begin_stage()
-    feed = work.feeds.stage(number)
-    names = work.feeds.trained[number]
-    console.say(f"{stage.train}: {feed.how}")
-    compare_circumstances(run, {f"stage {number}": feed.kind})
-    _remember_pristine(work, feed)
-    frozen = _frozen_fingerprint(backbone.model, names)
-    per_epoch = max(1, len(labels) // stage.batch_size)
-    total = per_epoch * stage.epochs
-    micro = stage.batch_size
-    broken = False
-    run.lr = _peak(work, number, feed, per_epoch)
-    optimizer = make_optimizer(backbone, stage, fused=work.compute.device.type == "cuda")
-    moving = Moving(backbone.model, under(names), stage, optimizer, work.compute)
-    moving.load(run.tensors("step"))
-    example = partial(_read, work, number, feed, _order(work, number, 0), per_epoch, 0)
-    size = min(stage.batch_size, len(labels))
-    net, together = run_as(
-        feed, stage, work.compute, work.ranks, size, lambda: example()[1], total - run.step
-    )
-    weights = (
-        class_weights(labels, len(work.feeds.canvases.images.classes))
-        if stage.balance == "loss"
-        else None
-    )
+    work.state.begin_stage()
+    loader = work.loaders.stage(number)
+    console.say(f"{stage.train}: {loader.how}")
+    compare_circumstances(work.state, {f"stage {number}": loader.kind})
+    _remember_pristine(work, loader)
 
+    training = StageTraining(work, number, loader)
     with work.stop.deferred():
-        for epoch in range(run.epoch, stage.epochs):
-            begun = time.perf_counter()
-            jobs = range(run.step, per_epoch * (epoch + 1))
-            read = partial(_read, work, number, feed, _order(work, number, epoch), per_epoch)
-
-            standing = partial(_standing, work, number, feed, moving, total, begun, run.step)
-            with console.bar(f"{stage.train} {epoch + 1}/{stage.epochs}", standing) as progress:
-                for step, (share, fetched) in ahead(jobs, read):
-                    lr = rate(step, total, stage, run.lr)
-                    for group in moving.optimizer.param_groups:
-                        group["lr"] = lr * group["scale"]
-
-                    torch.manual_seed(_layers_seed(work, number, step))
-                    with together:
-                        tally, net, micro = fresh_gradients(
-                            net, feed, feed.prepare(fetched), moving, weights, micro, share
-                        )
-
-                    moving.step(step + 1, work.ranks.sum(tally))
-                    run.step = step + 1
-                    progress(run.step - per_epoch * epoch, per_epoch)
-                    work.pause(moving)
-
-            loss, accuracy = moving.epoch()
-            spent = time.perf_counter() - begun
-
-            broken = not math.isfinite(loss)
-            if broken:
-                console.say(
-                    f"{stage.train}: the loss is no longer finite; what was good before is kept. Try a lower lr"
-                )
+        while work.state.epoch < stage.epochs:
+            if not training.epoch():
                 break
+            work.pause(training.moving)
 
-            judged = _validated(work, feed, moving.result)
-            speeds = work.ranks.gather(len(jobs) * size / work.ranks.world / spent)
-            _report_epoch(
-                work,
-                number,
-                loss,
-                accuracy,
-                judged,
-                rate(run.step - 1, total, stage, run.lr),
-                speeds,
+        release(training.net)
+        return _settle(training)
+
+
+class StageTraining:
+    """One stage as it trains. net: the loader's, in the fastest way to run it here; moving: the
+    weights that train."""
+
+    def __init__(self, work: Work, number: int, loader: Loader):
+        model = work.backbone.model
+        self.work = work
+        self.number = number
+        self.stage = work.recipe.stages[number]
+        self.loader = loader
+        self.labels = work.labels["train"]
+        self.names = work.loaders.trained[number]
+        self.frozen = _frozen_fingerprint(model, self.names)
+        self.steps_per_epoch = max(1, len(self.labels) // self.stage.batch_size)
+        self.steps = self.steps_per_epoch * self.stage.epochs
+        self.images_per_step = min(self.stage.batch_size, len(self.labels))
+        self.broken = False  # the loss is no longer finite
+
+        work.state.lr = _peak(self)
+        fused = work.compute.device.type == "cuda"
+        optimizer = make_optimizer(work.backbone, self.stage, fused=fused)
+        self.moving = Moving(model, under(self.names), self.stage, optimizer, work.compute)
+        self.moving.load(work.state.tensors("step"))
+
+        self.net, self._together = run_as(
+            loader,
+            self.stage,
+            work.compute,
+            work.ranks,
+            self.images_per_step,
+            lambda: self._read(self.order(0), 0)[1],
+            self.steps - work.state.step,
+        )
+        self._micro = self.stage.batch_size
+        self._class_weights = (
+            class_weights(self.labels, len(work.loaders.canvases.images.classes))
+            if self.stage.balance == "loss"
+            else None
+        )
+
+    def epoch(self) -> bool:
+        """Train one epoch, or the rest of an interrupted one, and judge it. Returns whether the
+        stage goes on."""
+        run = self.work.state
+        begun = time.perf_counter()
+        first = run.step
+        end = self.steps_per_epoch * (run.epoch + 1)
+        read = partial(self._read, self.order(run.epoch))
+        title = f"{self.stage.train} {run.epoch + 1}/{self.stage.epochs}"
+
+        with console.bar(title, partial(self._standing, begun, first)) as progress:
+            for step, (share, fetched) in ahead(range(first, end), read):
+                self._step(step, share, fetched)
+                progress(run.step - end + self.steps_per_epoch, self.steps_per_epoch)
+                self.work.pause(self.moving)
+
+        loss, accuracy = self.moving.epoch()
+        seconds = time.perf_counter() - begun
+        self.broken = not math.isfinite(loss)
+        if self.broken:
+            console.say(
+                f"{self.stage.train}: the loss is no longer finite; what was good before is kept. Try a lower lr"
+            )
+            return False
+
+        judged = _validated(self.work, self.loader, self.moving.result)
+        images = (end - first) * self.images_per_step
+        speeds = self.work.ranks.gather(images / self.work.ranks.world / seconds)
+        self._report(loss, accuracy, judged, speeds)
+
+        if self.stage.patience and _out_of_patience(run, self.stage, self.moving, judged.score):
+            console.say(
+                f"{self.stage.train}: no better for {self.stage.patience} epochs; its best epoch counts"
+            )
+            return False
+
+        return True
+
+    def _step(self, step: int, share: float, fetched: Fetched) -> None:
+        lr = self._rate(step)
+        for group in self.moving.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+
+        torch.manual_seed(self._layers_seed(step))
+        with self._together:
+            tally, self.net, self._micro = fresh_gradients(
+                self.net,
+                self.loader,
+                self.loader.prepare(fetched),
+                self.moving,
+                self._class_weights,
+                self._micro,
+                share,
             )
 
-            if stage.patience and _out_of_patience(run, stage, moving, judged.score):
-                console.say(
-                    f"{stage.train}: no better for {stage.patience} epochs; its best epoch counts"
-                )
-                break
+        self.moving.step(step + 1, self.work.ranks.sum(tally))
+        self.work.state.step = step + 1
 
-            work.pause(moving)
+    def order(self, epoch: int) -> Array:
+        """Train positions in this epoch's order; drawn equally often by class where the stage
+        balances by sampling."""
+        labels = self.labels.cpu()
+        seed = seeded("order", self.work.seed, self.number, epoch)
+        generator = torch.Generator().manual_seed(seed)
 
-        release(net)
-        return _settle(work, number, feed, moving, frozen, broken)
+        if self.stage.balance == "sample":
+            chances = class_weights(labels, int(labels.max()) + 1)[labels]
+            return torch.multinomial(
+                chances, len(labels), replacement=True, generator=generator
+            ).numpy()
+
+        return torch.randperm(len(labels), generator=generator).numpy()
+
+    def _read(self, order: Array, step: int) -> tuple[float, Fetched]:
+        """This rank's part of one step, and what its mean gradient weighs among the ranks'. Full
+        batches; the rest is left out."""
+        ranks = self.work.ranks
+        size = self.stage.batch_size
+        at = step % self.steps_per_epoch * size
+        positions = order[at : at + size]
+        part = ranks.part(len(positions))
+        seed = seeded("step", self.work.seed, self.number, step)
+        generator = torch.Generator().manual_seed(seed)
+        share = (part.stop - part.start) * ranks.world / len(positions)
+
+        return share, self.loader.fetch(positions, generator, part)
+
+    def _rate(self, step: int) -> float:
+        return rate(step, self.steps, self.stage, self.work.state.lr or 0.0)
+
+    def _layers_seed(self, step: int) -> int:
+        """Seed of the global generator, which dropout draws from; another on each rank, for each
+        has other images."""
+        place = ("layers", self.work.seed, self.number, step)
+        ranks = self.work.ranks
+        return seeded(*place) if ranks.main else seeded(*place, ranks.rank)
+
+    def _standing(self, begun: float, first: int) -> str:
+        """The line below the bar: how the epoch, the stage and the run go. begun, first: the
+        epoch's start in time and its first step."""
+        run = self.work.state
+        loss, accuracy = self.moving.standing()
+        done = run.step - first
+        parts = [f"stage {self.number + 1} of {len(self.work.recipe.stages)}"]
+
+        if done:
+            speed = done / (time.perf_counter() - begun)
+            parts += [
+                f"loss {loss:.3f}",
+                f"accuracy {accuracy:.3f}",
+                f"rate {self._rate(run.step - 1):.1e}",
+                f"{speed * self.images_per_step:.0f} img/s",
+                f"stage done in {console.clock((self.steps - run.step) / speed)}",
+            ]
+            if saved := self.loader.pass_s * run.step * self.images_per_step:
+                parts.append(f"{console.clock(saved)} of frozen passes read, not run")
+
+        return " · ".join([*parts, self.loader.how])
+
+    def _report(
+        self, loss: float, accuracy: float, judged: Validation, speeds: list[float]
+    ) -> None:
+        """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on.
+        speeds: images/s by rank, which add up."""
+        stage = self.stage
+        run = self.work.state
+        images_per_s = sum(speeds)
+        lr = self._rate(run.step - 1)
+        run.epoch += 1
+        run.lines += 1
+
+        left = ""
+        if images_per_s:  # an epoch may have been resumed at its end
+            seconds = (stage.epochs - run.epoch) * len(self.labels) / images_per_s
+            left = console.clock(seconds)
+        console.say(
+            f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {judged.accuracy:.3f}  "
+            f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"
+        )
+        if len(speeds) > 1 and run.epoch == stage.epochs:
+            console.say(f"{stage.train}: {min(speeds):.0f} to {max(speeds):.0f} img/s a rank")
+
+        if not self.work.ranks.main:
+            return
+
+        line = {
+            "stage": self.number,
+            "train": stage.train,
+            "epoch": run.epoch,
+            "loss": loss,
+            "train_accuracy": accuracy,
+            "val_accuracy": judged.accuracy,
+            "val_nll": -judged.score[1],
+            "lr": lr,
+            "images_per_s": images_per_s,
+            **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
+        }
+        append(run.folder, line)
+        self.work.log(line, run.lines)
 
 
-def _standing(
-    work: Work, number: int, feed: Feed, moving: Moving, total: int, begun: float, before: int
-) -> str:
-    """The line below the bar: how the epoch, the stage and the run go. begun, before: the epoch's
-    start and step."""
-    stage = work.recipe.stages[number]
-    run = work.state
-    (loss, accuracy), done = moving.standing(), run.step - before
-    parts = [f"stage {number + 1} of {len(work.recipe.stages)}"]
-
-    if done:
-        speed = done / (time.perf_counter() - begun)
-        size = min(stage.batch_size, len(work.labels["train"]))
-        parts += [
-            f"loss {loss:.3f}",
-            f"accuracy {accuracy:.3f}",
-            f"rate {rate(run.step - 1, total, stage, run.lr or 0.0):.1e}",
-            f"{speed * size:.0f} img/s",
-            f"stage done in {console.clock((total - run.step) / speed)}",
-        ]
-
-        if feed.pass_s:
-            parts.append(
-                f"{console.clock(feed.pass_s * run.step * size)} of frozen passes read, not run"
-            )
-
-    return " · ".join([*parts, feed.how])
-
-
-def _order(work: Work, number: int, epoch: int) -> Array:
-    """Train positions in this epoch's order; drawn equally often by class where the stage balances
-    by sampling."""
-    stage = work.recipe.stages[number]
-    labels = work.labels["train"].cpu()
-    generator = torch.Generator().manual_seed(seeded("order", work.seed, number, epoch))
-
-    if stage.balance == "sample":
-        chances = class_weights(labels, int(labels.max()) + 1)[labels]
-        return torch.multinomial(
-            chances, len(labels), replacement=True, generator=generator
-        ).numpy()
-
-    return torch.randperm(len(labels), generator=generator).numpy()
-
-
-def _read(
-    work: Work, number: int, feed: Feed, order: Array, per_epoch: int, step: int
-) -> tuple[float, Fetched]:
-    """This rank's part of one step, and what its mean gradient weighs among the ranks'. Full
-    batches; the rest is left out."""
-    size = work.recipe.stages[number].batch_size
-    at = step % per_epoch * size
-    positions = order[at : at + size]
-    part = work.ranks.part(len(positions))
-    generator = torch.Generator().manual_seed(seeded("step", work.seed, number, step))
-    share = (part.stop - part.start) * work.ranks.world / len(positions)
-    return share, feed.fetch(positions, generator, part)
-
-
-def _layers_seed(work: Work, number: int, step: int) -> int:
-    """Of the global generator, which dropout draws from; another on each rank, for each has other
-    images."""
-    place = ("layers", work.seed, number, step)
-    return seeded(*place) if work.ranks.main else seeded(*place, work.ranks.rank)
-
-
-def _peak(work: Work, number: int, feed: Feed, per_epoch: int) -> float:
-    """The stage's peak rate: as given, as found before an interruption, or by a fan of rates."""
-    stage = work.recipe.stages[number]
-    run = work.state
-
+def _peak(training: StageTraining) -> float:
+    """The stage's peak rate: as given, as found before an interruption, or by a search over
+    rates."""
+    stage = training.stage
+    work = training.work
     if stage.lr != "auto":
         return stage.lr
-    if run.lr is not None:
-        return run.lr
-    if feed.kind == "live":
+    if work.state.lr is not None:
+        return work.state.lr
+    if training.loader.kind == "live":
         raise FtkitError(
-            f"stage.lr: auto expected a cached head stage, found it {feed.how}. "
-            f"Try a rate, e.g. --set stages.{number}.lr=1e-3"
+            f"stage.lr: auto expected a cached head stage, found it {training.loader.how}. "
+            f"Try a rate, e.g. --set stages.{training.number}.lr=1e-3"
         )
 
     def batches() -> Iterator[tuple[Array, torch.Generator]]:
+        size = stage.batch_size
         for epoch in range(stage.epochs):
-            order = _order(work, number, epoch)
-            for step in range(per_epoch):
-                place = seeded("fan", work.seed, number, epoch * per_epoch + step)
-                torch.manual_seed(place)  # dropout before the head draws from the global generator
-                generator = torch.Generator().manual_seed(place)
-                yield order[step * stage.batch_size : (step + 1) * stage.batch_size], generator
+            order = training.order(epoch)
+            for step in range(training.steps_per_epoch):
+                number = epoch * training.steps_per_epoch + step
+                seed = seeded("fan", work.seed, training.number, number)
+                torch.manual_seed(seed)  # dropout before the head draws from the global generator
+                yield order[step * size : (step + 1) * size], torch.Generator().manual_seed(seed)
 
-    found = best_rate(
-        stage, work.backbone, feed, batches(), per_epoch * stage.epochs, work.labels["val"]
+    peak = best_rate(
+        stage, work.backbone, training.loader, batches(), training.steps, work.labels["val"]
     )
-    found = work.ranks.first(lambda: found)
-    console.say(f"{stage.train}: rate {found:.0e}, the best of a fan on val")
-
-    return found
+    peak = work.ranks.first(lambda: peak)
+    console.say(f"{stage.train}: rate {peak:.0e}, the best of a fan on val")
+    return peak
 
 
 def _out_of_patience(run: State, stage: Stage, moving: Moving, score: Score) -> bool:
@@ -294,20 +361,20 @@ def _out_of_patience(run: State, stage: Stage, moving: Moving, score: Score) -> 
     return run.waited >= stage.patience
 
 
-def _settle(
-    work: Work, number: int, feed: Feed, moving: Moving, frozen: str, broken: bool
-) -> StageResult:
+def _settle(training: StageTraining) -> StageResult:
     """End a stage: audit what was frozen, keep the better weights, commit."""
-    stage = work.recipe.stages[number]
+    stage = training.stage
+    work = training.work
+    moving = training.moving
     run = work.state
     model = work.backbone.model
     result = moving.best or moving.result
-    score = NEVER
 
+    score = NEVER
     drift = None
     accuracy = 0.0
-    if not broken or moving.best:
-        judged = _validated(work, feed, result)
+    if not training.broken or moving.best:
+        judged = _validated(work, training.loader, result)
         score = judged.score
         accuracy = judged.accuracy
         drift = cka(judged.embedding, run.tensors("pristine")["embedding"].numpy())
@@ -315,13 +382,12 @@ def _settle(
     best = run.best or NEVER
     better = score > best
     model.load_state_dict(detached(result if better else moving.before), strict=False)
-
-    if _frozen_fingerprint(model, work.feeds.trained[number]) != frozen:
+    if _frozen_fingerprint(model, training.names) != training.frozen:
         raise FtkitError(
             f"stage {stage.train}: expected frozen weights to stay, found them changed. Please report this"
         )
 
-    assert run.lr is not None  # train_stage set it
+    assert run.lr is not None  # StageTraining set it
     outcome = StageResult(
         train=stage.train,
         epochs=run.epoch,
@@ -330,7 +396,7 @@ def _settle(
         val_nll=None if score is NEVER else -score[1],
         drift=drift,
         seconds=run.stage_spent,
-        how=feed.how,
+        how=training.loader.how,
         kept=better,
     )
 
@@ -341,20 +407,19 @@ def _settle(
     run.best = max(score, best)
     run.next_stage()
     run.save(step=None, base=model.state_dict())
-
     return outcome
 
 
-def _remember_pristine(work: Work, feed: Feed) -> None:
+def _remember_pristine(work: Work, loader: Loader) -> None:
     """Before anything has trained: what the pretrained backbone makes of the val images."""
     if "pristine" not in work.state.files:
-        judged = _validated(work, feed, {})
+        judged = _validated(work, loader, {})
         work.state.save(pristine={"embedding": torch.from_numpy(judged.embedding)})
 
 
-def _validated(work: Work, feed: Feed, weights: dict[str, torch.Tensor]) -> Validation:
+def _validated(work: Work, loader: Loader, weights: dict[str, torch.Tensor]) -> Validation:
     return validate(
-        work.backbone, feed, work.labels["val"], weights, work.ranks, balanced=work.balanced
+        work.backbone, loader, work.labels["val"], weights, work.ranks, balanced=work.balanced
     )
 
 
@@ -365,52 +430,6 @@ def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
         if not inside(name):
             holder.register_buffer(f"b{index}", value)
     return fingerprint(holder)
-
-
-def _report_epoch(
-    work: Work,
-    number: int,
-    loss: float,
-    accuracy: float,
-    judged: Validation,
-    lr: float,
-    speeds: list[float],
-) -> None:
-    """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on.
-    speeds: images/s by rank, which add up."""
-    stage = work.recipe.stages[number]
-    run = work.state
-    images = len(work.labels["train"])
-    images_per_s = sum(speeds)
-    run.epoch += 1
-    run.lines += 1
-    # None was left
-    left = console.clock((stage.epochs - run.epoch) * images / images_per_s) if images_per_s else ""
-    console.say(
-        f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {judged.accuracy:.3f}  "
-        f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"
-    )
-
-    if len(speeds) > 1 and run.epoch == stage.epochs:
-        console.say(f"{stage.train}: {min(speeds):.0f} to {max(speeds):.0f} img/s a rank")
-    if not work.ranks.main:
-        return
-
-    line = {
-        "stage": number,
-        "train": stage.train,
-        "epoch": run.epoch,
-        "loss": loss,
-        "train_accuracy": accuracy,
-        "val_accuracy": judged.accuracy,
-        "val_nll": -judged.score[1],
-        "lr": lr,
-        "images_per_s": images_per_s,
-        **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
-    }
-
-    append(run.folder, line)
-    work.log(line, run.lines)
 
 
 def compare_circumstances(run: State, now: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """How a stage's net is run, step by step: the fastest way here, over all ranks, in halves when
 memory runs out.
 
-net, together = run_as(feed, stage, compute, ranks, example, steps)
-with together: tally, net, micro = fresh_gradients(net, feed, batch, moving, weights, micro)
+net, together = run_as(loader, stage, compute, ranks, example, steps)
+with together: tally, net, micro = fresh_gradients(net, loader, batch, moving, weights, micro)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ftkit.recipe import Stage
-from ftkit.training.loader import Feed, Fetched
+from ftkit.training.loader import Fetched, Loader
 from ftkit.training.optimizer import Batch, Moving, gradients
 from ftkit.training.precision import Compute, fastest, release, ways
 from ftkit.utils import console
@@ -26,7 +26,7 @@ from ftkit_export.runtime.errors import FtkitError
 
 
 def run_as(
-    feed: Feed,
+    loader: Loader,
     stage: Stage,
     compute: Compute,
     ranks: Ranks,
@@ -52,7 +52,7 @@ def run_as(
             # Torch 2.11 does not know broadcast_buffers' new name
             warnings.simplefilter("ignore", FutureWarning)
             net = DistributedDataParallel(
-                feed.net,
+                loader.net,
                 device_ids=[device] if device.type == "cuda" else None,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
@@ -60,10 +60,10 @@ def run_as(
         return net, GlobalBatchNorm(ranks.world) if stage.batchnorm else nullcontext()
 
     if device.type == "cpu" or steps < 1:
-        return feed.net, nullcontext()
+        return loader.net, nullcontext()
 
-    inputs = feed.prepare(example()).inputs
-    found, said = fastest(feed.net, inputs, ways(feed.net, inputs, compute), compute, steps)
+    inputs = loader.prepare(example()).inputs
+    found, said = fastest(loader.net, inputs, ways(loader.net, inputs, compute), compute, steps)
     if said:
         console.say(f"{stage.train}: {said}")
 
@@ -72,7 +72,7 @@ def run_as(
 
 def fresh_gradients(
     net: nn.Module,
-    feed: Feed,
+    loader: Loader,
     batch: Batch,
     moving: Moving,
     weights: torch.Tensor | None,
@@ -99,7 +99,7 @@ def fresh_gradients(
                 ) from None
 
             release(net)
-            net = feed.net
+            net = loader.net
             micro = (min(micro, len(batch.targets)) + 1) // 2
             torch.cuda.empty_cache()
             console.say(

@@ -29,17 +29,18 @@ from ftkit.data.dataset import Images, below, read, splits_csv
 from ftkit.evaluation.bundle import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Mistake
 from ftkit.evaluation.model import judge
-from ftkit.models.backbones import Backbone, build, trainable
+from ftkit.models.backbones import Backbone, build
+from ftkit.models.freezing import trainable
 from ftkit.models.weights import fingerprint
 from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, resolve, restore
 from ftkit.report.build import pictures, save_pictures, write_report
 from ftkit.training import checkpoint, distillation, precision
 from ftkit.training.checkpoint import Stop, Stopped
-from ftkit.training.loader import Feeds
 from ftkit.training.precision import Compute
 from ftkit.training.run import SCHEMA, create, environment, finish, is_finished, read_metrics
 from ftkit.training.stage import Work, compare_circumstances, train_stage
+from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.tensorboard import Log, nowhere, require
 from ftkit.training.tensorboard import tensorboard as log_events
 from ftkit.utils import console
@@ -245,10 +246,10 @@ def _begin_or_resume(
 
     keep_freed_memory()
     backbone.model.to(device).to(memory_format=torch.channels_last)
-    feeds = Feeds(
+    loaders = StageLoaders(
         backbone, request.recipe, canvases, prepared.preprocess, request.seed, device, ranks
     )
-    feeds.share()
+    loaders.share()
 
     if base := run.tensors("base"):
         backbone.model.load_state_dict(base)
@@ -262,13 +263,13 @@ def _begin_or_resume(
         console.say(
             f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next"
         )
-    compare_circumstances(run, _circumstances(request, backbone, feeds, ranks))
+    compare_circumstances(run, _circumstances(request, backbone, loaders, ranks))
 
     every = torch.from_numpy(canvases.labels).to(device)
     return Work(
         recipe=request.recipe,
         backbone=backbone,
-        feeds=feeds,
+        loaders=loaders,
         state=run,
         stop=stop,
         seed=request.seed,
@@ -299,7 +300,7 @@ def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.Sta
 
 
 def _circumstances(
-    request: Request, backbone: Backbone, feeds: Feeds, ranks: Ranks
+    request: Request, backbone: Backbone, loaders: StageLoaders, ranks: Ranks
 ) -> dict[str, Any]:
     """What the weights' bits depend on beside the plan."""
     return {
@@ -309,7 +310,7 @@ def _circumstances(
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "memory format": "channels_last",
         "precision": str(request.compute.dtype or torch.float32),
-        "prefix batch": feeds.views(1).chunk,
+        "prefix batch": loaders.views(1).chunk,
         "weights": backbone.weights,
         "ranks": ranks.world,
     }

@@ -1,6 +1,6 @@
 """A stage's score on the val split, and the embeddings that tell how far its features have moved.
 
-result = validate(backbone, feed, labels, weights, ranks, balanced=False)
+result = validate(backbone, loader, labels, weights, ranks, balanced=False)
 result.score > best_score
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftkit.models.backbones import Backbone, features
-from ftkit.training.loader import Feed
+from ftkit.training.loader import Loader
 from ftkit.utils.distributed import Ranks
 from ftkit_export.runtime.arrays import Array
 
@@ -42,7 +42,7 @@ class Validation:
 @torch.inference_mode()
 def validate(
     backbone: Backbone,
-    feed: Feed,
+    loader: Loader,
     labels: torch.Tensor,
     weights: dict[str, torch.Tensor],
     ranks: Ranks,
@@ -66,7 +66,9 @@ def validate(
 
     for start in range(0, len(labels), EVAL_BATCH)[ranks.rank :: ranks.world]:
         place = slice(start, min(start + EVAL_BATCH, len(labels)))
-        found, answer = features(feed.eval_net, head, feed.val(np.arange(place.start, place.stop)))
+        found, answer = features(
+            loader.eval_net, head, loader.val(np.arange(place.start, place.stop))
+        )
         whole[place] = answer.float()
         kept[place] = found[: max(0, len(kept) - start)]
 
