@@ -33,6 +33,7 @@ FLOORS = {
         ("bundle",),
         ("proof",),
         ("conversion",),
+        ("files",),
         ("runtime",),
         ("__init__",),
     ),

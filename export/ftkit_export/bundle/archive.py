@@ -10,7 +10,6 @@ The signature is Ed25519 (RFC 8032) over manifest.json, which holds the hash of 
 from __future__ import annotations
 
 import lzma
-import os
 import shutil
 import stat
 import tempfile
@@ -21,6 +20,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ftkit_export.files import replacing
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.verify import MANIFEST, SIGNATURE, check_files, read_manifest
 
@@ -52,12 +52,10 @@ LARGEST_SIGNATURE = 4096
 def pack(bundle: Path, out: Path) -> None:
     """Write `bundle` as a zip: names sorted, dates fixed, under its folder's name. Appears whole or
     not at all."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        _write_zip(bundle, beside)
-        beside.replace(out)
+        with replacing(out) as beside:
+            _write_zip(bundle, beside)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise FtkitError(
             f"{out}: expected to write a zip, found {error.strerror}. Free some disk"
         ) from None
@@ -72,9 +70,6 @@ def _write_zip(bundle: Path, beside: Path) -> None:
             info.compress_type = zipfile.ZIP_DEFLATED
             info.external_attr = 0o644 << 16
             archive.writestr(info, path.read_bytes())
-
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 @contextmanager

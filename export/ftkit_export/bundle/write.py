@@ -10,14 +10,9 @@ BUNDLE.inconclusive; neither ever to BUNDLE.
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
 import os
-import platform
-import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +20,7 @@ from typing import Any, Literal
 
 import ftkit_export
 from ftkit_export.bundle.archive import sign
+from ftkit_export.files import folder_beside
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.verify import MANIFEST, SCHEMA, SIGNATURE, sha256, with_digest
 
@@ -88,33 +84,11 @@ def begin(out: Path) -> Path:
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        return beside(out)
+        return folder_beside(out)
     except OSError as error:
         raise FtkitError(
             f"{out}: expected a place to write to, found {error.strerror}. Try another --out"
         ) from None
-
-
-def beside(out: Path) -> Path:
-    """A hidden folder beside `out`, to be renamed to it once whole. Those that killed processes
-    left are removed."""
-    host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-    for path in out.parent.glob(f".{glob.escape(out.name)}.{host}-*"):
-        left = re.fullmatch(r"(\d+)\.\w+", path.name.rpartition(f".{host}-")[2])
-        if left and not _lives(int(left[1])):
-            shutil.rmtree(path, ignore_errors=True)
-    return Path(tempfile.mkdtemp(prefix=f".{out.name}.{host}-{os.getpid()}.", dir=out.parent))
-
-
-def _lives(process: int) -> bool:
-    """Whether there is such a process on this machine."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's, or the system does not tell
-        return True
-    return True
 
 
 PACKAGE = Path(ftkit_export.__file__).parent

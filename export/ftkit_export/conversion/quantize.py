@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper, shape_inference
 
+from ftkit_export.conversion.compat import convert_to_float16, quantize_qdq, sort_nodes
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
@@ -109,30 +110,16 @@ def int8(
     A node goes with the activation behind it: kept apart, ONNX Runtime's optimiser changes the
     answers (measured on lite0: SQNR 5 dB instead of 13).
     """
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.registry import QDQRegistry
-
-    activations = QuantType.QUInt8 if target.activations == "uint8" else QuantType.QInt8
-
     with _quiet():
-        quantizer = QDQQuantizer(
+        model = quantize_qdq(
             shape_inference.infer_shapes(core),
-            True,
-            target.reduce_range,
-            QuantType.QInt8,
-            activations,
-            copy.deepcopy(ranges),  # the quantizer changes them
-            _with_activation(core, only),
-            _with_activation(core, keep),
-            list(QDQRegistry),
-            {},
+            copy.deepcopy(ranges),
+            reduce_range=target.reduce_range,
+            unsigned_activations=target.activations == "uint8",
+            only=_with_activation(core, only),
+            keep=_with_activation(core, keep),
         )
 
-        quantizer.quantize_model()
-        quantizer.model.topological_sort()
-
-    model: onnx.ModelProto = quantizer.model.model
     del model.graph.value_info[:]
 
     for part in (*model.graph.node, *model.graph.initializer):
@@ -213,9 +200,6 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
     Kept: operators whose calibrated values come within a factor 2 of float16's largest, and those
     that onnxruntime's converter blocks. The embedding and the logits leave in float32.
     """
-    from onnxruntime.quantization.onnx_model import ONNXModel
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
     limit = LARGEST_HALF / 2
     wide = {
         name
@@ -226,15 +210,10 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
     keep = [node.name for node in core.graph.node if (wide | weights) & {*node.input, *node.output}]
 
     with _quiet():
-        model = convert_float_to_float16(
-            shape_inference.infer_shapes(copy.deepcopy(core)),
-            keep_io_types=True,
-            node_block_list=keep,
-            disable_shape_infer=True,
-        )
+        model = convert_to_float16(shape_inference.infer_shapes(copy.deepcopy(core)), keep)
 
     _join_casts(model)
-    ONNXModel(model).topological_sort()
+    sort_nodes(model)
     del model.graph.value_info[:]
     model.ir_version = core.ir_version
 

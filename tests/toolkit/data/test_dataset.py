@@ -13,7 +13,7 @@ from PIL import Image
 from ftkit.data.canvas import build
 from ftkit.data.dataset import read, splits_csv
 from ftkit.exporting import evidence
-from ftkit.utils.files import write_atomically
+from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 

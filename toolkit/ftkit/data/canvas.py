@@ -19,7 +19,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -32,7 +31,14 @@ import PIL
 
 from ftkit.data.dataset import Images
 from ftkit.recipe import restore_preprocess
-from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
+from ftkit.utils.cache_folder import (
+    cache_folder,
+    clear_abandoned,
+    publish,
+    put_away,
+    reserve,
+    unpublished,
+)
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError
 from ftkit_export.runtime.preprocess import Preprocess, most_pixels
@@ -87,14 +93,6 @@ class Canvases:
     def labels(self) -> Array:
         """(N,) int64, one a row."""
         return np.array([image.label for image in self.images.images], np.int64)
-
-
-def spread_evenly(rows: Array, count: int) -> Array:
-    """At most `count` of the rows, from all over them: they lie in order of class."""
-    found: Array = rows[
-        np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
-    ]
-    return found
 
 
 def build(
@@ -277,7 +275,7 @@ def _write(
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             clear_abandoned(folder.parent)
-            beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+            beside = unpublished(folder)
             file = beside / "canvases.npy"
             np.lib.format.open_memmap(
                 file, mode="w+", dtype=np.uint8, shape=(len(paths), side, side, 3)

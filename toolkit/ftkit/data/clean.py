@@ -27,8 +27,8 @@ from ftkit.data.audit import FEW, UNEVEN, Alike, Audit
 from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import SPLITS, Image, Images, as_csv, below
 from ftkit.utils import console
-from ftkit.utils.files import write_atomically
-from ftkit_export.bundle.write import beside
+from ftkit_export.files import folder_beside, write_atomically
+from ftkit_export.runtime.arrays import spread_evenly
 from ftkit_export.runtime.errors import FtkitError
 
 MOSTLY_KEPT = 0.7  # of the median image: below, the crop is worth a word
@@ -178,11 +178,7 @@ def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
     written = []
     for label, name in enumerate(images.classes):
         rows = np.flatnonzero(labels == label)
-        picks = (
-            rows[np.unique(np.linspace(0, len(rows) - 1, min(SHEET, len(rows))).astype(int))]
-            if len(rows)
-            else rows
-        )
+        picks = spread_evenly(rows, SHEET)
         path = folder / f"{label}-{_file_name(name)}.jpg"
         _sheet(path, f"{name}: {len(picks)} of {len(rows)}", [list(map(int, picks))], canvases)
         written.append(path)
@@ -384,7 +380,7 @@ def write_clean(
         )
         return out
 
-    folder = beside(out)
+    folder = folder_beside(out)
     try:
         placed = []
         for number, image in enumerate(kept, start=1):

@@ -31,7 +31,7 @@ from ftkit_export.proof.intervals import (
     design,
     share_interval,
 )
-from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.arrays import Array, spread_evenly
 
 # temperatures
 COLDEST = 0.05
@@ -219,7 +219,8 @@ def abstain_threshold(
 
     proven = None
     for start in STARTS:
-        for last in _thinned(last_of_ties[last_of_ties >= math.ceil(start * len(top)) - 1]):
+        candidates = last_of_ties[last_of_ties >= math.ceil(start * len(top)) - 1]
+        for last in spread_evenly(candidates, LOOKED_AT):
             answered = order[: last + 1]
             named = [groups[row] for row in answered] if groups is not None else None
             if _precision_bound(right[answered], named, 1 - LEVEL / len(STARTS)) < precision:
@@ -234,14 +235,6 @@ def abstain_threshold(
     found, _, thresholds = precision_recall_curve(right, top)
     good = np.flatnonzero(found[:-1] >= precision)
     return (float(thresholds[good[0]]) if len(good) else None), False
-
-
-def _thinned(places: Array) -> Array:
-    """At most LOOKED_AT of them, evenly, the last one too."""
-    found: Array = places[
-        np.unique(np.linspace(0, len(places) - 1, min(LOOKED_AT, len(places))).round().astype(int))
-    ]
-    return found
 
 
 def _precision_bound(right: Array, groups: Sequence[str] | None, level: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ftkit.data.augment import evaluation
-from ftkit.data.canvas import Canvases, spread_evenly
+from ftkit.data.canvas import Canvases
 from ftkit.evaluation.metrics import (
     Abstention,
     Metrics,
@@ -27,7 +27,7 @@ from ftkit.evaluation.metrics import (
 from ftkit.models.backbones import Backbone
 from ftkit.models.inference import CHUNK, WithEmbedding, runner
 from ftkit.utils import console
-from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.out_of_distribution import Foreign, fit
 from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess

@@ -21,7 +21,7 @@ from torch import nn
 import ftkit
 from ftkit.benchmark.budgets import Budget
 from ftkit.benchmark.ssh import Device
-from ftkit.data.canvas import Canvases, spread_evenly
+from ftkit.data.canvas import Canvases
 from ftkit.data.canvas import build as build_canvases
 from ftkit.data.dataset import read
 from ftkit.evaluation.bundle import SPLITS_CSV, TRAINED_ON
@@ -47,7 +47,7 @@ from ftkit_export.conversion.convert import Core, export_core, write_ort
 from ftkit_export.proof.decision import Row
 from ftkit_export.proof.golden import write_flat, write_golden
 from ftkit_export.proof.parity import FLOAT64_IMAGES, Parity, Reference, compare
-from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Latency
 from ftkit_export.runtime.measure import read as read_bench

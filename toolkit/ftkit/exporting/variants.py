@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from ftkit.benchmark.ssh import Device
-from ftkit.data.canvas import Canvases, spread_evenly
+from ftkit.data.canvas import Canvases
 from ftkit.recipe import Export
 from ftkit.utils import console
 from ftkit_export.conversion.convert import write
@@ -41,7 +41,7 @@ from ftkit_export.conversion.quantize import (
 )
 from ftkit_export.proof.decision import Paired, Row, judge, paired
 from ftkit_export.proof.parity import FLOAT64_IMAGES, Check, Reference, agreement
-from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.latency import Raced, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import PROVIDERS, Session
@@ -204,10 +204,8 @@ def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu
 def calibration_rows(context: Context) -> Array:
     """Training rows, spread over the set (rows lie in order of class), mixed."""
     rows = context.canvases.rows("train")
-    picks = np.unique(
-        np.linspace(0, len(rows) - 1, min(context.limits.calibration_images, len(rows))).astype(int)
-    )
-    return np.random.default_rng(0).permutation(rows[picks])
+    picked = spread_evenly(rows, context.limits.calibration_images)
+    return np.random.default_rng(0).permutation(picked)
 
 
 def _ranges(core: onnx.ModelProto, context: Context) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ftkit.models.backbones import Backbone, blocks
+from ftkit.utils.compat import BatchNorm
 from ftkit_export.runtime.errors import FtkitError
 
 
@@ -36,7 +37,7 @@ def set_mode(model: nn.Module, names: Sequence[str], batchnorm: bool) -> None:
         module.train().requires_grad_(True)
         if not batchnorm:
             for inner in module.modules():
-                if isinstance(inner, nn.modules.batchnorm._BatchNorm):
+                if isinstance(inner, BatchNorm):
                     inner.eval()
 
 

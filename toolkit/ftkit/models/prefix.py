@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
+
+from ftkit.utils.compat import BatchNorm, get_notrace_functions, get_notrace_modules
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 DROPOUT_FUNCTIONS = (F.dropout, F.dropout2d, torch.dropout)
@@ -42,9 +43,8 @@ def trace(model: nn.Module) -> fx.GraphModule | None:
         tracer = _Tracer()
         defaults = _defaulted_arguments(model)
         return fx.GraphModule(model, tracer.trace(model, concrete_args=defaults))
-    except (
-        Exception
-    ):  # a forward may do anything that symbolic values do not support; the stage then runs live
+    except Exception:
+        # A forward may do anything that symbolic values do not support; the stage then runs live.
         return None
 
 
@@ -66,7 +66,7 @@ def _trains(graph: fx.GraphModule, node: fx.Node, trained: Callable[[str], bool]
         names = [name for name, _ in module.named_parameters()]
         if any(trained(f"{node.target}.{name}") for name in names):
             return True
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             return module.training
         return isinstance(module, DROPOUTS) and module.training and module.p > 0
 

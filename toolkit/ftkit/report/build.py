@@ -22,9 +22,9 @@ from ftkit.data.canvas import Canvases
 from ftkit.report.export_sections import found_in, gates, latency, parity, variants
 from ftkit.report.html import anchor, lengths, lines, page, reliability, section, table
 from ftkit.utils.console import frames
-from ftkit.utils.files import write_atomically
 from ftkit_export.bundle.write import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
+from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
 
 Data = Mapping[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ftkit.benchmark.history import AFTER, BEFORE, changes
 from ftkit.report.html import page
-from ftkit.utils.files import write_atomically
+from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
 
 

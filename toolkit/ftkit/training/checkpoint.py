@@ -28,7 +28,7 @@ import torch
 
 from ftkit.training.run import METRICS
 from ftkit.utils.distributed import SOLO, Ranks
-from ftkit.utils.files import write_atomically
+from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
 
 SAVE_EVERY = 20.0  # seconds

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,14 @@ from ftkit.data.prefetch import Source
 from ftkit.models.inference import CHUNK, Tensors, as_tuple, channels_last, runner
 from ftkit.recipe import Augment
 from ftkit.training.checkpoint import seeded
-from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, put_away, reserve
+from ftkit.utils.cache_folder import (
+    cache_folder,
+    clear_abandoned,
+    publish,
+    put_away,
+    reserve,
+    unpublished,
+)
 from ftkit.utils.distributed import SOLO, Ranks, share_of_cores
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
@@ -305,7 +311,7 @@ def _begun(
         folder.parent.mkdir(parents=True, exist_ok=True)
         if reason := _make_room(folder.parent, needed):
             return None, reason
-        beside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+        beside = unpublished(folder)
         for number, (value, dtype) in enumerate(zip(sample, dtypes, strict=True)):
             file = beside / f"{number}.npy"
             shape = (items, *value.shape[1:])

@@ -19,6 +19,7 @@ from torch import nn
 from ftkit.models.backbones import Backbone, blocks
 from ftkit.recipe import Stage
 from ftkit.training.precision import Compute
+from ftkit.utils.compat import lerp_in_place
 
 State = dict[str, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
@@ -183,7 +184,7 @@ def gradients(
 def average(mean: State, current: State, decay: float) -> None:
     """Move `mean` towards `current` by 1 - decay, in place; counters (integers) stay."""
     floating = [name for name, value in current.items() if value.is_floating_point()]
-    torch._foreach_lerp_(
+    lerp_in_place(
         [mean[name] for name in floating], [current[name] for name in floating], 1 - decay
     )
 

@@ -30,8 +30,8 @@ import ftkit
 from ftkit.models.backbones import Backbone, build
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit.report.html import table
-from ftkit.utils.files import write_atomically
 from ftkit.utils.lock import LOCK, in_use
+from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess

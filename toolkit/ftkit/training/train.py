@@ -46,9 +46,9 @@ from ftkit.training.tensorboard import tensorboard as log_events
 from ftkit.utils import console
 from ftkit.utils.cache_folder import LARGE, limit_bytes, trim
 from ftkit.utils.distributed import Ranks, joined, restarted
-from ftkit.utils.files import write_atomically
 from ftkit.utils.lock import locked
 from ftkit.utils.malloc import keep_freed_memory
+from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess

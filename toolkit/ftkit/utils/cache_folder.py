@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,11 @@ def put_away(folder: Path) -> None:
     with contextlib.suppress(OSError):  # there is none, or another run was first
         folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def unpublished(folder: Path) -> Path:
+    """A hidden folder beside an entry's, to write it in and then `publish` it."""
+    return Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
 
 
 def publish(beside: Path, folder: Path) -> None:

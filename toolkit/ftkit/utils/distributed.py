@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ftkit.utils import console
+from ftkit.utils.compat import default_store, sync_batch_norm
 from ftkit.utils.errors import ToldElsewhereError
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.session import cores
@@ -213,7 +214,7 @@ def _tell(text: str) -> None:
 
     key = f"ftkit told {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     try:
-        first = dist.distributed_c10d._get_default_store().add(key, 1) == 1
+        first = default_store().add(key, 1) == 1
     except Exception:  # the store may be gone too
         first = True
 
@@ -394,9 +395,7 @@ class GlobalBatchNorm(TorchFunctionMode):
         if not given["input"].is_cuda:
             return _Normalised.apply(*values)
 
-        from torch.nn.modules._functions import SyncBatchNorm
-
-        return SyncBatchNorm.apply(*values, dist.group.WORLD, self.world)
+        return sync_batch_norm()(*values, dist.group.WORLD, self.world)
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:

@@ -1,0 +1,70 @@
+"""What ftkit uses of ONNX Runtime's quantization tools that they do not promise to keep, each with
+the version it was read in. When a new version breaks something, look here first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx
+
+
+def quantize_qdq(
+    model: onnx.ModelProto,
+    ranges: Any,
+    *,
+    reduce_range: bool,
+    unsigned_activations: bool,
+    only: Sequence[str],
+    keep: Sequence[str],
+) -> onnx.ModelProto:
+    """Insert QuantizeLinear and DequantizeLinear: int8 weights per channel, activations per tensor.
+
+    onnxruntime 1.31, quantization/qdq_quantizer.py: quantize_static does the same, but only from a
+    file, and it calibrates anew for every call. only: nodes to quantize, all when empty; keep:
+    nodes to leave in float. The quantizer changes `ranges`.
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    from onnxruntime.quantization.registry import QDQRegistry
+
+    quantizer = QDQQuantizer(
+        model,
+        True,  # per_channel
+        reduce_range,
+        QuantType.QInt8,
+        QuantType.QUInt8 if unsigned_activations else QuantType.QInt8,
+        ranges,
+        list(only),
+        list(keep),
+        list(QDQRegistry),
+        {},
+    )
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+
+    quantized: onnx.ModelProto = quantizer.model.model
+    return quantized
+
+
+def convert_to_float16(model: onnx.ModelProto, keep: Sequence[str]) -> onnx.ModelProto:
+    """The model in float16 with float32 inputs and outputs. keep: nodes left in float32.
+
+    onnxruntime 1.31, transformers/float16.py. The nodes come unsorted: `sort_nodes` them.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    converted: onnx.ModelProto = convert_float_to_float16(
+        model, keep_io_types=True, node_block_list=list(keep), disable_shape_infer=True
+    )
+    return converted
+
+
+def sort_nodes(model: onnx.ModelProto) -> None:
+    """Put the nodes into an order in which every value is made before it is used, in place.
+
+    onnxruntime 1.31, quantization/onnx_model.py.
+    """
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    ONNXModel(model).topological_sort()
