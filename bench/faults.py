@@ -85,9 +85,8 @@ def scaled(proto: onnx.ModelProto) -> None:
 def training_mode(stack: ExitStack) -> None:
     def exported(model: torch.nn.Module, size: int) -> convert.Core:
         noisy = copy.deepcopy(model)
-        for module in (
-            noisy.modules()
-        ):  # what a BatchNorm left in training mode does to one layer's statistics
+        # What a BatchNorm left in training mode does to one layer's statistics
+        for module in noisy.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 0.1
                 module.train()

@@ -22,6 +22,7 @@ from scipy import stats
 
 from ftkit_export.proof.intervals import Design, difference_bounds, difference_design, ground
 from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.targets import Precision
 
 Verdict = Literal["accepted", "refused", "inconclusive", "unproven on target"]
 
@@ -139,6 +140,7 @@ class Row:
     """
 
     name: str
+    precision: Precision
     verdict: str
     reason: str
     accuracy: float
@@ -173,7 +175,7 @@ def judge(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdic
         )
 
     if verdict != "accepted":
-        more = _more(found, limit) if verdict == "inconclusive" else ""
+        more = f"; {what_would_settle(found, limit)}" if verdict == "inconclusive" else ""
         return verdict, f"accuracy drop {points} on {found.ground}, limit {limit * 100:.2f}{more}"
 
     if ratio_high is None:
@@ -185,11 +187,12 @@ def judge(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdic
     return "accepted", f"accuracy drop {points}; latency at most {ratio_high:.2f} of fp32's"
 
 
-def _more(found: Paired, limit: float) -> str:
+def what_would_settle(found: Paired, limit: float) -> str:
+    """How many more images an inconclusive comparison needs, in words."""
     enough = found.settled_by(limit)
     if enough is None:
-        return "; more val images of this kind would not settle it"
+        return "more val images of this kind would not settle it"
     images, clusters = enough
     if clusters is None:
-        return f"; about {images} val images would settle it"
-    return f"; about {clusters} groups ({images} val images) would settle it"
+        return f"about {images} val images would settle it"
+    return f"about {clusters} groups ({images} val images) would settle it"

@@ -592,9 +592,8 @@ def _last_values(
 
     order = {value: number for number, node in enumerate(model.graph.node) for value in node.output}
     found: dict[str, str] = {}
-    for module in sorted(
-        modules & set(last), key=len
-    ):  # the innermost module that ends with this value names it
+    # The innermost module that ends with this value names it
+    for module in sorted(modules & set(last), key=len):
         found[last[module]] = module
 
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))

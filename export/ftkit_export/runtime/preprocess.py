@@ -268,9 +268,8 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
             f"{sizes[0] if sizes else 'more'}. If it is no mistake, try --max-pixels N or {MAX_PIXELS}=N"
         ) from None
     except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
-        if isinstance(error, MemoryError) or "out of memory" in str(
-            error
-        ):  # the latter is how codecs tell it
+        # The latter is how codecs tell it
+        if isinstance(error, MemoryError) or "out of memory" in str(error):
             raise UnavailableImageError(
                 f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
             ) from None

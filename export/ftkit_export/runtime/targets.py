@@ -13,9 +13,12 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.onnxfile import inspect
+
+Precision = Literal["fp32", "int8", "fp16"]
 
 LARGEST = 2**31  # bytes of one protobuf file
 
@@ -27,7 +30,7 @@ class Target:
     with IR 10; measured)."""
 
     provider: str = "cpu"
-    variants: tuple[str, ...] = ("int8",)
+    variants: tuple[Precision, ...] = ("int8",)
     activations: str = "uint8"
     reduce_range: bool = False
     oldest: str = "1.15"

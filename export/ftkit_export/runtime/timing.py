@@ -49,9 +49,8 @@ FREE = 224  # what a size that the signature leaves open is taken as; the first 
 def peak_rss_bytes() -> int:
     """Highest resident memory of this process so far, in bytes (0 where the system does not tell)."""
     status = Path("/proc/self/status")
-    if (
-        status.is_file()
-    ):  # not ru_maxrss, which on Linux a child inherits from the process that started it
+    # Not ru_maxrss, which on Linux a child inherits from the process that started it
+    if status.is_file():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -81,9 +80,8 @@ def _from_image(session: Session, image: str, batch: int, frame: str) -> Any:
     from ftkit_export.runtime.preprocess import Preprocess, scaled, to_frame
 
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
-    if (
-        session.input_names[0] != "pixels"
-    ):  # the image form takes a frame, the core form normalised pixels
+    # The image form takes a frame, the core form normalised pixels
+    if session.input_names[0] != "pixels":
         picture = scaled(preprocess.decode(image), frame)
         camera = to_frame(picture, session.metadata.get("input_format", "rgb"))
         return np.repeat(camera[None], batch or 1, axis=0)
@@ -446,9 +444,8 @@ def _main() -> int:
     except FtkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except (
-        Exception
-    ) as error:  # ONNX Runtime's, numpy's: one line of it tells a person more than the traceback
+    except Exception as error:
+        # ONNX Runtime's, numpy's: one line of it tells a person more than the traceback
         reason = (str(error) or type(error).__name__).split("\n")[0]
         print(
             f"error: {conditions[0].model}: expected to run, found: {reason}. Try `ftkit doctor`",

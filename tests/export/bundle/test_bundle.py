@@ -127,6 +127,7 @@ def test_the_decision_is_printed_within_80_columns_with_all_it_rests_on(bundle: 
         assert f"{row['p50_ms']:.1f}/{row['p95_ms']:.1f}" in line
     wide = Row(
         name="int8, 16 float",
+        precision="int8",
         verdict="inconclusive",
         reason="r",
         accuracy=0.5,
@@ -471,7 +472,7 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(
 def test_one_image_that_changes_sides_fails_no_gate_and_many_do(lost: int, passes: bool) -> None:
     """A tie among 60 images is 1.7 points, where 1 is allowed."""
     against = paired(np.ones(60, bool), np.arange(60) >= lost)
-    chosen = Row(name="fp32", verdict="reference", reason="", accuracy=0.9)
+    chosen = Row(name="fp32", precision="fp32", verdict="reference", reason="", accuracy=0.9)
     metrics = evaluate(np.eye(2)[[0] * 60], np.zeros(60, int), "ab")
     measured = evidence.Measured(
         parity=[], chosen=chosen, metrics=metrics, against=against, out_of_order=0

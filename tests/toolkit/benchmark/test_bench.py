@@ -11,7 +11,7 @@ from click.testing import Result
 from conftest import ftkit
 
 from ftkit.benchmark.budgets import Budget, as_gate, exit_code
-from ftkit.benchmark.history import append, changes, read
+from ftkit.benchmark.history import Series, append, changes, read
 from ftkit.report.latency_history import write_history
 from ftkit_export.proof.regression import Verdict
 
@@ -219,7 +219,7 @@ def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(
     larger = {**found, "frame": "4000x3000"}
     series = set(line["series"])
     append(larger, repository)
-    assert not series & {name for name in read(path)[-1]["series"] if "p50" in name}, (
+    assert not series & {item for item in read(path)[-1]["series"] if "p50" in item.title}, (
         "other frames, another line"
     )
     path.write_text(path.read_text() + "{}\n")
@@ -242,7 +242,7 @@ def test_a_changed_level_is_marked_on_the_page_with_its_commit(tmp_path: Path) -
             "time": f"2026-01-{number:02d}T00:00:00+00:00",
             "commit": f"c{number:011d}",
             "modified": False,
-            "series": {"a machine|p50 of fp32": ms},
+            "series": {Series("a machine", "f", "p50 of fp32"): ms},
         }
 
     write_history([line(i + 1, 10.0 if i < 6 else 12.0) for i in range(12)], tmp_path / "page.html")

@@ -21,12 +21,14 @@ from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.latency import Condition, Start, over_sizes
 from ftkit_export.runtime.preprocess import Preprocess, parse_frame
 from ftkit_export.runtime.session import Session
+from ftkit_export.runtime.targets import Precision
 from ftkit_export.runtime.timing import feeds
 
 
-def _row(name: str, verdict: str, p50: float, size: int) -> Row:
+def _row(name: Precision, verdict: str, p50: float, size: int) -> Row:
     return Row(
         name=name,
+        precision=name,
         verdict=verdict,
         reason="",
         accuracy=0.9,

@@ -16,6 +16,7 @@ import math
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,8 @@ def append(found: Mapping[str, Any], folder: Path) -> Path:
         "size_bytes": {row["variant"]: row["size_bytes"] for row in found["rows"]},
     }
 
-    with path.open(
-        "a", encoding="utf-8"
-    ) as file:  # one write: two jobs at once do not mix their lines
+    # One write: two jobs at once do not mix their lines
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
     return path
@@ -116,13 +116,26 @@ def read(path: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda line: str(line["time"]))
 
 
-def _series(line: Mapping[str, Any]) -> dict[str, float]:
-    """Name of a plotted series -> its value in one measurement."""
-    where = f"{line['machine']['cpu']}, {line['machine']['cores']} cores ({line['machine']['fingerprint']})"
-    where = f"{where}|{line['name']}"
+@dataclass(frozen=True, order=True)
+class Series:
+    """What one plot shows. machine: for people; fingerprint: the machine's; title: model and
+    condition."""
+
+    machine: str
+    fingerprint: str
+    title: str
+
+
+def _series(line: Mapping[str, Any]) -> dict[Series, float]:
+    """Each plotted series -> its value in one measurement."""
+    machine = line["machine"]
+    where = f"{machine['cpu']}, {machine['cores']} cores ({machine['fingerprint']})"
     quick = ", quick" if line["quick"] else ""
     frame = line.get("frame", "")  # of older lines the golden image's own, which they do not tell
     frames = f", {console.frames(frame)}" if frame else ""
+
+    def named(title: str) -> Series:
+        return Series(where, machine["fingerprint"], f"{line['name']}: {title}{quick}")
 
     found = {}
     for row in line["rows"]:
@@ -130,11 +143,11 @@ def _series(line: Mapping[str, Any]) -> dict[str, float]:
         more = (
             f"{'' if row['spinning'] else ', no spinning'}{'' if row['copies'] else ', no copies'}"
         )
-        condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}{more}{frames}{quick}"
-        found[f"{where}: p50 of {condition}"] = float(row["p50_ms"])
+        condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}"
+        found[named(f"p50 of {condition}{more}{frames}")] = float(row["p50_ms"])
 
     for name, value in line["cold_ms"].items():
-        found[f"{where}: cold start of {name}{quick}"] = float(value)
+        found[named(f"cold start of {name}")] = float(value)
     return found
 
 
@@ -156,9 +169,8 @@ def changes(values: Sequence[float]) -> list[int]:
         beyond = max(math.log1p(LEAST), 3 * deviation)
 
         step = statistics.median(after) - middle
-        if (
-            abs(step) > beyond and abs(logs[i] - middle) > beyond
-        ):  # it begins here, not at the next one
+        # It begins here, not at the next one
+        if abs(step) > beyond and abs(logs[i] - middle) > beyond:
             found.append(i)
             start = i
 

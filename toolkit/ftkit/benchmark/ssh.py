@@ -57,9 +57,8 @@ class Device:
         needed."""
         host, python = _parse(where)
         folder = _ssh(host, MAKE_FOLDER).decode(errors="replace").strip().rpartition("\n")[2]
-        if not re.fullmatch(
-            r"/[\w./-]+", folder
-        ):  # it will be removed: it must be what mktemp said
+        # It will be removed: it must be what mktemp said
+        if not re.fullmatch(r"/[\w./-]+", folder):
             raise FtkitError(
                 f"{host}: expected the folder that mktemp -d makes, found {folder[:80]!r}. Check its login"
             )
@@ -78,9 +77,8 @@ class Device:
             )
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
         finally:
-            with suppress(
-                FtkitError
-            ):  # what was measured counts, also where the connection is gone now
+            # What was measured counts, also where the connection is gone now
+            with suppress(FtkitError):
                 _ssh(host, f"rm -rf {folder}")
 
     def race(

@@ -270,9 +270,8 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
     signs = _hashes(thumbs[rows])
     shapes = [_unit(thumbs[rows])]
 
-    if (
-        len(rows) >= THUMB
-    ):  # what all have in common (a frame, a busbar) makes no pair; of a few, it is no average
+    # What all have in common (a frame, a busbar) makes no pair; of a few, it is no average
+    if len(rows) >= THUMB:
         shapes.append(_unit(shapes[0] - shapes[0].mean(0)))
 
     def same(one: Array, other: Array) -> Array:

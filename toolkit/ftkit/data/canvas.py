@@ -247,9 +247,8 @@ def _opened(folder: Path, count: int, side: int) -> tuple[Array, dict[int, str]]
             for slot, reason in json.loads((folder / "bad.json").read_text()).items()
         }
         array = np.load(folder / "canvases.npy", mmap_mode="r")
-    except (
-        Exception
-    ):  # numpy reads an array's header with Python's own parser, which raises whatever it meets
+    except Exception:
+        # NumPy reads an array's header with Python's own parser, which raises whatever it meets
         return None
 
     return (

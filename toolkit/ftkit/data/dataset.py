@@ -250,9 +250,8 @@ def _from_folder(root: Path) -> list[Row]:
     }
 
     others = sorted(path.name for path in top if path not in splits)
-    if (
-        "train" not in splits.values() and others
-    ):  # "valid" beside "invalid" are what parts are called, too
+    # "valid" beside "invalid" are what parts are called, too
+    if "train" not in splits.values() and others:
         splits = {
             path: split
             for path, split in splits.items()
@@ -315,9 +314,8 @@ def _from_csv(path: Path, folder: Path) -> list[Row]:
 def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> Row:
     """One row of a CSV; where: its file and line, for FtkitError."""
     surplus = line.get(SURPLUS, [])
-    if any(
-        text.strip() for text in surplus
-    ):  # commas at the end of a row are what some spreadsheets write
+    # Commas at the end of a row are what some spreadsheets write
+    if any(text.strip() for text in surplus):
         raise FtkitError(
             f"{where}: expected {len(columns)} fields ({', '.join(columns)}), found {len(columns) + len(surplus)}. "
             'Quote a field that has a comma in it: "food, drink"'

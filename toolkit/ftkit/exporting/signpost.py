@@ -26,7 +26,7 @@ from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.conversion.graph import image_form
-from ftkit_export.proof.decision import Row
+from ftkit_export.proof.decision import Row, what_would_settle
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, over_sizes
 
@@ -67,7 +67,7 @@ def signpost(
     small = [
         row
         for row in rows
-        if large and row.name.startswith("int8") and row.size_bytes / 1e6 <= large.limit
+        if large and row.precision == "int8" and row.size_bytes / 1e6 <= large.limit
     ]
 
     small = [row for row in small if row.verdict != "refused" and not row.shippable]
@@ -90,11 +90,12 @@ def _open(row: Row, context: variants.Context) -> str:
     """The reason why a variant may not ship yet."""
     if row.paired is None or row.verdict != "inconclusive":
         return f"{row.verdict}: {row.reason}"
-    beyond = (row.paired.high - context.limits.max_accuracy_drop) * 100
+    limit = context.limits.max_accuracy_drop
+    beyond = (row.paired.high - limit) * 100
     enough = math.ceil(row.paired.high * 1000) / 1000
     return (
-        f"its accuracy is inconclusive by {beyond:.2f} points: {row.reason.rpartition('; ')[2]}, or a wider limit: "
-        f"--set export.max_accuracy_drop={enough:g}"
+        f"its accuracy is inconclusive by {beyond:.2f} points: {what_would_settle(row.paired, limit)}, or a wider "
+        f"limit: --set export.max_accuracy_drop={enough:g}"
     )
 
 
@@ -122,7 +123,7 @@ def _resolutions(
     ratios = [
         row.ratio
         for row in rows
-        if row.name.startswith("int8") and row.verdict != "refused" and row.ratio
+        if row.precision == "int8" and row.verdict != "refused" and row.ratio
     ]
     ratio = min(ratios, default=None)
     timed = _timed(run, model, slow, ratio, context)

@@ -45,7 +45,7 @@ from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.latency import Raced, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import PROVIDERS, Session
-from ftkit_export.runtime.targets import TARGETS, Target, here
+from ftkit_export.runtime.targets import TARGETS, Precision, Target, here
 from ftkit_export.runtime.verify import sha256
 
 RUNGS = (0, 4, 8, 16)  # operators put back into float, the most damaged first
@@ -117,16 +117,12 @@ class Candidate:
     left in float; checks: of its own, beside accuracy (float16)."""
 
     name: str
+    precision: Precision
     core: onnx.ModelProto
     right: Array
     sqnr_db: float | None = None
     kept: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
-
-    @property
-    def precision(self) -> str:
-        """fp32, int8 or fp16."""
-        return self.name.split(",")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +150,7 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     with console.bar("fp32 on val"):
         logits = answers(core, context, rows)
 
-    fp32 = Candidate(name="fp32", core=core, right=logits.argmax(1) == labels)
+    fp32 = Candidate(name="fp32", precision="fp32", core=core, right=logits.argmax(1) == labels)
     found = [fp32]
     wanted = context.target.variants if context.limits.variants == "auto" else ()
     if context.device and wanted:
@@ -169,7 +165,7 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     shipped = {"fp32": (judged[0][0], core)}
 
     for precision in wanted:
-        rivals = [pair for pair in judged[1:] if pair[0].name.startswith(precision)]
+        rivals = [pair for pair in judged[1:] if pair[0].precision == precision]
         row, best = min(rivals, key=lambda pair: _preference(pair[0]))
         if row.verdict != "refused":
             shipped[precision] = (replace(row, name=precision), best.core)
@@ -235,6 +231,7 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
 
         rung = Candidate(
             name=name,
+            precision="int8",
             core=model,
             right=found.argmax(1) == labels,
             sqnr_db=sqnr(logits, found),
@@ -262,7 +259,7 @@ def _held(fp32: Candidate, rung: Candidate, context: Context) -> bool:
 
 def _compared(fp32: Candidate, rung: Candidate, context: Context) -> Paired:
     """Bounds that hold for every rung there may be: the ladder is climbed until one is accepted."""
-    looks = len(RUNGS) + bool(context.limits.qat_epochs) if rung.name.startswith("int8") else 1
+    looks = len(RUNGS) + bool(context.limits.qat_epochs) if rung.precision == "int8" else 1
     groups = context.canvases.groups(context.canvases.rows("val"))
     return paired(fp32.right, rung.right, groups, looks)
 
@@ -288,6 +285,7 @@ def _trained(
 
     return Candidate(
         name="int8, trained",
+        precision="int8",
         core=model,
         right=found.argmax(1) == labels,
         sqnr_db=sqnr(logits, found),
@@ -310,6 +308,7 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
     return Candidate(
         name="fp16",
+        precision="fp16",
         core=model,
         right=found.argmax(1) == labels,
         sqnr_db=sqnr(logits, found),
@@ -363,6 +362,7 @@ def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context
 
     return Row(
         name=item.name,
+        precision=item.precision,
         verdict=verdict,
         reason=reason,
         accuracy=float(item.right.mean()),
@@ -407,8 +407,8 @@ def as_table(rows: Sequence[Row]) -> str:
         )
 
     best = [
-        min((row for row in rows if row.name.startswith(precision)), key=_preference)
-        for precision in dict.fromkeys(row.name.split(",")[0] for row in rows[1:])
+        min((row for row in rows if row.precision == precision), key=_preference)
+        for precision in dict.fromkeys(row.precision for row in rows[1:])
     ]
     wrapped = [
         textwrap.fill(f"{row.name}: {row.reason}", 80, subsequent_indent="  ")

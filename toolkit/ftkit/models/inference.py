@@ -67,9 +67,8 @@ def runner(
         pairs = zip(session.run(example.numpy()), eager(example), strict=True)
         if all(np.abs(a - b).max() <= 1e-4 * np.abs(b).max() for a, b in pairs):
             return lambda pixels: session.run(pixels.numpy()), "onnxruntime"
-    except (
-        Exception
-    ):  # not every graph exports, and exporters raise anything: the framework's own pass remains
+    except Exception:
+        # Not every graph exports, and exporters raise anything: the framework's own pass remains
         return eager, "torch"
 
     return eager, "torch"

@@ -221,9 +221,8 @@ def _downloading(name: str, file: str, second: str) -> Iterator[None]:
     """second: what else to try without a network, beside --weights."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # urllib's, torch's, the hub's and its HTTP client's own share no base class
+    except Exception as error:
+        # urllib's, torch's, the hub's and its HTTP client's own share no base class
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FtkitError(
             f"weights of {name}: expected {file}, found no copy here and no way to download it: {reason}. "

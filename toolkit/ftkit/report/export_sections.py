@@ -251,5 +251,8 @@ def found_in(folder: Path, manifest: Data) -> str:
     except FtkitError as error:  # it is the user's file, and no evidence
         return f"<p>{escape(str(error).replace(str(path), path.name))}</p>"
 
-    names = sorted({name for line in lines for name in line["series"] if f"({machine})" in name})
-    return "".join(plot(name, [line for line in lines if name in line["series"]]) for name in names)
+    every = {series for line in lines for series in line["series"]}
+    here = sorted(series for series in every if series.fingerprint == machine)
+    return "".join(
+        plot(series, [line for line in lines if series in line["series"]]) for series in here
+    )

@@ -8,16 +8,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ftkit.benchmark.history import AFTER, BEFORE, changes
+from ftkit.benchmark.history import AFTER, BEFORE, Series, changes
 from ftkit.report.html import page
 from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
 
 
-def plot(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
+def plot(series: Series, lines: Sequence[Mapping[str, Any]]) -> str:
     """One series as SVG, with a table of its change points below."""
-    values = [float(line["series"][name]) for line in lines]
-    title = name.partition("|")[2]
+    values = [float(line["series"][series]) for line in lines]
     width = 860
     height = 170
     left = 60
@@ -69,8 +68,8 @@ def plot(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
         )
 
     return (
-        f'<figure><figcaption>{escape(title)}, last {values[-1]:.4g} ms</figcaption><svg viewBox="0 0 {width} '
-        f'{height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        f'<figure><figcaption>{escape(series.title)}, last {values[-1]:.4g} ms</figcaption><svg viewBox="0 0 {width} '
+        f'{height}" role="img" aria-label="{escape(series.title)}">{"".join(parts)}</svg>'
         f"{f'<ul>{said}</ul>' if said else ''}</figure>"
     )
 
@@ -82,21 +81,20 @@ def write_history(lines: Sequence[Mapping[str, Any]], out: Path) -> None:
             f"{out}: expected at least one measurement, found none. Try `ftkit bench MODEL --save`"
         )
 
-    names = sorted({name for line in lines for name in line["series"]})
+    every = sorted({series for line in lines for series in line["series"]})
     body = ["<h1>Latency over time</h1>"]
-    machine = ""
+    machines = dict.fromkeys(series.machine for series in every)
 
-    if len({name.partition("|")[0] for name in names}) > 1:
+    if len(machines) > 1:
         body.append(
             "<p>Several machines: each has plots of its own, and a difference between them is advisory.</p>"
         )
 
-    for name in names:
-        where = name.partition("|")[0]
-        if where != machine:
-            machine = where
-            body.append(f"<h2>{escape(where)}</h2>")
-        there = [line for line in lines if name in line["series"]]
-        body.append(plot(name, there))
+    for machine in machines:
+        body.append(f"<h2>{escape(machine)}</h2>")
+        for series in every:
+            if series.machine == machine:
+                there = [line for line in lines if series in line["series"]]
+                body.append(plot(series, there))
 
     write_atomically(out, page("ftkit: latency over time", body))

@@ -221,9 +221,8 @@ def _opened(
         kind = str(told["kind"])
         pass_s = float(told["pass_s"])
         arrays = [np.load(folder / f"{number}.npy", mmap_mode="r") for number in range(len(shapes))]
-    except (
-        Exception
-    ):  # numpy reads an array's header with Python's own parser, which raises whatever it meets
+    except Exception:
+        # NumPy reads an array's header with Python's own parser, which raises whatever it meets
         return None
 
     whole = all(

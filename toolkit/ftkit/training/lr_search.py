@@ -49,9 +49,10 @@ def best_rate(
     else:
         optimizer = kinds[stage.optimizer](groups, lr=1.0)
 
+    # (n, features) -> (rates, n, classes), one product for all
     def logits_of(
         found: torch.Tensor,
-    ) -> torch.Tensor:  # (n, features) -> (rates, n, classes), one product for all
+    ) -> torch.Tensor:
         flat = F.linear(found, torch.cat(weights), torch.cat(biases))
         return flat.view(len(found), len(RATES), -1).transpose(0, 1)
 

@@ -207,9 +207,8 @@ def fastest(
 def _made(way: Way, compute: Compute) -> nn.Module:
     if compute.device.type == "cpu":
         return way.make()
-    with torch.cuda.stream(
-        torch.cuda.current_stream(compute.device)
-    ):  # a capture that fails leaves another one
+    # A capture that fails leaves another one
+    with torch.cuda.stream(torch.cuda.current_stream(compute.device)):
         return way.make()
 
 
