@@ -31,7 +31,7 @@ from ftkit.cli.demo import SETTINGS, write_elpv
 from ftkit.models.backbones import build
 from ftkit.options import TrainOptions
 from ftkit.overrides import override
-from ftkit.recipe import load
+from ftkit.recipe import load_recipe
 from ftkit.training.train import train
 
 FLIPS = [setting for setting in SETTINGS if setting != "--set"]
@@ -99,7 +99,7 @@ def recipe(name: str, data: Path, seed: int, settings: list[str]) -> tuple[float
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
         begun = time.perf_counter()
         run = train(
-            override(load(name), [*FLIPS, *settings]),
+            override(load_recipe(name), [*FLIPS, *settings]),
             data,
             Path(scratch) / "run",
             TrainOptions(seed=seed),

@@ -18,8 +18,8 @@ from PIL import Image
 
 from ftkit.cli.demo import write_elpv
 from ftkit.data import audit
-from ftkit.data.canvas import build
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit_export.runtime.preprocess import Preprocess
 
 COUNT, SIZE = 10_000, (640, 480)
@@ -57,8 +57,8 @@ def main() -> None:
 
 
 def _found(root: Path) -> None:
-    images = read(root / "cells")
-    thumbs = audit._thumbnails(build(images, Preprocess()), lambda done, total: None)
+    images = read_images(root / "cells")
+    thumbs = audit._thumbnails(build_canvases(images, Preprocess()), lambda done, total: None)
     signs = audit._hashes(thumbs)
     pairs = int(np.triu(signs @ signs.T >= 64 - 2 * audit.BITS_APART, 1).sum())
     rows = np.arange(len(thumbs))

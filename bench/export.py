@@ -26,7 +26,7 @@ from sklearn.datasets import load_sample_image
 from ftkit.data.canvas import Canvases
 from ftkit.exporting.export import held_out, metadata
 from ftkit.exporting.qat import fine_tune
-from ftkit.exporting.variants import Context, answers, calibration_rows
+from ftkit.exporting.variants import Context, calibration_rows, logits_of
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
 from ftkit_export.conversion.convert import export_core, quiet, write
@@ -50,7 +50,7 @@ def trained(context: Context, core: onnx.ModelProto, ranges: Any, epochs: int) -
         int8(core, ranges, context.target),
         lambda picks: context.pixels(rows[picks]),
         context.canvases.labels[rows],
-        answers(core, context, rows),
+        logits_of(core, context, rows),
         epochs=epochs,
     )
 
@@ -81,7 +81,7 @@ def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) ->
         write(form, path, context.metadata)
 
     times = race(files, context.photograph)
-    right = answers(core, context, rows).argmax(1) == labels
+    right = logits_of(core, context, rows).argmax(1) == labels
     print(
         "| kept in float | in 8 bits | time of fp32's [95 %] | drop, points [one-sided 95 %] | size | verdict |"
     )
@@ -93,7 +93,7 @@ def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) ->
 
     for (count, form), raced, path in zip(forms.items(), times[1:], files[1:], strict=True):
         found = paired(
-            right, answers(form, context, rows).argmax(1) == labels, context.canvases.groups(rows)
+            right, logits_of(form, context, rows).argmax(1) == labels, context.canvases.groups(rows)
         )
         share = path.stat().st_size / whole
         print(

@@ -25,9 +25,9 @@ from onnx import helper, numpy_helper
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import read
-from ftkit.evaluation.model import Answers
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
+from ftkit.evaluation.model import Inference
 from ftkit.exporting import export, variants
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
@@ -233,10 +233,10 @@ def cpu_as_cuda(stack: ExitStack) -> None:
 
 def logistic_head(run: Run) -> Run:
     """The pretrained backbone with a head by logistic regression on its features: large weights that cancel."""
-    canvases = build_canvases(read(run.data["data"], run.data["seed"]), run.preprocess)
+    canvases = build_canvases(read_images(run.data["data"], run.data["seed"]), run.preprocess)
     backbone = build(run.recipe.backbone, len(run.classes))
     rows = canvases.rows("train")
-    _, embedding = Answers(backbone, canvases, run.preprocess)(rows, "features")
+    _, embedding = Inference(backbone, canvases, run.preprocess)(rows, "features")
     scaler = StandardScaler().fit(embedding)
     fitted = LogisticRegression(max_iter=3000).fit(
         scaler.transform(embedding), canvases.labels[rows]
@@ -250,7 +250,7 @@ def logistic_head(run: Run) -> Run:
         head.bias.copy_(torch.from_numpy(fitted.intercept_ - weight @ scaler.mean_))
 
     rows = canvases.rows("test")
-    logits, _ = Answers(backbone, canvases, run.preprocess)(rows, "test")
+    logits, _ = Inference(backbone, canvases, run.preprocess)(rows, "test")
     data = copy.deepcopy(run.data)
     data["metrics"]["test"]["accuracy"] = float((logits.argmax(1) == canvases.labels[rows]).mean())
     changed = replace(run, data=data)

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from ftkit.data.canvas import build
-from ftkit.data.dataset import read
-from ftkit.evaluation.model import Answers, WithEmbedding
-from ftkit.models.inference import CHUNK, runner
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
+from ftkit.evaluation.model import Inference, WithEmbedding
+from ftkit.models.inference import PREFIX_BATCH, runner
 from ftkit.training.run import open_run
 from ftkit_export.runtime.out_of_distribution import Foreign
 
@@ -50,15 +50,18 @@ def main() -> None:
         "digits": np.stack([np.asarray(image.resize((side, side))) for image in digits]),
     }
 
-    canvases = build(read(run.data["data"], run.data["seed"]), run.preprocess)
-    answers = Answers(backbone, canvases, run.preprocess)
+    canvases = build_canvases(read_images(run.data["data"], run.data["seed"]), run.preprocess)
+    answers = Inference(backbone, canvases, run.preprocess)
     found = {split: answers(canvases.rows(split), split) for split in ("val", "test")}
-    example = torch.from_numpy(run.preprocess.pixels(colour[:CHUNK]))
+    example = torch.from_numpy(run.preprocess.pixels(colour[:PREFIX_BATCH]))
     net, _ = runner(WithEmbedding(backbone), example)
 
     for name, images in sets.items():
         pixels = torch.from_numpy(run.preprocess.pixels(images))
-        parts = [net(pixels[start : start + CHUNK]) for start in range(0, len(pixels), CHUNK)]
+        parts = [
+            net(pixels[start : start + PREFIX_BATCH])
+            for start in range(0, len(pixels), PREFIX_BATCH)
+        ]
         found[name] = [np.concatenate(column) for column in zip(*parts, strict=True)]
 
     familiar = Foreign.from_text(run.data["foreign"])

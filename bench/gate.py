@@ -39,18 +39,18 @@ import numpy as np
 import tables
 
 from ftkit_export.proof.regression import (
-    PROCESSES,
-    ROUNDS,
+    FIRST_LOOK,
+    GATE_ROUNDS,
     SECONDS,
+    Comparison,
     Sample,
-    Verdict,
-    compare,
+    compare_latency,
     compare_starts,
     decide,
     sample,
 )
 from ftkit_export.runtime.latency import Condition, machine
-from ftkit_export.runtime.timing import feeds, in_turn, opened, pin, runner
+from ftkit_export.runtime.timing import bound_call, feeds, in_turn, open_session, pin
 
 LIMIT = 0.05
 LATENCY_S = SECONDS * 2 / 3  # what `ftkit bench --against` gives to latency
@@ -112,8 +112,8 @@ def neighbour(seed: int, there: bool) -> Iterator[None]:
 
 def slowed(condition: Condition, percent: float) -> Callable[[], object]:
     """The model's call, with a spin of so many per cent of its own median (of the last nine runs) after it."""
-    session, last = opened(condition, shared=True), deque[float](maxlen=9)
-    call = runner(session, condition, feeds(session, None, 1))
+    session, last = open_session(condition, shared=True), deque[float](maxlen=9)
+    call = bound_call(session, condition, feeds(session, None, 1))
 
     def run() -> None:
         start = time.perf_counter()
@@ -133,7 +133,8 @@ def child(job: dict[str, Any]) -> list[list[float]]:
         calls = [slowed(condition, percent if place == job["place"] else 0) for place in range(3)]
         pin([condition])
         return [
-            list(map(float, row)) for row in in_turn(calls, ROUNDS, warm_up=(10, 0), seconds=10)
+            list(map(float, row))
+            for row in in_turn(calls, GATE_ROUNDS, warm_up=(10, 0), seconds=10)
         ]
 
     call, times, begun = slowed(condition, percent), [], time.perf_counter()
@@ -260,7 +261,7 @@ def real(folder: Path) -> None:
         "| change | verdict | ratio | 95 % interval | A/A spread | seconds |\n|---|---|---|---|---|---|"
     )
     for name, (candidate, baseline) in cases.items():
-        found: Verdict = compare(candidate, baseline, seconds=LATENCY_S)
+        found: Comparison = compare_latency(candidate, baseline, seconds=LATENCY_S)
         print(
             f"| {name} | {found.verdict} | {found.ratio:.3f} | {found.low:.3f} to {found.high:.3f} | "
             f"{found.spread:.1%} | {found.seconds:.0f} |",
@@ -337,8 +338,8 @@ def cost(folder: Path) -> None:
             .standard_normal((1, 3, size, size))
             .astype(np.float32)
         }
-        session = opened(condition)
-        call = runner(session, condition, feeds(session, None, 1))
+        session = open_session(condition)
+        call = bound_call(session, condition, feeds(session, None, 1))
         times = in_turn(
             [lambda bare=bare, feed=feed: bare.run(None, feed), call],
             600,
@@ -375,7 +376,7 @@ def main() -> None:
         tables.write("gate", table(options.log))
         return
 
-    print(f"{machine()}; at least {PROCESSES} processes of {ROUNDS} rounds")
+    print(f"{machine()}; at least {FIRST_LOOK} processes of {GATE_ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch:
         if options.what in ("real", "cost"):
             {"real": real, "cost": cost}[options.what](Path(scratch))

@@ -42,7 +42,7 @@ from ftkit.training.step import fresh_gradients, run_as
 from ftkit.training.train import train
 from ftkit.utils.distributed import SOLO, pick_device
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.latency import Condition, begin, measure
+from ftkit_export.runtime.latency import Condition, measure, measure_start
 from ftkit_export.runtime.measure import find
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import PROVIDERS, cores
@@ -290,7 +290,7 @@ def provider(bundle: Path) -> str:
                     try:
                         row, start = (
                             measure(condition, found.image, quick=True),
-                            begin(condition, found.image),
+                            measure_start(condition, found.image),
                         )
                     except Exception as error:
                         lines.append(

@@ -153,12 +153,12 @@ def canvases(count: int = 2000) -> None:
             found = in_process(
                 f"""
 import time
-from ftkit.data.canvas import build
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit_export.runtime.preprocess import Preprocess
-images = read("{scratch}/data.csv")
+images = read_images("{scratch}/data.csv")
 begun = time.perf_counter()
-build(images, Preprocess(size=224, resize=224))
+build_canvases(images, Preprocess(size=224, resize=224))
 result = dict(seconds=time.perf_counter() - begun)
 """,
                 FTKIT_CACHE=f"{scratch}/cache",

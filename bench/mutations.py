@@ -137,7 +137,7 @@ def images(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
 def tables(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
     """A CSV of paths, labels, splits and groups."""
-    from ftkit.data.dataset import labelled, read
+    from ftkit.data.dataset import labelled, read_images
 
     paths = sorted(photos.rglob("*.png"))[:40]
     lines = [
@@ -150,7 +150,7 @@ def tables(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
     def use(rng: random.Random) -> object:
         target.write_bytes(mutated(data, rng))
-        return rng.choice((read, labelled))(target)
+        return rng.choice((read_images, labelled))(target)
 
     while True:
         yield use
@@ -220,8 +220,8 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     import torch
     from torch import nn
 
-    from ftkit.data.canvas import build
-    from ftkit.data.dataset import read
+    from ftkit.data.canvas import build_canvases
+    from ftkit.data.dataset import read_images
     from ftkit.data.prefetch import Source
     from ftkit.recipe import Augment
     from ftkit.training.feature_cache import Views, fill
@@ -237,7 +237,7 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
     net = nn.AdaptiveAvgPool2d(2)
 
     def whole() -> object:
-        canvases = build(read(few), preprocess)
+        canvases = build_canvases(read_images(few), preprocess)
         source = Source(canvases.array, len(canvases.slots), 1, torch.device("cpu"))
         views = Views(
             canvases=canvases,
@@ -265,18 +265,18 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
     """What `ftkit bench --json` wrote, read as a baseline and judged against budgets."""
     from ftkit.benchmark import budgets
-    from ftkit_export.runtime.measure import bench, read
+    from ftkit_export.runtime.measure import bench_model, read_bench
 
     path = folder / "bench.json"
 
-    text = json.dumps(bench(bundle, threads=[1], quick=True), indent=1)
+    text = json.dumps(bench_model(bundle, threads=[1], quick=True), indent=1)
 
     def use(rng: random.Random) -> object:
         path.write_bytes(
             mutated(text.encode(), rng) if rng.random() < 0.5 else mutated_json(text, rng).encode()
         )
-        return budgets.as_tables(read(path)), budgets.judge(
-            read(path), {"p95_ms": 5.0, "size_mb": 10.0}
+        return budgets.as_tables(read_bench(path)), budgets.judge_bench(
+            read_bench(path), {"p95_ms": 5.0, "size_mb": 10.0}
         )
 
     while True:

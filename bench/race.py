@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from accuracy import loaders, write_random_split
 from torch.utils.data import DataLoader
 
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit.data.prefetch import Source
 from ftkit.models.backbones import build
 from ftkit.models.freezing import set_mode, trainable, under
-from ftkit.models.inference import CHUNK, runner
+from ftkit.models.inference import PREFIX_BATCH, runner
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.options import TrainOptions
 from ftkit.recipe import Augment, Recipe, Stage
@@ -243,7 +243,10 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
     """What cannot be saved: one pass of the prefix for each view, and the suffix's steps, all on resident tensors."""
     torch.manual_seed(seed)
     preprocess = Preprocess(size=224, resize=224, mean=(127.0,) * 3, std=(128.0,) * 3)
-    canvases, backbone = build_canvases(read(data), preprocess), build("efficientnet_lite0", 4)
+    canvases, backbone = (
+        build_canvases(read_images(data), preprocess),
+        build("efficientnet_lite0", 4),
+    )
     model, names = (
         backbone.model.to(memory_format=torch.channels_last),
         trainable(backbone, "last:2"),
@@ -259,7 +262,9 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
     rows = canvases.rows("train")
     chunks = [
-        views.pixels(rows, view, start) for view in range(4) for start in range(0, len(rows), CHUNK)
+        views.pixels(rows, view, start)
+        for view in range(4)
+        for start in range(0, len(rows), PREFIX_BATCH)
     ]
     graph = trace(model)
     assert graph is not None

@@ -18,10 +18,10 @@ import numpy as np
 
 import ftkit
 from ftkit.cli.demo import write_elpv
-from ftkit.data.dataset import read
+from ftkit.data.dataset import read_images
 from ftkit.models.backbones import build
 from ftkit.overrides import override
-from ftkit.recipe import load
+from ftkit.recipe import load_recipe
 from ftkit.training.run import open_run
 from ftkit.utils import console
 from ftkit_export.conversion.convert import export_core, write
@@ -51,7 +51,9 @@ def train(folder: Path) -> None:
         write_elpv(photos, split=True)
 
     labels = {
-        image.path: image for image in read(photos, group_by=GROUPS).images if image.split == "test"
+        image.path: image
+        for image in read_images(photos, group_by=GROUPS).images
+        if image.split == "test"
     }
     truth = np.array([image.label for image in labels.values()])
     groups = [image.group for image in labels.values()]
@@ -89,7 +91,7 @@ def time(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         files = []
         for number, (recipe, size) in enumerate(TIMED):
-            plan = override(load(recipe), [f"preprocess.size={size}"])
+            plan = override(load_recipe(recipe), [f"preprocess.size={size}"])
             backbone = build(plan.backbone, 4, "none")
             preprocess = plan.preprocess or backbone.preprocess
             path = Path(scratch) / f"{number}.onnx"

@@ -9,11 +9,11 @@ pytest-benchmark's own table is of runs in this process; extra_info holds ftkit'
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from ftkit.benchmark.pytest_plugin import Measured
+from ftkit.benchmark.pytest_plugin import LatencyFixture
 from ftkit_export.runtime.latency import Condition
 from ftkit_export.runtime.measure import conditions, find
 from ftkit_export.runtime.session import cores
-from ftkit_export.runtime.timing import feeds, opened, runner
+from ftkit_export.runtime.timing import bound_call, feeds, open_session
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -31,14 +31,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_latency(
     benchmark: BenchmarkFixture,
-    latency: Measured,
+    latency: LatencyFixture,
     condition: Condition,
     pytestconfig: pytest.Config,
 ) -> None:
     """Rounds of pytest-benchmark, beside ftkit's p50 and p95 from a fresh process."""
     image = find(pytestconfig.getoption("--bundle")).image
-    session = opened(condition)
-    call = runner(session, condition, feeds(session, image and str(image), condition.batch))
+    session = open_session(condition)
+    call = bound_call(session, condition, feeds(session, image and str(image), condition.batch))
     benchmark.pedantic(call, rounds=200, warmup_rounds=20)
     found = latency(
         condition.model, image=image, threads=condition.threads, spinning=condition.spinning
@@ -47,7 +47,7 @@ def test_latency(
 
 
 def test_no_slower(
-    benchmark: BenchmarkFixture, latency: Measured, pytestconfig: pytest.Config
+    benchmark: BenchmarkFixture, latency: LatencyFixture, pytestconfig: pytest.Config
 ) -> None:
     """The regression gate, its verdicts in extra_info."""
     candidate, baseline = pytestconfig.getoption("--bundle"), pytestconfig.getoption("--against")

@@ -13,14 +13,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from ftkit.models.backbones import build
 from ftkit.models.weights import PACKAGES
-from ftkit.recipe import load, names
+from ftkit.recipe import load_recipe, names
 from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.conversion.graph import image_form
-from ftkit_export.proof.parity import Parity, Reference, compare
+from ftkit_export.proof.parity import Parity, Reference, measure_parity
 from ftkit_export.runtime.preprocess import decode
 
 
-@pytest.mark.parametrize("name", sorted({load(recipe).backbone for recipe in names()}))
+@pytest.mark.parametrize("name", sorted({load_recipe(recipe).backbone for recipe in names()}))
 def test_parity_on_cpu(benchmark: BenchmarkFixture, tmp_path: Path, name: str) -> None:
     """Pretrained where a package has the weights, random where it takes a network."""
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_parity_on_cpu(benchmark: BenchmarkFixture, tmp_path: Path, name: str) -
         core.layers,
     )
 
-    parity: Parity = benchmark.pedantic(compare, args=arguments, rounds=1)
+    parity: Parity = benchmark.pedantic(measure_parity, args=arguments, rounds=1)
     for check in parity.checks:
         if check.floor:
             units = check.value / check.floor

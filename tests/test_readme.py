@@ -15,7 +15,7 @@ import yaml
 from conftest import TINY, settings
 from PIL import Image
 
-from ftkit.recipe import load
+from ftkit.recipe import load_recipe
 from ftkit_export.runtime.predict import Classifier
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def test_the_tests_of_their_own_run(done: Path) -> None:
 def test_the_recipe_loads(tmp_path: Path) -> None:
     code = next(block for block in _blocks("python", "docs/recipes.md") if "recipe = " in block)
     (tmp_path / "mine.py").write_text(code)
-    assert load(str(tmp_path / "mine.py")).stages[1].train == "last:2"
+    assert load_recipe(str(tmp_path / "mine.py")).stages[1].train == "last:2"
 
 
 def test_every_place_that_contributing_names_exists() -> None:

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from conftest import TINY, ftkit, settings
 
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit.models.backbones import build
 from ftkit.models.freezing import under
 from ftkit.recipe import Augment, Recipe, Stage
@@ -99,7 +99,7 @@ def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
     backbone, compute = build("efficientnet_lite0", 4, "none"), prepare(CUDA, False)
     backbone.model.to(CUDA).to(memory_format=torch.channels_last)
     loaders = StageLoaders(
-        backbone, recipe, build_canvases(read(photos), preprocess), preprocess, 0, CUDA
+        backbone, recipe, build_canvases(read_images(photos), preprocess), preprocess, 0, CUDA
     )
     assert loaders.pixels.resident
     loader = loaders.stage(0)

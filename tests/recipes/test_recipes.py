@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ftkit, settings
 
-from ftkit.recipe import load, load_module, names
+from ftkit.recipe import load_module, load_recipe, names
 
 
 @pytest.mark.parametrize("name", names())
@@ -16,7 +16,7 @@ def test_a_recipe_says_its_command_and_what_was_measured(name: str) -> None:
 
 
 def test_gentle_is_a_frozen_base_and_a_new_head_with_adam_at_1e_4_for_5_epochs() -> None:
-    (stage,) = load("gentle").stages
+    (stage,) = load_recipe("gentle").stages
     assert (stage.train, stage.optimizer, stage.lr, stage.epochs, stage.schedule) == (
         "head",
         "adam",
@@ -27,7 +27,7 @@ def test_gentle_is_a_frozen_base_and_a_new_head_with_adam_at_1e_4_for_5_epochs()
 
 
 def test_staged_resnet50_is_5_epochs_of_head_then_10_of_two_blocks_at_1e_4() -> None:
-    recipe = load("staged_resnet50")
+    recipe = load_recipe("staged_resnet50")
     assert recipe.backbone == "resnet50"
     assert [(stage.train, stage.epochs) for stage in recipe.stages] == [("head", 5), ("last:2", 10)]
     assert recipe.stages[1].lr == 1e-4

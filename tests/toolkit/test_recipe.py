@@ -7,12 +7,12 @@ import pytest
 from conftest import ftkit
 
 from ftkit.overrides import override
-from ftkit.recipe import Recipe, load, names, resolve, restore
+from ftkit.recipe import Recipe, load_recipe, names, resolve, restore
 
 
 @pytest.mark.parametrize("name", names())
 def test_every_recipe_loads_and_survives_json(name: str) -> None:
-    recipe = load(name)
+    recipe = load_recipe(name)
     assert recipe.name == name
     assert restore(json.loads(json.dumps(resolve(recipe)))) == recipe
 
@@ -23,7 +23,7 @@ def test_the_shipped_recipes_are_there() -> None:
 
 def test_settings_reach_every_level() -> None:
     recipe = override(
-        load("lite0"),
+        load_recipe("lite0"),
         [
             "backbone=resnet18",
             "stages.1.lr=1e-4",
@@ -39,7 +39,7 @@ def test_settings_reach_every_level() -> None:
     assert recipe.preprocess is not None
     assert recipe.preprocess.mean == (1.0, 2.0, 3.0)
     assert (recipe.export.max_accuracy_drop, recipe.stages[0].views) == (0.02, 2)
-    assert recipe.stages[0].lr == load("lite0").stages[0].lr
+    assert recipe.stages[0].lr == load_recipe("lite0").stages[0].lr
     assert override(recipe, ["export.p95_ms=none"]).export.p95_ms is None
 
 
@@ -108,7 +108,7 @@ def test_a_recipe_file_is_loaded_by_path(tmp_path: Path) -> None:
         "from dataclasses import replace\nfrom ftkit_recipes.lite0 import recipe as base\n"
         "recipe = replace(base, name='mine')\n"
     )
-    recipe = load(str(path))
+    recipe = load_recipe(str(path))
     assert isinstance(recipe, Recipe)
     assert recipe.name == "mine"
 

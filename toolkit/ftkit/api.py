@@ -42,8 +42,7 @@ def train(data: str | Path, options: TrainOptions) -> Run:
     Ctrl-C, saved. Under torchrun the first rank returns; the others end here.
     """
     from ftkit.overrides import override
-    from ftkit.recipe import Recipe
-    from ftkit.recipe import load as load_recipe
+    from ftkit.recipe import Recipe, load_recipe
     from ftkit.utils import console
 
     if options.resume and options.out is None:
@@ -199,7 +198,7 @@ def bench(model: str | Path, options: BenchOptions) -> Mapping[str, Any]:
     """
     from dataclasses import asdict
 
-    from ftkit.benchmark.budgets import against, measure
+    from ftkit.benchmark.budgets import compare_in_turn, measure
     from ftkit_export.bundle.archive import unpacked
 
     if options.against and options.several:
@@ -211,7 +210,7 @@ def bench(model: str | Path, options: BenchOptions) -> Mapping[str, Any]:
         told = measure(path, options)
         if options.against:
             with unpacked(options.against) as old:
-                told["against"] = [asdict(item) for item in against(path, old, options)]
+                told["against"] = [asdict(item) for item in compare_in_turn(path, old, options)]
 
     return told
 

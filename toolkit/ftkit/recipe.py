@@ -249,7 +249,7 @@ def names() -> list[str]:
     return sorted(point.name for point in metadata.entry_points(group="ftkit.recipes"))
 
 
-def load(name: str) -> Recipe:
+def load_recipe(name: str) -> Recipe:
     """A recipe by entry-point name or file path, or the resolved one of a run.json.
 
     Raises FtkitError with the choices, or with why it does not import.

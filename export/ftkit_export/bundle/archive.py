@@ -33,7 +33,7 @@ EPOCH = (
     0,
     0,
 )
-LARGEST = 4 << 30  # bytes unpacked
+LARGEST_ARCHIVE = 4 << 30  # bytes unpacked
 MOST_FILES = 10_000
 # Raised by zipfile for an archive that is damaged, or was made to harm.
 BROKEN_ZIP = (
@@ -147,7 +147,10 @@ def _unpack(source: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(source) as archive:
             entries = archive.infolist()
-            if len(entries) > MOST_FILES or sum(entry.file_size for entry in entries) > LARGEST:
+            if (
+                len(entries) > MOST_FILES
+                or sum(entry.file_size for entry in entries) > LARGEST_ARCHIVE
+            ):
                 raise BundleError(
                     f"{source}: expected at most 4 GB and 10,000 files, found more. Do not trust it"
                 )

@@ -16,15 +16,15 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ftkit_export
 from ftkit_export.bundle.archive import sign
 from ftkit_export.files import folder_beside
+from ftkit_export.proof.regression import Outcome
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.verify import MANIFEST, SCHEMA, SIGNATURE, sha256, with_digest
+from ftkit_export.runtime.verify import MANIFEST, MANIFEST_SCHEMA, SIGNATURE, sha256, with_digest
 
-Outcome = Literal["passed", "failed", "inconclusive"]
 WORST_FIRST: tuple[Outcome, ...] = ("failed", "inconclusive")
 
 
@@ -74,7 +74,7 @@ def overall(verdicts: Iterable[Outcome]) -> Outcome:
     return next((verdict for verdict in WORST_FIRST if verdict in verdicts), "passed")
 
 
-def begin(out: Path) -> Path:
+def begin_bundle(out: Path) -> Path:
     """A fresh folder beside `out` to build in. Raises FtkitError when `out` holds anything or
     cannot be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -162,7 +162,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
         for name, path in sorted(paths.items())
         if name not in (MANIFEST, SIGNATURE)
     }
-    text = json.dumps({"schema": SCHEMA, **manifest, "files": files}, indent=1) + "\n"
+    text = json.dumps({"schema": MANIFEST_SCHEMA, **manifest, "files": files}, indent=1) + "\n"
     (folder / MANIFEST).write_bytes(with_digest(text))
 
 

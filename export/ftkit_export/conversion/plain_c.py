@@ -40,7 +40,7 @@ def static(core: onnx.ModelProto) -> onnx.ModelProto:
     return shape_inference.infer_shapes(fixed)
 
 
-def require() -> None:
+def require_emitter() -> None:
     """Raises FtkitError when emx-onnx-cgen is missing."""
     if importlib.util.find_spec("emx_onnx_cgen") is None:
         raise FtkitError(
@@ -60,7 +60,7 @@ def write_c(
 ) -> None:
     """Write the folder. Raises FtkitError when emx-onnx-cgen is missing, or cannot follow the
     model."""
-    require()
+    require_emitter()
     folder.mkdir(parents=True)
 
     with tempfile.TemporaryDirectory() as scratch:

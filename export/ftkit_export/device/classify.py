@@ -19,7 +19,7 @@ sys.dont_write_bytecode = True  # the bundle is sealed: nothing may appear in it
 
 from ftkit_export.runtime.errors import FtkitError  # noqa: E402
 from ftkit_export.runtime.latency import Condition, measure  # noqa: E402
-from ftkit_export.runtime.measure import bench, find  # noqa: E402  # after the line above on purpose
+from ftkit_export.runtime.measure import bench_model, find  # noqa: E402  # after the line above on purpose
 from ftkit_export.runtime.predict import Classifier, image_files  # noqa: E402
 from ftkit_export.runtime.session import PROVIDERS  # noqa: E402
 from ftkit_export.runtime.verify import verify  # noqa: E402
@@ -99,7 +99,7 @@ def main() -> int:
             threads = [options.threads] if options.threads else []
             print(
                 json.dumps(
-                    bench(
+                    bench_model(
                         BUNDLE, providers=[options.provider], threads=threads, quick=options.quick
                     )
                 )

@@ -26,9 +26,9 @@ from ftkit_export.runtime.targets import Precision
 
 Verdict = Literal["accepted", "refused", "inconclusive", "unproven on target"]
 
-LEVEL = 0.05  # chance of accepting, or refusing, against the truth
+ERROR_RATE = 0.05  # chance of accepting, or refusing, against the truth
 POWER = 0.8  # chance that as many images as are said to settle a question do
-MOST = 1000.0  # times as many images as there are: more are not worth naming
+MOST_TIMES = 1000.0  # times as many images as there are: more are not worth naming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +75,20 @@ class Paired:
 
         chance = 0.0  # where no answer changed, none is expected to
         if self.worse or self.better:
-            chance = float(stats.norm.ppf(POWER) / stats.norm.ppf(1 - LEVEL / self.looks))
+            chance = float(stats.norm.ppf(POWER) / stats.norm.ppf(1 - ERROR_RATE / self.looks))
 
         def settled(factor: float) -> bool:
-            low, high = difference_bounds(*shares, here.times(factor), 1 - LEVEL / self.looks)
+            low, high = difference_bounds(*shares, here.times(factor), 1 - ERROR_RATE / self.looks)
             return (
                 high + chance * (high - self.drop) <= limit
                 or low - chance * (self.drop - low) > limit
             )
 
-        if self.images == 0 or (self.clusters or 2) < 2 or not settled(MOST):
+        if self.images == 0 or (self.clusters or 2) < 2 or not settled(MOST_TIMES):
             return None
 
         few = 0.0
-        many = MOST
+        many = MOST_TIMES
 
         for _ in range(40):
             middle = (few + many) / 2
@@ -113,7 +113,7 @@ def paired(
     images = len(reference)
     found = difference_design(worse, better, groups)
     shares = int(worse.sum()) / max(1, images), int(better.sum()) / max(1, images)
-    low, high = difference_bounds(*shares, found, 1 - LEVEL / looks)
+    low, high = difference_bounds(*shares, found, 1 - ERROR_RATE / looks)
 
     return Paired(
         images=images,
@@ -162,7 +162,7 @@ class Row:
         return self.verdict in ("reference", "accepted")
 
 
-def judge(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdict, str]:
+def judge_variant(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdict, str]:
     """Verdict on a candidate and its reason. ratio_high: upper bound of its latency over fp32's;
     None: not measured."""
     verdict = found.verdict(limit)

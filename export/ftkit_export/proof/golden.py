@@ -43,7 +43,9 @@ from ftkit_export.runtime.session import Session
 
 PHOTOGRAPHS = 16
 PRECISIONS = ("tf32", "fp16")  # that a provider may round fp32's values to
-STEP = 0.05  # of int8's and fp16's own largest logit, and of a probability: several rounding steps
+ROUNDING_STEPS = (
+    0.05  # of int8's and fp16's own largest logit, and of a probability: several rounding steps
+)
 RAW = {"photographs": 4, "noise": 0, "extremes": 4}  # images a group for C and C++: the small ones
 
 
@@ -113,7 +115,10 @@ def write_golden(
             expected.setdefault(f"{name}/logits", []).append(logits)
             expected.setdefault(f"{name}/probabilities", []).append(own)
             allowed[name] = {
-                "any": {"logits": STEP * float(np.abs(logits).max()), "probabilities": STEP}
+                "any": {
+                    "logits": ROUNDING_STEPS * float(np.abs(logits).max()),
+                    "probabilities": ROUNDING_STEPS,
+                }
             }
 
         for item in images:

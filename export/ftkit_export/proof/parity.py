@@ -62,7 +62,7 @@ RESAMPLED_SHARE = 1e-3
 MEAN_LEVELS = 0.1
 WHOLE_LEVELS = 1e-3
 RESAMPLED_PROBABILITY = 0.05
-CHUNK = 32
+REFERENCE_BATCH = 32
 DECADES = np.arange(-12, 1.25, 0.25)  # edges of the histogram of errors: powers of ten
 
 
@@ -133,8 +133,8 @@ class Reference:
         missing = list(
             {key: place for place, key in enumerate(keys) if key not in self._known}.values()
         )
-        for start in range(0, len(missing), CHUNK):
-            places = missing[start : start + CHUNK]
+        for start in range(0, len(missing), REFERENCE_BATCH):
+            places = missing[start : start + REFERENCE_BATCH]
             for place, logits, embedding in zip(
                 places, *self._run(pixels[places], dtype), strict=True
             ):
@@ -156,8 +156,8 @@ class Reference:
         for towards_zero in (False, True):
             with Emulated(precision, towards_zero=towards_zero), torch.inference_mode():
                 parts = [
-                    self.float32(torch.from_numpy(pixels[i : i + CHUNK]))
-                    for i in range(0, len(pixels), CHUNK)
+                    self.float32(torch.from_numpy(pixels[i : i + REFERENCE_BATCH]))
+                    for i in range(0, len(pixels), REFERENCE_BATCH)
                 ]
             worst = max(worst, float(np.abs(torch.cat(parts).numpy() - exact).max()))
 
@@ -215,11 +215,14 @@ def probability_limit(limit: float, temperature: float) -> float:
 
 def _run(session: Session, batch: Array, output: int = 0) -> Array:
     return np.concatenate(
-        [session.run(batch[i : i + CHUNK])[output] for i in range(0, len(batch), CHUNK)]
+        [
+            session.run(batch[i : i + REFERENCE_BATCH])[output]
+            for i in range(0, len(batch), REFERENCE_BATCH)
+        ]
     )
 
 
-def compare(
+def measure_parity(
     reference: Reference,
     core: Path,
     image: Path,
@@ -483,7 +486,7 @@ class Emulated(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         return (
             self._rounded(result)
-            if self._half and getattr(function, "__name__", "") in STORED
+            if self._half and getattr(function, "__name__", "") in ROUNDED_FUNCTIONS
             else result
         )
 
@@ -513,7 +516,7 @@ PRODUCTS = (
     torch.Tensor.__matmul__,
     F.scaled_dot_product_attention,
 )
-STORED = {function.__name__ for function in PRODUCTS} | {
+ROUNDED_FUNCTIONS = {function.__name__ for function in PRODUCTS} | {
     "add",
     "mul",
     "__add__",

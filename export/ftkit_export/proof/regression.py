@@ -34,7 +34,7 @@ import numpy as np
 
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.latency import Condition, Start, begin, in_child
+from ftkit_export.runtime.latency import Condition, Start, in_child, measure_start
 
 Outcome = Literal["passed", "failed", "inconclusive"]
 # Of one process: log ratios candidate / baseline, log ratios of the A/A control
@@ -48,12 +48,12 @@ DRIFT = 0.15  # the least margin against figures from another day: sequential me
 LAYOUT = 0.1  # where large buffers come to lie: up to 8 % of memory, by the length of a path alone
 SECONDS = 120.0
 LOOKS = (5, 10, 20, 40, 80)
-ROUNDS = 40
-PROCESSES = LOOKS[0]
-LEVEL = 1 - 0.05 / len(LOOKS)
+GATE_ROUNDS = 40
+FIRST_LOOK = LOOKS[0]
+CONFIDENCE = 1 - 0.05 / len(LOOKS)
 RESAMPLES = 2000
 # a median's standard error over a mean's
-Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 MEDIAN = 1.2533
 
 
@@ -71,7 +71,7 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Comparison:
     """One quantity judged. what: latency, cold start, memory, size. processes, seconds: what the
     answer took."""
 
@@ -102,7 +102,7 @@ def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
     processes = rng.integers(0, len(ratios), (RESAMPLES, len(ratios)))
     picks = rng.integers(0, rounds, (RESAMPLES, len(ratios), rounds))
     medians = np.median(ratios[processes[:, :, None], picks].reshape(RESAMPLES, -1), axis=1)
-    low, high = np.quantile(medians, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    low, high = np.quantile(medians, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     spread = float(np.std([np.median(control) for _, control in samples], ddof=1))
     middle = float(np.median(ratios))
     # Few processes: a bootstrap alone would be too narrow
@@ -123,9 +123,9 @@ def decide(
     *,
     tolerance: float = TOLERANCE,
     seconds: float = SECONDS,
-    least: int = 2 * PROCESSES,
+    least: int = 2 * FIRST_LOOK,
     clock: Callable[[], float] = time.perf_counter,
-) -> Verdict:
+) -> Comparison:
     """Draw samples until the answer is sure, or `seconds` would be over. draw: measures in one
     fresh process.
 
@@ -169,7 +169,7 @@ def decide(
     reason = _reason(found, outcome, tolerance)
 
     if outcome == "failed":
-        if lasts(PROCESSES):
+        if lasts(FIRST_LOOK):
             again, outcome = settle()
             reason = f"{_reason(again, outcome, tolerance)} in a second round; the first said {_percent(found.low)}"
             found = again
@@ -178,7 +178,7 @@ def decide(
             reason = f"{reason}; no time was left for a second round, try more --seconds"
             outcome = "inconclusive"
 
-    return Verdict(
+    return Comparison(
         what=what,
         verdict=outcome,
         reason=reason,
@@ -196,7 +196,7 @@ def _needed(found: Estimate, tolerance: float, processes: int) -> float:
     Halved, since the estimate moves too; infinite between the tolerance and the margin, where no
     number settles it.
     """
-    if processes < 2 * PROCESSES:
+    if processes < 2 * FIRST_LOOK:
         return 2 * processes
 
     ratio = found.ratio - 1
@@ -221,24 +221,24 @@ def _percent(ratio: float) -> str:
     return f"{abs(ratio - 1):.1%} {'above' if ratio >= 1 else 'below'} the baseline"
 
 
-def compare(
+def compare_latency(
     candidate: Condition,
     baseline: Condition,
     image: str | Path | None = None,
     *,
     tolerance: float = TOLERANCE,
     seconds: float = SECONDS,
-) -> Verdict:
+) -> Comparison:
     """The latency gate. image: what ftkit's own files are fed with. Raises FtkitError when a model
     does not run."""
-    each = seconds / (2 * PROCESSES + 3)  # so that two rounds fit; a process also has to start
+    each = seconds / (2 * FIRST_LOOK + 3)  # so that two rounds fit; a process also has to start
     turns = itertools.cycle(range(3))
 
     def draw() -> Sample:
         place = next(turns)  # a session's place in memory has its own speed
         three = [baseline, baseline]
         three.insert(place, candidate)
-        times = np.array(in_child("pairs", three, image, rounds=ROUNDS, seconds=each))
+        times = np.array(in_child("pairs", three, image, rounds=GATE_ROUNDS, seconds=each))
         return sample(times[:, place], *np.delete(times, place, axis=1).T)
 
     return decide("latency", draw, tolerance=tolerance, seconds=seconds)
@@ -256,7 +256,7 @@ def compare_starts(
     image: str | Path | None = None,
     *,
     seconds: float = SECONDS,
-) -> tuple[Verdict, Verdict]:
+) -> tuple[Comparison, Comparison]:
     """Cold start and peak memory, of processes that do nothing else: baseline, candidate and
     baseline again, in turn.
 
@@ -270,7 +270,7 @@ def compare_starts(
 
         def draw() -> Sample:
             starts = {
-                place: begin(
+                place: measure_start(
                     (baseline, candidate, baseline)[place], image, steady=False, even_heap=even_heap
                 )
                 for place in next(orders)
@@ -284,7 +284,7 @@ def compare_starts(
         draws("open_ms", even_heap=False),
         tolerance=COLD_TOLERANCE,
         seconds=seconds / 2,
-        least=PROCESSES,
+        least=FIRST_LOOK,
     )
 
     # A file whose cold starts had time enough is not refused for memory
@@ -292,14 +292,14 @@ def compare_starts(
     return cold, decide("memory", draws("peak_rss_bytes", even_heap=True), seconds=left, least=1)
 
 
-def compare_sizes(candidate: int, baseline: int) -> Verdict:
+def compare_sizes(candidate: int, baseline: int) -> Comparison:
     """File sizes in bytes: exact, so there is nothing to be unsure of."""
     ratio = candidate / baseline
     found = Estimate(ratio=ratio, low=ratio, high=ratio, spread=0.0, margin=TOLERANCE)
     outcome: Outcome = "passed" if ratio <= 1 + TOLERANCE else "failed"
     reason = _percent(ratio)
 
-    return Verdict(
+    return Comparison(
         what="size",
         verdict=outcome,
         reason=reason,
@@ -312,7 +312,7 @@ def compare_sizes(candidate: int, baseline: int) -> Verdict:
 
 def compare_stored(
     now: Callable[[], Sequence[Start]], then: Sequence[Start], *, same_machine: bool
-) -> list[Verdict]:
+) -> list[Comparison]:
     """Latency, cold start and memory against figures of another day. now: measures (again, to
     confirm a failure).
 
@@ -320,7 +320,7 @@ def compare_stored(
     memory; on another machine, nothing.
     """
     first = list(now())
-    found = [_stored(what, first, then, same_machine) for what in STORED]
+    found = [_stored(what, first, then, same_machine) for what in STORED_FIGURES]
     if any(item.verdict == "failed" for item in found):
         second = list(now())
         for place, item in enumerate(found):
@@ -339,22 +339,24 @@ def compare_stored(
     return found
 
 
-STORED = {
+STORED_FIGURES = {
     "latency": ("p50_ms", DRIFT),
     "cold start": ("open_ms", COLD_TOLERANCE),
     "memory": ("peak_rss_bytes", LAYOUT),
 }
 
 
-def _stored(what: str, now: Sequence[Start], then: Sequence[Start], same_machine: bool) -> Verdict:
-    name, tolerance = STORED[what]
+def _stored(
+    what: str, now: Sequence[Start], then: Sequence[Start], same_machine: bool
+) -> Comparison:
+    name, tolerance = STORED_FIGURES[what]
     one, other = (np.log([getattr(start, name) for start in starts]) for starts in (now, then))
     rng = np.random.default_rng(0)
     picked = [
         np.median(logs[rng.integers(0, len(logs), (RESAMPLES, len(logs)))], axis=1)
         for logs in (one, other)
     ]
-    low, high = np.quantile(picked[0] - picked[1], ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    low, high = np.quantile(picked[0] - picked[1], ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     spread = float(np.sqrt((np.var(one, ddof=1) + np.var(other, ddof=1)) / 2))
     found = Estimate(
         ratio=math.exp(np.median(one) - np.median(other)),
@@ -374,7 +376,7 @@ def _stored(what: str, now: Sequence[Start], then: Sequence[Start], same_machine
     if not same_machine:
         reason = "advisory: the baseline is from another machine"
 
-    return Verdict(
+    return Comparison(
         what=what,
         verdict=outcome,
         reason=reason,

@@ -158,7 +158,7 @@ def measure(
     return Latency(**{**found, "histogram": tuple(found["histogram"])})
 
 
-def begin(
+def measure_start(
     condition: Condition,
     image: str | Path | None = None,
     *,

@@ -25,9 +25,9 @@ from ftkit_export.runtime.latency import (
     Parts,
     Raced,
     Start,
-    begin,
     machine,
     measure,
+    measure_start,
     parts,
     race,
 )
@@ -35,11 +35,11 @@ from ftkit_export.runtime.session import PROVIDERS, cores, form_of
 from ftkit_export.runtime.targets import here
 from ftkit_export.runtime.verify import MANIFEST, check_files, read_manifest, sha256
 
-SCHEMA = 3  # 3: the size of the frames; 2: races over several processes
+BENCH_SCHEMA = 3  # 3: the size of the frames; 2: races over several processes
 STARTS = 5
 QUICK_STARTS = 3
 # Of a field's type as written -> what JSON has for it.
-TYPES: dict[str, tuple[type, ...]] = {
+JSON_TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "int": (int,),
     "bool": (bool,),
@@ -173,10 +173,10 @@ def conditions(
 
 def starts(condition: Condition, image: Path | None, *, quick: bool = False) -> list[Start]:
     """Cold starts and memory, each in a process of its own."""
-    return [begin(condition, image) for _ in range(QUICK_STARTS if quick else STARTS)]
+    return [measure_start(condition, image) for _ in range(QUICK_STARTS if quick else STARTS)]
 
 
-def bench(
+def bench_model(
     model: str | Path | Model,
     *,
     providers: Sequence[str] = ("cpu",),
@@ -240,7 +240,7 @@ def bench(
         raced = {name: asdict(item) for name, item in zip(order, results, strict=True)}
 
     return {
-        "schema": SCHEMA,
+        "schema": BENCH_SCHEMA,
         "machine": machine(),
         "target": here(),
         "name": found.name,
@@ -258,7 +258,7 @@ def bench(
     }
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read_bench(path: str | Path) -> dict[str, Any]:
     """Read the JSON that bench wrote. Raises FtkitError when the file is something else, or of
     another schema."""
     try:
@@ -276,7 +276,7 @@ def fits(kind: Any, data: Mapping[str, Any]) -> bool:
 
         value = data.get(item.name, item.default)
         word = str(item.type).split(" ")[0].split("[")[0]
-        kinds = TYPES[word]
+        kinds = JSON_TYPES[word]
 
         if "None" in str(item.type) and value is None:
             continue
@@ -308,7 +308,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
         numbers = [data["threads"]]
         numbers += [row[key] for row in data["rows"] for key in ("p50_ms", "p95_ms", "size_bytes")]
         whole = (
-            data["schema"] == SCHEMA
+            data["schema"] == BENCH_SCHEMA
             and all(fits(Latency, row) for _, row in rows)
             and {name for name, _ in rows} == set(cold)
             and all(len(starts) > 1 and all(starts) for starts in cold.values())
@@ -325,7 +325,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
 
     if not whole:
         raise FtkitError(
-            f"{where}: expected what `ftkit bench --json` writes (schema {SCHEMA}), found something else. "
+            f"{where}: expected what `ftkit bench --json` writes (schema {BENCH_SCHEMA}), found something else. "
             "Measure it again, or export the bundle again"
         )
 
@@ -338,7 +338,7 @@ def _main() -> int:
     job = json.loads(sys.argv[1])
     threads = [job["threads"]] if job["threads"] else []
     try:
-        found = bench(
+        found = bench_model(
             Model.from_json(job["model"]),
             providers=[job["provider"]],
             threads=threads,

@@ -166,7 +166,7 @@ def engine_cache(model: bytes) -> dict[str, str]:
     return {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder)}
 
 
-def require(provider: str) -> None:
+def require_provider(provider: str) -> None:
     """Raises ProviderError when `provider` is unknown, or not part of the installed ONNX Runtime."""
     if provider not in PROVIDERS:
         raise ProviderError(f"provider: expected a known provider, {choices(provider, PROVIDERS)}")
@@ -245,7 +245,7 @@ class Session:
         optimised: bool = True,
         shared: bool = False,
     ):
-        require(provider)
+        require_provider(provider)
         self.provider = provider
         self.threads = threads or cores()
         self._session = self._open(model, spinning, optimised, shared)

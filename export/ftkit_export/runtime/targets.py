@@ -20,7 +20,7 @@ from ftkit_export.runtime.onnxfile import inspect
 
 Precision = Literal["fp32", "int8", "fp16"]
 
-LARGEST = 2**31  # bytes of one protobuf file
+LARGEST_PROTOBUF = 2**31  # bytes of one protobuf file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,6 @@ def unshippable(model: Path, target: Target) -> str:
         return f"expected opset {target.opset} at most, found {found.opset}"
     if found.ir > target.ir:
         return f"expected IR {target.ir} at most, found {found.ir}"
-    if model.stat().st_size >= LARGEST:
+    if model.stat().st_size >= LARGEST_PROTOBUF:
         return f"expected a file below 2 GB, found {model.stat().st_size} bytes"
     return ""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 WARM_UP_RUNS = 20
 WARM_UP_S = 1.0
 RUNS = 200
-SECONDS = 10.0
+WARM_SECONDS = 10.0
 QUICK_RUNS = 50
 QUICK_SECONDS = 0.5
 # A warm-up for quick runs, and for runs in turn, whose noise meets all alike
@@ -42,7 +42,7 @@ PART_ROUNDS = 60
 SIZE_WARM_UP = 5
 SIZE_RUNS = 40
 ANSWERED = 8  # images a run
-LARGEST = 1 << 30  # bytes of an input that is made up
+LARGEST_INPUT = 1 << 30  # bytes of an input that is made up
 FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
 
 
@@ -111,7 +111,7 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
             f"input {name}: expected batch {batch}, found {shape[0]} in the file. Try without --batch"
         )
 
-    if math.prod(sizes) * np.dtype(dtype).itemsize > LARGEST:
+    if math.prod(sizes) * np.dtype(dtype).itemsize > LARGEST_INPUT:
         raise FtkitError(
             f"input {name}: expected at most 1 GB with free sizes as {FREE}, found {sizes}. "
             "Try a file with sizes of its own"
@@ -126,7 +126,7 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
     return np.zeros(sizes, dtype)  # 0 is an index into any table
 
 
-def opened(condition: Condition, *, shared: bool = False) -> Session:
+def open_session(condition: Condition, *, shared: bool = False) -> Session:
     """A session in this condition. shared: others run between its runs."""
     from ftkit_export.runtime.session import Session
 
@@ -140,7 +140,7 @@ def opened(condition: Condition, *, shared: bool = False) -> Session:
     )
 
 
-def runner(session: Session, condition: Condition, fed: Sequence[Any]) -> Callable[[], object]:
+def bound_call(session: Session, condition: Condition, fed: Sequence[Any]) -> Callable[[], object]:
     """A call that runs the model once, on inputs made beforehand (`feeds`)."""
     from ftkit_export.runtime.session import PROVIDERS
 
@@ -219,10 +219,10 @@ def _begun(condition: Condition, image: str | None) -> _Begun:
 
     offered()  # imports ONNX Runtime and numpy
     imported = time.perf_counter()
-    session = opened(condition)
+    session = open_session(condition)
     ready = time.perf_counter()
     fed = feeds(session, image, condition.batch, condition.frame)
-    call = runner(session, condition, fed)
+    call = bound_call(session, condition, fed)
     before = time.perf_counter()
     call()
     start = {
@@ -260,7 +260,7 @@ def _measure_here(
 
     gc.disable()
     warm(call, *(BRIEF if quick else (WARM_UP_RUNS, WARM_UP_S)))
-    times = _timed(call, *((QUICK_RUNS, QUICK_SECONDS) if quick else (RUNS, SECONDS)))
+    times = _timed(call, *((QUICK_RUNS, QUICK_SECONDS) if quick else (RUNS, WARM_SECONDS)))
     p50, p90, p95, p99 = (float(value) for value in np.percentile(times, (50, 90, 95, 99)))
     low = float(times.min())
     high = max(p99, float(times.min()) * 1.001)
@@ -323,8 +323,8 @@ def pin(conditions: Sequence[Condition]) -> None:
 
 
 def _shared(condition: Condition, image: str | None) -> Callable[[], object]:
-    session = opened(condition, shared=True)
-    return runner(session, condition, feeds(session, image, condition.batch, condition.frame))
+    session = open_session(condition, shared=True)
+    return bound_call(session, condition, feeds(session, image, condition.batch, condition.frame))
 
 
 def _pairs_here(
@@ -365,7 +365,7 @@ def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[floa
 
     from ftkit_export.runtime.preprocess import Preprocess
 
-    session = opened(conditions[0])
+    session = open_session(conditions[0])
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
     canvases = np.load(image, mmap_mode="r", allow_pickle=False)
 
@@ -381,7 +381,7 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
 
     from ftkit_export.runtime.preprocess import Preprocess, scaled
 
-    sessions = [opened(condition, shared=True) for condition in conditions]
+    sessions = [open_session(condition, shared=True) for condition in conditions]
     data = Path(image).read_bytes()
     preprocess = Preprocess(**json.loads(sessions[1].metadata["preprocess"]))
     pixels = scaled(preprocess.decode(data), conditions[0].frame)
@@ -390,11 +390,11 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
         lambda: preprocess.pixels(preprocess.canvas(pixels)[None]),
     ]
     calls += [
-        runner(session, condition, feeds(session, image, 1, condition.frame))
+        bound_call(session, condition, feeds(session, image, 1, condition.frame))
         for session, condition in zip(sessions, conditions, strict=True)
     ]
     gc.disable()
-    times = in_turn(calls, PART_ROUNDS, warm_up=BRIEF, seconds=SECONDS)
+    times = in_turn(calls, PART_ROUNDS, warm_up=BRIEF, seconds=WARM_SECONDS)
     decoding, pillow, together, network = (float(value) for value in np.median(times, axis=0))
     found = Parts(
         decode_ms=decoding,
@@ -411,12 +411,12 @@ def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]
     """p50 and p95 in ms of one model at each condition's frame."""
     import numpy as np
 
-    session = opened(conditions[0])
+    session = open_session(conditions[0])
     gc.disable()
 
     found = []
     for condition in conditions:
-        call = runner(session, condition, feeds(session, image, 1, condition.frame))
+        call = bound_call(session, condition, feeds(session, image, 1, condition.frame))
         warm(call, SIZE_WARM_UP, 0)
         found.append(
             [float(value) for value in np.percentile(_timed(call, SIZE_RUNS, 0), (50, 95))]

@@ -24,7 +24,7 @@ from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.preprocess import Preprocess, decode, from_frame, to_frame
 from ftkit_export.runtime.session import PROVIDERS, Session
 
-SCHEMA = (
+MANIFEST_SCHEMA = (
     4  # 4: the size of the frames that latency is judged at; 3: the manifest carries its own digest
 )
 MANIFEST = "manifest.json"
@@ -118,10 +118,10 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
             f"{path}: expected a manifest, found unreadable JSON. Export the bundle again"
         ) from None
 
-    if not isinstance(schema, int) or schema != SCHEMA:
-        older = isinstance(schema, int) and schema < SCHEMA
+    if not isinstance(schema, int) or schema != MANIFEST_SCHEMA:
+        older = isinstance(schema, int) and schema < MANIFEST_SCHEMA
         cure = "Export the run again" if older else "Try a newer ftkit"
-        raise BundleError(f"{path}: expected schema {SCHEMA}, found {schema}. {cure}")
+        raise BundleError(f"{path}: expected schema {MANIFEST_SCHEMA}, found {schema}. {cure}")
 
     if not is_whole(data):
         raise BundleError(

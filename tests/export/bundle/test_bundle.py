@@ -18,7 +18,7 @@ from ftkit.evaluation.metrics import evaluate
 from ftkit.exporting import evidence, export
 from ftkit.exporting.variants import as_table
 from ftkit.recipe import Export
-from ftkit_export.bundle.write import begin
+from ftkit_export.bundle.write import begin_bundle
 from ftkit_export.conversion.convert import export_core
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.errors import BundleError
@@ -332,9 +332,10 @@ def test_a_name_that_leads_outside_the_bundle_is_refused(copy: Path) -> None:
 
 def test_what_a_killed_export_left_goes_and_what_a_living_one_builds_stays(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from ftkit_export.bundle.write import begin\n"
+        "import sys, time; from pathlib import Path\n"
+        "from ftkit_export.bundle.write import begin_bundle\n"
     )
-    script += f"print(begin(Path({str(tmp_path / 'bundle')!r})), flush=True); time.sleep(60)"
+    script += f"print(begin_bundle(Path({str(tmp_path / 'bundle')!r})), flush=True); time.sleep(60)"
     killed, living = (
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         for _ in "ab"
@@ -345,7 +346,7 @@ def test_what_a_killed_export_left_goes_and_what_a_living_one_builds_stays(tmp_p
     )
     killed.kill()
     killed.communicate()
-    mine = begin(tmp_path / "bundle")
+    mine = begin_bundle(tmp_path / "bundle")
     living.kill()
     living.communicate()
     assert (left.exists(), built.exists(), mine.exists()) == (False, True, True)
@@ -474,8 +475,8 @@ def test_one_image_that_changes_sides_fails_no_gate_and_many_do(lost: int, passe
     against = paired(np.ones(60, bool), np.arange(60) >= lost)
     chosen = Row(name="fp32", precision="fp32", verdict="reference", reason="", accuracy=0.9)
     metrics = evaluate(np.eye(2)[[0] * 60], np.zeros(60, int), "ab")
-    measured = evidence.Measured(
+    measured = evidence.Evidence(
         parity=[], chosen=chosen, metrics=metrics, against=against, out_of_order=0
     )
-    gates = evidence.judge(Export(), measured)
+    gates = evidence.judge_gates(Export(), measured)
     assert all(gate.passed for gate in gates) == passes

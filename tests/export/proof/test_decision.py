@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ftkit_export.proof.decision import Paired, judge, paired
+from ftkit_export.proof.decision import Paired, judge_variant, paired
 from ftkit_export.proof.intervals import Design, difference_bounds
 
 
@@ -86,9 +86,9 @@ def test_the_images_that_would_settle_it_do() -> None:
 
 def test_speed_must_be_proven_and_real() -> None:
     found = paired(np.ones(500, bool), np.ones(500, bool))
-    assert judge(found, 0.01, 0.7)[0] == "accepted"
-    assert judge(found, 0.01, None)[0] == "unproven on target"
-    assert judge(found, 0.01, 1.02)[0] == "refused"
+    assert judge_variant(found, 0.01, 0.7)[0] == "accepted"
+    assert judge_variant(found, 0.01, None)[0] == "unproven on target"
+    assert judge_variant(found, 0.01, 1.02)[0] == "refused"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ftkit_export.conversion import graph
 from ftkit_export.conversion.convert import Core, export_core, write
 from ftkit_export.conversion.graph import image_form
 from ftkit_export.proof.golden import write_golden
-from ftkit_export.proof.parity import Emulated, Parity, Reference, _tf32, agreement, compare
+from ftkit_export.proof.parity import Emulated, Parity, Reference, _tf32, agreement, measure_parity
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session
 
@@ -50,7 +50,7 @@ def _compare(
     write(proto, folder / "core.onnx", {})
     write(image_form(proto, preprocess, temperature), folder / "model.onnx", {})
     canvases = np.stack([PREPROCESS.canvas(image) for image in PHOTOGRAPHS])
-    return compare(
+    return measure_parity(
         Reference(model),
         folder / "core.onnx",
         folder / "model.onnx",

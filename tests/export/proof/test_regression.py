@@ -15,11 +15,11 @@ from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.proof import regression
 from ftkit_export.proof.regression import (
-    PROCESSES,
-    ROUNDS,
+    FIRST_LOOK,
+    GATE_ROUNDS,
+    Comparison,
     Sample,
-    Verdict,
-    compare,
+    compare_latency,
     compare_sizes,
     compare_starts,
     compare_stored,
@@ -27,7 +27,7 @@ from ftkit_export.proof.regression import (
     sample,
 )
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.latency import Condition, Start, begin, in_child
+from ftkit_export.runtime.latency import Condition, Start, in_child, measure_start
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import cores
 
@@ -38,7 +38,11 @@ def machine(slower: float, between: float, within: float, seed: int) -> Callable
 
     def draw() -> Sample:
         level = rng.normal(0, between, 3)
-        times = np.exp(level + within * np.abs(rng.standard_t(2, (ROUNDS, 3)))) * [1 + slower, 1, 1]
+        times = np.exp(level + within * np.abs(rng.standard_t(2, (GATE_ROUNDS, 3)))) * [
+            1 + slower,
+            1,
+            1,
+        ]
         return sample(*times.T)
 
     return draw
@@ -79,13 +83,14 @@ def test_a_failure_needs_a_second_round_of_fresh_processes() -> None:
     def draw() -> Sample:
         nonlocal drawn
         drawn += 1
-        return early() if drawn <= PROCESSES else late()
+        return early() if drawn <= FIRST_LOOK else late()
 
     found = decide("latency", draw, seconds=math.inf)
     assert found.verdict == "inconclusive"
     assert "in a second round; the first said" in found.reason
     assert (
-        decide("latency", machine(0.2, 0.005, 0.01, 1), seconds=math.inf).processes == 2 * PROCESSES
+        decide("latency", machine(0.2, 0.005, 0.01, 1), seconds=math.inf).processes
+        == 2 * FIRST_LOOK
     )
 
 
@@ -111,7 +116,7 @@ def clocked(
 
 
 def test_time_is_kept_whatever_a_process_costs() -> None:
-    def take(slower: float, cost: float) -> Verdict:
+    def take(slower: float, cost: float) -> Comparison:
         draw, clock = clocked(machine(slower, 0.005, 0.01, 1), cost)
         return decide("latency", draw, seconds=80, clock=clock)
 
@@ -149,7 +154,7 @@ def starts(ms: float, count: int = 5, peak: int = 60_000_000) -> list[Start]:
 def test_a_stored_baseline_judges_on_its_own_machine_with_a_wide_margin_and_elsewhere_advises() -> (
     None
 ):
-    def latency(*now: float, same_machine: bool = True) -> Verdict:
+    def latency(*now: float, same_machine: bool = True) -> Comparison:
         measured = iter(now)
         return compare_stored(
             lambda: starts(next(measured)), starts(10.0), same_machine=same_machine
@@ -188,11 +193,11 @@ def resize(tmp_path_factory: pytest.TempPathFactory) -> Condition:
 
 
 def test_a_real_regression_is_caught_and_the_same_model_is_not(resize: Condition) -> None:
-    slower = compare(replace(resize, batch=2), resize, seconds=60)
+    slower = compare_latency(replace(resize, batch=2), resize, seconds=60)
     assert slower.verdict == "failed", slower
     assert slower.ratio > 1.5
-    assert slower.processes >= 2 * PROCESSES
-    assert compare(resize, resize, seconds=60).verdict != "failed"
+    assert slower.processes >= 2 * FIRST_LOOK
+    assert compare_latency(resize, resize, seconds=60).verdict != "failed"
 
 
 @pytest.mark.skipif(cores() < 2, reason="needs two cores")
@@ -225,7 +230,7 @@ def test_cold_starts_and_memory_are_of_processes_of_their_own(
             peak_rss_bytes=int(peak) if even_heap else 1,
         )
 
-    monkeypatch.setattr(regression, "begin", made)
+    monkeypatch.setattr(regression, "measure_start", made)
     cold, memory = compare_starts(Condition(model="new"), Condition(model="old"))
     assert (cold.what, memory.what) == ("cold start", "memory")
     assert f"{cold.verdict} {memory.verdict}" == expected
@@ -241,7 +246,7 @@ def test_one_model_at_paths_of_other_lengths_takes_the_same_memory(
         path = tmp_path / ("x" * length) / "model.onnx"
         path.parent.mkdir()
         shutil.copy(bundle / "model.onnx", path)
-        start = begin(
+        start = measure_start(
             Condition(model=str(path), threads=1),
             bundle / "golden" / "00.png",
             steady=False,
@@ -253,5 +258,5 @@ def test_one_model_at_paths_of_other_lengths_takes_the_same_memory(
 
 def test_a_model_that_is_not_there_is_one_sentence(resize: Condition) -> None:
     with pytest.raises(FtkitError, match=r"none.onnx: expected an ONNX file, found none"):
-        compare(replace(resize, model="none.onnx"), resize)
+        compare_latency(replace(resize, model="none.onnx"), resize)
     assert Path(resize.model).is_file()

@@ -12,9 +12,9 @@ from ftkit_export.runtime.latency import (
     PROCESSES,
     ROUNDS,
     Condition,
-    begin,
     compared,
     measure,
+    measure_start,
     race,
 )
 from ftkit_export.runtime.session import Session
@@ -84,7 +84,7 @@ def test_a_condition_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None
     assert len(found.histogram) == BINS
     assert found.p99_ms is not None and found.p99_ms == pytest.approx(found.high_ms)
     assert found.size_bytes == path.stat().st_size
-    start = begin(Condition(model=str(path), threads=1))
+    start = measure_start(Condition(model=str(path), threads=1))
     assert start.cold_ms == start.import_ms + start.session_ms + start.first_run_ms
     assert 10e6 < start.peak_rss_bytes < 500e6
     assert start.p50_ms <= start.p95_ms

@@ -12,14 +12,14 @@ import pytest
 from conftest import ftkit
 
 from ftkit_export.conversion.graph import tiny_model
-from ftkit_export.proof.parity import compare
+from ftkit_export.proof.parity import measure_parity
 from ftkit_export.runtime.errors import FtkitError, ProviderError
 from ftkit_export.runtime.latency import Condition
 from ftkit_export.runtime.measure import conditions, find
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import decode
 from ftkit_export.runtime.session import PROVIDERS, Provider, Session, offered
-from ftkit_export.runtime.timing import runner
+from ftkit_export.runtime.timing import bound_call
 from ftkit_export.runtime.verify import verify
 
 CPU = "CPUExecutionProvider"
@@ -83,7 +83,7 @@ def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(
     canvases = np.stack([opened.preprocess.canvas(decode(image))])
     files = bundle / "variants" / "fp32-core.onnx", bundle / "model.onnx"
     found = {
-        name: compare(
+        name: measure_parity(
             Reference(opened.backbone().model),
             *files,
             canvases,
@@ -129,7 +129,7 @@ def test_a_captured_graph_is_run_by_binding_and_its_outputs_keep_their_place() -
         ProviderError, match=r"provider captured: expected to be run with IO binding.*Try cuda"
     ):
         session.run(pixels)
-    call = runner(session, Condition(model="", provider="captured"), [pixels])
+    call = bound_call(session, Condition(model="", provider="captured"), [pixels])
     (first,), (second,) = call(), call()  # type: ignore[misc]
     assert first.data_ptr() == second.data_ptr()
     assert np.array_equal(second.numpy(), Session(tiny_model().SerializeToString()).run(pixels)[0])

@@ -11,9 +11,9 @@ from click.testing import Result
 from conftest import ftkit
 
 from ftkit.benchmark.budgets import Budget, as_gate, exit_code
-from ftkit.benchmark.history import Series, append, changes, read
+from ftkit.benchmark.history import Series, append_measurement, changes, read_history
 from ftkit.report.latency_history import write_history
-from ftkit_export.proof.regression import Verdict
+from ftkit_export.proof.regression import Comparison
 
 
 def _git(folder: Path, *words: str) -> None:
@@ -174,7 +174,7 @@ def test_processes_that_disagree_settle_no_budget() -> None:
 
 
 def test_the_gates_table_fits_80_columns_also_on_a_wild_machine() -> None:
-    wild = Verdict(
+    wild = Comparison(
         what="cold start",
         verdict="inconclusive",
         reason="too noisy " * 12,
@@ -201,7 +201,7 @@ def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(
 ) -> None:
     _, repository = measured
     path = repository / "ftkit-bench.jsonl"
-    (line,) = read(path)
+    (line,) = read_history(path)
     head = subprocess.run(
         ["git", "-C", repository, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     )
@@ -209,7 +209,7 @@ def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(
     found = json.loads((repository / "bench.json").read_text())
     assert (line["fingerprint"], line["machine"]) == (found["fingerprint"], found["machine"])
     elsewhere = {**found, "machine": {**found["machine"], "fingerprint": "another"}}
-    assert append(elsewhere, repository) == path
+    assert append_measurement(elsewhere, repository) == path
     result = ftkit("report", path)
     assert result.exit_code == 0, result.output
     page = path.with_suffix(".html").read_text()
@@ -218,10 +218,10 @@ def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(
     assert line["frame"] == found["frame"] == "300x300"
     larger = {**found, "frame": "4000x3000"}
     series = set(line["series"])
-    append(larger, repository)
-    assert not series & {item for item in read(path)[-1]["series"] if "p50" in item.title}, (
-        "other frames, another line"
-    )
+    append_measurement(larger, repository)
+    assert not series & {
+        item for item in read_history(path)[-1]["series"] if "p50" in item.title
+    }, "other frames, another line"
     path.write_text(path.read_text() + "{}\n")
     assert "line 4: expected a measurement" in ftkit("report", path).stderr
 

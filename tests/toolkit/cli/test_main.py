@@ -15,7 +15,7 @@ from conftest import TINY, ftkit, settings
 
 from ftkit.cli.demo import GROUP, GROUPS, write_elpv
 from ftkit.cli.main import main
-from ftkit.data.dataset import read
+from ftkit.data.dataset import read_images
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.verify import verify
 
@@ -39,7 +39,7 @@ def test_doctor_says_which_providers_open_a_session_and_why_not() -> None:
 
 def test_the_demo_keeps_runs_of_cells_on_one_side_and_groups_them(tmp_path: Path) -> None:
     assert write_elpv(tmp_path, split=True) == 2223
-    images = read(tmp_path, group_by=GROUPS[1])
+    images = read_images(tmp_path, group_by=GROUPS[1])
     sides: dict[str, set[str]] = {}
     for image in images.images:
         cell = int(image.path.stem.rpartition("cell")[2])

@@ -13,7 +13,7 @@ from conftest import ftkit
 from PIL import Image
 
 from ftkit.data.audit import near_duplicates
-from ftkit.data.dataset import read
+from ftkit.data.dataset import read_images
 from ftkit_export.runtime.errors import FtkitError
 
 BROKEN = {
@@ -115,10 +115,10 @@ def test_identical_files_and_groups_stay_on_one_side_of_a_split_made_here(tmp_pa
             path = tmp_path / f"class{number % 2}" / f"object{number // 4}_{number}{'ab'[copy]}.png"
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
-    images = read(tmp_path).images
+    images = read_images(tmp_path).images
     assert {split for image in images for split in [image.split]} == {"train", "val", "test"}
     assert all(len(s) == 1 for s in _sides((i.path.stem[:-1], i.split) for i in images).values())
-    by_object = read(tmp_path, group_by=r"(object\d+)_").images
+    by_object = read_images(tmp_path, group_by=r"(object\d+)_").images
     assert all(
         len(s) == 1
         for s in _sides((i.path.stem.split("_")[0], i.split) for i in by_object).values()
@@ -131,7 +131,7 @@ def test_identical_files_and_groups_stay_on_one_side_of_a_split_made_here(tmp_pa
         ("nowhere", "expected it to match paths such as class0/"),
     ):
         with pytest.raises(FtkitError, match=found.replace("(", r"\(")):
-            read(tmp_path, group_by=wrong)
+            read_images(tmp_path, group_by=wrong)
 
 
 def test_images_that_show_nothing_are_told_and_not_compared(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import ImageOps
 
 from ftkit.data import canvas
-from ftkit.data.dataset import read
+from ftkit.data.dataset import read_images
 from ftkit.utils import cache_folder
 from ftkit_export.runtime.errors import FtkitError, UnavailableImageError
 from ftkit_export.runtime.preprocess import Preprocess, decode
@@ -20,11 +20,11 @@ from ftkit_export.runtime.preprocess import Preprocess, decode
 PREPROCESS = Preprocess(size=64, resize=72)
 BUILD = """
 import sys
-from ftkit.data.canvas import build
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit_export.runtime.errors import FtkitError, UnavailableImageError
 from ftkit_export.runtime.preprocess import Preprocess
-canvases = build(read(sys.argv[1]), Preprocess(size=64, resize=72))
+canvases = build_canvases(read_images(sys.argv[1]), Preprocess(size=64, resize=72))
 print(int(canvases.array(range(len(canvases.slots))).astype("int64").sum()))
 """
 
@@ -42,7 +42,7 @@ def test_rows_come_in_the_order_asked_for_from_many_shards(
     monkeypatch.setattr(canvas, "SHARD", 7)
     # The last shard, of one image, too goes to the processes
     monkeypatch.setattr(canvas, "FEWEST", 5)
-    canvases = canvas.build(read(photos), PREPROCESS)
+    canvases = canvas.build_canvases(read_images(photos), PREPROCESS)
     assert len(canvases.shards) == 18
     rows = np.random.default_rng(0).permutation(len(canvases.slots))[:40]
     expected = [PREPROCESS.canvas(decode(canvases.images.images[row].path)) for row in rows]
@@ -91,7 +91,7 @@ def test_an_image_that_kills_its_decoder_is_named(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(FtkitError, match="found that its process ended with code 11") as caught:
-        canvas.build(read(photos), PREPROCESS)
+        canvas.build_canvases(read_images(photos), PREPROCESS)
     assert str(victim) in str(caught.value)
     assert not list((tmp_path / "cache" / "canvases").iterdir()), "nothing half done stays"
 
@@ -104,7 +104,7 @@ def test_a_disk_without_room_is_told_before_anything_is_decoded(
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(FtkitError, match="expected room for canvases, found File too large"):
-            canvas.build(read(photos), PREPROCESS)
+            canvas.build_canvases(read_images(photos), PREPROCESS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "canvases").iterdir())
@@ -136,10 +136,10 @@ def test_an_image_that_memory_ran_out_for_is_no_bad_image(
         if fewest > 1000:
             exec(short, {})
         with pytest.raises(FtkitError, match="expected memory to decode it") as caught:
-            canvas.build(read(photos), PREPROCESS)
+            canvas.build_canvases(read_images(photos), PREPROCESS)
     assert str(victim) in str(caught.value)
     assert not list((tmp_path / "cache" / "canvases").iterdir()), "nothing is remembered"
-    assert canvas.build(read(photos), PREPROCESS).bad == ()
+    assert canvas.build_canvases(read_images(photos), PREPROCESS).bad == ()
 
 
 def test_a_file_that_is_not_there_is_not_bad_for_good(tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_a_damaged_shard_counts_as_absent(
 ) -> None:
     """It was a traceback in every later run."""
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
-    first = canvas.build(read(photos), PREPROCESS)
+    first = canvas.build_canvases(read_images(photos), PREPROCESS)
     right = first.array(np.arange(len(first.slots)))
     (shard,) = (tmp_path / "canvases").iterdir()
     (shard / file).write_bytes(content)
-    again = canvas.build(read(photos), PREPROCESS)
+    again = canvas.build_canvases(read_images(photos), PREPROCESS)
     np.testing.assert_array_equal(again.array(np.arange(len(again.slots))), right)

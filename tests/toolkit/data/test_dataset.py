@@ -10,8 +10,8 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
-from ftkit.data.canvas import build
-from ftkit.data.dataset import read, splits_csv
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images, splits_csv
 from ftkit.exporting import evidence
 from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
@@ -34,7 +34,7 @@ def _folder(root: Path, **counts: int) -> Path:
 
 
 def test_classes_and_files_stand_in_natural_order(tmp_path: Path) -> None:
-    images = read(_folder(tmp_path, class10=5, class2=5, class1=5))
+    images = read_images(_folder(tmp_path, class10=5, class2=5, class1=5))
     assert images.classes == ("class1", "class2", "class10")
     firsts = [image.path.name for image in images.images if image.label == 0]
     assert firsts == sorted(firsts, key=lambda name: int(name.split(".")[0]))
@@ -42,22 +42,22 @@ def test_classes_and_files_stand_in_natural_order(tmp_path: Path) -> None:
 
 def test_splits_made_here_are_stratified_seeded_and_disjoint(tmp_path: Path) -> None:
     _folder(tmp_path, a=40, b=20)
-    images = read(tmp_path, seed=1)
+    images = read_images(tmp_path, seed=1)
     assert images.made == ("test", "val")
     for split, share in (("test", 0.15), ("val", 0.1)):
         for label, count in ((0, 40), (1, 20)):
             assert sum(image.label == label for image in images.of(split)) == pytest.approx(
                 count * share, abs=1.01
             )
-    assert read(tmp_path, seed=1) == images
-    assert read(tmp_path, seed=2) != images
+    assert read_images(tmp_path, seed=1) == images
+    assert read_images(tmp_path, seed=2) != images
     assert sum(len(images.of(split)) for split in ("train", "val", "test")) == 60
 
 
 def test_a_split_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     for split, count in (("train", 4), ("val", 2), ("test", 3)):
         _folder(tmp_path / split, a=count, b=count)
-    images = read(tmp_path)
+    images = read_images(tmp_path)
     assert images.made == ()
     assert [len(images.of(split)) for split in ("train", "val", "test")] == [8, 4, 6]
 
@@ -72,7 +72,7 @@ def test_split_folders_are_known_in_any_case_and_by_their_common_names(
     """photos/Training and photos/Testing became two classes."""
     for name, count in zip(names, (4, 2, 3), strict=True):
         _folder(tmp_path / name, cat=count, dog=count)
-    images = read(tmp_path)
+    images = read_images(tmp_path)
     assert images.classes == ("cat", "dog")
     assert images.made == ()
     assert [len(images.of(split)) for split in ("train", "val", "test")] == [8, 4, 6]
@@ -84,20 +84,24 @@ def test_splits_of_a_csv_are_known_in_any_case(tmp_path: Path) -> None:
         _image(tmp_path / f"{number}.png", number)
         lines.append(f"{number}.png,{'ab'[number % 2]},{('Train', 'Testing', 'VAL')[number // 4]}")
     (tmp_path / "set.csv").write_text("\n".join(lines))
-    assert {image.split for image in read(tmp_path / "set.csv").images} == {"train", "test", "val"}
+    assert {image.split for image in read_images(tmp_path / "set.csv").images} == {
+        "train",
+        "test",
+        "val",
+    }
 
 
 def test_valid_and_invalid_parts_are_classes(tmp_path: Path) -> None:
-    assert read(_folder(tmp_path, valid=8, invalid=8)).classes == ("invalid", "valid")
+    assert read_images(_folder(tmp_path, valid=8, invalid=8)).classes == ("invalid", "valid")
 
 
 def test_a_class_named_like_a_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FtkitError, match="found 'Test' beside 'cat'"):
-        read(_folder(tmp_path / "one", cat=5, dog=5, Test=5))
+        read_images(_folder(tmp_path / "one", cat=5, dog=5, Test=5))
     for split in ("train", "test"):
         _folder(tmp_path / "two" / split, cat=4, Train=4)
     with pytest.raises(FtkitError, match="found a folder named like a split"):
-        read(tmp_path / "two")
+        read_images(tmp_path / "two")
 
 
 def test_a_csv_keeps_groups_on_one_side(tmp_path: Path) -> None:
@@ -106,7 +110,7 @@ def test_a_csv_keeps_groups_on_one_side(tmp_path: Path) -> None:
         _image(tmp_path / "x" / f"{number}.png", number)
         lines.append(f"x/{number}.png,{'ab'[number % 2]},module{number // 6}")
     (tmp_path / "set.csv").write_text("\n".join(lines))
-    images = read(tmp_path / "set.csv")
+    images = read_images(tmp_path / "set.csv")
     sides: dict[str, set[str]] = {}
     for image in images.images:
         sides.setdefault(image.group, set()).add(image.split)
@@ -121,22 +125,22 @@ def test_bad_files_are_left_out_named_and_counted(tmp_path: Path) -> None:
     bad = {"cut.png": good[: len(good) // 2], "empty.jpg": b"", "text.png": b"hello"}
     for name, content in bad.items():
         (tmp_path / "a" / name).write_bytes(content)
-    canvases = build(read(tmp_path), PREPROCESS)
+    canvases = build_canvases(read_images(tmp_path), PREPROCESS)
     assert sorted(path.name for path, _ in canvases.bad) == sorted(bad)
     assert all("expected an image" in reason for _, reason in canvases.bad)
     assert len(canvases.images.images) == 24
     rows = np.arange(24)
     shades = [int(Path(image.path).stem) for image in canvases.images.images]
     assert (canvases.array(rows)[:, 8, 8, 0] == shades).all(), "each row is still its own image"
-    again = build(read(tmp_path), PREPROCESS)
+    again = build_canvases(read_images(tmp_path), PREPROCESS)
     assert (again.fingerprint, again.bad) == (canvases.fingerprint, canvases.bad)
 
 
 def test_the_fingerprint_follows_a_files_content(tmp_path: Path) -> None:
     _folder(tmp_path, a=8, b=8)
-    before = build(read(tmp_path), PREPROCESS).fingerprint
+    before = build_canvases(read_images(tmp_path), PREPROCESS).fingerprint
     _image(tmp_path / "a" / "3.png", 77)
-    assert build(read(tmp_path), PREPROCESS).fingerprint != before
+    assert build_canvases(read_images(tmp_path), PREPROCESS).fingerprint != before
 
 
 def test_a_class_without_a_readable_image_is_named(tmp_path: Path) -> None:
@@ -145,7 +149,7 @@ def test_a_class_without_a_readable_image_is_named(tmp_path: Path) -> None:
     for number in range(8):
         (tmp_path / "b" / f"{number}.png").write_bytes(b"junk")
     with pytest.raises(FtkitError, match=r"training images of class 'b', found none .8 bad files"):
-        build(read(tmp_path), PREPROCESS)
+        build_canvases(read_images(tmp_path), PREPROCESS)
 
 
 def _missing(root: Path) -> Path:
@@ -228,7 +232,7 @@ def test_paths_of_a_csv_may_have_backslashes_and_rows_may_end_in_commas(tmp_path
         _image(tmp_path / "in" / "here" / f"{number}.png", number)
         lines.append(f"in\\here\\{number}.png,{'ab'[number % 2]},,")
     (tmp_path / "set.csv").write_text("\r\n".join(lines))
-    assert {image.path.parent for image in read(tmp_path / "set.csv").images} == {
+    assert {image.path.parent for image in read_images(tmp_path / "set.csv").images} == {
         tmp_path / "in" / "here"
     }
 
@@ -243,9 +247,9 @@ def test_splits_written_are_read_again_from_another_place(tmp_path: Path, place:
             f"{os.path.relpath(image, tmp_path / 'data')},{image.parent.name},{image.stem}"
         )
     (tmp_path / "data" / "set.csv").write_text("\n".join(lines))
-    images = read(tmp_path / "data" / "set.csv", seed=3)
+    images = read_images(tmp_path / "data" / "set.csv", seed=3)
     (tmp_path / "splits.csv").write_bytes(splits_csv(images))
-    again = read(tmp_path / "splits.csv", root=tmp_path / place)
+    again = read_images(tmp_path / "splits.csv", root=tmp_path / place)
     assert again.made == ()
     assert {(i.path.resolve(), i.split, i.group, i.label) for i in again.images} == {
         (i.path.resolve(), i.split, i.group, i.label) for i in images.images
@@ -253,7 +257,7 @@ def test_splits_written_are_read_again_from_another_place(tmp_path: Path, place:
     for root, found in ((tmp_path / "no", "no such folder"), (tmp_path, "which is no CSV")):
         data = tmp_path / ("splits.csv" if "no such" in found else "data")
         with pytest.raises(FtkitError, match=found):
-            read(data, root=root)
+            read_images(data, root=root)
 
 
 def test_splits_tell_nothing_of_this_machine(tmp_path: Path) -> None:
@@ -261,7 +265,7 @@ def test_splits_tell_nothing_of_this_machine(tmp_path: Path) -> None:
     _folder(tmp_path / "data", a=12, b=11)
     elsewhere = _image(tmp_path / "secret place" / "x.png", 99)
     (tmp_path / "data" / "b" / "linked.png").symlink_to(elsewhere)
-    text = splits_csv(read(tmp_path / "data")).decode()
+    text = splits_csv(read_images(tmp_path / "data")).decode()
     assert "b/linked.png,b" in text
     assert "secret" not in text
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
@@ -269,13 +273,13 @@ def test_splits_tell_nothing_of_this_machine(tmp_path: Path) -> None:
         lines = ["path,label", f"{far},a"]
         lines += [f"{path},{path.parent.name}" for path in (tmp_path / "data").rglob("*.png")]
         (tmp_path / "data" / "set.csv").write_text("\n".join(lines))
-        text = splits_csv(read(tmp_path / "data" / "set.csv")).decode()
+        text = splits_csv(read_images(tmp_path / "data" / "set.csv")).decode()
     assert "y/far.png,a" in text
     assert str(tmp_path.name) not in text
 
 
 def test_a_class_with_one_image_trains_with_it(tmp_path: Path) -> None:
-    images = read(_folder(tmp_path, many=20, one=1))
+    images = read_images(_folder(tmp_path, many=20, one=1))
     assert [image.split for image in images.images if image.label == 1] == ["train"]
 
 

@@ -148,15 +148,15 @@ def test_the_same_release_passes_when_the_images_can_tell_and_else_says_so(
 def test_one_class_that_surely_got_worse_is_enough(bundle: Path, copies: Path) -> None:
     """Whatever the other classes won: here they stay as they are."""
     from ftkit.data.dataset import labelled
-    from ftkit.evaluation.bundle import Answers, against, answers
+    from ftkit.evaluation.bundle import BundleAnswers, answers_of, compare_releases
 
-    old = answers(bundle, labelled(copies))
+    old = answers_of(bundle, labelled(copies))
     said = tuple(
         "mono-ok" if label == "poly-ok" else answer
         for label, answer in zip(old.labels, old.said, strict=True)
     )
-    new = Answers(**{**vars(old), "said": said})
-    change = against(new, old, max_drop=0.3)
+    new = BundleAnswers(**{**vars(old), "said": said})
+    change = compare_releases(new, old, max_drop=0.3)
     assert change.paired.verdict(0.3) != "refused"
     assert change.verdict == "refused"
     assert change.worse_classes == ["poly-ok"]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import TINY, ftkit, settings
 
-from ftkit.benchmark.budgets import Budget, budgets
+from ftkit.benchmark.budgets import Budget, judge_budgets
 from ftkit.evaluation.metrics import evaluate
-from ftkit.exporting.evidence import Measured, choose, judge, would_meet
-from ftkit.recipe import load
+from ftkit.exporting.evidence import Evidence, choose, judge_gates, would_meet
+from ftkit.recipe import load_recipe
 from ftkit_export.bundle.write import Gate, overall
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.latency import Condition, Start, over_sizes
@@ -46,7 +46,9 @@ def _judged(row: Row, spread: float = 0.0, **limits: float) -> list[Budget]:
         peak_rss_bytes=90_000_000,
         p95_ms=(row.p95_ms or 0) + spread,
     )
-    return budgets(limits, [start], p50_ms=row.p50_ms, p95_ms=row.p95_ms, size_bytes=row.size_bytes)
+    return judge_budgets(
+        limits, [start], p50_ms=row.p50_ms, p95_ms=row.p95_ms, size_bytes=row.size_bytes
+    )
 
 
 def test_the_fastest_that_meets_every_budget_wins_then_one_that_may_then_the_nearest() -> None:
@@ -73,7 +75,7 @@ def test_a_budget_is_passed_failed_or_not_settled_by_all_its_processes() -> None
         "inconclusive",
         "failed",
     ]
-    (unmeasured,) = budgets({"p95_ms": 5}, [], p50_ms=None, p95_ms=None, size_bytes=1)
+    (unmeasured,) = judge_budgets({"p95_ms": 5}, [], p50_ms=None, p95_ms=None, size_bytes=1)
     assert (unmeasured.verdict, unmeasured.excess) == ("inconclusive", float("inf"))
 
     def gate(**changes: float | str) -> Gate:
@@ -153,8 +155,10 @@ def test_the_size_of_an_input_takes_its_canvas_along(capsys: pytest.CaptureFixtu
     """--set preprocess.size=112 alone kept resize at 224, and the network saw the middle half of each picture."""
     from ftkit.overrides import override
 
-    alone = override(load("lite0"), ["preprocess.size=112"]).preprocess
-    both = override(load("lite0"), ["preprocess.size=112", "preprocess.resize=150"]).preprocess
+    alone = override(load_recipe("lite0"), ["preprocess.size=112"]).preprocess
+    both = override(
+        load_recipe("lite0"), ["preprocess.size=112", "preprocess.resize=150"]
+    ).preprocess
     assert alone and both
     assert (alone.size, alone.resize, both.resize) == (112, 112, 150)
     assert "preprocess.resize: 112" in capsys.readouterr().out
@@ -186,14 +190,14 @@ def test_a_class_that_is_seldom_found_fails_the_gate_that_was_asked_for(
     metrics = evaluate(np.eye(2)[answers], labels, ("a", "b"))
     row = _row("fp32", "reference", 1, 1)
     same = paired(answers == labels, answers == labels)
-    measured = Measured(parity=[], chosen=row, metrics=metrics, against=same, out_of_order=0)
-    gates = judge(replace(load("lite0").export, min_recall=0.8), measured)
+    measured = Evidence(parity=[], chosen=row, metrics=metrics, against=same, out_of_order=0)
+    gates = judge_gates(replace(load_recipe("lite0").export, min_recall=0.8), measured)
     assert [gate.verdict for gate in gates if "missed of class" in gate.name] == [verdict]
-    assert len(judge(load("lite0").export, measured)) == len(gates) - 1
+    assert len(judge_gates(load_recipe("lite0").export, measured)) == len(gates) - 1
     unseen = evaluate(np.eye(3)[answers], labels, ("a", "b", "c"))
-    gate = judge(replace(load("lite0").export, min_recall=0.8), replace(measured, metrics=unseen))[
-        -1
-    ]
+    gate = judge_gates(
+        replace(load_recipe("lite0").export, min_recall=0.8), replace(measured, metrics=unseen)
+    )[-1]
     assert (gate.verdict, "class c" in gate.name) == ("inconclusive", True)
 
 
@@ -231,7 +235,7 @@ def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(
 
 def test_no_unproven_variant_answers_for_memory_that_nobody_measured() -> None:
     """It would be faster and smaller; what memory it takes is not known."""
-    limits = replace(load("lite0").export, p95_ms=8.0)
+    limits = replace(load_recipe("lite0").export, p95_ms=8.0)
     open_row = replace(_row("int8", "inconclusive", 3, 4), size_bytes=4)
     assert would_meet([open_row], limits) == [open_row]
     assert would_meet([open_row], replace(limits, memory_mb=50.0)) == []

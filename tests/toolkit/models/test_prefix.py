@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit.models.backbones import build
 from ftkit.models.freezing import set_mode, trainable, under
 from ftkit.models.inference import runner
@@ -110,7 +110,7 @@ def loaders(photos: Path) -> StageLoaders:
             Stage(train="head"),
         ),
     )
-    canvases = build_canvases(read(photos), PREPROCESS)
+    canvases = build_canvases(read_images(photos), PREPROCESS)
     return StageLoaders(
         build("resnet18", 4, "none"),
         recipe,

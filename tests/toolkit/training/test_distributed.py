@@ -18,8 +18,8 @@ import torch
 from conftest import COMMAND, TINY, ftkit, settings, steps_done
 
 from ftkit.cli.main import main
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.stage_loaders import StageLoaders
@@ -251,7 +251,7 @@ def test_a_part_of_a_batch_is_that_part_of_the_whole(photos: Path, cache: str) -
     recipe = Recipe(
         name="x", backbone="resnet18", augment=augment, stages=(Stage(views=3, cache=cache),)
     )
-    canvases = build_canvases(read(photos), preprocess)
+    canvases = build_canvases(read_images(photos), preprocess)
     torch.manual_seed(0)
     loader = StageLoaders(
         build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, torch.device("cpu")

@@ -14,8 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftkit.data import augment
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit.data.prefetch import Source, array_source, free_bytes
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
@@ -111,7 +111,7 @@ def test_a_batch_is_made_on_the_gpu_without_the_host_waiting(photos: Path) -> No
         cutmix=1.0,
     )
     recipe = Recipe(name="x", backbone="resnet18", augment=everything, stages=(Stage(cache="off"),))
-    canvases = build_canvases(read(photos), preprocess)
+    canvases = build_canvases(read_images(photos), preprocess)
     loaders = StageLoaders(
         build("resnet18", 4, "none"), recipe, canvases, preprocess, 0, CPU.device
     )

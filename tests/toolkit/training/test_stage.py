@@ -13,8 +13,8 @@ from conftest import TINY, ftkit, settings
 from torch import nn
 
 from ftkit.data.augment import evaluation
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import read
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
 from ftkit.models.backbones import build
 from ftkit.models.freezing import trainable
 from ftkit.recipe import Augment, Recipe, Stage
@@ -290,7 +290,7 @@ def test_a_teacher_sees_what_the_student_sees_in_its_own_normalisation(
 ) -> None:
     opened = open_run(run)
     student = Preprocess(size=96, resize=96)  # ImageNet's mean and std; the run's are 127 and 128
-    canvases = build_canvases(read(photos), opened.preprocess)
+    canvases = build_canvases(read_images(photos), opened.preprocess)
     pixels = torch.from_numpy(canvases.array(canvases.rows("val")))
     with torch.inference_mode():
         found = Teacher(opened, student)(evaluation(pixels, student))
@@ -317,7 +317,7 @@ def test_a_student_learns_from_a_run(run: Path, photos: Path, tmp_path: Path) ->
     loaders = StageLoaders(
         build("resnet18", 4, "none"),
         recipe,
-        build_canvases(read(photos), PREPROCESS),
+        build_canvases(read_images(photos), PREPROCESS),
         PREPROCESS,
         0,
         torch.device("cpu"),

@@ -18,16 +18,16 @@ from typing import Any
 from ftkit.options import BenchOptions
 from ftkit.utils import console
 from ftkit_export.proof.regression import (
+    Comparison,
     Outcome,
-    Verdict,
-    compare,
+    compare_latency,
     compare_sizes,
     compare_starts,
     compare_stored,
 )
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.latency import Condition, Start, machine
-from ftkit_export.runtime.measure import bench, find, starts
+from ftkit_export.runtime.measure import bench_model, find, starts
 
 BUDGETS = ("p50_ms", "p95_ms", "cold_ms", "memory_mb", "size_mb")
 
@@ -85,17 +85,17 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def judge(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]:
+def judge_bench(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]:
     """Budgets of the shipped variant in the first condition that was measured: first provider,
     threads and batch."""
     row = found["rows"][0]
     starts = [Start(**start) for start in found["starts"][row["variant"]]]
-    return budgets(
+    return judge_budgets(
         limits, starts, p50_ms=row["p50_ms"], p95_ms=row["p95_ms"], size_bytes=row["size_bytes"]
     )
 
 
-def budgets(
+def judge_budgets(
     limits: Mapping[str, float],
     starts: Sequence[Start],
     *,
@@ -123,7 +123,7 @@ def measure(
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """All figures of a bundle or any ONNX file on this machine. say: told what is measured next."""
-    return bench(
+    return bench_model(
         model,
         providers=options.providers,
         threads=options.threads,
@@ -135,13 +135,13 @@ def measure(
     )
 
 
-def against(
+def compare_in_turn(
     candidate: str | Path,
     baseline: str | Path,
     options: BenchOptions,
     *,
     say: Callable[[str], object] = lambda text: None,
-) -> list[Verdict]:
+) -> list[Comparison]:
     """The gate: latency, cold start, memory and size of a bundle (its model.onnx) or any ONNX file,
     each run in turn with the baseline's, in the first condition of `options`, on frames of the
     candidate's size. Two thirds of the time are for the latency. Raises FtkitError as find.
@@ -161,7 +161,7 @@ def against(
     )
 
     say("latency, in turn")
-    latency = compare(
+    latency = compare_latency(
         one, other, new.image, tolerance=options.max_slowdown, seconds=options.seconds * 2 / 3
     )
     say("cold starts and memory, in turn")
@@ -171,9 +171,9 @@ def against(
     return [latency, *starts, sizes]
 
 
-def against_stored(
+def compare_with_stored(
     model: str | Path, stored: Mapping[str, Any], *, image: str | Path | None = None
-) -> list[Verdict]:
+) -> list[Comparison]:
     """The same against what bench measured earlier (`stored`), in its condition. Advisory on
     another machine."""
     found = find(model, image, stored["frame"])
@@ -190,9 +190,9 @@ def against_stored(
     return _stored(lambda: starts(condition, found.image), path.stat().st_size, stored, machine())
 
 
-def against_there(
+def compare_there(
     measure: Callable[[], Mapping[str, Any]], found: Mapping[str, Any], stored: Mapping[str, Any]
-) -> list[Verdict]:
+) -> list[Comparison]:
     """The same for what another machine measured. measure: does it again, to confirm a failure."""
     row = found["rows"][0]
     here, there = ((item["provider"], item["threads"]) for item in (found, stored))
@@ -225,7 +225,7 @@ def _stored(
     size_bytes: int,
     stored: Mapping[str, Any],
     where: Mapping[str, Any],
-) -> list[Verdict]:
+) -> list[Comparison]:
     """where: the machine that `now` is from."""
     row = stored["rows"][0]
     then = [Start(**start) for start in stored["starts"][row["variant"]]]
@@ -337,7 +337,7 @@ def as_budgets(budgets: Sequence[Budget]) -> str:
     return "\n".join(f"{console.MARKS[item.verdict]}  {item}" for item in budgets)
 
 
-def as_gate(verdicts: Sequence[Verdict]) -> str:
+def as_gate(verdicts: Sequence[Comparison]) -> str:
     """A row a quantity, candidate over baseline, then each reason."""
     rows = [("", "ratio", "95 % interval", "A/A", "margin", "procs", "s", "verdict")]
     for item in verdicts:

@@ -27,7 +27,7 @@ from ftkit_export.runtime.errors import FtkitError
 NAME = "ftkit-bench.jsonl"
 BEFORE = 8
 AFTER = 3
-LEAST = 0.05
+LEAST_CHANGE = 0.05
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -46,7 +46,7 @@ def place(folder: Path) -> Path:
     return Path(_git(folder, "rev-parse", "--show-toplevel") or folder) / NAME
 
 
-def append(found: Mapping[str, Any], folder: Path) -> Path:
+def append_measurement(found: Mapping[str, Any], folder: Path) -> Path:
     """Add one measurement (ftkit_export.runtime.measure's) with the commit it was taken at, and
     return the file."""
     path = place(folder)
@@ -87,7 +87,7 @@ def append(found: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path) -> list[dict[str, Any]]:
     """The lines of a history, oldest first. Raises FtkitError naming the line that is none."""
     if not path.is_file():
         raise FtkitError(f"{path}: expected a history, found none. Try `ftkit bench MODEL --save`")
@@ -166,7 +166,7 @@ def changes(values: Sequence[float]) -> list[int]:
 
         middle = statistics.median(before)
         deviation = 1.4826 * statistics.median(abs(value - middle) for value in before)
-        beyond = max(math.log1p(LEAST), 3 * deviation)
+        beyond = max(math.log1p(LEAST_CHANGE), 3 * deviation)
 
         step = statistics.median(after) - middle
         # It begins here, not at the next one

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:  # ONNX Runtime is imported by the test that needs it, not by every pytest
-    from ftkit_export.proof.regression import Verdict
+    from ftkit_export.proof.regression import Comparison
 
 MARKER = "latency_budget"
 CALLED = pytest.StashKey[bool]()  # whether the test itself ran to its end
@@ -74,7 +74,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     return done
 
 
-class Measured:
+class LatencyFixture:
     """The fixture `latency`: call it with a model, or ask for `against`."""
 
     def __init__(self, request: pytest.FixtureRequest):
@@ -98,7 +98,7 @@ class Measured:
         Fails the test when a budget is missed in every process, skips it when the processes do not
         agree.
         """
-        from ftkit.benchmark.budgets import judge
+        from ftkit.benchmark.budgets import judge_bench
         from ftkit_export.runtime.latency import Condition, measure
         from ftkit_export.runtime.measure import find, starts
 
@@ -120,7 +120,7 @@ class Measured:
         for marker in self._request.node.iter_markers(MARKER):
             limits |= _limits(marker, self._request.node.nodeid)
 
-        kept = judge({"rows": [row], "starts": {"shipped": cold}}, limits)
+        kept = judge_bench({"rows": [row], "starts": {"shipped": cold}}, limits)
         for item in kept:
             if item.verdict == "failed":
                 pytest.fail(f"{model}: {item}", pytrace=False)
@@ -139,16 +139,16 @@ class Measured:
         threads: int = 1,
         max_slowdown: float = 0.05,
         seconds: float = 120,
-    ) -> list[Verdict]:
+    ) -> list[Comparison]:
         """ftkit's regression gate: latency, cold start, memory, size. Fails or skips the test as
         __call__ does."""
-        from ftkit.benchmark.budgets import against
+        from ftkit.benchmark.budgets import compare_in_turn
         from ftkit.options import BenchOptions
 
         options = BenchOptions(
             providers=[provider], threads=[threads], max_slowdown=max_slowdown, seconds=seconds
         )
-        verdicts = against(candidate, baseline, options)
+        verdicts = compare_in_turn(candidate, baseline, options)
 
         self._tell({item.what: asdict(item) for item in verdicts})
         for outcome, then in (("failed", pytest.fail), ("inconclusive", pytest.skip)):
@@ -167,9 +167,9 @@ class Measured:
 
 
 @pytest.fixture
-def latency(request: pytest.FixtureRequest) -> Iterable[Measured]:
+def latency(request: pytest.FixtureRequest) -> Iterable[LatencyFixture]:
     """Latency of exported models, each in fresh processes, held to the marker latency_budget."""
-    measured = Measured(request)
+    measured = LatencyFixture(request)
     yield measured
     called = request.node.stash.get(CALLED, False)
     if called and not measured.calls and request.node.get_closest_marker(MARKER):

@@ -155,7 +155,7 @@ class Device:
         return _last(_ssh(self.host, f"cd {self.folder} && {self.python} -B {shlex.join(words)}"))
 
 
-def bench(
+def bench_there(
     where: str, bundle: Path, *, provider: str = "cpu", threads: int = 0, quick: bool = False
 ) -> dict[str, Any]:
     """Measure a bundle there with this ftkit's own code, and bring the figures back. threads: 0 = 1

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.options import MAX_PIXELS, Command
+from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit.options import BenchOptions
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
-    from ftkit_export.proof.regression import Outcome, Verdict
+    from ftkit_export.proof.regression import Comparison, Outcome
 
 
 def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
@@ -63,7 +63,7 @@ KEY = click.option(
 @click.option(
     "--group-by", default="", metavar="REGEX", help="Images that belong together: by their paths."
 )
-@MAX_PIXELS
+@MAX_PIXELS_OPTION
 @click.option(
     "--root",
     type=click.Path(path_type=Path),
@@ -90,7 +90,13 @@ def evaluate(
     cannot tell.
     """
     from ftkit.data.dataset import labelled
-    from ftkit.evaluation.bundle import against, answers, as_text, require, unseen
+    from ftkit.evaluation.bundle import (
+        answers_of,
+        compare_releases,
+        comparison_text,
+        require_labels,
+        unseen,
+    )
     from ftkit.utils import console
     from ftkit_export.bundle.archive import unpacked
 
@@ -106,7 +112,7 @@ def evaluate(
     left_out: dict[str, int | None] = {}
     for each in (bundle, old) if old else (bundle,):
         with unpacked(each, key) as path:
-            require(path, every)
+            require_labels(path, every)
             left, seen = unseen(path, every)
 
         kept = set(left)
@@ -130,7 +136,7 @@ def evaluate(
         unpacked(bundle, key) as path,
         console.bar(f"{bundle.name} on {len(images)} images") as step,
     ):
-        new = answers(path, images, provider=provider, step=step)
+        new = answers_of(path, images, provider=provider, step=step)
 
     if provider != "cpu":
         echo(f"{provider}: {new.placement}")
@@ -140,10 +146,10 @@ def evaluate(
     before = change = None
     if old:
         with unpacked(old, key) as path, console.bar(f"{old.name} on {len(images)} images") as step:
-            before = answers(path, images, provider=provider, step=step)
-        change = against(new, before, max_drop=max_drop)
+            before = answers_of(path, images, provider=provider, step=step)
+        change = compare_releases(new, before, max_drop=max_drop)
 
-    echo(as_text(new, before, change))
+    echo(comparison_text(new, before, change))
     told: dict[str, Any] = {
         "bundle": str(bundle),
         "metrics": dataclasses.asdict(new.metrics),
@@ -252,7 +258,7 @@ def bench(
         if host:
             measured = _measure_there(host, path, options, say)
         elif not options.against:
-            measured = Measured(figures=judging.measure(path, options, say=say))
+            measured = BenchResult(figures=judging.measure(path, options, say=say))
         elif _is_stored(options.against):
             measured = _against_stored(path, options, table, say)
         else:
@@ -263,7 +269,7 @@ def bench(
     if measured.frame and not table:
         echo(f"{console.frames(measured.frame)}, decoding apart")
     if save:
-        echo(f"saved: {history.append(measured.figures, Path.cwd())}")
+        echo(f"saved: {history.append_measurement(measured.figures, Path.cwd())}")
 
     write_json(as_json, measured.figures)
     code = judging.exit_code(outcomes)
@@ -275,60 +281,60 @@ def bench(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
+class BenchResult:
     """figures: for --json, without the tables' when only the gate was asked for. verdicts: of the
     gate. frame: the size of the frames that it compared on."""
 
     figures: dict[str, Any]
-    verdicts: Sequence[Verdict] = ()
+    verdicts: Sequence[Comparison] = ()
     frame: str = ""
 
 
 def _measure_there(
     host: str, path: Path, options: BenchOptions, say: Callable[[str], object]
-) -> Measured:
+) -> BenchResult:
     """All figures of a bundle on another machine, and the verdicts against what was measured there
     before."""
     from ftkit.benchmark import ssh
-    from ftkit.benchmark.budgets import against_there
-    from ftkit_export.runtime.measure import read
+    from ftkit.benchmark.budgets import compare_there
+    from ftkit_export.runtime.measure import read_bench
 
     say(f"measuring on {host}")
     threads = options.threads[0] if options.threads else 0
     measure = partial(
-        ssh.bench,
+        ssh.bench_there,
         host,
         path,
         provider=options.providers[0],
         threads=threads,
         quick=options.quick,
     )
-    stored = read(options.against) if options.against else None
+    stored = read_bench(options.against) if options.against else None
     figures = measure()
     if not stored:
-        return Measured(figures=figures)
+        return BenchResult(figures=figures)
 
-    verdicts = against_there(measure, figures, stored)
+    verdicts = compare_there(measure, figures, stored)
     fingerprints = _fingerprints(path, stored["fingerprint"])
-    return Measured(
+    return BenchResult(
         figures={**figures, **fingerprints}, verdicts=verdicts, frame=stored.get("frame", "")
     )
 
 
 def _against_stored(
     path: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
-) -> Measured:
+) -> BenchResult:
     """The gate against the JSON of an earlier bench. table: all figures too."""
-    from ftkit.benchmark.budgets import against_stored
-    from ftkit_export.runtime.measure import find, read
+    from ftkit.benchmark.budgets import compare_with_stored
+    from ftkit_export.runtime.measure import find, read_bench
 
     assert options.against
-    stored = read(options.against)
+    stored = read_bench(options.against)
     figures = _figures(path, options, table, say)
-    verdicts = against_stored(path, stored, image=options.image)
+    verdicts = compare_with_stored(path, stored, image=options.image)
     frame = stored.get("frame") or find(path, options.image, options.frame).frame
 
-    return Measured(
+    return BenchResult(
         figures={**figures, **_fingerprints(path, stored.get("fingerprint"))},
         verdicts=verdicts,
         frame=frame,
@@ -337,15 +343,15 @@ def _against_stored(
 
 def _against_file(
     path: Path, baseline: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
-) -> Measured:
+) -> BenchResult:
     """The gate: candidate and baseline in the same processes. table: all figures too."""
-    from ftkit.benchmark.budgets import against
+    from ftkit.benchmark.budgets import compare_in_turn
     from ftkit_export.runtime.measure import find
 
     figures = _figures(path, options, table, say)
-    verdicts = against(path, baseline, options, say=say)
+    verdicts = compare_in_turn(path, baseline, options, say=say)
 
-    return Measured(
+    return BenchResult(
         figures={**figures, **_fingerprints(path, find(baseline).fingerprint)},
         verdicts=verdicts,
         frame=find(path, options.image, options.frame).frame,
@@ -379,7 +385,7 @@ def _is_stored(baseline: str | Path) -> bool:
 
 def _tell(
     echo: Callable[..., None],
-    measured: Measured,
+    measured: BenchResult,
     limits: Mapping[str, float],
 ) -> list[Outcome]:
     """Print the tables, budgets and gate; put the verdicts beside the figures; return the
@@ -390,7 +396,7 @@ def _tell(
     outcomes: list[Outcome] = []
     if "rows" in told:
         echo(judging.as_tables(told))
-        budgeted = judging.judge(told, limits)
+        budgeted = judging.judge_bench(told, limits)
         outcomes += [item.verdict for item in budgeted]
         echo(judging.as_budgets(budgeted), nl=bool(budgeted))
         told["budgets"] = [
@@ -419,7 +425,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 def _check(ctx: click.Context, options: BenchOptions, host: str | None, table: bool) -> None:
     """Options that do not go together are refused: none is ignored."""
-    from ftkit_export.runtime.measure import read
+    from ftkit_export.runtime.measure import read_bench
     from ftkit_export.runtime.preprocess import parse_frame
 
     if options.frame:
@@ -448,7 +454,7 @@ def _check(ctx: click.Context, options: BenchOptions, host: str | None, table: b
         )
 
     if stored and options.against:
-        read(options.against)
+        read_bench(options.against)
 
 
 def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from ftkit.cli.bench import JSON, KEY, write_json
-from ftkit.cli.options import MAX_PIXELS, Command
+from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit_export.files import write_atomically
 
 GROUP_BY = click.option(
@@ -41,7 +41,7 @@ RUNTIME = click.option(
 @click.argument("folder", metavar="DATA", type=click.Path(path_type=Path))
 @GROUP_BY
 @ROOT
-@MAX_PIXELS
+@MAX_PIXELS_OPTION
 @click.option(
     "--recipe", default="lite0", show_default=True, metavar="NAME|FILE.py", help="Whose image size."
 )
@@ -74,14 +74,14 @@ def audit_data(
     """
     from ftkit.data import clean
     from ftkit.data.audit import audit, named
-    from ftkit.data.canvas import build as build_canvases
-    from ftkit.data.dataset import read
+    from ftkit.data.canvas import build_canvases
+    from ftkit.data.dataset import read_images
     from ftkit.models.backbones import build
-    from ftkit.recipe import load
+    from ftkit.recipe import load_recipe
     from ftkit.utils import console
 
-    plan = load(recipe)
-    images = read(folder, group_by=group_by, root=root)
+    plan = load_recipe(recipe)
+    images = read_images(folder, group_by=group_by, root=root)
 
     if fix:
         clean.require_new(fix, images)
@@ -95,7 +95,7 @@ def audit_data(
         found = audit(images, canvases, step, preprocess.fit)
 
     echo = partial(click.echo, err=as_json == Path("-"))
-    echo(clean.as_text(found, canvases))
+    echo(clean.audit_text(found, canvases))
 
     for path in clean.write_sheets(sheets, found, canvases) if sheets else ():
         echo(f"sheet: {path}")
@@ -182,7 +182,7 @@ def report(what: Path | None, out: Path | None) -> None:
     else:
         path = what or history.place(Path.cwd())
         page = out or path.with_suffix(".html")
-        write_history(history.read(path), page)
+        write_history(history.read_history(path), page)
 
     click.echo(f"report: {page}")
 

@@ -17,7 +17,7 @@ import time
 from importlib import resources, util
 from pathlib import Path
 
-from ftkit.data.dataset import read
+from ftkit.data.dataset import read_images
 from ftkit.utils import console
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.errors import FtkitError
@@ -60,7 +60,7 @@ def write_elpv(out: Path, *, split: bool) -> int:
         out.mkdir(parents=True, exist_ok=True)
         table = out / "photos.csv"
         table.write_text("\n".join(lines) + "\n")
-        images = read(table)
+        images = read_images(table)
         table.unlink()
 
         for image in images.images:

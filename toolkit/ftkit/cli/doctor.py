@@ -11,8 +11,8 @@ from ftkit.utils.cache_folder import cache_folder
 from ftkit_export.conversion.probe import does_not_open
 from ftkit_export.runtime.session import PROVIDERS, cores, missing_library, offered
 
-PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "pillow")
-SOURCES = {
+CHECKED_PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "numpy", "pillow")
+PROVIDER_PACKAGES = {
     "libcuda.so": ": install the NVIDIA driver",
     "libnvinfer": ": install TensorRT 10, and put its folder on LD_LIBRARY_PATH",
     "libcu": ": install torch built for the same CUDA, which brings it",
@@ -22,7 +22,7 @@ RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxrunti
 
 def examine() -> list[str]:
     """One line a finding. Each provider is tried by opening a real session and running it."""
-    lines = [f"{name} {_version(name)}" for name in PACKAGES]
+    lines = [f"{name} {_version(name)}" for name in CHECKED_PACKAGES]
     runtimes = [name for name in RUNTIMES if _version(name) != "absent"]
     lines += [f"{name} {_version(name)}" for name in runtimes]
 
@@ -72,7 +72,9 @@ def _provider(name: str) -> str:
         return f"provider {name:<9} works"
 
     missing = missing_library(name)
-    source = next((text for library, text in SOURCES.items() if missing.startswith(library)), "")
+    source = next(
+        (text for library, text in PROVIDER_PACKAGES.items() if missing.startswith(library)), ""
+    )
     return f"provider {name:<9} does not open: " + (
         f"{missing.split(':')[0]} is missing{source}" if missing else why
     )

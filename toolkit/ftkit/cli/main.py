@@ -18,7 +18,7 @@ import click
 from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
-from ftkit.cli.options import MAX_PIXELS, Command
+from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit.utils import console
 from ftkit.utils.errors import ToldElsewhereError
 from ftkit_export.runtime.errors import FtkitError
@@ -74,7 +74,7 @@ SET = click.option(
     metavar="A.B=C",
     help="Change a field of the recipe. Repeatable.",
 )
-PROVIDERS = click.option(
+PROVIDERS_OPTION = click.option(
     "--providers", default="cpu", show_default=True, metavar="A,B", help="e.g. cpu,cuda"
 )
 
@@ -108,7 +108,7 @@ PROVIDERS = click.option(
 )
 @GROUP_BY
 @ROOT
-@MAX_PIXELS
+@MAX_PIXELS_OPTION
 @click.option("--allow-leakage", is_flag=True, help="Train although `ftkit data` says NOT ok.")
 @click.option("--tensorboard", is_flag=True, help="Events in RUN/tensorboard too.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
@@ -131,7 +131,7 @@ def train(ctx: click.Context, /, data: Path, gpus: int | None, **options: Any) -
 
 def _launched(ctx: click.Context, gpus: int) -> int:
     """The same command in a process a GPU; its exit code."""
-    from ftkit.recipe import load
+    from ftkit.recipe import load_recipe
     from ftkit.training.run import claim
     from ftkit.utils.distributed import launch, pick_device
 
@@ -158,7 +158,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
             raise FtkitError(
                 "--resume: expected the run to go on with, found no --out. Try --out RUN"
             )
-        folder = claim(Path("runs") / load(ctx.params["recipe"]).name)
+        folder = claim(Path("runs") / load_recipe(ctx.params["recipe"]).name)
         try:
             return launch(gpus, [*arguments, "--out", str(folder)])
         finally:
@@ -183,7 +183,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     metavar="export.B=C",
     help="Change a gate or budget. Repeatable.",
 )
-@PROVIDERS
+@PROVIDERS_OPTION
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Where the run's images are now, if they moved."
 )
@@ -217,7 +217,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
 @click.option(
     "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
 )
-@MAX_PIXELS
+@MAX_PIXELS_OPTION
 @click.option("-q", "--quiet", is_flag=True, help="Print gates, warnings and errors only.")
 def export(run: Path, providers: str, **options: Any) -> None:
     """Export RUN to ONNX, prove the file, and seal a bundle.
@@ -248,7 +248,7 @@ def _missed(gate: Gate) -> str:
 
 @main.command(short_help="Check a bundle on this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@PROVIDERS
+@PROVIDERS_OPTION
 @KEY
 @click.option(
     "--outputs",
@@ -344,7 +344,7 @@ STANDARD_INPUT = Path("-")
     show_default=True,
     metavar="FOLDER",
 )
-@MAX_PIXELS
+@MAX_PIXELS_OPTION
 @KEY
 def predict(
     bundle: Path,
@@ -416,7 +416,7 @@ def recipes(name: str | None) -> None:
 
     from ftkit.models.backbones import blocks, build
 
-    loaded = recipes_.load(name)
+    loaded = recipes_.load_recipe(name)
     click.echo((recipes_.load_module(name).__doc__ or "").strip() + "\n")
     backbone = build(loaded.backbone, 2, "none")
     whole = dataclasses.replace(loaded, preprocess=loaded.preprocess or backbone.preprocess)
@@ -459,7 +459,7 @@ def run_recipe(recipe: Recipe) -> None:
     @SET
     @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
     @click.option("--seed", default=0)
-    @PROVIDERS
+    @PROVIDERS_OPTION
     @click.option("--quick", is_flag=True, help="Shorter latency runs.")
     def whole(
         data: Path,

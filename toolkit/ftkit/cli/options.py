@@ -82,7 +82,7 @@ def _allow(_: click.Context, __: click.Parameter, pixels: int | None) -> None:
         os.environ[LIMIT] = str(pixels)
 
 
-MAX_PIXELS = click.option(
+MAX_PIXELS_OPTION = click.option(
     "--max-pixels",
     type=click.IntRange(1),
     metavar="N",

@@ -47,7 +47,7 @@ GROUP_APART = 4.0
 MOST_GROUPED = 5000  # of images that hang together; a table of all their pairs is made
 FLAT = 1.0  # grey levels of deviation below which an image shows nothing
 BLOCK = 256
-CHUNK = 4096
+PAIRS_AT_ONCE = 4096
 # of the canvas side; pixels
 TINY = 0.5
 HUGE = 40_000_000
@@ -67,7 +67,7 @@ TOTALS = (
     "sizes",
 )
 LARGE_FRAME = 0.95  # share of images that are no larger
-HALF = 0.5  # of an image's area
+LITTLE_KEPT = 0.5  # of an image's area
 HINTS = (
     r"^(?:.*/)?([^/]*?[A-Za-z0-9])[-_ ]+[A-Za-z]*[0-9]+\.[^./]+$",
     r"^(?:.*/)?([^/_-]+)[-_][^/]*$",
@@ -189,7 +189,7 @@ def audit(
         unjudged={
             split: names for split in ("val", "test") if (names := canvases.images.unjudged(split))
         },
-        crop_keeps=(float(np.median(squares)), int((squares < HALF).sum())),
+        crop_keeps=(float(np.median(squares)), int((squares < LITTLE_KEPT).sum())),
         emptied=tuple(
             row for row in flat_rows if squares[row] < 1 and not _is_flat(kept[row].path)
         ),
@@ -278,9 +278,9 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
         """Pairs (one[i], other[j]) of the same picture, (n, 2)."""
         near = np.argwhere(signs[one] @ signs[other].T >= 64 - 2 * BITS_APART)
         found = []
-        for start in range(0, len(near), CHUNK):
-            a = one[near[start : start + CHUNK, 0]]
-            b = other[near[start : start + CHUNK, 1]]
+        for start in range(0, len(near), PAIRS_AT_ONCE):
+            a = one[near[start : start + PAIRS_AT_ONCE, 0]]
+            b = other[near[start : start + PAIRS_AT_ONCE, 1]]
             sure = np.einsum("ijk,ijk->i", shapes[0][a], shapes[0][b]) >= SURE
             sure |= np.einsum("ijk,ijk->i", shapes[-1][a], shapes[-1][b]) >= CORRELATION
             found.append(np.stack([a[sure], b[sure]], 1))

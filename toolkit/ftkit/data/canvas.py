@@ -95,7 +95,7 @@ class Canvases:
         return np.array([image.label for image in self.images.images], np.int64)
 
 
-def build(
+def build_canvases(
     images: Images,
     preprocess: Preprocess,
     progress: Callable[[int, int], None] = lambda done, total: None,

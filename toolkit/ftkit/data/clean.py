@@ -39,7 +39,7 @@ COLUMNS = 8
 PAIRS = 24  # rows of the sheet of duplicates
 
 
-def as_text(found: Audit, canvases: Canvases) -> str:
+def audit_text(found: Audit, canvases: Canvases) -> str:
     """The audit as lines, what must be mended last."""
     splits = [split for split in SPLITS if split in next(iter(found.counts.values()))]
     rows = [("class", *(f"{split}{'*' if split in found.made else ''}" for split in splits))]

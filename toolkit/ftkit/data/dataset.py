@@ -91,7 +91,7 @@ def natural(text: str) -> list[tuple[int, int, str]]:
     ]
 
 
-def read(
+def read_images(
     data: str | Path, seed: int = 0, group_by: str = "", root: str | Path | None = None
 ) -> Images:
     """Read a class folder, a split folder or a CSV.
@@ -119,7 +119,7 @@ def read(
     return _with_splits(Images(root=root, classes=classes, images=tuple(images)), seed)
 
 
-Row = tuple[Path, str, str, str]  # path, label, split or "", group or ""
+CsvRow = tuple[Path, str, str, str]  # path, label, split or "", group or ""
 
 
 class Labelled(NamedTuple):
@@ -183,7 +183,7 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100  # Path.resolve follows them
 
 
-def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[Row]]:
+def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[CsvRow]]:
     """Where the images' paths begin (`below`), and the images."""
     if not data.exists():
         raise FtkitError(
@@ -221,7 +221,7 @@ def _relative(root: Path, path: Path) -> str:
     return Path(os.path.relpath(path, root if root.is_dir() else root.parent)).as_posix()
 
 
-def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
+def _grouped(root: Path, rows: Sequence[CsvRow], group_by: str) -> list[CsvRow]:
     try:
         pattern = re.compile(group_by)
     except re.error as error:
@@ -243,7 +243,7 @@ def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
     ]
 
 
-def _from_folder(root: Path) -> list[Row]:
+def _from_folder(root: Path) -> list[CsvRow]:
     top = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     splits = {
         path: SPLIT_NAMES[path.name.lower()] for path in top if path.name.lower() in SPLIT_NAMES
@@ -290,7 +290,7 @@ def _class_folders(root: Path) -> list[tuple[Path, str]]:
     ]
 
 
-def _from_csv(path: Path, folder: Path) -> list[Row]:
+def _from_csv(path: Path, folder: Path) -> list[CsvRow]:
     """The rows of a CSV whose paths are relative to `folder`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -311,7 +311,7 @@ def _from_csv(path: Path, folder: Path) -> list[Row]:
     return [_csv_row(folder, f"{path} line {number}", columns, line) for number, line in table]
 
 
-def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> Row:
+def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> CsvRow:
     """One row of a CSV; where: its file and line, for FtkitError."""
     surplus = line.get(SURPLUS, [])
     # Commas at the end of a row are what some spreadsheets write

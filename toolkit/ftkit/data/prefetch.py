@@ -17,7 +17,7 @@ import torch
 from ftkit_export.runtime.arrays import Array
 
 RESIDENT_SHARE = 0.5  # of the free memory
-CHUNK = 512  # rows a copy to the device
+ROWS_PER_COPY = 512  # rows a copy to the device
 
 
 def free_bytes(device: torch.device) -> int:
@@ -55,8 +55,8 @@ class Source:
             return None
         first = torch.from_numpy(self._read(np.arange(1)))
         whole = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=self.device)
-        for start in range(0, rows, CHUNK):
-            part = torch.from_numpy(self._read(np.arange(start, min(start + CHUNK, rows))))
+        for start in range(0, rows, ROWS_PER_COPY):
+            part = torch.from_numpy(self._read(np.arange(start, min(start + ROWS_PER_COPY, rows))))
             whole[start : start + len(part)] = part.to(self.device)
         return whole
 

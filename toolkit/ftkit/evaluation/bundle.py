@@ -37,7 +37,7 @@ DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, and no two
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answers:
+class BundleAnswers:
     """A file's answers on labelled images. labels: the class names of the images; groups: "" for
     none; said: the answers; unreadable: paths left out; placement: where the operators ran, in
     words (session.Session.placement)."""
@@ -122,7 +122,7 @@ def trained_on_digest(path: Path) -> str:
         return ""
 
 
-def require(bundle: str | Path, images: Sequence[Labelled]) -> None:
+def require_labels(bundle: str | Path, images: Sequence[Labelled]) -> None:
     """Raises FtkitError when `bundle` is none, or does not know the class of an image."""
     known = Classifier(bundle).labels
     for path, label, _ in images:
@@ -132,13 +132,13 @@ def require(bundle: str | Path, images: Sequence[Labelled]) -> None:
             )
 
 
-def answers(
+def answers_of(
     bundle: str | Path,
     images: Sequence[Labelled],
     *,
     provider: str = "cpu",
     step: Callable[[int, int], object] = lambda done, total: None,
-) -> Answers:
+) -> BundleAnswers:
     """File bytes -> answer for each image, as a device would. step: told how many are done.
 
     Raises FtkitError as require, and when no image can be read.
@@ -166,7 +166,7 @@ def answers(
     labels = np.array([known[image.label] for image in kept])
     groups = tuple(image.group for image in kept)
 
-    return Answers(
+    return BundleAnswers(
         files=tuple(image.path for image in kept),
         labels=tuple(image.label for image in kept),
         groups=groups,
@@ -178,7 +178,7 @@ def answers(
     )
 
 
-def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
+def compare_releases(new: BundleAnswers, old: BundleAnswers, *, max_drop: float) -> Change:
     """Paired comparison of two releases on the same images; each of the bounds is one-sided, 95 %."""
     before = old.right
     after = new.right
@@ -214,7 +214,9 @@ def against(new: Answers, old: Answers, *, max_drop: float) -> Change:
     )
 
 
-def as_text(new: Answers, old: Answers | None = None, change: Change | None = None) -> str:
+def comparison_text(
+    new: BundleAnswers, old: BundleAnswers | None = None, change: Change | None = None
+) -> str:
     """The result as text, within 80 columns but for paths: accuracy, a row a class, what changed
     since `old`."""
     found = new.metrics

@@ -41,10 +41,12 @@ HOTTEST = 20.0
 # a few dozen images are no evidence for it.
 PRIOR_SPREAD = 0.25
 CALIBRATION_FOLDS = 5
-LEVEL = 0.05  # chance that the precision claimed at the abstain threshold is not reached
+PRECISION_ERROR_RATE = (
+    0.05  # chance that the precision claimed at the abstain threshold is not reached
+)
 LOOKED_AT = 200  # thresholds, from each start
 # Shares of images answered at which the search for the threshold begins
-STARTS = (
+SEARCH_STARTS = (
     0.25,
     0.5,
     0.75,
@@ -218,12 +220,17 @@ def abstain_threshold(
     last_of_ties = np.append(np.flatnonzero(np.diff(top[order])), len(top) - 1)
 
     proven = None
-    for start in STARTS:
+    for start in SEARCH_STARTS:
         candidates = last_of_ties[last_of_ties >= math.ceil(start * len(top)) - 1]
         for last in spread_evenly(candidates, LOOKED_AT):
             answered = order[: last + 1]
             named = [groups[row] for row in answered] if groups is not None else None
-            if _precision_bound(right[answered], named, 1 - LEVEL / len(STARTS)) < precision:
+            if (
+                _precision_bound(
+                    right[answered], named, 1 - PRECISION_ERROR_RATE / len(SEARCH_STARTS)
+                )
+                < precision
+            ):
                 break
             proven = (
                 float(top[order[last]]) if proven is None else min(proven, float(top[order[last]]))

@@ -25,7 +25,7 @@ from ftkit.evaluation.metrics import (
     worst_mistakes,
 )
 from ftkit.models.backbones import Backbone
-from ftkit.models.inference import CHUNK, WithEmbedding, runner
+from ftkit.models.inference import PREFIX_BATCH, WithEmbedding, runner
 from ftkit.utils import console
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.out_of_distribution import Foreign, fit
@@ -37,7 +37,7 @@ FOREIGN_EACH = 10  # of each class at least: its mean must stand on more than on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Evaluation:
     """temperature and abstention's threshold come from val; metrics by split, calibrated;
     uncalibrated: as at temperature 1, by split: {"nll": .., "ece": ..}; reliability: of test,
     {"before": .., "after": ..} the temperature, as evaluate.reliability; abstention and mistakes:
@@ -56,7 +56,7 @@ class Verdict:
     answers: tuple[int, ...]
 
 
-class Answers:
+class Inference:
     """The model in float32 on the CPU, made ready once: answers(rows) -> [logits (N, classes),
     embedding (N, D)]."""
 
@@ -64,7 +64,7 @@ class Answers:
         self._canvases = canvases
         self._preprocess = preprocess
         self._run, _ = runner(
-            WithEmbedding(backbone), self._pixels(np.arange(min(CHUNK, len(canvases.slots))))
+            WithEmbedding(backbone), self._pixels(np.arange(min(PREFIX_BATCH, len(canvases.slots))))
         )
 
     def _pixels(self, rows: Array) -> torch.Tensor:
@@ -73,17 +73,17 @@ class Answers:
     def __call__(self, rows: Array, label: str) -> list[Array]:
         parts = []
         with console.bar(label) as progress:
-            for start in range(0, len(rows), CHUNK):
-                parts.append(self._run(self._pixels(rows[start : start + CHUNK])))
+            for start in range(0, len(rows), PREFIX_BATCH):
+                parts.append(self._run(self._pixels(rows[start : start + PREFIX_BATCH])))
                 progress(start + len(parts[-1][0]), len(rows))
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
-def judge(
+def evaluate_model(
     backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precision: float
-) -> Verdict:
+) -> Evaluation:
     """Everything decided on val first; test is looked at once, and decides nothing."""
-    answers = Answers(backbone, canvases, preprocess)
+    answers = Inference(backbone, canvases, preprocess)
     rows = {split: canvases.rows(split) for split in ("val", "test")}
     labels = {split: canvases.labels[rows[split]] for split in rows}
     found = {split: answers(rows[split], f"evaluating {split}") for split in rows}
@@ -98,7 +98,7 @@ def judge(
     classes = canvases.images.classes
     plain = {split: evaluate(softmax(logits[split]), labels[split], classes) for split in rows}
 
-    return Verdict(
+    return Evaluation(
         temperature=temperature,
         metrics={
             split: evaluate(probabilities[split], labels[split], classes, groups[split])
@@ -117,7 +117,7 @@ def judge(
     )
 
 
-def _foreign(answers: Answers, canvases: Canvases, val: Array) -> Foreign:
+def _foreign(answers: Inference, canvases: Canvases, val: Array) -> Foreign:
     """Out-of-domain statistics from training images, spread over the classes, and the threshold
     from val."""
     rows = canvases.rows("train")

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 import ftkit
-from ftkit.benchmark.budgets import Budget
-from ftkit.benchmark.budgets import budgets as judge_budgets
+from ftkit.benchmark.budgets import Budget, judge_budgets
 from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.exporting import variants
 from ftkit.recipe import Export
@@ -109,7 +108,7 @@ def latencies(
     return found
 
 
-def budgets(
+def measure_budgets(
     row: Row, forms: tuple[Path, Path], context: variants.Context, *, quick: bool
 ) -> list[Budget]:
     """The export's budgets, held against a shipped variant on its target, in several processes as
@@ -181,7 +180,7 @@ def would_meet(rows: Sequence[Row], limits: Export) -> list[Row]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Evidence:
     """Measurements that the gates are judged on. metrics: of the file on test, against: paired with
     the framework there; budgets: of the chosen row; unproven: variants that would meet them all,
     were they proven: a budget that is missed is then not settled. frame: the size that latencies
@@ -197,7 +196,7 @@ class Measured:
     frame: str = ""
 
 
-def judge(limits: Export, measured: Measured) -> list[Gate]:
+def judge_gates(limits: Export, measured: Evidence) -> list[Gate]:
     """Every gate of the export, in one place."""
     chosen = measured.chosen
     gates = []
@@ -276,7 +275,7 @@ def _recall(metrics: Metrics, least: float) -> Gate:
 SIZES = ("320x240", "640x480", "1280x720", "1920x1080", "4000x3000")
 
 
-def over_sizes(
+def times_by_size(
     row: Row, forms: tuple[Path, Path], context: variants.Context
 ) -> list[tuple[str, float, float]]:
     """(frame, p50 ms, p95 ms) of the chosen image form on the target's CPU, one thread, smallest

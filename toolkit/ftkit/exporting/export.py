@@ -21,9 +21,8 @@ from torch import nn
 import ftkit
 from ftkit.benchmark.budgets import Budget
 from ftkit.benchmark.ssh import Device
-from ftkit.data.canvas import Canvases
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import read
+from ftkit.data.canvas import Canvases, build_canvases
+from ftkit.data.dataset import read_images
 from ftkit.evaluation.bundle import SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Metrics
 from ftkit.exporting import evidence, variants, web
@@ -39,20 +38,21 @@ from ftkit.utils.distributed import bound_threads
 from ftkit.utils.malloc import keep_freed_memory
 from ftkit_export.bundle import archive, handoff
 from ftkit_export.bundle import write as bundles
-from ftkit_export.bundle.write import Gate, Outcome
+from ftkit_export.bundle.write import Gate
 from ftkit_export.conversion import plain_c
 from ftkit_export.conversion.class_activation import FILE as EXPLAIN
 from ftkit_export.conversion.class_activation import Explainer, with_features
 from ftkit_export.conversion.convert import Core, export_core, write_ort
 from ftkit_export.proof.decision import Row
 from ftkit_export.proof.golden import write_flat, write_golden
-from ftkit_export.proof.parity import FLOAT64_IMAGES, Parity, Reference, compare
+from ftkit_export.proof.parity import FLOAT64_IMAGES, Parity, Reference, measure_parity
+from ftkit_export.proof.regression import Outcome
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Latency
-from ftkit_export.runtime.measure import read as read_bench
+from ftkit_export.runtime.measure import read_bench
 from ftkit_export.runtime.preprocess import Preprocess, allowing
-from ftkit_export.runtime.session import PROVIDERS, form_of, require
+from ftkit_export.runtime.session import PROVIDERS, form_of, require_provider
 from ftkit_export.runtime.targets import TARGETS, unshippable
 from ftkit_export.runtime.verify import sha256
 
@@ -135,7 +135,7 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
         )
 
     with console.bar("decoding") as progress:
-        images = read(
+        images = read_images(
             where, run.data["seed"], run.data["group_by"], None if data else run.data["root"]
         )
         canvases = build_canvases(images, run.preprocess, progress)
@@ -230,7 +230,7 @@ def export(
     the images have changed.
     """
     for name in providers:
-        require(name)
+        require_provider(name)
         if PROVIDERS[name].captured:
             raise FtkitError(
                 f"--providers {name}: expected one that parity can be measured on, found one for "
@@ -247,7 +247,7 @@ def export(
         canvases = held_out(run, data)
         model = run.backbone().model
 
-        folder = bundles.begin(out)
+        folder = bundles.begin_bundle(out)
         try:
             job = _prepare(run, model, canvases, folder, limits, providers, quick, extras)
             made, paths = _make_variants(job)
@@ -375,7 +375,7 @@ def _prove(job: Job, paths: Forms) -> list[Parity]:
 
     for provider in job.providers:
         with console.bar(f"parity on {provider}"):
-            parity = compare(
+            parity = measure_parity(
                 job.context.reference,
                 core_form,
                 image_form,
@@ -404,7 +404,7 @@ def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
         for name, (row, _) in made.shipped.items()
     ]
     budgets = {
-        row.name: evidence.budgets(row, paths[row.name], context, quick=job.quick)
+        row.name: evidence.measure_budgets(row, paths[row.name], context, quick=job.quick)
         for row in shipped
     }
     chosen = evidence.choose(shipped, budgets)
@@ -422,7 +422,7 @@ def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
         chosen=chosen,
         budgets=budgets[chosen.name],
         unproven=unproven,
-        sizes=evidence.over_sizes(chosen, paths[chosen.name], context),
+        sizes=evidence.times_by_size(chosen, paths[chosen.name], context),
     )
 
 
@@ -467,9 +467,9 @@ def _seal(
         f"accuracy of the file on {metrics.images} held-out images: {metrics.accuracy:.4f} "
         f"(framework {run.data['metrics']['test']['accuracy']:.4f})"
     )
-    gates = evidence.judge(
+    gates = evidence.judge_gates(
         job.limits,
-        evidence.Measured(
+        evidence.Evidence(
             parity=parity,
             chosen=measured.chosen,
             metrics=metrics,
@@ -579,7 +579,7 @@ def _require_extras(extras: Extras, limits: Export) -> None:
     if extras.sign:
         archive.require_key(extras.sign)
     if extras.c:
-        plain_c.require()
+        plain_c.require_emitter()
     if extras.handoff and limits.golden == "synthetic":
         raise FtkitError(
             "--handoff: expected that images may leave, found golden=synthetic. Leave out one of them"
@@ -621,7 +621,7 @@ def _add_extras(
                 plain_c.static(core),
                 context.pixels(variants.calibration_rows(context)[:32]),
                 context.pixels(rows),
-                variants.answers(core, context, rows),
+                variants.logits_of(core, context, rows),
                 context.canvases.labels[rows],
                 context.canvases.groups(rows),
             )

@@ -28,7 +28,7 @@ from ftkit_export.runtime.errors import FtkitError
 
 Values = list[Any]
 
-BATCH = 16
+QAT_BATCH = 16
 RATE = 3e-5  # peak, Adam, cosine to zero
 
 
@@ -235,7 +235,7 @@ def fine_tune(
     weights, on the same machine."""
     model = Simulated(core, quantized)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    steps = epochs * -(-len(labels) // BATCH)
+    steps = epochs * -(-len(labels) // QAT_BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     with console.bar("quantization-aware stage") as progress:
@@ -243,8 +243,8 @@ def fine_tune(
         for epoch in range(epochs):
             order = np.random.default_rng(epoch).permutation(len(labels))
             total = 0.0
-            for start in range(0, len(order), BATCH):
-                rows = order[start : start + BATCH]
+            for start in range(0, len(order), QAT_BATCH):
+                rows = order[start : start + QAT_BATCH]
                 logits = model(torch.from_numpy(pixels_of(rows)))
                 soft = F.kl_div(
                     logits.log_softmax(1),

@@ -30,9 +30,9 @@ from ftkit_export.proof.decision import Row, what_would_settle
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, over_sizes
 
-STEP = 32  # pixels: what most backbones halve five times
-LEAST = 64  # pixels
-MOST = 4  # resolutions that are timed
+SIZE_STEP = 32  # pixels: what most backbones halve five times
+SMALLEST_SIZE = 64  # pixels
+MOST_SIZES = 4  # resolutions that are timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +162,15 @@ def _timed(
     own = run.preprocess.size
     excess = slow.excess
     wanted = {_rounded(own / excess**0.5), _rounded(own / (excess * (ratio or 1)) ** 0.5)}
-    wanted |= {size - STEP for size in wanted}
-    sizes = sorted({max(size, LEAST) for size in wanted if max(size, LEAST) < own}, reverse=True)
+    wanted |= {size - SIZE_STEP for size in wanted}
+    sizes = sorted(
+        {max(size, SMALLEST_SIZE) for size in wanted if max(size, SMALLEST_SIZE) < own},
+        reverse=True,
+    )
 
     found = []
     with tempfile.TemporaryDirectory() as scratch, console.bar("other input sizes"):
-        for size in sizes[:MOST]:
+        for size in sizes[:MOST_SIZES]:
             smaller = run.preprocess.at(size)
             path = Path(scratch) / f"{size}.onnx"
 
@@ -195,7 +198,7 @@ def _timed(
 
 
 def _rounded(size: float) -> int:
-    return int(size) // STEP * STEP
+    return int(size) // SIZE_STEP * SIZE_STEP
 
 
 def _command(run: Run, size: int) -> str:

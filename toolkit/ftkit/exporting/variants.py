@@ -39,7 +39,7 @@ from ftkit_export.conversion.quantize import (
     rank,
     sqnr,
 )
-from ftkit_export.proof.decision import Paired, Row, judge, paired
+from ftkit_export.proof.decision import Paired, Row, judge_variant, paired
 from ftkit_export.proof.parity import FLOAT64_IMAGES, Check, Reference, agreement
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.latency import Raced, race
@@ -49,7 +49,7 @@ from ftkit_export.runtime.targets import TARGETS, Precision, Target, here
 from ftkit_export.runtime.verify import sha256
 
 RUNGS = (0, 4, 8, 16)  # operators put back into float, the most damaged first
-BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kept
+INFERENCE_BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     labels = context.canvases.labels[rows]
 
     with console.bar("fp32 on val"):
-        logits = answers(core, context, rows)
+        logits = logits_of(core, context, rows)
 
     fp32 = Candidate(name="fp32", precision="fp32", core=core, right=logits.argmax(1) == labels)
     found = [fp32]
@@ -177,11 +177,14 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     )
 
 
-def answers(core: onnx.ModelProto, context: Context, rows: Array, provider: str = "cpu") -> Array:
+def logits_of(core: onnx.ModelProto, context: Context, rows: Array, provider: str = "cpu") -> Array:
     """Logits (N, classes) of a core form over these rows of the canvases."""
     session = Session(core.SerializeToString(), provider=provider)
     return np.concatenate(
-        [session.run(context.pixels(rows[i : i + BATCH]))[0] for i in range(0, len(rows), BATCH)]
+        [
+            session.run(context.pixels(rows[i : i + INFERENCE_BATCH]))[0]
+            for i in range(0, len(rows), INFERENCE_BATCH)
+        ]
     )
 
 
@@ -190,7 +193,7 @@ def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu
     processor's 8-bit kernels saturate, round and accumulate in their own way. The device has the
     images already (`make`)."""
     if not context.device:
-        return answers(core, context, context.canvases.rows("val"), provider)
+        return logits_of(core, context, context.canvases.rows("val"), provider)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "core.onnx"
         context.write(core, path, "", (), plain=True)
@@ -206,7 +209,10 @@ def calibration_rows(context: Context) -> Array:
 
 def _ranges(core: onnx.ModelProto, context: Context) -> Any:
     rows = calibration_rows(context)
-    batches = (context.pixels(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH))
+    batches = (
+        context.pixels(rows[start : start + INFERENCE_BATCH])
+        for start in range(0, len(rows), INFERENCE_BATCH)
+    )
     with console.bar("calibrating"):
         return calibrate(core, batches, context.preprocess, context.limits.calibration)
 
@@ -276,7 +282,7 @@ def _trained(
         int8(fp32.core, ranges, context.target),
         lambda picks: context.pixels(rows[picks]),
         context.canvases.labels[rows],
-        answers(fp32.core, context, rows),
+        logits_of(fp32.core, context, rows),
         epochs=context.limits.qat_epochs,
     )
 
@@ -352,7 +358,7 @@ def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context
     verdict = "reference"
     reason = "what the others are compared with"
     if compared:
-        verdict, reason = judge(compared, limit, times.ratio_high if times else None)
+        verdict, reason = judge_variant(compared, limit, times.ratio_high if times else None)
         if not (context.here or context.device):
             reason += "; the answers are this machine's, not the target's (try --on)"
         failed = [check for check in item.checks if not check.passed]

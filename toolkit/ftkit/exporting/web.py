@@ -44,7 +44,7 @@ FILES = (
     "ort-wasm-simd-threaded.asyncify.wasm",
 )
 PAGE = "device/web"
-TYPES = {
+CONTENT_TYPES = {
     ".mjs": "text/javascript",
     ".js": "text/javascript",
     ".wasm": "application/wasm",
@@ -161,7 +161,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def __init__(self, *args: Any, page: Path, **more: Any):
         self._page = page
-        self.extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **TYPES}
+        self.extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **CONTENT_TYPES}
         super().__init__(*args, **more)
 
     def send_head(self) -> Any:

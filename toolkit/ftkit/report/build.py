@@ -19,8 +19,8 @@ from typing import Any
 import PIL.Image
 
 from ftkit.data.canvas import Canvases
-from ftkit.report.export_sections import found_in, gates, latency, parity, variants
-from ftkit.report.html import anchor, lengths, lines, page, reliability, section, table
+from ftkit.report.export_sections import found_in, gates, latency_section, parity, variants
+from ftkit.report.html import anchor, lengths, lines, page, reliability_chart, section, table
 from ftkit.utils.console import frames
 from ftkit_export.bundle.write import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
@@ -29,7 +29,7 @@ from ftkit_export.proof.intervals import ground
 
 Data = Mapping[str, Any]
 SIDE = 160  # pixels of a thumbnail
-HALF = 0.5  # recall below which a class is marked
+LOW_RECALL = 0.5  # recall below which a class is marked
 NAMED_COLUMNS = 5  # classes of a confusion matrix; of more, its columns have numbers
 
 
@@ -87,7 +87,7 @@ def write_report(
         ("Worst mistakes", _mistakes(run, shown)),
         ("Variants", variants(manifest) if manifest else ""),
         ("Parity with the framework", parity(manifest) if manifest else ""),
-        ("Latency, cold start, memory", latency(manifest) if manifest else ""),
+        ("Latency, cold start, memory", latency_section(manifest) if manifest else ""),
         ("History", found_in(Path.cwd(), manifest) if manifest else ""),
         ("Data", _data(run)),
         ("Reproduce", _reproduce(run, manifest)),
@@ -154,7 +154,7 @@ def _weakest(found: Data) -> str:
         if recall is None
     ]
     missing = f"; no test image of {escape(', '.join(unjudged))}" if unjudged else ""
-    marked = f'<span class="bad">{weak}</span>' if recall < HALF else weak
+    marked = f'<span class="bad">{weak}</span>' if recall < LOW_RECALL else weak
 
     return f"balanced {found['balanced_accuracy']:.1%}, {marked}{missing}"
 
@@ -312,7 +312,7 @@ def _sureness(run: Data) -> str:
 
     text += f"{run['foreign_kept']:.1%} of these images pass as familiar (95 % on val)."
     named = {f"{when} temperature": run["reliability"][when] for when in ("before", "after")}
-    drawn = reliability("Reliability on held-out images", named)
+    drawn = reliability_chart("Reliability on held-out images", named)
     text += " A dot on the dashed line keeps its word; its area is its images."
 
     return f'<div class="grid">{drawn}<p>{text}</p></div>'

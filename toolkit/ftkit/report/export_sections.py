@@ -166,7 +166,7 @@ def parity(manifest: Data) -> str:
     )
 
 
-def latency(manifest: Data) -> str:
+def latency_section(manifest: Data) -> str:
     """One image at a time: percentiles, cold start and memory, over frame sizes, and the
     histograms."""
     found = manifest["evidence"]["latency"]
@@ -244,7 +244,7 @@ def found_in(folder: Path, manifest: Data) -> str:
 
     try:
         lines = (
-            [line for line in history.read(path) if line["name"] == manifest["name"]]
+            [line for line in history.read_history(path) if line["name"] == manifest["name"]]
             if path.is_file()
             else []
         )

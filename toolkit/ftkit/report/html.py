@@ -65,7 +65,7 @@ LEFT = 46
 RIGHT = 12
 TOP = 12
 BOTTOM = 36
-Series = tuple[str, str, Sequence[float]]  # name, colour variable, values
+ChartSeries = tuple[str, str, Sequence[float]]  # name, colour variable, values
 
 
 def page(title: str, body: Sequence[str]) -> bytes:
@@ -194,7 +194,7 @@ def axes(
     return "".join(parts)
 
 
-def legend(series: Sequence[Series]) -> str:
+def legend(series: Sequence[ChartSeries]) -> str:
     """Names in their colours, and marks that tell them apart without colour."""
     return ", ".join(
         f'<span style="color:var({colour})">{"○●"[i % 2]} {escape(name)}</span>'
@@ -204,7 +204,7 @@ def legend(series: Sequence[Series]) -> str:
 
 def lines(
     title: str,
-    series: Sequence[Series],
+    series: Sequence[ChartSeries],
     bands: Sequence[tuple[int, str]] = (),
     x_name: str = "epoch",
 ) -> str:
@@ -301,7 +301,7 @@ def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.
     return figure(title, "".join(parts), "", 12 + 30 * len(rows))
 
 
-def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> str:
+def reliability_chart(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Share right against mean probability, a dot a bin, its area the bin's images; found: name ->
     bins."""
     x, y = scales((0, 1), (0, 1))
@@ -310,7 +310,7 @@ def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> s
         f'<line x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}" stroke="var(--faint)" stroke-dasharray="4 4"/>',
     ]
 
-    series: list[Series] = []
+    series: list[ChartSeries] = []
     for i, ((name, bins), colour) in enumerate(
         zip(found.items(), ("--two", "--one"), strict=False)
     ):

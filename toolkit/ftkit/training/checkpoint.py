@@ -36,7 +36,7 @@ SAVE_SHARE = 50  # or this many times what the last save took, so that saving co
 
 
 @dataclass(kw_only=True)
-class State:
+class TrainState:
     """Where a run stands. plan: what it was begun with (recipe, seed, data_fingerprint), never
     changed.
 
@@ -162,7 +162,7 @@ def _load(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def read(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> State:
+def read_state(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> TrainState:
     """The state of an interrupted run; metrics.jsonl is cut back to the lines that count.
 
     Raises FtkitError when it was begun with another plan, or cannot be read.
@@ -178,7 +178,7 @@ def read(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> State:
     try:
         for key in ("best", "stage_best"):
             data[key] = data[key] and tuple(data[key])
-        state = State(folder=folder, **data)
+        state = TrainState(folder=folder, **data)
     except (TypeError, KeyError) as error:
         raise FtkitError(
             f"{folder}: expected a run of this ftkit, found {error}. Train again"

@@ -48,7 +48,7 @@ class Teacher(nn.Module):
         return logits
 
 
-def require(folder: str, classes: Sequence[str]) -> Run:
+def require_teacher(folder: str, classes: Sequence[str]) -> Run:
     """The run to learn from. Raises FtkitError when it is none, or knows other classes."""
     run = open_run(folder)
     if run.classes != tuple(classes):
@@ -59,6 +59,6 @@ def require(folder: str, classes: Sequence[str]) -> Run:
     return run
 
 
-def load(folder: str, student: Preprocess, classes: Sequence[str]) -> Teacher:
+def load_teacher(folder: str, student: Preprocess, classes: Sequence[str]) -> Teacher:
     """The teacher for a student with this preprocess. Raises FtkitError as `require` does."""
-    return Teacher(require(folder, classes), student).eval().requires_grad_(False)
+    return Teacher(require_teacher(folder, classes), student).eval().requires_grad_(False)

@@ -31,7 +31,7 @@ from torch import nn
 from ftkit.data.augment import augmented, drawn, evaluation
 from ftkit.data.canvas import Canvases
 from ftkit.data.prefetch import Source
-from ftkit.models.inference import CHUNK, Tensors, as_tuple, channels_last, runner
+from ftkit.models.inference import PREFIX_BATCH, Tensors, as_tuple, channels_last, runner
 from ftkit.recipe import Augment
 from ftkit.training.checkpoint import seeded
 from ftkit.utils.cache_folder import (
@@ -47,7 +47,10 @@ from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 
 GPU_CHUNK = 256
-TOLERANCE = {"float16": 1e-3, "float32": 1e-5}  # kept against live, relative to the largest value
+KEPT_TOLERANCE = {
+    "float16": 1e-3,
+    "float32": 1e-5,
+}  # kept against live, relative to the largest value
 GPU_TOLERANCE = 1e-4  # of float32: cuDNN may choose another algorithm for another batch (Winograd's differs so much)
 FLOAT16_RANGE = (1e-3, 2e4)  # largest values that float16 keeps with room at both ends
 DISK_SHARE = 0.5  # of the free disk that a cache may take
@@ -79,7 +82,7 @@ class Views:
     @property
     def chunk(self) -> int:
         """Images a pass: what a CPU runs fastest, or enough to fill a GPU."""
-        return GPU_CHUNK if self.source.device.type == "cuda" else CHUNK
+        return GPU_CHUNK if self.source.device.type == "cuda" else PREFIX_BATCH
 
     def jobs(self) -> list[tuple[Array, int]]:
         """(rows, view), in the order of the items."""
@@ -226,7 +229,7 @@ def _opened(
         return None
 
     whole = all(
-        array.shape == shape and array.dtype.name in TOLERANCE
+        array.shape == shape and array.dtype.name in KEPT_TOLERANCE
         for array, shape in zip(arrays, shapes, strict=True)
     )
     return (arrays, kind, pass_s) if whole else None
@@ -370,7 +373,7 @@ def check(prefix: nn.Module, names: Sequence[str], activations: Activations, vie
 
 
 def _tolerance(dtype: str, device: torch.device) -> float:
-    return max(TOLERANCE[dtype], GPU_TOLERANCE if device.type == "cuda" else 0.0)
+    return max(KEPT_TOLERANCE[dtype], GPU_TOLERANCE if device.type == "cuda" else 0.0)
 
 
 def _dtype(sample: torch.Tensor) -> str:

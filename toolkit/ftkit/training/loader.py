@@ -28,7 +28,7 @@ from ftkit.training.optimizer import Batch
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 
-Step = TypeVar("Step")
+Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
@@ -256,11 +256,11 @@ def _floats(values: Iterable[torch.Tensor]) -> Tensors:
 
 
 def ahead(
-    steps: Iterable[Step], work: Callable[[Step], Made], depth: int = 2
-) -> Iterator[tuple[Step, Made]]:
+    steps: Iterable[Item], work: Callable[[Item], Made], depth: int = 2
+) -> Iterator[tuple[Item, Made]]:
     """Each step with what `work` made of it in a thread that stays up to `depth` steps ahead."""
     with ThreadPoolExecutor(1) as pool:
-        waiting: deque[tuple[Step, Future[Made]]] = deque()
+        waiting: deque[tuple[Item, Future[Made]]] = deque()
         try:
             for step in steps:
                 waiting.append((step, pool.submit(work, step)))

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftkit.models.backbones import Backbone, blocks
+from ftkit.models.inference import Tensors
 from ftkit.recipe import Stage
 from ftkit.training.precision import Compute
 from ftkit.utils.compat import lerp_in_place
 
 State = dict[str, torch.Tensor]
-Tensors = tuple[torch.Tensor, ...]
 
 # Temperature of what a teacher teaches: 2.5 to 4 served small students best (Hinton et al. 2015,
 # section 3).

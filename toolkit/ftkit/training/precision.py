@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftkit.models.inference import Tensors
 from ftkit_export.conversion.convert import exact_float32
 from ftkit_export.runtime.errors import FtkitError
-
-Tensors = tuple[torch.Tensor, ...]
 
 # cuBLAS is deterministic only with a fixed workspace, and torch asks once, at the first product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

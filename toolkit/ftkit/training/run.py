@@ -40,7 +40,7 @@ from ftkit_export.runtime.verify import is_whole, with_digest
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
-SCHEMA = 5  # of run.json
+RUN_SCHEMA = 5  # of run.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +203,8 @@ def open_run(folder: str | Path) -> Run:
     try:
         content = (path / RUN).read_bytes()
         data = json.loads(content)
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
+        if data["schema"] != RUN_SCHEMA:
+            raise ValueError(f"schema {data['schema']}, not {RUN_SCHEMA}")
         if not is_whole(content):
             raise ValueError("another digest than its own: it was edited, or damaged")
         return Run(

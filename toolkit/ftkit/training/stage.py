@@ -24,7 +24,7 @@ from ftkit.models.backbones import Backbone
 from ftkit.models.freezing import under
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, Stage
-from ftkit.training.checkpoint import State, Stop, Stopped, seeded
+from ftkit.training.checkpoint import Stop, Stopped, TrainState, seeded
 from ftkit.training.loader import Fetched, Loader, ahead
 from ftkit.training.lr_search import best_rate
 from ftkit.training.optimizer import Moving, class_weights, make_optimizer, rate
@@ -69,7 +69,7 @@ class Work:
     recipe: Recipe
     backbone: Backbone
     loaders: StageLoaders
-    state: State
+    state: TrainState
     stop: Stop
     seed: int
     labels: dict[str, torch.Tensor]  # by split, on the device
@@ -351,7 +351,7 @@ def _peak(training: StageTraining) -> float:
     return peak
 
 
-def _out_of_patience(run: State, stage: Stage, moving: Moving, score: Score) -> bool:
+def _out_of_patience(run: TrainState, stage: Stage, moving: Moving, score: Score) -> bool:
     if run.stage_best is None or score > run.stage_best:
         run.stage_best = score
         run.waited = 0
@@ -432,7 +432,7 @@ def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
     return fingerprint(holder)
 
 
-def compare_circumstances(run: State, now: dict[str, Any]) -> None:
+def compare_circumstances(run: TrainState, now: dict[str, Any]) -> None:
     """Remember what the bits depend on; warn where an interrupted run had it otherwise."""
     for name, value in now.items():
         before = run.circumstances.setdefault(name, value)

@@ -23,7 +23,7 @@ from ftkit.models.freezing import set_mode, trainable, under
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe
-from ftkit.training.distillation import Teacher, load
+from ftkit.training.distillation import Teacher, load_teacher
 from ftkit.training.feature_cache import (
     Activations,
     CannotCacheError,
@@ -79,7 +79,7 @@ class StageLoaders:
         stage = self.recipe.stages[number]
         set_mode(self.backbone.model, self.trained[number], stage.batchnorm)
         classes = self.canvases.images.classes
-        teacher = load(stage.teacher, self.preprocess, classes) if stage.teacher else None
+        teacher = load_teacher(stage.teacher, self.preprocess, classes) if stage.teacher else None
 
         try:
             return self._cached(number, teacher)

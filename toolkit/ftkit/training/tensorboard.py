@@ -31,7 +31,7 @@ def nowhere(line: Mapping[str, Any], step: int) -> None:
     """The log of a run without events."""
 
 
-def require() -> None:
+def require_tensorboard() -> None:
     """Raises FtkitError when the package is not installed."""
     try:
         with warnings.catch_warnings():  # its protobuf code announces its own retirement

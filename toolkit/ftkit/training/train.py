@@ -23,12 +23,11 @@ from typing import Any
 import torch
 
 from ftkit.data.audit import audit, named, require_apart
-from ftkit.data.canvas import Canvases
-from ftkit.data.canvas import build as build_canvases
-from ftkit.data.dataset import Images, below, read, splits_csv
+from ftkit.data.canvas import Canvases, build_canvases
+from ftkit.data.dataset import Images, below, read_images, splits_csv
 from ftkit.evaluation.bundle import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Mistake
-from ftkit.evaluation.model import judge
+from ftkit.evaluation.model import evaluate_model
 from ftkit.models.backbones import Backbone, build
 from ftkit.models.freezing import trainable
 from ftkit.models.weights import fingerprint
@@ -38,10 +37,10 @@ from ftkit.report.build import pictures, save_pictures, write_report
 from ftkit.training import checkpoint, distillation, precision
 from ftkit.training.checkpoint import Stop, Stopped
 from ftkit.training.precision import Compute
-from ftkit.training.run import SCHEMA, create, environment, finish, is_finished, read_metrics
+from ftkit.training.run import RUN_SCHEMA, create, environment, finish, is_finished, read_metrics
 from ftkit.training.stage import Work, compare_circumstances, train_stage
 from ftkit.training.stage_loaders import StageLoaders
-from ftkit.training.tensorboard import Log, nowhere, require
+from ftkit.training.tensorboard import Log, nowhere, require_tensorboard
 from ftkit.training.tensorboard import tensorboard as log_events
 from ftkit.utils import console
 from ftkit.utils.cache_folder import LARGE, limit_bytes, trim
@@ -76,7 +75,7 @@ def train(recipe: Recipe, data: str | Path, out: Path, options: TrainOptions | N
             return out
 
         if options.tensorboard:
-            ranks.together(require)
+            ranks.together(require_tensorboard)
 
         try:
             with ExitStack() as opened:
@@ -180,14 +179,14 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     """The images and the pretrained model. Raises FtkitError for a typo, before an hour of
     decoding."""
     recipe = request.recipe
-    images = read(request.data, request.seed, request.group_by, request.root)
+    images = read_images(request.data, request.seed, request.group_by, request.root)
     torch.manual_seed(request.seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
 
     for stage in recipe.stages:
         trainable(backbone, stage.train)
         if stage.teacher:
-            distillation.require(stage.teacher, images.classes)
+            distillation.require_teacher(stage.teacher, images.classes)
 
     return images, backbone, recipe.preprocess or backbone.preprocess
 
@@ -280,7 +279,7 @@ def _begin_or_resume(
     )
 
 
-def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.State:
+def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.TrainState:
     """A new run's state, or the interrupted run's. Raises FtkitError when the ranks were given
     different things to do, or the interrupted run was."""
     plan = {**request.plan, "data_fingerprint": prepared.canvases.fingerprint}
@@ -291,9 +290,9 @@ def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.Sta
         )
 
     if prepared.going_on:
-        run = checkpoint.read(request.out, plan, ranks)
+        run = checkpoint.read_state(request.out, plan, ranks)
     else:
-        run = checkpoint.State(folder=request.out, plan=plan)
+        run = checkpoint.TrainState(folder=request.out, plan=plan)
 
     run.ranks = ranks
     return run
@@ -332,10 +331,10 @@ def _finish(work: Work, request: Request, prepared: Prepared) -> None:
     canvases = prepared.canvases
     backbone = work.backbone
     backbone.model.cpu().eval()
-    verdict = judge(backbone, canvases, prepared.preprocess, work.recipe.precision)
+    verdict = evaluate_model(backbone, canvases, prepared.preprocess, work.recipe.precision)
     seconds = run.spent
     run_json = {
-        "schema": SCHEMA,
+        "schema": RUN_SCHEMA,
         "recipe": resolve(work.recipe),
         "classes": list(prepared.images.classes),
         "preprocess": asdict(prepared.preprocess),

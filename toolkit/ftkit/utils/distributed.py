@@ -35,8 +35,8 @@ from ftkit.utils.errors import ToldElsewhereError
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.session import cores
 
-Made = TypeVar("Made")
-Tensors = dict[str, torch.Tensor]
+Value = TypeVar("Value")
+TensorsByName = dict[str, torch.Tensor]
 
 # Of ranks for each other: one machine may decode while another has its canvases. A rank
 PATIENCE = timedelta(hours=12)
@@ -100,7 +100,7 @@ class Ranks:
             for text, size in zip(texts, sizes, strict=True)
         ]
 
-    def together(self, make: Callable[[], Made]) -> Made:
+    def together(self, make: Callable[[], Value]) -> Value:
         """Call `make` on every rank. When one rank fails, all do, and the first of them tells."""
         if self.world == 1:
             return make()
@@ -117,14 +117,14 @@ class Ranks:
             raise failure if failure and failed[0] == self.rank else ToldElsewhereError()
         return made  # type: ignore[return-value]  # it was made, or we are gone
 
-    def first(self, make: Callable[[], Made]) -> Made:
+    def first(self, make: Callable[[], Value]) -> Value:
         """Call `make` on rank 0 and return its result (JSON data) on every rank. When it fails, all
         do."""
         made = self.together(lambda: make() if self.main else None)
-        found: Made = self.gather(made)[0]
+        found: Value = self.gather(made)[0]
         return found
 
-    def tensors(self, values: Mapping[str, torch.Tensor]) -> Tensors:
+    def tensors(self, values: Mapping[str, torch.Tensor]) -> TensorsByName:
         """Rank 0's tensors, on the CPU, for all."""
         if self.world == 1:
             return dict(values)
