@@ -317,7 +317,7 @@ def test_every_process_gets_the_very_command(
         main.commands["train"].make_context("train", words[1:], parent=click.Context(main)).params
     )
     expected = {
-        "name": "gentle",
+        "recipe": "gentle",
         "settings": ("stages.0.epochs=2", "augment.hflip=true"),
         "seed": 3,
         "weights": None,
