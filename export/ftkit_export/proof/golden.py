@@ -15,7 +15,7 @@ instruction sets differ by a rounding step.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,69 +70,72 @@ def write_golden(
     groups = {"photographs": list(photographs[:PHOTOGRAPHS]), **edge_images(preprocess.size)}
     groups = {group: images for group, images in groups.items() if images}
     sessions = {
-        name: tuple(Session(path) for path in pair)
-        for name, pair in files.items()
+        name: (Session(image), Session(core))
+        for name, (image, core) in files.items()
         if name != "fp32"
     }
-    pixel_session = Session(pixel_model(preprocess, input_format).SerializeToString())
+    resizer = Session(pixel_model(preprocess, input_format).SerializeToString())
     entries: list[dict[str, Any]] = []
     expected: dict[str, list[Array]] = {"logits": [], "probabilities": [], "embedding": []}
 
     for group, images in groups.items():
         frames = [to_frame(item, input_format) for item in images]
         canvases = np.stack([preprocess.canvas(from_frame(item, input_format)) for item in frames])
-        pillow = preprocess.pixels(canvases)
-        made = np.concatenate([pixel_session.run(item[None])[1] for item in frames])
-        logits64, embedding = reference.answers(pillow, torch.float64)
-        logits32 = reference.logits(pillow, torch.float32)
-        moved64 = reference.logits(resampled(made, canvases, preprocess, group), torch.float64)
-        moved = float(
-            np.abs(softmax(logits64 / temperature) - softmax(moved64 / temperature)).max()
-        )
-        resizers = 2 * min(moved, RESAMPLED_PROBABILITY)
-        limits = {name: tolerance(logits32, logits64, name)[0] for name in RELATIVE}
-        scale = float(np.abs(logits64).max())
-        limits |= {
-            name: rounding_limit(reference.rounding(pillow, name), scale) for name in PRECISIONS
-        }
-        allowed: dict[str, Any] = {
-            "fp32": {
-                key: {
-                    "logits": limit,
-                    "probabilities": probability_limit(limit, temperature) + resizers,
-                }
-                for key, limit in limits.items()
-            }
-        }
+        pixels = preprocess.pixels(canvases)
+        logits, embedding = reference.answers(pixels, torch.float64)
+        expected["logits"].append(logits)
+        expected["embedding"].append(embedding)
+        expected["probabilities"].append(softmax(logits / temperature))
+
+        resized = np.concatenate([resizer.run(item[None])[1] for item in frames])
+        moved = reference.logits(resampled(resized, canvases, preprocess, group), torch.float64)
+        slack = float(np.abs(softmax(logits / temperature) - softmax(moved / temperature)).max())
+        allowed = {"fp32": _fp32_tolerance(reference, pixels, logits, temperature, slack)}
 
         for name, (image_session, core_session) in sessions.items():
-            logits = np.concatenate([core_session.run(item[None])[0] for item in pillow]).astype(
-                np.float64
+            own = _run_each(core_session, pixels)
+            expected.setdefault(f"{name}/logits", []).append(own)
+            expected.setdefault(f"{name}/probabilities", []).append(
+                _run_each(image_session, frames)
             )
-            own = np.concatenate([image_session.run(item[None])[0] for item in frames]).astype(
-                np.float64
-            )
-            expected.setdefault(f"{name}/logits", []).append(logits)
-            expected.setdefault(f"{name}/probabilities", []).append(own)
-            allowed[name] = {
-                "any": {
-                    "logits": ROUNDING_STEPS * float(np.abs(logits).max()),
-                    "probabilities": ROUNDING_STEPS,
-                }
-            }
+            limit = ROUNDING_STEPS * float(np.abs(own).max())
+            allowed[name] = {"any": {"logits": limit, "probabilities": ROUNDING_STEPS}}
 
         for item in images:
             name = f"{len(entries):02d}.png"
             Image.fromarray(item).save(folder / name)
             entries.append({"file": name, "group": group, "tolerance": allowed})
 
-        expected["logits"].append(logits64)
-        expected["embedding"].append(embedding)
-        expected["probabilities"].append(softmax(logits64 / temperature))
-
     arrays = {key: np.concatenate(parts) for key, parts in expected.items()}
     np.savez(folder / "expected.npz", **arrays)  # type: ignore[arg-type]  # numpy's stub mistakes ** for a flag
     (folder / "golden.json").write_text(json.dumps({"images": entries}, indent=1) + "\n")
+
+
+def _fp32_tolerance(
+    reference: Reference, pixels: Array, logits: Array, temperature: float, slack: float
+) -> dict[str, dict[str, float]]:
+    """Provider or precision -> what its answers may differ by from float64 `logits` (n, classes).
+    slack: what another resizer's rounding moved a probability by."""
+    logits32 = reference.logits(pixels, torch.float32)
+    limits = {name: tolerance(logits32, logits, name)[0] for name in RELATIVE}
+    largest = float(np.abs(logits).max())
+    limits |= {
+        name: rounding_limit(reference.rounding(pixels, name), largest) for name in PRECISIONS
+    }
+    resizers = 2 * min(slack, RESAMPLED_PROBABILITY)
+
+    return {
+        name: {
+            "logits": limit,
+            "probabilities": probability_limit(limit, temperature) + resizers,
+        }
+        for name, limit in limits.items()
+    }
+
+
+def _run_each(session: Session, inputs: Iterable[Array]) -> Array:
+    """The first output for each input on its own, (n, classes) float64."""
+    return np.concatenate([session.run(item[None])[0] for item in inputs]).astype(np.float64)
 
 
 def write_flat(

@@ -229,15 +229,7 @@ def bench_model(
     raced = {}
     if found.image and found.cores:
         say("variants in turn")
-        order = sorted(running, key=lambda name: name != "fp32")
-        results = race(
-            [running[name] for name in order],
-            found.image,
-            provider=provider,
-            threads=first,
-            frame=found.frame,
-        )
-        raced = {name: asdict(item) for name, item in zip(order, results, strict=True)}
+        raced = _race(found, provider, first)
 
     return {
         "schema": BENCH_SCHEMA,
@@ -256,6 +248,21 @@ def bench_model(
         "parts": pieces,
         "raced": raced,
     }
+
+
+def _race(model: Model, provider: str, threads: int) -> dict[str, dict[str, Any]]:
+    """Variant -> its Raced, fp32 first."""
+    assert model.image  # what every form can be fed with
+    running = model.run_by(provider)
+    order = sorted(running, key=lambda name: name != "fp32")
+    results = race(
+        [running[name] for name in order],
+        model.image,
+        provider=provider,
+        threads=threads,
+        frame=model.frame,
+    )
+    return {name: asdict(item) for name, item in zip(order, results, strict=True)}
 
 
 def read_bench(path: str | Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ftkit.options import BenchOptions
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
+    from ftkit.data.dataset import Labelled
     from ftkit_export.proof.regression import Comparison, Outcome
 
 
@@ -90,13 +91,7 @@ def evaluate(
     cannot tell.
     """
     from ftkit.data.dataset import labelled
-    from ftkit.evaluation.bundle import (
-        answers_of,
-        compare_releases,
-        comparison_text,
-        require_labels,
-        unseen,
-    )
+    from ftkit.evaluation.bundle import answers_of, compare_releases, comparison_text
     from ftkit.utils import console
     from ftkit_export.bundle.archive import unpacked
 
@@ -106,66 +101,75 @@ def evaluate(
         )
 
     echo = _echo(as_json)
-    every = labelled(data, group_by, root)
-    images = every
-
-    left_out: dict[str, int | None] = {}
-    for each in (bundle, old) if old else (bundle,):
-        with unpacked(each, key) as path:
-            require_labels(path, every)
-            left, seen = unseen(path, every)
-
-        kept = set(left)
-        images = [image for image in images if image in kept]
-        left_out[str(each)] = seen
-
-        if seen is None:
-            click.echo(
-                f"{each.name} does not tell what it was trained on: these images may be among it",
-                err=True,
-            )
-        elif seen:
-            echo(f"left out: {seen} images that {each.name} was trained on")
-
+    bundles = [bundle, old] if old else [bundle]
+    images, left_out = _unseen_by_all(bundles, labelled(data, group_by, root), key, echo)
     if not images:
         raise FtkitError(
             f"{data}: expected images that neither bundle was trained on, found none. Try held-out images"
         )
 
-    with (
-        unpacked(bundle, key) as path,
-        console.bar(f"{bundle.name} on {len(images)} images") as step,
-    ):
-        new = answers_of(path, images, provider=provider, step=step)
+    answered = []
+    for each in bundles:
+        title = f"{each.name} on {len(images)} images"
+        with unpacked(each, key) as path, console.bar(title) as step:
+            answered.append(answers_of(path, images, provider=provider, step=step))
 
+    new = answered[0]
     if provider != "cpu":
         echo(f"{provider}: {new.placement}")
     for line in new.unreadable:
         click.echo(f"left out: {line}", err=True)
 
-    before = change = None
-    if old:
-        with unpacked(old, key) as path, console.bar(f"{old.name} on {len(images)} images") as step:
-            before = answers_of(path, images, provider=provider, step=step)
-        change = compare_releases(new, before, max_drop=max_drop)
-
-    echo(comparison_text(new, before, change))
     told: dict[str, Any] = {
         "bundle": str(bundle),
         "metrics": dataclasses.asdict(new.metrics),
         "left_out": left_out,
     }
+    if not old:
+        echo(comparison_text(new))
+        write_json(as_json, told)
+        return
 
-    if before and change:
-        told["against"] = {
-            "bundle": str(old),
-            "metrics": dataclasses.asdict(before.metrics),
-            **dataclasses.asdict(change),
-        }
-
-    code = {"accepted": 0, "refused": 1}.get(change.verdict, 3) if change else 0
+    before = answered[1]
+    change = compare_releases(new, before, max_drop=max_drop)
+    echo(comparison_text(new, before, change))
+    told["against"] = {
+        "bundle": str(old),
+        "metrics": dataclasses.asdict(before.metrics),
+        **dataclasses.asdict(change),
+    }
     write_json(as_json, told)
-    sys.exit(code)
+    sys.exit({"accepted": 0, "refused": 1}.get(change.verdict, 3))
+
+
+def _unseen_by_all(
+    bundles: Sequence[Path], images: Sequence[Labelled], key: Path | None, echo: Callable[..., None]
+) -> tuple[list[Labelled], dict[str, int | None]]:
+    """The images that no bundle was trained on, and bundle -> how many it was; None where it does
+    not tell."""
+    from ftkit.evaluation.bundle import require_labels, unseen
+    from ftkit_export.bundle.archive import unpacked
+
+    kept = list(images)
+    left_out: dict[str, int | None] = {}
+    for bundle in bundles:
+        with unpacked(bundle, key) as path:
+            require_labels(path, images)
+            left, seen = unseen(path, images)
+
+        fresh = set(left)
+        kept = [image for image in kept if image in fresh]
+        left_out[str(bundle)] = seen
+
+        if seen is None:
+            click.echo(
+                f"{bundle.name} does not tell what it was trained on: these images may be among it",
+                err=True,
+            )
+        elif seen:
+            echo(f"left out: {seen} images that {bundle.name} was trained on")
+
+    return kept, left_out
 
 
 @click.command(cls=Command, short_help="Latency, memory, size; compare with a baseline.")

@@ -136,24 +136,9 @@ def audit(
 ) -> Audit:
     """images: as read; canvases: of them, made with `fit`. progress(done, total) counts images."""
     kept = canvases.images.images
-    total = len(canvases.images.images)
-    alike = identical(canvases)
     thumbs = _thumbnails(canvases, progress)
     flat = thumbs.std((1, 2)) < FLAT
-
-    alone = np.ones(total, bool)  # of identical files, one is compared with the rest
-
-    for item in alike:
-        alone[list(item.rows[1:])] = False
-
-    copies = {item.rows[0]: item.rows for item in alike}
-    near = near_duplicates(thumbs, np.flatnonzero(alone & ~flat))
-    near_groups = without_chains(near, thumbs)
-
-    def with_copies(rows: Iterable[int]) -> tuple[int, ...]:
-        return tuple(sorted(copy for row in rows for copy in copies.get(row, (row,))))
-
-    alike += [Alike(rows=with_copies(item.rows), exact=False) for item in near]
+    alike, near_groups = _alike(canvases, thumbs, flat)
 
     with ThreadPoolExecutor(cores()) as pool:
         facts = list(pool.map(_header, [image.path for image in kept]))
@@ -185,7 +170,7 @@ def audit(
         imbalance=max(train.values()) / min(train.values()),
         few=tuple(classes[label] for label, count in sorted(train.items()) if count < FEW),
         hint=_hint(images) if not any(image.group for image in images.images) else "",
-        near_groups=tuple(with_copies(rows) for rows in near_groups),
+        near_groups=near_groups,
         unjudged={
             split: names for split in ("val", "test") if (names := canvases.images.unjudged(split))
         },
@@ -194,6 +179,28 @@ def audit(
             row for row in flat_rows if squares[row] < 1 and not _is_flat(kept[row].path)
         ),
         frame=_frame([(width, height) for _, width, height in facts]),
+    )
+
+
+def _alike(
+    canvases: Canvases, thumbs: Array, flat: Array
+) -> tuple[list[Alike], tuple[tuple[int, ...], ...]]:
+    """Sets of identical and of nearly identical images, and groups of the latter without chains."""
+    exact = identical(canvases)
+    copies = {item.rows[0]: item.rows for item in exact}
+
+    alone = np.ones(len(thumbs), bool)  # of identical files, one is compared with the rest
+    for item in exact:
+        alone[list(item.rows[1:])] = False
+
+    def with_copies(rows: Iterable[int]) -> tuple[int, ...]:
+        return tuple(sorted(copy for row in rows for copy in copies.get(row, (row,))))
+
+    near = near_duplicates(thumbs, np.flatnonzero(alone & ~flat))
+    groups = without_chains(near, thumbs)
+    return (
+        [*exact, *(Alike(rows=with_copies(item.rows), exact=False) for item in near)],
+        tuple(with_copies(rows) for rows in groups),
     )
 
 

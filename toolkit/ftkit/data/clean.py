@@ -69,56 +69,69 @@ def _most(counts: dict[str, int]) -> str:
 
 
 def _remarks(found: Audit, canvases: Canvases) -> list[str]:
+    """What may matter, and last what must be mended."""
     images = canvases.images
     names = [below(images.root, image.path) for image in images.images]
+    full = [f"{name} ({image.split})" for name, image in zip(names, images.images, strict=True)]
 
-    def name(row: int) -> str:
-        return f"{names[row]} ({images.images[row].split})"
-
-    def listed(title: str, items: Sequence[str]) -> list[str]:
-        more = (
-            [f"  ... and {len(items) - NAMED} more: --json FILE names all"]
-            if len(items) > NAMED
-            else []
-        )
-
-        return (
-            [f"{len(items)} {title}", *(f"  {item}" for item in items[:NAMED]), *more]
-            if items
-            else []
-        )
+    def those(rows: Sequence[int]) -> list[str]:
+        return [full[row] for row in rows]
 
     def sets(items: Iterable[Alike], exact: bool) -> list[str]:
-        return [
-            " = ".join(map(name, item.rows[:4]))
-            + (f" = {len(item.rows) - 4} more" if len(item.rows) > 4 else "")
-            for item in items
-            if item.exact is exact
-        ]
+        return [_as_set(those(item.rows)) for item in items if item.exact is exact]
 
-    side = canvases.shards[0].shape[1]
     across = {(item.rows, item.exact) for item in (*found.leaks, *found.conflicts)}
     inside = [item for item in found.alike if (item.rows, item.exact) not in across]
-    lines = [
-        *listed("unreadable, left out in training:", [f"{path}: {why}" for path, why in found.bad]),
-        *listed("identical within a split:", sets(inside, True)),
-        *listed("nearly identical within a split:", sets(inside, False)),
-        *listed(
-            f"smaller than half of the {side} pixels trained on:", [name(row) for row in found.tiny]
+    flat = [row for row in found.flat if row not in found.emptied]
+    half_side = f"smaller than half of the {canvases.shards[0].shape[1]} pixels trained on:"
+
+    return [
+        *_listed(
+            "unreadable, left out in training:", [f"{path}: {why}" for path, why in found.bad]
         ),
-        *listed("over 40 megapixels:", [name(row) for row in found.huge]),
-        *listed(
-            "of one flat colour:", [name(row) for row in found.flat if row not in found.emptied]
+        *_listed("identical within a split:", sets(inside, True)),
+        *_listed("nearly identical within a split:", sets(inside, False)),
+        *_listed(half_side, those(found.tiny)),
+        *_listed("over 40 megapixels:", those(found.huge)),
+        *_listed("of one flat colour:", those(flat)),
+        *_listed(f"classes with under {FEW} training images:", list(found.few)),
+        *_listed("shown whole, and emptied by this recipe's crop:", those(found.emptied)),
+        *(
+            line
+            for split, classes in found.unjudged.items()
+            for line in _listed(
+                f"classes without a {split} image, of which {split} says nothing:", classes
+            )
         ),
-        *listed(f"classes with under {FEW} training images:", list(found.few)),
+        *_advice(found),
+        *_listed("nearly identical on several sides of the split:", sets(found.leaks, False)),
+        *_listed("nearly identical under several labels:", sets(found.conflicts, False)),
+        *_listed("LEAKS, identical on several sides of the split:", sets(found.leaks, True)),
+        *_listed("LEAKS, groups on several sides of the split:", list(found.shared_groups)),
+        *_listed("CONFLICTS, identical under several labels:", sets(found.conflicts, True)),
+        _conclusion(found),
     ]
 
-    lines += listed(
-        "shown whole, and emptied by this recipe's crop:", [name(row) for row in found.emptied]
-    )
-    for split, classes in found.unjudged.items():
-        lines += listed(f"classes without a {split} image, of which {split} says nothing:", classes)
 
+def _listed(title: str, items: Sequence[str]) -> list[str]:
+    """How many there are and the first of them; nothing for none."""
+    if not items:
+        return []
+
+    lines = [f"{len(items)} {title}", *(f"  {item}" for item in items[:NAMED])]
+    if len(items) > NAMED:
+        lines.append(f"  ... and {len(items) - NAMED} more: --json FILE names all")
+    return lines
+
+
+def _as_set(names: Sequence[str]) -> str:
+    more = f" = {len(names) - 4} more" if len(names) > 4 else ""
+    return " = ".join(names[:4]) + more
+
+
+def _advice(found: Audit) -> list[str]:
+    """Settings worth trying."""
+    lines = []
     if found.imbalance > UNEVEN:
         lines.append(
             f"classes are uneven, {found.imbalance:.0f} to 1: try --set stages.0.balance=loss"
@@ -127,15 +140,7 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
         lines.append(
             f"names suggest groups (one object, one day): if so, try --group-by '{found.hint}'"
         )
-
-    lines += [
-        *listed("nearly identical on several sides of the split:", sets(found.leaks, False)),
-        *listed("nearly identical under several labels:", sets(found.conflicts, False)),
-        *listed("LEAKS, identical on several sides of the split:", sets(found.leaks, True)),
-        *listed("LEAKS, groups on several sides of the split:", list(found.shared_groups)),
-        *listed("CONFLICTS, identical under several labels:", sets(found.conflicts, True)),
-    ]
-    return [*lines, _conclusion(found)]
+    return lines
 
 
 def _fit(found: Audit) -> list[str]:
