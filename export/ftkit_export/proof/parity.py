@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -222,63 +222,66 @@ def _run(session: Session, batch: Array, output: int = 0) -> Array:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """The exported files that parity is measured on, and what they must do. layers: value name ->
+    module path (convert.Core)."""
+
+    core: Path
+    image: Path
+    preprocess: Preprocess
+    temperature: float
+    layers: Mapping[str, str] = field(default_factory=dict)
+    input_format: str = "rgb"
+
+
 def measure_parity(
     reference: Reference,
-    core: Path,
-    image: Path,
+    model: ExportedModel,
     canvases: Array,
     photographs: Sequence[Array],
-    preprocess: Preprocess,
-    temperature: float,
-    layers: Mapping[str, str],
     provider: str = "cpu",
-    input_format: str = "rgb",
 ) -> Parity:
     """Compare both exported forms with the framework on one provider.
 
     canvases: (N, R, R, 3) uint8 of held-out photographs, for the core form. photographs: some of
-    them as decoded, each (H, W, 3) uint8, for the image form, where the provider runs it. layers:
-    value name -> module path (convert.Core). Raises ProviderError when the provider cannot be
-    proven.
+    them as decoded, each (H, W, 3) uint8, for the image form, where the provider runs it. Raises
+    ProviderError when the provider cannot be proven.
     """
-    core_session = Session(core, provider=provider)
+    preprocess = model.preprocess
+    core_session = Session(model.core, provider=provider)
     image_sessions = None
     if PROVIDERS[provider].form == "image":
-        pixel_form = pixel_model(preprocess, input_format).SerializeToString()
-        image_sessions = Session(image, provider=provider), Session(pixel_form, provider=provider)
+        resizer = pixel_model(preprocess, model.input_format).SerializeToString()
+        image_sessions = (
+            Session(model.image, provider=provider),
+            Session(resizer, provider=provider),
+        )
 
     checks: list[Check] = []
     errors: tuple[int, ...] = ()
     failing = None  # pixels of the first group whose logits differ: a fault may not show on another
     for group, images in {"photographs": photographs, **edge_images(preprocess.size)}.items():
-        drawn = (
-            canvases
-            if group == "photographs"
-            else np.stack([preprocess.canvas(item) for item in images])
-        )
+        drawn = canvases
+        if group != "photographs":
+            drawn = np.stack([preprocess.canvas(item) for item in images])
+
         pixels = preprocess.pixels(drawn)
         logits = _run(core_session, pixels)
         found = _core_checks(reference, logits, pixels, group, provider)
         errors = errors or _histogram(
             logits, reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
         )
-
         if failing is None and not all(check.passed for check in found):
             failing = pixels[:2]
 
         checks += found
-        if image_sessions is None:
-            continue
+        if image_sessions:
+            checks += _image_checks(reference, model, *image_sessions, images, group)
 
-        frames = [to_frame(item, input_format) for item in images]
-        pillow = [preprocess.canvas(from_frame(frame, input_format)) for frame in frames]
-        checks += _image_checks(
-            reference, *image_sessions, frames, pillow, preprocess, temperature, group
-        )
-
-    diverging = (
-        "" if failing is None else first_divergence(reference, core, failing, layers, provider)
-    )
+    diverging = ""
+    if failing is not None:
+        diverging = first_divergence(reference, model.core, failing, model.layers, provider)
 
     return Parity(
         provider=provider,
@@ -331,17 +334,19 @@ def _core_checks(
 
 def _image_checks(
     reference: Reference,
+    model: ExportedModel,
     session: Session,
-    pixel_session: Session,
-    frames: Sequence[Array],
-    canvases: Sequence[Array],
-    preprocess: Preprocess,
-    temperature: float,
+    resizer: Session,
+    images: Sequence[Array],
     group: str,
 ) -> list[Check]:
     """End to end on odd sizes: the graph's pixels against Pillow's, its probabilities against
     float64's."""
-    made = [pixel_session.run(frame[None])[1][0] for frame in frames]
+    preprocess = model.preprocess
+    temperature = model.temperature
+    frames = [to_frame(item, model.input_format) for item in images]
+    canvases = [preprocess.canvas(from_frame(frame, model.input_format)) for frame in frames]
+    made = [resizer.run(frame[None])[1][0] for frame in frames]
     checks = pixel_checks(np.stack(made), np.stack(canvases), preprocess, group)
 
     pillow = preprocess.pixels(np.stack(canvases[:IMAGE_FORM_IMAGES]))

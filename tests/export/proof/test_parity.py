@@ -18,7 +18,15 @@ from ftkit_export.conversion import graph
 from ftkit_export.conversion.convert import Core, export_core, write
 from ftkit_export.conversion.graph import image_form
 from ftkit_export.proof.golden import write_golden
-from ftkit_export.proof.parity import Emulated, Parity, Reference, _tf32, agreement, measure_parity
+from ftkit_export.proof.parity import (
+    Emulated,
+    ExportedModel,
+    Parity,
+    Reference,
+    _tf32,
+    agreement,
+    measure_parity,
+)
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session
 
@@ -52,13 +60,15 @@ def _compare(
     canvases = np.stack([PREPROCESS.canvas(image) for image in PHOTOGRAPHS])
     return measure_parity(
         Reference(model),
-        folder / "core.onnx",
-        folder / "model.onnx",
+        ExportedModel(
+            core=folder / "core.onnx",
+            image=folder / "model.onnx",
+            preprocess=PREPROCESS,
+            temperature=TEMPERATURE,
+            layers=core.layers,
+        ),
         canvases,
         PHOTOGRAPHS,
-        PREPROCESS,
-        TEMPERATURE,
-        core.layers,
     )
 
 

@@ -77,21 +77,19 @@ def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(
     run: Path, bundle: Path
 ) -> None:
     from ftkit.training.run import open_run
-    from ftkit_export.proof.parity import Reference
+    from ftkit_export.proof.parity import ExportedModel, Reference
 
     opened, image = open_run(run), bundle / "golden" / "00.png"
     canvases = np.stack([opened.preprocess.canvas(decode(image))])
-    files = bundle / "variants" / "fp32-core.onnx", bundle / "model.onnx"
+    model = ExportedModel(
+        core=bundle / "variants" / "fp32-core.onnx",
+        image=bundle / "model.onnx",
+        preprocess=opened.preprocess,
+        temperature=1.0,
+    )
     found = {
         name: measure_parity(
-            Reference(opened.backbone().model),
-            *files,
-            canvases,
-            [decode(image)],
-            opened.preprocess,
-            1.0,
-            {},
-            name,
+            Reference(opened.backbone().model), model, canvases, [decode(image)], name
         )
         for name in ("core", "rounded")
     }

@@ -26,6 +26,7 @@ from ftkit_export.runtime.errors import FtkitError
 if TYPE_CHECKING:
     from ftkit.recipe import Recipe
     from ftkit_export.bundle.write import Gate
+    from ftkit_export.runtime.verify import Verification
 
 
 class _Group(click.Group):
@@ -270,10 +271,7 @@ def verify(
     Exit 1 when one fails, 3 when --outputs settles nothing.
     """
     from ftkit_export.bundle import archive
-    from ftkit_export.bundle.handoff import judge_outputs
-    from ftkit_export.runtime.latency import machine
     from ftkit_export.runtime.session import parse_providers
-    from ftkit_export.runtime.verify import read_manifest
 
     code = 0
     with archive.opened(bundle, key) as folder:
@@ -282,48 +280,59 @@ def verify(
 
         for provider in parse_providers(providers):
             result = api.verify(folder, provider=provider)
+            _tell_verification(provider, result)
             code = code if result.passed else 1
-            click.echo(f"{provider}: {result.files} files unchanged")
-
-            for placement in result.placement:
-                click.echo(f"{provider}: {placement}")
-
-            for check in result.checks:
-                verdict = "ok" if check.passed else "FAILED"
-                click.echo(
-                    f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
-                    f"worst {check.file} at {check.value:.2f} of its tolerance"
-                )
-
-            for gate in result.failed_gates:
-                click.echo(f"sealed gate FAILED: {gate}")
-
             if add_to:
-                evidence = {
-                    "machine": machine(),
-                    "passed": result.passed,
-                    **dataclasses.asdict(result),
-                }
-                name = f"{provider}-{machine()['fingerprint']}"
-                click.echo(
-                    f"evidence: {archive.add_evidence(folder, add_to, name, json.dumps(evidence, indent=1))}"
-                )
+                click.echo(f"evidence: {_add_evidence(folder, add_to, provider, result)}")
 
         if outputs:
-            judged = judge_outputs(
-                folder, outputs, read_manifest(folder)["limits"]["max_accuracy_drop"]
-            )
-            drop = judged.paired
-            click.echo(
-                f"outputs: accuracy {judged.accuracy:.4f}, fp32 {judged.accuracy_fp32:.4f} on {drop.images} val "
-                f"images; drop {drop.drop * 100:+.2f} points [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]; "
-                f"least cosine {judged.cosine:.5f}, top-1 changed {judged.top1_changed}\n"
-                f"outputs: {judged.verdict}"
-            )
-            code = code or {"accepted": 0, "refused": 1}.get(judged.verdict, 3)
+            code = code or _judge_outputs(folder, outputs)
 
     click.echo({0: "verified", 3: "inconclusive"}.get(code, "NOT verified"))
     sys.exit(code)
+
+
+def _tell_verification(provider: str, result: Verification) -> None:
+    click.echo(f"{provider}: {result.files} files unchanged")
+    for placement in result.placement:
+        click.echo(f"{provider}: {placement}")
+
+    for check in result.checks:
+        verdict = "ok" if check.passed else "FAILED"
+        click.echo(
+            f"{provider}: {check.name} of {check.images} golden images: {verdict}, "
+            f"worst {check.file} at {check.value:.2f} of its tolerance"
+        )
+
+    for gate in result.failed_gates:
+        click.echo(f"sealed gate FAILED: {gate}")
+
+
+def _add_evidence(folder: Path, copy: Path, provider: str, result: Verification) -> Path:
+    """Write the result into a copy of the bundle; returns the file."""
+    from ftkit_export.bundle import archive
+    from ftkit_export.runtime.latency import machine
+
+    here = machine()
+    evidence = {"machine": here, "passed": result.passed, **dataclasses.asdict(result)}
+    name = f"{provider}-{here['fingerprint']}"
+    return archive.add_evidence(folder, copy, name, json.dumps(evidence, indent=1))
+
+
+def _judge_outputs(folder: Path, outputs: Path) -> int:
+    """Judge and print what another compiler made of handoff/inputs.npy; the exit code."""
+    from ftkit_export.bundle.handoff import judge_outputs
+    from ftkit_export.runtime.verify import read_manifest
+
+    judged = judge_outputs(folder, outputs, read_manifest(folder)["limits"]["max_accuracy_drop"])
+    drop = judged.paired
+    click.echo(
+        f"outputs: accuracy {judged.accuracy:.4f}, fp32 {judged.accuracy_fp32:.4f} on {drop.images} val "
+        f"images; drop {drop.drop * 100:+.2f} points [{drop.low * 100:+.2f}, {drop.high * 100:+.2f}]; "
+        f"least cosine {judged.cosine:.5f}, top-1 changed {judged.top1_changed}\n"
+        f"outputs: {judged.verdict}"
+    )
+    return {"accepted": 0, "refused": 1}.get(judged.verdict, 3)
 
 
 STANDARD_INPUT = Path("-")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,8 @@ class Evidence:
     """Measurements that the gates are judged on. metrics: of the file on test, against: paired with
     the framework there; budgets: of the chosen row; unproven: variants that would meet them all,
     were they proven: a budget that is missed is then not settled. frame: the size that latencies
-    were measured at. out_of_order: classes elsewhere than in the run."""
+    were measured at. out_of_order: classes elsewhere than in the run. latency: of each shipped
+    variant; sizes: (frame, p50 ms, p95 ms) of the chosen file."""
 
     parity: Sequence[Parity]
     chosen: Row
@@ -194,6 +195,8 @@ class Evidence:
     budgets: Sequence[Budget] = ()
     unproven: Sequence[Row] = ()
     frame: str = ""
+    latency: Mapping[str, Sequence[Latency]] = field(default_factory=dict)
+    sizes: Sequence[tuple[str, float, float]] = ()
 
 
 def judge_gates(limits: Export, measured: Evidence) -> list[Gate]:
@@ -295,17 +298,10 @@ def times_by_size(
 
 
 def manifest(
-    run: Run,
-    parity: Sequence[Parity],
-    file_metrics: Metrics,
-    against: Paired,
-    latency: Mapping[str, Sequence[Latency]],
-    context: variants.Context,
-    made: variants.Variants,
-    chosen: Row,
-    sizes: Sequence[tuple[str, float, float]],
+    run: Run, context: variants.Context, made: variants.Variants, found: Evidence
 ) -> dict[str, Any]:
-    target = context.target
+    """What the bundle tells of its file, as JSON data, but for the gates and the files."""
+    chosen = found.chosen
 
     return {
         "ftkit": ftkit.__version__,
@@ -326,43 +322,50 @@ def manifest(
         },
         "opset": OPSET,
         "ir": IR_VERSION,
-        "oldest_onnxruntime": target.oldest,
+        "oldest_onnxruntime": context.target.oldest,
         "run": run.data["model_fingerprint"],
         "data_fingerprint": run.data["data_fingerprint"],
         "limits": asdict(context.limits),
-        "evidence": {
-            "decision": [{**asdict(row), "shippable": row.shippable} for row in made.rows],
-            "agreement": {
-                name: [{**asdict(check), "passed": check.passed} for check in checks]
-                for name, checks in made.checks.items()
-            },
-            "parity": [
-                {
-                    "provider": item.provider,
-                    "passed": item.passed,
-                    "first_divergence": item.first_divergence,
-                    "placement": item.placement,
-                    "errors": item.errors,
-                    "checks": [{**asdict(check), "passed": check.passed} for check in item.checks],
-                }
-                for item in parity
-            ],
-            "accuracy": {
-                "framework": run.data["metrics"]["test"],
-                "file": asdict(file_metrics),
-                "against_framework": asdict(against),
-            },
-            "decided_on": context.device.machine
-            if context.device
-            else context.measured.get("machine", machine()),
-            "latency_over_sizes": [
-                {"frame": frame, "p50_ms": p50, "p95_ms": p95} for frame, p50, p95 in sizes
-            ],
-            "latency": [
-                {"variant": name, **asdict(item)}
-                for name, items in latency.items()
-                for item in items
-            ],
-        },
+        "evidence": _as_json(run, context, made, found),
         "machine": machine(),
     }
+
+
+def _as_json(
+    run: Run, context: variants.Context, made: variants.Variants, found: Evidence
+) -> dict[str, Any]:
+    decided_on = context.device.machine if context.device else context.measured.get("machine")
+
+    return {
+        "decision": [{**asdict(row), "shippable": row.shippable} for row in made.rows],
+        "agreement": {name: _checks(checks) for name, checks in made.checks.items()},
+        "parity": [
+            {
+                "provider": item.provider,
+                "passed": item.passed,
+                "first_divergence": item.first_divergence,
+                "placement": item.placement,
+                "errors": item.errors,
+                "checks": _checks(item.checks),
+            }
+            for item in found.parity
+        ],
+        "accuracy": {
+            "framework": run.data["metrics"]["test"],
+            "file": asdict(found.metrics),
+            "against_framework": asdict(found.against),
+        },
+        "decided_on": decided_on or machine(),
+        "latency_over_sizes": [
+            {"frame": frame, "p50_ms": p50, "p95_ms": p95} for frame, p50, p95 in found.sizes
+        ],
+        "latency": [
+            {"variant": name, **asdict(item)}
+            for name, items in found.latency.items()
+            for item in items
+        ],
+    }
+
+
+def _checks(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    return [{**asdict(check), "passed": check.passed} for check in checks]

@@ -45,7 +45,13 @@ from ftkit_export.conversion.class_activation import Explainer, with_features
 from ftkit_export.conversion.convert import Core, export_core, write_ort
 from ftkit_export.proof.decision import Row
 from ftkit_export.proof.golden import write_flat, write_golden
-from ftkit_export.proof.parity import FLOAT64_IMAGES, Parity, Reference, measure_parity
+from ftkit_export.proof.parity import (
+    FLOAT64_IMAGES,
+    ExportedModel,
+    Parity,
+    Reference,
+    measure_parity,
+)
 from ftkit_export.proof.regression import Outcome
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.errors import FtkitError
@@ -372,20 +378,23 @@ def _prove(job: Job, paths: Forms) -> list[Parity]:
     """Parity of fp32 with the framework, on each provider."""
     found = []
     image_form, core_form = paths["fp32"]
+    model = ExportedModel(
+        core=core_form,
+        image=image_form,
+        preprocess=job.run.preprocess,
+        temperature=job.run.temperature,
+        layers=job.core.layers,
+        input_format=job.limits.input_format,
+    )
 
     for provider in job.providers:
         with console.bar(f"parity on {provider}"):
             parity = measure_parity(
                 job.context.reference,
-                core_form,
-                image_form,
+                model,
                 job.canvases.array(job.rows),
                 job.photographs,
-                job.run.preprocess,
-                job.run.temperature,
-                job.core.layers,
                 provider,
-                job.limits.input_format,
             )
 
         _say_parity(parity, len(job.rows))
@@ -467,32 +476,22 @@ def _seal(
         f"accuracy of the file on {metrics.images} held-out images: {metrics.accuracy:.4f} "
         f"(framework {run.data['metrics']['test']['accuracy']:.4f})"
     )
-    gates = evidence.judge_gates(
-        job.limits,
-        evidence.Evidence(
-            parity=parity,
-            chosen=measured.chosen,
-            metrics=metrics,
-            against=against,
-            out_of_order=evidence.out_of_order(folder, run.classes),
-            budgets=measured.budgets,
-            unproven=measured.unproven,
-            frame=job.context.frame,
-        ),
+    found = evidence.Evidence(
+        parity=parity,
+        chosen=measured.chosen,
+        metrics=metrics,
+        against=against,
+        out_of_order=evidence.out_of_order(folder, run.classes),
+        budgets=measured.budgets,
+        unproven=measured.unproven,
+        frame=job.context.frame,
+        latency=measured.latency,
+        sizes=measured.sizes,
     )
+    gates = evidence.judge_gates(job.limits, found)
 
     manifest = {
-        **evidence.manifest(
-            run,
-            parity,
-            metrics,
-            against,
-            measured.latency,
-            job.context,
-            made,
-            measured.chosen,
-            measured.sizes,
-        ),
+        **evidence.manifest(run, job.context, made, found),
         "variants": {
             name: {
                 "file": image_form.relative_to(folder).as_posix(),
@@ -502,16 +501,7 @@ def _seal(
         },
     }
 
-    shown = {
-        **manifest,
-        "gates": [gate.as_dict() for gate in gates],
-        "model_sha256": sha256(folder / "model.onnx"),
-    }
-    mistakes = _pictures(folder, job.canvases, run, job.limits)
-    epochs = read_metrics(run.folder)
-    write_report(folder / "report.html", run.data, epochs, mistakes, shown)
-    (folder / "MODEL_CARD.md").write_text(model_card(run.data, manifest), encoding="utf-8")
-
+    _describe(job, manifest, gates)
     sealed = bundles.seal(folder, out, manifest, gates, job.extras.sign)
 
     if job.extras.zipped:
@@ -526,6 +516,22 @@ def _seal(
         rows=made.rows,
         chosen=measured.chosen.name,
     )
+
+
+def _describe(job: Job, manifest: dict[str, Any], gates: Sequence[Gate]) -> None:
+    """Write the report and the model card."""
+    run = job.run
+    folder = job.folder
+    shown = {
+        **manifest,
+        "gates": [gate.as_dict() for gate in gates],
+        "model_sha256": sha256(folder / "model.onnx"),
+    }
+    mistakes = _pictures(folder, job.canvases, run, job.limits)
+    epochs = read_metrics(run.folder)
+
+    write_report(folder / "report.html", run.data, epochs, mistakes, shown)
+    (folder / "MODEL_CARD.md").write_text(model_card(run.data, manifest), encoding="utf-8")
 
 
 def _write_variants(

@@ -6,7 +6,7 @@ peak = best_rate(stage, backbone, loader, batches, total, val_labels)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -38,23 +38,12 @@ def best_rate(
     assert isinstance(head, nn.Linear | nn.Conv2d)  # build() makes no other
     weights = [head.weight.detach().flatten(1).clone().requires_grad_() for _ in RATES]
     biases = [head.bias.detach().clone().requires_grad_() for _ in RATES]  # type: ignore[union-attr]
-    groups = [{"params": [w], "weight_decay": stage.weight_decay} for w in weights]
-    groups += [{"params": [b], "weight_decay": 0.0} for b in biases]
-    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-
-    if stage.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            groups, lr=1.0, momentum=0.9, nesterov=True
-        )
-    else:
-        optimizer = kinds[stage.optimizer](groups, lr=1.0)
+    optimizer = _optimizer(stage, weights, biases)
 
     # (n, features) -> (rates, n, classes), one product for all
-    def logits_of(
-        found: torch.Tensor,
-    ) -> torch.Tensor:
-        flat = F.linear(found, torch.cat(weights), torch.cat(biases))
-        return flat.view(len(found), len(RATES), -1).transpose(0, 1)
+    def logits_of(embedding: torch.Tensor) -> torch.Tensor:
+        flat = F.linear(embedding, torch.cat(weights), torch.cat(biases))
+        return flat.view(len(embedding), len(RATES), -1).transpose(0, 1)
 
     for step, (positions, generator) in enumerate(batches):
         # Every rank fits the whole fan
@@ -84,3 +73,17 @@ def best_rate(
 
     finite = [score if np.isfinite(score) else np.inf for score in scores]
     return RATES[int(np.argmin(finite))]
+
+
+def _optimizer(
+    stage: Stage, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> torch.optim.Optimizer:
+    """The stage's optimizer over all heads, a parameter group each: weights first, then biases."""
+    groups = [{"params": [value], "weight_decay": stage.weight_decay} for value in weights]
+    groups += [{"params": [value], "weight_decay": 0.0} for value in biases]
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
+
+    if stage.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=1.0)
+    return torch.optim.AdamW(groups, lr=1.0)
