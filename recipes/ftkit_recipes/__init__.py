@@ -1,1 +1,1 @@
-"""One readable file a recipe; `ftkit recipes` lists them."""
+"""The recipes, one readable file each; `ftkit recipes` lists them."""

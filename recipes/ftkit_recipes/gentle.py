@@ -2,10 +2,10 @@
 
     ftkit train photos --recipe gentle
 
-Why so small a rate: the head starts from chance while the features it reads are already good. A
-large step follows the first batches' noise; a small one adapts to the new classes without wandering
-off, and in later stages, where the features themselves move, without forgetting what the backbone
-knows. Measured: bench/README.md.
+Why such a low rate: the head starts at chance level, while its input features are already good.
+Large steps follow the noise of the first batches; small ones adapt to the new classes without
+drifting and, in later stages that train the features, without forgetting what the backbone has
+learned. Results: bench/README.md.
 """
 
 from ftkit.recipe import Recipe, Stage

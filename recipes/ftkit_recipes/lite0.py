@@ -3,8 +3,8 @@
     ftkit train photos            (or: python -m ftkit_recipes.lite0 photos)
 
 Measured on ELPV, four classes, stratified random 70/30 split, with --set augment.vflip=true, on a
-2-core machine without a GPU: test accuracy 0.889, 0.898, 0.883 (seeds 0, 1, 2), 146 s from nothing
-cached. bench/README.md has more.
+2-core machine without a GPU: test accuracy 0.889, 0.898, 0.883 (seeds 0, 1, 2), 146 s with an empty
+cache. bench/README.md has more.
 """
 
 from ftkit.recipe import Augment, Recipe, Stage
@@ -13,7 +13,7 @@ from ftkit_export.runtime.preprocess import Preprocess
 recipe = Recipe(
     name="lite0",
     backbone="efficientnet_lite0",
-    # The whole centre square, not its inner 7/8: what an inspection camera frames is what counts.
+    # The whole centre square, not its inner 7/8: all that an inspection camera frames may matter.
     preprocess=Preprocess(
         size=224, resize=224, mean=(127.0, 127.0, 127.0), std=(128.0, 128.0, 128.0)
     ),

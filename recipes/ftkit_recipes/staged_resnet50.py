@@ -3,8 +3,8 @@
     ftkit train photos --recipe staged_resnet50 --weights resnet50.safetensors
     ftkit train photos --recipe staged_resnet50 --set backbone=efficientnet_lite0      (the same plan, offline)
 
-The accuracy of the ResNet50 itself is unmeasured: its weights need a network. The plan's, on
-EfficientNet-Lite0, is in bench/README.md.
+Its accuracy with ResNet50 is unmeasured: the weights need a download. That with EfficientNet-Lite0
+is in bench/README.md.
 """
 
 from ftkit.recipe import Recipe, Stage

@@ -133,7 +133,7 @@ def test_what_a_report_shows_is_escaped_and_has_no_place_of_this_machine(
     text = (tmp_path / "r.html").read_text()
     assert "somebody" not in text
     assert "<script" not in text
-    assert "&lt;script&gt;&quot;&amp;" in text
+    assert "&lt;script&gt;&#34;&amp;" in text
 
 
 def test_a_report_of_a_run_is_written_again_and_a_bundles_is_only_copied(

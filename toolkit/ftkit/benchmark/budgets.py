@@ -34,11 +34,12 @@ BUDGETS = ("p50_ms", "p95_ms", "cold_ms", "memory_mb", "size_mb")
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit and what was measured, a value a process, the longest measurement first; none where
-    it could not be.
+    """A limit and the values measured against it.
 
-    passed: every process is within; failed: none is; else it is not sure. By the sign test six that
-    agree are 98 % confidence, the four of a quick measurement 94 %.
+    values: one per process, the longest measurement first; empty when it could not be measured. The
+    verdict is passed when every process is within the limit, failed when none is, else
+    inconclusive. By the sign test, six that agree are 98 % confidence, the four of a quick
+    measurement 94 %.
     """
 
     name: str
@@ -66,8 +67,10 @@ class Budget:
 
 
 def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
-    """["p95_ms=8"] -> {"p95_ms": 8.0}. Raises FtkitError for an unknown name, or a limit that is
-    none."""
+    """Parse budgets: ["p95_ms=8"] -> {"p95_ms": 8.0}.
+
+    Raises FtkitError for an unknown name or an invalid limit.
+    """
     found = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -86,8 +89,7 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
 
 
 def judge_bench(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]:
-    """Budgets of the shipped variant in the first condition that was measured: first provider,
-    threads and batch."""
+    """Budgets of the shipped variant in the first measured condition (provider, threads, batch)."""
     row = found["rows"][0]
     starts = [Start(**start) for start in found["starts"][row["variant"]]]
     return judge_budgets(
@@ -103,9 +105,11 @@ def judge_budgets(
     p95_ms: float | None,
     size_bytes: int,
 ) -> list[Budget]:
-    """Compare measurements with limits, for `ftkit bench` and `ftkit export` alike. starts: a
-    process each; p50_ms, p95_ms: of a longer measurement, None where there is none; then the
-    latencies of `starts` do not count either."""
+    """Compare measurements with limits, for `ftkit bench` and `ftkit export` alike.
+
+    starts: one per process. p50_ms, p95_ms: of a longer measurement; None when there is none, and
+    then the latencies of `starts` do not count either.
+    """
     values: dict[str, tuple[float, ...]] = {
         "p50_ms": () if p50_ms is None else (p50_ms, *(start.p50_ms for start in starts)),
         "p95_ms": () if p95_ms is None else (p95_ms, *(start.p95_ms for start in starts)),
@@ -122,7 +126,10 @@ def measure(
     *,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """All figures of a bundle or any ONNX file on this machine. say: told what is measured next."""
+    """Measure all figures of a bundle or any ONNX file on this machine.
+
+    say: called with what is measured next.
+    """
     return bench_model(
         model,
         providers=options.providers,
@@ -142,9 +149,11 @@ def compare_in_turn(
     *,
     say: Callable[[str], object] = lambda text: None,
 ) -> list[Comparison]:
-    """The gate: latency, cold start, memory and size of a bundle (its model.onnx) or any ONNX file,
-    each run in turn with the baseline's, in the first condition of `options`, on frames of the
-    candidate's size. Two thirds of the time are for the latency. Raises FtkitError as find.
+    """Regression gate: latency, cold start, memory and size of a candidate against a baseline.
+
+    Both are a bundle (its model.onnx) or any ONNX file, run alternately in the first condition of
+    `options` on frames of the candidate's size. Two thirds of the time are for the latency. Raises
+    FtkitError like `find`.
     """
     new = find(candidate, options.image, options.frame)
     old = find(baseline, options.image)
@@ -174,8 +183,10 @@ def compare_in_turn(
 def compare_with_stored(
     model: str | Path, stored: Mapping[str, Any], *, image: str | Path | None = None
 ) -> list[Comparison]:
-    """The same against what bench measured earlier (`stored`), in its condition. Advisory on
-    another machine."""
+    """Regression gate against the figures of an earlier bench (`stored`), in its condition.
+
+    Advisory if they are from another machine.
+    """
     found = find(model, image, stored["frame"])
     row = stored["rows"][0]
     path = found.shipped(stored["provider"])
@@ -193,7 +204,10 @@ def compare_with_stored(
 def compare_there(
     measure: Callable[[], Mapping[str, Any]], found: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> list[Comparison]:
-    """The same for what another machine measured. measure: does it again, to confirm a failure."""
+    """Regression gate for figures measured on another machine.
+
+    measure: repeats the measurement, to confirm a failure.
+    """
     row = found["rows"][0]
     here, there = ((item["provider"], item["threads"]) for item in (found, stored))
 
@@ -226,7 +240,10 @@ def _stored(
     stored: Mapping[str, Any],
     where: Mapping[str, Any],
 ) -> list[Comparison]:
-    """where: the machine that `now` is from."""
+    """Compare new measurements with stored ones.
+
+    where: the machine that `now` measures on.
+    """
     row = stored["rows"][0]
     then = [Start(**start) for start in stored["starts"][row["variant"]]]
     same = where["fingerprint"] == stored["machine"]["fingerprint"]
@@ -242,7 +259,7 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 
 def as_tables(found: Mapping[str, Any]) -> str:
-    """Latency, cold start and parts, within 80 columns."""
+    """Tables of latency, cold start and parts, within 80 columns."""
     tables = [_latency_table(found["rows"]), _starts_table(found)]
     if found["parts"]:
         tables.append(_parts_table(found["parts"]))
@@ -251,7 +268,7 @@ def as_tables(found: Mapping[str, Any]) -> str:
 
 
 def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line a condition."""
+    """One row per condition."""
     head = ("variant", "provider", "threads", "batch", "p50 ms", "p90", "p95", "p99", "img/s")
     lines = [(*head, "runs")]
     for row in rows:
@@ -273,7 +290,7 @@ def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _starts_table(found: Mapping[str, Any]) -> str:
-    """Medians over processes, a line a variant."""
+    """Medians over processes, one row per variant."""
     lines = [("variant", "import ms", "session", "first run", "cold start", "peak MB", "file MB")]
     sizes = {row["variant"]: row["size_bytes"] for row in found["rows"]}
 
@@ -290,7 +307,7 @@ def _starts_table(found: Mapping[str, Any]) -> str:
 
 
 def _parts_table(parts: Mapping[str, Mapping[str, float]]) -> str:
-    """What of an image's time is decoding, preprocessing and the network."""
+    """Time per image spent on decoding, preprocessing and the network."""
     columns = {
         "decode ms": "decode_ms",
         "preprocess": "preprocess_ms",
@@ -304,7 +321,7 @@ def _parts_table(parts: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _remarks(found: Mapping[str, Any]) -> list[str]:
-    """What the tables do not hold: frames, placement, GPU memory, races, quick runs."""
+    """Remarks below the tables: frames, placement, GPU memory, races, quick runs."""
     frames = [f"{console.frames(found['frame'])}, decoding apart"] if found["frame"] else []
     placed = [
         f"{row['variant']} on {row['provider']}: {row['placement']}"
@@ -318,7 +335,7 @@ def _remarks(found: Mapping[str, Any]) -> list[str]:
     }
     memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
     raced = [
-        f"in turn: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
+        f"alternating runs: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
         f"{item['ratio_high']:.2f}]"
         for name, item in found["raced"].items()
         if name != "fp32"
@@ -333,12 +350,12 @@ def _ms(value: float) -> str:
 
 
 def as_budgets(budgets: Sequence[Budget]) -> str:
-    """A line a budget."""
+    """One line per budget."""
     return "\n".join(f"{console.MARKS[item.verdict]}  {item}" for item in budgets)
 
 
 def as_gate(verdicts: Sequence[Comparison]) -> str:
-    """A row a quantity, candidate over baseline, then each reason."""
+    """One row per quantity, candidate over baseline, then each reason."""
     rows = [("", "ratio", "95 % interval", "A/A", "margin", "procs", "s", "verdict")]
     for item in verdicts:
         rows.append(

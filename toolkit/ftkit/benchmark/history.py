@@ -1,12 +1,12 @@
-"""Latency over time: a line of JSON a measurement, kept in the user's own repository.
+"""Latency over time: one line of JSON per measurement, kept in the user's own repository.
 
     path = append(measured, folder)   # what bench measured; ftkit-bench.jsonl at the repository's root
     lines = read(path)
 
-Figures of two machines are never joined by a line: what the machine changed, nobody changed. A
-change point is marked where the median of the next three figures leaves that of up to eight before
-by more than 5 %, and by more than three times their own deviation: a plain rolling comparison, for
-finding the commit, not for judging it.
+Figures of different machines are never plotted as one series. A change point is marked where the
+median of the next three figures differs from that of up to eight before by more than 5 %, and by
+more than three times their deviation: a plain rolling comparison, to find the commit, not to judge
+it.
 """
 
 from __future__ import annotations
@@ -41,14 +41,12 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def place(folder: Path) -> Path:
-    """Where the history is kept: at the root of the repository that `folder` is in, else in
-    `folder` itself."""
+    """Path of the history: at the root of the repository around `folder`, else in `folder`."""
     return Path(_git(folder, "rev-parse", "--show-toplevel") or folder) / NAME
 
 
 def append_measurement(found: Mapping[str, Any], folder: Path) -> Path:
-    """Add one measurement (ftkit_export.runtime.measure's) with the commit it was taken at, and
-    return the file."""
+    """Append one measurement of ftkit_export.runtime.measure with its commit; return the file."""
     path = place(folder)
     keys = ("variant", "provider", "threads", "batch", "spinning", "copies", "p50_ms", "p95_ms")
     line = {
@@ -80,7 +78,7 @@ def append_measurement(found: Mapping[str, Any], folder: Path) -> Path:
         "size_bytes": {row["variant"]: row["size_bytes"] for row in found["rows"]},
     }
 
-    # One write: two jobs at once do not mix their lines
+    # One write, so that parallel jobs do not mix lines
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -88,7 +86,7 @@ def append_measurement(found: Mapping[str, Any], folder: Path) -> Path:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a history, oldest first. Raises FtkitError naming the line that is none."""
+    """Read a history, oldest line first; raises FtkitError naming the first invalid line."""
     if not path.is_file():
         raise FtkitError(f"{path}: expected a history, found none. Try `ftkit bench MODEL --save`")
 
@@ -131,7 +129,7 @@ def _series(line: Mapping[str, Any]) -> dict[Series, float]:
     machine = line["machine"]
     where = f"{machine['cpu']}, {machine['cores']} cores ({machine['fingerprint']})"
     quick = ", quick" if line["quick"] else ""
-    frame = line.get("frame", "")  # of older lines the golden image's own, which they do not tell
+    frame = line.get("frame", "")  # not in older lines: there the golden image's own
     frames = f", {console.frames(frame)}" if frame else ""
 
     def named(title: str) -> Series:
@@ -152,7 +150,7 @@ def _series(line: Mapping[str, Any]) -> dict[Series, float]:
 
 
 def changes(values: Sequence[float]) -> list[int]:
-    """Places where the level changes, each the first figure of its new level."""
+    """Change points: the index of the first figure at each new level."""
     found: list[int] = []
     logs = [math.log(value) for value in values]
 

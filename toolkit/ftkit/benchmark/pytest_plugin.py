@@ -1,4 +1,4 @@
-"""For the tests of those who ship a model: the fixture `latency` and the marker `latency_budget`.
+"""pytest plugin to test exported models: fixture `latency` and marker `latency_budget`.
 
     @pytest.mark.latency_budget(p95_ms=8, size_mb=5)
     def test_the_model_is_fast_enough(latency):
@@ -7,9 +7,9 @@
     def test_the_model_is_no_slower_than_the_last_release(latency):
         latency.against("bundle", "released/bundle")
 
-A budget that is missed, or a model that is surely slower, fails the test. What cannot be told on
-this machine is skipped, with the reason. Where the test also asks for pytest-benchmark's
-`benchmark`, the figures stand in its extra_info.
+A missed budget, or a model that is slower with confidence, fails the test. An inconclusive result
+skips it, with the reason. If the test also uses pytest-benchmark's fixture `benchmark`, the figures
+are added to its extra_info.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """A budget that nothing is measured against must not look like one that is met."""
+    """Reject a budget marker without the fixture `latency`, or without valid limits.
+
+    A budget that nothing is measured against must not look like one that is met.
+    """
     for item in items:
         for marker in item.iter_markers(MARKER):
             if "latency" not in getattr(item, "fixturenames", ()):
@@ -54,7 +57,7 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 
 def _limits(marker: pytest.Mark, where: str) -> dict[str, float]:
-    # Here: other people's test runs need none of it
+    # Imported here: most test runs do not need it
     from ftkit.benchmark.budgets import (
         parse_budgets,
     )
@@ -68,7 +71,7 @@ def _limits(marker: pytest.Mark, where: str) -> dict[str, float]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Remember that the test passed: a skipped one need not have measured."""
+    """Record that the test ran to its end: a skipped one need not have measured."""
     done = yield
     item.stash[CALLED] = True
     return done
@@ -92,8 +95,7 @@ class LatencyFixture:
         spinning: bool = True,
         quick: bool = True,
     ) -> dict[str, Any]:
-        """Measure a bundle's model.onnx or any ONNX file, hold it to the test's budgets, return the
-        figures.
+        """Measure a bundle or any ONNX file, check the test's budgets, return the figures.
 
         Fails the test when a budget is missed in every process, skips it when the processes do not
         agree.
@@ -140,8 +142,10 @@ class LatencyFixture:
         max_slowdown: float = 0.05,
         seconds: float = 120,
     ) -> list[Comparison]:
-        """ftkit's regression gate: latency, cold start, memory, size. Fails or skips the test as
-        __call__ does."""
+        """Run the regression gate: latency, cold start, memory, size.
+
+        Fails or skips the test as __call__ does.
+        """
         from ftkit.benchmark.budgets import compare_in_turn
         from ftkit.options import BenchOptions
 
@@ -168,7 +172,7 @@ class LatencyFixture:
 
 @pytest.fixture
 def latency(request: pytest.FixtureRequest) -> Iterable[LatencyFixture]:
-    """Latency of exported models, each in fresh processes, held to the marker latency_budget."""
+    """Measure exported models in fresh processes, and check the marker latency_budget."""
     measured = LatencyFixture(request)
     yield measured
     called = request.node.stash.get(CALLED, False)

@@ -1,7 +1,6 @@
-"""Measure on the device itself, over plain OpenSSH: nothing is installed there, and nothing is left
-there.
+"""Measure on the device itself, over plain OpenSSH; nothing is installed or left behind there.
 
-    found = bench("pi@camera", Path("bundle"), quick=False)            # what `ftkit bench` would say there
+    found = bench("pi@camera", Path("bundle"), quick=False)            # as `ftkit bench` there
     with Device.reached("pi@camera") as device:
         device.target, device.race(files, photograph)
 
@@ -41,8 +40,10 @@ NEEDED = "numpy, onnxruntime and Pillow"
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """A folder on another machine, there for as long as the block of `reached` runs. python: the
-    interpreter there."""
+    """A temporary folder on another machine, for as long as the block of `reached` runs.
+
+    python: the interpreter there.
+    """
 
     host: str
     folder: str
@@ -53,11 +54,13 @@ class Device:
     @staticmethod
     @contextmanager
     def reached(where: str) -> Iterator[Device]:
-        """where: USER@HOST[:PYTHON]. Raises FtkitError when it cannot be reached, or lacks what is
-        needed."""
+        """Connect to USER@HOST[:PYTHON] and set up a temporary folder there.
+
+        Raises FtkitError when it cannot be reached, or lacks what is needed.
+        """
         host, python = _parse(where)
         folder = _ssh(host, MAKE_FOLDER).decode(errors="replace").strip().rpartition("\n")[2]
-        # It will be removed: it must be what mktemp said
+        # It is removed later: it must be a plain path from mktemp
         if not re.fullmatch(r"/[\w./-]+", folder):
             raise FtkitError(
                 f"{host}: expected the folder that mktemp -d makes, found {folder[:80]!r}. Check its login"
@@ -77,7 +80,7 @@ class Device:
             )
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
         finally:
-            # What was measured counts, also where the connection is gone now
+            # Measurements count even if the connection is lost now
             with suppress(FtkitError):
                 _ssh(host, f"rm -rf {folder}")
 
@@ -90,7 +93,7 @@ class Device:
         threads: int = 1,
         frame: str = "",
     ) -> list[Raced]:
-        """latency.race, there."""
+        """Run latency.race on the device."""
         names = [f"{number}.onnx" for number in range(len(models))]
         _send(
             self.host,
@@ -110,7 +113,7 @@ class Device:
     def starts(
         self, model: Path, image: Path, *, provider: str = "cpu", frame: str = "", count: int
     ) -> list[Start]:
-        """latency.begin, there, on one thread, so many times."""
+        """Run latency.begin on the device `count` times, on one thread."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
         condition = asdict(Condition(model="0.onnx", provider=provider, threads=1, frame=frame))
         job = {
@@ -128,7 +131,7 @@ class Device:
     def over_sizes(
         self, model: Path, image: Path, frames: Sequence[str]
     ) -> list[tuple[str, float, float]]:
-        """latency.over_sizes, there, on one thread of the CPU."""
+        """Run latency.over_sizes on the device, on one thread of the CPU."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
         conditions = [asdict(Condition(model="0.onnx", threads=1, frame=frame)) for frame in frames]
         job = {"what": "sizes", "conditions": conditions, "image": f"image{image.suffix}"}
@@ -138,32 +141,32 @@ class Device:
         ]
 
     def put_canvases(self, canvases: np.ndarray[Any, Any]) -> None:
-        """Send images (n, R, R, 3) uint8, for `answers`."""
+        """Send images (n, R, R, 3) uint8 to the device, for `answers`."""
         with tempfile.TemporaryDirectory() as scratch:
             np.save(Path(scratch) / CANVASES, canvases)
             _send(self.host, self.folder, {CANVASES: Path(scratch) / CANVASES})
 
     def answers(self, core: Path, *, provider: str = "cpu") -> np.ndarray[Any, Any]:
-        """Logits (n, classes) of a core form there, of the canvases that `put_canvases` sent."""
+        """Logits (n, classes) of a core form on the device, for the images from `put_canvases`."""
         _send(self.host, self.folder, {"0.onnx": core})
         conditions = [asdict(Condition(model="0.onnx", provider=provider))]
         job = {"what": "answers", "conditions": conditions, "image": CANVASES}
         return np.array(self.run("-m", "ftkit_export.runtime.timing", json.dumps(job)))
 
     def run(self, *words: str) -> Any:
-        """Python there, in the folder; the JSON that it prints last."""
+        """Run Python in the device's folder; return the JSON that it prints last."""
         return _last(_ssh(self.host, f"cd {self.folder} && {self.python} -B {shlex.join(words)}"))
 
 
 def bench_there(
     where: str, bundle: Path, *, provider: str = "cpu", threads: int = 0, quick: bool = False
 ) -> dict[str, Any]:
-    """Measure a bundle there with this ftkit's own code, and bring the figures back. threads: 0 = 1
-    and all.
+    """Measure a bundle on another machine with this ftkit's own code, and return the figures.
 
-    Only the bundle's models and its first golden image are sent, their hashes checked before: a
-    bundle may come from elsewhere, and nothing of it is executed. Raises FtkitError with the
-    device's own words, BundleError when `bundle` is none or was altered.
+    threads: 0 = 1 and all cores. Only the bundle's models and its first golden image are sent,
+    after their hashes are checked: a bundle may come from elsewhere, and nothing in it is executed.
+    Raises FtkitError with the device's own message, BundleError when `bundle` is not a bundle or
+    was altered.
     """
     model = find(bundle)
     if not model.cores:
@@ -215,7 +218,7 @@ def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
             done.stderr.decode(errors="replace").strip().splitlines()
             or ["nothing on standard error"]
         )[-1]
-        if said.startswith("error: "):  # ftkit's own words, there
+        if said.startswith("error: "):  # an ftkit error message from the device
             raise FtkitError(f"{host}: {said.removeprefix('error: ')}")
         raise FtkitError(
             f"{host}: expected ssh, tar and a python3 with {NEEDED}, found: {said}. "
@@ -226,7 +229,7 @@ def _ssh(host: str, command: str, data: bytes = b"") -> bytes:
 
 
 def _last(output: bytes) -> Any:
-    """The JSON on the last line: a login script may greet before it."""
+    """Parse the JSON on the last line: a login script may print something before it."""
     last = output.decode(errors="replace").strip().rpartition("\n")[2]
     try:
         return json.loads(last)

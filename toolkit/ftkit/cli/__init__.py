@@ -1,1 +1,1 @@
-"""The command line: a file a group of commands, collected by main.py."""
+"""Command-line interface: one file per group of commands, assembled in main.py."""

@@ -1,4 +1,4 @@
-"""The commands that measure what was exported: eval, bench. Part of the command line in cli.py."""
+"""Commands that evaluate an exported model: eval and bench. Registered in main.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
-    """Before minutes are measured, not after."""
+    """Check the output path before minutes of measurement, not after."""
     if path and path != Path("-") and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise FtkitError(
             f"{path}: expected a file in a folder that is there, found none. Try --json bench.json"
@@ -37,7 +37,7 @@ JSON = click.option(
     type=click.Path(path_type=Path),
     metavar="FILE",
     callback=_writable,
-    help="All figures; - prints.",
+    help="Write all figures to FILE as JSON; - prints them.",
 )
 
 
@@ -45,7 +45,7 @@ KEY = click.option(
     "--key",
     type=click.Path(path_type=Path),
     metavar="PUB",
-    help="Public key that must have signed it.",
+    help="Public key that the bundle must be signed with.",
 )
 
 
@@ -58,18 +58,24 @@ KEY = click.option(
     "--against", "old", type=click.Path(path_type=Path), metavar="BUNDLE", help="An older release."
 )
 @click.option(
-    "--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a share."
+    "--max-drop",
+    default=0.01,
+    show_default=True,
+    help="Largest accepted drop in accuracy, as a fraction.",
 )
 @click.option("--provider", default="cpu", show_default=True)
 @click.option(
-    "--group-by", default="", metavar="REGEX", help="Images that belong together: by their paths."
+    "--group-by",
+    default="",
+    metavar="REGEX",
+    help="Group related images by a pattern in their paths.",
 )
 @MAX_PIXELS_OPTION
 @click.option(
     "--root",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="What the paths of a CSV are relative to. [default: its own folder]",
+    help="Folder that paths in a CSV are relative to. [default: the CSV's own]",
 )
 @KEY
 @JSON
@@ -84,11 +90,12 @@ def evaluate(
     key: Path | None,
     as_json: Path | None,
 ) -> None:
-    """Accuracy of BUNDLE's file on labelled images: DATA's test split, or all of DATA, without what
-    it was trained on.
+    """Accuracy of BUNDLE's file on labelled images: the test split of DATA, or all of DATA.
 
-    With --against: exit 0 when it lost at most --max-drop, 1 when it lost more, 3 when the images
-    cannot tell.
+    Images that the model was trained on are left out.
+
+    With --against: exit 0 when the accuracy drop is at most --max-drop, 1 when it is larger, 3 when
+    the result is inconclusive.
     """
     from ftkit.data.dataset import labelled
     from ftkit.evaluation.bundle import answers_of, compare_releases, comparison_text
@@ -145,8 +152,10 @@ def evaluate(
 def _unseen_by_all(
     bundles: Sequence[Path], images: Sequence[Labelled], key: Path | None, echo: Callable[..., None]
 ) -> tuple[list[Labelled], dict[str, int | None]]:
-    """The images that no bundle was trained on, and bundle -> how many it was; None where it does
-    not tell."""
+    """Images that no bundle was trained on; and, by bundle, how many it was trained on.
+
+    None for a bundle that does not tell.
+    """
     from ftkit.evaluation.bundle import require_labels, unseen
     from ftkit_export.bundle.archive import unpacked
 
@@ -163,7 +172,7 @@ def _unseen_by_all(
 
         if seen is None:
             click.echo(
-                f"{bundle.name} does not tell what it was trained on: these images may be among it",
+                f"{bundle.name} does not tell what it was trained on: the training images may be among these",
                 err=True,
             )
         elif seen:
@@ -178,7 +187,7 @@ def _unseen_by_all(
     "--against",
     type=click.Path(path_type=Path),
     metavar="BASELINE",
-    help="A bundle or ONNX file to run in turn with, or the JSON of an earlier bench.",
+    help="Baseline: a bundle or ONNX file to run alternately with MODEL, or an earlier bench's JSON.",
 )
 @click.option(
     "--budget",
@@ -191,23 +200,24 @@ def _unseen_by_all(
 @click.option(
     "--threads", metavar="N,M", help="CPU threads. [default: 1 and all cores; 1 with --against]"
 )
-@click.option("--batch", metavar="N,M", help="[default: what the file fixes, else 1]")
+@click.option("--batch", metavar="N,M", help="[default: the file's fixed batch size, else 1]")
 @click.option(
     "--image",
     type=click.Path(path_type=Path, exists=True),
-    help="What a file of ftkit's runs on. [default: a golden image; noise for other files]",
+    help="Input image for files exported by ftkit. [default: a golden image; noise for other files]",
 )
 @click.option(
     "--frame",
     metavar="WxH",
-    help="Size of the frames that it runs on. [default: what the bundle names]",
+    help="Frame size that the image is resized to. [default: the bundle's own]",
 )
 @click.option(
-    "--max-slowdown", default=0.05, show_default=True, help="What --against tolerates, as a share."
+    "--max-slowdown",
+    default=0.05,
+    show_default=True,
+    help="Slowdown that --against tolerates, as a fraction.",
 )
-@click.option(
-    "--seconds", default=120.0, show_default=True, help="The most that --against may take."
-)
+@click.option("--seconds", default=120.0, show_default=True, help="Time limit for --against.")
 @click.option("--quick", is_flag=True, help="Shorter runs, marked as such.")
 @click.option(
     "--save", is_flag=True, help="Append to ftkit-bench.jsonl at the root of this repository."
@@ -216,7 +226,7 @@ def _unseen_by_all(
     "--ssh",
     "host",
     metavar="USER@HOST",
-    help="Measure there; USER@HOST:PYTHON names the interpreter.",
+    help="Measure on this host; USER@HOST:PYTHON names its Python interpreter.",
 )
 @KEY
 @JSON
@@ -237,7 +247,7 @@ def bench(
 ) -> None:
     """Latency, cold start, memory and size of MODEL: a bundle or any ONNX file.
 
-    Exit 1 when a budget or --against fails, 3 when that cannot be told here.
+    Exit 1 when a budget or --against fails, 3 when the result is inconclusive.
     """
     from ftkit.benchmark import budgets as judging
     from ftkit.benchmark import history
@@ -286,8 +296,11 @@ def bench(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """figures: for --json, without the tables' when only the gate was asked for. verdicts: of the
-    gate. frame: the size of the frames that it compared on."""
+    """Result of one `ftkit bench` call.
+
+    figures: output of --json; without the tables' figures when only the gate was requested.
+    verdicts: of the regression gate. frame: frame size that the gate compared at.
+    """
 
     figures: dict[str, Any]
     verdicts: Sequence[Comparison] = ()
@@ -297,8 +310,7 @@ class BenchResult:
 def _measure_there(
     host: str, path: Path, options: BenchOptions, say: Callable[[str], object]
 ) -> BenchResult:
-    """All figures of a bundle on another machine, and the verdicts against what was measured there
-    before."""
+    """Measure a bundle on another machine, and run the gate against stored figures from there."""
     from ftkit.benchmark import ssh
     from ftkit.benchmark.budgets import compare_there
     from ftkit_export.runtime.measure import read_bench
@@ -328,7 +340,10 @@ def _measure_there(
 def _against_stored(
     path: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
 ) -> BenchResult:
-    """The gate against the JSON of an earlier bench. table: all figures too."""
+    """Run the regression gate against the JSON of an earlier bench.
+
+    table: measure the full tables too.
+    """
     from ftkit.benchmark.budgets import compare_with_stored
     from ftkit_export.runtime.measure import find, read_bench
 
@@ -348,7 +363,10 @@ def _against_stored(
 def _against_file(
     path: Path, baseline: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
 ) -> BenchResult:
-    """The gate: candidate and baseline in the same processes. table: all figures too."""
+    """Run the regression gate with candidate and baseline in the same processes.
+
+    table: measure the full tables too.
+    """
     from ftkit.benchmark.budgets import compare_in_turn
     from ftkit_export.runtime.measure import find
 
@@ -365,8 +383,10 @@ def _against_file(
 def _figures(
     path: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
 ) -> dict[str, Any]:
-    """What stands beside the gate's verdicts: the machine, and all figures on one thread when
-    `table` is asked for."""
+    """Figures to report beside the gate's verdicts.
+
+    The machine; with `table` also the full tables, on one thread unless `options` names others.
+    """
     from ftkit.benchmark.budgets import measure
     from ftkit_export.runtime.latency import machine
 
@@ -383,7 +403,7 @@ def _fingerprints(path: Path, baseline: str | None) -> dict[str, Any]:
 
 
 def _is_stored(baseline: str | Path) -> bool:
-    """Whether it is the JSON of an earlier bench, not a model."""
+    """Whether `baseline` is the JSON of an earlier bench rather than a model."""
     return Path(baseline).suffix == ".json"
 
 
@@ -392,8 +412,7 @@ def _tell(
     measured: BenchResult,
     limits: Mapping[str, float],
 ) -> list[Outcome]:
-    """Print the tables, budgets and gate; put the verdicts beside the figures; return the
-    outcomes."""
+    """Print tables, budgets and gate; add the verdicts to the figures; return the outcomes."""
     from ftkit.benchmark import budgets as judging
 
     told = measured.figures
@@ -428,7 +447,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _check(ctx: click.Context, options: BenchOptions, host: str | None, table: bool) -> None:
-    """Options that do not go together are refused: none is ignored."""
+    """Raise FtkitError for options that conflict, rather than ignore one."""
     from ftkit_export.runtime.measure import read_bench
     from ftkit_export.runtime.preprocess import parse_frame
 
@@ -462,7 +481,7 @@ def _check(ctx: click.Context, options: BenchOptions, host: str | None, table: b
 
 
 def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:
-    """An option that would be ignored is refused instead."""
+    """Raise FtkitError for an option of `names` that was given but would be ignored."""
     given = [
         name
         for name in names
@@ -474,7 +493,7 @@ def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:
 
 
 def _echo(as_json: Path | None) -> Callable[..., None]:
-    """Standard output, unless the JSON goes there."""
+    """Print to standard output, or to standard error when the JSON goes to standard output."""
     return partial(click.echo, err=as_json == Path("-"))
 
 

@@ -1,4 +1,4 @@
-"""The commands that show: data, report, try. Part of the command line in cli.py."""
+"""Commands data, cache, report and try. Registered in main.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP_BY = click.option(
     "--group-by",
     default="",
     metavar="REGEX",
-    help="Images whose paths below DATA match alike (its first group) stay on one side of a split.",
+    help="Images with the same match (its first group) in their path below DATA stay in one split.",
 )
 
 
@@ -25,7 +25,7 @@ ROOT = click.option(
     "--root",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="What the paths of a CSV are relative to. [default: its own folder]",
+    help="Folder that paths in a CSV are relative to. [default: the CSV's own]",
 )
 
 
@@ -33,7 +33,7 @@ RUNTIME = click.option(
     "--runtime",
     type=click.Path(path_type=Path),
     metavar="FILE.tgz",
-    help="onnxruntime-web as `npm pack` writes it, where there is no network.",
+    help="onnxruntime-web package written by `npm pack`, for use offline.",
 )
 
 
@@ -43,19 +43,23 @@ RUNTIME = click.option(
 @ROOT
 @MAX_PIXELS_OPTION
 @click.option(
-    "--recipe", default="lite0", show_default=True, metavar="NAME|FILE.py", help="Whose image size."
+    "--recipe",
+    default="lite0",
+    show_default=True,
+    metavar="NAME|FILE.py",
+    help="Recipe that sets the image size.",
 )
 @click.option(
     "--sheets",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Contact sheets: classes, duplicates.",
+    help="Write contact sheets of classes and duplicates.",
 )
 @click.option(
     "--fix",
     type=click.Path(path_type=Path),
     metavar="OUT",
-    help="A cleaned copy, or OUT.csv. DATA stays.",
+    help="Write a cleaned copy, or OUT.csv. DATA is not changed.",
 )
 @JSON
 def audit_data(
@@ -69,8 +73,8 @@ def audit_data(
 ) -> None:
     """Audit DATA: counts, bad files, duplicates, leakage, contradicting labels, sizes, imbalance.
 
-    Exit 1 when splits share an image or a group, or an image has two labels. What is decoded here
-    is not decoded again by `ftkit train`.
+    Exit 1 when splits share an image or a group, or an image has two labels. Decoded images
+    are cached for `ftkit train`.
     """
     from ftkit.data import clean
     from ftkit.data.audit import audit, named
@@ -117,13 +121,13 @@ def audit_data(
     "--unused",
     type=click.IntRange(0),
     metavar="DAYS",
-    help="Remove what was not used for so many days.",
+    help="Remove entries not used for DAYS days.",
 )
 def cache(clear: bool, unused: int | None) -> None:
-    """List what ftkit keeps between runs: decoded images and frozen activations. All of it can be
-    made again.
+    """List the cache kept between runs: decoded images and activations of frozen layers.
 
-    FTKIT_CACHE moves it; FTKIT_CACHE_GB limits it (20): the longest unused goes first.
+    All of it can be recomputed. FTKIT_CACHE sets its folder, FTKIT_CACHE_GB its limit (20): the
+    least recently used entries are removed first.
     """
     from ftkit.utils import cache_folder, console
 
@@ -157,13 +161,13 @@ def cache(clear: bool, unused: int | None) -> None:
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="[default: beside what it tells of]",
+    help="[default: in the folder, or next to the history]",
 )
 def report(what: Path | None, out: Path | None) -> None:
-    """Write the report of a RUN, or copy the sealed one of a BUNDLE; by default plot what `ftkit
-    bench --save` wrote.
+    """Write the report of a RUN, copy that of a BUNDLE, or plot the latency HISTORY.
 
-    HISTORY: by default ftkit-bench.jsonl at the root of this repository.
+    HISTORY: written by `ftkit bench --save`; by default ftkit-bench.jsonl at the root of this
+    repository.
     """
     from ftkit.benchmark import history
     from ftkit.report.latency_history import write_history
@@ -200,8 +204,10 @@ def report(what: Path | None, out: Path | None) -> None:
 @RUNTIME
 @KEY
 def try_bundle(bundle: Path, port: int, show: bool, runtime: Path | None, key: Path | None) -> None:
-    """Try BUNDLE in a browser on this machine: drop an image or use the camera. Nothing leaves the
-    machine."""
+    """Try BUNDLE in a local browser: drop an image or use the camera.
+
+    Nothing leaves the machine.
+    """
     import threading
     import webbrowser
 

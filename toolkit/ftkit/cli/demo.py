@@ -1,9 +1,8 @@
-"""`ftkit demo`: real photographs of solar cells, then exactly what a user would run, then one
-table.
+"""`ftkit demo`: write sample photographs, run the user's commands on them, print a summary.
 
 The photographs come from the package elpv-dataset (Deitsch et al., Solar Energy 185, 2019): 300 x
-300 grey electroluminescence images of solar cells, monocrystalline or polycrystalline, sound or
-defect.
+300 grey electroluminescence images of solar cells, monocrystalline or polycrystalline, intact or
+defective.
 """
 
 from __future__ import annotations
@@ -29,18 +28,17 @@ NOTICE = (
 )
 # A solar cell has no upright side, so a flipped one is as real as the original.
 SETTINGS = ("--set", "augment.vflip=true")
-# Cells of one module resemble each other: 375 cells of 7 modules tell less than 375 cells of as
-# many modules.
+# Cells of one module are correlated: 375 cells of 7 modules carry less information than 375 cells
+# of 375 modules.
 GROUPS = ("--group-by", "module[0-9]+")
 
 
 def write_elpv(out: Path, *, split: bool) -> int:
-    """Write the photographs with a certain label as class folders, named by module and cell;
-    returns their number.
+    """Write the photographs with a certain label into class folders; return their number.
 
-    out: folder to make. split=True: out/{train,val,test}/CLASS as `ftkit train` would split them by
-    group, whole runs of 60 consecutive cells on one side; False: out/CLASS. Raises FtkitError when
-    the package is not installed.
+    out: folder to make. Files are named by module and cell. split=True: out/{train,val,test}/CLASS
+    as `ftkit train` would split them by group, each run of 60 consecutive cells in one split;
+    False: out/CLASS. Raises FtkitError when the package is not installed.
     """
     if util.find_spec("elpv_dataset") is None:
         raise FtkitError(
@@ -73,8 +71,10 @@ def write_elpv(out: Path, *, split: bool) -> int:
 
 
 def run_demo(out: Path) -> None:
-    """Make the data, run the user's commands, end with one table. Raises FtkitError when a step
-    fails."""
+    """Write the data, run the user's commands, print a summary table.
+
+    Raises FtkitError when a step fails.
+    """
     if out.exists():
         raise FtkitError(
             f"{out}: expected a new folder, found one there already. Try --out another, or remove it"

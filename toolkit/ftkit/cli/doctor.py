@@ -21,7 +21,7 @@ RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxrunti
 
 
 def examine() -> list[str]:
-    """One line a finding. Each provider is tried by opening a real session and running it."""
+    """One line per finding; each provider is tested by opening and running a real session."""
     lines = [f"{name} {_version(name)}" for name in CHECKED_PACKAGES]
     runtimes = [name for name in RUNTIMES if _version(name) != "absent"]
     lines += [f"{name} {_version(name)}" for name in runtimes]
@@ -30,7 +30,7 @@ def examine() -> list[str]:
         lines.append(f"error: {' and '.join(runtimes)} install the same module: keep one of them")
 
     lines.append(_torch_gpu())
-    # What has one is another way to run one
+    # A hyphenated name is a variant of another provider
     lines += [_provider(name) for name in PROVIDERS if "-" not in name]
     lines.append(f"{cores()} cores; cache at {cache_folder()}")
 

@@ -1,5 +1,7 @@
-"""The command line: each command parses, calls one function, prints. Heavy imports wait until a
-command needs them."""
+"""Command line: each command parses its options, calls one function and prints the result.
+
+Heavy imports are deferred until a command needs them.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 
 
 class _Group(click.Group):
-    """Turns FtkitError into one line on standard error and its exit code; FTKIT_DEBUG=1 shows the
-    traceback."""
+    """Report FtkitError as one line on standard error, and exit with its code.
+
+    FTKIT_DEBUG=1 shows the traceback.
+    """
 
     command_class = Command
 
@@ -103,20 +107,24 @@ PROVIDERS_OPTION = click.option(
     help="Train on N GPUs of this machine, as torchrun does.",
 )
 @click.option("--seed", default=0, show_default=True)
-@click.option("--deterministic", is_flag=True, help="The same weights twice on a GPU too; slower.")
+@click.option("--deterministic", is_flag=True, help="Reproducible weights on a GPU too; slower.")
 @click.option(
-    "--resume", is_flag=True, help="Go on with the run in --out; its recipe and seed are known."
+    "--resume", is_flag=True, help="Resume the run in --out, with its own recipe and seed."
 )
 @GROUP_BY
 @ROOT
 @MAX_PIXELS_OPTION
-@click.option("--allow-leakage", is_flag=True, help="Train although `ftkit data` says NOT ok.")
-@click.option("--tensorboard", is_flag=True, help="Events in RUN/tensorboard too.")
+@click.option("--allow-leakage", is_flag=True, help="Train even if `ftkit data` says NOT ok.")
+@click.option(
+    "--tensorboard", is_flag=True, help="Also write TensorBoard events to RUN/tensorboard."
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.pass_context
 def train(ctx: click.Context, /, data: Path, gpus: int | None, **options: Any) -> None:
-    """Fine-tune on DATA: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV
-    path,label[,split][,group]."""
+    """Fine-tune on DATA, a folder of images or a CSV.
+
+    Layouts: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group].
+    """
     if gpus:
         sys.exit(_launched(ctx, gpus))
 
@@ -131,7 +139,7 @@ def train(ctx: click.Context, /, data: Path, gpus: int | None, **options: Any) -
 
 
 def _launched(ctx: click.Context, gpus: int) -> int:
-    """The same command in a process a GPU; its exit code."""
+    """Run the same command with one process per GPU; return the exit code."""
     from ftkit.recipe import load_recipe
     from ftkit.training.run import claim
     from ftkit.utils.distributed import launch, pick_device
@@ -164,7 +172,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
             return launch(gpus, [*arguments, "--out", str(folder)])
         finally:
             with suppress(OSError):
-                folder.rmdir()  # where nothing began
+                folder.rmdir()  # succeeds only if no run was started
 
     return launch(gpus, arguments)
 
@@ -191,29 +199,34 @@ def _launched(ctx: click.Context, gpus: int) -> int:
 @click.option("--quick", is_flag=True, help="Shorter latency runs, marked as such in the evidence.")
 @click.option(
     "--target",
-    help="Where the file shall run: auto, x86-vnni, x86, arm64, cuda, web. [default: auto]",
+    help="Target platform: auto, x86-vnni, x86, arm64, cuda, web. [default: auto]",
 )
 @click.option(
     "--latency",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="What `device/classify.py --bench` printed on the target.",
+    help="Output of `device/classify.py --bench` on the target.",
 )
 @click.option(
     "--on",
     metavar="USER@HOST",
     help="Let that device's own latency choose the variant (ssh).",
 )
-@click.option("--input-format", help="The device's frames: rgb, bgr, grey, nv12. [default: rgb]")
-@click.option("--c", "c", is_flag=True, help="Plain C sources too, in device/c.")
-@click.option("--ort", is_flag=True, help="ONNX Runtime's own format too, in device/ort.")
+@click.option(
+    "--input-format",
+    help="Pixel format of the device's frames: rgb, bgr, grey, nv12. [default: rgb]",
+)
+@click.option("--c", "c", is_flag=True, help="Also write plain C sources to device/c.")
+@click.option("--ort", is_flag=True, help="Also write ONNX Runtime's own format to device/ort.")
 @click.option(
     "--handoff",
     is_flag=True,
-    help="What TensorRT, OpenVINO, Hailo, RKNN compilers need, in handoff/.",
+    help="Also write what TensorRT, OpenVINO, Hailo and RKNN compilers need to handoff/.",
 )
-@click.option("--zip", "zipped", is_flag=True, help="BUNDLE.zip too.")
-@click.option("--web", is_flag=True, help="A page that runs the file in a browser, in device/web.")
+@click.option("--zip", "zipped", is_flag=True, help="Also write BUNDLE.zip.")
+@click.option(
+    "--web", is_flag=True, help="Also write a page that runs the file in a browser to device/web."
+)
 @RUNTIME
 @click.option(
     "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
@@ -223,7 +236,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
 def export(run: Path, providers: str, **options: Any) -> None:
     """Export RUN to ONNX, prove the file, and seal a bundle.
 
-    Exit 1 when a gate fails, 3 when none fails and one cannot be settled here.
+    Exit 1 when a gate fails, 3 when none fails but one is inconclusive.
     """
     done = api.export(run, providers=[providers], **options)
     for gate in done.gates:
@@ -255,20 +268,20 @@ def _missed(gate: Gate) -> str:
     "--outputs",
     type=click.Path(path_type=Path),
     metavar="FILE.npz",
-    help="What another compiler made of handoff/inputs.npy: `logits`.",
+    help="Another compiler's outputs for handoff/inputs.npy: `logits`.",
 )
 @click.option(
     "--add-to",
     type=click.Path(path_type=Path),
     metavar="COPY",
-    help="A copy of BUNDLE that gets the evidence.",
+    help="Copy of BUNDLE to add the evidence to; made if missing.",
 )
 def verify(
     bundle: Path, providers: str, key: Path | None, outputs: Path | None, add_to: Path | None
 ) -> None:
-    """Hashes, golden vectors and sealed evidence of BUNDLE (a folder or a zip) on this machine.
+    """Check hashes, golden vectors and sealed evidence of BUNDLE (folder or zip) on this machine.
 
-    Exit 1 when one fails, 3 when --outputs settles nothing.
+    Exit 1 when a check fails, 3 when --outputs is inconclusive.
     """
     from ftkit_export.bundle import archive
     from ftkit_export.runtime.session import parse_providers
@@ -342,7 +355,9 @@ STANDARD_INPUT = Path("-")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, allow_dash=True))
 @click.option("--provider", default="cpu", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, all probabilities.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object per line, with all probabilities."
+)
 @click.option(
     "--explain", is_flag=True, help="Write a class activation map of each answer into --out."
 )
@@ -364,7 +379,7 @@ def predict(
     out: Path,
     key: Path | None,
 ) -> None:
-    """Class and probability of IMAGES: files, folders, or - for one on standard input."""
+    """Classify IMAGES: files, folders, or - for one image on standard input."""
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.conversion.class_activation import Explainer
     from ftkit_export.runtime.errors import ImageError
@@ -414,7 +429,7 @@ def predict(
 @main.command(short_help="List the recipes, or show one.")
 @click.argument("name", required=False)
 def recipes(name: str | None) -> None:
-    """List the recipes, or print one as resolved, with its backbone's blocks."""
+    """List the recipes, or print one fully resolved, with the blocks of its backbone."""
     from ftkit import recipe as recipes_
 
     if name is None:
@@ -437,7 +452,7 @@ def recipes(name: str | None) -> None:
 
 @main.command(short_help="Check which ONNX Runtime providers work here.")
 def doctor() -> None:
-    """Say which providers really open a session here, and why the others do not."""
+    """Check which providers can open a session here, and say why the others cannot."""
     from ftkit.cli.doctor import examine
 
     for line in examine():
@@ -447,7 +462,7 @@ def doctor() -> None:
 @main.command(short_help="The whole story on real photographs, offline.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 def demo(out: Path) -> None:
-    """The whole story on real photographs, offline: data, train, export, verify, predict."""
+    """Run the whole workflow on real photographs, offline: train, export, verify, predict."""
     from ftkit.cli.demo import run_demo
 
     run_demo(out)

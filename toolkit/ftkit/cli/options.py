@@ -1,5 +1,4 @@
-"""Shared by the commands: suggestions for options that do not exist, and options of several
-commands."""
+"""Shared by the commands: common options, and suggestions for options that do not exist."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import click
 
 from ftkit_export.runtime.errors import LIKE
 
-# Options that other tools have, and how it is said here.
+# Options of other tools -> their equivalents here.
 ELSEWHERE = {
     "p95": "--set export.p95_ms=8",
     "p95-ms": "--set export.p95_ms=8",
@@ -43,10 +42,10 @@ BUDGET_OPTIONS = {
 
 
 class Command(click.Command):
-    """Answers an option that does not exist with what was likely meant, by meaning before letters."""
+    """Suggest an existing option for an unknown one: by meaning first, then by spelling."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click's. Raises NoSuchOption with the suggestion."""
+        """Parse as click does; raises NoSuchOption with a suggestion."""
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -74,9 +73,9 @@ class Command(click.Command):
 
 
 def _allow(_: click.Context, __: click.Parameter, pixels: int | None) -> None:
-    """For this process and those that it starts to decode."""
+    """Set the limit for this process and for the decoding processes it starts."""
     if pixels:
-        # Not before it is needed: it takes numpy
+        # Imported only when needed: it loads numpy
         from ftkit_export.runtime.preprocess import MAX_PIXELS as LIMIT
 
         os.environ[LIMIT] = str(pixels)

@@ -1,1 +1,1 @@
-"""How good: metrics, the model on val and then once on test, a shipped file on labelled images."""
+"""Evaluation: metrics, the trained model on val and test, exported files on labelled images."""

@@ -1,5 +1,4 @@
-"""A shipped file judged on labelled images, and against the release before it. ONNX Runtime only,
-no torch.
+"""Evaluate an exported file on labelled images, alone or against an earlier release; no torch.
 
 images, seen = unseen("bundle", labelled("photos"))
 new = answers("bundle", images, provider="cpu")
@@ -26,21 +25,23 @@ from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError, ImageError, choices
 from ftkit_export.runtime.predict import Classifier
 
-LISTED = 20  # images that are printed; --json has them all
+LISTED = 20  # regressed images that are printed; --json has them all
 TRAINED_ON = (
-    "trained_on.txt"  # in a run and in its bundle: a digest a line of each train and val image
+    "trained_on.txt"  # in a run and in its bundle: one digest per line, of each train and val image
 )
 SPLITS_CSV = (
-    "splits.csv"  # in a run and in its bundle: every image with its split, as intake.read takes it
+    "splits.csv"  # in a run and its bundle: every image with its split, for dataset.read_images
 )
-DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, and no two alike by chance
+DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, without chance collisions
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundleAnswers:
-    """A file's answers on labelled images. labels: the class names of the images; groups: "" for
-    none; said: the answers; unreadable: paths left out; placement: where the operators ran, in
-    words (session.Session.placement)."""
+    """A file's answers on labelled images.
+
+    labels: true class names; said: predicted ones; groups: "" for none; unreadable: messages on the
+    images left out; placement: where the operators ran, in words (session.Session.placement).
+    """
 
     files: tuple[Path, ...]
     labels: tuple[str, ...]
@@ -53,13 +54,13 @@ class BundleAnswers:
 
     @property
     def right(self) -> Array:
-        """(N,) bool."""
+        """Whether each answer is correct, (N,) bool."""
         return np.array([a == b for a, b in zip(self.labels, self.said, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Regressed:
-    """An image that was answered right and is no more."""
+    """An image that was classified correctly before and no longer is."""
 
     image: str
     label: str
@@ -69,10 +70,12 @@ class Regressed:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """New against old, on the same images. paired: of all; classes: of each class, bounds that hold
-    for all together.
+    """Comparison of a new release with an old one on the same images.
 
-    verdict: refused also where one class surely lost more than the limit, whatever the others won.
+    paired: over all images; classes: per class, with bounds that hold for all classes together.
+
+    verdict: refused also when a single class lost more than the limit with confidence, whatever the
+    others gained.
     """
 
     verdict: Verdict
@@ -84,7 +87,7 @@ class Change:
 
     @property
     def worse_classes(self) -> list[str]:
-        """Classes that surely lost more than the limit."""
+        """Classes that lost more than the limit, with confidence."""
         return [
             name
             for name, found in self.classes.items()
@@ -93,10 +96,10 @@ class Change:
 
 
 def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelled], int | None]:
-    """The images that the bundle's model was not trained on, by their content, and how many it was:
-    None where `bundle` does not tell (a bare model.onnx, or a bundle of an older ftkit).
+    """Images that the bundle's model was not trained on, and how many others there are.
 
-    Raises FtkitError when none is left.
+    Images are compared by content. The number is None when `bundle` does not tell (a bare
+    model.onnx, or a bundle of an older ftkit). Raises FtkitError when no image is left.
     """
     path = Path(bundle) / TRAINED_ON
     if not path.is_file():
@@ -114,8 +117,7 @@ def unseen(bundle: str | Path, images: Sequence[Labelled]) -> tuple[list[Labelle
 
 
 def trained_on_digest(path: Path) -> str:
-    """The file's digest as TRAINED_ON has it; "" for a file that cannot be read, which is said
-    elsewhere."""
+    """A file's digest as in TRAINED_ON; "" for an unreadable file, which is reported elsewhere."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:DIGEST]
     except OSError:
@@ -123,7 +125,7 @@ def trained_on_digest(path: Path) -> str:
 
 
 def require_labels(bundle: str | Path, images: Sequence[Labelled]) -> None:
-    """Raises FtkitError when `bundle` is none, or does not know the class of an image."""
+    """Raise FtkitError when `bundle` is not a bundle, or lacks the class of an image."""
     known = Classifier(bundle).labels
     for path, label, _ in images:
         if label not in known:
@@ -139,9 +141,10 @@ def answers_of(
     provider: str = "cpu",
     step: Callable[[int, int], object] = lambda done, total: None,
 ) -> BundleAnswers:
-    """File bytes -> answer for each image, as a device would. step: told how many are done.
+    """Classify each image from its file, as a device would.
 
-    Raises FtkitError as require, and when no image can be read.
+    step: called with the number done and the total. Raises FtkitError like `require_labels`, and
+    when no image can be read.
     """
     classify = Classifier(bundle, provider=provider)
     known = {name: number for number, name in enumerate(classify.labels)}
@@ -217,8 +220,10 @@ def compare_releases(new: BundleAnswers, old: BundleAnswers, *, max_drop: float)
 def comparison_text(
     new: BundleAnswers, old: BundleAnswers | None = None, change: Change | None = None
 ) -> str:
-    """The result as text, within 80 columns but for paths: accuracy, a row a class, what changed
-    since `old`."""
+    """The result as text: accuracy, one row per class, and what changed since `old`.
+
+    Within 80 columns, except for paths.
+    """
     found = new.metrics
     lines = [
         f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on "

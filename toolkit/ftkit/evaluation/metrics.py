@@ -1,5 +1,4 @@
-"""How good, honestly: accuracy with its interval, per class, confusion, calibration before and
-after temperature.
+"""Metrics: accuracy with confidence intervals, per-class figures, calibration, abstention, CKA.
 
 metrics = evaluate(probabilities, labels, classes)
 temperature = fit_temperature(logits, labels, groups)
@@ -33,19 +32,19 @@ from ftkit_export.proof.intervals import (
 )
 from ftkit_export.runtime.arrays import Array, spread_evenly
 
-# temperatures
+# bounds of the temperature
 COLDEST = 0.05
 HOTTEST = 20.0
-# Standard deviation of log T around 0 before any image is seen: networks fine-tuned with a
-# cross-entropy mostly need temperatures of 0.6 to 1.6. A perfect val split of any size asks for 0;
-# a few dozen images are no evidence for it.
+# Prior standard deviation of log T around 0: networks fine-tuned with cross-entropy mostly need
+# temperatures of 0.6 to 1.6. On a val split without errors the NLL alone asks for 0; a few dozen
+# images are no evidence for it.
 PRIOR_SPREAD = 0.25
 CALIBRATION_FOLDS = 5
 PRECISION_ERROR_RATE = (
     0.05  # chance that the precision claimed at the abstain threshold is not reached
 )
-LOOKED_AT = 200  # thresholds, from each start
-# Shares of images answered at which the search for the threshold begins
+LOOKED_AT = 200  # thresholds tested from each start
+# Coverages at which the search for the threshold starts
 SEARCH_STARTS = (
     0.25,
     0.5,
@@ -56,13 +55,13 @@ SEARCH_STARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Of one split. Shares in 0..1; confusion[i][j] counts class i called j.
+    """Metrics of one split. Shares are in 0..1; confusion[i][j] counts class i predicted as j.
 
-    accuracy_low, accuracy_high: 95 % interval; clusters: groups of images that it rests on, None
+    accuracy_low, accuracy_high: 95 % interval; clusters: groups of images that it is based on, None
     where images have no groups and count as independent. recall (with its 95 % interval) and
-    precision are per class: None where the class has no images, or was never the answer.
-    balanced_accuracy and macro_f1 are means over the classes that have images. top5: None below six
-    classes.
+    precision are per class; recall is None for a class without images, precision for one that was
+    never predicted. balanced_accuracy and macro_f1 are means over the classes that have images.
+    top5: None for five classes or fewer.
     """
 
     images: int
@@ -85,10 +84,10 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Abstention:
-    """Answers below the threshold are withheld. precision: share right of the rest; coverage: share
-    of images answered.
+    """Coverage and precision when answers below the threshold are withheld.
 
-    threshold None: the precision wanted was not reached on val at any threshold. proven: val shows
+    precision: share of the given answers that are correct; coverage: share of images answered.
+    threshold None: the wanted precision was not reached on val at any threshold. proven: val shows
     with 95 % confidence that it is reached; else it was only observed there.
     """
 
@@ -101,8 +100,10 @@ class Abstention:
 
 @dataclass(frozen=True, kw_only=True)
 class Mistake:
-    """An image the model is wrong about. row: its number in the canvases; probability: of the wrong
-    answer."""
+    """A misclassified image.
+
+    row: its row in the canvases; probability: of the wrong answer.
+    """
 
     row: int
     label: int
@@ -113,8 +114,10 @@ class Mistake:
 def reliability(
     probabilities: Array, labels: Array, bins: int = 15
 ) -> tuple[tuple[int, float, float], ...]:
-    """Equal-width bins of the top probability that hold images: (images, mean probability, share
-    right) each."""
+    """Reliability bins: (images, mean top probability, accuracy) of each bin that has images.
+
+    The bins divide the top probability into equal widths.
+    """
     top = probabilities.max(1).astype(np.float64)
     right = probabilities.argmax(1) == labels
     number = np.minimum((top * bins).astype(int), bins - 1)
@@ -127,8 +130,10 @@ def reliability(
 
 
 def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017): how far the bins' mean probability is from
-    their share right."""
+    """Expected calibration error: mean gap between probability and accuracy over the bins.
+
+    Weighted by the images of each bin (Guo et al. 2017).
+    """
     found = reliability(probabilities, labels, bins)
     return sum(images * abs(right - top) for images, top, right in found) / len(labels)
 
@@ -136,8 +141,10 @@ def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
 def evaluate(
     probabilities: Array, labels: Array, classes: Sequence[str], groups: Sequence[str] | None = None
 ) -> Metrics:
-    """probabilities (N, classes), labels (N,) int, groups N names ("" for an image on its own) ->
-    Metrics."""
+    """Compute the metrics of one split.
+
+    probabilities (N, classes), labels (N,) int, groups N names ("" for an image without a group).
+    """
     found = probabilities.argmax(1)
     every = np.arange(len(classes))
     confusion = confusion_matrix(labels, found, labels=every)
@@ -173,7 +180,7 @@ def evaluate(
 
 
 def worst_class(metrics: Metrics) -> int | None:
-    """The class of the lowest recall; None where no class has images."""
+    """The class with the lowest recall; None if no class has images."""
     known = [label for label, recall in enumerate(metrics.recall) if recall is not None]
     return min(known, key=lambda label: metrics.recall[label] or 0.0, default=None)
 
@@ -181,7 +188,7 @@ def worst_class(metrics: Metrics) -> int | None:
 def _recall_bounds(
     answers: Array, labels: Array, classes: int, groups: Sequence[str] | None
 ) -> Array:
-    """(2, classes): 95 % interval of each class's recall; 0 and 1 of a class without images."""
+    """95 % interval of each class's recall, (2, classes); 0 and 1 for a class without images."""
     names = None if groups is None else np.array(groups)
     bounds = np.empty((2, classes))
 
@@ -202,14 +209,13 @@ def _where(values: Array, known: Array) -> tuple[float | None, ...]:
 def abstain_threshold(
     probabilities: Array, labels: Array, precision: float, groups: Sequence[str] | None = None
 ) -> tuple[float | None, bool]:
-    """(threshold, proven): the lowest top probability above which the answers are right often
-    enough.
+    """The lowest probability threshold above which answers reach `precision`: (threshold, proven).
 
-    proven: at least `precision` of them are, with 95 % confidence. The search looks at many
-    thresholds, so it goes from few answers to many and stops at the first that fails, from several
-    starts that share the chance of an error (fixed sequence testing; Angelopoulos et al. 2021,
-    Learn then Test). Where nothing is proven, the lowest threshold at which `precision` was
-    observed, and False; (None, False) where it was not.
+    proven: `precision` is reached with 95 % confidence. Since many thresholds are tested, the
+    search goes from few answers to many and stops at the first that fails, from several starts that
+    share the error probability (fixed sequence testing; Angelopoulos et al. 2021, Learn then Test).
+    If none is proven: the lowest threshold at which `precision` was observed, and False; (None,
+    False) if there is none.
     """
     top = probabilities.max(1)
     right = probabilities.argmax(1) == labels
@@ -245,7 +251,7 @@ def abstain_threshold(
 
 
 def _precision_bound(right: Array, groups: Sequence[str] | None, level: float) -> float:
-    """Lower bound of the share right, at the effective number of images."""
+    """Lower confidence bound of the precision, at the effective number of images."""
     share = float(right.mean())
     found = design(right, groups, PROVEN_SHARE)
     if found.df <= 0:
@@ -280,7 +286,7 @@ def abstention(
 def worst_mistakes(
     probabilities: Array, labels: Array, rows: Array, count: int = 12
 ) -> tuple[Mistake, ...]:
-    """The wrong answers given with the greatest confidence, worst first."""
+    """The most confident wrong answers, most confident first."""
     said = probabilities.argmax(1)
     top = probabilities.max(1)
     wrong = sorted(np.flatnonzero(said != labels), key=lambda i: -top[i])[:count]
@@ -298,7 +304,7 @@ def cka(one: Array, other: Array) -> float:
     1 when one is a rotation and scaling of the other (Kornblith et al. 2019)."""
     x, y = (value.astype(np.float64) - value.mean(0, dtype=np.float64) for value in (one, other))
     if len(x) < x.shape[1]:
-        # Gram matrices of the images: the same numbers, from the smaller side
+        # Gram matrices of the images: the same result from smaller matrices
         x = x @ x.T
         y = y @ y.T
         return float((x * y).sum() / max(float(np.linalg.norm(x) * np.linalg.norm(y)), 1e-300))
@@ -308,13 +314,11 @@ def cka(one: Array, other: Array) -> float:
 
 
 def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None = None) -> float:
-    """The T of softmax(logits / T) (Guo et al. 2017), or 1 where the images do not show that
-    another one is better.
+    """Temperature T for softmax(logits / T) (Guo et al. 2017); 1 without a clear improvement.
 
-    T minimises the NLL and a prior towards 1; it is kept where it lowers the NLL of images that it
-    was not fitted on (folds; a group stays in one) by more than one standard error, so that it does
-    no harm where images are few. By more than two where T is below 1: claims that come out too sure
-    cost more than claims that come out too doubtful.
+    T minimises the NLL with a prior towards 1. It is kept if it lowers the cross-validated NLL (a
+    group stays in one fold) by more than one standard error, so that it does no harm where images
+    are few; for T below 1 by more than two, because overconfidence costs more than underconfidence.
     """
     if len(labels) == 0:
         return 1.0
@@ -334,7 +338,7 @@ def fit_temperature(logits: Array, labels: Array, groups: Sequence[str] | None =
             logits[held], labels[held], _temperature(logits[~held], labels[~held])
         )
 
-    # Gains lie where errors do: what is known of their grouping is the errors' design effect.
+    # Gains cluster as errors do, so the design effect of the errors is used.
     effect = design(logits.argmax(1) == labels, groups, SHARE).effect
     error = math.sqrt(float(gain.var()) / len(gain) * effect)
     temperature = _temperature(logits, labels)
@@ -353,7 +357,7 @@ def _temperature(logits: Array, labels: Array) -> float:
 
 
 def _nll(logits: Array, labels: Array, temperature: float) -> Array:
-    """(N,) of each image."""
+    """NLL of each image, (N,)."""
     found: Array = -log_softmax(logits.astype(np.float64) / temperature, axis=1)[
         np.arange(len(labels)), labels
     ]

@@ -1,4 +1,4 @@
-"""Judge the chosen weights: temperature and abstain threshold from val; then, once, test.
+"""Evaluate a trained model: fit temperature and abstain threshold on val, then test once.
 
 verdict = judge(backbone, canvases, preprocess, precision=0.95)
 verdict.metrics["test"].accuracy
@@ -33,16 +33,19 @@ from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess
 
 FOREIGN_IMAGES = 256  # 256, 512 and 1,398 training images caught foreign ones equally well
-FOREIGN_EACH = 10  # of each class at least: its mean must stand on more than one
+FOREIGN_EACH = 10  # per class at least: its mean needs more than one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """temperature and abstention's threshold come from val; metrics by split, calibrated;
-    uncalibrated: as at temperature 1, by split: {"nll": .., "ece": ..}; reliability: of test,
-    {"before": .., "after": ..} the temperature, as evaluate.reliability; abstention and mistakes:
-    on test; foreign: out-of-domain statistics as the exported file will carry them; foreign_kept:
-    share of test images they let pass; answers: of test, the class number of each image.
+    """Evaluation of a trained model on val and test.
+
+    temperature and abstention's threshold are fitted on val. metrics: by split, calibrated;
+    uncalibrated: at temperature 1, by split: {"nll": .., "ece": ..}. reliability: of test,
+    {"before": .., "after": ..} temperature scaling, as metrics.reliability. abstention and
+    mistakes: on test. foreign: out-of-distribution statistics as stored in the exported file;
+    foreign_kept: share of test images that they accept. answers: predicted class number of each
+    test image.
     """
 
     temperature: float
@@ -57,8 +60,11 @@ class Evaluation:
 
 
 class Inference:
-    """The model in float32 on the CPU, made ready once: answers(rows) -> [logits (N, classes),
-    embedding (N, D)]."""
+    """Inference in float32 on the CPU, with the model prepared once.
+
+    Called with (rows, label) -> [logits (N, classes), embedding (N, D)]; label: of the progress
+    bar.
+    """
 
     def __init__(self, backbone: Backbone, canvases: Canvases, preprocess: Preprocess):
         self._canvases = canvases
@@ -82,7 +88,7 @@ class Inference:
 def evaluate_model(
     backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precision: float
 ) -> Evaluation:
-    """Everything decided on val first; test is looked at once, and decides nothing."""
+    """Fit everything on val, then evaluate on test once; test decides nothing."""
     answers = Inference(backbone, canvases, preprocess)
     rows = {split: canvases.rows(split) for split in ("val", "test")}
     labels = {split: canvases.labels[rows[split]] for split in rows}
@@ -118,8 +124,7 @@ def evaluate_model(
 
 
 def _foreign(answers: Inference, canvases: Canvases, val: Array) -> Foreign:
-    """Out-of-domain statistics from training images, spread over the classes, and the threshold
-    from val."""
+    """Out-of-distribution statistics from training images of every class; threshold from val."""
     rows = canvases.rows("train")
     labels = canvases.labels[rows]
     present = np.unique(labels)

@@ -39,8 +39,11 @@ GATED = ("p95_ms", "size_mb", "memory_mb")  # budgets among the fields of recipe
 def file_accuracy(
     folder: Path, run: Run, context: variants.Context, classes: Sequence[str]
 ) -> tuple[Metrics, Paired]:
-    """File bytes -> probabilities on every held-out photograph, as a device would; and paired with
-    the answers of the framework, which the run has kept."""
+    """Accuracy of the exported file on the test split, alone and paired with the framework.
+
+    Each test image is decoded from its file and classified as on a device. The framework's answers
+    are those stored in the run.
+    """
     classify = Classifier(folder)
     rows = context.canvases.rows("test")
     found = []
@@ -62,9 +65,11 @@ def file_accuracy(
 
 
 def out_of_order(folder: Path, classes: Sequence[str]) -> int:
-    """Classes that the file's metadata or labels.txt (which runners without a JSON reader use) has
-    elsewhere."""
-    # Not splitlines: U+2028 and the like are characters of a label, and end no line for a runner.
+    """Number of labels out of place in the file's metadata or in labels.txt.
+
+    labels.txt is for runners without a JSON reader.
+    """
+    # Not splitlines: a label may contain U+2028 and the like, which end no line for a runner.
     written = (folder / "labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     said = Classifier(folder).labels
 
@@ -82,9 +87,11 @@ def latencies(
     providers: Sequence[str],
     quick: bool,
 ) -> dict[str, list[Latency]]:
-    """Variant -> p50, p95, memory on a photograph at the size of `frame`, each in a fresh process;
-    the first is one thread on the CPU or, for want of it, the first provider. On a GPU with and
-    without copies."""
+    """Measure p50, p95 and memory of each variant on a photograph at the size of `frame`.
+
+    Returns variant -> measurements, each from a fresh process. The first is one thread on the CPU
+    or, without the CPU, the first provider. On a GPU, with and without copies.
+    """
     threads = sorted({1, cores()})
     found: dict[str, list[Latency]] = {name: [] for name in paths}
 
@@ -96,7 +103,7 @@ def latencies(
             listed = conditions(path, [provider], counts, [0], frame)
             for condition in listed:
                 if provider == "cpu" and not condition.spinning:
-                    continue  # `ftkit bench` has it
+                    continue  # only `ftkit bench` measures this
                 where = f"{name} on {console.condition(vars(condition))}"
                 with console.bar(f"latency of {where}"):
                     last = measure(condition, photograph, quick=quick)
@@ -111,8 +118,11 @@ def latencies(
 def measure_budgets(
     row: Row, forms: tuple[Path, Path], context: variants.Context, *, quick: bool
 ) -> list[Budget]:
-    """The export's budgets, held against a shipped variant on its target, in several processes as
-    `ftkit bench --budget` does. row: with the full measurement, where there is one."""
+    """Judge a shipped variant by the export's budgets, on its target.
+
+    Measured in several processes, as `ftkit bench --budget` does. row: with the full measurement,
+    where there is one.
+    """
     limits = {
         name: getattr(context.limits, name)
         for name in GATED
@@ -130,8 +140,11 @@ def measure_budgets(
 def _starts(
     row: Row, forms: tuple[Path, Path], context: variants.Context, quick: bool
 ) -> Sequence[Start]:
-    """Fresh processes on the target; none where it is neither here, nor reached, nor measured this
-    very file."""
+    """Measurements in fresh processes on the target.
+
+    Empty when the target is neither this machine nor reachable, and has not measured this very
+    file.
+    """
     provider = context.target.provider
     path = form_of(provider, *forms)
     count = QUICK_STARTS if quick else STARTS
@@ -144,15 +157,18 @@ def _starts(
     if context.here:
         condition = Condition(model=str(path), provider=provider, threads=1, frame=context.frame)
         return starts(condition, context.photograph, quick=quick)
-    if row.p95_ms is not None:  # this very file's, as measured there
+    if row.p95_ms is not None:  # measured on the target, with this very file
         return [Start(**start) for start in context.measured.get("starts", {}).get(row.name, ())]
     return []
 
 
 def choose(rows: Sequence[Row], judged: Mapping[str, Sequence[Budget]]) -> Row:
-    """The fastest shippable row that meets every budget, the smaller of two as fast; else the
-    fastest of those that surely miss none; else the one that misses by the smallest factor. judged:
-    row name -> its budgets."""
+    """The variant to ship: the fastest shippable one that meets every budget.
+
+    Of two equally fast ones, the smaller. If none meets every budget: the fastest that fails none
+    (passed or inconclusive); else the one whose worst excess over a budget is smallest. judged: row
+    name -> its budgets.
+    """
     allowed = [row for row in rows if row.shippable]
     for verdicts in ({"passed"}, {"passed", "inconclusive"}):
         meeting = [
@@ -165,8 +181,10 @@ def choose(rows: Sequence[Row], judged: Mapping[str, Sequence[Budget]]) -> Row:
 
 
 def would_meet(rows: Sequence[Row], limits: Export) -> list[Row]:
-    """Variants that are not proven and would, by their figures in the decision table, meet the
-    budgets; none where memory is one of them, which the table does not have."""
+    """Unproven variants that would meet the budgets by their figures in the decision table.
+
+    Empty when memory has a budget: the table has no memory figures.
+    """
     if limits.memory_mb is not None:
         return []
     return [
@@ -181,11 +199,13 @@ def would_meet(rows: Sequence[Row], limits: Export) -> list[Row]:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Measurements that the gates are judged on. metrics: of the file on test, against: paired with
-    the framework there; budgets: of the chosen row; unproven: variants that would meet them all,
-    were they proven: a budget that is missed is then not settled. frame: the size that latencies
-    were measured at. out_of_order: classes elsewhere than in the run. latency: of each shipped
-    variant; sizes: (frame, p50 ms, p95 ms) of the chosen file."""
+    """Measurements that the gates are judged on.
+
+    metrics: of the file on test; against: paired with the framework on test. budgets: of the chosen
+    variant. unproven: variants that would meet every budget if they were proven, which makes a
+    missed budget inconclusive. frame: frame size of the latencies. out_of_order: number of labels
+    that differ from the run's order.
+    """
 
     parity: Sequence[Parity]
     chosen: Row
@@ -200,7 +220,7 @@ class Evidence:
 
 
 def judge_gates(limits: Export, measured: Evidence) -> list[Gate]:
-    """Every gate of the export, in one place."""
+    """Evaluate every gate of the export."""
     chosen = measured.chosen
     gates = []
     for item in measured.parity:
@@ -210,9 +230,8 @@ def judge_gates(limits: Export, measured: Evidence) -> list[Gate]:
 
     gates.append(Gate(name="labels out of order", value=measured.out_of_order, limit=0))
 
-    # fp32 is held to the framework by parity, and int8 was accepted on val with confidence: on
-    # test, a drop within what chance allows is no contradiction, and one image more or less is none
-    # either.
+    # Parity ties fp32 to the framework, and int8 was accepted on val with confidence. A drop on
+    # test within chance, or of a single image, does not contradict that: the lower bound counts.
     name = f"accuracy drop of the file ({chosen.name}, lower 95 % bound)"
     gates.append(Gate(name=name, value=measured.against.low, limit=limits.max_accuracy_drop))
 
@@ -249,14 +268,18 @@ def judge_gates(limits: Export, measured: Evidence) -> list[Gate]:
 
 
 def input_group(check: Check) -> str:
-    """Whose inputs a parity check compared, in words: the files of a bundle call the user's images
-    photographs."""
+    """Display name of the input group of a parity check.
+
+    Bundles call the user's images "photographs"; the display name is "images".
+    """
     return "images" if check.group == "photographs" else check.group
 
 
 def _recall(metrics: Metrics, least: float) -> Gate:
-    """Whether every class is found often enough: of the class that is least sure of it, the share
-    that is missed."""
+    """Gate on the recall of every class: the miss rate of the class with the lowest lower bound.
+
+    A class without test images comes first, and is inconclusive.
+    """
     lows = [0.0 if low is None else low for low in metrics.recall_low]
     label = min(
         range(len(lows)), key=lambda label: (metrics.recall[label] is not None, lows[label])
@@ -281,8 +304,11 @@ SIZES = ("320x240", "640x480", "1280x720", "1920x1080", "4000x3000")
 def times_by_size(
     row: Row, forms: tuple[Path, Path], context: variants.Context
 ) -> list[tuple[str, float, float]]:
-    """(frame, p50 ms, p95 ms) of the chosen image form on the target's CPU, one thread, smallest
-    first; none where the target is neither here nor reached, or runs the core form."""
+    """Latency of the chosen image form over frame sizes, on one thread of the target's CPU.
+
+    Returns (frame, p50 ms, p95 ms), smallest frame first. Empty when the target is neither this
+    machine nor reachable, or does not run on the CPU.
+    """
     if not (context.here or context.device) or context.target.provider != "cpu":
         return []
 

@@ -1,4 +1,4 @@
-"""run -> bundle: the export as one straight function over ftkit_export's pieces.
+"""Export a run to a bundle: one sequence of steps built on ftkit_export.
 
 verdict = export(open_run("runs/lite0-1"), Path("bundle"))
 verdict.folder, verdict.passed
@@ -29,8 +29,8 @@ from ftkit.exporting import evidence, variants, web
 from ftkit.exporting.signpost import signpost
 from ftkit.recipe import Export
 from ftkit.report.build import Picture, pictures, write_report
-from ftkit.report.html import table
 from ftkit.report.model_card import model_card
+from ftkit.report.pages import Table, table_html
 from ftkit.training.run import Run, read_metrics
 from ftkit.utils import console
 from ftkit.utils.console import short
@@ -62,17 +62,19 @@ from ftkit_export.runtime.session import PROVIDERS, form_of, require_provider
 from ftkit_export.runtime.targets import TARGETS, unshippable
 from ftkit_export.runtime.verify import sha256
 
-PARITY_IMAGES = 256  # held-out photographs that parity sees; float64 sees the first 64
+PARITY_IMAGES = 256  # held-out images in the parity check; float64 runs on the first 64
 DECODED_BYTES = 500_000_000
 GOLDEN_PIXELS = 40_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """Options of an export. measured: latencies from the target device, by variant. device: the
-    target, over ssh. c: plain C sources. ort: ONNX Runtime's own format. handoff: what other
-    compilers need. zipped: BUNDLE.zip too. sign: an Ed25519 key. web: the files of ONNX Runtime
-    Web, for device/web."""
+    """Optional inputs and outputs of an export.
+
+    measured: benchmark results from the target device. device: the target, over ssh. c: plain C
+    sources. ort: ONNX Runtime's own format. handoff: files for other compilers. zipped: also
+    BUNDLE.zip. sign: an Ed25519 key. web: the files of ONNX Runtime Web, for device/web.
+    """
 
     measured: Mapping[str, Any] = field(default_factory=dict)
     device: Device | None = None
@@ -86,8 +88,11 @@ class Extras:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The result of an export. folder: BUNDLE, or BUNDLE.failed when a gate failed,
-    BUNDLE.inconclusive when one could not be settled. rows: the decision table."""
+    """Result of an export.
+
+    folder: BUNDLE; BUNDLE.failed when a gate failed; BUNDLE.inconclusive when none failed but one
+    could not be settled. rows: the decision table.
+    """
 
     folder: Path
     gates: tuple[Gate, ...]
@@ -123,16 +128,16 @@ class Exported:
         return "".join(
             [
                 f"<p>{escape(str(self.folder))}: {'all gates passed' if self.passed else self.verdict}</p>",
-                table(("gate", "verdict", "value", "at most"), gates),
-                table(("variant", "verdict", "val accuracy", "p50 ms", "MB"), rows),
+                table_html(Table(("gate", "verdict", "value", "at most"), gates)),
+                table_html(Table(("variant", "verdict", "val accuracy", "p50 ms", "MB"), rows)),
             ]
         )
 
 
 def held_out(run: Run, data: str | Path | None) -> Canvases:
-    """The run's images again, from where they were or from `data`.
+    """Load the run's images again, from their original place or from `data`.
 
-    Raises FtkitError when they are gone, or no longer those the run was trained on.
+    Raises FtkitError when they are missing, or are not those the run was trained on.
     """
     where = data or run.data["data"]
     if not Path(where).exists():
@@ -156,11 +161,14 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
 
 
 def metadata(run: Run) -> dict[str, str]:
-    """ONNX metadata: labels in order, preprocessing, temperature, recipe, and the run's
-    fingerprint."""
-    # May be a local path
+    """ONNX metadata of a run's exported files.
+
+    Labels in order, preprocessing, temperature, abstain threshold, out-of-distribution statistics,
+    recipe, and the run's fingerprint.
+    """
+    # The weights may be a local path
     recipe = {key: value for key, value in run.data["recipe"].items() if key != "weights"}
-    # So may this be
+    # A teacher may be one too
     recipe["stages"] = [{**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]]
     threshold = run.data["abstention"]["threshold"]
 
@@ -177,10 +185,10 @@ def metadata(run: Run) -> dict[str, str]:
 
 
 def read_measured(path: Path, run: Run, target: str, frame: str) -> dict[str, Any]:
-    """Read what `device/classify.py --bench` printed on the target.
+    """Read the output of `device/classify.py --bench` from the target.
 
-    Raises FtkitError when the file is none, of another run, not of this target on one thread, or of
-    frames of another size.
+    Raises FtkitError when the file is not such output, is of another run, was not measured on this
+    target with one thread, or is for frames of another size.
     """
     try:
         data = read_bench(path)
@@ -213,7 +221,7 @@ def read_measured(path: Path, run: Run, target: str, frame: str) -> dict[str, An
 
 
 def frame_of(limits: Export, run: Run) -> str:
-    """The size of the frames that latencies are measured and judged at, "640x480"."""
+    """Frame size at which latencies are measured and judged, such as "640x480"."""
     frame: str = limits.frame or run.data["audit"]["frame"]
     return frame
 
@@ -228,12 +236,11 @@ def export(
     quick: bool = False,
     extras: Extras | None = None,
 ) -> Exported:
-    """Export `run`, decide on its variants, prove the file on each provider, judge the gates, seal
-    the bundle.
+    """Export `run` to a bundle that is checked on each provider, judged by the gates, and sealed.
 
-    settings: gates and budgets, the recipe's by default. quick: shorter latency runs, marked so in
-    the evidence. Raises ProviderError when a provider is not here, FtkitError when `out` exists or
-    the images have changed.
+    settings: gates and budgets, by default the recipe's. quick: shorter latency runs, marked so in
+    the evidence. Raises ProviderError when a provider is not available here, FtkitError when `out`
+    exists or the images have changed.
     """
     for name in providers:
         require_provider(name)
@@ -262,15 +269,17 @@ def export(
             paths = _finish_files(job, measured.chosen, paths)
             return _seal(job, out, made, paths, parity, measured)
         finally:
-            # It was moved away when sealed; what is left here was not finished.
+            # Sealing moves the folder away; one that is still here is unfinished.
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Inputs that all steps of an export share. folder: where the bundle is built. rows: of the
-    canvases, held-out images that parity sees; files: their paths; photographs: the first of them,
-    decoded."""
+    """Inputs shared by all steps of an export.
+
+    folder: where the bundle is built. rows: the canvases' rows that the parity check uses, all held
+    out; files: their paths; photographs: the first of them, decoded.
+    """
 
     run: Run
     model: nn.Module
@@ -300,8 +309,11 @@ Forms = dict[str, tuple[Path, Path]]  # variant -> (image form, core form)
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """latency: of each shipped variant; budgets: of the chosen one; unproven: variants that would
-    meet them; sizes: (frame, p50 ms, p95 ms) of the chosen file."""
+    """Latency and budgets of the variants of an export.
+
+    latency: of each shipped variant; budgets: of the chosen one; unproven: variants that would meet
+    them; sizes: (frame, p50 ms, p95 ms) of the chosen file.
+    """
 
     latency: Mapping[str, Sequence[Latency]]
     chosen: Row
@@ -320,7 +332,7 @@ def _prepare(
     quick: bool,
     extras: Extras,
 ) -> Job:
-    """Convert the model, and choose the images that it is proven on."""
+    """Convert the model, and choose the images for the parity check."""
     with console.bar("converting to ONNX"):
         core = export_core(model, run.preprocess.size)
 
@@ -357,7 +369,7 @@ def _prepare(
 
 
 def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
-    """Decide what may ship, and write it with what describes it."""
+    """Decide which variants may ship; write them with labels, splits and activation model."""
     made = variants.make(job.core.model, job.context)
     console.say(variants.as_table(made.rows))
     console.say(f"times: one thread, {console.frames(job.context.frame)}, decoding apart")
@@ -375,7 +387,7 @@ def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
 
 
 def _prove(job: Job, paths: Forms) -> list[Parity]:
-    """Parity of fp32 with the framework, on each provider."""
+    """Check parity of fp32 with the framework on each provider."""
     found = []
     image_form, core_form = paths["fp32"]
     model = ExportedModel(
@@ -404,8 +416,7 @@ def _prove(job: Job, paths: Forms) -> list[Parity]:
 
 
 def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
-    """Latency, memory and size of what may ship; the variant that does; a way on where it misses a
-    budget."""
+    """Measure the shipped variants and choose one; print advice when it misses a budget."""
     context = job.context
     latency = evidence.latencies(paths, job.files[0], context.frame, job.providers, job.quick)
     shipped = [
@@ -436,12 +447,12 @@ def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
 
 
 def _finish_files(job: Job, chosen: Row, paths: Forms) -> Forms:
-    """Golden vectors, model.onnx, runners and extras; returns where the variants are now."""
+    """Write golden vectors, model.onnx, runners and extras; return the variants' final paths."""
     folder = job.folder
     preprocess = job.run.preprocess
     input_format = job.limits.input_format
     golden = []
-    if job.limits.golden == "images":  # of a size that any device decodes
+    if job.limits.golden == "images":  # small enough for any device to decode
         golden = [image for image in job.photographs if image[..., 0].size <= GOLDEN_PIXELS]
 
     with console.bar("golden vectors"):
@@ -468,7 +479,7 @@ def _seal(
     parity: Sequence[Parity],
     measured: Measurements,
 ) -> Exported:
-    """Judge the gates on the finished file; then report, model card, manifest."""
+    """Judge the gates on the finished file; write report, model card and manifest."""
     run = job.run
     folder = job.folder
     metrics, against = evidence.file_accuracy(folder, run, job.context, run.classes)
@@ -537,8 +548,10 @@ def _describe(job: Job, manifest: dict[str, Any], gates: Sequence[Gate]) -> None
 def _write_variants(
     folder: Path, made: variants.Variants, context: variants.Context
 ) -> dict[str, tuple[Path, Path]]:
-    """Variant -> (image form, core form), written and fit to load on the target's oldest ONNX
-    Runtime."""
+    """Write the shipped variants; return variant -> (image form, core form).
+
+    Raises FtkitError for a file that the target's oldest ONNX Runtime cannot load.
+    """
     (folder / "variants").mkdir()
     paths = {}
     for name, (row, core) in made.shipped.items():
@@ -559,9 +572,11 @@ def _write_variants(
 def _measured(
     row: Row, latency: Sequence[Latency], forms: tuple[Path, Path], context: variants.Context
 ) -> Row:
-    """The row with the file's size and memory, and the full measurement on the target's provider,
-    one thread, where this machine is the target: else the times of the race, or the target's own,
-    stand."""
+    """The row with the file's size and memory and, on the target, its full measurement.
+
+    The full measurement is that of one thread on the target's provider. Where this machine is not
+    the target, the times of the race, or the target's own, are kept.
+    """
     row = replace(row, size_bytes=latency[0].size_bytes, peak_rss_bytes=latency[0].peak_rss_bytes)
     if context.device:
         provider = context.target.provider
@@ -581,7 +596,7 @@ def _measured(
 
 
 def _require_extras(extras: Extras, limits: Export) -> None:
-    """Raises FtkitError for what could only fail at the end."""
+    """Raise FtkitError early for options that would otherwise fail only at the end."""
     if extras.sign:
         archive.require_key(extras.sign)
     if extras.c:
@@ -634,7 +649,7 @@ def _add_extras(
 
 
 def _pictures(folder: Path, canvases: Canvases, run: Run, limits: Export) -> list[Picture]:
-    """The worst mistakes, with where the model looked; none where photographs must not leave."""
+    """The worst mistakes with class activation maps; none when photographs must not be included."""
     if limits.golden == "synthetic":
         return []
     explain = Explainer(folder) if (folder / EXPLAIN).is_file() else None
@@ -642,8 +657,10 @@ def _pictures(folder: Path, canvases: Canvases, run: Run, limits: Export) -> lis
 
 
 def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:
-    """The first images, as the device will decode them: as many as float64 sees, within a bound on
-    memory."""
+    """The first images, decoded as on the device.
+
+    At most FLOAT64_IMAGES, and no more once they exceed DECODED_BYTES.
+    """
     found: list[Array] = []
     for path in paths[:FLOAT64_IMAGES]:
         found.append(preprocess.decode(path))

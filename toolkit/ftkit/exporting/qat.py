@@ -1,12 +1,11 @@
-"""A quantization-aware stage: the exported 8-bit graph itself, run in PyTorch with rounding
-simulated, and fine-tuned.
+"""Quantization-aware training: fine-tune the exported 8-bit graph in PyTorch, rounding simulated.
 
     trained = fine_tune(core, quantized, pixels_of, labels, teacher, epochs=2)      # a core form with adapted weights
     int8(trained, ranges, target)                                                    # goes through the same decision
 
-Rounding passes its gradient straight through (Bengio et al. 2013; Jacob et al. 2018). The
-activations' scales stay as calibrated, a weight's follow its channel's largest value. What is
-learned: the labels, and the answers of fp32.
+Rounding uses the straight-through estimator (Bengio et al. 2013; Jacob et al. 2018). Activation
+scales stay as calibrated; weight scales follow the largest absolute value of each channel. The loss
+is half cross-entropy on the labels, half distillation from fp32.
 """
 
 from __future__ import annotations
@@ -116,11 +115,10 @@ OPERATORS: dict[str, Callable[[Values, dict[str, Any]], Any]] = {
 
 
 class Simulated(nn.Module):
-    """The quantized graph with its float weights as parameters: pixels (n, 3, S, S) -> logits (n,
-    classes).
+    """The quantized graph as a module with its float weights as parameters.
 
-    core: the float form that `quantized` was made from. Raises FtkitError for an operator it does
-    not know.
+    Maps pixels (n, 3, S, S) to logits (n, classes). core: the float form that `quantized` was made
+    from. Raises FtkitError for an unsupported operator.
     """
 
     def __init__(self, core: onnx.ModelProto, quantized: onnx.ModelProto):
@@ -175,7 +173,7 @@ class Simulated(nn.Module):
         for node, attributes in self.nodes:
             inputs: list[Any] = [values.get(name) for name in node.input]
             if node.op_type == "QuantizeLinear":
-                # Rounded where it is dequantized
+                # Rounding is simulated at DequantizeLinear
                 values[node.output[0]] = (
                     inputs[0],
                     inputs[1],
@@ -186,7 +184,7 @@ class Simulated(nn.Module):
                 # 127, or 64 with reduce_range
                 levels = int(self.constants[node.input[0]].abs().max())
                 values[node.output[0]] = weight
-                if weight.ndim > 1:  # a bias has 32 bits: exact enough
+                if weight.ndim > 1:  # biases are int32: precise enough unrounded
                     values[node.output[0]] = _rounded_weight(
                         weight, attributes.get("axis", 0), levels
                     )
@@ -204,7 +202,7 @@ class Simulated(nn.Module):
 
 
 def _origin(name: str, floats: dict[str, Array]) -> str:
-    """onnxruntime names a quantized constant after the float one."""
+    """Name of the float constant that onnxruntime quantized, from the quantized one's name."""
     origin = name.removesuffix("_quantized")
     if origin not in floats:
         raise FtkitError(
@@ -230,9 +228,11 @@ def fine_tune(
     epochs: int,
     rate: float = RATE,
 ) -> onnx.ModelProto:
-    """The core form with weights adapted to 8 bits. pixels_of(rows) -> (n, 3, S, S) float32 for
-    rows of 0 .. N - 1; labels (N,); teacher (N, classes): fp32's logits. Same numbers, same
-    weights, on the same machine."""
+    """The core form with its weights fine-tuned for 8 bits.
+
+    pixels_of(rows) -> (n, 3, S, S) float32 for rows of 0 .. N - 1; labels (N,); teacher (N,
+    classes): logits of fp32. Reproducible on one machine.
+    """
     model = Simulated(core, quantized)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     steps = epochs * -(-len(labels) // QAT_BATCH)

@@ -1,11 +1,10 @@
-"""Advice for an export that misses a budget: what else would meet it, measured, with the command to
-run.
+"""Advice for an export that misses a budget: measured alternatives, and the command to run.
 
     for line in signpost(run, model, missed, unproven, rows, context):
         print(line)
 
-Shorter times come from a smaller input. How long the very network takes at another resolution needs
-no training to know: it is exported anew and timed on the spot, in seconds.
+A smaller input lowers latency. The same network's latency at another resolution can be measured
+without training: it is exported again and timed on the spot, in seconds.
 """
 
 from __future__ import annotations
@@ -30,15 +29,18 @@ from ftkit_export.proof.decision import Row, what_would_settle
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, over_sizes
 
-SIZE_STEP = 32  # pixels: what most backbones halve five times
+SIZE_STEP = 32  # pixels: most backbones downsample by 2 five times
 SMALLEST_SIZE = 64  # pixels
-MOST_SIZES = 4  # resolutions that are timed
+MOST_SIZES = 4  # number of resolutions that are timed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smaller:
-    """The same network at another input size, as timed. int8_p95_ms: worked out from the ratio that
-    int8 has at the run's own size; None where it has none."""
+    """Measured latency of the same network at another input size.
+
+    int8_p95_ms: estimated from the ratio of int8 to fp32 at the run's own size; None without such a
+    ratio.
+    """
 
     size: int
     p50_ms: float
@@ -54,12 +56,15 @@ def signpost(
     rows: Sequence[Row],
     context: variants.Context,
 ) -> list[str]:
-    """Advice on budgets that are missed, or not surely met, as lines of text. rows: the decision
-    table."""
+    """Advice on budgets that are missed or inconclusive, as lines of text.
+
+    rows: the decision table.
+    """
     lines = [
-        f"missed: {item}" if item.verdict == "failed" else f"not sure: {item}" for item in missed
+        f"missed: {item}" if item.verdict == "failed" else f"inconclusive: {item}"
+        for item in missed
     ]
-    if unproven:  # nothing smaller is needed: this one's accuracy is all that is open
+    if unproven:  # only this one's accuracy is open: no smaller input is needed
         lines.append(_unproven(_surest(unproven), context))
         return lines
 
@@ -77,7 +82,7 @@ def signpost(
             f"{best.name} would meet size_mb alone: {best.size_bytes / 1e6:.1f} MB; {_open(best, context)}"
         )
     elif large:
-        lines.append("a smaller file takes a smaller backbone: docs/recipes.md has the sizes")
+        lines.append("a smaller file needs a smaller backbone: docs/recipes.md lists the sizes")
 
     slow = next((item for item in missed if item.name == "p95_ms" and item.values), None)
     if slow and context.target.provider == "cpu" and (context.here or context.device):
@@ -100,7 +105,7 @@ def _open(row: Row, context: variants.Context) -> str:
 
 
 def _surest(rows: Sequence[Row]) -> Row:
-    """The one that surely loses least."""
+    """The variant with the lowest upper bound on its accuracy drop."""
     return min(rows, key=lambda row: row.paired.high if row.paired else 1.0)
 
 
@@ -118,8 +123,10 @@ def _resolutions(
     *,
     only_int8: bool,
 ) -> list[str]:
-    """A table of smaller inputs, and the command for the largest that is likely to meet the budget.
-    only_int8: float32 is too large a file whatever its input."""
+    """Table of smaller inputs, and the command for the largest that is likely to meet the budget.
+
+    only_int8: the float32 file is too large at any input size.
+    """
     ratios = [
         row.ratio
         for row in rows
@@ -136,7 +143,7 @@ def _resolutions(
         table.append((f"{item.size} x {item.size}", f"{item.p50_ms:.1f}/{item.p95_ms:.1f}", int8))
 
     lines = [
-        f"the same network on smaller inputs, not trained for them ({console.frames(context.frame)}):"
+        f"the same network at smaller input sizes, not retrained ({console.frames(context.frame)}):"
     ]
     lines.append(console.table(table))
     best = None
@@ -149,7 +156,7 @@ def _resolutions(
     if best:
         lines.append(f"try: {_command(run, best.size)}")
     else:
-        lines.append("none of them meets it: try a smaller backbone (docs/recipes.md)")
+        lines.append("none of them meets the budget: try a smaller backbone (docs/recipes.md)")
 
     return lines
 
@@ -157,8 +164,10 @@ def _resolutions(
 def _timed(
     run: Run, model: nn.Module, slow: Budget, ratio: float | None, context: variants.Context
 ) -> list[Smaller]:
-    """The largest sizes that may meet the budget in fp32, or in int8, largest first; none for a
-    network that takes one size only."""
+    """Time the largest input sizes that may meet the budget in fp32 or int8, largest first.
+
+    Empty for a network with a fixed input size.
+    """
     own = run.preprocess.size
     excess = slow.excess
     wanted = {_rounded(own / excess**0.5), _rounded(own / (excess * (ratio or 1)) ** 0.5)}
@@ -202,7 +211,7 @@ def _rounded(size: float) -> int:
 
 
 def _command(run: Run, size: int) -> str:
-    """Train the same recipe on the same data at another size."""
+    """Command that trains the same recipe on the same data at another input size."""
     words = ["ftkit", "train", run.data["data"], "--recipe", str(run.folder / "run.json")]
     words += ["--set", f"preprocess.size={size}", "--out", f"{run.folder}-{size}"]
     if run.data["group_by"]:

@@ -1,11 +1,11 @@
-"""The variants of one exported model, and the measured decision which of them may ship.
+"""Build the variants of an exported model; decide by measurement which of them may ship.
 
-    variants = make(core, context)                # fp32 first; int8 or fp16 as the target has it
+    variants = make(core, context)                # fp32 first; then the target's int8 or fp16
     variants.rows, variants.shipped               # the decision table; what may go into the bundle
 
-int8 climbs a ladder: everything in 8 bits, then the operators that suffer most back in float, until
-the accuracy on val is held with confidence. A form that is not faster than fp32 is refused before
-any of that.
+int8 is tried in steps: all operators in 8 bits, then the most sensitive ones back in float, until
+the accuracy on val holds with confidence. If the first step is no faster than fp32, it is refused
+and the others are skipped.
 """
 
 from __future__ import annotations
@@ -48,16 +48,19 @@ from ftkit_export.runtime.session import PROVIDERS, Session
 from ftkit_export.runtime.targets import TARGETS, Precision, Target, here
 from ftkit_export.runtime.verify import sha256
 
-RUNGS = (0, 4, 8, 16)  # operators put back into float, the most damaged first
-INFERENCE_BATCH = 8  # 16 calibrates half as fast: every value of every image of it is kept
+RUNGS = (0, 4, 8, 16)  # operators kept in float at each step, the most sensitive first
+INFERENCE_BATCH = 8  # calibration keeps all activations of a batch: 16 is half as fast
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """Inputs of the decision. photograph: a real image file for the latency, frame: the size that
-    it is brought to, "640x480"; metadata: what every file carries; measured: for a target that is
-    not this machine, what `device/classify.py --bench` printed there, or nothing. device: the
-    target itself, reached over ssh. reference: the framework's own answers."""
+    """Inputs of the decision on variants.
+
+    photograph: an image file for the latency; frame: the size it is resized to, "640x480".
+    metadata: written into every file. measured: for a target that is not this machine, the output
+    of `device/classify.py --bench` there, or empty. device: the target itself, reached over ssh.
+    reference: the framework's own answers.
+    """
 
     reference: Reference
     canvases: Canvases
@@ -73,7 +76,7 @@ class Context:
 
     @property
     def target(self) -> Target:
-        """The target's facts."""
+        """Properties of the target."""
         return TARGETS[self.target_name]
 
     @cached_property
@@ -85,8 +88,7 @@ class Context:
         return self.target_name == here() if provider == "cpu" else not does_not_open(provider)
 
     def race(self, files: Sequence[Path]) -> list[Raced] | None:
-        """Files run in turn on the target, one thread; None where it is neither this machine nor
-        reached."""
+        """Time files alternately on the target, one thread; None if the target is not available."""
         if self.device:
             return self.device.race(
                 files, self.photograph, provider=self.target.provider, frame=self.frame
@@ -96,7 +98,7 @@ class Context:
         return race(files, self.photograph, provider=self.target.provider, frame=self.frame)
 
     def image_form(self, core: onnx.ModelProto) -> onnx.ModelProto:
-        """The file a device gets, of a core form."""
+        """The image form of a core form: the file that a device gets."""
         return image_form(core, self.preprocess, self.temperature, self.limits.input_format)
 
     def write(
@@ -113,8 +115,11 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A core form to be judged. right: whether each val image is answered right; kept: operators
-    left in float; checks: of its own, beside accuracy (float16)."""
+    """A core form to be judged.
+
+    right: whether each val image is classified correctly; kept: operators left in float; checks:
+    further checks beside accuracy (float16).
+    """
 
     name: str
     precision: Precision
@@ -127,8 +132,11 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Variants:
-    """rows: the decision table, fp32 first. shipped: variant name -> its row and core form, one a
-    precision. checks: how far a lower precision agrees, beside its accuracy."""
+    """The variants of an export.
+
+    rows: the decision table, fp32 first. shipped: variant name -> its row and core form, one per
+    precision. checks: how closely a lower precision agrees, beside its accuracy.
+    """
 
     rows: tuple[Row, ...]
     shipped: Mapping[str, tuple[Row, onnx.ModelProto]]
@@ -143,7 +151,7 @@ def resolve_target(name: str, providers: Sequence[str]) -> str:
 
 
 def make(core: onnx.ModelProto, context: Context) -> Variants:
-    """fp32, then what the target has beside it, each with its verdict."""
+    """Build fp32 and the other variants of the target, each with its verdict."""
     rows = context.canvases.rows("val")
     labels = context.canvases.labels[rows]
 
@@ -189,9 +197,11 @@ def logits_of(core: onnx.ModelProto, context: Context, rows: Array, provider: st
 
 
 def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu") -> Array:
-    """Logits of the val images where the file will run: on the device, where there is one. Another
-    processor's 8-bit kernels saturate, round and accumulate in their own way. The device has the
-    images already (`make`)."""
+    """Logits of the val images where the file will run: on the device, if there is one.
+
+    8-bit kernels of another processor saturate, round and accumulate differently. The device has
+    the images already (`make`).
+    """
     if not context.device:
         return logits_of(core, context, context.canvases.rows("val"), provider)
     with tempfile.TemporaryDirectory() as scratch:
@@ -201,7 +211,7 @@ def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu
 
 
 def calibration_rows(context: Context) -> Array:
-    """Training rows, spread over the set (rows lie in order of class), mixed."""
+    """Training rows, spread over the set (rows are ordered by class), then shuffled."""
     rows = context.canvases.rows("train")
     picked = spread_evenly(rows, context.limits.calibration_images)
     return np.random.default_rng(0).permutation(picked)
@@ -218,8 +228,11 @@ def _ranges(core: onnx.ModelProto, context: Context) -> Any:
 
 
 def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
-    """Rungs until one is accepted for its accuracy, or none is left; the first only, when 8 bits
-    are no faster."""
+    """Int8 candidates with more and more float operators, until one holds its accuracy.
+
+    Only the first when 8 bits are no faster. Otherwise ends with the quantization-aware one, if
+    requested.
+    """
     ranges = _ranges(fp32.core, context)
     order = list[str]()
     for count in RUNGS:
@@ -264,7 +277,10 @@ def _held(fp32: Candidate, rung: Candidate, context: Context) -> bool:
 
 
 def _compared(fp32: Candidate, rung: Candidate, context: Context) -> Paired:
-    """Bounds that hold for every rung there may be: the ladder is climbed until one is accepted."""
+    """Paired comparison with fp32.
+
+    Its bounds hold for all int8 candidates together, since they are tried until one is accepted.
+    """
     looks = len(RUNGS) + bool(context.limits.qat_epochs) if rung.precision == "int8" else 1
     groups = context.canvases.groups(context.canvases.rows("val"))
     return paired(fp32.right, rung.right, groups, looks)
@@ -273,7 +289,7 @@ def _compared(fp32: Candidate, rung: Candidate, context: Context) -> Paired:
 def _trained(
     fp32: Candidate, ranges: Any, context: Context, logits: Array, labels: Array
 ) -> Candidate:
-    """Everything in 8 bits, after a quantization-aware stage on the training images."""
+    """All operators in 8 bits, after quantization-aware training on the training images."""
     from ftkit.exporting.qat import fine_tune
 
     rows = context.canvases.rows("train")
@@ -299,8 +315,10 @@ def _trained(
 
 
 def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Candidate:
-    """float16 on the target's provider where it is to be had, else on the CPU, whose verdict is
-    then unproven."""
+    """float16, run on the target's provider if available, else on the CPU.
+
+    On the CPU its verdict is unproven.
+    """
     model, kept = half(fp32.core, _ranges(fp32.core, context))
     rows = context.canvases.rows("val")
     provider = context.target.provider if context.here or context.device else "cpu"
@@ -324,8 +342,11 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
 
 def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
-    """All in the form that the target's provider runs, in turn on one thread on a real photograph;
-    what the target measured when not here."""
+    """Time the candidates alternately on one thread and a real photograph, on the target.
+
+    In the form that the target's provider runs. If the target is not available: what it measured
+    before, for the same files.
+    """
     reached = context.here or context.device
     if (context.here and len(candidates) == 1) or not (reached or context.measured):
         return {}
@@ -342,7 +363,7 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
         if found := context.race(files):
             return {item.name: times for item, times in zip(candidates, found, strict=True)}
 
-        known = context.measured["sha256"]  # of the very files that ran there
+        known = context.measured["sha256"]  # hashes of the files that were measured there
 
         return {
             item.name: Raced(**context.measured["raced"][item.precision])
@@ -386,15 +407,17 @@ def _row(item: Candidate, fp32: Candidate, times: Raced | None, context: Context
 
 
 def _preference(row: Row) -> tuple[int, float]:
-    """Accepted first, the fastest of them; then the least that the accuracy may have dropped."""
+    """Sort key: accepted ones by speed; then by upper bound of the accuracy drop, refused last."""
     if row.verdict == "accepted":
         return 0, row.ratio or 1.0
     return (2 if row.verdict == "refused" else 1), row.paired.high if row.paired else 1.0
 
 
 def as_table(rows: Sequence[Row]) -> str:
-    """The decision table within 80 columns, times in ms on one thread; below it why a precision's
-    best may not ship."""
+    """The decision table within 80 columns, times in ms on one thread.
+
+    Below it, for each precision whose best variant may not ship, the reason.
+    """
     lines = [("variant", "val", "drop, points [95 %]", "time", "p50/p95", "MB", "verdict")]
     for row in rows:
         drop = row.paired

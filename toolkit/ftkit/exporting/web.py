@@ -1,5 +1,4 @@
-"""A page that runs a bundle's model.onnx in a browser, through ONNX Runtime Web; nothing leaves the
-machine.
+"""Web page that runs a bundle's model.onnx locally in the browser, with ONNX Runtime Web.
 
     add_page(bundle, runtime())            # BUNDLE/device/web, all files local
     with serving("bundle", files) as url:  # 127.0.0.1 only
@@ -60,10 +59,9 @@ HEADERS = {
 
 
 def runtime(package: Path | None = None) -> Path:
-    """The folder with ONNX Runtime Web's files, from the cache, from `package` (a .tgz), or fetched
-    by npm.
+    """Folder with ONNX Runtime Web's files: cached, from `package` (a .tgz), or fetched by npm.
 
-    Raises FtkitError when npm is missing or fails, or the package is another.
+    Raises FtkitError when npm is missing or fails, or `package` is not the expected one.
     """
     folder = cache_folder() / "web" / f"onnxruntime-web-{VERSION}"
     if folder.is_dir():
@@ -120,7 +118,7 @@ def _unpack(package: Path, folder: Path) -> None:
     with tarfile.open(package) as archive:
         for name in FILES:
             member = archive.extractfile(f"package/dist/{name}")
-            assert member  # the hash is right
+            assert member  # guaranteed by the hash
             (folder / name).write_bytes(member.read())
 
     for path in folder.glob("*.tgz"):
@@ -128,11 +126,10 @@ def _unpack(package: Path, folder: Path) -> None:
 
 
 def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
-    """Write the page, the runtime's `files` and model.json into `folder`, by default the bundle's
-    device/web.
+    """Write the page, the runtime's `files` and model.json into `folder`.
 
-    model.json: name, labels, input_format, abstain_threshold, out_of_domain, as in the file's
-    metadata, which a browser cannot read.
+    folder: by default the bundle's device/web. model.json: name, labels, input_format,
+    abstain_threshold, out_of_domain, as in the file's metadata, which a browser cannot read.
     """
     folder = folder or bundle / PAGE
     folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +154,7 @@ def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Files of the bundle, and the page's from another folder; to this machine's own browser only."""
+    """Serve the bundle's files, and the page from another folder, to local browsers only."""
 
     def __init__(self, *args: Any, page: Path, **more: Any):
         self._page = page
@@ -165,8 +162,11 @@ class _Handler(SimpleHTTPRequestHandler):
         super().__init__(*args, **more)
 
     def send_head(self) -> Any:
-        """One file; / leads to the page. A page elsewhere that names this host otherwise gets
-        nothing, and nobody gets what a link leads to."""
+        """Send one file; / redirects to the page.
+
+        Requests that name another host than this machine get 403, links out of the served folders
+        404.
+        """
         if self.headers.get("Host", "").split(":")[0] not in ("127.0.0.1", "localhost"):
             self.send_error(403)
         elif self.path == "/":
@@ -181,7 +181,7 @@ class _Handler(SimpleHTTPRequestHandler):
         return None
 
     def _served(self) -> bool:
-        """Whether a file is asked for that lies in the bundle or with the page, or the page."""
+        """Whether the request is for a file of the bundle or the page, or for the page itself."""
         try:
             place = Path(self.translate_path(self.path)).resolve()
         except ValueError:  # a NUL
@@ -191,31 +191,31 @@ class _Handler(SimpleHTTPRequestHandler):
         return inside and (place == page or not place.is_dir())
 
     def list_directory(self, path: Any) -> None:
-        """Nothing is listed."""
+        """Refuse directory listings."""
         self.send_error(404)
 
     def translate_path(self, path: str) -> str:
-        """Where a request's file lies."""
+        """Path of the file that a request asks for."""
         found = Path(super().translate_path(path))
         own = Path(self.directory) / PAGE
         return str(self._page / found.relative_to(own)) if found.is_relative_to(own) else str(found)
 
     def end_headers(self) -> None:
-        """Headers of every response."""
+        """Add the headers that every response has."""
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal is the user's."""
+        """Log nothing: the terminal is left to the user."""
 
 
 @contextmanager
 def serving(bundle: Path, files: Path, port: int = 0) -> Iterator[str]:
-    """Serve the page for `bundle` on 127.0.0.1 while the block runs; yields its address. port 0:
-    any free one.
+    """Serve the page for `bundle` on 127.0.0.1 while the block runs; yields its address.
 
-    Raises FtkitError when the port is taken, BundleError when it is no bundle.
+    port 0: any free port. Raises FtkitError when the port is taken, BundleError when `bundle` is
+    not a bundle.
     """
     read_manifest(bundle)
     with tempfile.TemporaryDirectory() as name:

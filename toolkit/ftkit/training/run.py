@@ -29,7 +29,7 @@ from torch import nn
 import ftkit
 from ftkit.models.backbones import Backbone, build
 from ftkit.recipe import Recipe, restore, restore_preprocess
-from ftkit.report.html import table
+from ftkit.report.pages import Table, table_html
 from ftkit.utils.lock import LOCK, in_use
 from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
@@ -78,7 +78,7 @@ class Run:
             f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} classes, test "
             f"accuracy {test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}] on "
             f"{ground(test['images'], test['clusters'])}</p>"
-            f"{table(('stage', 'verdict', 'epochs', 'rate', 'val accuracy'), rows)}"
+            f"{table_html(Table(('stage', 'verdict', 'epochs', 'rate', 'val accuracy'), rows))}"
         )
 
     def backbone(self) -> Backbone:

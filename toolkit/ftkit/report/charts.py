@@ -1,63 +1,20 @@
-"""Building blocks of every page: style, tables, figures drawn as SVG. No script, no network.
+"""Charts as SVG: no script, no network, colours from the page's style sheet.
 
-html = page("ftkit: lite0", [section("Gates", table(("gate", "value"), rows)), lines("Loss", ...)])
+    chart = lines("Loss", [("train", "--one", losses), ("val", "--two", val_losses)], stages)
+
+Every function returns markup that templates show as it is; what it was given is escaped.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
-from typing import Any
+from dataclasses import dataclass
 
-from ftkit.utils.console import short
+from markupsafe import Markup, escape
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1a1c1e; --faint: #555a60; --paper: #fff; --line: #d8dce0; --band: #f3f5f8;
-  --good: #0b6b3a; --bad: #b3261e; --one: #1f5fa8; --two: #b45309; --cell: 31, 95, 168; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --faint: #b0b6bc; --paper: #16181a; --line: #3a3f44;
-  --band: #1f2327; --good: #6fd39a; --bad: #ff8a80; --one: #7db4f0; --two: #f0b067; --cell: 125, 180, 240; } }
-@media print { :root { --ink: #000; --faint: #444; --paper: #fff; --line: #bbb; --band: #f3f5f8; --good: #0b6b3a;
-  --bad: #b3261e; --one: #1f5fa8; --two: #b45309; --cell: 31, 95, 168; } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.6rem; margin: 0; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem }
-h1, p, figcaption, li { overflow-wrap: anywhere }
-p, figcaption, caption { color: var(--faint); margin: .3rem 0; text-align: left } figure { margin: 0 }
-figcaption, caption { font-size: .9rem } a { color: var(--one) }
-nav { margin: .8rem 0; font-size: .9rem } nav a { margin-right: .9rem; white-space: nowrap; display: inline-block }
-.good { color: var(--good); font-weight: 600 } .bad { color: var(--bad); font-weight: 600 }
-/* Shadows at the edges of what is wider than its place: they go where there is no more to see. */
-.scroll { overflow-x: auto; max-width: 100%; background: linear-gradient(to right, var(--paper) 30%, transparent) left,
-  linear-gradient(to left, var(--paper) 30%, transparent) right,
-  radial-gradient(farthest-side at 0 50%, rgba(128, 128, 128, .55), transparent) left,
-  radial-gradient(farthest-side at 100% 50%, rgba(128, 128, 128, .55), transparent) right;
-  background-repeat: no-repeat; background-size: 2.5rem 100%, 2.5rem 100%, 1rem 100%, 1rem 100%;
-  background-attachment: local, local, scroll, scroll }
-.scroll:focus-visible, summary:focus-visible { outline: 2px solid var(--one) }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-th { font-weight: 600 } td.n, th.n { text-align: right; white-space: nowrap }
-td.cell { text-align: center; padding: .35rem .3rem; min-width: 2.4rem } .confusion { margin-top: .8rem }
-.confusion th[scope=col] { text-align: center; padding: .25rem .3rem }
-@media (max-width: 40rem) { th, td { padding-right: .6rem; font-size: .85rem }
-  td.cell { padding: .25rem .1rem; min-width: 1.5rem } }
-svg { width: 100%; height: auto; display: block } svg text { fill: var(--faint); font: 12px system-ui, sans-serif }
-svg text.strong { fill: var(--ink); font-weight: 600 }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 2rem;
-  margin-top: .8rem; max-width: 100% }
-.grid > figure { max-width: 36rem } .grid + .scroll { margin-top: 1.2rem }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem;
-  margin-top: .8rem }
-.pictures img { width: 100%; height: auto; display: block; border-radius: 3px }
-.pictures .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 2px }
-pre { overflow-x: auto; background: var(--band); padding: .7rem; font-size: .85rem; white-space: pre-wrap;
-  overflow-wrap: anywhere }
-summary { cursor: pointer; margin: .4rem 0 }
-@media print { body { max-width: none; padding: 0; font-size: 11px } nav { display: none } h2 { break-after: avoid }
-  figure, tr { break-inside: avoid } .scroll { overflow: visible } pre { white-space: pre-wrap } }
-"""
+from ftkit.benchmark.history import AFTER, BEFORE, changes
 
 WIDTH = 460
 HEIGHT = 224
@@ -66,67 +23,6 @@ RIGHT = 12
 TOP = 12
 BOTTOM = 36
 ChartSeries = tuple[str, str, Sequence[float]]  # name, colour variable, values
-
-
-def page(title: str, body: Sequence[str]) -> bytes:
-    """A whole document."""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width,initial-scale=1"><link rel="icon" href="data:,"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><main>{''.join(body)}</main></body></html>\n"
-    ).encode()
-
-
-def section(title: str, *parts: str) -> str:
-    """A heading with what is below it; nothing when there is nothing."""
-    if not any(parts):
-        return ""
-    return f'<section id="{anchor(title)}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
-
-
-def anchor(title: str) -> str:
-    """A heading's place: "By class" -> "by-class"."""
-    return "-".join(
-        "".join(letter if letter.isalnum() else " " for letter in title.lower()).split()
-    )
-
-
-def number(value: Any) -> str:
-    """A cell's text."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    if isinstance(value, float):
-        return short(value)
-    return escape(str(value))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
-    """Header and rows; numbers are set right; a cell that is already markup comes as a 1-tuple. It
-    scrolls where it must, by keyboard too."""
-    if not rows:
-        return ""
-
-    def numeric(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    def cell(value: Any, right: bool) -> str:
-        if isinstance(value, tuple):
-            return f"<td>{value[0]}</td>"
-        return f"<td{' class=n' if right else ''}>{number(value)}</td>"
-
-    columns = [any(numeric(row[i]) for row in rows) for i in range(len(head))]
-    top = "".join(
-        f'<th{" class=n" if n else ""} scope="col">{escape(h)}</th>'
-        for h, n in zip(head, columns, strict=True)
-    )
-    body = "".join(f"<tr>{''.join(map(cell, row, columns))}</tr>" for row in rows)
-    named = f"<caption>{escape(caption)}</caption>" if caption else ""
-    label = escape(caption or " ".join(head[:2]))
-
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}, table">'
-        f"<table>{named}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
@@ -141,9 +37,9 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     ]
 
 
-def figure(title: str, drawing: str, caption: str = "", height: int = HEIGHT) -> str:
-    """A drawing of 460 x height with a title for eyes and for screen readers."""
-    return (
+def figure(title: str, drawing: str, caption: str = "", height: int = HEIGHT) -> Markup:
+    """A drawing of 460 x height with a title that screen readers also read."""
+    return Markup(
         f'<figure><figcaption>{escape(title)}{caption and ": "}{caption}</figcaption><svg viewBox="0 0 {WIDTH} '
         f'{height}" role="img" aria-label="{escape(title)}">{drawing}</svg></figure>'
     )
@@ -152,7 +48,7 @@ def figure(title: str, drawing: str, caption: str = "", height: int = HEIGHT) ->
 def scales(
     xs: tuple[float, float], ys: tuple[float, float], height: int = HEIGHT
 ) -> tuple[Callable[[float], float], Callable[[float], float]]:
-    """x and y in the data's units -> places in the drawing."""
+    """Functions from data coordinates x and y to drawing coordinates."""
     wide = (xs[1] - xs[0]) or 1.0
     tall = (ys[1] - ys[0]) or 1.0
     return (
@@ -169,7 +65,7 @@ def axes(
     *,
     x_ticks: Sequence[float] | None = None,
 ) -> str:
-    """Grid lines with their numbers, and the names of both axes."""
+    """Horizontal grid lines, tick labels, and the names of both axes."""
     x, y = scales(xs, ys)
     parts = []
     for value in ticks(*ys):
@@ -195,7 +91,7 @@ def axes(
 
 
 def legend(series: Sequence[ChartSeries]) -> str:
-    """Names in their colours, and marks that tell them apart without colour."""
+    """Series names in their colours, with markers that differ without colour too."""
     return ", ".join(
         f'<span style="color:var({colour})">{"○●"[i % 2]} {escape(name)}</span>'
         for i, (name, colour, _) in enumerate(series)
@@ -207,12 +103,15 @@ def lines(
     series: Sequence[ChartSeries],
     bands: Sequence[tuple[int, str]] = (),
     x_name: str = "epoch",
-) -> str:
-    """One value an epoch. bands: where each stage begins, with its name."""
+) -> Markup:
+    """Line chart with one value per epoch.
+
+    bands: where each stage begins, with its name.
+    """
     count = max(len(values) for _, _, values in series)
     finite = [value for _, _, values in series for value in values if math.isfinite(value)]
     if not finite:
-        return ""
+        return Markup()
 
     room = (max(finite) - min(finite)) * 0.06 or 0.1
     xs = (0.5, count + 0.5)
@@ -255,9 +154,11 @@ def bars(
     ends: tuple[str, str],
     marks: Sequence[tuple[float, str]] = (),
     caption: str = "",
-) -> str:
-    """A histogram. ends: what its first and last edge are; marks: places (0..1 along it) with a
-    name."""
+) -> Markup:
+    """Histogram.
+
+    ends: labels of its first and last edge; marks: labelled positions (0..1 along the axis).
+    """
     height = 136
     most = max(counts) or 1
     inner = height - BOTTOM - TOP
@@ -286,8 +187,8 @@ def bars(
     return figure(title, "".join(parts), escape(caption), height)
 
 
-def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.0) -> str:
-    """A bar a row, from 0 to `most`: (name, value, text)."""
+def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.0) -> Markup:
+    """Horizontal bars from 0 to `most`, one per row: (name, value, text)."""
     parts = []
     for i, (name, value, text) in enumerate(rows):
         y = 8 + i * 30
@@ -301,12 +202,14 @@ def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.
     return figure(title, "".join(parts), "", 12 + 30 * len(rows))
 
 
-def reliability_chart(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """Share right against mean probability, a dot a bin, its area the bin's images; found: name ->
-    bins."""
+def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+    """Reliability diagram: accuracy against mean probability, one dot per bin.
+
+    The area of a dot is its bin's share of the images. found: name -> bins.
+    """
     x, y = scales((0, 1), (0, 1))
     parts = [
-        axes((0, 1), (0, 1), "probability given", "share right"),
+        axes((0, 1), (0, 1), "predicted probability", "accuracy"),
         f'<line x1="{x(0)}" y1="{y(0)}" x2="{x(1)}" y2="{y(1)}" stroke="var(--faint)" stroke-dasharray="4 4"/>',
     ]
 
@@ -332,9 +235,8 @@ def reliability_chart(title: str, found: Mapping[str, Sequence[Sequence[float]]]
 
 def points(
     title: str, found: Sequence[tuple[str, float, float, bool]], x_name: str, y_name: str
-) -> str:
-    """Numbered points: (name, x, y, whether it is the chosen one); their names stand in the
-    caption."""
+) -> Markup:
+    """Scatter plot of numbered points (name, x, y, whether chosen), named in the caption."""
     across = [item[1] for item in found]
     up = [item[2] for item in found]
     room = (max(up) - min(up)) * 0.25 or 0.01
@@ -348,7 +250,7 @@ def points(
         fill = "--good" if chosen else "--one"
         at = (x(a), y(b) - 8)
         while any(abs(at[0] - c) < 14 and abs(at[1] - d) < 12 for c, d in taken):
-            at = (at[0] + 12, at[1])  # beside a number that is there already
+            at = (at[0] + 12, at[1])  # do not overlap another number
         taken.append(at)
         parts.append(
             f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="5" fill="var({fill})"/><text class="strong" '
@@ -360,3 +262,80 @@ def points(
         for i, (name, _, _, chosen) in enumerate(found, 1)
     )
     return figure(title, "".join(parts), names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measurement of a series over time. day: "2026-11-26". modified: the commit had changes
+    that were not committed."""
+
+    day: str
+    commit: str
+    modified: bool
+    value: float
+
+
+def over_time(title: str, series: Sequence[Point]) -> Markup:
+    """Milliseconds over time, a dot per measurement, with a list of the change points below."""
+    width = 860
+    height = 170
+    left = 60
+    values = [point.value for point in series]
+    low = min(values) * 0.97
+    high = max(values) * 1.03
+    marked = changes(values)
+
+    def x(index: int) -> float:
+        return left + (width - left - 20) * (index + 0.5) / len(values)
+
+    def y(value: float) -> float:
+        return 14 + (height - 40) * (high - value) / (high - low)
+
+    parts = [
+        f'<text x="0" y="{y(value) + 4:.1f}">{value:.3g} ms</text>'
+        for value in (min(values), max(values))
+    ]
+    for i in marked:
+        middle = (x(i) + x(i - 1)) / 2
+        parts.append(
+            f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="4" y2="{height - 20}" '
+            'stroke="var(--two)" stroke-dasharray="4 4"/>'
+        )
+
+    path = " ".join(f"{x(i):.1f},{y(value):.1f}" for i, value in enumerate(values))
+    parts.append(f'<polyline points="{path}" fill="none" stroke="var(--one)" stroke-width="2"/>')
+
+    for i, point in enumerate(series):
+        commit = f"{point.commit or 'no commit'}{' modified' if point.modified else ''}"
+        parts.append(
+            f'<circle cx="{x(i):.1f}" cy="{y(point.value):.1f}" r="3" fill="var(--one)">'
+            f"<title>{escape(point.day)} {escape(commit)}: {point.value:.4g} ms</title></circle>"
+        )
+
+    for i in sorted({0, len(values) - 1}):
+        anchor = "start" if i == 0 else "end"
+        parts.append(
+            f'<text x="{x(i):.1f}" y="{height - 4}" text-anchor="{anchor}">'
+            f"{escape(series[i].day)} {escape(series[i].commit[:7])}</text>"
+        )
+
+    return Markup(
+        f"<figure><figcaption>{escape(title)}, last {values[-1]:.4g} ms</figcaption>"
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+        f"{_change_points(series, marked)}</figure>"
+    )
+
+
+def _change_points(series: Sequence[Point], marked: Sequence[int]) -> str:
+    """Each with its commit and the medians before and after."""
+    items = []
+    for i in marked:
+        before = statistics.median(point.value for point in series[max(0, i - BEFORE) : i])
+        after = statistics.median(point.value for point in series[i : i + AFTER])
+        point = series[i]
+        items.append(
+            f"<li>{escape(point.day)}, commit {escape(point.commit or 'unknown')}: "
+            f"{before:.4g} to {after:.4g} ms</li>"
+        )
+
+    return f"<ul>{''.join(items)}</ul>" if items else ""
