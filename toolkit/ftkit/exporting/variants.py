@@ -230,8 +230,8 @@ def _ranges(core: onnx.ModelProto, context: Context) -> Any:
 def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
     """Int8 candidates with more and more float operators, until one holds its accuracy.
 
-    Only the first when 8 bits are no faster. Otherwise ends with the quantization-aware one, if
-    requested.
+    Only the first when 8 bits are no faster. If none holds it, the quantization-aware one follows,
+    if requested.
     """
     ranges = _ranges(fp32.core, context)
     order = list[str]()
