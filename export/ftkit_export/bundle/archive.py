@@ -111,10 +111,10 @@ def unpacked(path: str | Path, key: Path | None = None) -> Iterator[Path]:
             f"{where}: expected a signed bundle, found a single file. Try the bundle's folder or zip"
         )
 
-    with opened(where, key) if key or where.suffix == ".zip" else nullcontext(where) as found:
+    with opened(where, key) if key or where.suffix == ".zip" else nullcontext(where) as folder:
         if key:
-            check_files(found, read_manifest(found)["files"])
-        yield found
+            check_files(folder, read_manifest(folder)["files"])
+        yield folder
 
 
 def _check_signature_inside(source: Path, key: Path) -> None:
@@ -177,18 +177,18 @@ def _unpack(source: Path, folder: Path) -> None:
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
 
-                with archive.open(entry) as found, path.open("xb") as file:
-                    _copy(found, file, entry.file_size, f"{source}: {entry.filename}")
+                with archive.open(entry) as content, path.open("xb") as file:
+                    _copy(content, file, entry.file_size, f"{source}: {entry.filename}")
     except BROKEN_ZIP as error:
         raise BundleError(
             f"{source}: expected a zipped bundle, found: {error}. Copy it again"
         ) from None
 
 
-def _copy(found: Any, file: Any, size: int, where: str) -> None:
+def _copy(content: Any, file: Any, size: int, where: str) -> None:
     """No more than the size that the archive's directory promised, whatever the stream holds."""
     left = size
-    while block := found.read(min(1 << 20, left + 1)):
+    while block := content.read(min(1 << 20, left + 1)):
         left -= len(block)
         if left < 0:
             raise BundleError(
@@ -249,12 +249,12 @@ def _load(key: Path, loader: str, kind: str, half: str) -> Any:
 
     try:
         data = key.read_bytes()
-        found = (
+        loaded = (
             getattr(serialization, loader)(data, None)
             if half == "private"
             else getattr(serialization, loader)(data)
         )
-        if not isinstance(found, getattr(ed25519, kind)):
+        if not isinstance(loaded, getattr(ed25519, kind)):
             raise ValueError
     except (OSError, ValueError, TypeError):
         raise FtkitError(
@@ -262,7 +262,7 @@ def _load(key: Path, loader: str, kind: str, half: str) -> Any:
             "Try `openssl genpkey -algorithm ed25519 -out key.pem`"
         ) from None
 
-    return found
+    return loaded
 
 
 def add_evidence(bundle: Path, copy: Path, name: str, evidence: str) -> Path:

@@ -85,28 +85,28 @@ def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
 
     try:
         with np.load(outputs, allow_pickle=False) as stored:
-            found = np.asarray(stored["logits"], np.float64).reshape(len(stored["logits"]), -1)
+            logits = np.asarray(stored["logits"], np.float64).reshape(len(stored["logits"]), -1)
     except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile):
         raise FtkitError(
             f"{outputs}: expected an .npz with an array `logits`, found none. Try numpy.savez"
         ) from None
 
-    if found.shape != expected.shape:
+    if logits.shape != expected.shape:
         raise FtkitError(
             f"{outputs}: expected logits of shape {expected.shape}, in the order of handoff/inputs.npy, "
-            f"found {found.shape}. Run every input"
+            f"found {logits.shape}. Run every input"
         )
 
     right = expected.argmax(1) == labels
-    answered = found.argmax(1) == labels
-    compared = paired(right, answered & np.isfinite(found).all(1), groups)
-    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+    answered = logits.argmax(1) == labels
+    compared = paired(right, answered & np.isfinite(logits).all(1), groups)
+    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(logits, axis=1)
 
     return Judged(
         paired=compared,
         accuracy=float(answered.mean()),
         accuracy_fp32=float(right.mean()),
-        cosine=float(((expected * found).sum(1) / np.maximum(lengths, 1e-30)).min()),
-        top1_changed=int((expected.argmax(1) != found.argmax(1)).sum()),
+        cosine=float(((expected * logits).sum(1) / np.maximum(lengths, 1e-30)).min()),
+        top1_changed=int((expected.argmax(1) != logits.argmax(1)).sum()),
         verdict=compared.verdict(limit),
     )

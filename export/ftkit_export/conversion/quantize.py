@@ -140,14 +140,14 @@ def _with_activation(core: onnx.ModelProto, names: Sequence[str]) -> list[str]:
         for value in node.input:
             users.setdefault(value, []).append(node)
 
-    found = list(names)
+    nodes = list(names)
     for node in core.graph.node:
         if node.name in names:
-            found += [
+            nodes += [
                 user.name for user in users.get(node.output[0], []) if user.op_type in ACTIVATIONS
             ]
 
-    return found
+    return nodes
 
 
 def quantized_nodes(model: onnx.ModelProto) -> int:
@@ -177,17 +177,17 @@ def rank(
     """(name, SQNR of the logits in dB with that node alone in 8 bits), most damage first. pixels:
     (n, 3, S, S)."""
     expected = Session(core.SerializeToString()).run(pixels)[0]
-    found = []
+    ranked = []
     for name in heavy_nodes(core):
         logits = Session(int8(core, ranges, target, only=[name]).SerializeToString()).run(pixels)[0]
-        found.append((name, sqnr(expected, logits)))
-    return sorted(found, key=lambda item: item[1])
+        ranked.append((name, sqnr(expected, logits)))
+    return sorted(ranked, key=lambda item: item[1])
 
 
-def sqnr(expected: Array, found: Array) -> float:
+def sqnr(expected: Array, actual: Array) -> float:
     """Signal to quantization noise ratio in dB; infinite when equal, minus infinite where a value
     is no number."""
-    noise = float(((found.astype(np.float64) - expected) ** 2).sum())
+    noise = float(((actual.astype(np.float64) - expected) ** 2).sum())
     if not np.isfinite(noise):
         return -np.inf
     signal = float((expected.astype(np.float64) ** 2).sum())

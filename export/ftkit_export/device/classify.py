@@ -43,9 +43,9 @@ def self_check(provider: str, threads: int) -> int:
         print(f"sealed gate  FAILED: {gate}")
 
     golden = BUNDLE / "golden" / "00.png"
-    found = find(BUNDLE)
+    bundle = find(BUNDLE)
     condition = Condition(
-        model=str(found.shipped(provider)), provider=provider, threads=threads, frame=found.frame
+        model=str(bundle.shipped(provider)), provider=provider, threads=threads, frame=bundle.frame
     )
     latency = measure(condition, golden, quick=True)
     frames = f", frames of {latency.frame}" if latency.frame else ""

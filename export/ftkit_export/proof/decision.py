@@ -111,9 +111,9 @@ def paired(
     worse = reference & ~candidate
     better = ~reference & candidate
     images = len(reference)
-    found = difference_design(worse, better, groups)
+    design = difference_design(worse, better, groups)
     shares = int(worse.sum()) / max(1, images), int(better.sum()) / max(1, images)
-    low, high = difference_bounds(*shares, found, 1 - ERROR_RATE / looks)
+    low, high = difference_bounds(*shares, design, 1 - ERROR_RATE / looks)
 
     return Paired(
         images=images,
@@ -123,9 +123,9 @@ def paired(
         low=low,
         high=high,
         looks=looks,
-        clusters=found.clusters,
-        effect=found.effect,
-        df=None if math.isinf(found.df) else found.df,
+        clusters=design.clusters,
+        effect=design.effect,
+        df=None if math.isinf(design.df) else design.df,
     )
 
 
@@ -162,11 +162,13 @@ class Row:
         return self.verdict in ("reference", "accepted")
 
 
-def judge_variant(found: Paired, limit: float, ratio_high: float | None) -> tuple[Verdict, str]:
+def judge_variant(
+    comparison: Paired, limit: float, ratio_high: float | None
+) -> tuple[Verdict, str]:
     """Verdict on a candidate and its reason. ratio_high: upper bound of its latency over fp32's;
     None: not measured."""
-    verdict = found.verdict(limit)
-    points = f"{found.drop * 100:+.2f} points [{found.low * 100:+.2f}, {found.high * 100:+.2f}]"
+    verdict = comparison.verdict(limit)
+    points = f"{comparison.drop * 100:+.2f} points [{comparison.low * 100:+.2f}, {comparison.high * 100:+.2f}]"
 
     if ratio_high is not None and ratio_high >= 1:
         return (
@@ -175,8 +177,11 @@ def judge_variant(found: Paired, limit: float, ratio_high: float | None) -> tupl
         )
 
     if verdict != "accepted":
-        more = f"; {what_would_settle(found, limit)}" if verdict == "inconclusive" else ""
-        return verdict, f"accuracy drop {points} on {found.ground}, limit {limit * 100:.2f}{more}"
+        more = f"; {what_would_settle(comparison, limit)}" if verdict == "inconclusive" else ""
+        return (
+            verdict,
+            f"accuracy drop {points} on {comparison.ground}, limit {limit * 100:.2f}{more}",
+        )
 
     if ratio_high is None:
         return (
@@ -187,9 +192,9 @@ def judge_variant(found: Paired, limit: float, ratio_high: float | None) -> tupl
     return "accepted", f"accuracy drop {points}; latency at most {ratio_high:.2f} of fp32's"
 
 
-def what_would_settle(found: Paired, limit: float) -> str:
+def what_would_settle(comparison: Paired, limit: float) -> str:
     """How many more images an inconclusive comparison needs, in words."""
-    enough = found.settled_by(limit)
+    enough = comparison.settled_by(limit)
     if enough is None:
         return "more val images of this kind would not settle it"
     images, clusters = enough

@@ -181,12 +181,12 @@ def share_interval(
         return 0.0, 1.0, None
 
     share = float(right.mean())
-    found = design(right, groups, SHARE)
-    if found.df <= 0:
-        return 0.0, 1.0, found.clusters
+    sample = design(right, groups, SHARE)
+    if sample.df <= 0:
+        return 0.0, 1.0, sample.clusters
 
-    low, high = wilson(share, images / found.effect, found.quantile((1 + level) / 2))
-    return low, high, found.clusters
+    low, high = wilson(share, images / sample.effect, sample.quantile((1 + level) / 2))
+    return low, high, sample.clusters
 
 
 def difference_design(worse: Array, better: Array, groups: Sequence[str] | None) -> Design:
@@ -196,17 +196,17 @@ def difference_design(worse: Array, better: Array, groups: Sequence[str] | None)
 
 
 def difference_bounds(
-    worse: float, better: float, found: Design, level: float
+    worse: float, better: float, sample: Design, level: float
 ) -> tuple[float, float]:
     """One-sided bounds of the true share(worse) - share(better), each at confidence `level`.
 
     worse, better: the two shares as observed, in 0..1.
     """
-    if found.images == 0 or found.df <= 0:
+    if sample.images == 0 or sample.df <= 0:
         return -1.0, 1.0
 
     normal = float(stats.norm.ppf(level))
-    count = found.images / found.effect * (normal / found.quantile(level)) ** 2
+    count = sample.images / sample.effect * (normal / sample.quantile(level)) ** 2
     worse_low, worse_high = clopper_pearson(worse, count, level)
     better_low, better_high = clopper_pearson(better, count, level)
     covariance = 2 * worse * better * normal**2 / count

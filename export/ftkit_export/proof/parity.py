@@ -140,9 +140,9 @@ class Reference:
             ):
                 self._known[keys[place]] = logits, embedding
 
-        found = [self._known[key] for key in keys]
-        return np.stack([logits for logits, _ in found]), np.stack(
-            [embedding for _, embedding in found]
+        answered = [self._known[key] for key in keys]
+        return np.stack([logits for logits, _ in answered]), np.stack(
+            [embedding for _, embedding in answered]
         )
 
     def rounding(self, pixels: Array, precision: str) -> float:
@@ -268,14 +268,14 @@ def measure_parity(
 
         pixels = preprocess.pixels(drawn)
         logits = _run(core_session, pixels)
-        found = _core_checks(reference, logits, pixels, group, provider)
+        core_checks = _core_checks(reference, logits, pixels, group, provider)
         errors = errors or _histogram(
             logits, reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
         )
-        if failing is None and not all(check.passed for check in found):
+        if failing is None and not all(check.passed for check in core_checks):
             failing = pixels[:2]
 
-        checks += found
+        checks += core_checks
         if image_sessions:
             checks += _image_checks(reference, model, *image_sessions, images, group)
 
@@ -292,26 +292,26 @@ def measure_parity(
     )
 
 
-def _histogram(found: Array, expected: Array) -> tuple[int, ...]:
-    apart = np.abs(found[: len(expected)] - expected)
+def _histogram(actual: Array, expected: Array) -> tuple[int, ...]:
+    apart = np.abs(actual[: len(expected)] - expected)
     apart = apart[np.isfinite(apart)]
     logs = np.log10(np.maximum(apart, 1e-300)).clip(DECADES[0], DECADES[-1])
     return tuple(map(int, np.histogram(logs, DECADES)[0]))
 
 
 def _core_checks(
-    reference: Reference, found: Array, pixels: Array, group: str, provider: str
+    reference: Reference, actual: Array, pixels: Array, group: str, provider: str
 ) -> list[Check]:
     logits32 = reference.logits(pixels, torch.float32)
     if precision := PROVIDERS[provider].precision:
-        return agreement(logits32, found, reference.rounding(pixels, precision), precision, group)
+        return agreement(logits32, actual, reference.rounding(pixels, precision), precision, group)
 
     logits64 = reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
     limit, floor = tolerance(logits32[: len(logits64)], logits64, provider)
-    value = float(np.abs(found[: len(logits64)] - logits64).max())
+    value = float(np.abs(actual[: len(logits64)] - logits64).max())
     top = np.sort(logits32, -1)
     clear = top[:, -1] - top[:, -2] >= 2 * limit  # outside ties
-    disagree = int((found.argmax(-1) != logits32.argmax(-1))[clear].sum())
+    disagree = int((actual.argmax(-1) != logits32.argmax(-1))[clear].sum())
 
     return [
         Check(
@@ -362,23 +362,23 @@ def _image_checks(
     expected = softmax(logits64 / temperature)
     limit = probability_limit(tolerance(logits32, logits64, session.provider)[0], temperature)
 
-    found = np.concatenate([session.run(frame[None])[0] for frame in frames[:IMAGE_FORM_IMAGES]])
-    value = float(np.abs(found - expected).max())
+    actual = np.concatenate([session.run(frame[None])[0] for frame in frames[:IMAGE_FORM_IMAGES]])
+    value = float(np.abs(actual - expected).max())
     moved = float(
         np.abs(softmax(reference.logits(pillow, torch.float64) / temperature) - expected).max()
     )
     batches = [np.repeat(frames[0][None], size, 0) for size in (2, 7)]
-    spread = max(float(np.abs(session.run(batch)[0] - found[:1]).max()) for batch in batches)
+    spread = max(float(np.abs(session.run(batch)[0] - actual[:1]).max()) for batch in batches)
 
     return [
         *checks,
-        Check(name="probabilities", group=group, value=value, limit=limit, inputs=len(found)),
+        Check(name="probabilities", group=group, value=value, limit=limit, inputs=len(actual)),
         Check(
             name="probabilities moved by resampling",
             group=group,
             value=moved,
             limit=RESAMPLED_PROBABILITY,
-            inputs=len(found),
+            inputs=len(actual),
         ),
         Check(name="batch 1 against 2 and 7", group=group, value=spread, limit=limit, inputs=9),
     ]
@@ -421,17 +421,17 @@ def resampled(made: Array, canvases: Array, preprocess: Preprocess, group: str) 
 
 def _levels(pixels: Array, preprocess: Preprocess) -> Array:
     """Normalised pixels (N, 3, S, S) -> grey levels (N, S, S, 3) float64."""
-    found: Array = (
+    levels: Array = (
         pixels.astype(np.float64).transpose(0, 2, 3, 1) * preprocess.std + preprocess.mean
     )
-    return found
+    return levels
 
 
 def _cropped(canvases: Array, preprocess: Preprocess) -> Array:
     start = (preprocess.resize - preprocess.size) // 2
     inside = slice(start, start + preprocess.size)
-    found: Array = canvases[:, inside, inside].astype(np.float64)
-    return found
+    cropped: Array = canvases[:, inside, inside].astype(np.float64)
+    return cropped
 
 
 def rounding_limit(rounding: float, scale: float) -> float:
@@ -441,7 +441,7 @@ def rounding_limit(rounding: float, scale: float) -> float:
 
 
 def agreement(
-    expected: Array, found: Array, rounding: float, precision: str, group: str
+    expected: Array, actual: Array, rounding: float, precision: str, group: str
 ) -> list[Check]:
     """Checks of a lower precision on the same inputs: logits (N, classes) against float32's.
     rounding: what emulated rounding to that precision does to the logits of this model
@@ -450,20 +450,20 @@ def agreement(
     Top-1 may differ where the two best logits are nearer to each other than twice the limit: a tie.
     """
     expected = expected.astype(np.float64)
-    found = found.astype(np.float64)
+    actual = actual.astype(np.float64)
     limit = rounding_limit(rounding, float(np.abs(expected).max()))
-    broken = int((np.isfinite(expected) & ~np.isfinite(found)).sum())
+    broken = int((np.isfinite(expected) & ~np.isfinite(actual)).sum())
     top = np.sort(expected, -1)
     clear = top[:, -1] - top[:, -2] >= 2 * limit
-    changed = int((expected.argmax(1) != found.argmax(1))[clear].sum())
+    changed = int((expected.argmax(1) != actual.argmax(1))[clear].sum())
     values = (
         (f"{precision} new NaN or Inf", broken, 0.0),
-        (f"{precision} logits", float(np.abs(found - expected).max()), limit),
+        (f"{precision} logits", float(np.abs(actual - expected).max()), limit),
         (f"{precision} top-1 changed, not in ties", changed, 0.0),
     )
 
     return [
-        Check(name=name, group=group, value=value, limit=most, inputs=len(found))
+        Check(name=name, group=group, value=value, limit=most, inputs=len(actual))
         for name, value, most in values
     ]
 
@@ -569,8 +569,8 @@ def first_divergence(
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in makers)
 
-    found = Session(model.SerializeToString(), provider=provider).run(pixels)
-    for layer, value in zip(makers.values(), found, strict=True):
+    outputs = Session(model.SerializeToString(), provider=provider).run(pixels)
+    for layer, value in zip(makers.values(), outputs, strict=True):
         expected = truth[layer]
         if expected.shape != value.shape:
             continue  # the exporter fused or reshaped this module away
@@ -599,12 +599,12 @@ def _last_values(
                 path = path.rpartition(".")[0]
 
     order = {value: number for number, node in enumerate(model.graph.node) for value in node.output}
-    found: dict[str, str] = {}
+    modules_by_value: dict[str, str] = {}
     # The innermost module that ends with this value names it
     for module in sorted(modules & set(last), key=len):
-        found[last[module]] = module
+        modules_by_value[last[module]] = module
 
-    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+    return dict(sorted(modules_by_value.items(), key=lambda item: order[item[0]]))
 
 
 def _module_outputs(model: torch.nn.Module, pixels: Array, dtype: torch.dtype) -> dict[str, Array]:

@@ -153,26 +153,26 @@ def decide(
                         f"{seconds:.0f} s for all ({what}). Try {times} times as much"
                     )
 
-            found = estimate(samples, tolerance)
-            if found.high <= 1 + tolerance:
-                return found, "passed"
-            if found.low > 1 + found.margin:
-                return found, "failed"
+            result = estimate(samples, tolerance)
+            if result.high <= 1 + tolerance:
+                return result, "passed"
+            if result.low > 1 + result.margin:
+                return result, "failed"
 
-            more = _needed(found, tolerance, look) - look
+            more = _needed(result, tolerance, look) - look
             if math.isinf(more) or not lasts(max(more, look)):
                 break
 
-        return found, "inconclusive"
+        return result, "inconclusive"
 
-    found, outcome = settle()
-    reason = _reason(found, outcome, tolerance)
+    result, outcome = settle()
+    reason = _reason(result, outcome, tolerance)
 
     if outcome == "failed":
         if lasts(FIRST_LOOK):
             again, outcome = settle()
-            reason = f"{_reason(again, outcome, tolerance)} in a second round; the first said {_percent(found.low)}"
-            found = again
+            reason = f"{_reason(again, outcome, tolerance)} in a second round; the first said {_percent(result.low)}"
+            result = again
             outcome = "inconclusive" if outcome == "passed" else outcome
         else:
             reason = f"{reason}; no time was left for a second round, try more --seconds"
@@ -182,14 +182,14 @@ def decide(
         what=what,
         verdict=outcome,
         reason=reason,
-        **vars(found),
+        **vars(result),
         tolerance=tolerance,
         processes=drawn,
         seconds=clock() - begun,
     )
 
 
-def _needed(found: Estimate, tolerance: float, processes: int) -> float:
+def _needed(result: Estimate, tolerance: float, processes: int) -> float:
     """How many processes will settle it, were the ratio what it seems: the interval shrinks with
     their square root.
 
@@ -199,21 +199,21 @@ def _needed(found: Estimate, tolerance: float, processes: int) -> float:
     if processes < 2 * FIRST_LOOK:
         return 2 * processes
 
-    ratio = found.ratio - 1
-    half = (found.high - found.low) / 2
-    away = max(tolerance - ratio, ratio - found.margin)
+    ratio = result.ratio - 1
+    half = (result.high - result.low) / 2
+    away = max(tolerance - ratio, ratio - result.margin)
     needed = processes * (half / away) ** 2 / 2 if away > 0 else math.inf
 
     return needed if needed <= LOOKS[-1] else math.inf
 
 
-def _reason(found: Estimate, outcome: Outcome, tolerance: float) -> str:
+def _reason(result: Estimate, outcome: Outcome, tolerance: float) -> str:
     if outcome == "passed":
-        return f"at most {_percent(found.high)}, with 95 % confidence"
+        return f"at most {_percent(result.high)}, with 95 % confidence"
     if outcome == "failed":
-        return f"at least {_percent(found.low)}, with 95 % confidence"
-    if found.margin > tolerance:
-        return f"too noisy to tell {tolerance:.0%}: the baseline differs from itself by {found.spread:.1%}"
+        return f"at least {_percent(result.low)}, with 95 % confidence"
+    if result.margin > tolerance:
+        return f"too noisy to tell {tolerance:.0%}: the baseline differs from itself by {result.spread:.1%}"
     return f"too near to {tolerance:.0%} to be told in the time allowed"
 
 
@@ -295,7 +295,7 @@ def compare_starts(
 def compare_sizes(candidate: int, baseline: int) -> Comparison:
     """File sizes in bytes: exact, so there is nothing to be unsure of."""
     ratio = candidate / baseline
-    found = Estimate(ratio=ratio, low=ratio, high=ratio, spread=0.0, margin=TOLERANCE)
+    result = Estimate(ratio=ratio, low=ratio, high=ratio, spread=0.0, margin=TOLERANCE)
     outcome: Outcome = "passed" if ratio <= 1 + TOLERANCE else "failed"
     reason = _percent(ratio)
 
@@ -303,7 +303,7 @@ def compare_sizes(candidate: int, baseline: int) -> Comparison:
         what="size",
         verdict=outcome,
         reason=reason,
-        **vars(found),
+        **vars(result),
         tolerance=TOLERANCE,
         processes=0,
         seconds=0.0,
@@ -320,13 +320,13 @@ def compare_stored(
     memory; on another machine, nothing.
     """
     first = list(now())
-    found = [_stored(what, first, then, same_machine) for what in STORED_FIGURES]
-    if any(item.verdict == "failed" for item in found):
+    comparisons = [_stored(what, first, then, same_machine) for what in STORED_FIGURES]
+    if any(item.verdict == "failed" for item in comparisons):
         second = list(now())
-        for place, item in enumerate(found):
+        for place, item in enumerate(comparisons):
             if item.verdict == "failed":
                 again = _stored(item.what, second, then, same_machine)
-                found[place] = (
+                comparisons[place] = (
                     again
                     if again.verdict == "failed"
                     else replace(
@@ -336,7 +336,7 @@ def compare_stored(
                     )
                 )
 
-    return found
+    return comparisons
 
 
 STORED_FIGURES = {
@@ -358,7 +358,7 @@ def _stored(
     ]
     low, high = np.quantile(picked[0] - picked[1], ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     spread = float(np.sqrt((np.var(one, ddof=1) + np.var(other, ddof=1)) / 2))
-    found = Estimate(
+    result = Estimate(
         ratio=math.exp(np.median(one) - np.median(other)),
         low=math.exp(low),
         high=math.exp(high),
@@ -367,12 +367,15 @@ def _stored(
     )
 
     outcome: Outcome = "inconclusive"
-    if same_machine and found.high <= 1 + tolerance:
+    if same_machine and result.high <= 1 + tolerance:
         outcome = "passed"
-    elif same_machine and found.low > 1 + found.margin:
+    elif same_machine and result.low > 1 + result.margin:
         outcome = "failed"
 
-    reason = f"{_reason(found, outcome, tolerance)}; from another day, so {tolerance:.0%} is the least that can be told"
+    reason = (
+        f"{_reason(result, outcome, tolerance)}; from another day, so {tolerance:.0%} is the least that "
+        "can be told"
+    )
     if not same_machine:
         reason = "advisory: the baseline is from another machine"
 
@@ -380,7 +383,7 @@ def _stored(
         what=what,
         verdict=outcome,
         reason=reason,
-        **vars(found),
+        **vars(result),
         tolerance=tolerance,
         processes=len(one),
         seconds=0.0,

@@ -154,8 +154,8 @@ def measure(
 
     Raises FtkitError with the child's own words when it fails.
     """
-    found = in_child("measure", [condition], image, quick=quick)
-    return Latency(**{**found, "histogram": tuple(found["histogram"])})
+    measured = in_child("measure", [condition], image, quick=quick)
+    return Latency(**{**measured, "histogram": tuple(measured["histogram"])})
 
 
 def measure_start(
@@ -231,7 +231,7 @@ def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
     # The control compares one session with one; a candidate is compared with the mean of two.
     least = spread * math.sqrt(0.75)
 
-    found = []
+    raced = []
     for place in range(1, logs[0].shape[1]):
         pooled = np.exp(np.concatenate([log[:, place] for log in logs]))
         middle = half = 0.0
@@ -240,7 +240,7 @@ def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
             middle = float(medians.mean())
             half = STUDENT_T * max(float(medians.std(ddof=1)), least) / math.sqrt(len(logs))
 
-        found.append(
+        raced.append(
             Raced(
                 p50_ms=float(np.percentile(pooled, 50)),
                 p95_ms=float(np.percentile(pooled, 95)),
@@ -252,7 +252,7 @@ def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
             )
         )
 
-    return found
+    return raced
 
 
 def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Parts:

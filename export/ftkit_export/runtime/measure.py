@@ -102,8 +102,8 @@ class Model:
 
     def run_by(self, provider: str) -> Mapping[str, Path]:
         """Variant -> the form that this provider runs; a plain model has but one."""
-        found: Mapping[str, Path] = form_of(provider, self.files, self.cores or self.files)
-        return {name: found[name] for name in self.files}
+        forms: Mapping[str, Path] = form_of(provider, self.files, self.cores or self.files)
+        return {name: forms[name] for name in self.files}
 
 
 def find(model: str | Path, image: str | Path | None = None, frame: str | None = None) -> Model:
@@ -154,7 +154,7 @@ def conditions(
 ) -> list[Condition]:
     """Provider x threads x batch. On the CPU several threads also without spinning; on a GPU also
     without copies."""
-    found = []
+    listed = []
     for provider in providers:
         for count in threads if provider == "cpu" else [1]:
             for batch in batches:
@@ -162,13 +162,13 @@ def conditions(
                     model=str(path), provider=provider, threads=count, batch=batch, frame=frame
                 )
                 if not PROVIDERS[provider].captured:
-                    found.append(plain)
+                    listed.append(plain)
                 if provider == "cpu" and count > 1:
-                    found.append(replace(plain, spinning=False))
+                    listed.append(replace(plain, spinning=False))
                 if PROVIDERS[provider].gpu:
-                    found.append(replace(plain, copies=False))
+                    listed.append(replace(plain, copies=False))
 
-    return found
+    return listed
 
 
 def starts(condition: Condition, image: Path | None, *, quick: bool = False) -> list[Start]:
@@ -197,7 +197,7 @@ def bench_model(
     parts (variant -> Parts, where both forms run), raced (variant -> Raced, against the first of
     them that is fp32). Raises FtkitError for a model that is not there, or does not run.
     """
-    found = model if isinstance(model, Model) else find(model, image, frame)
+    subject = model if isinstance(model, Model) else find(model, image, frame)
     counts = list(threads) or sorted({1, cores()})
     provider = providers[0]
     first = counts[0] if providers[0] == "cpu" else 1
@@ -205,39 +205,41 @@ def bench_model(
     rows = []
     cold = {}
     pieces = {}
-    running = found.run_by(provider)
+    running = subject.run_by(provider)
     for name, path in running.items():
         listed = [
             item
             for each in providers
-            for item in conditions(found.run_by(each)[name], [each], counts, batches, found.frame)
+            for item in conditions(
+                subject.run_by(each)[name], [each], counts, batches, subject.frame
+            )
         ]
         for condition in listed:
             say(f"{name} on {condition.provider}, {condition.threads} threads")
-            rows.append({"variant": name, **asdict(measure(condition, found.image, quick=quick))})
+            rows.append({"variant": name, **asdict(measure(condition, subject.image, quick=quick))})
 
         say(f"{name}: cold starts")
-        cold[name] = [asdict(start) for start in starts(listed[0], found.image, quick=quick)]
+        cold[name] = [asdict(start) for start in starts(listed[0], subject.image, quick=quick)]
 
-        if name in found.cores and found.image and path != found.cores[name]:
+        if name in subject.cores and subject.image and path != subject.cores[name]:
             say(f"{name}: decoding, preprocessing, network")
             condition = Condition(
-                model=str(path), provider=provider, threads=first, frame=found.frame
+                model=str(path), provider=provider, threads=first, frame=subject.frame
             )
-            pieces[name] = asdict(parts(condition, found.cores[name], found.image))
+            pieces[name] = asdict(parts(condition, subject.cores[name], subject.image))
 
     raced = {}
-    if found.image and found.cores:
+    if subject.image and subject.cores:
         say("variants in turn")
-        raced = _race(found, provider, first)
+        raced = _race(subject, provider, first)
 
     return {
         "schema": BENCH_SCHEMA,
         "machine": machine(),
         "target": here(),
-        "name": found.name,
-        "run": found.run,
-        "fingerprint": found.fingerprint,
+        "name": subject.name,
+        "run": subject.run,
+        "fingerprint": subject.fingerprint,
         "frame": rows[0]["frame"],
         "provider": provider,
         "threads": first,
@@ -345,7 +347,7 @@ def _main() -> int:
     job = json.loads(sys.argv[1])
     threads = [job["threads"]] if job["threads"] else []
     try:
-        found = bench_model(
+        result = bench_model(
             Model.from_json(job["model"]),
             providers=[job["provider"]],
             threads=threads,
@@ -355,7 +357,7 @@ def _main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
-    print(json.dumps(found))
+    print(json.dumps(result))
     return 0
 
 

@@ -58,11 +58,11 @@ def same_numbers(gpus: int) -> bool:
 
 def facts() -> dict[str, str]:
     """The first GPU's name and the driver's version; empty without one."""
-    found = _opened()
-    if found is None:
+    opened = _opened()
+    if opened is None:
         return {}
 
-    library, handle = found
+    library, handle = opened
     name = ctypes.create_string_buffer(NAME_BYTES)
 
     version = ctypes.create_string_buffer(NAME_BYTES)
@@ -76,8 +76,8 @@ def facts() -> dict[str, str]:
 
 def used_bytes() -> int | None:
     """Bytes of the first GPU's memory in use; None without one."""
-    found = _opened()
+    library = _opened()
     memory = _Memory()
-    if found is None or found[0].nvmlDeviceGetMemoryInfo(found[1], ctypes.byref(memory)):
+    if library is None or library[0].nvmlDeviceGetMemoryInfo(library[1], ctypes.byref(memory)):
         return None
     return int(memory.used)

@@ -46,9 +46,9 @@ class Foreign:
         squares = _squares(unit, means, np.ones(unit.shape[1])) / self.rest - _squares(
             along, mean_along, self.weights
         )
-        found: Array = (squares.min(1) / unit.shape[1]).astype(np.float32)
+        scores: Array = (squares.min(1) / unit.shape[1]).astype(np.float32)
 
-        return found
+        return scores
 
     def to_text(self) -> str:
         """For a model's metadata."""
@@ -75,15 +75,20 @@ class Foreign:
                 base64.b64decode(item["base64"], validate=True), dtype
             ).reshape(item["shape"])
 
-        found = Foreign(**data)
-        shapes = found.means.ndim, found.directions.ndim, found.weights.shape, found.means.shape[1:]
+        statistics = Foreign(**data)
+        shapes = (
+            statistics.means.ndim,
+            statistics.directions.ndim,
+            statistics.weights.shape,
+            statistics.means.shape[1:],
+        )
         if (
-            shapes != (2, 2, found.directions.shape[:1], found.directions.shape[1:])
-            or not found.rest > 0
+            shapes != (2, 2, statistics.directions.shape[:1], statistics.directions.shape[1:])
+            or not statistics.rest > 0
         ):
             raise ValueError("out-of-domain statistics that do not fit each other")
 
-        return found
+        return statistics
 
 
 def _unit(embedding: Array) -> Array:
@@ -117,7 +122,7 @@ def fit(
     variance = sizes**2 / len(apart)
     count = min(directions, len(apart) // 4)
     rest = max(float(variance[count:].sum()) / max(1, apart.shape[1] - count), 1e-12)
-    found = Foreign(
+    statistics = Foreign(
         means=means.astype(np.float16),
         directions=axes[:count].astype(np.float16),
         rest=rest,
@@ -126,5 +131,5 @@ def fit(
         weights=(1 / rest - 1 / np.maximum(variance[:count], rest)).astype(np.float32),
     )
 
-    threshold = float(np.quantile(found.score(val), kept))
-    return Foreign(**{**found.__dict__, "threshold": threshold})
+    threshold = float(np.quantile(statistics.score(val), kept))
+    return Foreign(**{**statistics.__dict__, "threshold": threshold})

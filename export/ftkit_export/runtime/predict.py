@@ -112,8 +112,8 @@ class Classifier:
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Probabilities (classes,), embedding (1, D)."""
         if not self.core:
-            (found,), embedding = self.session.run(frame[None])
-            return found, embedding
+            (probabilities,), embedding = self.session.run(frame[None])
+            return probabilities, embedding
         canvas = self.preprocess.canvas(from_frame(frame, self.input_format))
         logits, embedding = self.session.run(self.preprocess.pixels(canvas[None]))
         return softmax(logits[0] / np.float32(self.temperature)), embedding
@@ -127,16 +127,18 @@ class Classifier:
     def frame(self, frame: np.ndarray[Any, Any]) -> Prediction:
         """A camera's frame as the model takes it (preprocess.to_frame; RGB unless exported
         otherwise)."""
-        found, embedding = self._answer(frame)
-        best = int(found.argmax())
-        named = {label: float(value) for label, value in zip(self.labels, found, strict=True)}
+        probabilities, embedding = self._answer(frame)
+        best = int(probabilities.argmax())
+        named = {
+            label: float(value) for label, value in zip(self.labels, probabilities, strict=True)
+        }
         score = self.familiar.score(embedding)[0] if self.familiar else 0.0
 
         return Prediction(
             label=self.labels[best],
-            probability=float(found[best]),
+            probability=float(probabilities[best]),
             probabilities=named,
-            doubtful=bool(found[best] < self.threshold),
+            doubtful=bool(probabilities[best] < self.threshold),
             foreign=bool(self.familiar and score > self.familiar.threshold),
         )
 
@@ -150,14 +152,14 @@ def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _labels(text: str) -> list[str]:
     """Raises ValueError for what is no list of names."""
-    found = json.loads(text)
+    labels = json.loads(text)
     if (
-        not isinstance(found, list)
-        or not found
-        or not all(isinstance(label, str) for label in found)
+        not isinstance(labels, list)
+        or not labels
+        or not all(isinstance(label, str) for label in labels)
     ):
         raise ValueError("labels that are no names")
-    return found
+    return labels
 
 
 def _core_form(bundle: Path) -> str:
@@ -169,7 +171,7 @@ def _core_form(bundle: Path) -> str:
 def image_files(paths: list[str | Path]) -> list[Path]:
     """Files as given, and every image below the folders given, sorted. Raises FtkitError for a
     missing path."""
-    found: list[Path] = []
+    files: list[Path] = []
     for item in map(Path, paths):
         if item.is_dir():
             inside = sorted(
@@ -179,12 +181,12 @@ def image_files(paths: list[str | Path]) -> list[Path]:
                 raise FtkitError(
                     f"{item}: expected images in this folder, found none. Try another folder"
                 )
-            found += inside
+            files += inside
         elif item.is_file():
-            found.append(item)
+            files.append(item)
         else:
             raise FtkitError(
                 f"{item}: expected an image or a folder, found nothing there. Check the path"
             )
 
-    return found
+    return files

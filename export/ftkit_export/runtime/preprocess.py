@@ -149,8 +149,8 @@ def _resize(image: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[
 
 def parse_frame(text: str) -> tuple[int, int]:
     """ "640x480" -> (640, 480), width and height in pixels. Raises FtkitError for anything else."""
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip().lower().replace(" ", ""))
-    width, height = (int(number) for number in found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip().lower().replace(" ", ""))
+    width, height = (int(number) for number in match.groups()) if match else (0, 0)
     if not (0 < width <= LONGEST and 0 < height <= LONGEST and width * height <= MOST_PIXELS):
         raise FtkitError(
             f"frame {text}: expected WIDTHxHEIGHT, each 1 to {LONGEST} and {MOST_PIXELS // 1_000_000} megapixels at "
@@ -354,13 +354,13 @@ def _from_integers(values: np.ndarray[Any, Any], white: int | None) -> np.ndarra
 
 def _from_floats(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if not np.isfinite(values).all() or values.min(initial=0) < 0 or values.max(initial=0) > 1:
-        found = (
+        whole = (
             f"{np.nanmin(values):.4g} to {np.nanmax(values):.4g}"
             if np.isfinite(values).any()
             else "no numbers"
         )
         raise _UnknownDepthError(
-            f"expected floating-point values of 0 to 1, found {found}. Convert it to 8 bits"
+            f"expected floating-point values of 0 to 1, found {whole}. Convert it to 8 bits"
         )
 
     levels: np.ndarray[Any, Any] = np.rint(values * 255).astype(np.uint8)

@@ -59,14 +59,14 @@ def here() -> str:
 def unshippable(model: Path, target: Target) -> str:
     """Why `model` cannot run on the target's oldest ONNX Runtime as one file; empty when it can."""
     try:
-        found = inspect(model)
+        facts = inspect(model)
     except BundleError as error:
         return str(error).split(": ", 1)[1].split(". ")[0]  # its advice is for files from elsewhere
 
-    if found.opset > target.opset:
-        return f"expected opset {target.opset} at most, found {found.opset}"
-    if found.ir > target.ir:
-        return f"expected IR {target.ir} at most, found {found.ir}"
+    if facts.opset > target.opset:
+        return f"expected opset {target.opset} at most, found {facts.opset}"
+    if facts.ir > target.ir:
+        return f"expected IR {target.ir} at most, found {facts.ir}"
     if model.stat().st_size >= LARGEST_PROTOBUF:
         return f"expected a file below 2 GB, found {model.stat().st_size} bytes"
     return ""

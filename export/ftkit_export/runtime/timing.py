@@ -267,7 +267,7 @@ def _measure_here(
     histogram = np.histogram(np.minimum(times, high), bins=BINS, range=(low, high))[0]
     provider = PROVIDERS[condition.provider]
     after = nvidia.used_bytes()
-    found = Latency(
+    latency = Latency(
         provider=condition.provider,
         threads=condition.threads or cores(),
         batch=begun.batch,
@@ -292,7 +292,7 @@ def _measure_here(
         else max(0, after - before),
     )
 
-    return asdict(found)
+    return asdict(latency)
 
 
 def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool) -> dict[str, Any]:
@@ -343,8 +343,8 @@ def _pairs_here(
         if time.perf_counter() - begun > seconds / 4:
             break
 
-    found = in_turn(calls, rounds, warm_up=(0, 0), seconds=seconds - (time.perf_counter() - begun))
-    return [[float(value) for value in row] for row in found]
+    times = in_turn(calls, rounds, warm_up=(0, 0), seconds=seconds - (time.perf_counter() - begun))
+    return [[float(value) for value in row] for row in times]
 
 
 def _race_here(conditions: Sequence[Condition], image: str) -> list[dict[str, Any]]:
@@ -396,7 +396,7 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
     gc.disable()
     times = in_turn(calls, PART_ROUNDS, warm_up=BRIEF, seconds=WARM_SECONDS)
     decoding, pillow, together, network = (float(value) for value in np.median(times, axis=0))
-    found = Parts(
+    parts = Parts(
         decode_ms=decoding,
         pillow_ms=pillow,
         network_ms=network,
@@ -404,7 +404,7 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
         preprocess_ms=float(np.median(times[:, 2] - times[:, 3])),
     )
 
-    return asdict(found)
+    return asdict(parts)
 
 
 def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]]:
@@ -414,15 +414,15 @@ def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]
     session = open_session(conditions[0])
     gc.disable()
 
-    found = []
+    percentiles = []
     for condition in conditions:
         call = bound_call(session, condition, feeds(session, image, 1, condition.frame))
         warm(call, SIZE_WARM_UP, 0)
-        found.append(
+        percentiles.append(
             [float(value) for value in np.percentile(_timed(call, SIZE_RUNS, 0), (50, 95))]
         )
 
-    return found
+    return percentiles
 
 
 WORK: dict[str, Callable[..., Any]] = {
@@ -440,7 +440,7 @@ def _main() -> int:
     job = json.loads(sys.argv[1])
     conditions = [Condition(**item) for item in job.pop("conditions")]
     try:
-        found = WORK[job.pop("what")](conditions, job.pop("image"), **job)
+        result = WORK[job.pop("what")](conditions, job.pop("image"), **job)
     except FtkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -453,7 +453,7 @@ def _main() -> int:
         )
         return 2
 
-    print(json.dumps(found))
+    print(json.dumps(result))
     return 0
 
 

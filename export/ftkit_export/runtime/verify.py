@@ -77,11 +77,11 @@ class Verification:
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while part := file.read(1 << 20):  # hashlib.file_digest is not in every device's Python
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def with_digest(text: str) -> bytes:
@@ -230,11 +230,11 @@ def replay_golden(
         for form, file, inputs in forms if PROVIDERS[provider].form == "image" else forms[1:]:
             session = Session(bundle / file, provider=provider)
             placements.append(session.placement)
-            found = [session.run(item)[0][0] for item in inputs]
+            outputs = [session.run(item)[0][0] for item in inputs]
             key = form if variant == "fp32" else f"{variant}/{form}"
             limits = [_limit(entry["tolerance"][variant], provider)[form] for entry in entries]
             checks.append(
-                _compare(f"{variant} {form}", entries, found, expected[key], np.array(limits))
+                _compare(f"{variant} {form}", entries, outputs, expected[key], np.array(limits))
             )
 
     return tuple(checks), tuple(dict.fromkeys(placements))
@@ -248,11 +248,11 @@ def _limit(tolerance: dict[str, Any], provider: str) -> dict[str, float]:
 
 
 def _compare(
-    name: str, entries: list[dict[str, Any]], found: list[Array], expected: Array, limits: Array
+    name: str, entries: list[dict[str, Any]], actual: list[Array], expected: Array, limits: Array
 ) -> GoldenCheck:
-    errors = np.array([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
+    errors = np.array([np.abs(a - b).max() for a, b in zip(actual, expected, strict=True)])
     worst = int(np.nan_to_num(errors / limits, nan=np.inf).argmax())
-    equal = np.array([a.argmax() == b.argmax() for a, b in zip(found, expected, strict=True)])
+    equal = np.array([a.argmax() == b.argmax() for a, b in zip(actual, expected, strict=True)])
     best = np.sort(expected, axis=1)
     clear = best[:, -1] - best[:, -2] > limits
 

@@ -71,27 +71,27 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, float]:
 
     Raises FtkitError for an unknown name or an invalid limit.
     """
-    found = {}
+    limits = {}
     for text in texts:
         name, _, value = text.partition("=")
         if name not in BUDGETS:
             raise FtkitError(f"--budget {text}: expected a known budget, {choices(name, BUDGETS)}")
         try:
-            found[name] = float(value)
+            limits[name] = float(value)
         except ValueError:
-            found[name] = 0.0
-        if not 0 < found[name] < float("inf"):
+            limits[name] = 0.0
+        if not 0 < limits[name] < float("inf"):
             raise FtkitError(
                 f"--budget {text}: expected a limit above 0, found {value!r}. Try {name}=10"
             )
 
-    return found
+    return limits
 
 
-def judge_bench(found: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]:
+def judge_bench(figures: Mapping[str, Any], limits: Mapping[str, float]) -> list[Budget]:
     """Budgets of the shipped variant in the first measured condition (provider, threads, batch)."""
-    row = found["rows"][0]
-    starts = [Start(**start) for start in found["starts"][row["variant"]]]
+    row = figures["rows"][0]
+    starts = [Start(**start) for start in figures["starts"][row["variant"]]]
     return judge_budgets(
         limits, starts, p50_ms=row["p50_ms"], p95_ms=row["p95_ms"], size_bytes=row["size_bytes"]
     )
@@ -187,33 +187,35 @@ def compare_with_stored(
 
     Advisory if they are from another machine.
     """
-    found = find(model, image, stored["frame"])
+    candidate = find(model, image, stored["frame"])
     row = stored["rows"][0]
-    path = found.shipped(stored["provider"])
+    path = candidate.shipped(stored["provider"])
     condition = Condition(
         model=str(path),
         provider=stored["provider"],
         threads=stored["threads"],
         batch=row["batch"],
-        frame=found.frame,
+        frame=candidate.frame,
     )
 
-    return _stored(lambda: starts(condition, found.image), path.stat().st_size, stored, machine())
+    return _stored(
+        lambda: starts(condition, candidate.image), path.stat().st_size, stored, machine()
+    )
 
 
 def compare_there(
-    measure: Callable[[], Mapping[str, Any]], found: Mapping[str, Any], stored: Mapping[str, Any]
+    measure: Callable[[], Mapping[str, Any]], figures: Mapping[str, Any], stored: Mapping[str, Any]
 ) -> list[Comparison]:
     """Regression gate for figures measured on another machine.
 
     measure: repeats the measurement, to confirm a failure.
     """
-    row = found["rows"][0]
-    here, there = ((item["provider"], item["threads"]) for item in (found, stored))
+    row = figures["rows"][0]
+    here, there = ((item["provider"], item["threads"]) for item in (figures, stored))
 
-    if found["frame"] != stored["frame"]:
+    if figures["frame"] != stored["frame"]:
         raise FtkitError(
-            f"--against: expected figures of the same frames, found {found['frame'] or 'none'} and "
+            f"--against: expected figures of the same frames, found {figures['frame'] or 'none'} and "
             f"{stored['frame'] or 'none'}. Measure the baseline again"
         )
     if here != there:
@@ -222,7 +224,7 @@ def compare_there(
             f"{there[1]}. Try --providers {there[0]} --threads {there[1]}"
         )
 
-    asked = iter([found])
+    asked = iter([figures])
 
     return _stored(
         lambda: [
@@ -230,7 +232,7 @@ def compare_there(
         ],
         row["size_bytes"],
         stored,
-        found["machine"],
+        figures["machine"],
     )
 
 
@@ -258,13 +260,13 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     return 1 if "failed" in outcomes else 3 if "inconclusive" in outcomes else 0
 
 
-def as_tables(found: Mapping[str, Any]) -> str:
+def as_tables(figures: Mapping[str, Any]) -> str:
     """Tables of latency, cold start and parts, within 80 columns."""
-    tables = [_latency_table(found["rows"]), _starts_table(found)]
-    if found["parts"]:
-        tables.append(_parts_table(found["parts"]))
+    tables = [_latency_table(figures["rows"]), _starts_table(figures)]
+    if figures["parts"]:
+        tables.append(_parts_table(figures["parts"]))
 
-    return "\n".join(["\n\n".join(tables), *_remarks(found)])
+    return "\n".join(["\n\n".join(tables), *_remarks(figures)])
 
 
 def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -289,12 +291,12 @@ def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return console.table(lines)
 
 
-def _starts_table(found: Mapping[str, Any]) -> str:
+def _starts_table(measured: Mapping[str, Any]) -> str:
     """Medians over processes, one row per variant."""
     lines = [("variant", "import ms", "session", "first run", "cold start", "peak MB", "file MB")]
-    sizes = {row["variant"]: row["size_bytes"] for row in found["rows"]}
+    sizes = {row["variant"]: row["size_bytes"] for row in measured["rows"]}
 
-    for name, items in found["starts"].items():
+    for name, items in measured["starts"].items():
         times = [
             statistics.median(item[key] for item in items)
             for key in ("import_ms", "session_ms", "first_run_ms")
@@ -320,27 +322,27 @@ def _parts_table(parts: Mapping[str, Mapping[str, float]]) -> str:
     return console.table(lines)
 
 
-def _remarks(found: Mapping[str, Any]) -> list[str]:
+def _remarks(figures: Mapping[str, Any]) -> list[str]:
     """Remarks below the tables: frames, placement, GPU memory, races, quick runs."""
-    frames = [f"{console.frames(found['frame'])}, decoding apart"] if found["frame"] else []
+    frames = [f"{console.frames(figures['frame'])}, decoding apart"] if figures["frame"] else []
     placed = [
         f"{row['variant']} on {row['provider']}: {row['placement']}"
-        for row in found["rows"]
+        for row in figures["rows"]
         if row["provider"] != "cpu" and row.get("placement")
     ]
     held = {
         f"{row['variant']} on {row['provider']}": row["gpu_bytes"]
-        for row in found["rows"]
+        for row in figures["rows"]
         if row.get("gpu_bytes")
     }
     memory = [f"GPU memory: {where} {size / 1e6:.0f} MB" for where, size in held.items()]
     raced = [
         f"alternating runs: {name} takes {item['ratio']:.2f} of fp32's time [{item['ratio_low']:.2f}, "
         f"{item['ratio_high']:.2f}]"
-        for name, item in found["raced"].items()
+        for name, item in figures["raced"].items()
         if name != "fp32"
     ]
-    quick = ["quick: short runs, not for comparisons"] if found["quick"] else []
+    quick = ["quick: short runs, not for comparisons"] if figures["quick"] else []
 
     return [*frames, *dict.fromkeys(placed), *memory, *raced, *quick]
 

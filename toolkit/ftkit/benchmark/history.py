@@ -45,7 +45,7 @@ def place(folder: Path) -> Path:
     return Path(_git(folder, "rev-parse", "--show-toplevel") or folder) / NAME
 
 
-def append_measurement(found: Mapping[str, Any], folder: Path) -> Path:
+def append_measurement(figures: Mapping[str, Any], folder: Path) -> Path:
     """Append one measurement of ftkit_export.runtime.measure with its commit; return the file."""
     path = place(folder)
     keys = ("variant", "provider", "threads", "batch", "spinning", "copies", "p50_ms", "p95_ms")
@@ -63,19 +63,19 @@ def append_measurement(found: Mapping[str, Any], folder: Path) -> Path:
                 f":(top,exclude){NAME}",
             )
         ),
-        "name": found["name"],
-        "fingerprint": found["fingerprint"],
-        "machine": found["machine"],
-        "quick": found["quick"],
-        "frame": found["frame"],
-        "rows": [{key: row[key] for key in keys} for row in found["rows"]],
+        "name": figures["name"],
+        "fingerprint": figures["fingerprint"],
+        "machine": figures["machine"],
+        "quick": figures["quick"],
+        "frame": figures["frame"],
+        "rows": [{key: row[key] for key in keys} for row in figures["rows"]],
         "cold_ms": {
             name: statistics.median(
                 s["import_ms"] + s["session_ms"] + s["first_run_ms"] for s in starts
             )
-            for name, starts in found["starts"].items()
+            for name, starts in figures["starts"].items()
         },
-        "size_bytes": {row["variant"]: row["size_bytes"] for row in found["rows"]},
+        "size_bytes": {row["variant"]: row["size_bytes"] for row in figures["rows"]},
     }
 
     # One write, so that parallel jobs do not mix lines
@@ -90,12 +90,12 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FtkitError(f"{path}: expected a history, found none. Try `ftkit bench MODEL --save`")
 
-    found = []
+    lines = []
     for number, text in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             line = json.loads(text)
             datetime.fromisoformat(line["time"])
-            found.append(
+            lines.append(
                 {
                     **line,
                     "commit": str(line["commit"]),
@@ -104,14 +104,14 @@ def read_history(path: Path) -> list[dict[str, Any]]:
                 }
             )
 
-            if not all(0 < value < math.inf for value in found[-1]["series"].values()):
+            if not all(0 < value < math.inf for value in lines[-1]["series"].values()):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise FtkitError(
                 f"{path} line {number}: expected a measurement, found something else. Remove it"
             ) from None
 
-    return sorted(found, key=lambda line: str(line["time"]))
+    return sorted(lines, key=lambda line: str(line["time"]))
 
 
 @dataclass(frozen=True, order=True)
@@ -135,23 +135,23 @@ def _series(line: Mapping[str, Any]) -> dict[Series, float]:
     def named(title: str) -> Series:
         return Series(where, machine["fingerprint"], f"{line['name']}: {title}{quick}")
 
-    found = {}
+    values = {}
     for row in line["rows"]:
         threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
         more = (
             f"{'' if row['spinning'] else ', no spinning'}{'' if row['copies'] else ', no copies'}"
         )
         condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}"
-        found[named(f"p50 of {condition}{more}{frames}")] = float(row["p50_ms"])
+        values[named(f"p50 of {condition}{more}{frames}")] = float(row["p50_ms"])
 
     for name, value in line["cold_ms"].items():
-        found[named(f"cold start of {name}")] = float(value)
-    return found
+        values[named(f"cold start of {name}")] = float(value)
+    return values
 
 
 def changes(values: Sequence[float]) -> list[int]:
     """Change points: the index of the first figure at each new level."""
-    found: list[int] = []
+    places: list[int] = []
     logs = [math.log(value) for value in values]
 
     start = 0
@@ -169,7 +169,7 @@ def changes(values: Sequence[float]) -> list[int]:
         step = statistics.median(after) - middle
         # It begins here, not at the next one
         if abs(step) > beyond and abs(logs[i] - middle) > beyond:
-            found.append(i)
+            places.append(i)
             start = i
 
-    return found
+    return places

@@ -105,18 +105,18 @@ class LatencyFixture:
         from ftkit_export.runtime.measure import find, starts
 
         self.calls += 1
-        found = find(model, image)
+        subject = find(model, image)
         condition = Condition(
-            model=str(found.shipped(provider)),
+            model=str(subject.shipped(provider)),
             provider=provider,
             threads=threads,
             batch=batch,
             spinning=spinning,
-            frame=found.frame,
+            frame=subject.frame,
         )
 
-        row = {"variant": "shipped", **asdict(measure(condition, found.image, quick=quick))}
-        cold = [asdict(start) for start in starts(condition, found.image, quick=quick)]
+        row = {"variant": "shipped", **asdict(measure(condition, subject.image, quick=quick))}
+        cold = [asdict(start) for start in starts(condition, subject.image, quick=quick)]
         self._tell(row)
         limits: dict[str, float] = {}
         for marker in self._request.node.iter_markers(MARKER):

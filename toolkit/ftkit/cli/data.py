@@ -96,23 +96,23 @@ def audit_data(
     with console.bar("decoding") as step:
         canvases = build_canvases(images, preprocess, step)
     with console.bar("comparing") as step:
-        found = audit(images, canvases, step, preprocess.fit)
+        result = audit(images, canvases, step, preprocess.fit)
 
     echo = partial(click.echo, err=as_json == Path("-"))
-    echo(clean.audit_text(found, canvases))
+    echo(clean.audit_text(result, canvases))
 
-    for path in clean.write_sheets(sheets, found, canvases) if sheets else ():
+    for path in clean.write_sheets(sheets, result, canvases) if sheets else ():
         echo(f"sheet: {path}")
 
     if fix:
-        cleaned = clean.clean(found, canvases)
+        cleaned = clean.clean(result, canvases)
         with console.bar("copying") as step:
             table = clean.write_clean(fix, cleaned.images, images, step)
         echo(f"{len(cleaned.images)} images in {table}\n{cleaned}")
         echo(f"next: ftkit train {shlex.quote(str(table))}")
 
-    write_json(as_json, named(found, canvases))
-    sys.exit(0 if found.passed else 1)
+    write_json(as_json, named(result, canvases))
+    sys.exit(0 if result.passed else 1)
 
 
 @click.command(cls=Command, short_help="List or clear the cache.")

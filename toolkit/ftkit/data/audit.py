@@ -204,10 +204,10 @@ def _alike(
     )
 
 
-def named(found: Audit, canvases: Canvases, most: int | None = None) -> dict[str, Any]:
+def named(result: Audit, canvases: Canvases, most: int | None = None) -> dict[str, Any]:
     """The audit as JSON data, images by name; most: names of a kind, all by default."""
     names = [below(canvases.images.root, image.path) for image in canvases.images.images]
-    told: dict[str, Any] = {**asdict(found), "passed": found.passed}
+    told: dict[str, Any] = {**asdict(result), "passed": result.passed}
 
     for kind in ("alike", "leaks", "conflicts"):
         told[kind] = [
@@ -218,10 +218,12 @@ def named(found: Audit, canvases: Canvases, most: int | None = None) -> dict[str
     for kind in ("tiny", "huge", "flat", "emptied"):
         told[kind] = [names[row] for row in told[kind][:most]]
 
-    told["near_groups"] = [[names[row] for row in rows[:most]] for rows in found.near_groups[:most]]
-    told["totals"] = {kind: len(getattr(found, kind)) for kind in TOTALS}
-    told["bad"], told["shared_groups"] = found.bad[:most], found.shared_groups[:most]
-    told["sizes"] = dict(list(found.sizes.items())[:most])
+    told["near_groups"] = [
+        [names[row] for row in rows[:most]] for rows in result.near_groups[:most]
+    ]
+    told["totals"] = {kind: len(getattr(result, kind)) for kind in TOTALS}
+    told["bad"], told["shared_groups"] = result.bad[:most], result.shared_groups[:most]
+    told["sizes"] = dict(list(result.sizes.items())[:most])
 
     return told
 
@@ -284,15 +286,15 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
     def same(one: Array, other: Array) -> Array:
         """Pairs (one[i], other[j]) of the same picture, (n, 2)."""
         near = np.argwhere(signs[one] @ signs[other].T >= 64 - 2 * BITS_APART)
-        found = []
+        pairs = []
         for start in range(0, len(near), PAIRS_AT_ONCE):
             a = one[near[start : start + PAIRS_AT_ONCE, 0]]
             b = other[near[start : start + PAIRS_AT_ONCE, 1]]
             sure = np.einsum("ijk,ijk->i", shapes[0][a], shapes[0][b]) >= SURE
             sure |= np.einsum("ijk,ijk->i", shapes[-1][a], shapes[-1][b]) >= CORRELATION
-            found.append(np.stack([a[sure], b[sure]], 1))
+            pairs.append(np.stack([a[sure], b[sure]], 1))
 
-        return np.concatenate(found) if found else np.empty((0, 2), np.int64)
+        return np.concatenate(pairs) if pairs else np.empty((0, 2), np.int64)
 
     sets: dict[
         int, list[int]
@@ -339,19 +341,19 @@ def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]
     plain = _unit(thumbs)
     apart = _unit(plain - plain.mean(0)) if len(thumbs) >= THUMB else plain
 
-    found: list[tuple[int, ...]] = []
+    groups: list[tuple[int, ...]] = []
     for together in members.values():
         if len(together) > MOST_GROUPED:
-            found += _by_first(near, set(together))
+            groups += _by_first(near, set(together))
             continue
         own = np.array(together)
         distances = np.minimum(
             _distances(plain[own], 1 - SURE), _distances(apart[own], 1 - CORRELATION)
         )
         labels = fcluster(linkage(distances, method="complete"), GROUP_APART, criterion="distance")
-        found += [tuple(int(row) for row in own[labels == label]) for label in np.unique(labels)]
+        groups += [tuple(int(row) for row in own[labels == label]) for label in np.unique(labels)]
 
-    return [group for group in found if len(group) > 1]
+    return [group for group in groups if len(group) > 1]
 
 
 def _distances(shapes: Array, unit: float) -> Array:
@@ -398,13 +400,13 @@ def _thumbnails(canvases: Canvases, progress: Callable[[int, int], None]) -> Arr
         picture = PIL.Image.fromarray(canvases.shards[place[0]][place[1]]).convert("L")
         return np.asarray(picture.resize((THUMB, THUMB), PIL.Image.Resampling.BOX), np.float32)
 
-    found = np.empty((len(canvases.slots), THUMB, THUMB), np.float32)
+    thumbs = np.empty((len(canvases.slots), THUMB, THUMB), np.float32)
     with ThreadPoolExecutor(cores()) as pool:
         for row, thumb in enumerate(pool.map(one, canvases.slots)):
-            found[row] = thumb
-            progress(row + 1, len(found))
+            thumbs[row] = thumb
+            progress(row + 1, len(thumbs))
 
-    return found
+    return thumbs
 
 
 def _header(path: Path) -> tuple[str, int, int]:
@@ -442,8 +444,8 @@ def _counts(images: Images) -> dict[str, dict[str, int]]:
     }
 
 
-def _across(found: Iterable[Alike], sides: Sequence[object]) -> tuple[Alike, ...]:
-    return tuple(item for item in found if len({sides[row] for row in item.rows}) > 1)
+def _across(sets: Iterable[Alike], sides: Sequence[object]) -> tuple[Alike, ...]:
+    return tuple(item for item in sets if len({sides[row] for row in item.rows}) > 1)
 
 
 def _shared_groups(images: Images) -> tuple[str, ...]:

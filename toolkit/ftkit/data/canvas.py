@@ -73,11 +73,11 @@ class Canvases:
         """Row numbers (n,) -> (n, R, R, 3) uint8, in that order."""
         places = self.slots[np.asarray(rows)]
         side = self.shards[0].shape[1]
-        found = np.empty((len(places), side, side, 3), np.uint8)
+        pixels = np.empty((len(places), side, side, 3), np.uint8)
         for shard in np.unique(places[:, 0]):
             here = places[:, 0] == shard
-            found[here] = self.shards[shard][places[here, 1]]
-        return found
+            pixels[here] = self.shards[shard][places[here, 1]]
+        return pixels
 
     def rows(self, split: str) -> Array:
         """Row numbers of a split, (n,) int64."""
@@ -114,12 +114,12 @@ def build_canvases(
     slots: list[tuple[int, int]] = []
     bad: list[tuple[Path, str]] = []
     digests: list[str] = []
-    for number, found in enumerate(_digests(paths, preprocess, progress, ranks)):
+    for number, digested in enumerate(_digests(paths, preprocess, progress, ranks)):
         part = paths[number * SHARD : (number + 1) * SHARD]
-        shard = _opened(_folder(found, preprocess), len(part), preprocess.resize)
+        shard = _opened(_folder(digested, preprocess), len(part), preprocess.resize)
         if shard is None:
             raise FtkitError(
-                f"{_folder(found, preprocess)}: expected the canvases just written, found them gone or "
+                f"{_folder(digested, preprocess)}: expected the canvases just written, found them gone or "
                 "damaged. Check the disk, or try FTKIT_CACHE=another folder"
             )
 
@@ -131,7 +131,7 @@ def build_canvases(
                 bad.append((path, reasons[slot]))
             else:
                 slots.append((number, slot))
-                digests.append(found[slot])
+                digests.append(digested[slot])
 
     left = images.without({path for path, _ in bad})
     _require_every_class(images, left, bad)
@@ -165,15 +165,15 @@ def _digests(
         with ThreadPoolExecutor(share) as pool, _Decoders(preprocess, share) as decoders:
             for start in range(local * SHARD, len(paths), among * SHARD):
                 part = paths[start : start + SHARD]
-                found = list(pool.map(_digest, part))
+                digests = list(pool.map(_digest, part))
                 _write(
                     part,
-                    found,
+                    digests,
                     preprocess,
                     decoders,
                     partial(_advance, progress, start, len(paths)),
                 )
-                made[str(start // SHARD)] = found
+                made[str(start // SHARD)] = digests
 
         return made
 
@@ -183,8 +183,8 @@ def _digests(
     same = len({count for count, _ in everywhere}) == 1
 
     for _, each in everywhere:
-        for number, found in each.items():
-            same = same and merged.setdefault(number, found) == found
+        for number, digests in each.items():
+            same = same and merged.setdefault(number, digests) == digests
 
     if not same:
         raise FtkitError(

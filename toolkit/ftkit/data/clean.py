@@ -39,28 +39,30 @@ COLUMNS = 8
 PAIRS = 24  # rows of the sheet of duplicates
 
 
-def audit_text(found: Audit, canvases: Canvases) -> str:
+def audit_text(result: Audit, canvases: Canvases) -> str:
     """The audit as lines, what must be mended last."""
-    splits = [split for split in SPLITS if split in next(iter(found.counts.values()))]
-    rows = [("class", *(f"{split}{'*' if split in found.made else ''}" for split in splits))]
-    rows += [(name, *(str(each[split]) for split in splits)) for name, each in found.counts.items()]
-    lines = [f"{found.images} images of {len(found.classes)} classes", "", console.table(rows)]
+    splits = [split for split in SPLITS if split in next(iter(result.counts.values()))]
+    rows = [("class", *(f"{split}{'*' if split in result.made else ''}" for split in splits))]
+    rows += [
+        (name, *(str(each[split]) for split in splits)) for name, each in result.counts.items()
+    ]
+    lines = [f"{result.images} images of {len(result.classes)} classes", "", console.table(rows)]
 
-    if found.made:
+    if result.made:
         lines.append(
             "* made by ftkit: stratified, seeded; groups and identical files kept on one side"
         )
 
     lines += [
         "",
-        f"formats  {_most(found.formats)}",
-        f"sizes    {_most(found.sizes)}",
-        "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(found.classes)),
-        *_fit(found),
+        f"formats  {_most(result.formats)}",
+        f"sizes    {_most(result.sizes)}",
+        "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(result.classes)),
+        *_fit(result),
     ]
-    if list(found.classes) != sorted(found.classes):
+    if list(result.classes) != sorted(result.classes):
         lines.append("         in natural order; a plain sort would number them otherwise")
-    return "\n".join([*lines, "", *_remarks(found, canvases)])
+    return "\n".join([*lines, "", *_remarks(result, canvases)])
 
 
 def _most(counts: dict[str, int]) -> str:
@@ -68,7 +70,7 @@ def _most(counts: dict[str, int]) -> str:
     return ", ".join(shown) + (f", {len(counts) - 4} more" if len(counts) > 4 else "")
 
 
-def _remarks(found: Audit, canvases: Canvases) -> list[str]:
+def _remarks(result: Audit, canvases: Canvases) -> list[str]:
     """What may matter, and last what must be mended."""
     images = canvases.images
     names = [below(images.root, image.path) for image in images.images]
@@ -80,36 +82,36 @@ def _remarks(found: Audit, canvases: Canvases) -> list[str]:
     def sets(items: Iterable[Alike], exact: bool) -> list[str]:
         return [_as_set(those(item.rows)) for item in items if item.exact is exact]
 
-    across = {(item.rows, item.exact) for item in (*found.leaks, *found.conflicts)}
-    inside = [item for item in found.alike if (item.rows, item.exact) not in across]
-    flat = [row for row in found.flat if row not in found.emptied]
+    across = {(item.rows, item.exact) for item in (*result.leaks, *result.conflicts)}
+    inside = [item for item in result.alike if (item.rows, item.exact) not in across]
+    flat = [row for row in result.flat if row not in result.emptied]
     half_side = f"smaller than half of the {canvases.shards[0].shape[1]} pixels trained on:"
 
     return [
         *_listed(
-            "unreadable, left out in training:", [f"{path}: {why}" for path, why in found.bad]
+            "unreadable, left out in training:", [f"{path}: {why}" for path, why in result.bad]
         ),
         *_listed("identical within a split:", sets(inside, True)),
         *_listed("nearly identical within a split:", sets(inside, False)),
-        *_listed(half_side, those(found.tiny)),
-        *_listed("over 40 megapixels:", those(found.huge)),
+        *_listed(half_side, those(result.tiny)),
+        *_listed("over 40 megapixels:", those(result.huge)),
         *_listed("of one flat colour:", those(flat)),
-        *_listed(f"classes with under {FEW} training images:", list(found.few)),
-        *_listed("shown whole, and emptied by this recipe's crop:", those(found.emptied)),
+        *_listed(f"classes with under {FEW} training images:", list(result.few)),
+        *_listed("shown whole, and emptied by this recipe's crop:", those(result.emptied)),
         *(
             line
-            for split, classes in found.unjudged.items()
+            for split, classes in result.unjudged.items()
             for line in _listed(
                 f"classes without a {split} image, of which {split} says nothing:", classes
             )
         ),
-        *_advice(found),
-        *_listed("nearly identical on several sides of the split:", sets(found.leaks, False)),
-        *_listed("nearly identical under several labels:", sets(found.conflicts, False)),
-        *_listed("LEAKS, identical on several sides of the split:", sets(found.leaks, True)),
-        *_listed("LEAKS, groups on several sides of the split:", list(found.shared_groups)),
-        *_listed("CONFLICTS, identical under several labels:", sets(found.conflicts, True)),
-        _conclusion(found),
+        *_advice(result),
+        *_listed("nearly identical on several sides of the split:", sets(result.leaks, False)),
+        *_listed("nearly identical under several labels:", sets(result.conflicts, False)),
+        *_listed("LEAKS, identical on several sides of the split:", sets(result.leaks, True)),
+        *_listed("LEAKS, groups on several sides of the split:", list(result.shared_groups)),
+        *_listed("CONFLICTS, identical under several labels:", sets(result.conflicts, True)),
+        _conclusion(result),
     ]
 
 
@@ -129,24 +131,24 @@ def _as_set(names: Sequence[str]) -> str:
     return " = ".join(names[:4]) + more
 
 
-def _advice(found: Audit) -> list[str]:
+def _advice(result: Audit) -> list[str]:
     """Settings worth trying."""
     lines = []
-    if found.imbalance > UNEVEN:
+    if result.imbalance > UNEVEN:
         lines.append(
-            f"classes are uneven, {found.imbalance:.0f} to 1: try --set stages.0.balance=loss"
+            f"classes are uneven, {result.imbalance:.0f} to 1: try --set stages.0.balance=loss"
         )
-    if found.hint:
+    if result.hint:
         lines.append(
-            f"names suggest groups (one object, one day): if so, try --group-by '{found.hint}'"
+            f"names suggest groups (one object, one day): if so, try --group-by '{result.hint}'"
         )
     return lines
 
 
-def _fit(found: Audit) -> list[str]:
+def _fit(result: Audit) -> list[str]:
     """Lines on how much a centre crop cuts off, where that matters."""
-    share, under_half = found.crop_keeps
-    if share > MOSTLY_KEPT and not under_half and not found.emptied:
+    share, under_half = result.crop_keeps
+    if share > MOSTLY_KEPT and not under_half and not result.emptied:
         return []
     return [
         f"fit      crop keeps {share:.0%} of the median image's area, and under half of {under_half} images; "
@@ -155,25 +157,25 @@ def _fit(found: Audit) -> list[str]:
     ]
 
 
-def _conclusion(found: Audit) -> str:
+def _conclusion(result: Audit) -> str:
     """The last line: whether a training may begin, and what --fix would still mend."""
     near = [
         f"{sum(not item.exact for item in items)} sets of near duplicates are {where}"
         for items, where in (
-            (found.leaks, "on several sides of the split"),
-            (found.conflicts, "under several labels"),
+            (result.leaks, "on several sides of the split"),
+            (result.conflicts, "under several labels"),
         )
         if any(not item.exact for item in items)
     ]
-    if not found.passed:
-        cure = "mend it by hand" if found.shared_groups else "mend it by hand, or with --fix OUT"
+    if not result.passed:
+        cure = "mend it by hand" if result.shared_groups else "mend it by hand, or with --fix OUT"
         return f"NOT ok: {cure}"
     if near:
         return f"ok, but {' and '.join(near)}: look at them, or try --fix OUT"
     return "ok"
 
 
-def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
+def write_sheets(folder: Path, result: Audit, canvases: Canvases) -> list[Path]:
     """A contact sheet a class, spread over its images, and one of what is alike, a line a set;
     returns the JPEGs."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,9 +190,9 @@ def write_sheets(folder: Path, found: Audit, canvases: Canvases) -> list[Path]:
         _sheet(path, f"{name}: {len(picks)} of {len(rows)}", [list(map(int, picks))], canvases)
         written.append(path)
 
-    leaks, conflicts = ({item.rows for item in some} for some in (found.leaks, found.conflicts))
+    leaks, conflicts = ({item.rows for item in some} for some in (result.leaks, result.conflicts))
     serious = sorted(
-        found.alike, key=lambda item: (item.rows not in leaks, item.rows not in conflicts)
+        result.alike, key=lambda item: (item.rows not in leaks, item.rows not in conflicts)
     )
     if serious:
         path = folder / "duplicates.jpg"
@@ -268,7 +270,7 @@ class Cleaned:
         return "\n".join(lines)
 
 
-def clean(found: Audit, canvases: Canvases) -> Cleaned:
+def clean(result: Audit, canvases: Canvases) -> Cleaned:
     """Choose the images to train on.
 
     Unreadable files go. Of identical files one stays: test's before val's before train's, so that
@@ -279,9 +281,9 @@ def clean(found: Audit, canvases: Canvases) -> Cleaned:
     they were cut from, are left open.
     """
     images = canvases.images.images
-    gone = {"unreadable": len(found.bad), "identical": 0, "contradicting": 0, "near duplicates": 0}
-    free = ("train", *found.made)  # what is in the others stays there
-    conflicts = {item.rows for item in found.conflicts}
+    gone = {"unreadable": len(result.bad), "identical": 0, "contradicting": 0, "near duplicates": 0}
+    free = ("train", *result.made)  # what is in the others stays there
+    conflicts = {item.rows for item in result.conflicts}
 
     left: dict[int, Image] = dict(enumerate(images))
 
@@ -289,7 +291,7 @@ def clean(found: Audit, canvases: Canvases) -> Cleaned:
         for row in rows:
             gone[reason] += left.pop(row, None) is not None
 
-    for item in found.alike:
+    for item in result.alike:
         rows = [row for row in item.rows if row in left]
         rows.sort(key=lambda row: (-SPLITS.index(images[row].split), row))
         if item.rows in conflicts:
@@ -300,22 +302,22 @@ def clean(found: Audit, canvases: Canvases) -> Cleaned:
             leave_out([row for row in rows if images[row].split in free], "near duplicates")
 
     groups = []
-    for near in found.near_groups if found.made else ():
+    for near in result.near_groups if result.made else ():
         rows = [row for row in near if row in left and images[row].split in free]
         if len(rows) > 1:
             _together(left, rows)
             groups.append(len(rows))
 
     near_left = [
-        [row for row in item.rows if row in left] for item in found.alike if not item.exact
+        [row for row in item.rows if row in left] for item in result.alike if not item.exact
     ]
     parted = (
         sum(len({left[row].group or str(row) for row in rows}) > 1 for rows in near_left)
-        if found.made
+        if result.made
         else 0
     )
 
-    open_ = free if found.made else ()
+    open_ = free if result.made else ()
     kept = (replace(image, split="") if image.split in open_ else image for image in left.values())
 
     return Cleaned(images=tuple(kept), left_out=gone, groups=tuple(groups), parted=parted)

@@ -191,9 +191,9 @@ def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[CsvR
         )
 
     if root and not (root.is_dir() and data.is_file()):
-        found = f"{data}, which is no CSV" if root.is_dir() else "no such folder"
+        what = f"{data}, which is no CSV" if root.is_dir() else "no such folder"
         raise FtkitError(
-            f"--root {root}: expected the folder that a CSV's paths are relative to, found {found}. Try it without"
+            f"--root {root}: expected the folder that a CSV's paths are relative to, found {what}. Try it without"
         )
 
     rows = _from_csv(data, root or data.parent) if data.is_file() else _from_folder(data)
@@ -213,8 +213,8 @@ def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[CsvR
 def below(root: Path, path: Path) -> str:
     """An image's path as a person sees it: from the data folder, or the CSV's. Of images elsewhere
     the last folder and the name: the rest tells of this machine."""
-    found = _relative(root, path)
-    return Path(*path.parts[-2:]).as_posix() if ".." in Path(found).parts else found
+    relative = _relative(root, path)
+    return Path(*path.parts[-2:]).as_posix() if ".." in Path(relative).parts else relative
 
 
 def _relative(root: Path, path: Path) -> str:
@@ -229,14 +229,14 @@ def _grouped(root: Path, rows: Sequence[CsvRow], group_by: str) -> list[CsvRow]:
             f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
         ) from None
 
-    found = [pattern.search(_relative(root, path)) for path, _, _, _ in rows]
-    if not any(found):
+    matches = [pattern.search(_relative(root, path)) for path, _, _, _ in rows]
+    if not any(matches):
         raise FtkitError(
             f"--group-by {group_by}: expected it to match paths such as {_relative(root, rows[0][0])}, "
             "found no match. Try '([^/]+)_[0-9]+'"
         )
 
-    names = [match and (match[1] if pattern.groups else match[0]) for match in found]
+    names = [match and (match[1] if pattern.groups else match[0]) for match in matches]
     return [
         (path, label, split, name or group)
         for (path, label, split, group), name in zip(rows, names, strict=True)

@@ -90,8 +90,8 @@ class Change:
         """Classes that lost more than the limit, with confidence."""
         return [
             name
-            for name, found in self.classes.items()
-            if found.verdict(self.max_drop) == "refused"
+            for name, comparison in self.classes.items()
+            if comparison.verdict(self.max_drop) == "refused"
         ]
 
 
@@ -149,12 +149,12 @@ def answers_of(
     classify = Classifier(bundle, provider=provider)
     known = {name: number for number, name in enumerate(classify.labels)}
 
-    found = []
+    answers = []
     kept = list[Labelled]()
     unreadable = []
     for number, image in enumerate(images, start=1):
         try:
-            found.append(classify.probabilities(classify.decode(image.path)))
+            answers.append(classify.probabilities(classify.decode(image.path)))
             kept.append(image)
         except ImageError as error:
             unreadable.append(str(error))
@@ -165,7 +165,7 @@ def answers_of(
             f"{images[0].path}: expected images that can be read, found none. {unreadable[0]}"
         )
 
-    probabilities = np.stack(found)
+    probabilities = np.stack(answers)
     labels = np.array([known[image.label] for image in kept])
     groups = tuple(image.group for image in kept)
 
@@ -204,7 +204,7 @@ def compare_releases(new: BundleAnswers, old: BundleAnswers, *, max_drop: float)
     ]
 
     verdict = overall.verdict(max_drop)
-    if any(found.verdict(max_drop) == "refused" for found in classes.values()):
+    if any(paired_class.verdict(max_drop) == "refused" for paired_class in classes.values()):
         verdict = "refused"
 
     return Change(
@@ -224,21 +224,21 @@ def comparison_text(
 
     Within 80 columns, except for paths.
     """
-    found = new.metrics
+    metrics = new.metrics
     lines = [
-        f"accuracy {found.accuracy:.4f} [{found.accuracy_low:.3f}, {found.accuracy_high:.3f}] on "
-        f"{ground(found.images, found.clusters)}",
-        f"NLL {found.nll:.3f}, ECE {found.ece:.3f}",
+        f"accuracy {metrics.accuracy:.4f} [{metrics.accuracy_low:.3f}, {metrics.accuracy_high:.3f}] on "
+        f"{ground(metrics.images, metrics.clusters)}",
+        f"NLL {metrics.nll:.3f}, ECE {metrics.ece:.3f}",
     ]
     rows = [("class", "images", "recall", "precision", *["drop, points [95 %]"] * bool(change))]
 
-    for place, name in enumerate(found.classes):
+    for place, name in enumerate(metrics.classes):
         shares = [
             f"{value:.3f}" if value is not None else "-"
-            for value in (found.recall[place], found.precision[place])
+            for value in (metrics.recall[place], metrics.precision[place])
         ]
         drop = [_points(change.classes[name]) if name in change.classes else ""] if change else []
-        rows.append((name, str(sum(found.confusion[place])), *shares, *drop))
+        rows.append((name, str(sum(metrics.confusion[place])), *shares, *drop))
 
     lines.append(console.table(rows))
     if old and change:
@@ -258,7 +258,7 @@ def comparison_text(
             for name in change.worse_classes
         ]
         lines.append(
-            f"accuracy {old.metrics.accuracy:.4f} -> {found.accuracy:.4f}, drop {_points(change.paired)} "
+            f"accuracy {old.metrics.accuracy:.4f} -> {metrics.accuracy:.4f}, drop {_points(change.paired)} "
             f"points, limit {change.max_drop * 100:.2f}"
         )
         lines.append(change.verdict)
@@ -266,5 +266,7 @@ def comparison_text(
     return "\n".join(lines)
 
 
-def _points(found: Paired) -> str:
-    return f"{found.drop * 100:+.2f} [{found.low * 100:+.2f}, {found.high * 100:+.2f}]"
+def _points(comparison: Paired) -> str:
+    return (
+        f"{comparison.drop * 100:+.2f} [{comparison.low * 100:+.2f}, {comparison.high * 100:+.2f}]"
+    )

@@ -134,8 +134,8 @@ def ece(probabilities: Array, labels: Array, bins: int = 15) -> float:
 
     Weighted by the images of each bin (Guo et al. 2017).
     """
-    found = reliability(probabilities, labels, bins)
-    return sum(images * abs(right - top) for images, top, right in found) / len(labels)
+    bins_found = reliability(probabilities, labels, bins)
+    return sum(images * abs(right - top) for images, top, right in bins_found) / len(labels)
 
 
 def evaluate(
@@ -145,16 +145,16 @@ def evaluate(
 
     probabilities (N, classes), labels (N,) int, groups N names ("" for an image without a group).
     """
-    found = probabilities.argmax(1)
+    predicted = probabilities.argmax(1)
     every = np.arange(len(classes))
-    confusion = confusion_matrix(labels, found, labels=every)
+    confusion = confusion_matrix(labels, predicted, labels=every)
     precision, recall, f1, support = precision_recall_fscore_support(
-        labels, found, labels=every, zero_division=0.0
+        labels, predicted, labels=every, zero_division=0.0
     )
     there = support > 0
     right = int(confusion.trace())
-    low, high, clusters = share_interval(found == labels, groups)
-    bounds = _recall_bounds(found, labels, len(classes), groups)
+    low, high, clusters = share_interval(predicted == labels, groups)
+    bounds = _recall_bounds(predicted, labels, len(classes), groups)
     chosen = np.maximum(probabilities[np.arange(len(labels)), labels].astype(np.float64), 1e-12)
 
     return Metrics(
@@ -245,20 +245,20 @@ def abstain_threshold(
     if proven is not None:
         return proven, True
 
-    found, _, thresholds = precision_recall_curve(right, top)
-    good = np.flatnonzero(found[:-1] >= precision)
+    precisions, _, thresholds = precision_recall_curve(right, top)
+    good = np.flatnonzero(precisions[:-1] >= precision)
     return (float(thresholds[good[0]]) if len(good) else None), False
 
 
 def _precision_bound(right: Array, groups: Sequence[str] | None, level: float) -> float:
     """Lower confidence bound of the precision, at the effective number of images."""
     share = float(right.mean())
-    found = design(right, groups, PROVEN_SHARE)
-    if found.df <= 0:
+    sample = design(right, groups, PROVEN_SHARE)
+    if sample.df <= 0:
         return 0.0
     normal = Design(images=0).quantile(level)
     return clopper_pearson(
-        share, len(right) / found.effect * (normal / found.quantile(level)) ** 2, level
+        share, len(right) / sample.effect * (normal / sample.quantile(level)) ** 2, level
     )[0]
 
 
@@ -358,7 +358,7 @@ def _temperature(logits: Array, labels: Array) -> float:
 
 def _nll(logits: Array, labels: Array, temperature: float) -> Array:
     """NLL of each image, (N,)."""
-    found: Array = -log_softmax(logits.astype(np.float64) / temperature, axis=1)[
+    losses: Array = -log_softmax(logits.astype(np.float64) / temperature, axis=1)[
         np.arange(len(labels)), labels
     ]
-    return found
+    return losses

@@ -92,10 +92,10 @@ def evaluate_model(
     answers = Inference(backbone, canvases, preprocess)
     rows = {split: canvases.rows(split) for split in ("val", "test")}
     labels = {split: canvases.labels[rows[split]] for split in rows}
-    found = {split: answers(rows[split], f"evaluating {split}") for split in rows}
-    logits = {split: found[split][0] for split in rows}
+    outputs = {split: answers(rows[split], f"evaluating {split}") for split in rows}
+    logits = {split: outputs[split][0] for split in rows}
     groups = {split: canvases.groups(rows[split]) for split in rows}
-    foreign = _foreign(answers, canvases, found["val"][1])
+    foreign = _foreign(answers, canvases, outputs["val"][1])
     temperature = fit_temperature(logits["val"], labels["val"], groups["val"])
     probabilities = {split: softmax(logits[split] / temperature) for split in rows}
     threshold, proven = abstain_threshold(
@@ -118,7 +118,7 @@ def evaluate_model(
         abstention=abstention(probabilities["test"], labels["test"], precision, threshold, proven),
         mistakes=worst_mistakes(probabilities["test"], labels["test"], rows["test"]),
         foreign=foreign.to_text(),
-        foreign_kept=float((foreign.score(found["test"][1]) <= foreign.threshold).mean()),
+        foreign_kept=float((foreign.score(outputs["test"][1]) <= foreign.threshold).mean()),
         answers=tuple(map(int, logits["test"].argmax(1))),
     )
 

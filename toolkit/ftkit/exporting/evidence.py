@@ -46,17 +46,17 @@ def file_accuracy(
     """
     classify = Classifier(folder)
     rows = context.canvases.rows("test")
-    found = []
+    answers = []
     labels = context.canvases.labels[rows]
 
     with console.bar("accuracy of the file") as progress:
         for number, row in enumerate(rows, start=1):
-            found.append(
+            answers.append(
                 classify.probabilities(classify.decode(context.canvases.images.images[row].path))
             )
             progress(number, len(rows))
 
-    probabilities = np.stack(found)
+    probabilities = np.stack(answers)
     groups = context.canvases.groups(rows)
     framework = np.array(run.data["answers"])
     against = paired(framework == labels, probabilities.argmax(1) == labels, groups)
@@ -74,9 +74,9 @@ def out_of_order(folder: Path, classes: Sequence[str]) -> int:
     said = Classifier(folder).labels
 
     return sum(
-        found != list(classes)[place : place + 1]
+        said_here != list(classes)[place : place + 1]
         for place in range(max(len(classes), len(written), len(said)))
-        for found in (written[place : place + 1], said[place : place + 1])
+        for said_here in (written[place : place + 1], said[place : place + 1])
     )
 
 
@@ -93,7 +93,7 @@ def latencies(
     or, without the CPU, the first provider. On a GPU, with and without copies.
     """
     threads = sorted({1, cores()})
-    found: dict[str, list[Latency]] = {name: [] for name in paths}
+    measured: dict[str, list[Latency]] = {name: [] for name in paths}
 
     for name, forms in paths.items():
         for provider in sorted(providers, key=lambda provider: provider != "cpu"):
@@ -107,12 +107,12 @@ def latencies(
                 where = f"{name} on {console.condition(vars(condition))}"
                 with console.bar(f"latency of {where}"):
                     last = measure(condition, photograph, quick=quick)
-                found[name].append(last)
+                measured[name].append(last)
                 console.say(
                     f"latency of {where}: p50 {last.p50_ms:.1f} ms, p95 {last.p95_ms:.1f} ms"
                 )
 
-    return found
+    return measured
 
 
 def measure_budgets(
@@ -324,10 +324,10 @@ def times_by_size(
 
 
 def manifest(
-    run: Run, context: variants.Context, made: variants.Variants, found: Evidence
+    run: Run, context: variants.Context, made: variants.Variants, evidence: Evidence
 ) -> dict[str, Any]:
     """What the bundle tells of its file, as JSON data, but for the gates and the files."""
-    chosen = found.chosen
+    chosen = evidence.chosen
 
     return {
         "ftkit": ftkit.__version__,
@@ -352,13 +352,13 @@ def manifest(
         "run": run.data["model_fingerprint"],
         "data_fingerprint": run.data["data_fingerprint"],
         "limits": asdict(context.limits),
-        "evidence": _as_json(run, context, made, found),
+        "evidence": _as_json(run, context, made, evidence),
         "machine": machine(),
     }
 
 
 def _as_json(
-    run: Run, context: variants.Context, made: variants.Variants, found: Evidence
+    run: Run, context: variants.Context, made: variants.Variants, evidence: Evidence
 ) -> dict[str, Any]:
     decided_on = context.device.machine if context.device else context.measured.get("machine")
 
@@ -374,20 +374,20 @@ def _as_json(
                 "errors": item.errors,
                 "checks": _checks(item.checks),
             }
-            for item in found.parity
+            for item in evidence.parity
         ],
         "accuracy": {
             "framework": run.data["metrics"]["test"],
-            "file": asdict(found.metrics),
-            "against_framework": asdict(found.against),
+            "file": asdict(evidence.metrics),
+            "against_framework": asdict(evidence.against),
         },
         "decided_on": decided_on or machine(),
         "latency_over_sizes": [
-            {"frame": frame, "p50_ms": p50, "p95_ms": p95} for frame, p50, p95 in found.sizes
+            {"frame": frame, "p50_ms": p50, "p95_ms": p95} for frame, p50, p95 in evidence.sizes
         ],
         "latency": [
             {"variant": name, **asdict(item)}
-            for name, items in found.latency.items()
+            for name, items in evidence.latency.items()
             for item in items
         ],
     }

@@ -388,7 +388,7 @@ def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
 
 def _prove(job: Job, paths: Forms) -> list[Parity]:
     """Check parity of fp32 with the framework on each provider."""
-    found = []
+    results = []
     image_form, core_form = paths["fp32"]
     model = ExportedModel(
         core=core_form,
@@ -410,9 +410,9 @@ def _prove(job: Job, paths: Forms) -> list[Parity]:
             )
 
         _say_parity(parity, len(job.rows))
-        found.append(parity)
+        results.append(parity)
 
-    return found
+    return results
 
 
 def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
@@ -487,7 +487,7 @@ def _seal(
         f"accuracy of the file on {metrics.images} held-out images: {metrics.accuracy:.4f} "
         f"(framework {run.data['metrics']['test']['accuracy']:.4f})"
     )
-    found = evidence.Evidence(
+    found_evidence = evidence.Evidence(
         parity=parity,
         chosen=measured.chosen,
         metrics=metrics,
@@ -499,10 +499,10 @@ def _seal(
         latency=measured.latency,
         sizes=measured.sizes,
     )
-    gates = evidence.judge_gates(job.limits, found)
+    gates = evidence.judge_gates(job.limits, found_evidence)
 
     manifest = {
-        **evidence.manifest(run, job.context, made, found),
+        **evidence.manifest(run, job.context, made, found_evidence),
         "variants": {
             name: {
                 "file": image_form.relative_to(folder).as_posix(),
@@ -661,12 +661,12 @@ def _decoded(paths: Sequence[Path], preprocess: Preprocess) -> list[Array]:
 
     At most FLOAT64_IMAGES, and no more once they exceed DECODED_BYTES.
     """
-    found: list[Array] = []
+    decoded: list[Array] = []
     for path in paths[:FLOAT64_IMAGES]:
-        found.append(preprocess.decode(path))
-        if sum(image.nbytes for image in found) > DECODED_BYTES:
+        decoded.append(preprocess.decode(path))
+        if sum(image.nbytes for image in decoded) > DECODED_BYTES:
             break
-    return found
+    return decoded
 
 
 def _say_parity(parity: Parity, photographs: int) -> None:

@@ -268,10 +268,10 @@ def fine_tune(
             )
 
     trained = copy.deepcopy(core)
-    found = dict(zip(model.names, model.weights, strict=True))
+    by_name = dict(zip(model.names, model.weights, strict=True))
 
     for item in trained.graph.initializer:
-        if item.name in found:
-            item.CopyFrom(numpy_helper.from_array(found[item.name].detach().numpy(), item.name))
+        if item.name in by_name:
+            item.CopyFrom(numpy_helper.from_array(by_name[item.name].detach().numpy(), item.name))
 
     return trained

@@ -177,7 +177,7 @@ def _timed(
         reverse=True,
     )
 
-    found = []
+    measured = []
     with tempfile.TemporaryDirectory() as scratch, console.bar("other input sizes"):
         for size in sizes[:MOST_SIZES]:
             smaller = run.preprocess.at(size)
@@ -199,11 +199,11 @@ def _timed(
                 )
 
             _, p50, p95 = timed
-            found.append(
+            measured.append(
                 Smaller(size=size, p50_ms=p50, p95_ms=p95, int8_p95_ms=ratio and p95 * ratio)
             )
 
-    return found
+    return measured
 
 
 def _rounded(size: float) -> int:

@@ -159,17 +159,17 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
         logits = logits_of(core, context, rows)
 
     fp32 = Candidate(name="fp32", precision="fp32", core=core, right=logits.argmax(1) == labels)
-    found = [fp32]
+    candidates = [fp32]
     wanted = context.target.variants if context.limits.variants == "auto" else ()
     if context.device and wanted:
         context.device.put_canvases(context.canvases.array(rows))
     if "int8" in wanted:
-        found += _ladder(fp32, context, logits, labels)
+        candidates += _ladder(fp32, context, logits, labels)
     if "fp16" in wanted:
-        found.append(_half(fp32, context, logits, labels))
+        candidates.append(_half(fp32, context, logits, labels))
 
-    times = _times(found, context)
-    judged = [(_row(item, fp32, times.get(item.name), context), item) for item in found]
+    times = _times(candidates, context)
+    judged = [(_row(item, fp32, times.get(item.name), context), item) for item in candidates]
     shipped = {"fp32": (judged[0][0], core)}
 
     for precision in wanted:
@@ -181,7 +181,7 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     return Variants(
         rows=tuple(row for row, _ in judged),
         shipped=shipped,
-        checks={item.name: item.checks for item in found if item.checks},
+        checks={item.name: item.checks for item in candidates if item.checks},
     )
 
 
@@ -246,14 +246,14 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
         name = f"int8, {count} float" if count else "int8"
         with console.bar(name):
             model = int8(fp32.core, ranges, context.target, keep=order[:count])
-            found = _answers_there(model, context)
+            quantized = _answers_there(model, context)
 
         rung = Candidate(
             name=name,
             precision="int8",
             core=model,
-            right=found.argmax(1) == labels,
-            sqnr_db=sqnr(logits, found),
+            right=quantized.argmax(1) == labels,
+            sqnr_db=sqnr(logits, quantized),
             kept=tuple(order[:count]),
         )
 
@@ -303,14 +303,14 @@ def _trained(
     )
 
     model = int8(core, ranges, context.target)
-    found = _answers_there(model, context)
+    quantized = _answers_there(model, context)
 
     return Candidate(
         name="int8, trained",
         precision="int8",
         core=model,
-        right=found.argmax(1) == labels,
-        sqnr_db=sqnr(logits, found),
+        right=quantized.argmax(1) == labels,
+        sqnr_db=sqnr(logits, quantized),
     )
 
 
@@ -324,18 +324,18 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
     provider = context.target.provider if context.here or context.device else "cpu"
 
     with console.bar("fp16 on val"):
-        found = _answers_there(model, context, provider)
+        halved = _answers_there(model, context, provider)
 
     sample = context.pixels(spread_evenly(rows, FLOAT64_IMAGES))
     rounding = context.reference.rounding(sample, "fp16")
-    checks = agreement(logits, found, rounding, "fp16", f"val images on {provider}")
+    checks = agreement(logits, halved, rounding, "fp16", f"val images on {provider}")
 
     return Candidate(
         name="fp16",
         precision="fp16",
         core=model,
-        right=found.argmax(1) == labels,
-        sqnr_db=sqnr(logits, found),
+        right=halved.argmax(1) == labels,
+        sqnr_db=sqnr(logits, halved),
         kept=tuple(kept),
         checks=tuple(checks),
     )
@@ -360,8 +360,8 @@ def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced
 
         for path, item in zip(files, candidates, strict=True):
             context.write(item.core, path, item.precision, item.kept, plain=plain)
-        if found := context.race(files):
-            return {item.name: times for item, times in zip(candidates, found, strict=True)}
+        if raced := context.race(files):
+            return {item.name: times for item, times in zip(candidates, raced, strict=True)}
 
         known = context.measured["sha256"]  # hashes of the files that were measured there
 

@@ -92,8 +92,8 @@ def _fetched(folder: Path) -> Path:
     done = subprocess.run(
         [npm, "pack", wanted, "--silent"], cwd=folder, capture_output=True, text=True, check=False
     )
-    found = list(folder.glob("*.tgz"))
-    if done.returncode or not found:
+    packages = list(folder.glob("*.tgz"))
+    if done.returncode or not packages:
         said = next(
             (line for line in done.stderr.splitlines() if line.strip()),
             f"exit code {done.returncode}",
@@ -103,7 +103,7 @@ def _fetched(folder: Path) -> Path:
             f"`npm pack {wanted}` elsewhere and --runtime FILE.tgz"
         )
 
-    return found[0]
+    return packages[0]
 
 
 def _unpack(package: Path, folder: Path) -> None:
@@ -196,9 +196,13 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def translate_path(self, path: str) -> str:
         """Path of the file that a request asks for."""
-        found = Path(super().translate_path(path))
+        path_here = Path(super().translate_path(path))
         own = Path(self.directory) / PAGE
-        return str(self._page / found.relative_to(own)) if found.is_relative_to(own) else str(found)
+        return (
+            str(self._page / path_here.relative_to(own))
+            if path_here.is_relative_to(own)
+            else str(path_here)
+        )
 
     def end_headers(self) -> None:
         """Add the headers that every response has."""

@@ -139,13 +139,13 @@ def _require_logits(model: nn.Module, name: str, size: int, classes: int) -> Non
     try:
         with torch.inference_mode():
             answer: Any = model(torch.zeros(1, 3, size, size))
-        found = str(tuple(answer.shape))
+        shape = str(tuple(answer.shape))
     except Exception as error:  # a model's forward may raise anything
-        found = str(error).splitlines()[0]
+        shape = str(error).splitlines()[0]
 
-    if found != f"(1, {classes})":
+    if shape != f"(1, {classes})":
         raise FtkitError(
-            f"backbone {name}: expected logits of shape (1, {classes}) after its head was replaced, found {found}. "
+            f"backbone {name}: expected logits of shape (1, {classes}) after its head was replaced, found {shape}. "
             "Try another backbone"
         )
 
@@ -192,5 +192,5 @@ def features(
     finally:
         handle.remove()
 
-    found = seen[0].float()
-    return (found.mean((2, 3)) if found.ndim == 4 else found.flatten(1)), answer
+    embedding = seen[0].float()
+    return (embedding.mean((2, 3)) if embedding.ndim == 4 else embedding.flatten(1)), answer

@@ -102,14 +102,14 @@ def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
     model = backbone.model
     learning = [name for name, _ in model.named_parameters()]
 
-    found: list[str] = []
+    names: list[str] = []
     for name in [
         *(name for name, _ in model.named_modules()),
         *(name for name, _ in model.named_parameters()),
     ]:
-        inside = any(name.startswith(outer + ".") for outer in found)
+        inside = any(name.startswith(outer + ".") for outer in names)
         holds = any(parameter == name or parameter.startswith(name + ".") for parameter in learning)
         if name and holds and not inside and wanted.search(name):
-            found.append(name)
+            names.append(name)
 
-    return tuple(found)
+    return tuple(names)

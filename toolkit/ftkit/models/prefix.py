@@ -105,14 +105,14 @@ def frontier(graph: fx.GraphModule, trained: Callable[[str], bool]) -> list[fx.N
 
 def _needed(roots: Sequence[fx.Node], given: Collection[fx.Node] = ()) -> set[fx.Node]:
     """Everything `roots` depend on, themselves included, without going beyond what is given."""
-    found: set[fx.Node] = set()
+    needed: set[fx.Node] = set()
     waiting = list(roots)
     while waiting:
         node = waiting.pop()
-        if node not in found and node not in given:
-            found.add(node)
+        if node not in needed and node not in given:
+            needed.add(node)
             waiting += node.all_input_nodes
-    return found
+    return needed
 
 
 def frozen_part(graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]]) -> fx.GraphModule:

@@ -205,15 +205,15 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
     file = "model.safetensors"
-    found = try_to_load_from_cache(repository, file)
-    if not isinstance(found, str):
+    local = try_to_load_from_cache(repository, file)
+    if not isinstance(local, str):
         there = "fill the cache on a machine with a network (HF_HOME)"
         with _downloading(name, f"{repository}/{file}", there):
             # The download itself retries for 23 s
             get_session().head(hf_hub_url(repository, file), timeout=20)
-            found = hf_hub_download(repository, file)
+            local = hf_hub_download(repository, file)
 
-    return _load_state(model, name, head, _read_file(Path(found)), f"{repository}/{file}")
+    return _load_state(model, name, head, _read_file(Path(local)), f"{repository}/{file}")
 
 
 @contextmanager

@@ -44,19 +44,19 @@ def pictures(
     canvases: Canvases, mistakes: Sequence[Data], explain: Explainer | None = None
 ) -> list[Picture]:
     """Thumbnails of the worst mistakes, with class activation maps of the wrong answers if any."""
-    found = []
+    thumbnails = []
     for item in mistakes:
         canvas = canvases.array([item["row"]])[0]
         if explain is None:
-            found.append(Picture(photograph=_jpeg(PIL.Image.fromarray(canvas))))
+            thumbnails.append(Picture(photograph=_jpeg(PIL.Image.fromarray(canvas))))
             continue
         heat, _ = explain(canvas, item["said_label"])
         seen = explain.seen(canvas)
-        found.append(
+        thumbnails.append(
             Picture(photograph=_jpeg(PIL.Image.fromarray(seen)), heat=_jpeg(overlay(seen, heat)))
         )
 
-    return found
+    return thumbnails
 
 
 def _jpeg(image: PIL.Image.Image) -> bytes:

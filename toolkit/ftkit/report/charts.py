@@ -202,10 +202,10 @@ def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.
     return figure(title, "".join(parts), "", 12 + 30 * len(rows))
 
 
-def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+def reliability(title: str, bins_by_name: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
     """Reliability diagram: accuracy against mean probability, one dot per bin.
 
-    The area of a dot is its bin's share of the images. found: name -> bins.
+    The area of a dot is its bin's share of the images. bins_by_name: name -> bins.
     """
     x, y = scales((0, 1), (0, 1))
     parts = [
@@ -215,7 +215,7 @@ def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> M
 
     series: list[ChartSeries] = []
     for i, ((name, bins), colour) in enumerate(
-        zip(found.items(), ("--two", "--one"), strict=False)
+        zip(bins_by_name.items(), ("--two", "--one"), strict=False)
     ):
         total = sum(images for images, _, _ in bins)
         path = " ".join(f"{x(top):.1f},{y(right):.1f}" for _, top, right in bins)
@@ -234,11 +234,11 @@ def reliability(title: str, found: Mapping[str, Sequence[Sequence[float]]]) -> M
 
 
 def points(
-    title: str, found: Sequence[tuple[str, float, float, bool]], x_name: str, y_name: str
+    title: str, placed: Sequence[tuple[str, float, float, bool]], x_name: str, y_name: str
 ) -> Markup:
     """Scatter plot of numbered points (name, x, y, whether chosen), named in the caption."""
-    across = [item[1] for item in found]
-    up = [item[2] for item in found]
+    across = [item[1] for item in placed]
+    up = [item[2] for item in placed]
     room = (max(up) - min(up)) * 0.25 or 0.01
     xs = (0.0, max(across) * 1.1)
     ys = (min(up) - room, max(up) + room)
@@ -246,7 +246,7 @@ def points(
     parts = [axes(xs, ys, x_name, y_name)]
 
     taken: list[tuple[float, float]] = []
-    for i, (_, a, b, chosen) in enumerate(found, start=1):
+    for i, (_, a, b, chosen) in enumerate(placed, start=1):
         fill = "--good" if chosen else "--one"
         at = (x(a), y(b) - 8)
         while any(abs(at[0] - c) < 14 and abs(at[1] - d) < 12 for c, d in taken):
@@ -259,7 +259,7 @@ def points(
 
     names = "; ".join(
         f"{i} {escape(name)}{' (chosen)' if chosen else ''}"
-        for i, (name, _, _, chosen) in enumerate(found, 1)
+        for i, (name, _, _, chosen) in enumerate(placed, 1)
     )
     return figure(title, "".join(parts), names)
 

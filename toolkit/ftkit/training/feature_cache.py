@@ -103,12 +103,12 @@ class Views:
 
     def chunks(self) -> list[tuple[Array, int, int, int]]:
         """(rows, view, start, first item) of every pass."""
-        found = []
+        listed = []
         at = 0
         for rows, view in self.jobs():
-            found += [(rows, view, start, at + start) for start in range(0, len(rows), self.chunk)]
+            listed += [(rows, view, start, at + start) for start in range(0, len(rows), self.chunk)]
             at += len(rows)
-        return found
+        return listed
 
     def __len__(self) -> int:
         return sum(len(rows) for rows, _ in self.jobs())
@@ -146,8 +146,8 @@ class Activations:
 
     def items(self, views: Array, positions: Array) -> Array:
         """Item of train position i in view v."""
-        found: Array = views * self.train_rows + positions
-        return found
+        numbers: Array = views * self.train_rows + positions
+        return numbers
 
     def val_items(self, positions: Array) -> Array:
         """Item of a val position."""
@@ -289,14 +289,14 @@ def _write(
             reason = (
                 "" if held else _computed(prefix, sample, dtypes, views, beside, progress, ranks)
             )
-            found = set(ranks.gather(reason))
-            if found <= {""}:
-                found = set(ranks.gather(_published(place, folder)))
+            reasons = set(ranks.gather(reason))
+            if reasons <= {""}:
+                reasons = set(ranks.gather(_published(place, folder)))
         finally:
             _gone(place)
 
-        if WIDE not in found or found - {"", WIDE}:
-            return next(filter(None, sorted(found - {WIDE})), "")
+        if WIDE not in reasons or reasons - {"", WIDE}:
+            return next(filter(None, sorted(reasons - {WIDE})), "")
 
     return "its values are too large for float32"
 

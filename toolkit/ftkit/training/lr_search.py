@@ -68,8 +68,8 @@ def best_rate(
         parts = [
             loader.val(np.arange(start, min(start + 256, len(val_labels)))) for start in starts
         ]
-        found = torch.cat([features(loader.eval_net, head, inputs)[0] for inputs in parts])
-        scores = [float(F.cross_entropy(logits, val_labels)) for logits in logits_of(found)]
+        embeddings = torch.cat([features(loader.eval_net, head, inputs)[0] for inputs in parts])
+        scores = [float(F.cross_entropy(logits, val_labels)) for logits in logits_of(embeddings)]
 
     finite = [score if np.isfinite(score) else np.inf for score in scores]
     return RATES[int(np.argmin(finite))]

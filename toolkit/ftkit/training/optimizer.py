@@ -237,9 +237,9 @@ class Moving:
 
     def epoch(self) -> tuple[float, float]:
         """(mean loss, accuracy) since the last call."""
-        found = self.standing()
+        standing = self.standing()
         self.tally = torch.zeros(3, dtype=torch.float64)
-        return found
+        return standing
 
     def standing(self) -> tuple[float, float]:
         """(mean loss, accuracy) of the epoch so far; NaN before its first step. Waits for the

@@ -111,8 +111,8 @@ class _Shell(nn.Module):
         self.net = net
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.net(*inputs)
-        return found
+        output: torch.Tensor = self.net(*inputs)
+        return output
 
 
 class _Captured(nn.Module):
@@ -133,8 +133,8 @@ class _Captured(nn.Module):
             )
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.run(*inputs)
-        return found
+        output: torch.Tensor = self.run(*inputs)
+        return output
 
 
 def release(net: nn.Module) -> None:
@@ -214,8 +214,8 @@ def _made(way: Way, compute: Compute) -> nn.Module:
 def _answer(net: nn.Module, inputs: Tensors, compute: Compute) -> torch.Tensor:
     torch.manual_seed(0)  # of dropout
     with compute.autocast():
-        found: torch.Tensor = net(*inputs)
-    return found.detach().float().clone()
+        output: torch.Tensor = net(*inputs)
+    return output.detach().float().clone()
 
 
 def _step_seconds(net: nn.Module, inputs: Tensors, compute: Compute) -> float:
@@ -225,8 +225,8 @@ def _step_seconds(net: nn.Module, inputs: Tensors, compute: Compute) -> float:
         _finish(compute)
         begun = time.perf_counter()
         with compute.autocast():
-            found = net(*inputs)
-        found.float().square().mean().backward()
+            output = net(*inputs)
+        output.float().square().mean().backward()
         _finish(compute)
         times.append(time.perf_counter() - begun)
 

@@ -58,8 +58,8 @@ class Run:
     def metrics(self) -> Mapping[str, Any]:
         """Split (val, test) -> what evaluate.Metrics has: accuracy, accuracy_low, accuracy_high,
         recall, ..."""
-        found: Mapping[str, Any] = self.data["metrics"]
-        return found
+        metrics: Mapping[str, Any] = self.data["metrics"]
+        return metrics
 
     def _repr_html_(self) -> str:
         test = self.metrics["test"]

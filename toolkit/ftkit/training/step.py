@@ -63,11 +63,11 @@ def run_as(
         return loader.net, nullcontext()
 
     inputs = loader.prepare(example()).inputs
-    found, said = fastest(loader.net, inputs, ways(loader.net, inputs, compute), compute, steps)
+    fast, said = fastest(loader.net, inputs, ways(loader.net, inputs, compute), compute, steps)
     if said:
         console.say(f"{stage.train}: {said}")
 
-    return found, nullcontext()
+    return fast, nullcontext()
 
 
 def fresh_gradients(

@@ -66,11 +66,11 @@ def validate(
 
     for start in range(0, len(labels), EVAL_BATCH)[ranks.rank :: ranks.world]:
         place = slice(start, min(start + EVAL_BATCH, len(labels)))
-        found, answer = features(
+        embedding, answer = features(
             loader.eval_net, head, loader.val(np.arange(place.start, place.stop))
         )
         whole[place] = answer.float()
-        kept[place] = found[: max(0, len(kept) - start)]
+        kept[place] = embedding[: max(0, len(kept) - start)]
 
     model.load_state_dict(own, strict=False)
     for module, mode in zip(model.modules(), modes, strict=True):

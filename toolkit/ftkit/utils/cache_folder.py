@@ -62,14 +62,14 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Entries of the cache, the longest unused first."""
-    found = []
+    listed = []
     for kind in KINDS:
         for folder in (cache_folder() / kind).glob("[!.]*"):
             with contextlib.suppress(OSError):  # another run may just remove it
                 size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 used = max(0.0, time.time() - folder.stat().st_mtime)
-                found.append(Entry(folder=folder, kind=kind, size_bytes=size, used_s=used))
-    return sorted(found, key=lambda entry: -entry.used_s)
+                listed.append(Entry(folder=folder, kind=kind, size_bytes=size, used_s=used))
+    return sorted(listed, key=lambda entry: -entry.used_s)
 
 
 def limit_bytes() -> float:

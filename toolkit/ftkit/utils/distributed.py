@@ -79,9 +79,9 @@ class Ranks:
         """The largest of the ranks' numbers."""
         if self.world == 1:
             return number
-        found = torch.tensor(number)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return int(found)
+        value = torch.tensor(number)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value (JSON data), by rank."""
@@ -121,8 +121,8 @@ class Ranks:
         """Call `make` on rank 0 and return its result (JSON data) on every rank. When it fails, all
         do."""
         made = self.together(lambda: make() if self.main else None)
-        found: Value = self.gather(made)[0]
-        return found
+        value: Value = self.gather(made)[0]
+        return value
 
     def tensors(self, values: Mapping[str, torch.Tensor]) -> TensorsByName:
         """Rank 0's tensors, on the CPU, for all."""
@@ -133,16 +133,16 @@ class Ranks:
             name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
             for name, value in values.items()
         }
-        found = {}
+        placed = {}
         for name, (dtype, shape) in self.gather(facts)[0].items():
-            found[name] = (
+            placed[name] = (
                 values[name].contiguous()
                 if self.main
                 else torch.empty(shape, dtype=getattr(torch, dtype))
             )
-            dist.broadcast(found[name], 0)
+            dist.broadcast(placed[name], 0)
 
-        return found
+        return placed
 
 
 SOLO = Ranks()
@@ -321,18 +321,18 @@ class _Normalised(torch.autograd.Function):
         ctx.save_for_backward(input, weight, mean, variance)
         ctx.eps = eps
         ctx.count = count
-        found: torch.Tensor = torch.native_batch_norm(
+        output: torch.Tensor = torch.native_batch_norm(
             input, weight, bias, mean, variance, False, 0.0, eps
         )[0]
 
-        return found
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         """With mean and variance held, then the part that flows through them: sums of the gradient,
         and of the gradient times the normalised input."""
         input, weight, mean, variance = ctx.saved_tensors
-        found, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+        by_input, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, input, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack([by_bias, by_weight])
@@ -341,9 +341,9 @@ class _Normalised(torch.autograd.Function):
         wide = (1, -1, *(1,) * (input.ndim - 2))
         slope = -weight * invstd**2 * sums[1] / ctx.count
         shift = -weight * invstd * sums[0] / ctx.count - slope * mean
-        found.addcmul_(input, slope.view(wide)).add_(shift.view(wide))
+        by_input.addcmul_(input, slope.view(wide)).add_(shift.view(wide))
 
-        return found, by_weight, by_bias, None, None, None, None
+        return by_input, by_weight, by_bias, None, None, None, None
 
 
 class GlobalBatchNorm(TorchFunctionMode):
