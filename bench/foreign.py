@@ -19,7 +19,7 @@ from ftkit.data.dataset import read_images
 from ftkit.evaluation.model import Inference, WithEmbedding
 from ftkit.models.inference import PREFIX_BATCH, runner
 from ftkit.training.run import open_run
-from ftkit_export.runtime.out_of_distribution import Foreign
+from ftkit_export.runtime.out_of_distribution import OutOfDistribution
 
 
 def crops(image: np.ndarray, count: int, side: int, rng: np.random.Generator) -> np.ndarray:
@@ -64,7 +64,7 @@ def main() -> None:
         ]
         found[name] = [np.concatenate(column) for column in zip(*parts, strict=True)]
 
-    familiar = Foreign.from_text(run.data["foreign"])
+    familiar = OutOfDistribution.from_text(run.data["foreign"])
     scores = {
         "distance of the embedding (ftkit)": lambda logits, embedding: familiar.score(embedding),
         "energy": lambda logits, embedding: -np.logaddexp.reduce(logits, 1),

@@ -36,7 +36,7 @@ from ftkit.models.freezing import set_mode, under
 from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, Stage
 from ftkit.training.loader import Fetched, Loader
-from ftkit.training.optimizer import Batch, Moving, make_optimizer
+from ftkit.training.optimizer import Batch, StepState, make_optimizer
 from ftkit.training.precision import prepare
 from ftkit.training.step import fresh_gradients, run_as
 from ftkit.training.train import train
@@ -145,7 +145,7 @@ def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
     for group in optimizer.param_groups:
         group["lr"] = 1e-9
 
-    moving = Moving(model, under(names), stage, optimizer, compute)
+    moving = StepState(model, under(names), stage, optimizer, compute)
     net, _ = run_as(loader, stage, compute, SOLO, batch, lambda: nothing, steps)
     steps, warm = (STEPS, 10) if place.type == "cuda" else (3, 1)
 

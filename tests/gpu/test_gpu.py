@@ -18,7 +18,7 @@ from ftkit.models.backbones import build
 from ftkit.models.freezing import under
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.checkpoint import Stopped
-from ftkit.training.optimizer import Moving, make_optimizer
+from ftkit.training.optimizer import StepState, make_optimizer
 from ftkit.training.precision import fastest, prepare, ways
 from ftkit.training.stage import Work
 from ftkit.training.stage_loaders import StageLoaders
@@ -103,7 +103,7 @@ def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
     )
     assert loaders.pixels.resident
     loader = loaders.stage(0)
-    moving = Moving(
+    moving = StepState(
         backbone.model,
         under(loaders.trained[0]),
         stage,

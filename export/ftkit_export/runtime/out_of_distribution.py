@@ -23,7 +23,7 @@ DTYPES = {"means": np.float16, "directions": np.float16, "weights": np.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
+class OutOfDistribution:
     """means (classes, D) and directions (K, D) float16, of the embedding scaled to length 1. rest:
     variance of every direction but those; weights (K,) float32: 1 / rest - 1 / (the direction's own
     variance). threshold: the score that `kept` of the val images stay below."""
@@ -66,7 +66,7 @@ class Foreign:
         )
 
     @staticmethod
-    def from_text(text: str) -> Foreign:
+    def from_text(text: str) -> OutOfDistribution:
         """Back from a model's metadata. Raises ValueError or KeyError when it is none."""
         data = json.loads(text)
         for name, dtype in DTYPES.items():
@@ -75,7 +75,7 @@ class Foreign:
                 base64.b64decode(item["base64"], validate=True), dtype
             ).reshape(item["shape"])
 
-        statistics = Foreign(**data)
+        statistics = OutOfDistribution(**data)
         shapes = (
             statistics.means.ndim,
             statistics.directions.ndim,
@@ -108,7 +108,7 @@ def _squares(one: Array, other: Array, weights: Array) -> Array:
 
 def fit(
     embedding: Array, labels: Array, val: Array, *, directions: int = 16, kept: float = 0.95
-) -> Foreign:
+) -> OutOfDistribution:
     """embedding (N, D) with labels (N,) of training images, val (M, D) for the threshold ->
     Foreign.
 
@@ -122,7 +122,7 @@ def fit(
     variance = sizes**2 / len(apart)
     count = min(directions, len(apart) // 4)
     rest = max(float(variance[count:].sum()) / max(1, apart.shape[1] - count), 1e-12)
-    statistics = Foreign(
+    statistics = OutOfDistribution(
         means=means.astype(np.float16),
         directions=axes[:count].astype(np.float16),
         rest=rest,
@@ -132,4 +132,4 @@ def fit(
     )
 
     threshold = float(np.quantile(statistics.score(val), kept))
-    return Foreign(**{**statistics.__dict__, "threshold": threshold})
+    return OutOfDistribution(**{**statistics.__dict__, "threshold": threshold})

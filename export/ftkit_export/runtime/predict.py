@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ftkit_export.runtime.errors import BundleError, FtkitError
-from ftkit_export.runtime.out_of_distribution import Foreign
+from ftkit_export.runtime.out_of_distribution import OutOfDistribution
 from ftkit_export.runtime.preprocess import (
     INPUT_FORMATS,
     SUFFIXES,
@@ -80,7 +80,7 @@ class Classifier:
             self.input_format = metadata.get("input_format", "rgb")
             self.threshold = float(metadata.get("abstain_threshold", 0))
             self.familiar = (
-                Foreign.from_text(metadata["out_of_domain"])
+                OutOfDistribution.from_text(metadata["out_of_domain"])
                 if metadata.get("out_of_domain")
                 else None
             )

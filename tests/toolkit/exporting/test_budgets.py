@@ -165,8 +165,8 @@ def test_the_size_of_an_input_takes_its_canvas_along(capsys: pytest.CaptureFixtu
     assert Preprocess(size=224, resize=256).at(112).resize == 128
 
 
-def test_the_command_of_a_signpost_trains(run: Path, tmp_path: Path) -> None:
-    from ftkit.exporting.signpost import _command
+def test_the_command_of_the_budget_advice_trains(run: Path, tmp_path: Path) -> None:
+    from ftkit.exporting.budget_advice import _command
     from ftkit.training.run import open_run
 
     words = shlex.split(_command(open_run(run), 64))

@@ -20,7 +20,7 @@ from ftkit.data.prefetch import Source, array_source, free_bytes
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import precision
-from ftkit.training.optimizer import Batch, Moving, gradients, loss_of
+from ftkit.training.optimizer import Batch, StepState, gradients, loss_of
 from ftkit.training.precision import Compute, Way, fastest
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit_export.runtime.nvidia import same_numbers
@@ -144,7 +144,9 @@ def test_float16_learns_with_a_scaled_loss_and_goes_on_from_its_scale() -> None:
     net, stage = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), Stage(clip=1.0)
     inputs = torch.randn(64, 8)
     batch = Batch(inputs=(inputs,), targets=inputs[:, :3].argmax(1))
-    moving = Moving(net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half)
+    moving = StepState(
+        net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half
+    )
     # Too large: the first steps are left out
     moving.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     losses = []
@@ -156,7 +158,9 @@ def test_float16_learns_with_a_scaled_loss_and_goes_on_from_its_scale() -> None:
     assert losses[0] == losses[1], "infinite gradients moved nothing"
     assert losses[-1] < 0.5 * losses[0]
     saved = {name: value.clone() for name, value in moving.tensors().items()}
-    fresh = Moving(net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half)
+    fresh = StepState(
+        net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half
+    )
     fresh.load(saved)
     assert fresh.scaler.get_scale() == moving.scaler.get_scale() < 2.0**40
 

@@ -23,7 +23,7 @@ from ftkit.training.distillation import Teacher
 from ftkit.training.loader import Fetched, Loader, ahead
 from ftkit.training.optimizer import (
     Batch,
-    Moving,
+    StepState,
     class_weights,
     gradients,
     loss_of,
@@ -142,7 +142,7 @@ def test_out_of_memory_halves_the_step_and_the_gradients_stay(
     batch = Batch(
         inputs=(torch.randn(20, 6),), targets=targets, others=targets.flip(0), share=torch.rand(20)
     )
-    moving = Moving(net, lambda name: True, Stage(), torch.optim.SGD(net.parameters(), lr=1.0))
+    moving = StepState(net, lambda name: True, Stage(), torch.optim.SGD(net.parameters(), lr=1.0))
     gradients(net, batch, moving, None, 20)
     whole = net.linear.weight.grad.clone()  # type: ignore[union-attr]
     net.limit = 6
@@ -158,7 +158,7 @@ def test_out_of_memory_halves_the_step_and_the_gradients_stay(
 def test_clipping_bounds_a_step_and_the_average_starts_fast() -> None:
     torch.manual_seed(0)
     net = nn.Linear(4, 2)
-    moving = Moving(
+    moving = StepState(
         net, lambda name: True, Stage(clip=0.1, ema=0.99), torch.optim.SGD(net.parameters(), lr=1.0)
     )
     (1000 * net(torch.ones(1, 4)).sum()).backward()

@@ -28,7 +28,7 @@ from ftkit.models.backbones import Backbone
 from ftkit.models.inference import PREFIX_BATCH, WithEmbedding, runner
 from ftkit.utils import console
 from ftkit_export.runtime.arrays import Array, spread_evenly
-from ftkit_export.runtime.out_of_distribution import Foreign, fit
+from ftkit_export.runtime.out_of_distribution import OutOfDistribution, fit
 from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess
 
@@ -123,7 +123,7 @@ def evaluate_model(
     )
 
 
-def _foreign(answers: Inference, canvases: Canvases, val: Array) -> Foreign:
+def _foreign(answers: Inference, canvases: Canvases, val: Array) -> OutOfDistribution:
     """Out-of-distribution statistics from training images of every class; threshold from val."""
     rows = canvases.rows("train")
     labels = canvases.labels[rows]

@@ -26,7 +26,7 @@ from ftkit.data.dataset import read_images
 from ftkit.evaluation.bundle import SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Metrics
 from ftkit.exporting import evidence, variants, web
-from ftkit.exporting.signpost import signpost
+from ftkit.exporting.budget_advice import budget_advice
 from ftkit.recipe import Export
 from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.model_card import model_card
@@ -434,7 +434,7 @@ def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
     console.say(f"chosen: {chosen.name}{', the nearest to its budgets' if missed else ''}")
 
     if missed:
-        for line in signpost(job.run, job.model, missed, unproven, made.rows, context):
+        for line in budget_advice(job.run, job.model, missed, unproven, made.rows, context):
             console.say(line)
 
     return Measurements(

@@ -155,7 +155,7 @@ def loss_of(
 def gradients(
     net: nn.Module,
     batch: Batch,
-    moving: Moving,
+    moving: StepState,
     weights: torch.Tensor | None,
     micro: int,
     share: float = 1.0,
@@ -189,7 +189,7 @@ def average(mean: State, current: State, decay: float) -> None:
     )
 
 
-class Moving:
+class StepState:
     """Everything that changes while a stage trains: weights, their average, the best epoch's, the
     optimizer, the tally.
 

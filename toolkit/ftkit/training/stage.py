@@ -27,7 +27,7 @@ from ftkit.recipe import Recipe, Stage
 from ftkit.training.checkpoint import Stop, Stopped, TrainState, seeded
 from ftkit.training.loader import Fetched, Loader, ahead
 from ftkit.training.lr_search import best_rate
-from ftkit.training.optimizer import Moving, class_weights, make_optimizer, rate
+from ftkit.training.optimizer import StepState, class_weights, make_optimizer, rate
 from ftkit.training.precision import Compute, release
 from ftkit.training.run import append
 from ftkit.training.stage_loaders import StageLoaders
@@ -82,7 +82,7 @@ class Work:
         """Whether stages compete on balanced accuracy: where any of them balances its classes."""
         return any(stage.balance != "none" for stage in self.recipe.stages)
 
-    def pause(self, moving: Moving) -> None:
+    def pause(self, moving: StepState) -> None:
         """Save when it is time or a signal came to any rank; then, after a signal, raise Stopped on
         all."""
         number = self.ranks.largest(self.stop.signal)
@@ -138,7 +138,7 @@ class StageTraining:
         work.state.lr = _peak(self)
         fused = work.compute.device.type == "cuda"
         optimizer = make_optimizer(work.backbone, self.stage, fused=fused)
-        self.moving = Moving(model, under(self.names), self.stage, optimizer, work.compute)
+        self.moving = StepState(model, under(self.names), self.stage, optimizer, work.compute)
         self.moving.load(work.state.tensors("step"))
 
         self.net, self._together = run_as(
@@ -351,7 +351,7 @@ def _peak(training: StageTraining) -> float:
     return peak
 
 
-def _out_of_patience(run: TrainState, stage: Stage, moving: Moving, score: Score) -> bool:
+def _out_of_patience(run: TrainState, stage: Stage, moving: StepState, score: Score) -> bool:
     if run.stage_best is None or score > run.stage_best:
         run.stage_best = score
         run.waited = 0

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ftkit.recipe import Stage
 from ftkit.training.loader import Fetched, Loader
-from ftkit.training.optimizer import Batch, Moving, gradients
+from ftkit.training.optimizer import Batch, StepState, gradients
 from ftkit.training.precision import Compute, fastest, release, ways
 from ftkit.utils import console
 from ftkit.utils.distributed import GlobalBatchNorm, Ranks
@@ -74,7 +74,7 @@ def fresh_gradients(
     net: nn.Module,
     loader: Loader,
     batch: Batch,
-    moving: Moving,
+    moving: StepState,
     weights: torch.Tensor | None,
     micro: int,
     share: float = 1.0,

@@ -1,6 +1,6 @@
 """Advice for an export that misses a budget: measured alternatives, and the command to run.
 
-    for line in signpost(run, model, missed, unproven, rows, context):
+    for line in budget_advice(run, model, missed, unproven, rows, context):
         print(line)
 
 A smaller input lowers latency. The same network's latency at another resolution can be measured
@@ -48,7 +48,7 @@ class Smaller:
     int8_p95_ms: float | None
 
 
-def signpost(
+def budget_advice(
     run: Run,
     model: nn.Module,
     missed: Sequence[Budget],
