@@ -1,10 +1,10 @@
-"""Accuracy and time of the recipes on real photographs, beside a linear probe.
+"""Accuracy and time of the recipes on real photographs, compared with a linear probe.
 
-    python bench/accuracy.py --what lite0 --split random --seeds 3        (see bench/README.md for what was measured)
+    python bench/accuracy.py --what lite0 --split random --seeds 3     (results: bench/README.md)
 
-Data: ELPV, four classes (mono | poly x ok | defect, certain labels). Splits: `random` is scikit-learn's stratified
-70/30 with random_state=0; `group` keeps runs of 60 consecutive cells (about one module) on one side.
-The tutorial loop, on equal work, is in race.py.
+Data: ELPV, four classes (mono | poly x ok | defect, certain labels). Splits: `random` is
+scikit-learn's stratified 70/30 with random_state=0; `group` keeps runs of 60 consecutive cells
+(about one module) in one split. The tutorial loop, on equal work, is in race.py.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def write_random_split(out: Path, seed: int = 0) -> None:
 
 
 def loaders(data: Path, batch: int = 32) -> tuple[DataLoader, DataLoader]:
-    """Flipped training photographs, shuffled, and test photographs, both as the Lite backbones want them."""
+    """Loaders of flipped, shuffled training images and of test images, for Lite backbones."""
     normalise = [
         transforms.Resize((224, 224)),
         transforms.ToTensor(),
@@ -70,7 +70,7 @@ def loaders(data: Path, batch: int = 32) -> tuple[DataLoader, DataLoader]:
 
 
 def probe(data: Path) -> float:
-    """Test accuracy of a logistic regression on the frozen, pooled features of all that is not test."""
+    """Test accuracy of a logistic regression on frozen, pooled features of all non-test images."""
     transform = loaders(data)[1].dataset.transform
     model = build("efficientnet_lite0", 4).model
     features: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"train": [], "test": []}
@@ -92,7 +92,7 @@ def probe(data: Path) -> float:
 
 
 def recipe(name: str, data: Path, seed: int, settings: list[str]) -> tuple[float, float]:
-    """(test accuracy, seconds of the whole `train`, decoding and evaluation included, nothing cached)."""
+    """(test accuracy, seconds of the whole `train`, with decoding and evaluation, empty cache)."""
     with tempfile.TemporaryDirectory() as scratch:
         import os
 
@@ -109,7 +109,7 @@ def recipe(name: str, data: Path, seed: int, settings: list[str]) -> tuple[float
 
 
 def main() -> None:
-    """Run one comparison and print one line a seed, then the mean."""
+    """Run one comparison and print one line per seed, then the mean."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

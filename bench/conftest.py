@@ -1,10 +1,10 @@
-"""`pytest bench --bundle BUNDLE [--against BASELINE]`: what the latency suite runs on."""
+"""Options of the latency suite: `pytest bench --bundle BUNDLE [--against BASELINE]`."""
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--bundle and --against."""
+    """Add --bundle and --against."""
     group = parser.getgroup("ftkit")
     group.addoption(
         "--bundle", metavar="BUNDLE", help="a bundle, or any ONNX file, for bench/test_latency.py"

@@ -1,11 +1,12 @@
-"""Do the intervals cover, and do verdicts err as seldom as they say? By simulation; races of a file against itself.
+"""Simulated coverage of the intervals and error rates of the verdicts; a file timed against itself.
 
 python bench/coverage.py                                   (about 8 minutes on 2 cores)
 python bench/coverage.py --what races --bundle BUNDLE      (100 races of three sessions' files, about 6 minutes)
 
-Groups: `correlated 0.1` draws each group's accuracy from a beta law with that intraclass correlation; `rates vary 1`
-draws each group's share of changed images from a gamma law whose standard deviation is that many times its mean, for
-what got worse and what got better apart.
+Groups: `correlated 0.1` draws each group's accuracy from a beta distribution with that intraclass
+correlation; `rates vary 1` draws each group's share of changed images from a gamma distribution
+whose standard deviation is that many times its mean, separately for images that got worse and
+better.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from ftkit_export.runtime.latency import PROCESSES, machine, race
 Array = np.ndarray[Any, Any]
 
 TRIALS = 4000
-ONE_IN_TEN = math.inf  # only every tenth group changes, and so much the more
+ONE_IN_TEN = math.inf  # only every tenth group changes, ten times as much
 
 
 def tango(worse: int, better: int, images: int, level: float) -> tuple[float, float]:
-    """Score bounds of a paired difference (Tango 1998), which ftkit used before."""
+    """Score bounds of a paired difference (Tango 1998), the method ftkit used before."""
 
     def score(drop: float) -> float:
         a = 2.0 * images
@@ -57,7 +58,7 @@ def tango(worse: int, better: int, images: int, level: float) -> tuple[float, fl
 
 
 def sizes(rng: np.random.Generator, clusters: int, images: int, unequal: bool) -> Array:
-    """Images a group."""
+    """Number of images in each group."""
     if not unequal:
         return np.full(clusters, images // clusters)
     return np.maximum(
@@ -66,17 +67,17 @@ def sizes(rng: np.random.Generator, clusters: int, images: int, unequal: bool) -
 
 
 def names(counts: Array) -> list[str]:
-    """A name an image."""
+    """Group name of each image."""
     return [str(number) for number, count in enumerate(counts) for _ in range(count)]
 
 
 def row(*cells: object) -> None:
-    """A line of a Markdown table."""
+    """Print a row of a Markdown table."""
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def head(*cells: str) -> None:
-    """Its first two lines."""
+    """Print the header of a Markdown table."""
     row(*cells)
     row(*["---"] * len(cells))
 
@@ -131,7 +132,7 @@ def shares() -> None:
 
                 covered += low <= share <= high
 
-            # A tenth of the groups cannot lower it further
+            # Bad groups, a tenth of all, cannot lower the accuracy below 0.9
             known = correlation != ONE_IN_TEN or share > 0.9
             cells.append(f"{covered / TRIALS:.3f}" if known else "")
 
@@ -146,7 +147,7 @@ def shares() -> None:
 def drawn(
     rng: np.random.Generator, counts: Array, worse: float, better: float, vary: float
 ) -> tuple[Array, Array]:
-    """Images that changed for the worse and for the better."""
+    """Draw which images changed for the worse and for the better."""
 
     def rates(share: float) -> Array:
         if vary == ONE_IN_TEN:
@@ -161,7 +162,7 @@ def drawn(
 
 
 def differences() -> None:
-    """How often a drop that is exactly the limit is accepted, and how often it is refused."""
+    """How often a drop exactly at the limit is accepted, and how often it is refused."""
     rng = np.random.default_rng(1)
     head(
         "images",
@@ -239,7 +240,7 @@ def differences() -> None:
 
 
 def temperatures() -> None:
-    """NLL on 4,000 other images after fitting a temperature on few: what it gains, and what it can cost."""
+    """Change of the NLL on 4,000 other images by a temperature fitted on few: mean and worst."""
     rng = np.random.default_rng(2)
     head(
         "val images",
@@ -278,7 +279,7 @@ def temperatures() -> None:
 
 
 def thresholds() -> None:
-    """How often an abstain threshold promises a precision of 0.95 that it does not keep."""
+    """How often an abstain threshold falls short of the precision of 0.95 that it promises."""
     rng = np.random.default_rng(3)
     head("val images", "proven", "of these broken", "the empirical share's, broken", "answered")
     many = rng.normal(0, 4, (100_000, 4))
@@ -309,7 +310,7 @@ def thresholds() -> None:
 
 
 def races(bundle: Path, trials: int) -> None:
-    """A file against two copies of itself: how often "faster", how often "slower"."""
+    """Time a file against two copies of itself; count "faster" and "slower" verdicts."""
     core, image = bundle / "variants" / "fp32-core.onnx", bundle / "golden" / "00.png"
 
     faster = slower = 0
@@ -327,7 +328,7 @@ def races(bundle: Path, trials: int) -> None:
 
 
 def main() -> None:
-    """One table, or all of them."""
+    """Print one table, or all of them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

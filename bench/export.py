@@ -1,10 +1,10 @@
-"""The exported file in figures: int8's whole front, the file a user would otherwise ship, preprocessing in the graph.
+"""Benchmarks of the exported file: int8, plain torch.onnx export, preprocessing in the graph.
 
     ftkit train photos --out RUN && python bench/export.py RUN            (about 2 minutes on 2 cores)
     python bench/export.py RUN --qat 1                                    (and a quantization-aware stage of 1 epoch)
 
-Front: core form, one thread, runs taken in turn, accuracy paired with fp32 on val and test together (no decision is
-taken here; `ftkit export` decides on val alone).
+int8 variants: core form, one thread, runs interleaved, accuracy paired with fp32 on val and test
+together (not used for any decision; `ftkit export` decides on val alone).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KEPT = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 
 
 def trained(context: Context, core: onnx.ModelProto, ranges: Any, epochs: int) -> onnx.ModelProto:
-    """Everything in 8 bits, after so many fake-quantized epochs on the training images."""
+    """All operators in 8 bits, after the given number of quantization-aware epochs."""
     rows, begun = context.canvases.rows("train"), time.perf_counter()
     adapted = fine_tune(
         core,
@@ -61,7 +61,7 @@ def trained(context: Context, core: onnx.ModelProto, ranges: Any, epochs: int) -
 
 
 def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) -> None:
-    """int8 with the most damaged operators kept in float, one row each."""
+    """int8 variants with the most damaged operators kept in float, one row each."""
     canvases = context.canvases
     rows = np.concatenate([canvases.rows("val"), canvases.rows("test")])
     labels, calibration = canvases.labels[rows], calibration_rows(context)
@@ -106,7 +106,7 @@ def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) ->
 
 
 def plain(run: Run, context: Context, core: onnx.ModelProto, folder: Path) -> None:
-    """What `torch.onnx.export(model, example, file)` writes, beside the core form."""
+    """Compare `torch.onnx.export(model, example, file)` with the core form."""
     model = run.backbone().model
     with quiet():
         torch.onnx.export(
@@ -139,7 +139,7 @@ def plain(run: Run, context: Context, core: onnx.ModelProto, folder: Path) -> No
 def _median_ratio(
     one: Callable[[], object], other: Callable[[], object], rounds: int
 ) -> tuple[float, float, float]:
-    """(ms of one, ms of other, median ratio), run in turn."""
+    """(ms of one, ms of other, median of the paired ratios), runs interleaved."""
     times: list[tuple[float, float]] = []
     for number in range(rounds + 3):
         pair = [0.0, 0.0]
@@ -159,7 +159,7 @@ def _median_ratio(
 
 
 def pixels(context: Context, canvases: Canvases, run: Run, core: onnx.ModelProto) -> None:
-    """Preprocessing inside the graph against Pillow and numpy, and what its rounding changes."""
+    """Compare preprocessing in the graph with Pillow and numpy: time and effect of rounding."""
     photograph = Image.fromarray(load_sample_image("china.jpg"))
     for name, preprocess in (
         ("this run's", run.preprocess),
@@ -205,7 +205,7 @@ def pixels(context: Context, canvases: Canvases, run: Run, core: onnx.ModelProto
 
 
 def main() -> None:
-    """All of it for one run."""
+    """Run all benchmarks for one run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Planted faults, each through the whole export: caught, by which gate, at which place. And no false alarm.
+"""Inject faults into complete exports and report which gate catches each; no false alarms.
 
 ftkit train photos --out RUN && python bench/faults.py RUN            (22 exports, about 14 minutes on 2 cores)
 python bench/faults.py --backbones                                    (the recipes' backbones, random weights)
@@ -46,7 +46,11 @@ Edit = Callable[[onnx.ModelProto], None]
 
 @dataclass
 class Fault:
-    """plant: patches to hold while exporting. expected: words the verdict must have. limits: what is asked for."""
+    """A fault to inject and what must catch it.
+
+    plant: enters the patches that are active during the export. expected: words the verdict must
+    contain. limits: settings of the export.
+    """
 
     name: str
     plant: Callable[[ExitStack], None]
@@ -64,7 +68,7 @@ def image_forms(change: Callable[..., onnx.ModelProto]) -> Callable[[ExitStack],
 
 
 def edited(edit: Edit) -> Callable[[ExitStack], None]:
-    """Change the core form after it has been exported."""
+    """Modify the core form after it has been exported."""
 
     def exported(model: torch.nn.Module, size: int) -> convert.Core:
         core = export_core(model, size)
@@ -85,7 +89,7 @@ def scaled(proto: onnx.ModelProto) -> None:
 def training_mode(stack: ExitStack) -> None:
     def exported(model: torch.nn.Module, size: int) -> convert.Core:
         noisy = copy.deepcopy(model)
-        # What a BatchNorm left in training mode does to one layer's statistics
+        # Effect of a BatchNorm left in training mode on the statistics of one layer
         for module in noisy.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = 0.1
@@ -182,7 +186,7 @@ def noise_calibration(stack: ExitStack) -> None:
 
 
 def overflow(stack: ExitStack) -> None:
-    """A layer whose values leave float16, and a converter that does not look at the ranges."""
+    """A layer whose values exceed float16, and a converter that does not check the ranges."""
 
     def widen(proto: onnx.ModelProto) -> None:
         first = next(node for node in proto.graph.node if node.op_type == "Conv")
@@ -208,8 +212,11 @@ def overflow(stack: ExitStack) -> None:
 
 
 def pixels_everywhere(**changed: Callable[[float], float]) -> Callable[[ExitStack], None]:
-    """The same wrong mean or std in every graph that makes pixels: the file's, and the one that parity reads its pixels
-    from. Also what a provider would do that miscomputes the normalisation in every session."""
+    """Use the same wrong mean or std in every graph that computes pixels.
+
+    These are the file's graph and the one that supplies pixels to parity. The effect equals that of
+    a provider that computes the normalisation wrongly in every session.
+    """
     real = graph.preprocess_nodes
 
     def nodes(preprocess: Preprocess, *rest: Any, **more: Any) -> Any:
@@ -232,7 +239,7 @@ def cpu_as_cuda(stack: ExitStack) -> None:
 
 
 def logistic_head(run: Run) -> Run:
-    """The pretrained backbone with a head by logistic regression on its features: large weights that cancel."""
+    """Pretrained backbone with a logistic-regression head: large weights that cancel each other."""
     canvases = build_canvases(read_images(run.data["data"], run.data["seed"]), run.preprocess)
     backbone = build(run.recipe.backbone, len(run.classes))
     rows = canvases.rows("train")
@@ -274,7 +281,7 @@ def declared_rgb(
 
 
 def channels_swapped(proto: onnx.ModelProto) -> None:
-    """The network itself sees blue first."""
+    """Swap the channels at the input of the network."""
     proto.graph.initializer.append(numpy_helper.from_array(np.array([2, 1, 0]), "swapped"))
     for node in proto.graph.node:
         node.input[:] = ["flipped" if name == "pixels" else name for name in node.input]
@@ -325,7 +332,7 @@ FAULTS = [
 
 
 def verdict(run: Run, fault: Fault, folder: Path) -> str:
-    """What the export said, in one line: the failed gate and place, or the refused variant and its reason."""
+    """Result of the export in one line: failed gate and place, or variant and its reason."""
     said = io.StringIO()
     with ExitStack() as stack, redirect_stdout(said):
         fault.plant(stack)
@@ -349,7 +356,7 @@ def verdict(run: Run, fault: Fault, folder: Path) -> str:
 
 @contextmanager
 def refused() -> Iterator[list[str]]:
-    """Collects the sentence of an FtkitError."""
+    """Collect the message of an FtkitError."""
     said: list[str] = []
     try:
         yield said
@@ -358,7 +365,7 @@ def refused() -> Iterator[list[str]]:
 
 
 def flipped(sealed: Path) -> tuple[int, int]:
-    """(files whose one flipped byte was named, files)."""
+    """(number of files in which a flipped byte was detected, number of files)."""
     caught = 0
     files = [path for path in sorted(sealed.rglob("*")) if path.is_file()]
     for path in files:
@@ -368,7 +375,7 @@ def flipped(sealed: Path) -> tuple[int, int]:
         path.write_bytes(spoiled)
         with refused() as said:
             verify(sealed)
-            if path.name == "manifest.sig":  # a flip in the signature is for its key
+            if path.name == "manifest.sig":  # only a check with the key detects this one
                 archive.check_signature(sealed, sealed.parent / "pub.pem")
         caught += bool(said)
         path.write_bytes(original)
@@ -377,7 +384,7 @@ def flipped(sealed: Path) -> tuple[int, int]:
 
 
 def planted(run: Run, only: str) -> tuple[int, int]:
-    """Run every fault, or the one named; print one row each; (caught, all)."""
+    """Run every fault, or the one named, and print one row each; return (caught, all)."""
     caught = 0
     print("| fault | caught by |\n|---|---|")
 
@@ -452,7 +459,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """The table for one run, and how many were caught."""
+    """Print the table for one run, and how many faults were caught."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,9 @@
-"""Foreign images caught at 95 % kept: photographs, noise and digits shown to a model of solar cells.
+"""Out-of-distribution detection at 95 % of val accepted, on a model of solar cells.
 
     ftkit train photos --out RUN && python bench/foreign.py RUN
 
-Beside ftkit's own statistics: the energy of the logits (Liu et al. 2020) and the top probability, thresholds from val.
+Out-of-distribution images: photographs, noise and digits. ftkit's own statistics are compared with
+the energy of the logits (Liu et al. 2020) and the top probability, thresholds from val.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ftkit_export.runtime.out_of_distribution import OutOfDistribution
 
 
 def crops(image: np.ndarray, count: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Random squares of a photograph, at another scale each."""
+    """Random square crops of a photograph at random scales."""
     found = []
     for _ in range(count):
         size = int(rng.integers(80, 400))
@@ -34,7 +35,7 @@ def crops(image: np.ndarray, count: int, side: int, rng: np.random.Generator) ->
 
 
 def main() -> None:
-    """A table: score, share of test kept, share of each foreign set caught."""
+    """Print a table: score, share of test accepted, share of each foreign set caught."""
     run, rng = open_run(sys.argv[1]), np.random.default_rng(0)
     backbone, side = run.backbone(), run.preprocess.size
     colour = np.concatenate([crops(image, 100, side, rng) for image in load_sample_images().images])

@@ -1,17 +1,19 @@
-"""Does the regression gate flake, does it sleep? Against pytest-benchmark's rule, min-of-N and a Mann-Whitney test.
+"""False alarms and misses of the regression gate, compared with three simpler rules.
 
     python bench/gate.py --what aa --trials 100          the same model twice; a noisy neighbour in every second trial
     python bench/gate.py --what slow --trials 40         the candidate slowed by 3, 5, 10, 20 %
     python bench/gate.py --what slow --trials 20 --threads 2 --percent 10
-    python bench/gate.py --what real                     regressions as they happen
-    python bench/gate.py --what starts --trials 20       cold start and memory, at paths of changing lengths
+    python bench/gate.py --what real                     realistic regressions
+    python bench/gate.py --what starts --trials 20       cold start and memory; paths vary in length
     python bench/gate.py --what cost                     ftkit's latency against a bare loop
-    python bench/gate.py --what table                    the log's table again, into bench/README.md
+    python bench/gate.py --what table                    write the log's table into bench/README.md
 
-Model: efficientnet_lite0 (random weights), core form, 128 pixels, CPU. The neighbour: a busy loop pinned to the first
-core, on and off for 0.1 to 1 s. The slowdown: a spin after each of the candidate's runs, of so many per cent of their
-median. The others get what pytest-benchmark collects by default: runs for one second, in a fresh process a side, one
-after the other; all three judge those same samples. Each trial is a line of JSON in --log.
+Other rules: pytest-benchmark's, min-of-N and a Mann-Whitney test. Model: efficientnet_lite0 (random
+weights), core form, 128 pixels, CPU. Noisy neighbour: a busy loop pinned to the first core, on and
+off for 0.1 to 1 s. Slowdown: a busy wait after each of the candidate's runs, of the given
+percentage of their median. The other rules get what pytest-benchmark collects by default: runs for
+one second, in a fresh process per side, one after the other; all three judge the same samples. Each
+trial is a line of JSON in --log.
 """
 
 from __future__ import annotations
@@ -53,12 +55,12 @@ from ftkit_export.runtime.latency import Condition, machine
 from ftkit_export.runtime.timing import bound_call, feeds, in_turn, open_session, pin
 
 LIMIT = 0.05
-LATENCY_S = SECONDS * 2 / 3  # what `ftkit bench --against` gives to latency
+LATENCY_S = SECONDS * 2 / 3  # share of the time that `ftkit bench --against` spends on latency
 THEIRS_S = 1.0  # pytest-benchmark's --benchmark-max-time
 
 
 def build(folder: Path, size: int, quantized: bool = False) -> Path:
-    """efficientnet_lite0 as a core form, in 8 bits if asked."""
+    """Export efficientnet_lite0 as a core form, in 8 bits if requested."""
     import torch
 
     from ftkit.models.backbones import build as backbone
@@ -93,7 +95,7 @@ def _neighbour(seed: int) -> None:
 
 @contextmanager
 def neighbour(seed: int, there: bool) -> Iterator[None]:
-    """A busy loop on the first core, on and off, while the block runs."""
+    """Run a busy loop on the first core, on and off, while the block runs."""
     if not there:
         yield
         return
@@ -111,7 +113,7 @@ def neighbour(seed: int, there: bool) -> Iterator[None]:
 
 
 def slowed(condition: Condition, percent: float) -> Callable[[], object]:
-    """The model's call, with a spin of so many per cent of its own median (of the last nine runs) after it."""
+    """The model's call plus a busy wait of `percent` of the median of its last nine runs."""
     session, last = open_session(condition, shared=True), deque[float](maxlen=9)
     call = bound_call(session, condition, feeds(session, None, 1))
 
@@ -127,7 +129,7 @@ def slowed(condition: Condition, percent: float) -> Callable[[], object]:
 
 
 def child(job: dict[str, Any]) -> list[list[float]]:
-    """In a process of its own: pairs for ftkit's gate, or one side's runs for the others."""
+    """In a separate process: pairs for ftkit's gate, or one side's runs for the others."""
     condition, percent = Condition(**job["condition"]), job["percent"]
     if job["what"] == "pairs":
         calls = [slowed(condition, percent if place == job["place"] else 0) for place in range(3)]
@@ -147,7 +149,7 @@ def child(job: dict[str, Any]) -> list[list[float]]:
 
 
 def ask(what: str, condition: Condition, percent: float, place: int = 0) -> list[list[float]]:
-    """child(), in a fresh process."""
+    """Run child() in a fresh process."""
     job = json.dumps(
         {"what": what, "condition": asdict(condition), "percent": percent, "place": place}
     )
@@ -159,7 +161,7 @@ def ask(what: str, condition: Condition, percent: float, place: int = 0) -> list
 
 
 def others(condition: Condition, percent: float) -> dict[str, bool]:
-    """Whether each of the other rules calls it a regression."""
+    """Whether each of the other rules reports a regression."""
     from scipy.stats import mannwhitneyu
 
     (then,), (now,) = ask("runs", condition, 0), ask("runs", condition, percent)
@@ -173,7 +175,7 @@ def others(condition: Condition, percent: float) -> dict[str, bool]:
 
 
 def trial(condition: Condition, percent: float, number: int, log: Path) -> None:
-    """One comparison by every rule, with the neighbour in every second one."""
+    """Make one comparison with every rule, with the noisy neighbour in every second trial."""
     noisy, turns = number % 2 == 1, itertools.cycle(range(3))
 
     def draw() -> Sample:
@@ -203,7 +205,11 @@ def trial(condition: Condition, percent: float, number: int, log: Path) -> None:
 
 
 def table(log: Path) -> str:
-    """What the log holds, a row a slowdown: failed / inconclusive / passed by ftkit, trials the others call slower."""
+    """Table of the log, one row per slowdown.
+
+    Columns: failed, inconclusive and passed by ftkit, and the number of trials that each other rule
+    calls slower.
+    """
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     names = list(lines[0]["others"])
     head = [
@@ -247,7 +253,7 @@ def table(log: Path) -> str:
 
 
 def real(folder: Path) -> None:
-    """Regressions as they happen, by the gate as a user calls it."""
+    """Run the gate, as a user calls it, on realistic regressions."""
     plain = Condition(model=str(build(folder, 224)), threads=1)
     cases: dict[str, tuple[Condition, Condition]] = {
         "int8 to fp32": (plain, replace(plain, model=str(build(folder, 224, quantized=True)))),
@@ -270,7 +276,7 @@ def real(folder: Path) -> None:
 
 
 def heavier(model: Path, megabytes: int, path: Path) -> Path:
-    """`model` with so many more MB of weights, of which one number leaves as an output."""
+    """Write `model` with `megabytes` more of weights, one value of which is an output."""
     import onnx
     from onnx import helper, numpy_helper
 
@@ -288,7 +294,7 @@ def heavier(model: Path, megabytes: int, path: Path) -> Path:
 
 
 def starts(folder: Path, trials: int) -> None:
-    """Cold start and memory by the gate, both files under names of lengths drawn anew for each trial."""
+    """Compare cold start and memory; the lengths of both file names are random in each trial."""
     plain, rng = build(folder, 224), random.Random(0)
     cases = {"nothing": plain, "10 MB more weights": heavier(plain, 10, folder / "more.onnx")}
     print(
@@ -323,7 +329,7 @@ def starts(folder: Path, trials: int) -> None:
 
 
 def cost(folder: Path) -> None:
-    """A bare loop of onnxruntime's run against ftkit's call, in turn in one process; median of paired ratios."""
+    """Time ftkit's call and a bare onnxruntime loop, interleaved; median of paired ratios."""
     import onnxruntime
 
     for size in (128, 224):
@@ -355,7 +361,7 @@ def cost(folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse and run."""
+    """Parse the options and run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

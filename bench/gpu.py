@@ -1,11 +1,12 @@
-"""What a GPU does for training and for the exported file; writes bench/gpu.md.
+"""Benchmarks of training and of the exported file on a GPU; writes bench/gpu.md.
 
-    python bench/gpu.py                                  all that can be measured here (10 minutes on one GPU)
-    python bench/gpu.py --what throughput --device cpu --batch 32 --copies 1      what a CPU can show of it
+    python bench/gpu.py                 everything this machine can measure (10 minutes on one GPU)
+    python bench/gpu.py --what throughput --device cpu --batch 32 --copies 1        part for a CPU
 
-throughput: full fine-tuning at 224 x 224 through `ftkit train`, against the same step on one resident synthetic batch,
-and against the loop of torchvision's tutorial (DataLoader over ImageFolder, float32). demo: the demo's train and
-export. provider: its bundle on CUDA. scaling.py has several processes.
+throughput: full fine-tuning at 224 x 224 through `ftkit train`, compared with the same step on one
+resident synthetic batch, and with the loop of torchvision's tutorial (DataLoader over ImageFolder,
+float32). demo: the demo's train and export. provider: its bundle on CUDA. Several processes are in
+scaling.py.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ SIZE = 224
 
 @contextmanager
 def cached_in(folder: Path) -> Iterator[None]:
-    """ftkit's cache in `folder`, empty."""
+    """Use `folder`, which is empty, as ftkit's cache."""
     before = os.environ.get("FTKIT_CACHE")
     os.environ["FTKIT_CACHE"] = str(folder)
     yield
@@ -71,7 +72,7 @@ def cached_in(folder: Path) -> Iterator[None]:
 
 
 def many_photographs(out: Path, copies: int) -> Path:
-    """out/CLASS, each of the demo's photographs so many times under other names."""
+    """Write out/CLASS with `copies` of each of the demo's photographs under different names."""
     write_elpv(out, split=False)
     for path in sorted(out.rglob("*.png")):
         for number in range(1, copies):
@@ -80,7 +81,7 @@ def many_photographs(out: Path, copies: int) -> Path:
 
 
 def recipe_of(name: str, batch: int, epochs: int) -> Recipe:
-    """Full fine-tuning, nothing frozen, nothing cached but the canvases."""
+    """Recipe for full fine-tuning: nothing frozen, nothing cached except the decoded images."""
     stage = Stage(train="all", epochs=epochs, lr=1e-4, batch_size=batch, cache="off")
     weights = "pretrained" if name == "lite0" else "none"
     preprocess = Preprocess(size=SIZE, resize=SIZE)
@@ -90,7 +91,7 @@ def recipe_of(name: str, batch: int, epochs: int) -> Recipe:
 
 
 def through_ftkit(name: str, data: Path, scratch: Path, batch: int, device: str) -> float:
-    """Images/s of the best epoch after the first, which holds the warm-up."""
+    """Images/s of the best epoch, not counting the first, which includes the warm-up."""
     out = train(
         recipe_of(name, batch, EPOCHS), data, scratch / f"run-{name}", TrainOptions(device=device)
     )
@@ -99,7 +100,7 @@ def through_ftkit(name: str, data: Path, scratch: Path, batch: int, device: str)
 
 
 class _Fixed(Loader):
-    """The same batch at every step, already on the device."""
+    """Loader that returns the same batch at every step, already on the device."""
 
     def __init__(self, net: torch.nn.Module, batch: Batch):
         super().__init__(
@@ -113,21 +114,24 @@ class _Fixed(Loader):
         self.batch = batch
 
     def fetch(self, positions: Array, generator: torch.Generator, part: slice) -> Fetched:
-        """Nothing."""
+        """Return nothing."""
         return Fetched(tensors=[], labels=torch.zeros(0))
 
     def prepare(self, fetched: Fetched) -> Batch:
-        """The batch."""
+        """Return the batch."""
         return self.batch
 
     def val(self, positions: Array) -> tuple[torch.Tensor, ...]:
-        """Nothing."""
+        """Return nothing."""
         return ()
 
 
 def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
-    """Images/s of the very same step, on one batch of noise that lies on the device. steps: as many as the stage has,
-    for they decide whether another way to run it is tried."""
+    """Images/s of the same training step on one batch of noise that stays on the device.
+
+    steps: number of steps of the stage, which decides whether a CUDA graph or torch.compile is
+    tried.
+    """
     recipe, place = recipe_of(name, batch, 1), pick_device(device)
     compute, stage = prepare(place, False), recipe.stages[0]
     backbone = build(recipe.backbone, 4, "none")
@@ -201,9 +205,9 @@ def _wait(place: torch.device) -> None:
 
 
 def throughput(scratch: Path, models: Sequence[str], batch: int, copies: int, device: str) -> str:
-    """The table of section `throughput`."""
+    """Table for the section `throughput`."""
     data = many_photographs(scratch / "photos", copies)
-    if device == "cpu":  # 16 batches; all of them would take hours
+    if device == "cpu":  # only 16 batches; all images would take hours
         files = sorted(data.rglob("*.png"))
         for path in set(files) - set(random.Random(0).sample(files, 16 * batch)):
             path.unlink()
@@ -215,7 +219,7 @@ def throughput(scratch: Path, models: Sequence[str], batch: int, copies: int, de
     with cached_in(scratch / "cache"):
         for name in models:
             ours = through_ftkit(name, data, scratch, batch, device)
-            # Three quarters train
+            # Three quarters are train
             steps = EPOCHS * (len(list(data.rglob("*.png"))) * 3 // 4 // batch)
             limit, loop = (
                 on_synthetic(name, batch, device, steps),
@@ -230,7 +234,7 @@ def throughput(scratch: Path, models: Sequence[str], batch: int, copies: int, de
 
 
 def demo(scratch: Path, device: str) -> tuple[str, Path]:
-    """Seconds of the demo's commands, and its bundle."""
+    """Seconds of the demo's commands, and the bundle."""
     data, run, bundle = (scratch / name for name in ("demo", "demo-run", "demo-bundle"))
     write_elpv(data, split=True)
     providers = "cpu,cuda,cuda-tf32" if device == "cuda" else "cpu"
@@ -256,7 +260,7 @@ def demo(scratch: Path, device: str) -> tuple[str, Path]:
 
 
 def provider(bundle: Path) -> str:
-    """Parity as sealed, then latencies of each way to run CUDA, and of TensorRT where it opens."""
+    """Sealed parity, then latencies of each CUDA configuration, and TensorRT if available."""
     manifest, found = json.loads((bundle / "manifest.json").read_text()), find(bundle)
     lines = ["| parity | group | value | limit |", "|---|---|---|---|"]
 
@@ -308,7 +312,7 @@ def provider(bundle: Path) -> str:
 
 
 def main() -> None:
-    """Measure what can be, and write it."""
+    """Run the benchmarks that are possible here and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -340,7 +344,7 @@ def main() -> None:
 
 
 def _keep(name: str, table: str, gpu: bool) -> None:
-    """Into gpu.md what a GPU measured; a trial on a CPU is only printed."""
+    """Write results measured on a GPU into gpu.md; only print those of a CPU trial."""
     if gpu:
         tables.write(name, table, tables.GPU)
     else:

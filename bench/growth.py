@@ -1,9 +1,10 @@
-"""Cost of growth: seconds an epoch and peak memory at 1, 4 and 16 times the images, cached and live; and of canvases.
+"""Scaling of training time and peak memory with the number of images; speed of decoding.
 
-    python bench/growth.py                 # training
-    python bench/growth.py --canvases      # decoding: images a second beside other decoders, and memory
+    python bench/growth.py               # training at 1, 4, 16 times the images, cached and live
+    python bench/growth.py --canvases    # decoding: images/s beside other decoders, and memory
 
-Photographs: ELPV, listed again and again in a CSV; every listing is decoded, cached and trained on its own.
+Photographs: ELPV, listed repeatedly in a CSV; every entry is decoded, cached and trained on
+separately.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PREPROCESS = {"size": 224, "resize": 224}
 
 
 def files(count: int) -> list[tuple[Path, str]]:
-    """`count` photographs with their class, over and over."""
+    """`count` photographs with their class, repeated as needed."""
     folder = Path(elpv_file).parent / "data"
     rows = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
     certain = [
@@ -50,7 +51,7 @@ def write_csv(path: Path, times: int) -> None:
 
 
 def in_process(code: str, **environment: str) -> dict[str, float]:
-    """Run `code` alone; what it prints last as JSON, with its peak memory in MB."""
+    """Run `code` in its own process; return the result it prints, with its peak memory in MB."""
     tail = "\nimport json, re\nhigh = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1e3\n"
     whole = code + tail + "print(json.dumps({**result, 'peak_mb': high}))\n"
     done = subprocess.run(
@@ -66,7 +67,7 @@ def in_process(code: str, **environment: str) -> dict[str, float]:
 
 
 def training() -> None:
-    """A table: times, cached or live, seconds an epoch of last:1, seconds in all, peak memory."""
+    """Table: size, cached or live, seconds per epoch of last:1, total seconds, peak memory."""
     print(
         "| images | feed | seconds an epoch | ms an image | seconds in all | peak MB |\n|---|---|---|---|---|---|"
     )
@@ -104,7 +105,7 @@ def _one(path: str) -> int:
 
 
 def canvases(count: int = 2000) -> None:
-    """Images a second: one Pillow loop, torchvision's decoder and resize, a pool of processes, ftkit's threads."""
+    """Decoding speed: a Pillow loop, torchvision's decode and resize, a process pool, ftkit."""
     import torch
     from PIL import Image
     from torchvision.io import ImageReadMode, decode_image, read_file
@@ -170,7 +171,7 @@ result = dict(seconds=time.perf_counter() - begun)
 
 
 def main() -> None:
-    """Training, or canvases."""
+    """Run the training or the decoding benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,9 @@
-"""Damaged input: every mutated file is used, or refused in one sentence; never a traceback, never a crash.
+"""Damaged input files must be used, or rejected in one sentence; never a traceback or a crash.
 
 python bench/mutations.py BUNDLE PHOTOS RUN [--count 10000] [--seed 0] [--only images,csv,onnx,manifest,cache,json,run]
 
-Each file is mutated (bits, bytes, spans, truncation; of JSON also single values), and read as its command reads it.
+Each file is mutated (bits, bytes, spans, truncation; in JSON also single values), and read as its
+command reads it.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ ODD = [
     1 << 70,
     "../../etc/passwd",
 ]
-BATCH = 250  # mutations a process: a crash ends one process, and is counted
+BATCH = 250  # mutations per process: a crash ends only one process, and is counted
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """One to three damages; the ends of a file are hit more often: headers and metadata lie there."""
+    """Damage the data in one to three places, more often near the ends (headers and metadata)."""
     spoiled = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if not spoiled:
@@ -72,7 +73,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_json(text: str, rng: random.Random) -> str:
-    """The same document with one value replaced, one key gone, or one list entry twice."""
+    """The same document with a value replaced, a key removed, or a list entry duplicated."""
     document = json.loads(text)
     places: list[tuple[Any, Any]] = []
 
@@ -105,7 +106,7 @@ def mutated_json(text: str, rng: random.Random) -> str:
 
 
 def images(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
-    """decode of every format that is read."""
+    """Decode images of every supported format."""
     from PIL import Image
 
     from ftkit_export.runtime.preprocess import decode
@@ -157,7 +158,7 @@ def tables(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
 
 def models(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
-    """The exported file: opened, and run on an image."""
+    """The exported file: loaded, and run on an image."""
     import numpy as np
     import onnx
 
@@ -185,7 +186,7 @@ def models(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
 
 def manifests(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
-    """A manifest, damaged as it is, or altered by somebody who makes its digest fit again."""
+    """A manifest, damaged, or altered with a recomputed digest."""
     from ftkit_export.runtime.measure import find
     from ftkit_export.runtime.verify import MANIFEST, replay_golden, with_digest
 
@@ -215,7 +216,7 @@ def manifests(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
 
 
 def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
-    """Shards of canvases, their lists of bad files, and the activations of a frozen part."""
+    """Shards of decoded images, their lists of bad files, and cached activations of a prefix."""
     os.environ["FTKIT_CACHE"] = str(folder / "cache")
     import torch
     from torch import nn
@@ -263,7 +264,7 @@ def caches(photos: Path, folder: Path) -> Iterator[Callable[[random.Random], obj
 
 
 def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
-    """What `ftkit bench --json` wrote, read as a baseline and judged against budgets."""
+    """Output of `ftkit bench --json`, read as a baseline and checked against budgets."""
     from ftkit.benchmark import budgets
     from ftkit_export.runtime.measure import bench_model, read_bench
 
@@ -284,7 +285,7 @@ def baselines(bundle: Path, folder: Path) -> Iterator[Callable[[random.Random], 
 
 
 def runs(run: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]:
-    """run.json of a finished run, which carries its own digest."""
+    """run.json of a finished run, which contains its own digest."""
     from ftkit.training.run import open_run
 
     copy = folder / "run"
@@ -304,7 +305,7 @@ def runs(run: Path, folder: Path) -> Iterator[Callable[[random.Random], object]]
 
 
 def work(kind: str, arguments: argparse.Namespace, first: int, count: int) -> None:
-    """In a process of its own: a line of JSON a mutation that was answered with a traceback, and a last line."""
+    """In a separate process: print a JSON line per traceback, and a last line."""
     import warnings
 
     from ftkit_export.runtime.errors import FtkitError
@@ -341,7 +342,7 @@ def work(kind: str, arguments: argparse.Namespace, first: int, count: int) -> No
 
 
 def main() -> int:
-    """A row a kind of file; exit code 1 when one was answered with a traceback or a crash."""
+    """Print one row per kind of file; exit code 1 if any caused a traceback or a crash."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

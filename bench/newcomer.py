@@ -1,8 +1,9 @@
-"""A newcomer's path, timed: from a clone to a verified bundle on a class folder of 200 images, by docs/index.md alone.
+"""Time from a clone to a verified bundle on a class folder of 200 images, following docs/index.md.
 
     python bench/newcomer.py                 # about six minutes and 6 GB of disk in a temporary folder; needs git
 
-The page's own commands run, in order, in a fresh clone with a fresh cache (`ftkit try` waits for a person: left out).
+The page's own commands run, in order, in a fresh clone with an empty cache (except `ftkit try`,
+which waits for a person).
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 from ftkit.cli.demo import write_elpv
 from ftkit.utils import console
 
-EACH = 100  # images of two classes
+EACH = 100  # images in each of two classes
 ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
-    """Print each command with its seconds, then the sums."""
+    """Print each command with its seconds, then the totals."""
     page = (ROOT / "docs" / "index.md").read_text().split("## ")[0]
     commands = [
         line
@@ -72,7 +73,7 @@ def main() -> None:
 
     print(console.table(rows))
     lines = [line for line in page.splitlines() if line.strip()]
-    # 1 is the clone
+    # plus 1 for the clone
     last = next(i for i, line in enumerate(commands, start=2) if line.startswith("ftkit verify"))
     print(
         f"from clone to verified bundle: {console.clock(verified)}, {last} commands; {len(lines)} lines to read"

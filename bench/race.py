@@ -1,12 +1,14 @@
-"""Equal work, side by side: ftkit, its floor, the tutorial loop, fastai and Lightning, on the same photographs.
+"""Training time on equal work: ftkit, its lower bound, the tutorial loop, fastai and Lightning.
 
-    python bench/race.py --seeds 3                     (interleaved; contenders that are not installed are left out:
-    python bench/race.py --who ftkit,tutorial --head 1 --deep 1      pip install fastai lightning)
+    python bench/race.py --seeds 3          (interleaved; contenders not installed are skipped)
+    python bench/race.py --who ftkit,tutorial --head 1 --deep 1
+    pip install fastai lightning            (for those two)
 
-The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified random split, 1,400 / 156 / 667
-photographs), random horizontal and vertical flips, batches of 32, Adam; head 5 epochs at 1e-3, then the last two block
-groups 10 epochs at 1e-4. Seconds are those of training: loading and decoding included, evaluation on test left out;
-ftkit's are of the whole `ftkit train` from an empty cache, its validation and its report on test included.
+The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified random split, 1,400 /
+156 / 667 photographs), random horizontal and vertical flips, batches of 32, Adam; head 5 epochs at
+1e-3, then the last two block groups 10 epochs at 1e-4. Seconds are for training: loading and
+decoding included, evaluation on test excluded; ftkit's are for the whole `ftkit train` with an
+empty cache, including validation and its report on test.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ Outcome = tuple[float, float]  # test accuracy, seconds
 
 
 def write_three_splits(out: Path) -> None:
-    """out/{train,val,test}/CLASS: every tenth training photograph of each class is val."""
+    """Write out/{train,val,test}/CLASS; val is every tenth training photograph of a class."""
     write_random_split(out)
     for folder in sorted((out / "train").iterdir()):
         (out / "val" / folder.name).mkdir(parents=True)
@@ -63,7 +65,7 @@ def _accuracy(model: torch.nn.Module, test: DataLoader) -> float:
 
 
 def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
-    """What a newcomer would write: the whole backbone forward at every step."""
+    """Standard tutorial loop: the whole backbone runs forward at every step."""
     torch.manual_seed(seed)
     training, test = loaders(data, BATCH)
     backbone = build("efficientnet_lite0", 4)
@@ -83,7 +85,7 @@ def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
 
 def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
-    """fine_tune's two phases with fastai's own loop: frozen at the head, then unfrozen to the last two block groups."""
+    """The two phases of fastai's fine_tune: head only, then the last two block groups too."""
     from fastai.vision.all import (
         Callback,
         CancelValidException,
@@ -106,7 +108,7 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
     model = backbone.model
     begun = time.perf_counter()
     normalise = Normalize.from_stats(MEAN, STD)
-    orientations = torch.tensor([0, 1, 2, 4])  # as drawn, mirrored, upside down, both
+    orientations = torch.tensor([0, 1, 2, 4])  # original, horizontal flip, vertical flip, both
     flips = Dihedral(p=1.0, draw=lambda x: orientations[torch.randint(4, (len(x),))])
     loaders = ImageDataLoaders.from_folder(
         data,
@@ -148,7 +150,10 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
 
 def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
-    """Lightning's Trainer with a BaseFinetuning callback that thaws the last two block groups after the head."""
+    """Lightning's Trainer with a BaseFinetuning callback.
+
+    The callback unfreezes the last two block groups after the head.
+    """
     import lightning as pl
     from lightning.pytorch.callbacks import BaseFinetuning
 
@@ -206,7 +211,7 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
 
 def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
-    """The same work as a recipe. Four views are the four orientations that two flips have."""
+    """The same work as a recipe; its four views are the four orientations of two flips."""
     grey = (127.0, 127.0, 127.0)
     stages = [
         Stage(train="head", epochs=head, lr=HEAD_LR, optimizer="adam", schedule="constant", views=4)
@@ -240,7 +245,7 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
 
 def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
-    """What cannot be saved: one pass of the prefix for each view, and the suffix's steps, all on resident tensors."""
+    """Lower bound: one prefix pass per view and the suffix's steps, on resident tensors."""
     torch.manual_seed(seed)
     preprocess = Preprocess(size=224, resize=224, mean=(127.0,) * 3, std=(128.0,) * 3)
     canvases, backbone = (
@@ -307,7 +312,7 @@ CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
 
 
 def main() -> None:
-    """One line a run, then a table: mean accuracy, mean seconds, ratio to ftkit."""
+    """Print one line per run, then a table: mean accuracy, mean seconds, ratio to ftkit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

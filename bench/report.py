@@ -1,4 +1,4 @@
-"""How large report.html is for ten classes, and how soon a browser has it drawn.
+"""Size of report.html for ten classes, and the time until a browser has rendered it.
 
 python bench/report.py          # a minute; needs Chromium
 """
@@ -22,7 +22,7 @@ SMALL = ["preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=2"]
 
 
 def main() -> None:
-    """Handwritten digits over noise (JPEG compresses nothing worse), trained for a moment: many mistakes to show."""
+    """Train briefly on handwritten digits over noise: many mistakes, hard to compress."""
     digits = load_digits()
     rng = np.random.default_rng(0)
 

@@ -1,9 +1,9 @@
-"""Kill a run again and again, resume it each time, and compare the end with an uninterrupted run, bit for bit.
+"""Kill and resume runs repeatedly; compare the result with an uninterrupted run, bit for bit.
 
     python bench/resume.py --kills 30
 
-Each run is killed (SIGKILL) at a random moment, up to three times, from the first save to the last; the state is saved
-after every step, so that kills meet saves too.
+Each run is killed (SIGKILL) up to three times, at random moments between the first and the last
+save; the state is saved after every step, so that kills also interrupt saves.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SETTINGS = (
 
 
 def begin(data: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    """`ftkit train` in a process of its own."""
+    """Start `ftkit train` in a separate process."""
     command = [sys.executable, "-c", COMMAND, "train", str(data), "--out", str(out), *more]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
-    """Weights and metrics of a finished run, its speeds left out."""
+    """Weights and metrics of a finished run, without its speeds."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return safetensors.torch.load_file(out / "model.safetensors"), [
         {**line, "images_per_s": 0} for line in lines
@@ -52,7 +52,7 @@ def ended(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, object]]]:
 
 
 def main() -> None:
-    """Print a line a run, then the count."""
+    """Print one line per run, then the count."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,7 +64,7 @@ def main() -> None:
         whole, data = Path(scratch) / "whole", Path(scratch) / "elpv"
         write_random_split(data)
 
-        for folder in (data / "train").iterdir():  # 160 photographs are enough to kill
+        for folder in (data / "train").iterdir():  # 160 photographs are enough
             for path in sorted(folder.iterdir())[40:]:
                 path.unlink()
 
@@ -86,7 +86,7 @@ def main() -> None:
                 )
                 try:
                     process.wait(timeout=rng.uniform(0.4, 1.0) * seconds)
-                    break  # it ended before its time
+                    break  # it finished before the kill
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()

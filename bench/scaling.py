@@ -1,10 +1,10 @@
-"""What several processes do together, measured; and what 64 GPUs would, on paper. Writes bench/gpu.md.
+"""Measured scaling over several processes, and a calculation for 64 GPUs; writes bench/gpu.md.
 
-    python bench/scaling.py                       GPUs where there are, else the CPU's gloo (7 minutes on 2 cores)
+    python bench/scaling.py                     GPUs if any, else gloo on a CPU (7 min, 2 cores)
     python bench/scaling.py --processes 1,2
 
-`torchrun -m ftkit train`, full fine-tuning of lite0 at 224 x 224, as many images a process; then the same from as many
-processes that tell each other nothing.
+`torchrun -m ftkit train`, full fine-tuning of lite0 at 224 x 224, with the same number of images
+per process; then the same number of independent processes, without communication.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpu import MODELS, TIMM, many_photographs
 
 from ftkit.models.backbones import build
 
-PAPER_BATCH = 256  # images a GPU and step
+PAPER_BATCH = 256  # images per GPU and step
 
 REDUCE = """
 import sys, time, torch, torch.distributed as dist
@@ -46,7 +46,7 @@ with joined(sys.argv[1]) as (device, ranks):
 
 
 def _subset(data: Path, wanted: int) -> Path:
-    """A CSV of so many training photographs, and 40 to judge."""
+    """Write a CSV of `wanted` training photographs, and 40 for evaluation."""
     files = random.Random(0).sample(sorted(data.rglob("*.png")), min(wanted + 40, 2223))
     lines = [
         f"{path},{path.parent.name},{'train' if n < wanted else ('val', 'test')[n % 2]}"
@@ -58,14 +58,17 @@ def _subset(data: Path, wanted: int) -> Path:
 
 
 def _best(run: Path) -> float:
-    """Images/s of the best epoch after the first."""
+    """Images/s of the best epoch, not counting the first."""
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return max(float(epoch["images_per_s"]) for epoch in epochs[1:])
 
 
 def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> str:
-    """`each` images a process and step, full fine-tuning of lite0: together, and as many that tell each other nothing;
-    and what an all-reduce of the gradients takes."""
+    """Full fine-tuning of lite0 with `each` images per process and step.
+
+    Measured for processes that train together, for as many independent ones, and for an all-reduce
+    of the gradients.
+    """
     data = many_photographs(scratch / "scaling", 1)
     sized = sum(p.numel() for p in build("efficientnet_lite0", 4, "none").model.parameters())
     (scratch / "reduce.py").write_text(REDUCE)
@@ -145,12 +148,13 @@ def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> 
 
 
 def paper() -> str:
-    """Data-parallel efficiency, reckoned from timm's published step: nothing of it is measured.
+    """Data-parallel efficiency, calculated from timm's published step time; nothing is measured.
 
-    Ring all-reduce: 2 (N - 1) / N x bytes at the slowest link, and 2 (N - 1) hops; BatchNorm over the global batch: a
-    gather forward and a sum backward each, log2(N) hops; the flag of a step: log2(N) hops by TCP.
+    Ring all-reduce: 2 (N - 1) / N x bytes at the slowest link, and 2 (N - 1) hops; BatchNorm over
+    the global batch: a gather forward and a sum backward each, log2(N) hops; the flag of a step:
+    log2(N) hops by TCP.
     """
-    # Bytes/s a GPU: 2/3 of NVLink 4's 450 GB/s, 80 % of a 400 Gbit/s adapter
+    # Bytes/s per GPU: 2/3 of NVLink 4's 450 GB/s, 80 % of a 400 Gbit/s adapter
     inside, between = (
         300e9,
         40e9,
@@ -186,7 +190,7 @@ def paper() -> str:
 
 
 def main() -> None:
-    """Measure, reckon, write."""
+    """Measure, calculate, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
-"""What a smaller input, or another recipe, saves and costs: time and size of the file, accuracy on the demo's data.
+"""Latency, file size and accuracy of smaller inputs and other recipes on the demo's data.
 
 python bench/sizes.py train FOLDER        # lite0 at five sizes and lite2, on the demo's photographs: 15 minutes
-python bench/sizes.py time FOLDER         # every recipe's file in turn, with nothing else on the machine: 4 minutes
+python bench/sizes.py time FOLDER         # every recipe's file, interleaved, idle machine: 4 min
 
-The recipes whose weights are not in a Python package are timed untrained: that takes no weights.
+Recipes whose weights are not in a Python package are timed with random weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FRAME = "640x480"
 
 
 def train(folder: Path) -> None:
-    """Train each on the same split and seed; print test accuracy, and its paired drop against the first."""
+    """Train each on the same split and seed; print test accuracy and paired drop."""
     photos = folder / "photos"
     if not photos.is_dir():
         write_elpv(photos, split=True)
@@ -86,7 +86,7 @@ def train(folder: Path) -> None:
 
 
 def time(folder: Path) -> None:
-    """Image forms of all in turn on one thread, on frames of one size."""
+    """Time all image forms, interleaved, on one thread, with frames of one size."""
     photograph = next((folder / "photos" / "test").rglob("*.png"))
     with tempfile.TemporaryDirectory() as scratch:
         files = []
@@ -117,7 +117,7 @@ def time(folder: Path) -> None:
 
 
 def main() -> None:
-    """One of the two."""
+    """Run `train` or `time`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

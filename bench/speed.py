@@ -1,9 +1,9 @@
-"""ftkit's own speed: start-up, decoding, training, export, preprocessing, prediction; and where the demo's time goes.
+"""Speed of start-up, decoding, training, export and prediction, and a breakdown of the demo's time.
 
     python bench/speed.py        (about 5 minutes on 2 cores; `make bench` runs it and writes both tables of README.md)
 
-The demo's commands run in this process from nothing cached, each of their parts timed; start-up and prediction are
-whole processes, by pytest-benchmark (test_startup.py).
+The demo's commands run in this process with an empty cache, and each of their parts is timed;
+start-up and prediction are whole processes, measured by pytest-benchmark (test_startup.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def timed(command: tuple[str, ...]) -> tuple[float, dict[str, float]]:
 
 
 def startup(scratch: Path) -> dict[str, float]:
-    """Medians in ms of whole processes."""
+    """Median times of whole processes in ms."""
     out = scratch / "startup.json"
     subprocess.run(
         [
@@ -66,7 +66,7 @@ def startup(scratch: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         starts = startup(scratch)

@@ -1,4 +1,7 @@
-"""Tables of bench/README.md and bench/gpu.md that a benchmark writes itself, between <!-- NAME --> and <!-- end -->."""
+"""Write benchmark tables into bench/README.md and bench/gpu.md.
+
+Tables stand between <!-- NAME --> and <!-- end -->.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ README, GPU = (Path(__file__).parent / name for name in ("README.md", "gpu.md"))
 
 
 def write(name: str, table: str, file: Path = README) -> None:
-    """Replace what stands between NAME's marks by the table, the machine and today's date; print it."""
+    """Replace the text between NAME's marks with machine, today's date and the table; print it."""
     facts = machine()
     where = f"{facts['cores']} cores of {facts['cpu']}, ONNX Runtime {facts['onnxruntime']}, {date.today()}."
 

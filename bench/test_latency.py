@@ -1,9 +1,10 @@
-"""Latency of an exported model under pytest-benchmark, and whether it is slower than the one before.
+"""Latency of an exported model under pytest-benchmark, and the regression gate against a baseline.
 
     pytest bench/test_latency.py --bundle BUNDLE --benchmark-json out.json
     pytest bench/test_latency.py --bundle NEW --against OLD
 
-pytest-benchmark's own table is of runs in this process; extra_info holds ftkit's figures from fresh processes.
+pytest-benchmark's own table is for runs in this process; extra_info has ftkit's figures from fresh
+processes.
 """
 
 import pytest
@@ -17,7 +18,7 @@ from ftkit_export.runtime.timing import bound_call, feeds, open_session
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each variant and number of threads."""
+    """Generate one test for each variant and number of threads."""
     if "condition" in metafunc.fixturenames:
         where = metafunc.config.getoption("--bundle")
         files = find(where).files if where else {}
@@ -35,7 +36,7 @@ def test_latency(
     condition: Condition,
     pytestconfig: pytest.Config,
 ) -> None:
-    """Rounds of pytest-benchmark, beside ftkit's p50 and p95 from a fresh process."""
+    """Time with pytest-benchmark, and record ftkit's p50 and p95 from a fresh process."""
     image = find(pytestconfig.getoption("--bundle")).image
     session = open_session(condition)
     call = bound_call(session, condition, feeds(session, image and str(image), condition.batch))
@@ -49,7 +50,7 @@ def test_latency(
 def test_no_slower(
     benchmark: BenchmarkFixture, latency: LatencyFixture, pytestconfig: pytest.Config
 ) -> None:
-    """The regression gate, its verdicts in extra_info."""
+    """Run the regression gate and record its verdicts in extra_info."""
     candidate, baseline = pytestconfig.getoption("--bundle"), pytestconfig.getoption("--against")
     if not (candidate and baseline):
         pytest.skip("give --bundle and --against")

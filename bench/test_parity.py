@@ -22,7 +22,7 @@ from ftkit_export.runtime.preprocess import decode
 
 @pytest.mark.parametrize("name", sorted({load_recipe(recipe).backbone for recipe in names()}))
 def test_parity_on_cpu(benchmark: BenchmarkFixture, tmp_path: Path, name: str) -> None:
-    """Pretrained where a package has the weights, random where it takes a network."""
+    """Weights are pretrained if a package provides them, and random if they would be downloaded."""
     torch.manual_seed(0)
     backbone = build(name, 4, "pretrained" if name in PACKAGES else "none")
     preprocess = backbone.preprocess

@@ -1,4 +1,4 @@
-"""Whole-process times of what a person waits for: `ftkit --help`, and `ftkit predict` on one photograph.
+"""Whole-process times of `ftkit --help`, and of `ftkit predict` on one photograph.
 
 pytest bench/test_startup.py
 """
@@ -19,7 +19,7 @@ from ftkit_export.conversion.graph import image_form
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """EfficientNet-Lite0 in the image form, as a bundle holds it."""
+    """EfficientNet-Lite0 in the image form, as in a bundle."""
     backbone = build("efficientnet_lite0", 4)
     path = tmp_path_factory.mktemp("model") / "model.onnx"
     core = export_core(backbone.model, 224)

@@ -1,4 +1,4 @@
-"""One small real run and one bundle of it, shared by every test: real photographs, real weights, the real commands."""
+"""Shared fixtures: one small real run and its bundle, made with real photographs and weights."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Before anything of ftkit is imported: tests never touch the user's cache.
+# Set before any ftkit import, so that tests never touch the user's cache.
 os.environ["FTKIT_CACHE"] = tempfile.mkdtemp(prefix="ftkit-test-cache-")
 
 import pytest
@@ -39,7 +39,7 @@ TINY = (
     "stages.1.batch_size=16",
 )
 
-# The real command, saving after every step: so that a kill meets a save or the step after it.
+# The real command, saving after every step, so that a kill hits a save or the step after it.
 COMMAND = (
     "import ftkit.training.checkpoint as s; s.SAVE_EVERY = s.SAVE_SHARE = 0; "
     "from ftkit.cli.main import main; main()"
@@ -52,12 +52,12 @@ def ftkit(*arguments: object) -> Result:
 
 
 def settings(*changes: str) -> list[str]:
-    """--set for each change."""
+    """--set arguments for the given changes."""
     return [part for change in changes for part in ("--set", change)]
 
 
 def bare(folder: Path, *arguments: str) -> Path:
-    """The Python of a fresh virtual environment with what `pip install` makes of these arguments, and no more."""
+    """Python of a fresh virtual environment that contains only what `pip install` installs."""
     venv.create(folder)
     python = folder / "bin" / "python"
     pip = [
@@ -74,14 +74,14 @@ def bare(folder: Path, *arguments: str) -> Path:
 
 
 def rewrite(manifest: Path, change: dict[str, Any]) -> None:
-    """Alter a manifest as somebody does who knows how: its own digest fits again."""
+    """Alter a manifest and recompute its digest, as a deliberate attacker would."""
     data = {**json.loads(manifest.read_text()), **change}
     del data["digest"]
     manifest.write_bytes(with_digest(json.dumps(data, indent=1) + "\n"))
 
 
 def steps_done(out: Path) -> int:
-    """Stage * 1000 + step as last saved; -1 before the first save."""
+    """Stage * 1000 + step of the last save; -1 before the first save."""
     try:
         data = json.loads((out / "state" / "state.json").read_text())
     except (OSError, ValueError):
@@ -91,7 +91,7 @@ def steps_done(out: Path) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def converted_once() -> Iterator[None]:
-    """The shared run is converted, and answers in float64, once for all its exports: real results, reused."""
+    """Convert the shared run and build its float64 reference once for all exports."""
 
     def once(make: Callable[..., Any]) -> Callable[..., Any]:
         made: dict[str, Any] = {}
@@ -100,7 +100,7 @@ def converted_once() -> Iterator[None]:
             key = fingerprint(model) + repr(rest)
             if key not in made:
                 made[key] = make(model, *rest)
-            return copy.deepcopy(made[key])  # tests cannot touch each other
+            return copy.deepcopy(made[key])  # so that tests cannot affect each other
 
         return again
 
@@ -160,7 +160,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def bundle(run: Path, keys: tuple[Path, Path]) -> Path:
-    """The run's bundle, with everything an export can add."""
+    """The run's bundle, with every optional part of an export."""
     out = run.parent / "small bundle"
     result = ftkit(
         "export",

@@ -1,4 +1,4 @@
-"""Arrows run one way: recipes -> toolkit -> export, and inside each from package to package."""
+"""Import rules: recipes -> toolkit -> export, and a fixed package order inside each."""
 
 import ast
 import subprocess
@@ -14,7 +14,7 @@ ALLOWED = {
     "recipes/ftkit_recipes": {"ftkit", "ftkit_export", "ftkit_recipes"},
 }
 
-# Top floor first; a package imports only what is on a lower floor, or its own.
+# Top layer first; a package imports only from lower layers and from itself.
 FLOORS = {
     "toolkit/ftkit": (
         ("__main__",),
@@ -41,7 +41,7 @@ FLOORS = {
 
 
 def _imported(tree: ast.AST, package: str) -> set[str]:
-    """The parts of `package` (its folders and modules) that a file imports, at its top or inside a function."""
+    """Folders and modules of `package` that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:

@@ -1,4 +1,4 @@
-"""The examples in docs/ are what their readers' tools would accept."""
+"""Code examples in docs/ parse: shell, ftkit options, Python, YAML."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def _blocks(kind: str, page: str = PAGE) -> list[str]:
 
 
 def _accepted(words: list[str]) -> None:
-    """`ftkit train ...` as click reads it, without running it."""
+    """Parse `ftkit train ...` with click, without running it."""
     command = main.commands[words[0]]
     command.make_context(
         words[0], [word for word in words[1:] if word != "\n"], parent=click.Context(main)
@@ -75,7 +75,7 @@ def test_the_pytorchjob_mounts_what_it_declares_and_runs_what_there_is() -> None
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_example_is_one_that_runs(page: Path) -> None:
-    """Shell as bash parses it, its ftkit lines as click reads them; Python that compiles; YAML that loads."""
+    """bash parses the shell, click its ftkit lines; Python compiles; YAML loads."""
     text = page.read_text()
     for block in _blocks("sh", text):
         parsed = subprocess.run(
@@ -113,7 +113,7 @@ def test_every_error_class_and_exit_code_is_documented() -> None:
 def test_the_readers_of_metrics_hand_over_every_figure(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within five lines; MLflow and Weights & Biases themselves are stood in for: what they are called with counts."""
+    """Within five lines; MLflow and Weights & Biases are mocked, and their calls are checked."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     got: list[dict[str, Any]] = []
 

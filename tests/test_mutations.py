@@ -1,4 +1,4 @@
-"""Damaged files are used, or refused in one sentence: a short run of bench/mutations.py."""
+"""Damaged files are used or rejected in one sentence: a short run of bench/mutations.py."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ BENCH = Path(__file__).parents[1] / "bench" / "mutations.py"
 def test_no_mutated_file_ends_in_a_traceback_or_a_crash(
     bundle: Path, photos: Path, run: Path
 ) -> None:
-    """Of 150 mutated models 17 did, and a truncated cache entry did in every later run."""
+    """Regression: 17 of 150 mutated models did, and a truncated cache entry in all later runs."""
     done = subprocess.run(
         [sys.executable, BENCH, bundle, photos, run, "--count", "700", "--seed", "suite"],
         capture_output=True,

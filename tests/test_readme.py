@@ -1,4 +1,4 @@
-"""README and the pages that it leads to tell the truth: their commands run, their code works."""
+"""Commands and code in the README and the pages it links to work."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def _blocks(kind: str, page: str = "README.md") -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every console command of the README has run, in order."""
+    """A folder in which every console command of the README has been run, in order."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(photos, folder / "photos")
     commands = [
@@ -40,15 +40,15 @@ def done(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for command in commands:
         words = command.split()
         if words[1] == "export":
-            # Differs in time only: two minutes
+            # Only saves two minutes
             words += [
                 "--quick",
                 "--set",
                 "export.variants=fp32",
             ]
         if words[1] == "train":
-            words += settings(*TINY)  # likewise
-        if words[0] == "ftkit":  # `pip install .` is how this very environment was made
+            words += settings(*TINY)  # only saves time
+        if words[0] == "ftkit":  # this environment was made by `pip install .`
             result = subprocess.run(
                 [sys.executable, "-m", *words],
                 cwd=folder,
@@ -71,14 +71,14 @@ def test_the_commands_leave_a_verified_bundle(done: Path) -> None:
 
 
 def _transparent(photo: Path, target: Path) -> None:
-    """Its lower half is transparent over black, which nobody sees."""
+    """The lower half is transparent black, which must not be visible."""
     pixels = np.asarray(Image.open(photo).convert("RGBA")).copy()
     pixels[len(pixels) // 2 :] = 0
     Image.fromarray(pixels).save(target, "PNG")
 
 
 def _rotated(photo: Path, target: Path) -> None:
-    """Stored lying on its side, and upside down on top of that, with the tag that turns it upright."""
+    """Stored rotated by 90 degrees, with the EXIF tag that turns it upright."""
     exif = Image.Exif()
     exif[0x0112] = 6
     half = Image.open(photo).convert("RGB").crop((0, 0, 300, 120))
@@ -89,7 +89,7 @@ def _rotated(photo: Path, target: Path) -> None:
 def test_the_plain_lines_answer_as_ftkit_does(
     done: Path, make: Callable[[Path, Path], None]
 ) -> None:
-    """They dropped transparency and the camera's turn: of 400 drawings 163 got another label."""
+    """Regression: ignoring transparency and EXIF orientation changed 163 of 400 labels."""
     make(next(iter((done / "photos" / "mono-ok").iterdir())), done / "photo.jpg")
     code = next(block for block in _blocks("python", "docs/bundle.md") if "onnxruntime" in block)
     script = code + "print(json.dumps(probabilities[0].tolist()))"
@@ -108,7 +108,7 @@ def test_the_plain_lines_answer_as_ftkit_does(
 
 
 def test_the_workflow_passes_a_release_that_did_not_change(done: Path) -> None:
-    """Its own steps, in the shell that GitHub runs them in; the second bundle is the first."""
+    """Runs the workflow's own steps in bash, with a copy of the bundle as the baseline."""
     shutil.copytree(done / "bundle", done / "released" / "bundle")
     (job,) = yaml.safe_load(_blocks("yaml", "docs/regression-gate.md")[0])["jobs"].values()
     steps = [
@@ -134,7 +134,7 @@ def test_the_workflow_passes_a_release_that_did_not_change(done: Path) -> None:
 
 
 def test_the_tests_of_their_own_run(done: Path) -> None:
-    """The first of them, with limits that any machine keeps; the second is the workflow's gate again."""
+    """Only the first test, with limits any machine meets; the second is the gate tested above."""
     code = next(
         block for block in _blocks("python", "docs/regression-gate.md") if "latency_budget" in block
     )

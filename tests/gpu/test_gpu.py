@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make gpu` runs these there. Each is skipped, and says so, where there is none."""
+"""Tests that need a GPU, run by `make gpu`; skipped, with a reason, where there is none."""
 
 import json
 import signal
@@ -36,7 +36,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.fixture(scope="module")
 def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small plan, on the GPU; its second stage on live pixels."""
+    """The small plan trained on the GPU; its second stage runs on live pixels."""
     out = tmp_path_factory.mktemp("gpu") / "run"
     result = ftkit(
         "train", photos, "--out", out, "--device", "cuda", *settings(*TINY, "stages.1.cache=off")
@@ -48,7 +48,7 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(trained: Path) -> Path:
-    """Its bundle, proven on both providers."""
+    """Its bundle, verified on both providers."""
     out = trained.parent / "bundle"
     result = ftkit("export", trained, "--out", out, "--quick", "--providers", "cpu,cuda,cuda-tf32")
     assert result.exit_code == 0, result.output

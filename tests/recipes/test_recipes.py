@@ -1,4 +1,4 @@
-"""The shipped recipes are the pipelines they say they are."""
+"""The shipped recipes match their descriptions."""
 
 from pathlib import Path
 

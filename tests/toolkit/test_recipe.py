@@ -1,4 +1,4 @@
-"""Recipes load, override and survive JSON; every mistake is answered with the choices."""
+"""Recipes load, can be overridden and survive JSON; every mistake lists the valid choices."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A bundle as one file: the same each time, opened without trust, signed, and never altered by new evidence."""
+"""Zipped bundles: reproducible, opened without trust, signed, never altered by new evidence."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def test_links_bombs_and_other_files_are_refused(tmp_path: Path) -> None:
 
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("b/manifest.json", bytes(50_000_000))
-    raw = path.read_bytes()  # the directory promises 10 bytes, the stream holds 50 million
+    raw = path.read_bytes()  # the zip directory declares 10 bytes, the stream holds 50 million
     promised = (50_000_000).to_bytes(4, "little")
     path.write_bytes(raw.replace(promised, (10).to_bytes(4, "little")))
     with pytest.raises(BundleError), opened(path):
@@ -129,7 +129,7 @@ def test_new_evidence_goes_into_a_copy(bundle: Path, tmp_path: Path) -> None:
 
 
 def _stranger(bundle: Path, keys: tuple[Path, Path], folder: Path) -> Path:
-    """A zip whose manifest was altered after it was signed, and which holds much to unpack."""
+    """A zip whose manifest was altered after signing, and which unpacks to a lot of data."""
     copy = Path(shutil.copytree(bundle, folder / "copy"))
     rewrite(copy / "manifest.json", {"name": "another"})
     (copy / "padding").write_bytes(bytes(200_000_000))

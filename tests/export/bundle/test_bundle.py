@@ -1,4 +1,4 @@
-"""The bundle of a real run: what is in it, that it proves itself, and that no change goes unseen."""
+"""The bundle of a real run: contents, self-verification, detection of every change."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from ftkit_export.runtime.verify import _compare, read_manifest, sha256, verify
 
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the bundle that a test may spoil."""
+    """A copy of the bundle that a test may modify."""
     return Path(shutil.copytree(bundle, tmp_path / "copy"))
 
 
@@ -242,7 +242,7 @@ def test_a_wrong_golden_answer_is_a_failed_gate_even_with_matching_hashes(copy: 
 
 @pytest.mark.parametrize("variant", ["fp32", "int8"])
 def test_another_first_class_is_a_failed_check_also_within_the_tolerance(variant: str) -> None:
-    """int8 and fp16 are allowed 5 % of the largest value: room enough for another answer."""
+    """int8 and fp16 may differ by 5 % of the largest value, enough to change the class."""
     entries = [{"file": "00.png", "tolerance": {variant: {}}}]
     expected, limit = np.array([[0.53, 0.47]]), np.array([0.05])
     check = _compare(
@@ -280,7 +280,7 @@ def test_predict_goes_on_past_a_bad_image_and_exits_2(
 def test_the_device_runner_needs_numpy_onnxruntime_and_pillow_only(
     bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """In a fresh environment that has nothing else, and not the training machine's Python path."""
+    """In a fresh environment with nothing else, without the training machine's Python path."""
     python = bare(tmp_path / "device", "numpy", "onnxruntime", "pillow")
     copied = shutil.copytree(bundle, tmp_path / "on the device")
     runner = copied / "device" / "classify.py"
@@ -309,7 +309,7 @@ def test_the_device_runner_needs_numpy_onnxruntime_and_pillow_only(
 
 
 def test_checking_itself_leaves_nothing_in_the_sealed_bundle(copy: Path) -> None:
-    """Also where Python writes bytecode, as it does by default."""
+    """Even where Python writes bytecode, as it does by default."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     for what in (["--self-check"], ["--bench", "--quick", "--threads", "1"]):
         done = subprocess.run(
@@ -387,7 +387,7 @@ def test_the_same_run_gives_the_same_bytes_but_for_timings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / bundle.name
-    monkeypatch.setattr(export, "export_core", export_core)  # converted anew
+    monkeypatch.setattr(export, "export_core", export_core)  # convert again
     result = ftkit(
         "export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--sign", keys[0]
     )
@@ -402,7 +402,7 @@ def test_the_same_run_gives_the_same_bytes_but_for_timings(
     ]
     assert names[0] == names[1]
     timed = {"manifest.json", "manifest.sig", "report.html", "MODEL_CARD.md"}
-    # ONNX Runtime's converter writes hashed maps in another order each time
+    # ONNX Runtime's converter writes hash maps in a different order each time
     timed.add("device/ort/model.ort")
     assert [
         name
@@ -414,7 +414,10 @@ def test_the_same_run_gives_the_same_bytes_but_for_timings(
 def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(
     run: Path, bundle: Path, tmp_path: Path
 ) -> None:
-    """They count for the very file that ran there, for this run, this target and one thread; else nothing is proven."""
+    """Device latencies count only for the same file, run and target, with one thread.
+
+    Without them nothing is proven.
+    """
     other, latency = ("x86" if here() == "arm64" else "arm64"), tmp_path / "device.json"
     told = [
         "--quick",
@@ -451,7 +454,7 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(
         True,
     )
     fast = {"ratio": 0.5, "ratio_high": 0.6, "p50_ms": measured["raced"]["fp32"]["p50_ms"] / 2}
-    measured["raced"]["int8"] |= fast  # as a device with fast 8-bit kernels would say
+    measured["raced"]["int8"] |= fast  # as a device with fast 8-bit kernels would report
     latency.write_text(json.dumps({**measured, "target": other}))
     result = ftkit("export", run, "--out", tmp_path / "proven", *told)
     assert "0.50x" in result.stdout, result.output
@@ -471,7 +474,7 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(
 
 @pytest.mark.parametrize(("lost", "passes"), [(0, True), (1, True), (20, False)])
 def test_one_image_that_changes_sides_fails_no_gate_and_many_do(lost: int, passes: bool) -> None:
-    """A tie among 60 images is 1.7 points, where 1 is allowed."""
+    """One changed image of 60 is 1.7 points, where 1 point is allowed."""
     against = paired(np.ones(60, bool), np.arange(60) >= lost)
     chosen = Row(name="fp32", precision="fp32", verdict="reference", reason="", accuracy=0.9)
     metrics = evaluate(np.eye(2)[[0] * 60], np.zeros(60, int), "ab")

@@ -1,4 +1,4 @@
-"""int8 and fp16 forms of a trained model: what is asked for is delivered, loads everywhere promised, and is ranked."""
+"""int8 and fp16 variants: settings are honoured, files load on every target, ranking is right."""
 
 import copy
 import dataclasses
@@ -145,7 +145,7 @@ def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) ->
     checks = agreement(trained.logits, _run(model, trained.pixels), rounding, "fp16", "photographs")
     assert all(check.passed for check in checks), checks
 
-    # A layer whose values leave float16 and come back: scale up, then down
+    # A layer whose values exceed float16 and return: scale up, then down
     wide = copy.deepcopy(trained.core)
     first = next(node for node in wide.graph.node if node.op_type == "Conv")
     for name, factor in (("up", 1e6), ("down", 1e-6)):
@@ -164,7 +164,7 @@ def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) ->
     checks = agreement(trained.logits, _run(model, trained.pixels), rounding, "fp16", "photographs")
     assert all(check.passed for check in checks), checks
     narrow = copy.deepcopy(ranges)
-    for name in narrow.data:  # as if nobody had looked at the ranges
+    for name in narrow.data:  # as if the ranges had not been checked
         narrow.data[name] = type(narrow.data[name])(lowest=np.float32(-1), highest=np.float32(1))
     blind, _ = half(wide, narrow)
     weights = next(item for item in blind.graph.initializer if item.name == "up_factor")
@@ -184,7 +184,7 @@ def test_values_that_are_no_numbers_fail_agreement() -> None:
 
 
 def test_a_tie_is_no_disagreement_and_a_clear_answer_that_changes_is() -> None:
-    """One tie of 50 images refused fp16, when agreement was a share of equal answers."""
+    """Regression: one tie among 50 images made the agreement check refuse fp16."""
     expected = np.tile([[3.0, 1.0, 0.0]], (50, 1))
     expected[7] = [2.0, 1.99995, 0.0]
     found = expected + np.array([[-1e-4, 1e-4, 0.0]])
@@ -198,7 +198,7 @@ def test_a_tie_is_no_disagreement_and_a_clear_answer_that_changes_is() -> None:
 
 
 def test_every_target_loads_in_its_oldest_onnxruntime(trained: Trained, tmp_path: Path) -> None:
-    """Both forms of every variant, in fresh environments with that very version."""
+    """Both forms of every variant, in fresh environments with exactly that version."""
     files: dict[str, list[str]] = {}
     for name, target in TARGETS.items():
         cores = {"fp32": trained.core}

@@ -1,4 +1,4 @@
-"""Every runner is built from the bundle alone and proves itself: C++, plain C (arm64 too), ORT format, OpenVINO."""
+"""Runners built from the bundle alone: C++, plain C (arm64 too), ORT format, OpenVINO."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def run_(*command: object, cwd: Path | None = None) -> subprocess.CompletedProce
 
 @pytest.fixture(scope="module")
 def photo(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A photograph as PPM, enlarged to an odd shape."""
+    """A photograph as PPM, enlarged to an odd size."""
     path = tmp_path_factory.mktemp("ppm") / "photo.ppm"
     with Image.open(next(iter(sorted((photos / "poly-ok").iterdir())))) as image:
         image.convert("RGB").resize((640, 427)).save(path)
@@ -41,7 +41,7 @@ def photo(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ONNX Runtime's headers from Debian's next release, its library from the installed wheel."""
+    """ONNX Runtime's headers from a newer Debian release, its library from the installed wheel."""
     root = tmp_path_factory.mktemp("sdk")
     for name in ("parts", "lists/partial", "cache/archives/partial", "lib"):
         (root / name).mkdir(parents=True)
@@ -177,7 +177,10 @@ def test_the_ort_format_answers_as_the_model_does(bundle: Path, photo: Path) -> 
 
 
 def test_another_compilers_outputs_are_judged(bundle: Path, tmp_path: Path) -> None:
-    """OpenVINO compiles the hand-off; shuffled answers are refused; answers that do not fit are bad input."""
+    """OpenVINO compiles the hand-off.
+
+    Shuffled outputs fail the check; outputs of the wrong shape are bad input.
+    """
     model = openvino.Core().compile_model(
         str(bundle / "handoff" / "core.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -227,7 +230,7 @@ def test_the_python_runner_takes_the_cameras_frames(
     camera: Path, photo: Path, tmp_path: Path
 ) -> None:
     frame = to_frame(np.asarray(Image.open(photo)), "nv12")
-    assert frame.shape == (642, 640, 1)  # 427 rows made even, and half as many for the colours
+    assert frame.shape == (642, 640, 1)  # 427 rows rounded up to even, plus half as many for chroma
     (tmp_path / "frame").write_bytes(frame.tobytes())
     expected = Classifier(camera)(photo)
     runner = [sys.executable, camera / "device" / "classify.py"]

@@ -1,4 +1,4 @@
-"""The int8 decision: a bound that holds its level, and the fastest variant that meets every budget."""
+"""The int8 decision: error rate of the bounds, and choice of the fastest variant within budgets."""
 
 import math
 
@@ -10,7 +10,7 @@ from ftkit_export.proof.intervals import Design, difference_bounds
 
 
 def bounds(worse: int, better: int, images: int, looks: int = 1) -> tuple[float, float]:
-    """Of independent images, by their numbers."""
+    """Bounds for independent images, from counts."""
     return difference_bounds(
         worse / max(1, images), better / max(1, images), Design(images=images), 1 - 0.05 / looks
     )
@@ -18,7 +18,7 @@ def bounds(worse: int, better: int, images: int, looks: int = 1) -> tuple[float,
 
 @pytest.mark.parametrize(("images", "better"), [(300, 0.0), (300, 0.02), (667, 0.003), (667, 0.03)])
 def test_a_drop_at_the_limit_is_accepted_at_most_once_in_twenty(images: int, better: float) -> None:
-    """Exactly, over all outcomes of the multinomial law with a true drop of 1 point."""
+    """Exact, over all outcomes of the multinomial distribution with a true drop of 1 point."""
 
     def pmf(k: int, n: int, p: float) -> float:
         if p == 0:
@@ -38,7 +38,10 @@ def test_a_drop_at_the_limit_is_accepted_at_most_once_in_twenty(images: int, bet
 
 
 def test_four_looks_are_four_times_as_strict() -> None:
-    """With nothing changed: one look is content with 299 images (0.99^299 < 5 %), four 437 (0.99^437 < 1.25 %)."""
+    """Images needed when no answer changes.
+
+    With one look 299 (0.99^299 < 5 %), with four 437 (0.99^437 < 1.25 %).
+    """
     looks = {
         n: [bounds(0, 0, images, n)[1] <= 0.01 for images in (298, 299, 436, 437)] for n in (1, 4)
     }
@@ -96,8 +99,10 @@ def test_speed_must_be_proven_and_real() -> None:
     [(0.0, 0.0, 0), (0.01, 0.01, 0), (0.03, 0.005, 0), (0.01, 0.01, 20)],
 )
 def test_as_many_images_as_are_said_to_settle_it_do(worse: float, better: float, size: int) -> None:
-    """ "About 498 images would settle it", after 523 did not. Drawn anew at the very shares that were seen, so many
-    settle it in about four of five cases. size: of groups, 0 for none."""
+    """The stated number of images settles the question in about four of five cases.
+
+    Checked by resampling at the observed shares. size: images per group, 0 for no groups.
+    """
     rng = np.random.default_rng(0)
 
     def drawn(images: int, exact: bool) -> Paired:

@@ -1,4 +1,4 @@
-"""Intervals hold what they promise: for independent images, for images in groups, and at the edges."""
+"""Coverage of intervals: independent images, images in groups, and edge cases."""
 
 import itertools
 import math
@@ -40,7 +40,7 @@ def test_images_on_their_own_and_images_without_groups_are_the_same() -> None:
 
 
 def test_copies_of_one_image_tell_no_more_than_the_image() -> None:
-    """Twenty groups of twenty identical images are twenty images."""
+    """Twenty groups of twenty identical images carry the information of twenty images."""
     each = np.arange(20) < 15
     low, high, clusters = share_interval(
         np.repeat(each, 20), [str(number) for number in range(20) for _ in range(20)]
@@ -59,7 +59,10 @@ def test_one_group_tells_nothing() -> None:
 
 
 def test_the_demos_accuracy_by_module_is_known_much_less_well_than_by_cell() -> None:
-    """Seven modules of 0.60 to 0.98, 375 cells: [0.73, 0.98] by t on the modules, [0.81, 0.89] as if independent."""
+    """Seven modules with accuracies of 0.60 to 0.98, 375 cells.
+
+    The interval is [0.73, 0.98] by t on the modules, [0.81, 0.89] for independent images.
+    """
     shares, size = (0.60, 0.80, 0.85, 0.88, 0.92, 0.95, 0.98), 54
     right = np.concatenate([np.arange(size) < round(share * size) for share in shares])
     groups = [str(number) for number in range(7) for _ in range(size)]
@@ -93,7 +96,7 @@ def test_95_percent_intervals_cover_95_percent(
 def test_a_drop_at_the_limit_is_accepted_at_its_level_when_it_comes_in_groups(
     clusters: int, size: int
 ) -> None:
-    """As if independent, such a drop was accepted in 5 to 11 of 100 where 1.25 are meant."""
+    """Treated as independent images, such a drop is accepted in 5 to 11 % instead of 1.25 %."""
     groups, trials, level = (
         [str(number) for number in range(clusters) for _ in range(size)],
         1500,
@@ -120,7 +123,10 @@ def test_a_drop_at_the_limit_is_accepted_at_its_level_when_it_comes_in_groups(
 def test_the_variance_and_its_degrees_of_freedom_are_those_of_a_linear_model_with_the_cr2_correction(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By their definition: adjusted residuals (I - H)^-1/2 e, summed within groups, with whole matrices."""
+    """Computed from the definition with full matrices.
+
+    Adjusted residuals (I - H)^-1/2 e, summed within groups.
+    """
     monkeypatch.setattr(intervals, "PRIOR_EVENTS", 0.0)
     sizes = (3, 8, 5, 12)
     total, bounds = sum(sizes), np.cumsum((0, *sizes))
@@ -154,7 +160,7 @@ def test_equal_groups_have_the_degrees_of_freedom_of_a_t_test() -> None:
 
 
 def test_bounds_move_little_with_one_image_more_or_less() -> None:
-    """Without a prior, no change at all counted as independent images, and one change as one group's doing."""
+    """Without a prior, zero changes would be treated as independent, one change as one group's."""
     groups = [str(number // 100) for number in range(2000)]
     right = np.ones(2000, bool)
     highs = [paired(right, np.arange(2000) >= lost, groups, looks=4).high for lost in range(6)]
@@ -167,7 +173,7 @@ def test_bounds_move_little_with_one_image_more_or_less() -> None:
 
 
 def test_many_groups_need_no_matrix_of_groups_by_groups() -> None:
-    """20,000 groups: 3 GB a matrix."""
+    """20,000 groups, for which such a matrix would take 3 GB."""
     tracemalloc.start()
     right = np.random.default_rng(0).random(40_000) < 0.9
     low, high, clusters = share_interval(right, [str(number // 2) for number in range(40_000)])

@@ -1,4 +1,4 @@
-"""Parity tells an equal file from one that is not, and names the layer."""
+"""Parity accepts an equivalent file, rejects a different one, and names the diverging layer."""
 
 import copy
 import json
@@ -87,7 +87,7 @@ def test_an_equal_file_passes_within_the_frameworks_own_error(
 def test_a_model_that_tells_nothing_apart_is_no_false_alarm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits near zero at a temperature of 20: the softmax's own rounding is then all there is to see."""
+    """Logits near zero at a temperature of 20, where only the softmax's own rounding remains."""
     model = build("efficientnet_lite0", 4).model.eval()
     with torch.no_grad():
         model.get_submodule("classifier").weight.mul_(1e-3)
@@ -97,7 +97,7 @@ def test_a_model_that_tells_nothing_apart_is_no_false_alarm(
 
 
 class InPlace(torch.nn.Module):
-    """Goes on with what its ReLU6 wrote over."""
+    """Uses a tensor after an in-place ReLU6 has overwritten it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,12 +139,12 @@ def test_one_scaled_convolution_is_named(
 def test_batchnorm_left_in_training_mode_fails(
     trained: tuple[torch.nn.Module, Core], tmp_path: Path
 ) -> None:
-    """The reference is put in eval mode, so a file exported with batch statistics differs from it."""
+    """The reference is in eval mode, so a file exported with batch statistics differs from it."""
     model, core = trained
     other = copy.deepcopy(model)
     with torch.no_grad():
         other(torch.zeros(1, 3, 64, 64))
-        other.train()(torch.rand(8, 3, 64, 64))  # moves the running statistics
+        other.train()(torch.rand(8, 3, 64, 64))  # changes the running statistics
     assert "core logits" in _failed(_compare(other.eval(), core, tmp_path))
 
 
@@ -184,7 +184,10 @@ def test_nan_never_passes(trained: tuple[torch.nn.Module, Core], tmp_path: Path)
 
 
 def _both(monkeypatch: pytest.MonkeyPatch, change: Callable[[Preprocess], Preprocess]) -> None:
-    """Every graph that makes pixels makes them wrong alike: the file's, and the one that its pixels are read from."""
+    """Make every graph that computes pixels wrong in the same way.
+
+    These are the file's graph and the one that supplies its pixels.
+    """
     real = graph.preprocess_nodes
 
     def nodes(preprocess: Preprocess, *rest: Any, **more: Any) -> Any:
@@ -211,7 +214,7 @@ def test_a_fault_in_every_graph_that_makes_pixels_is_seen(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[Preprocess], Preprocess],
 ) -> None:
-    """Such a fault cancels where the reference is fed with the graph's own pixels."""
+    """Such a fault cancels out if the reference is fed with the graph's own pixels."""
     _both(monkeypatch, change)
     failed = _failed(_compare(*trained, tmp_path))
     pixel_checks = {"share of pixels off", "mean of a channel", "pixels between grey levels"}
@@ -246,7 +249,7 @@ def test_the_golden_tolerance_does_not_widen_for_a_wrong_graph(
     monkeypatch: pytest.MonkeyPatch,
     wrong: str,
 ) -> None:
-    """It was measured between two resizers, one of them the graph's own: up to 900 times too wide."""
+    """Regression: with the graph's own resizer in the tolerance it was up to 900 times too wide."""
 
     def tolerances(folder: Path) -> list[float]:
         folder.mkdir()
@@ -268,7 +271,7 @@ def test_the_golden_tolerance_does_not_widen_for_a_wrong_graph(
 def test_a_gpu_that_rounds_either_way_passes_and_a_scaled_layer_does_not(
     trained: tuple[torch.nn.Module, Core], precision: str, towards_zero: bool
 ) -> None:
-    """Without a GPU: what a tensor core computes is emulated. A fixed limit failed for truncation."""
+    """Tensor-core arithmetic is emulated without a GPU; a fixed limit failed for truncation."""
     model, pixels = (
         trained[0].eval(),
         PREPROCESS.pixels(np.stack([PREPROCESS.canvas(item) for item in PHOTOGRAPHS])),

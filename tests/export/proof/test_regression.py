@@ -1,4 +1,7 @@
-"""The gate neither flakes nor sleeps: on made-up machines whose truth is known, and on a real model."""
+"""The regression gate neither raises false alarms nor misses slowdowns.
+
+Tested on simulated machines with a known slowdown, and on a real model.
+"""
 
 import math
 import platform
@@ -33,7 +36,7 @@ from ftkit_export.runtime.session import cores
 
 
 def machine(slower: float, between: float, within: float, seed: int) -> Callable[[], Sample]:
-    """Processes whose sessions have speeds of their own (deviation `between`), and runs with heavy-tailed noise."""
+    """Simulated processes whose session speeds vary by `between`; runs with heavy-tailed noise."""
     rng = np.random.default_rng(seed)
 
     def draw() -> Sample:
@@ -68,7 +71,7 @@ def test_the_same_model_hardly_ever_fails_and_ten_per_cent_hardly_ever_passes() 
 
 
 def test_a_machine_too_noisy_for_the_question_says_so_and_passes_nothing_slow() -> None:
-    """A/A deviations of 8 %: the margin is near 24 %, so a slowdown of 10 % can be neither failed nor passed."""
+    """With A/A deviations of 8 % the margin is near 24 %, so a 10 % slowdown is inconclusive."""
     slower = outcomes(0.10, 0.08, 40)
     assert slower["passed"] <= 1
     assert slower["inconclusive"] >= 38
@@ -95,7 +98,7 @@ def test_a_failure_needs_a_second_round_of_fresh_processes() -> None:
 
 
 def test_what_no_time_can_settle_ends_early() -> None:
-    """Between the tolerance and a margin of 9 % no number of processes helps."""
+    """For a slowdown between the tolerance and a margin of 9 %, more processes do not help."""
     found = decide("latency", machine(0.07, 0.03, 0.01, 3), seconds=math.inf)
     assert found.verdict == "inconclusive"
     assert found.processes < 30
@@ -104,7 +107,7 @@ def test_what_no_time_can_settle_ends_early() -> None:
 def clocked(
     draw: Callable[[], Sample], cost: float
 ) -> tuple[Callable[[], Sample], Callable[[], float]]:
-    """Draws that take `cost` seconds each, by a clock of their own."""
+    """Draws that take `cost` seconds each on a simulated clock."""
     now = 0.0
 
     def take() -> Sample:
@@ -186,7 +189,7 @@ def test_a_stored_baseline_judges_on_its_own_machine_with_a_wide_margin_and_else
 
 @pytest.fixture(scope="module")
 def resize(tmp_path_factory: pytest.TempPathFactory) -> Condition:
-    """A real small model: preprocessing alone, run on noise."""
+    """A small real model: preprocessing only, run on noise."""
     path = tmp_path_factory.mktemp("model") / "model.onnx"
     write(pixel_model(Preprocess(size=96, resize=128)), path, {})
     return Condition(model=str(path), threads=1)
@@ -216,7 +219,7 @@ def test_sessions_of_several_threads_take_turns_on_processors_of_their_own(
 def test_cold_starts_and_memory_are_of_processes_of_their_own(
     slower: int, heavier: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told from made-up processes: the heap of one kind says nothing of time, that of the other nothing of memory."""
+    """Simulated processes: one kind gives only the time, the other only the memory."""
     rng = np.random.default_rng(0)
 
     def made(condition: Condition, image: object, *, steady: bool, even_heap: bool) -> Start:
@@ -240,7 +243,7 @@ def test_cold_starts_and_memory_are_of_processes_of_their_own(
 def test_one_model_at_paths_of_other_lengths_takes_the_same_memory(
     bundle: Path, tmp_path: Path
 ) -> None:
-    """Where the heap comes to lie is the path's doing: 106 and 114 MB, unless `even_heap` is asked for."""
+    """The path length shifts the heap: 106 or 114 MB, unless `even_heap` is set."""
     peaks = []
     for length in (1, 20, 40, 60):
         path = tmp_path / ("x" * length) / "model.onnx"

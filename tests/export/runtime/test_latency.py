@@ -1,4 +1,4 @@
-"""What is measured is what was asked for: any file, its inputs, its order of runs, its own process."""
+"""Latency measurement: any file and its inputs, order of runs, separate processes."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ftkit_export.runtime.timing import BINS, feeds, in_turn
 
 
 def model(path: Path, **inputs: tuple[int, list[int | str]]) -> Path:
-    """A foreign file: each input is passed through."""
+    """An ONNX file not made by ftkit that passes each input through."""
     nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in inputs]
     ins = [
         helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()
@@ -91,7 +91,7 @@ def test_a_condition_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None
 
 
 def test_runs_on_the_device_give_what_copied_ones_give(tmp_path: Path) -> None:
-    """IO binding keeps inputs and outputs where they are; on the CPU that can be looked at."""
+    """IO binding keeps inputs and outputs on the device; on the CPU this can be checked."""
     session = Session(model(tmp_path / "small.onnx", x=(TensorProto.FLOAT, ["n", 4])))
     ones = np.ones((2, 4), np.float32)
     assert session.bound(ones)()[0].numpy().tolist() == session.run(ones)[0].tolist()
@@ -124,8 +124,10 @@ def test_a_slow_model_ends_on_time_though_not_before_three_rounds() -> None:
 
 
 def _races(trials: int, *, faster: float = 0.0) -> int:
-    """In how many races "faster" is said, of a file whose sessions have a speed of their own in every process (1 %),
-    beside the noise of each run."""
+    """Number of simulated races in which the second file is called "faster".
+
+    Each session has its own speed in every process (deviation 1 %), and each run its own noise.
+    """
     rng, said = np.random.default_rng(5), 0
     for _ in range(trials):
         sessions = rng.normal([0, 0, -faster], 0.01, (PROCESSES, 1, 3))
@@ -135,7 +137,7 @@ def _races(trials: int, *, faster: float = 0.0) -> int:
 
 
 def test_a_file_is_seldom_faster_than_itself_and_a_faster_one_is_found() -> None:
-    """From one process alone it was in 11 of 83 races."""
+    """With one process, 11 of 83 races called a file faster than itself."""
     assert _races(300) <= 300 * 0.025 + 6
     assert _races(100, faster=0.05) >= 95
 

@@ -1,4 +1,4 @@
-"""A file from elsewhere is read before it is loaded: nothing outside it is touched, nothing unknown is run."""
+"""Untrusted ONNX files are inspected before loading: no external data, no unknown operators."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_a_model_cut_short_is_no_model(tmp_path: Path) -> None:
 def test_an_engine_that_opens_files_of_its_own_is_refused_before_it_is_loaded(
     tmp_path: Path,
 ) -> None:
-    """com.microsoft is built into every ONNX Runtime, but EPContext in it names another file, or holds an engine."""
+    """The domain com.microsoft is standard, but its EPContext opens another file or an engine."""
     node = helper.make_node(
         "EPContext",
         ["x"],

@@ -1,4 +1,4 @@
-"""Right pixels from every kind of file, and the same pixels from the graph."""
+"""Correct pixels from every kind of file, and the same pixels from the graph."""
 
 import io
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_sixteen_bit_grey_is_a_255th_of_its_range() -> None:
 
 
 def test_twelve_bits_in_sixteen_are_refused_until_their_white_is_said() -> None:
-    """A 12-bit camera's pictures kept 16 grey levels."""
+    """Regression: pictures of a 12-bit camera kept only 16 grey levels."""
     levels = np.linspace(0, 4095, 4096).astype(np.uint16).reshape(64, 64)
     picture = _saved(Image.fromarray(levels), "PNG")
     with pytest.raises(ImageError, match=r"found none above 4095.*preprocess\.white=4095"):
@@ -79,7 +79,7 @@ def test_twelve_bits_in_sixteen_are_refused_until_their_white_is_said() -> None:
 
 
 def test_integers_are_not_scaled_image_by_image() -> None:
-    """One bright speck must not darken the rest: mode I was divided by 257 where it had one."""
+    """Regression: mode I was divided by 257 if a bright speck was present, darkening the rest."""
     plain, speck = np.full((8, 8), 30_000, np.int32), np.full((8, 8), 30_000, np.int32)
     speck[0, 0] = 65_535
     one, other = (decode(_saved(Image.fromarray(values), "TIFF")) for values in (plain, speck))
@@ -90,7 +90,7 @@ def test_integers_are_not_scaled_image_by_image() -> None:
 
 
 def test_floating_point_images_are_0_to_1_or_refused() -> None:
-    """They came out black."""
+    """Regression: they were decoded as black."""
     ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
     assert (decode(_saved(Image.fromarray(ramp), "TIFF"))[..., 0].ravel() == np.arange(256)).all()
     for values in (ramp * 255, ramp - 0.5, np.full((4, 4), np.nan, np.float32)):
@@ -106,7 +106,7 @@ def test_cmyk_jpeg_becomes_rgb() -> None:
 
 def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    exif[0x0112] = 6  # display rotated by 90 degrees clockwise
     found = decode(_saved(Image.fromarray(RED_BLUE), "PNG", exif=exif))
     assert (found == np.rot90(RED_BLUE, -1)).all()
 
@@ -142,7 +142,7 @@ def test_an_image_too_large_to_be_honest_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("fit", FITS)
 def test_the_graph_gives_pillows_pixels(fit: str, elpv: list[tuple[Path, str]]) -> None:
-    """At most 1 grey level apart on photographs, 2 on noise, from 1x1 to 8000x2, alone and in a batch."""
+    """Within 1 grey level on photographs and 2 on noise, from 1x1 to 8000x2, alone and batched."""
     preprocess = Preprocess(size=96, resize=110, fit=fit)
     session = Session(pixel_model(preprocess).SerializeToString())
     photographs = [decode(path)[: 300 - 40 * (i % 3)] for i, (path, _) in enumerate(elpv[:6])]
@@ -159,7 +159,7 @@ def test_the_graph_gives_pillows_pixels(fit: str, elpv: list[tuple[Path, str]]) 
 
 def test_pad_keeps_the_whole_image_and_crop_its_centre() -> None:
     image = np.zeros((10, 40, 3), np.uint8)
-    image[:, :5] = 255  # only at the left end
+    image[:, :5] = 255  # only at the left edge
     sizes = {"size": 40, "resize": 40}
     assert Preprocess(fit="crop", **sizes).canvas(image).max() == 0
     padded = Preprocess(fit="pad", **sizes).canvas(image)
@@ -186,7 +186,7 @@ def test_the_graph_takes_a_cameras_frames_as_numpy_does(input_format: str) -> No
 
 
 def test_frames_keep_the_picture() -> None:
-    """White, grey and pure colours survive the way through each format that can hold them."""
+    """White, greys and pure colours survive the conversion to each format that can hold them."""
     colours = np.array(
         [[255, 255, 255], [128, 128, 128], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8
     )
@@ -203,7 +203,7 @@ def test_frames_keep_the_picture() -> None:
 
 
 def test_a_codec_that_runs_out_of_memory_blames_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow tells it as an OSError, which was taken for a bad file and remembered."""
+    """Pillow reports it as an OSError, which used to be cached as a bad file."""
 
     def load(self: object) -> None:
         raise OSError("out of memory when reading image file")

@@ -1,4 +1,4 @@
-"""Every way of running a provider, where a CPU can stand in: the core form, lower precision, capture, GPU memory."""
+"""Provider configurations emulated on a CPU: core form, low precision, capture, GPU memory."""
 
 import json
 import os
@@ -27,7 +27,7 @@ CPU = "CPUExecutionProvider"
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU, run as a GPU is: on the core form, in a lower precision, captured."""
+    """Run the CPU like a GPU: on the core form, in lower precision, captured."""
     monkeypatch.setitem(PROVIDERS, "core", Provider(name=CPU, form="core"))  # type: ignore[misc]
     monkeypatch.setitem(PROVIDERS, "rounded", Provider(name=CPU, form="core", precision="tf32"))  # type: ignore[misc]
     monkeypatch.setitem(PROVIDERS, "captured", Provider(name=CPU, form="core", captured=True))  # type: ignore[misc]
@@ -163,7 +163,7 @@ int nvmlDeviceGetMemoryInfo(void *device, memory *found) {
 
 
 def test_gpu_name_driver_and_memory_come_from_the_drivers_library(tmp_path: Path) -> None:
-    """A library with the functions that NVML declares stands in for the driver's."""
+    """A library with the NVML functions replaces the driver's."""
     if not shutil.which("gcc"):
         pytest.skip("needs gcc")
     (tmp_path / "nvml.c").write_text(DRIVER)
@@ -228,7 +228,10 @@ for name, options in {**rows, "wrong name": {"tf32": "0"}, "wrong value": {"cudn
 
 @pytest.mark.skipif("cuda" not in offered(), reason="needs an ONNX Runtime for CUDA")
 def test_onnxruntimes_cuda_provider_reads_the_options_of_every_row(tmp_path: Path) -> None:
-    """The real provider, behind a driver that finds no GPU: it reads the options first, and fails at the first call."""
+    """The real provider with a driver that finds no GPU.
+
+    It parses the options first, and fails at the first call.
+    """
     if _driver_here() or not shutil.which("gcc"):
         pytest.skip("needs gcc, and no NVIDIA driver")
     (tmp_path / "cuda.c").write_text(

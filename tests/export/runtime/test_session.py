@@ -1,4 +1,4 @@
-"""A session runs on the provider asked for, or there is none."""
+"""A session runs on the requested provider or fails; there is no silent fallback."""
 
 import subprocess
 import sys
@@ -79,7 +79,7 @@ def test_telemetry_is_off_before_onnxruntime_is_imported() -> None:
 def test_a_containers_quota_bounds_the_threads(
     told: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`docker run --cpus 2` leaves every core of the machine in sight, torch's threads too."""
+    """With `docker run --cpus 2` all cores of the machine are visible, to torch as well."""
     monkeypatch.setattr(session, "QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(session, "processors", lambda: list(range(8)))
     (tmp_path / "cpu.max").write_text(told)
@@ -94,7 +94,7 @@ def test_a_containers_quota_bounds_the_threads(
 
 
 def _away(model: bytes, kinds: set[str]) -> list[tuple[str, str, str]]:
-    """What ONNX Runtime would tell of a session on CUDA that left these operators to the CPU."""
+    """ONNX Runtime's node assignments for a CUDA session with these operators on the CPU."""
     return [
         (
             "CPUExecutionProvider" if node.op_type in kinds else "CUDAExecutionProvider",
@@ -107,7 +107,7 @@ def _away(model: bytes, kinds: set[str]) -> list[tuple[str, str, str]]:
 
 @pytest.fixture(scope="module")
 def transformer() -> bytes:
-    """The core form of a vision transformer: its dynamic batch makes arithmetic on shapes."""
+    """Core form of a vision transformer, whose dynamic batch adds arithmetic on shapes."""
     backbone = build("vit_tiny_patch16_224", 3, "none")
     model = export_core(backbone.model, 224).model
     for number, node in enumerate(model.graph.node):
@@ -162,8 +162,11 @@ def test_a_runtime_that_cannot_tell_is_unknown_and_no_proof(
 def test_tensorrt_keeps_its_engines_where_the_other_caches_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each session built them anew, which takes minutes. ONNX Runtime tells engines apart by the graph's names and
-    shapes, not by its weights: two runs of one recipe must not share a folder."""
+    """Engines are cached, because building one takes minutes.
+
+    ONNX Runtime identifies engines by the graph's names and shapes, not by its weights: two runs of
+    one recipe must not share a folder.
+    """
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
     one, other, again = (session.engine_cache(model) for model in (b"one", b"other", b"one"))
     assert one == again != other

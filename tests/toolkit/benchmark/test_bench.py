@@ -23,7 +23,7 @@ def _git(folder: Path, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def measured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
-    """One whole quick bench from inside a git repository, with budgets, kept as JSON and in a history."""
+    """One complete quick bench inside a git repository, with budgets, saved as JSON and history."""
     repository = tmp_path_factory.mktemp("their repository")
     (repository / "sub").mkdir()
     _git(repository, "init", "-q")

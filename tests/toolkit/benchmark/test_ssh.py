@@ -1,4 +1,4 @@
-"""Measuring on the device itself, over a real ssh server on loopback."""
+"""Measuring on a device over a real ssh server on loopback."""
 
 import getpass
 import json
@@ -29,7 +29,7 @@ needs_sshd = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """USER@HOST:PYTHON of a server of our own, with keys of its own; `ssh` finds both through a wrapper on PATH."""
+    """USER@HOST:PYTHON of a test server with its own keys; an `ssh` wrapper on PATH finds both."""
     folder = tmp_path_factory.mktemp("sshd")
     for name in ("host", "user"):
         subprocess.run(
@@ -82,7 +82,7 @@ def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
 def test_a_strangers_bundle_runs_none_of_its_code_on_the_device(
     device: str, bundle: Path, tmp_path: Path
 ) -> None:
-    """Its runner is replaced, and the bundle sealed again: all hashes fit."""
+    """The bundle's runner is replaced and the bundle sealed again, so that all hashes match."""
     evil, witness = tmp_path / "evil", tmp_path / "executed"
     shutil.copytree(bundle, evil)
     for path in (evil / "device").rglob("*.py"):

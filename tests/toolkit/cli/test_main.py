@@ -1,4 +1,4 @@
-"""The face: help is light, doctor tells the truth, a recipe module runs whole, the demo's data keep modules apart."""
+"""Command line: fast help, `doctor`, recipe modules, and the demo's split by module."""
 
 import os
 import pty
@@ -92,7 +92,7 @@ def test_a_full_disk_is_one_sentence(
 def test_a_terminal_shows_the_stage_as_it_goes_and_ctrl_c_saves_it(
     photos: Path, tmp_path: Path
 ) -> None:
-    """The real command on a terminal of 80 columns; Ctrl-C as soon as the live view tells a loss and a rate."""
+    """The real command on an 80-column terminal; Ctrl-C once the live view shows loss and rate."""
     small = settings("preprocess.size=32", "preprocess.resize=32", "stages.0.epochs=2000")
     command = [
         sys.executable,
@@ -117,7 +117,7 @@ def test_a_terminal_shows_the_stage_as_it_goes_and_ctrl_c_saves_it(
                 continue
             try:
                 part = os.read(terminal, 65536).decode(errors="replace")
-            except OSError:  # the other end is gone
+            except OSError:  # the other end is closed
                 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
                 break
             shown += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", part)

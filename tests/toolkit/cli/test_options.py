@@ -1,4 +1,4 @@
-"""What was likely meant, by meaning before letters, and at once."""
+"""Suggestions for mistyped options and settings: by meaning first, then by spelling, and fast."""
 
 import io
 import os
@@ -32,7 +32,7 @@ from ftkit_export.runtime.preprocess import MAX_PIXELS, allowing, decode
     ],
 )
 def test_a_wrong_name_is_answered_by_its_meaning(command: str, meant: str) -> None:
-    """--p95 got "did you mean --zip", fit=letterbox "try crop"."""
+    """Regression: --p95 suggested --zip, and fit=letterbox suggested crop."""
     result = ftkit(*command.split())
     assert (result.exit_code, meant in result.stderr) == (2, True), result.stderr
 
@@ -42,7 +42,7 @@ def test_a_name_like_none_gets_the_list_alone() -> None:
 
 
 def test_wrong_settings_are_told_before_torch_is_imported() -> None:
-    """They took 4 s."""
+    """Regression: the error took 4 s."""
     script = (
         "import sys; from ftkit.cli.main import main\n"
         "for words in ('train x --set p95_ms=4', 'train x --set preprocess.fit=letterbox', 'export x --set p95=4'):\n"
@@ -88,7 +88,7 @@ def test_a_very_large_image_is_told_as_that_and_may_be_allowed(
 
 
 def test_the_limit_of_one_run_ends_with_its_export() -> None:
-    """From Python: another run in the same process is not trained on what the first one allowed."""
+    """In Python, the pixel limit of one run must not apply to the next in the same process."""
     limit = Image.MAX_IMAGE_PIXELS
     with allowing("100000000"):
         decode(_png())

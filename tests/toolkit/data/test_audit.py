@@ -1,4 +1,4 @@
-"""A data set is looked at before a model learns it: what is wrong is named, mended in a copy, and stops a training."""
+"""The data audit: problems are named, fixed in a copy, and stop a training run."""
 
 import csv
 import json
@@ -29,13 +29,13 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def broken(elpv: list[tuple[Path, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Split folders with one of each fault."""
+    """Split folders with one example of each fault."""
     root = tmp_path_factory.mktemp("broken data") / "cells"
     for split, count in (("train", 12), ("val", 3), ("test", 3)):
         for label in ("a", "b"):
             (root / split / label).mkdir(parents=True)
             for number in range(count):
-                # Far apart: no siblings
+                # Far apart in the data set, so the images are unrelated
                 place = list(BROKEN).index("leaks") + 40 * len(list(root.rglob("*.png")))
                 shutil.copyfile(elpv[place % len(elpv)][0], root / split / label / f"{number}.png")
     train, test = root / "train" / "a", root / "test" / "a"
@@ -111,7 +111,7 @@ def test_identical_files_and_groups_stay_on_one_side_of_a_split_made_here(tmp_pa
     rng = np.random.default_rng(0)
     for number in range(60):
         picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8))
-        for copy in range(2):  # each under two names
+        for copy in range(2):  # each under two file names
             path = tmp_path / f"class{number % 2}" / f"object{number // 4}_{number}{'ab'[copy]}.png"
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
@@ -160,7 +160,10 @@ def test_hundreds_of_pictures_of_one_thing_are_one_set(elpv: list[tuple[Path, st
 def test_what_is_cleaned_is_clean_where_ftkit_makes_a_part_of_the_splits(
     broken: Path, tmp_path: Path
 ) -> None:
-    """train and test given, val not: near duplicates over the two go from train; those in train become one group."""
+    """train and test are given, val is not.
+
+    Near duplicates of test images are removed from train; those within train become one group.
+    """
     shutil.copytree(broken, tmp_path / "d")
     shutil.rmtree(tmp_path / "d" / "val")
     again = Image.open(tmp_path / "d" / "train" / "b" / "7.png")
@@ -201,7 +204,7 @@ def test_a_near_duplicate_of_a_file_with_copies_is_told_of_all(
 
 
 def test_a_picture_between_two_is_alike_to_both() -> None:
-    """The first and the last are not alike; the last is no less a near duplicate of the one between."""
+    """The outer two are not similar, but the last is a near duplicate of the middle one."""
     rng = np.random.default_rng(0)
     picture, change = rng.standard_normal((2, 32, 32)).astype(np.float32)
     change *= 0.11
@@ -212,7 +215,7 @@ def test_a_picture_between_two_is_alike_to_both() -> None:
 
 
 def _patterns(folder: Path, names: list[str], shape: tuple[int, int] = (48, 48)) -> None:
-    """Images that have nothing to do with each other."""
+    """Unrelated images."""
     rng = np.random.default_rng(zlib.crc32(" ".join(names).encode()))
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -247,7 +250,7 @@ def test_train_stops_on_what_data_calls_a_conflict(tmp_path: Path) -> None:
 def test_near_duplicates_end_in_a_word_on_fix_which_takes_out_what_contradicts(
     tmp_path: Path,
 ) -> None:
-    """Two of three nearly identical images are a, the third b: it goes. Of one a and one b, nobody knows: both go."""
+    """Of near duplicates labelled a, a, b the third is removed; of a, b both are."""
     for split, count in (("train", 6), ("val", 2), ("test", 2)):
         for label in "ab":
             _patterns(
@@ -273,7 +276,7 @@ def test_near_duplicates_end_in_a_word_on_fix_which_takes_out_what_contradicts(
 
 
 def test_a_chain_of_near_duplicates_is_no_group(tmp_path: Path) -> None:
-    """Each picture is alike to the next; the ends have little in common. --fix made one group of all."""
+    """Each picture resembles the next, but the ends differ; --fix used to make one group of all."""
     rng = np.random.default_rng(1)
     start, end = rng.normal(0, 40, (2, 8, 8))
     for number, share in enumerate(np.linspace(0, np.pi / 2, 30)):

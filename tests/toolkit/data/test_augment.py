@@ -1,4 +1,4 @@
-"""Evaluation pixels are the device's pixels; augmentation does what its fields say, sample by sample."""
+"""Evaluation pixels equal the device's; each augmentation field works, sample by sample."""
 
 import numpy as np
 import pytest
@@ -74,8 +74,8 @@ def test_scale_rotation_and_colour_change_the_samples_and_stay_in_range() -> Non
     ):
         changed = _augment(**fields)
         moved = (changed - plain).abs().flatten(1).amax(1)
-        assert float((moved > 1).float().mean()) > 0.9, fields  # a draw may fall next to no change
-        assert len(moved.unique()) > 40, fields  # each sample has its own draw
+        assert float((moved > 1).float().mean()) > 0.9, fields  # a draw may be close to no change
+        assert len(moved.unique()) > 40, fields  # each sample is drawn separately
         assert float(changed.min()) >= 0
         assert float(changed.max()) <= 255
 
@@ -95,7 +95,7 @@ def test_erasing_blanks_a_rectangle_in_its_share_of_samples() -> None:
 
 @pytest.mark.parametrize("fields", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
 def test_mixed_pixels_hold_the_shares_that_are_told(fields: dict[str, float]) -> None:
-    # Image i is all i + 1
+    # Every pixel of image i is i + 1
     pixels = torch.arange(1.0, 65.0)[:, None, None, None].expand(64, 3, 24, 24).contiguous()
     mixing = mixing_of(64, 24, Augment(**fields), torch.Generator().manual_seed(1))  # type: ignore[arg-type]
     assert mixing is not None

@@ -1,4 +1,4 @@
-"""Canvases on disk: whole or not there, shared by runs, read in any order."""
+"""Decoded images on disk: complete or absent, shared by runs, readable in any order."""
 
 import os
 import resource
@@ -40,7 +40,7 @@ def test_rows_come_in_the_order_asked_for_from_many_shards(
 ) -> None:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     monkeypatch.setattr(canvas, "SHARD", 7)
-    # The last shard, of one image, too goes to the processes
+    # The last shard, with one image, is also decoded by the processes
     monkeypatch.setattr(canvas, "FEWEST", 5)
     canvases = canvas.build_canvases(read_images(photos), PREPROCESS)
     assert len(canvases.shards) == 18
@@ -80,7 +80,7 @@ def test_a_killed_build_leaves_nothing_a_reader_could_take_for_a_shard(
 def test_an_image_that_kills_its_decoder_is_named(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The real processes, but a decoder that dies at one file, as a crash in a C library would make it."""
+    """Real processes with a decoder that dies at one file, as in a crash of a C library."""
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(canvas, "FEWEST", 8)
     victim = sorted(photos.rglob("*.png"))[17]
@@ -114,7 +114,7 @@ def test_a_disk_without_room_is_told_before_anything_is_decoded(
 def test_an_image_that_memory_ran_out_for_is_no_bad_image(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fewest: int
 ) -> None:
-    """It was remembered under its content's hash, and missing from every later run."""
+    """Regression: it was cached as bad under its content hash, and missing from every later run."""
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(canvas, "FEWEST", fewest)
     victim = sorted(photos.rglob("*.png"))[17]
@@ -154,7 +154,7 @@ def test_a_file_that_is_not_there_is_not_bad_for_good(tmp_path: Path) -> None:
 def test_a_damaged_shard_counts_as_absent(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, content: bytes
 ) -> None:
-    """It was a traceback in every later run."""
+    """Regression: it caused a traceback in every later run."""
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     first = canvas.build_canvases(read_images(photos), PREPROCESS)
     right = first.array(np.arange(len(first.slots)))

@@ -1,4 +1,4 @@
-"""Class folders, split folders and CSVs; honest splits; bad input in one clear sentence."""
+"""Class folders, split folders and CSVs; splits without leakage; clear errors for bad input."""
 
 import os
 import tempfile
@@ -69,7 +69,7 @@ def test_a_split_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_split_folders_are_known_in_any_case_and_by_their_common_names(
     tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    """photos/Training and photos/Testing became two classes."""
+    """Regression: photos/Training and photos/Testing became two classes."""
     for name, count in zip(names, (4, 2, 3), strict=True):
         _folder(tmp_path / name, cat=count, dog=count)
     images = read_images(tmp_path)
@@ -261,7 +261,11 @@ def test_splits_written_are_read_again_from_another_place(tmp_path: Path, place:
 
 
 def test_splits_tell_nothing_of_this_machine(tmp_path: Path) -> None:
-    """A link inside DATA keeps its name there; images with no folder in common keep two parts of their paths."""
+    """Paths in splits do not depend on the machine.
+
+    A link inside DATA keeps its name there; images with no folder in common keep two parts of their
+    paths.
+    """
     _folder(tmp_path / "data", a=12, b=11)
     elsewhere = _image(tmp_path / "secret place" / "x.png", 99)
     (tmp_path / "data" / "b" / "linked.png").symlink_to(elsewhere)
@@ -284,7 +288,7 @@ def test_a_class_with_one_image_trains_with_it(tmp_path: Path) -> None:
 
 
 def test_a_label_with_a_line_separator_keeps_its_place_in_the_exported_file(tmp_path: Path) -> None:
-    """U+2028 ends a line for Python's splitlines, and for no runner: such labels failed the label gate."""
+    """U+2028 ends a line for Python's splitlines only, so such labels failed the label gate."""
     labels = ["a\u2028b", "c", "d\x85e"]
     (tmp_path / "labels.txt").write_text(
         "".join(f"{label}\n" for label in labels), encoding="utf-8"

@@ -1,4 +1,4 @@
-"""`ftkit eval`: a shipped file on labelled images, and against the release before it."""
+"""`ftkit eval`: an exported file on labelled images, alone and against the previous release."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from ftkit_export.runtime.predict import Classifier
 
 @pytest.fixture(scope="module")
 def rotated(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bad release: the same file with its labels rotated by one."""
+    """A faulty release: the same file with its labels rotated by one."""
     model = onnx.load(bundle / "model.onnx")
     for item in model.metadata_props:
         if item.key == "labels":
@@ -30,7 +30,7 @@ def rotated(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def copies(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures in other files, which no digest knows: many images to judge with, though trained on."""
+    """Copies of the images with unknown digests, to get many evaluation images."""
     root = tmp_path_factory.mktemp("copies")
     for path in photos.rglob("*.png"):
         target = root / path.relative_to(photos)
@@ -43,7 +43,7 @@ def copies(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_images_that_the_model_was_trained_on_are_left_out_and_counted(
     bundle: Path, run: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """The documented CI step said 0.959 where test said 0.845: 18 of 24 images were training images."""
+    """Regression: with 18 of 24 images from training, eval gave 0.959 instead of 0.845."""
     splits = json.loads((run / "run.json").read_text())["splits"]
     result = ftkit("eval", bundle, photos, "--json", "-")
     assert result.exit_code == 0, result.output
@@ -58,7 +58,7 @@ def test_images_that_the_model_was_trained_on_are_left_out_and_counted(
 
     moved = tmp_path / "elsewhere"
     shutil.copytree(photos, moved)
-    shutil.copytree(photos / "mono-ok", moved / "new class")  # of which splits.csv does not know
+    shutil.copytree(photos / "mono-ok", moved / "new class")  # unknown to splits.csv
     again = ftkit("eval", bundle, bundle / "splits.csv", "--root", moved, "--json", "-")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["metrics"] == found["metrics"]
@@ -80,7 +80,7 @@ def test_images_that_the_model_was_trained_on_are_left_out_and_counted(
 
 
 def test_images_in_groups_are_compared_as_groups(bundle: Path, copies: Path) -> None:
-    """120 images that all agree bound the drop at 2.5 points; the same in four groups bound it at nothing useful."""
+    """120 agreeing images bound the drop at 2.5 points; in four groups the bound is useless."""
     alone = ftkit("eval", bundle, copies, "--against", bundle, "--max-drop", "0.04", "--json", "-")
     grouped = ftkit(
         "eval", bundle, copies, "--against", bundle, "--group-by", "^([^/]+)/", "--json", "-"
@@ -137,7 +137,7 @@ def test_a_bad_release_is_exit_1_with_every_image_that_was_right(
 def test_the_same_release_passes_when_the_images_can_tell_and_else_says_so(
     bundle: Path, copies: Path
 ) -> None:
-    """120 images with no disagreement bound the drop at about 2.5 points."""
+    """120 images without a disagreement bound the drop at about 2.5 points."""
     few = ftkit("eval", bundle, copies, "--against", bundle)
     assert few.exit_code == 3, few.output
     assert "inconclusive" in few.stdout
@@ -146,7 +146,7 @@ def test_the_same_release_passes_when_the_images_can_tell_and_else_says_so(
 
 
 def test_one_class_that_surely_got_worse_is_enough(bundle: Path, copies: Path) -> None:
-    """Whatever the other classes won: here they stay as they are."""
+    """Whatever the other classes gained; here they are unchanged."""
     from ftkit.data.dataset import labelled
     from ftkit.evaluation.bundle import BundleAnswers, answers_of, compare_releases
 

@@ -1,4 +1,4 @@
-"""The numbers a user is told, against ones worked out elsewhere."""
+"""Metrics compared with independently computed values."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_cka_knows_rotations_from_changes() -> None:
     rotation, _ = np.linalg.qr(RNG.normal(size=(20, 20)))
     assert cka(features, 3 * features @ rotation + 5) == pytest.approx(1.0)
     assert cka(features, RNG.normal(size=(60, 20))) < 0.5
-    wide = RNG.normal(size=(20, 90))  # more features than images: the other formula
+    wide = RNG.normal(size=(20, 90))  # more features than images, which uses the other formula
     assert cka(wide, wide @ np.linalg.qr(RNG.normal(size=(90, 90)))[0]) == pytest.approx(1.0)
     assert cka(wide[:, :30], wide) == pytest.approx(cka(wide, wide[:, :30]))
 
@@ -112,7 +112,7 @@ def test_a_perfect_and_a_coin_tossing_model_have_the_calibration_they_should() -
 
 
 def test_a_proven_threshold_keeps_its_word_in_19_of_20_draws() -> None:
-    """Of the empirical share the same can be said of about every second draw."""
+    """The threshold of the empirical share does so in only about every second draw."""
     rng, broken, observed, proofs = np.random.default_rng(3), 0, 0, 0
     many = 3 * rng.normal(size=(50_000, 3))
     truth = np.array([rng.choice(3, p=row) for row in softmax(many)])
@@ -142,7 +142,10 @@ def test_groups_weaken_what_is_proven() -> None:
 
 
 def test_a_small_val_split_without_an_error_is_no_proof_of_certainty() -> None:
-    """20 images, all right: the temperature went to its bound, and half the errors to come had p > 0.99."""
+    """Regression: with 20 correct images the temperature went to its bound.
+
+    Half of the later errors then had p > 0.99.
+    """
     rng = np.random.default_rng(1)
     logits = 2.5 * rng.normal(size=(4000, 4)) + 6 * np.eye(4)[rng.integers(0, 4, 4000)]
     labels = np.array([rng.choice(4, p=row) for row in softmax(logits)])

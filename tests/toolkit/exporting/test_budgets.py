@@ -1,4 +1,4 @@
-"""Budgets: one judge for an export and for bench, frames of a known size, and a way on where one is missed."""
+"""Budgets: one check for export and bench, a stated frame size, suggestions when missed."""
 
 import json
 import re
@@ -91,7 +91,7 @@ def test_a_budget_is_passed_failed_or_not_settled_by_all_its_processes() -> None
 
 
 def test_a_larger_frame_takes_longer_and_is_named_everywhere(bundle: Path, run: Path) -> None:
-    """One file took 3 ms at 60 x 60 and 37 at 4000 x 3000, and passed "p95 3.18, limit 4"."""
+    """Regression: a file took 3 ms at 60 x 60 and 37 at 4000 x 3000, and passed "limit 4"."""
     session = Session(bundle / "model.onnx")
     for frame, shape in (("60x40", (1, 40, 60, 3)), ("", (1, 300, 300, 3))):
         (fed,) = feeds(session, str(bundle / "golden" / "00.png"), 1, frame)
@@ -152,7 +152,7 @@ def test_a_missed_budget_says_all_that_is_missed_and_a_command_that_leads_on(
 
 
 def test_the_size_of_an_input_takes_its_canvas_along(capsys: pytest.CaptureFixture[str]) -> None:
-    """--set preprocess.size=112 alone kept resize at 224, and the network saw the middle half of each picture."""
+    """Regression: with preprocess.size=112 alone, the network saw the middle half of an image."""
     from ftkit.overrides import override
 
     alone = override(load_recipe("lite0"), ["preprocess.size=112"]).preprocess
@@ -204,7 +204,7 @@ def test_a_class_that_is_seldom_found_fails_the_gate_that_was_asked_for(
 def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(
     bundle: Path, run: Path, tmp_path: Path
 ) -> None:
-    """A class with recall 0.23 stood behind "all gates passed"."""
+    """Regression: "all gates passed" hid a class with recall 0.23."""
     out = tmp_path / "bundle"
     done = ftkit(
         "export",
@@ -235,7 +235,7 @@ def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(
 
 
 def test_no_unproven_variant_answers_for_memory_that_nobody_measured() -> None:
-    """It would be faster and smaller; what memory it takes is not known."""
+    """The variant would be faster and smaller, but its memory was not measured."""
     limits = replace(load_recipe("lite0").export, p95_ms=8.0)
     open_row = replace(_row("int8", "inconclusive", 3, 4), size_bytes=4)
     assert would_meet([open_row], limits) == [open_row]
@@ -243,7 +243,7 @@ def test_no_unproven_variant_answers_for_memory_that_nobody_measured() -> None:
 
 
 def test_latencies_of_another_frame_are_refused(bundle: Path, run: Path, tmp_path: Path) -> None:
-    """A file measured at 300 x 300 would have passed a budget at 4000 x 3000."""
+    """A file measured at 300 x 300 would otherwise pass a budget at 4000 x 3000."""
     latency = tmp_path / "device.json"
     command = [sys.executable, bundle / "device" / "classify.py", "--bench", "--quick"]
     done = subprocess.run([*command, "--threads", "1"], capture_output=True, check=True)

@@ -1,4 +1,4 @@
-"""The quantization-aware stage: it simulates the very graph that is shipped, and makes its answers better."""
+"""Quantization-aware training simulates the exported graph and lowers its own loss."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_training_simulates_the_shipped_graph_and_brings_it_nearer(
     shipped = Session(quantized.SerializeToString()).run(pixels)[0]
     with torch.inference_mode():
         simulated = Simulated(core, quantized)(torch.from_numpy(pixels)).numpy()
-    if target != "x86-vnni":  # its kernels may round differently here; the graph is the same
+    if target != "x86-vnni":  # kernels may round differently on this machine; the graph is the same
         assert sqnr(teacher, simulated) > 3
     else:
         assert sqnr(shipped, simulated) > sqnr(teacher, shipped) + 6
@@ -50,7 +50,7 @@ def test_training_simulates_the_shipped_graph_and_brings_it_nearer(
         after = Simulated(trained, again)(torch.from_numpy(pixels)).numpy()
 
     def loss(logits: np.ndarray) -> float:
-        """What the stage minimises: half the labels, half fp32's answers."""
+        """Loss of the stage: half from the labels, half from fp32's outputs."""
         found, wanted = torch.from_numpy(logits), torch.from_numpy(teacher)
         soft = F.kl_div(found.log_softmax(1), wanted.softmax(1), reduction="batchmean")
         return float(0.5 * F.cross_entropy(found, wanted.argmax(1)) + 0.5 * soft)
@@ -69,7 +69,7 @@ def test_an_operator_that_cannot_be_trained_through_is_named(bundle: Path) -> No
 def test_the_stage_is_the_last_rung_and_synthetic_vectors_hold_no_photograph(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants, "RUNGS", (0,))  # the rungs between have their own tests
+    monkeypatch.setattr(variants, "RUNGS", (0,))  # the other rungs have their own tests
     asked = settings("export.qat_epochs=1", "export.golden=synthetic")
     out = tmp_path / "bundle"
     result = ftkit("export", run, "--out", out, "--quick", *asked)

@@ -1,4 +1,4 @@
-"""The cut changes nothing: prefix, then suffix, is the model; and what is frozen runs once."""
+"""Splitting the model into prefix and suffix changes nothing; the frozen part runs once."""
 
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def test_one_pass_serves_head_and_last_blocks(
 
 
 def test_cached_logits_are_the_live_ones(loaders: StageLoaders) -> None:
-    """Float16 activations move the logits by less than a thousandth of their size."""
+    """float16 activations change the logits by less than a thousandth of their magnitude."""
     loader = loaders.stage(1)
     loaders.backbone.model.eval()
     rows = loaders.canvases.rows("val")
@@ -161,7 +161,7 @@ def test_a_second_run_finds_the_first_ones_activations(loaders: StageLoaders) ->
 
 
 def test_a_head_stage_after_a_deeper_one_gets_a_prefix_of_its_own(loaders: StageLoaders) -> None:
-    """Once the body has trained, the shared activations are stale."""
+    """Once the body has been trained, the shared activations are stale."""
     loaders.stage(0)
     with torch.no_grad():
         loaders.backbone.model.layer1[0].conv1.weight.mul_(1.5)
@@ -206,7 +206,7 @@ def test_on_a_cpu_the_prefix_runs_in_onnx_runtime(name: str) -> None:
     assert not any(module.training for module in prefix.modules()), (
         "exporting leaves the modes alone"
     )
-    prefix.forward = None  # from here on only ONNX Runtime can answer
+    prefix.forward = None  # from here on only ONNX Runtime can run it
     found = run(pixels)
     assert all(
         np.abs(a - b).max() < 1e-4 * np.abs(b).max() for a, b in zip(found, expected, strict=True)

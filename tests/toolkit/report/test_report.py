@@ -1,4 +1,4 @@
-"""What a person meets: the report and the page in a real browser, the Python interface, the explanation, the events."""
+"""Report and web page in a real browser; Python interface, explanations, training events."""
 
 import http.client
 import http.server
@@ -56,7 +56,7 @@ def browser() -> Iterator[Any]:
 
 
 def _open(browser: Any, url: str, width: int = 1280, **more: Any) -> tuple[Any, list[str]]:
-    """A page, and what it complains of."""
+    """Open a page; return it with the list of its errors."""
     page, wrong = browser.new_page(viewport={"width": width, "height": 900}, **more), []
     page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -157,7 +157,7 @@ def site(bundle: Path) -> Iterator[str]:
 def test_the_browser_computes_what_was_exported(
     site: str, bundle: Path, photos: Path, browser: Any
 ) -> None:
-    """ONNX Runtime Web itself: golden vectors, then photographs, a camera, a file that is none."""
+    """ONNX Runtime Web itself: golden vectors, then photographs, a camera, an invalid file."""
     page, wrong = _open(browser, site)
     page.wait_for_selector("#parity.good, #parity.bad, #engine.bad", timeout=60_000)
     assert re.match(
@@ -230,7 +230,7 @@ def test_what_is_not_the_runtime_is_refused(
 ) -> None:
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     (tmp_path / "other.tgz").write_bytes(b"other")
-    precious = tmp_path / ".ssh"  # FTKIT_CACHE may be a folder of the user's own
+    precious = tmp_path / ".ssh"  # FTKIT_CACHE may be a folder with the user's own files
     precious.mkdir()
     os.utime(precious, (0, 0))
     refused = ftkit("try", bundle, "--runtime", tmp_path / "other.tgz")
@@ -249,7 +249,7 @@ def test_what_is_not_the_runtime_is_refused(
 def test_a_heat_map_adds_up_to_the_logit(
     bundle: Path, run: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """Zhou et al.: the map's mean and the head's bias are the logit, for every class."""
+    """Class activation maps (Zhou et al.): mean of the map plus bias of the head is the logit."""
     explain, image = Explainer(bundle), decode(next((photos / "poly-ok").iterdir()))
     model = open_run(run).backbone()
     head = model.model.get_submodule(model.head)
@@ -284,7 +284,7 @@ def test_a_heat_map_adds_up_to_the_logit(
 
 
 class Between(torch.nn.Module):
-    """Like MobileNetV3: a layer stands between the average and the head."""
+    """Like MobileNetV3: has a layer between the pooling and the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ def test_a_backbone_without_a_pooled_linear_head_says_so(tmp_path: Path, bundle:
 
 
 def _served_anyhow(browser: Any, folder: Path) -> tuple[Any, list[str], str]:
-    """device/web by a static server without any header of its own."""
+    """Serve device/web with a static server that sets no special headers."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     handler.func.log_message = lambda *_: None  # type: ignore[method-assign]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -325,7 +325,7 @@ def _served_anyhow(browser: Any, folder: Path) -> tuple[Any, list[str], str]:
 def test_python_does_what_the_command_line_does(
     run: Path, bundle: Path, photos: Path, tmp_path: Path, browser: Any
 ) -> None:
-    """train (with events), export, verify, bench, load; a run and an export show themselves in a notebook."""
+    """train (with events), export, verify, bench, load; notebook display of a run and an export."""
     changes = ["preprocess.size=64", "preprocess.resize=64", "stages.0.epochs=2"]
     trained = package.train(
         photos, out=tmp_path / "run", recipe="gentle", settings=changes, tensorboard=True
@@ -383,7 +383,7 @@ def test_quiet_says_nothing_and_leakage_can_be_allowed(photos: Path, tmp_path: P
 
 
 def test_a_run_that_learned_nothing_still_ends(photos: Path, tmp_path: Path) -> None:
-    """The loss is infinite at once: no epoch counts, the untrained head is judged, the report has no curve."""
+    """The loss is infinite at once: no epoch counts, the untrained head is evaluated, no curve."""
     small = settings(
         "preprocess.size=64", "preprocess.resize=64", "stages.0.optimizer=sgd", "stages.0.lr=3e38"
     )

@@ -1,4 +1,4 @@
-"""Several processes on the CPU's gloo: the same global batches, the same weights; a rank that dies ends the run."""
+"""Several processes with gloo: same global batches, same weights; a dead rank ends the run."""
 
 import json
 import os
@@ -27,7 +27,8 @@ from ftkit.utils import distributed
 from ftkit.utils.distributed import FRESH_STORE, Ranks
 from ftkit_export.runtime.preprocess import Preprocess
 
-# SGD, since Adam turns the noise of gradients that are zero in theory (a bias before a BatchNorm) into steps.
+# SGD: Adam would turn gradient noise where the true gradient is zero
+# (a bias before a BatchNorm) into steps.
 PLAN = settings(
     *TINY, "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.lr=0.1", "stages.1.lr=0.01"
 )
@@ -36,7 +37,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture(scope="module")
 def alone(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plan, trained by one process."""
+    """The plan, trained by a single process."""
     out = tmp_path_factory.mktemp("ranks") / "alone"
     result = ftkit("train", photos, "--out", out, *PLAN)
     assert result.exit_code == 0, result.output
@@ -97,7 +98,7 @@ def test_four_ranks_end_with_the_weights_of_one(alone: Path, photos: Path, tmp_p
 
 
 def rank_processes(agent: int) -> dict[str, int]:
-    """Rank -> process, of torchrun's children."""
+    """Map rank to process among torchrun's children."""
     found = {}
     for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
         for entry in Path(f"/proc/{child}/environ").read_text().split("\0"):
@@ -107,7 +108,10 @@ def rank_processes(agent: int) -> dict[str, int]:
 
 
 def kill_rank_1(photos: Path, out: Path, script: Path, *more: str) -> tuple[int, str]:
-    """Two ranks, each step saved; rank 1 is killed in the second stage. Returns torchrun's exit code and complaints."""
+    """Run two ranks, saving each step, and kill rank 1 in the second stage.
+
+    Returns torchrun's exit code and stderr.
+    """
     script.write_text(COMMAND)
     command = [*TORCHRUN, *more, str(script), "train", str(photos), "--out", str(out), *PLAN]
     process = subprocess.Popen(
@@ -140,7 +144,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_goes_on(
     out = tmp_path / "run"
     code, errors = kill_rank_1(photos, out, tmp_path / "each_step_saved.py")
     assert code != 0
-    # Which comes first: that rank 1 no longer answers, or that torchrun asks rank 0 to stop.
+    # Either rank 1 stops answering first, or torchrun asks rank 0 to stop first.
     told = re.findall(
         r"^(?:error: rank 0: expected every rank to answer, found one gone \(.+\)|stopped; go on with)",
         errors,
@@ -190,7 +194,7 @@ with joined("cpu") as (device, ranks):
 
 
 def test_ranks_of_another_mind_end_with_one_sentence(photos: Path, tmp_path: Path) -> None:
-    """As when somebody typed another seed on the second machine, or a folder is missing on all."""
+    """For example a different seed on the second machine, or a folder missing on all."""
     script = tmp_path / "each_its_own.py"
     script.write_text(
         "import os, sys; from ftkit.cli.main import main; main([*sys.argv[1:], '--seed', os.environ['RANK']])"
@@ -245,7 +249,7 @@ def test_parts_are_the_whole_batch_and_nearly_equal(count: int) -> None:
 
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_a_part_of_a_batch_is_that_part_of_the_whole(photos: Path, cache: str) -> None:
-    """Random draws too: views, crops, flips, what is mixed in from another rank's images."""
+    """Including random draws: views, crops, flips, images mixed in from another rank."""
     preprocess = Preprocess(size=48, resize=64)
     augment = Augment(hflip=True, scale=0.5, mixup=0.4, cutmix=1.0)
     recipe = Recipe(
@@ -292,7 +296,7 @@ def test_gpus_that_are_not_there_are_named(photos: Path, tmp_path: Path) -> None
 def test_every_process_gets_the_very_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What starts them is replaced, for want of GPUs: the command line is what counts here."""
+    """The launcher is replaced, since GPUs are missing; only the command line is checked."""
     started: list[object] = []
     monkeypatch.setattr(distributed, "pick_device", lambda *_: None)
     monkeypatch.setattr(distributed, "launch", lambda *given: started.append(given) or 7)

@@ -1,4 +1,4 @@
-"""What is kept of the prefix: in a dtype that holds it, equal to a live pass, within its budget."""
+"""Feature cache: a sufficient dtype, equality with a live pass, and its disk budget."""
 
 import os
 import time
@@ -24,7 +24,7 @@ PREPROCESS = Preprocess(size=32, resize=40)
 
 
 class Scaled(nn.Module):
-    """Means of image quarters, at a scale."""
+    """Means of the image quarters, multiplied by a scale."""
 
     def __init__(self, scale: float):
         super().__init__()
@@ -88,7 +88,7 @@ def test_an_image_beyond_the_samples_range_brings_the_wider_dtype(views: Views) 
     limit = (
         sorted(means)[0] + min(m for m in [*sorted(means)[1:], *first] if m > sorted(means)[0])
     ) / 2
-    net = Spiky(limit)  # one view of one image, not in the sample, is far larger than the rest
+    net = Spiky(limit)  # one view of one image outside the sample is far larger than the rest
     kept = fill(net, "spiky", ["means"], views)
     assert isinstance(kept, Activations)
     assert kept.arrays["means"].dtype == np.float32
@@ -117,7 +117,7 @@ def _loaders(views: Views) -> StageLoaders:
 def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
     views: Views, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wherever it is wrong: the check saw one chunk of the last view, and the entry stayed for ever."""
+    """Wherever the error is; the check used to read only one chunk of the last view."""
     assert "frozen prefix computed once" in _loaders(views).stage(0).how
     (file,) = (feature_cache.cache_folder() / "prefix").glob("*/0.npy")
     array = np.load(file, mmap_mode="r+")
@@ -143,7 +143,7 @@ def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
     "content", [b"", b'{"kind"', b"\x93NUMPY\x01"], ids=["empty", "cut", "header"]
 )
 def test_a_damaged_entry_counts_as_absent(views: Views, file: str, content: bytes) -> None:
-    """It was a traceback in every later run."""
+    """Regression: it caused a traceback in every later run."""
     net = Scaled(1.0)
     first = fill(net, "damaged", ["means"], views)
     assert isinstance(first, Activations)
@@ -156,7 +156,7 @@ def test_a_damaged_entry_counts_as_absent(views: Views, file: str, content: byte
 
 
 def test_attributes_that_no_weight_and_no_code_tells_of_are_part_of_the_key(views: Views) -> None:
-    """The same weights with another eps, stride or padding answered with the former's activations."""
+    """Regression: the same weights with another eps, stride or padding reused the cache entry."""
 
     def net(**changed: object) -> nn.Module:
         torch.manual_seed(0)
@@ -205,7 +205,7 @@ def test_room_is_made_from_what_killed_runs_left_and_what_is_unused_longest(
 
 
 def test_another_algorithm_of_a_gpu_is_no_stale_cache() -> None:
-    """float32 was held to 1e-5 there too, where cuDNN may take Winograd's for another batch."""
+    """1e-5 is too strict for float32 there: cuDNN may use Winograd for another batch size."""
     assert (
         _tolerance("float32", torch.device("cuda"))
         == 1e-4

@@ -1,4 +1,4 @@
-"""How a stage computes: a faster way is taken when measured and equal; nothing in a step waits for the device."""
+"""Precision and step modes: faster modes must give equal results; no step synchronises."""
 
 import re
 import subprocess
@@ -30,7 +30,7 @@ CPU = Compute(device=torch.device("cpu"))
 
 
 class _Slow(nn.Module):
-    """A net whose forward pass takes 10 ms."""
+    """A network whose forward pass takes 10 ms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_rows_that_stay_on_the_device_are_the_rows_that_are_read() -> None:
 
 
 def test_a_batch_is_made_on_the_gpu_without_the_host_waiting(photos: Path) -> None:
-    """On pretended CUDA tensors, which refuse to mix with the host's, or to tell their values."""
+    """Uses fake CUDA tensors that refuse to mix with host tensors or to reveal their values."""
     preprocess = Preprocess(size=48, resize=64)
     everything = Augment(
         hflip=True,
@@ -147,7 +147,7 @@ def test_float16_learns_with_a_scaled_loss_and_goes_on_from_its_scale() -> None:
     moving = StepState(
         net, lambda name: True, stage, torch.optim.SGD(net.parameters(), lr=0.5), half
     )
-    # Too large: the first steps are left out
+    # The scale is too large: the first steps are skipped
     moving.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     losses = []
     for step in range(80):
@@ -202,9 +202,10 @@ assert told() == before == (["ieee"] * 3, False, False), (before, told())
 
 
 def test_an_export_after_cuda_training_works_and_leaves_tf32_off() -> None:
-    """Every one raised: torch.export reads the legacy switch, which may not be left alone. It also resets the new ones.
+    """Regression: torch.export read the legacy TF32 switch and failed; it also resets the new ones.
 
-    In a process of its own, with the policy for CUDA set on a machine that need not have it."""
+    Runs in a separate process, with the CUDA policy set on a machine that may have no GPU.
+    """
     done = subprocess.run(
         [sys.executable, "-c", PREPARED], capture_output=True, text=True, check=False
     )
@@ -221,7 +222,7 @@ def test_memory_that_torch_holds_and_does_not_use_is_free(monkeypatch: pytest.Mo
 def test_a_gpu_is_described_only_where_its_number_means_the_same_to_the_driver(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """CUDA counts the fastest first, the driver's library along the bus: of several, the wrong one was described."""
+    """CUDA orders GPUs by speed, the driver by bus, so the wrong one of several was described."""
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     assert (same_numbers(1), same_numbers(2)) == (True, False)
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

@@ -1,4 +1,4 @@
-"""A run that is killed, interrupted or terminated goes on and ends with the very same weights."""
+"""A run that is killed, interrupted or terminated resumes and ends with identical weights."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 def test_killed_three_times_and_once_asked_to_stop(run: Path, photos: Path, tmp_path: Path) -> None:
-    """SIGKILL in the head stage, SIGKILL and SIGTERM in the second, SIGINT late: each resume goes on from there."""
+    """SIGKILL in the head stage, SIGKILL and SIGTERM in the second, SIGINT late; each resumes."""
     out, chosen = tmp_path / "killed run", settings(*TINY)
     for place, number in (
         (4, signal.SIGKILL),
@@ -77,7 +77,7 @@ def test_killed_three_times_and_once_asked_to_stop(run: Path, photos: Path, tmp_
 
 @pytest.fixture(scope="module")
 def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run stopped in its second stage."""
+    """A run interrupted in its second stage."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     process = begin(photos, out, *settings(*TINY))
     wait_for(process, out, 1002)
@@ -146,7 +146,10 @@ def test_a_disk_that_fills_leaves_the_last_save_and_one_sentence(
 
 
 def test_two_processes_do_not_work_on_one_run(photos: Path, tmp_path: Path) -> None:
-    """They took the same folder and deleted each other's state. The lock ends with its process."""
+    """Regression: both used the same folder and deleted each other's state.
+
+    The lock is released when its process ends.
+    """
     out = tmp_path / "run"
     first = begin(photos, out, *settings(*TINY))
     wait_for(first, out, 2)
@@ -204,7 +207,7 @@ def test_a_link_to_nowhere_is_told_and_not_tried_for_ever(tmp_path: Path) -> Non
 
 
 def test_runs_that_begin_at_once_get_a_folder_each(tmp_path: Path) -> None:
-    """Without --out two took the same one, and the second was told to free some disk."""
+    """Regression: without --out two runs took one folder, and one reported a full disk."""
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(claim, [tmp_path / "runs" / "lite0"] * 24))
     assert len(folders) == 24

@@ -1,4 +1,4 @@
-"""What a stage's options do: which parts train, at what rate, on what loss; and what stops a stage."""
+"""Options of a stage: trained parts, learning rates, loss, and what ends a stage."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_a_teacher_pulls_towards_its_own_answers() -> None:
 
 
 class _InMemory(Loader):
-    """Val pixels that lie in memory; nothing to train on."""
+    """Loader with val pixels in memory and no training data."""
 
     def __init__(self, net: nn.Module, pixels: torch.Tensor):
         device = torch.device("cpu")
@@ -121,7 +121,7 @@ class _InMemory(Loader):
 
 
 class _Small(nn.Module):
-    """Runs out of memory above `limit` images at once, as a GPU would."""
+    """Raises out-of-memory above `limit` images per call, as a GPU would."""
 
     def __init__(self, limit: int):
         super().__init__()
@@ -147,7 +147,7 @@ def test_out_of_memory_halves_the_step_and_the_gradients_stay(
     whole = net.linear.weight.grad.clone()  # type: ignore[union-attr]
     net.limit = 6
     loader = _InMemory(net, torch.zeros(0))
-    # What a step ran before: it goes, for it takes whole batches only
+    # Module used so far; it is dropped, because it accepts only whole batches
     captured = nn.Sequential(net)
     _, left, micro = fresh_gradients(captured, loader, batch, moving, None, 20)
     assert (micro, left) == (5, net)
@@ -240,7 +240,7 @@ def test_a_head_stage_leaves_features_in_place_and_a_deeper_one_moves_them(run: 
 
 
 class _Branching(nn.Module):
-    """What torch.fx cannot follow: a decision on values."""
+    """A model that torch.fx cannot trace: it branches on values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ def test_a_teacher_of_other_classes_is_refused_at_once(
 
 
 def test_stages_that_balance_their_classes_compete_on_balanced_accuracy() -> None:
-    """Plain accuracy favours the model that forgets the rare class: 0.9 against 0.8 here."""
+    """Plain accuracy prefers a model that ignores the rare class: 0.9 against 0.8 here."""
     backbone = build("resnet18", 2, "none")
     labels, pixels = torch.tensor([0] * 18 + [1] * 2), torch.zeros(20, 3, 32, 32)
     pixels[18:], pixels[:4] = 1.0, 1.0  # the rare class is bright, and so are four of the others

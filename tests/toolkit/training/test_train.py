@@ -1,4 +1,4 @@
-"""A run: its trace, its folder, its choices, the same again with the same seed."""
+"""A training run: log, folder, options, reproducibility with the same seed."""
 
 import hashlib
 import http.server
@@ -81,7 +81,7 @@ def test_the_same_seed_gives_the_same_weights(photos: Path, run: Path, tmp_path:
 
 
 def test_live_training_works_where_nothing_can_be_cached(photos: Path, tmp_path: Path) -> None:
-    """A torchvision backbone, all of it training, from scratch, with every augmentation on."""
+    """A torchvision backbone trained from scratch in full, with every augmentation on."""
     changes = [
         *("backbone=squeezenet1_1", "weights=none", "preprocess.size=64", "preprocess.resize=72"),
         *(
@@ -119,7 +119,7 @@ def test_a_loss_that_explodes_leaves_the_weights_before_it(photos: Path, tmp_pat
 def test_weights_that_would_need_a_network_name_the_file_and_two_ways(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy that refuses is as good as no network, and is there on every machine."""
+    """A proxy that refuses connections emulates a missing network on any machine."""
     for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
@@ -147,7 +147,7 @@ def test_weights_that_would_need_a_network_name_the_file_and_two_ways(
 
 
 class _Mirror(http.server.BaseHTTPRequestHandler):
-    """A mirror of the hub that has one file."""
+    """A hub mirror that has one file."""
 
     content = b""
 
@@ -173,7 +173,7 @@ class _Mirror(http.server.BaseHTTPRequestHandler):
 
 
 def test_weights_come_through_a_mirror_where_the_hubs_own_name_is_unknown(tmp_path: Path) -> None:
-    """A look-up of the hub's name refused everyone behind a proxy or a mirror."""
+    """Regression: resolving the hub's own name failed behind any proxy or mirror."""
     donor = build("resnet18", 1000, "none").model
     _Mirror.content = safetensors.torch.save(dict(donor.state_dict()))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Mirror) as server:

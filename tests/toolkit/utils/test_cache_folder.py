@@ -1,4 +1,4 @@
-"""The cache is listed, cleared, and kept within its limit, the longest unused first."""
+"""The cache is listed, cleared, and limited; the least recently used entries go first."""
 
 import os
 import time
@@ -12,7 +12,7 @@ from ftkit.utils import cache_folder
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four entries of 1 MB, last used 40, 30, 20 days and no time ago."""
+    """Four entries of 1 MB, last used 40, 30, 20 and 0 days ago."""
     monkeypatch.setenv("FTKIT_CACHE", str(tmp_path))
     for number, days in enumerate((40, 30, 20, 0)):
         folder = tmp_path / ("canvases" if number % 2 else "prefix") / str(number)
@@ -53,7 +53,7 @@ def test_the_command_lists_and_clears(cache: Path) -> None:
 
 
 def test_opening_an_entry_marks_it_used(run: Path, photos: Path, tmp_path: Path) -> None:
-    """So that what every run of today needs is not what goes first."""
+    """Otherwise an entry needed by every run could be removed first."""
     for entry in cache_folder.entries():
         os.utime(entry.folder, (1, 1))
     assert ftkit("data", photos).exit_code == 0
@@ -63,7 +63,7 @@ def test_opening_an_entry_marks_it_used(run: Path, photos: Path, tmp_path: Path)
 def test_a_limit_that_is_none_stops_a_training_before_it_begins(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was told after the training, in place of its result."""
+    """Regression: an invalid limit was reported after the training, instead of its result."""
     monkeypatch.setenv("FTKIT_CACHE_GB", "much")
     told = ftkit("train", photos, "--out", tmp_path / "run")
     assert (told.exit_code, "FTKIT_CACHE_GB: expected" in told.stderr) == (2, True)
