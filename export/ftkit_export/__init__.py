@@ -1,2 +1,4 @@
-"""What leaves for the device: preprocess, convert, parity, latency, bundle. Knows nothing of
-training."""
+"""Everything on the way to the device: preprocessing, conversion, parity, latency, bundles.
+
+Independent of the training code.
+"""

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside their place, then renamed to it.
+"""Write files and folders atomically: beside their place, then renamed to it.
 
 write_atomically(path, content)
 with replacing(path) as beside: write(beside)
@@ -24,9 +24,11 @@ from ftkit_export.runtime.errors import FtkitError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to. It is flushed to the disk and replaces `path` at the end of
-    the block: a reader sees the old file or the new one. After an error what was there stays."""
-    # A name that no other writer has
+    """Yield a temporary path beside `path`; after the block it is fsynced and replaces `path`.
+
+    A reader sees the old file or the new one. After an error the old file stays.
+    """
+    # unique among concurrent writers
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield beside
@@ -39,8 +41,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole. Raises FtkitError, naming the file, when the disk is full; what was there
-    stays."""
+    """Write a file atomically.
+
+    Raises FtkitError, naming the file, when it cannot be written (disk full); the old file stays.
+    """
     try:
         with replacing(path) as beside:
             beside.write_bytes(content)
@@ -52,8 +56,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def folder_beside(out: Path) -> Path:
-    """A hidden folder beside `out`, to be renamed to it once whole. Those that killed processes
-    left are removed."""
+    """Create a hidden folder beside `out`, to be renamed to it once complete.
+
+    Such folders that killed processes of this machine left behind are removed.
+    """
     host = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
     for path in out.parent.glob(f".{glob.escape(out.name)}.{host}-*"):
         left = re.fullmatch(r"(\d+)\.\w+", path.name.rpartition(f".{host}-")[2])
@@ -64,11 +70,11 @@ def folder_beside(out: Path) -> Path:
 
 
 def _lives(process: int) -> bool:
-    """Whether there is such a process on this machine."""
+    """Whether a process with this ID runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is somebody else's, or the system does not tell
+    except OSError:  # another user's, or the system does not say
         return True
     return True

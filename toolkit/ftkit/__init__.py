@@ -1,4 +1,4 @@
-"""ftkit turns a folder of images into a model file that is proven to work on a device."""
+"""ftkit: fine-tune an image classifier, export it to ONNX, and prove the file on a device."""
 
 from ftkit.api import bench, export, load, train, verify
 from ftkit_export.runtime.errors import FtkitError

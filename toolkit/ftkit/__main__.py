@@ -1,4 +1,4 @@
-"""`python -m ftkit` is `ftkit`."""
+"""Run `python -m ftkit` as `ftkit`."""
 
 from ftkit.cli.main import main
 

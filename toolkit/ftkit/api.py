@@ -1,4 +1,4 @@
-"""ftkit from Python: what the commands of the same names do.
+"""Python API: one function for each command of the same name.
 
     import ftkit
 
@@ -8,8 +8,8 @@
     ftkit.bench(done.folder)["rows"][0]["p50_ms"]
     ftkit.load(done.folder)("photo.jpg").label
 
-Every one raises ftkit.FtkitError, whose message says where, what was expected, what was found and
-what to try. In a notebook a run and an export show themselves as tables.
+Every function raises ftkit.FtkitError on failure; the message says where, what was expected, what
+was found and what to try. In a notebook, runs and exports render as tables.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 def train(data: str | Path, options: TrainOptions) -> Run:
     """Fine-tune on labelled images and return the finished run.
 
-    data: a class folder, split folders or a CSV. The options are those of TrainOptions, by keyword.
+    data: a class folder, split folders or a CSV. The fields of TrainOptions are keyword arguments.
     Raises FtkitError for bad data, recipe, weights or settings; Stopped (a KeyboardInterrupt) after
-    Ctrl-C, saved. Under torchrun the first rank returns; the others end here.
+    Ctrl-C, with the run saved. Under torchrun only the first rank returns; the others exit.
     """
     from ftkit.overrides import override
     from ftkit.recipe import Recipe, load_recipe
@@ -54,7 +54,7 @@ def train(data: str | Path, options: TrainOptions) -> Run:
     weights = [f"weights={options.weights}"] if options.weights else []
     plan = override(plan, [*weights, *options.settings])
 
-    # They take seconds to import: a typo has been told by now.
+    # Slow imports, only after typos have been reported
     from ftkit.training.run import claim, next_free, open_run
     from ftkit.training.train import train as run_training
 
@@ -68,20 +68,20 @@ def train(data: str | Path, options: TrainOptions) -> Run:
     finally:
         if not options.out:
             with suppress(OSError):
-                folder.rmdir()  # where nothing began
+                folder.rmdir()  # fails, and so keeps the folder, unless it is empty
 
     if not console.is_first():
-        sys.exit(0)  # of several ranks one has the run; this one's work is done
+        sys.exit(0)  # only the first rank returns the run
 
     return open_run(folder)
 
 
 @by_keyword(ExportOptions)
 def export(run: Run | str | Path, options: ExportOptions) -> Exported:
-    """Export a run to ONNX, prove the file, seal the bundle; `passed` is False, and the folder
-    BUNDLE.failed, when a gate failed.
+    """Export a run to ONNX, check the file against the gates, and seal the bundle.
 
-    run: as `train` returned it, or its folder. The options are those of ExportOptions, by keyword.
+    If a gate fails, `passed` is False and the folder is named BUNDLE.failed. run: as returned by
+    `train`, or its folder. The fields of ExportOptions are keyword arguments.
     """
     _check_settings(options)
 
@@ -125,7 +125,7 @@ def export(run: Run | str | Path, options: ExportOptions) -> Exported:
 
 
 def _check_settings(options: ExportOptions) -> None:
-    """Tell a typo before seconds of imports."""
+    """Reject invalid settings before the slow imports."""
     from ftkit.overrides import override
     from ftkit.recipe import Recipe, Stage
 
@@ -144,7 +144,7 @@ def _check_settings(options: ExportOptions) -> None:
 
 
 def _limits(options: ExportOptions, run: Run, device: Device | None) -> Export:
-    """Gates and budgets: the recipe's, what was set, and what the device is."""
+    """Gates and budgets: the recipe's, with the settings and the device applied."""
     from ftkit.overrides import override
 
     if device and options.target not in (None, "auto", "cuda", "web", device.target):
@@ -164,7 +164,7 @@ def _limits(options: ExportOptions, run: Run, device: Device | None) -> Export:
 def _latency_of_target(
     options: ExportOptions, run: Run, limits: Export, providers: Sequence[str]
 ) -> dict[str, Any]:
-    """What was measured on the target itself; nothing without --latency."""
+    """Latency measured on the target itself; empty without --latency."""
     from ftkit.exporting.export import frame_of, read_measured
     from ftkit.exporting.variants import resolve_target
 
@@ -178,9 +178,11 @@ def _latency_of_target(
 def verify(
     bundle: str | Path, *, provider: str = "cpu", key: str | Path | None = None
 ) -> Verification:
-    """Hashes, golden vectors and sealed gates of a bundle (a folder or a zip) on this machine. key:
-    the public key that must have signed it. Raises BundleError for one that is altered, incomplete,
-    or signed by another."""
+    """Verify a bundle (a folder or a zip) here: hashes, golden vectors and sealed gates.
+
+    key: the public key that must have signed it. Raises BundleError if the bundle was altered, is
+    incomplete, or is signed by another key.
+    """
     from ftkit_export.bundle import archive
     from ftkit_export.runtime.verify import verify as run_verify
 
@@ -190,11 +192,10 @@ def verify(
 
 @by_keyword(BenchOptions)
 def bench(model: str | Path, options: BenchOptions) -> Mapping[str, Any]:
-    """Latency, cold start, memory and size of a bundle or any ONNX file, in ms and bytes: what
-    `ftkit bench --json` writes.
+    """Measure latency, cold start, memory and size of a bundle or any ONNX file, in ms and bytes.
 
-    The options are those of BenchOptions, by keyword. With `against`, the result's "against" holds
-    the verdicts of the regression gate.
+    Returns what `ftkit bench --json` writes. The fields of BenchOptions are keyword arguments. With
+    `against`, the result's "against" holds the verdicts of the regression gate.
     """
     from dataclasses import asdict
 
@@ -218,10 +219,13 @@ def bench(model: str | Path, options: BenchOptions) -> Mapping[str, Any]:
 def load(
     bundle: str | Path, *, provider: str = "cpu", threads: int = 0, key: str | Path | None = None
 ) -> Classifier:
-    """The exported file as a function: load("bundle")("photo.jpg") -> Prediction (label,
-    probability, probabilities, doubtful, foreign). It takes a path, an image file's bytes, or an
-    RGB array (H, W, 3) uint8. threads: 0 = all. key: the public key that must have signed the
-    bundle, whose hashes are then checked too."""
+    """Load an exported model as a function from an image to a Prediction.
+
+    load("bundle")("photo.jpg") -> Prediction (label, probability, probabilities, doubtful,
+    foreign). The image is a path, the bytes of an image file, or an RGB array (H, W, 3) uint8.
+    threads: 0 = all. key: the public key that must have signed the bundle; its hashes are then
+    checked too.
+    """
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.predict import Classifier
 

@@ -1,10 +1,9 @@
-"""Options of a training, an export and a benchmark: one dataclass each, for Python and the command
-line.
+"""Options of training, export and benchmark: one dataclass each, for Python and the command line.
 
-    @by_keyword(TrainOptions)
-    def train(data: str | Path, options: TrainOptions) -> Run: ...
+@by_keyword(TrainOptions)
+def train(data: str | Path, options: TrainOptions) -> Run: ...
 
-    train("photos", seed=1)
+train("photos", seed=1)
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Result = TypeVar("Result")
 def by_keyword(
     options: Callable[P, Options],
 ) -> Callable[[Callable[[Subject, Options], Result]], Callable[Concatenate[Subject, P], Result]]:
-    """Let callers give the fields of a function's second argument, a dataclass, as keywords."""
+    """Decorator: pass the fields of a function's second argument, a dataclass, as keywords."""
 
     def decorate(
         function: Callable[[Subject, Options], Result],
@@ -54,14 +53,20 @@ def by_keyword(
 class TrainOptions:
     """Options of `ftkit train` and ftkit.train.
 
-    out: the run folder, by default runs/RECIPE-N. recipe: a name, FILE.py, the recipe.json of a
-    report, or a Recipe. settings: "stages.1.lr=1e-4" and the like. weights: a file of backbone
-    weights, "none" for untrained. device: auto, cpu or cuda. resume: go on where an interrupted run
-    in `out` stands; begin when there is none; nothing to do when it is finished. known: a resumed
-    run keeps its own recipe and seed, whatever is given here. deterministic: the same weights twice
-    on a GPU too, slower; a CPU gives them anyway, with as many threads. group_by, root: as
-    dataset.read's. allow_leakage: also when train, val and test share images or groups, or
-    identical files have two labels. tensorboard: events in `out`/tensorboard too.
+    - out: run folder, by default runs/RECIPE-N.
+    - recipe: a name, FILE.py, the recipe.json of a report, or a Recipe.
+    - settings: overrides of recipe fields, such as "stages.1.lr=1e-4".
+    - weights: a file of backbone weights; "none" starts untrained.
+    - device: auto, cpu or cuda.
+    - resume: continue the interrupted run in `out`, or start one if there is none; does nothing if
+      the run is finished.
+    - known: a resumed run keeps its own recipe and seed, whatever is given here.
+    - deterministic: reproduce the same weights on a GPU too, at lower speed; a CPU always does,
+      given the same number of threads.
+    - group_by, root: as in dataset.read_images.
+    - allow_leakage: train even if train, val and test share images or groups, or identical files
+      have two labels.
+    - tensorboard: also write TensorBoard events to `out`/tensorboard.
     """
 
     out: str | Path | None = None
@@ -84,14 +89,20 @@ class TrainOptions:
 class ExportOptions:
     """Options of `ftkit export` and ftkit.export.
 
-    out: the bundle, by default RUN-bundle. settings: "export.p95_ms=8" and the like. providers:
-    those that parity and latency are measured on. data: where the run's images are now, if they
-    moved. quick: shorter latency runs, marked so in the evidence. target: auto, x86-vnni, x86,
-    arm64, cuda or web. latency: what `device/classify.py --bench` printed on the target. on:
-    user@host whose latency decides (ssh). input_format: rgb, bgr, grey or nv12. c, ort, handoff,
-    web: plain C sources, ONNX Runtime's own format, the files for other compilers, a page for
-    browsers. runtime: onnxruntime-web's .tgz for web. zipped: BUNDLE.zip too. sign: an Ed25519
-    private key (PEM).
+    - out: bundle folder, by default RUN-bundle.
+    - settings: overrides such as "export.p95_ms=8".
+    - providers: execution providers on which parity and latency are measured.
+    - data: where the run's images are now, if they were moved.
+    - quick: shorter latency runs, marked as such in the evidence.
+    - target: auto, x86-vnni, x86, arm64, cuda or web.
+    - latency: output of `device/classify.py --bench` on the target.
+    - on: user@host (ssh) whose latency decides.
+    - input_format: rgb, bgr, grey or nv12.
+    - c, ort, handoff, web: also write plain C sources, ONNX Runtime's own format, the files for
+      other compilers, a page for browsers.
+    - runtime: onnxruntime-web's .tgz, for web.
+    - zipped: also write BUNDLE.zip.
+    - sign: an Ed25519 private key (PEM).
     """
 
     out: str | Path | None = None
@@ -117,11 +128,13 @@ class ExportOptions:
 class BenchOptions:
     """Options of `ftkit bench` and ftkit.bench.
 
-    against: a bundle or ONNX file to run in turn with. threads: CPU threads, by default 1 and all
-    cores, and 1 with `against`. batches: 0 is what the file fixes, else 1. image: what a file of
-    ftkit's runs on, by default a golden image. frame: the size that the image is brought to,
-    "640x480", by default what the bundle names. max_slowdown: the share of latency that `against`
-    tolerates. seconds: the most that `against` may take.
+    - against: a bundle or ONNX file to compare with, in alternating runs.
+    - threads: CPU threads; by default 1 and all cores, with `against` only 1.
+    - batches: batch sizes; 0 means the size fixed in the file, else 1.
+    - image: input for an ftkit model, by default a golden image.
+    - frame: size the image is resized to, e.g. "640x480"; by default the one the bundle names.
+    - max_slowdown: tolerated slowdown with `against`, as a share of the latency.
+    - seconds: time limit with `against`.
     """
 
     against: str | Path | None = None
@@ -136,5 +149,5 @@ class BenchOptions:
 
     @property
     def several(self) -> bool:
-        """Whether more than one condition is asked for."""
+        """Whether more than one condition is requested."""
         return max(len(self.providers), len(self.threads), len(self.batches)) > 1

@@ -1,4 +1,4 @@
-"""Apply --set: change fields of a recipe by name; a typo is answered with the choices.
+"""Apply --set: change recipe fields by name; a typo raises an error that lists the choices.
 
 recipe = override(recipe, ["stages.1.lr=1e-4", "backbone=resnet18"])
 """
@@ -18,9 +18,12 @@ from ftkit_export.runtime.preprocess import Preprocess
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply "a.b=c" settings in order; those of preprocess last and together, for they bound each
-    other, on top of the recipe's or the backbone's own. Raises FtkitError with the field's choices
-    for a typo."""
+    """Apply "a.b=c" settings in order.
+
+    Settings of preprocess are applied last and together, since they constrain each other, on top of
+    the recipe's own or, without one, the backbone's. Raises FtkitError with the field's choices for
+    a typo.
+    """
     pixels = {}
     for setting in settings:
         path, equals, text = (part.strip() for part in setting.partition("="))
@@ -47,12 +50,12 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         parsed[name] = _parse(text, hints[name], setting)
 
     alone = {name: value for name, value in parsed.items() if name not in ("size", "resize")}
-    # A wrong value is told before the backbone, whose own the others are, is built: in no time
+    # Report a wrong value before the slow build of the backbone that supplies the other fields
     Preprocess(**alone)
 
     preprocess = _preprocess(recipe)
     if "size" in parsed and "resize" not in parsed and preprocess.size:
-        # A canvas of the old size would leave the network its middle only.
+        # With a canvas of the old size, the network would see only its centre.
         parsed["resize"] = preprocess.at(parsed["size"]).resize
         if parsed["resize"] != preprocess.resize:
             console.say(
@@ -65,7 +68,7 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
 def _preprocess(recipe: Recipe) -> Preprocess:
     if recipe.preprocess:
         return recipe.preprocess
-    from ftkit.models.backbones import build  # here: it takes torch, and most settings do without
+    from ftkit.models.backbones import build  # imports torch, which most settings do not need
 
     return build(recipe.backbone, 2, "none").preprocess
 
@@ -101,8 +104,7 @@ def _replace(node: Any, path: Sequence[str], text: str, setting: str) -> Any:
 
 
 def _fields(name: str, path: Sequence[str], node: Any, hints: Mapping[str, Any], text: str) -> str:
-    """The rest of the error message: a field of that name elsewhere in the recipe, before one of
-    like letters here."""
+    """End of the error message: the same field elsewhere in the recipe, or similar names."""
     leaf = path[-1]
     for place, fields in _places(node).items():
         if leaf in fields or nearest(leaf, fields):
@@ -112,7 +114,7 @@ def _fields(name: str, path: Sequence[str], node: Any, hints: Mapping[str, Any],
 
 
 def _places(node: Any) -> dict[str, list[str]]:
-    """Prefix -> names of the fields below it, of a recipe; of another node, its own."""
+    """Prefix -> field names below it, for a Recipe; empty for any other node."""
     if not isinstance(node, Recipe):
         return {}
     kinds = {"export.": Export, "stages.0.": Stage, "preprocess.": Preprocess, "augment.": Augment}
@@ -129,7 +131,7 @@ def _missing(setting: str) -> Any:
 
 def _parse(text: str, hint: Any, setting: str) -> Any:
     kinds = (hint,) if typing.get_origin(hint) is tuple else typing.get_args(hint) or (hint,)
-    for kind in sorted(kinds, key=lambda kind: kind is str):  # any text is a str: that comes last
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # str last: it accepts any text
         try:
             return _as_kind(text, kind)
         except (ValueError, KeyError):
@@ -158,7 +160,7 @@ def _word(kind: Any) -> str:
 
 
 def _as_kind(text: str, kind: Any) -> Any:
-    """`text` as one kind of value; ValueError or KeyError when it is none."""
+    """Parse `text` as one type; raises ValueError or KeyError if it does not fit."""
     if kind is types.NoneType:
         return {"none": None}[text.lower()]
     if kind is bool:

@@ -1,10 +1,11 @@
-"""Recipe: the whole plan as frozen dataclasses. One name `recipe` per file; a variant is
-`dataclasses.replace`.
+"""Recipe: the complete training and export plan, as frozen dataclasses.
 
-    recipe = load("lite0")                                     # by entry-point name or by file
+Each recipe file defines one name, `recipe`; variants use `dataclasses.replace`.
 
-`resolve` turns a recipe into plain JSON for run.json and `restore` reads it back: only `ftkit
-train` executes a file.
+    recipe = load_recipe("lite0")                              # by entry-point name or by file
+
+`resolve` turns a recipe into plain JSON for run.json and `restore` reads it back, so only `ftkit
+train` executes a recipe file.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ BALANCES = ("none", "loss", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """Random changes to a training view, per sample. Flips only where a flipped object is still the
-    same class.
+    """Random augmentation of training views, per sample; everything is off by default.
 
-    scale: smallest share of the canvas's area a crop may keep (1.0 = the evaluation crop). rotate:
-    degrees either way. brightness, contrast, saturation: relative, either way. erase: chance that a
-    rectangle is blanked (Zhong et al. 2020). mixup, cutmix: alpha of the Beta law of two images'
-    shares (Zhang et al. 2018, Yun et al. 2019); they mix pixels, so a cached stage goes without.
-    All off by default: what is allowed is the recipe's to say.
+    - hflip, vflip: enable only if a flipped object keeps its class.
+    - scale: smallest share of the canvas area that a crop may keep (1.0 = the evaluation crop).
+    - rotate: largest angle in degrees, in either direction.
+    - brightness, contrast, saturation: largest relative change, in either direction.
+    - erase: probability that a rectangle is blanked (Zhong et al. 2020).
+    - mixup, cutmix: alpha of the Beta distribution of the mixing share (Zhang et al. 2018, Yun et
+      al. 2019). Both mix pixels, so stages with a feature cache do not apply them.
     """
 
     hflip: bool = False
@@ -71,25 +73,31 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether pixels of two images are mixed."""
+        """Whether the pixels of two images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage: what trains, for how long, how fast.
+    """One training stage: what trains, for how long, and how fast.
 
-    train: "head", "last:N" (the last N of the backbone's blocks and all that follows), "first:N"
-    (all up to the Nth block, and the head), "all", or a regular expression searched for in module
-    names ("attn|head"). lr: peak learning rate; "auto" (a cached head stage) tries a fan of rates
-    at once and takes the best on val. warmup: share of the steps it rises over. layer_decay: each
-    block further from the head learns at this multiple of the next one's rate. balance: classes
-    weighted in the loss, or drawn equally often. ema: decay of the averaged weights, 0 = off. clip:
-    largest gradient norm, 0 = off. patience: epochs without a better val score before the stage
-    ends with its best epoch, 0 = all epochs, and the last one counts. views: random views of each
-    image that a cached stage draws from; view 0 is the evaluation crop. batchnorm: whether the
-    BatchNorm statistics of the trained part go on moving. teacher: folder of a finished run whose
-    answers to the same views are half of what is learned (Hinton et al. 2015).
+    - train: "head", "last:N" (the last N of the backbone's blocks and everything after them),
+      "first:N" (everything up to the Nth block, and the head), "all", or a regular expression
+      searched for in module names ("attn|head").
+    - lr: peak learning rate; "auto" (a cached head stage only) runs a learning-rate search and
+      takes the best rate on val.
+    - warmup: share of the steps over which the rate rises.
+    - layer_decay: factor on the learning rate for each block further from the head.
+    - balance: "loss" weights the classes in the loss, "sample" draws them equally often.
+    - ema: decay of the averaged weights, 0 = off.
+    - clip: largest gradient norm, 0 = off.
+    - patience: epochs without a better val score before the stage stops and takes its best epoch; 0
+      = run all epochs and take the last.
+    - views: random views of each image that a cached stage draws from; view 0 is the evaluation
+      crop.
+    - batchnorm: whether BatchNorm statistics of the trained part are updated.
+    - teacher: folder of a finished run to distil from: its predictions on the same views make up
+      half of the loss (Hinton et al. 2015).
     """
 
     train: str = "head"
@@ -147,19 +155,25 @@ class Stage:
 class Export:
     """Variants, gates and budgets of the exported file; a budget of None is not gated.
 
-    max_accuracy_drop: how far the file may fall below the framework, in shares (0.01 = 1 point):
-    fp32 on test; int8 and fp16 on val, with confidence. min_recall: share of every class's test
-    images that must be right, judged by the 95 % interval of the class that is least sure of it.
-    p95_ms: milliseconds at one thread, image form, on this machine, held in each of several
-    processes. frame: "640x480", width and height of the camera's frames, which the file resizes:
-    what latencies are measured and judged at; None takes the size that 95 % of the data's own
-    images do not exceed, by area. size_mb: megabytes (1e6 bytes). memory_mb: highest resident
-    memory of a process that runs the file. target: where the file shall run
-    (ftkit_export.runtime.targets); "auto" = this machine. variants: "auto" = what the target has
-    beside fp32, decided by measurement; "fp32" = none. calibration: minmax, percentile or entropy
-    over so many training images. qat_epochs: fake-quantized epochs, as a last stage, when no int8
-    form holds the accuracy. input_format: what the device's frames are: rgb, bgr, grey or nv12.
-    golden: "images" keeps a few held-out images in the bundle, "synthetic" only formula-made ones.
+    - max_accuracy_drop: how far accuracy may fall below the framework's, as a share (0.01 = 1
+      point): fp32 on test; int8 and fp16 on val, with confidence.
+    - min_recall: share of each class's test images that must be right, judged by the 95 %
+      confidence interval of the least certain class.
+    - p95_ms: latency of the image form in milliseconds, at one thread on this machine; must hold in
+      each of several processes.
+    - frame: "640x480", width and height of the camera's frames, which the file resizes and at which
+      latency is measured and judged; None takes the size that 95 % of the data's own images do not
+      exceed, by area.
+    - size_mb: megabytes (1e6 bytes).
+    - memory_mb: peak resident memory of a process that runs the file.
+    - target: where the file will run (ftkit_export.runtime.targets); "auto" = this machine.
+    - variants: "auto" = what the target offers besides fp32, chosen by measurement; "fp32" = none.
+    - calibration: minmax, percentile or entropy, over calibration_images training images.
+    - qat_epochs: epochs of quantization-aware training, as a last stage, if no int8 variant keeps
+      the accuracy.
+    - input_format: pixel format of the device's frames: rgb, bgr, grey or nv12.
+    - golden: "images" keeps a few held-out images in the bundle, "synthetic" only ones computed by
+      formula.
     """
 
     max_accuracy_drop: float = 0.01
@@ -203,11 +217,12 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole plan. preprocess = None takes the backbone's own; weights: "pretrained", "none", or a
-    file.
+    """A complete plan: backbone, stages, augmentation and export.
 
-    precision: share of answers that shall be right; answers too doubtful for it are withheld
-    (threshold from val).
+    - preprocess: None takes the backbone's own.
+    - weights: "pretrained", "none", or a file.
+    - precision: share of accepted answers that should be right; low-confidence answers are withheld
+      (threshold from val).
     """
 
     name: str
@@ -250,9 +265,9 @@ def names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by entry-point name or file path, or the resolved one of a run.json.
+    """Load a recipe by entry-point name or file path, or the resolved one of a run.json.
 
-    Raises FtkitError with the choices, or with why it does not import.
+    Raises FtkitError with the choices, or with the reason why it cannot be imported.
     """
     if name.endswith(".json"):
         return _of_json(Path(name))
@@ -268,7 +283,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _of_json(path: Path) -> Recipe:
-    """The recipe of a run.json, or alone, as a report shows it."""
+    """The recipe in a run.json, or in the recipe.json of a report."""
     try:
         data = json.loads(path.read_text())
         return restore(data.get("recipe", data) if isinstance(data, dict) else {})
@@ -279,7 +294,7 @@ def _of_json(path: Path) -> Recipe:
 
 
 def load_module(name: str) -> types.ModuleType:
-    """The module that holds a recipe (its docstring says what was measured)."""
+    """Import the module that holds a recipe (its docstring reports what was measured)."""
     try:
         return _import_file(Path(name)) if name.endswith(".py") else _import_entry_point(name)
     except FtkitError:
@@ -316,8 +331,10 @@ def resolve(recipe: Recipe) -> dict[str, Any]:
 
 
 def restore(data: dict[str, Any]) -> Recipe:
-    """The recipe back from `resolve`'s data. Raises FtkitError when fields are unknown (a newer
-    ftkit wrote them)."""
+    """Rebuild a recipe from `resolve`'s data.
+
+    Raises FtkitError if fields are unknown, as when a newer ftkit wrote them.
+    """
     try:
         return Recipe(
             **{
@@ -335,7 +352,7 @@ def restore(data: dict[str, Any]) -> Recipe:
 
 
 def restore_preprocess(data: dict[str, Any]) -> Preprocess:
-    """Preprocess back from JSON, where tuples became lists."""
+    """Rebuild a Preprocess from JSON, where tuples became lists."""
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
     }

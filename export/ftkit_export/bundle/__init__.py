@@ -1,1 +1,1 @@
-"""The sealed folder: written, zipped, signed, handed to other compilers."""
+"""The sealed bundle folder: writing, zipping, signing, hand-off to other compilers."""

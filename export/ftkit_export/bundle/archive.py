@@ -1,4 +1,4 @@
-"""A bundle as one file, and signed: written the same each time, opened without trust.
+"""Pack a bundle into a reproducible zip, sign it, and open untrusted ones safely.
 
     pack(bundle, Path("bundle.zip"))
     with opened(Path("bundle.zip")) as bundle: ...        # a folder; a zip is unpacked into a temporary one
@@ -24,7 +24,7 @@ from ftkit_export.files import replacing
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.verify import MANIFEST, SIGNATURE, check_files, read_manifest
 
-# The earliest date a zip can hold: no file's own date makes two archives differ
+# The earliest date a zip can hold, for every file: two archives do not differ by dates
 EPOCH = (
     1980,
     1,
@@ -35,7 +35,7 @@ EPOCH = (
 )
 LARGEST_ARCHIVE = 4 << 30  # bytes unpacked
 MOST_FILES = 10_000
-# Raised by zipfile for an archive that is damaged, or was made to harm.
+# Raised by zipfile for a damaged or malicious archive.
 BROKEN_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
@@ -50,8 +50,10 @@ LARGEST_SIGNATURE = 4096
 
 
 def pack(bundle: Path, out: Path) -> None:
-    """Write `bundle` as a zip: names sorted, dates fixed, under its folder's name. Appears whole or
-    not at all."""
+    """Write `bundle` as a zip, atomically.
+
+    Names are sorted, dates fixed; all files are under the folder's name.
+    """
     try:
         with replacing(out) as beside:
             _write_zip(bundle, beside)
@@ -74,11 +76,11 @@ def _write_zip(bundle: Path, beside: Path) -> None:
 
 @contextmanager
 def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
-    """A bundle's folder, or the folder in a zip, unpacked for as long as the block runs.
+    """Yield a bundle's folder; a zip is unpacked for the duration of the block.
 
-    key: a public key that must have signed the manifest; of a zip that is checked before anything
-    is unpacked. Raises BundleError for another signature, and for a zip that would write outside,
-    holds links, or unpacks to more than 4 GB or 10,000 files.
+    key: public key that must have signed the manifest; for a zip this is checked before unpacking.
+    Raises BundleError for another signature, and for a zip that would write outside its folder,
+    contains links, or unpacks to more than 4 GB or 10,000 files.
     """
     if not bundle.is_file():
         if key:
@@ -100,10 +102,10 @@ def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def unpacked(path: str | Path, key: Path | None = None) -> Iterator[Path]:
-    """A bundle's folder where `path` is a .zip, else the path itself: a folder, or any ONNX file.
+    """Yield the unpacked bundle if `path` is a .zip, else `path` itself: a folder or ONNX file.
 
-    key: a public key that must have signed the bundle; then every file's hash is checked as well.
-    Raises BundleError when one of them does not fit.
+    key: public key that must have signed the bundle; every file's hash is then checked too. Raises
+    BundleError when any of them does not match.
     """
     where = Path(path)
     if key and where.is_file() and where.suffix != ".zip":
@@ -118,7 +120,7 @@ def unpacked(path: str | Path, key: Path | None = None) -> Iterator[Path]:
 
 
 def _check_signature_inside(source: Path, key: Path) -> None:
-    """Of the one manifest in a zip, read alone."""
+    """Check the signature of the one manifest in a zip, without unpacking the rest."""
     try:
         with zipfile.ZipFile(source) as archive:
             entries = [
@@ -186,7 +188,7 @@ def _unpack(source: Path, folder: Path) -> None:
 
 
 def _copy(content: Any, file: Any, size: int, where: str) -> None:
-    """No more than the size that the archive's directory promised, whatever the stream holds."""
+    """Copy `size` bytes, as declared by the zip. Raises BundleError when the stream holds more."""
     left = size
     while block := content.read(min(1 << 20, left + 1)):
         left -= len(block)
@@ -198,15 +200,19 @@ def _copy(content: Any, file: Any, size: int, where: str) -> None:
 
 
 def sign(bundle: Path, key: Path) -> None:
-    """Write manifest.sig. key: a PEM file with an Ed25519 private key (`openssl genpkey -algorithm
-    ed25519`)."""
+    """Write manifest.sig.
+
+    key: PEM file with an Ed25519 private key (`openssl genpkey -algorithm ed25519`).
+    """
     private = _load(key, "load_pem_private_key", "Ed25519PrivateKey", "private")
     (bundle / SIGNATURE).write_bytes(private.sign((bundle / MANIFEST).read_bytes()))
 
 
 def check_signature(bundle: Path, key: Path) -> None:
-    """Raises BundleError when the bundle is not signed, or not with the other half of this public
-    key (PEM)."""
+    """Check the bundle's signature against a public key (PEM).
+
+    Raises BundleError when it is missing, or made with another key.
+    """
     path = bundle / SIGNATURE
     manifest = bundle / MANIFEST
     if not manifest.is_file():
@@ -234,7 +240,7 @@ def _check(manifest: bytes, signature: bytes | None, key: Path, where: str) -> N
 
 
 def require_key(key: Path) -> None:
-    """Raises FtkitError when `key` cannot sign: before an export, not after."""
+    """Raises FtkitError when `key` cannot sign, so that an export fails early."""
     _load(key, "load_pem_private_key", "Ed25519PrivateKey", "private")
 
 
@@ -266,10 +272,9 @@ def _load(key: Path, loader: str, kind: str, half: str) -> Any:
 
 
 def add_evidence(bundle: Path, copy: Path, name: str, evidence: str) -> Path:
-    """Write evidence/NAME.json into `copy`, a copy of `bundle` that is made when missing; returns
-    the file.
+    """Write evidence/NAME.json into `copy`, a copy of `bundle` made if missing; return its path.
 
-    The sealed files stay as they are. Raises BundleError when `copy` is something else.
+    The sealed files are not changed. Raises BundleError when `copy` is not a copy of `bundle`.
     """
     if copy.resolve() == bundle.resolve():
         raise BundleError(

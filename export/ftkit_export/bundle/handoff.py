@@ -1,9 +1,9 @@
-"""For compilers that are not ONNX Runtime (TensorRT, OpenVINO, Hailo, RKNN): what they need, and a judgement after.
+"""Hand-off to other compilers (TensorRT, OpenVINO, Hailo, RKNN), and judgement of their outputs.
 
 BUNDLE/handoff/core.onnx          the fp32 core form with a fixed batch of 1: pixels (1, 3, S, S) -> logits, embedding
-BUNDLE/handoff/calibration/*.npy  training images as it wants them, float32 (1, 3, S, S)
-BUNDLE/handoff/inputs.npy         val images, float32 (n, 3, S, S): run them through what the compiler made
-BUNDLE/handoff/expected.npz       what fp32 answers, and the labels
+BUNDLE/handoff/calibration/*.npy  preprocessed training images, float32 (1, 3, S, S)
+BUNDLE/handoff/inputs.npy         preprocessed val images, float32 (n, 3, S, S), to be run
+BUNDLE/handoff/expected.npz       fp32 logits, labels and groups
 
     judged = judge_outputs(bundle, "outputs.npz")      # `logits` (n, classes), in the order of inputs.npy
     judged.verdict                                     # accepted, refused, inconclusive
@@ -29,8 +29,11 @@ IMAGES = 256  # val images at most: 0.6 MB each at 224 pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """Another compiler's answers beside fp32's: accuracy paired on val, least cosine of the logits,
-    top-1 changed."""
+    """Another compiler's outputs compared with fp32's, on val.
+
+    paired: accuracy comparison; cosine: lowest cosine similarity of the logits; top1_changed:
+    number of images.
+    """
 
     paired: Paired
     accuracy: float
@@ -49,8 +52,11 @@ def write_handoff(
     labels: Array,
     groups: Sequence[str],
 ) -> None:
-    """calibration (m, 3, S, S), inputs (n, 3, S, S) float32; logits (n, classes) of fp32; labels
-    (n,); groups: n names, written as numbers, "" as -1."""
+    """Write the hand-off folder.
+
+    calibration (m, 3, S, S), inputs (n, 3, S, S) float32; logits (n, classes) of fp32; labels (n,);
+    groups: n names, stored as numbers, "" as -1.
+    """
     import onnx
 
     (folder / "calibration").mkdir(parents=True)
@@ -70,8 +76,11 @@ def write_handoff(
 
 
 def judge_outputs(bundle: Path, outputs: Path, limit: float) -> Judged:
-    """outputs: .npz with `logits`. Raises BundleError without a hand-off, FtkitError for outputs
-    that do not fit."""
+    """Judge another compiler's outputs, an .npz file with `logits`.
+
+    limit: accepted accuracy drop. Raises BundleError for a bundle without hand-off, FtkitError for
+    outputs that do not match it.
+    """
     path = bundle / "handoff" / "expected.npz"
     if not path.is_file():
         raise BundleError(

@@ -1,11 +1,11 @@
-"""Write a bundle: a folder that carries the model, its evidence, and what proves both on a device.
+"""Write a bundle: a folder with the model, its evidence, and the means to verify both on a device.
 
-    folder = begin(out)                    # beside `out`: BUNDLE appears at the end, whole, or not at all
+    folder = begin_bundle(out)             # temporary; `out` appears complete, at the end
     ...                                    # evidence, then report
     seal(folder, out, manifest, gates)     # the manifest comes last
 
-A bundle whose gate failed goes to BUNDLE.failed, one with a gate that could not be settled to
-BUNDLE.inconclusive; neither ever to BUNDLE.
+A bundle with a failed gate goes to BUNDLE.failed, one with an inconclusive gate to
+BUNDLE.inconclusive, never to BUNDLE.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ WORST_FIRST: tuple[Outcome, ...] = ("failed", "inconclusive")
 class Gate:
     """One judged quantity: passed when value <= limit.
 
-    low, high: of one measured in several processes, the least and the largest value: all must be
-    within. value is NaN where nothing was measured. unsettled: why a value beyond the limit is not
-    the last word, "" where it is.
+    low, high: lowest and highest value over several processes; all must be within the limit. value
+    is NaN where nothing was measured. unsettled: why a value beyond the limit is inconclusive, ""
+    where it has failed.
     """
 
     name: str
@@ -69,14 +69,16 @@ class Gate:
 
 
 def overall(verdicts: Iterable[Outcome]) -> Outcome:
-    """failed where one gate failed, else inconclusive where one is, else passed."""
+    """failed if any gate failed, else inconclusive if any is, else passed."""
     verdicts = set(verdicts)
     return next((verdict for verdict in WORST_FIRST if verdict in verdicts), "passed")
 
 
 def begin_bundle(out: Path) -> Path:
-    """A fresh folder beside `out` to build in. Raises FtkitError when `out` holds anything or
-    cannot be made."""
+    """Create a temporary folder beside `out` to build in.
+
+    Raises FtkitError when `out` is not empty or cannot be created.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FtkitError(
             f"{out}: expected a new folder, found one there already. Try another --out, or remove it"
@@ -95,8 +97,10 @@ PACKAGE = Path(ftkit_export.__file__).parent
 
 
 def runtime_files() -> list[str]:
-    """What runs on a device, below the package's folder: numpy, Pillow and ONNX Runtime suffice for
-    it."""
+    """Files that run on a device, relative to the package's folder.
+
+    They need only numpy, Pillow and ONNX Runtime.
+    """
     return [
         "__init__.py",
         *(f"runtime/{path.name}" for path in sorted((PACKAGE / "runtime").glob("*.py"))),
@@ -104,8 +108,7 @@ def runtime_files() -> list[str]:
 
 
 def add_runners(folder: Path) -> None:
-    """Copy the runners into device/: classify.py with the part of this package that it imports, and
-    cpp/."""
+    """Copy the runners into device/: classify.py, the part of this package it imports, and cpp/."""
     package = folder / "device" / "ftkit_export"
     (package / "runtime").mkdir(parents=True)
     for name in runtime_files():
@@ -121,11 +124,10 @@ def seal(
     gates: Sequence[Gate],
     key: Path | None = None,
 ) -> Path:
-    """Write the manifest with every file's hash, and move the folder to `out`, or to `out`.failed
-    or .inconclusive.
+    """Write the manifest with every file's hash, and move the folder to its final place.
 
-    key: an Ed25519 private key that signs the manifest. Returns where it went. An older one of the
-    latter is replaced.
+    That is `out`, or `out`.failed or `out`.inconclusive, which replaces an older one of either
+    kind. key: an Ed25519 private key that signs the manifest. Returns the final path.
     """
     verdict = overall(gate.verdict for gate in gates)
     write_manifest(
@@ -140,7 +142,7 @@ def seal(
     final = out
     if verdict != "passed":
         final = out.with_name(f"{out.name}.{verdict}")
-        for name in WORST_FIRST:  # an earlier export's
+        for name in WORST_FIRST:  # from an earlier export
             shutil.rmtree(out.with_name(f"{out.name}.{name}"), ignore_errors=True)
 
     folder.chmod(0o755)  # mkdtemp made it private
@@ -152,8 +154,7 @@ def seal(
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
-    """Write manifest.json: `manifest`, with the hash of every file that lies in the folder now, and
-    its own digest."""
+    """Write manifest.json: `manifest`, the hash of every file now in the folder, its own digest."""
     paths = {
         path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
     }
@@ -167,8 +168,10 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
 
 
 def flush(path: Path) -> None:
-    """Onto the disk, so that a power cut after the rename leaves no empty files; a folder's own
-    entries likewise."""
+    """fsync a file, or a folder's entries.
+
+    So a power cut after the rename leaves no empty files.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # a folder, on Windows

@@ -1,9 +1,8 @@
-"""Where the model looked: a class activation map (Zhou et al. 2016), through ONNX Runtime, without
-the framework.
+"""Class activation maps (Zhou et al. 2016) with ONNX Runtime, without the training framework.
 
     model = with_features(core)                 # at export: variants/explain.onnx, or None where no map is exact
     explain = Explainer("bundle")               # numpy, Pillow, ONNX Runtime
-    heat, label = explain(image)                # (h, w) float32: each place's share of the class's logit
+    heat, label = explain(image)                # (h, w) float32: contributions to the logit
     overlay(explain.seen(image), heat).save("why.png")
 
 The map is exact where the head is linear over averaged features: its mean, plus the head's bias, is
@@ -30,16 +29,18 @@ if TYPE_CHECKING:
 
 FILE = "variants/explain.onnx"
 THROUGH = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")
-# Levels of a colour map from black over red and amber to pale yellow, at equal steps.
+# Colour map at equal steps, from black through red and amber to pale yellow.
 HEAT = np.array(
     [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32
 )
 
 
 def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
-    """The core form with two more outputs: `features` (N, C, h, w), the last feature map, and
-    `head` (classes, C), the weights that turn its averages into logits. None where something else
-    stands between the two."""
+    """Add two outputs to the core form: `features` and `head`.
+
+    features: the last feature map (N, C, h, w). head: the weights (classes, C) that turn its
+    spatial averages into logits. None where there is anything else between the two.
+    """
     import onnx
     from onnx import helper, shape_inference
 
@@ -93,8 +94,11 @@ def _averages_over_space(node: onnx.NodeProto, weights: dict[str, onnx.TensorPro
 
 
 class Explainer:
-    """bundle: its folder. Raises FtkitError when it holds no map: its backbone has no pooled linear
-    head."""
+    """Class activation maps from a bundle's folder.
+
+    Raises FtkitError when the bundle has no file for them: its backbone has no linear head over
+    averaged features.
+    """
 
     def __init__(self, bundle: str | Path):
         path = Path(bundle) / FILE
@@ -108,14 +112,16 @@ class Explainer:
         self._format = self._session.metadata.get("input_format", "rgb")
 
     def seen(self, image: Array) -> Array:
-        """(H, W, 3) uint8 RGB -> the part that the network sees, (S, S, 3) uint8."""
+        """(H, W, 3) uint8 RGB -> the part that the network sees, (S, S, 3) uint8, resized."""
         start = (self._preprocess.resize - self._preprocess.size) // 2
         inside = slice(start, start + self._preprocess.size)
         return self._preprocess.canvas(image)[inside, inside]
 
     def __call__(self, image: Array, label: int | None = None) -> tuple[Array, int]:
-        """(H, W, 3) uint8 RGB, and the class to explain, by default the likeliest -> map (h, w)
-        float32, class."""
+        """(H, W, 3) uint8 RGB -> class activation map (h, w) float32, class.
+
+        label: the class to explain, by default the most likely.
+        """
         pixels = self._preprocess.pixels(self._preprocess.canvas(image)[None])
         logits, _, features, head = self._session.run(pixels)
         chosen = int(logits[0].argmax()) if label is None else label
@@ -124,13 +130,13 @@ class Explainer:
     def write(
         self, path: Path, label: int, folder: Path, content: bytes | Path | None = None
     ) -> Path:
-        """One image file's overlay as folder/NAME-why.png, numbered where there is such a file;
-        returns where it is.
+        """Write the overlay of an image file to folder/NAME-why.png; return its path.
 
-        content: the image, where it is not what lies at `path`.
+        The name is numbered if that file exists. content: the image, unless it is the file at
+        `path`.
         """
         image = self._preprocess.decode(content or path)
-        image = from_frame(to_frame(image, self._format), self._format)  # what the model gets of it
+        image = from_frame(to_frame(image, self._format), self._format)  # as the model sees it
         place = folder / f"{path.stem}-why.png"
 
         number = 1
@@ -144,7 +150,7 @@ class Explainer:
 
 
 def overlay(seen: Array, heat: Array) -> Image.Image:
-    """The image (S, S, 3) uint8 in grey, with positive class activation in warm colours."""
+    """Image (S, S, 3) uint8 in grey, with positive class activations in warm colours."""
     side = seen.shape[0]
     share = Image.fromarray(
         (np.maximum(heat, 0) / max(float(heat.max()), 1e-12)).astype(np.float32)

@@ -1,5 +1,7 @@
-"""What ftkit uses of ONNX Runtime's quantization tools that they do not promise to keep, each with
-the version it was read in. When a new version breaks something, look here first."""
+"""ONNX Runtime quantization internals that ftkit uses, each with the version it was read in.
+
+They come without a stability promise: when a new version breaks something, look here first.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ def quantize_qdq(
     """Insert QuantizeLinear and DequantizeLinear: int8 weights per channel, activations per tensor.
 
     onnxruntime 1.31, quantization/qdq_quantizer.py: quantize_static does the same, but only from a
-    file, and it calibrates anew for every call. only: nodes to quantize, all when empty; keep:
-    nodes to leave in float. The quantizer changes `ranges`.
+    file, and calibrates again on every call. only: nodes to quantize, all if empty; keep: nodes to
+    leave in float. The quantizer modifies `ranges`.
     """
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -48,9 +50,9 @@ def quantize_qdq(
 
 
 def convert_to_float16(model: onnx.ModelProto, keep: Sequence[str]) -> onnx.ModelProto:
-    """The model in float16 with float32 inputs and outputs. keep: nodes left in float32.
+    """Convert to float16, with float32 inputs and outputs. keep: nodes left in float32.
 
-    onnxruntime 1.31, transformers/float16.py. The nodes come unsorted: `sort_nodes` them.
+    onnxruntime 1.31, transformers/float16.py. The nodes are left unsorted: call `sort_nodes`.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -61,7 +63,7 @@ def convert_to_float16(model: onnx.ModelProto, keep: Sequence[str]) -> onnx.Mode
 
 
 def sort_nodes(model: onnx.ModelProto) -> None:
-    """Put the nodes into an order in which every value is made before it is used, in place.
+    """Sort the nodes topologically, in place.
 
     onnxruntime 1.31, quantization/onnx_model.py.
     """

@@ -1,13 +1,11 @@
-"""nn.Module + Preprocess + labels -> the core form and the image form, each one self-contained ONNX
-file.
+"""Export an nn.Module: the core form and the image form, each as one self-contained ONNX file.
 
     core = export_core(model, size=224)                                # pixels -> logits, embedding
-    write(core, path, metadata)                                        # atomically, metadata inside
+    write(core.model, path, metadata)                                  # atomic, with metadata
     write(image_form(core.model, preprocess, temperature), path, metadata)
 
-The exporter leaves up to 200 KB of node metadata with absolute local paths in the file: it is
-stripped, after the layer names it holds have been put aside (a parity failure is told by layer
-name).
+The exporter leaves up to 200 KB of node metadata with absolute local paths in the file. It is
+stripped, after reading the layer names from it, by which a parity failure is reported.
 """
 
 from __future__ import annotations
@@ -37,19 +35,21 @@ LINEAR_OPS = ("Gemm", "MatMul", "Conv")
 
 @dataclass(frozen=True)
 class Core:
-    """The core form, and for each of its values the framework module that made it (value name ->
-    module path)."""
+    """The core form, and the framework module that produced each of its values.
+
+    layers: value name -> module path.
+    """
 
     model: onnx.ModelProto
     layers: Mapping[str, str]
 
 
 def exact_float32() -> None:
-    """float32 products in float32 on CUDA: TF32 off.
+    """Disable TF32: compute float32 products in float32 on CUDA.
 
-    torch has two sets of switches. Where only the new ones are set, every later read of the legacy
-    ones raises, and torch.export reads them; where the legacy ones are set last, the new ones are
-    undone.
+    torch has two sets of switches. If only the new ones are set, every later read of the legacy
+    ones raises, and torch.export reads them; if the legacy ones are set last, they override the new
+    ones.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -65,8 +65,11 @@ def _precisions() -> tuple[Any, ...]:
 
 @contextmanager
 def _same_precision() -> Iterator[None]:
-    """torch.export works within torch.backends.cudnn.flags, which on leaving sets cuDNN's
-    precisions to "none"."""
+    """Restore torch's precision settings after an export.
+
+    torch.export runs within torch.backends.cudnn.flags, which on exit sets cuDNN's precisions to
+    "none".
+    """
     before = [part.fp32_precision for part in _precisions()]
     try:
         yield
@@ -78,8 +81,10 @@ def _same_precision() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence for an export: exporters log and warn about their own internals, which no user can
-    act on. What they change of torch's precision is undone."""
+    """Silence exporters, which log and warn about internals that no user can act on.
+
+    Their changes to torch's precision settings are undone.
+    """
     loggers = [logging.getLogger(name) for name in QUIETED]
     levels = [logger.level for logger in loggers]
     try:
@@ -95,8 +100,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _clamped() -> Iterator[None]:
-    """ReLU6 as a clamp, which it is: the exporter takes hardtanh to pieces, lite0's 33 in 2.2 of
-    7.4 s."""
+    """Export ReLU6 as a clamp, which is equivalent, and faster.
+
+    The exporter decomposes hardtanh: for the 33 in lite0 that takes 2.2 of 7.4 s.
+    """
     hardtanh = torch.nn.functional.hardtanh
 
     def clamp(
@@ -114,14 +121,14 @@ def _clamped() -> Iterator[None]:
 
 
 def export_core(model: torch.nn.Module, size: int) -> Core:
-    """model in eval mode on CPU -> core form: `pixels` float32 (N, 3, S, S) -> `logits` (N,
-    classes), `embedding`.
+    """Export a model, in eval mode on the CPU, as core form.
 
-    size: S in pixels. The embedding is what enters the last linear layer, (N, features) float32;
-    where the last layer is a convolution (SqueezeNet) its input is averaged over space. Raises
-    FtkitError when the exporter cannot.
+    `pixels` float32 (N, 3, S, S) -> `logits` (N, classes), `embedding` (N, features), float32.
+    size: S in pixels. The embedding is the input of the last linear layer; where the last layer is
+    a convolution (SqueezeNet), its input averaged over space. Raises FtkitError when the exporter
+    fails.
     """
-    # Two images: torch.export takes a batch of one for a constant
+    # Two images: torch.export treats a batch of one as constant
     example = torch.zeros(2, 3, size, size)
     try:
         with quiet(), _clamped():
@@ -160,8 +167,10 @@ def export_core(model: torch.nn.Module, size: int) -> Core:
 
 
 def _layer_names(proto: onnx.ModelProto) -> dict[str, str]:
-    """Value name -> module path, from the exporter's name scopes (a printed list such as ['',
-    'blocks.0', 'add'])."""
+    """Value name -> module path, from the exporter's name scopes.
+
+    A scope is a printed list such as ['', 'blocks.0', 'add'].
+    """
     layers = {}
     for node in proto.graph.node:
         scopes = {item.key: item.value for item in node.metadata_props}.get(
@@ -229,9 +238,11 @@ def _add_embedding(proto: onnx.ModelProto) -> None:
 
 
 def write_ort(model: Path, folder: Path, target: Target) -> None:
-    """model.ort, which ONNX Runtime's minimal builds read, and required_operators.config, the
-    operators such a build needs. Optimised for the target's processor at load time, not here: one
-    file serves every machine of the target."""
+    """Write model.ort and required_operators.config, for ONNX Runtime's minimal builds.
+
+    The latter lists the operators that such a build needs. Optimised for the target's processor at
+    load time, not here: one file serves every machine of the target.
+    """
     from onnxruntime.tools.convert_onnx_models_to_ort import (
         OptimizationStyle,
         convert_onnx_models_to_ort,
@@ -253,12 +264,12 @@ def write_ort(model: Path, folder: Path, target: Target) -> None:
 
     config = folder / "required_operators.config"
     lines = config.read_text().splitlines(keepends=True)
-    # Comments hold local paths
+    # Comments contain local paths
     config.write_text("".join(line for line in lines if not line.startswith("#")))
 
 
 def write(model: onnx.ModelProto, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write one self-contained file with the metadata properties in it: beside, fsync, rename.
+    """Write one self-contained file, including metadata properties, atomically.
 
     Raises FtkitError when the model is too large for one protobuf file (2 GB).
     """

@@ -1,11 +1,10 @@
-"""The Preprocess as ONNX operators, and the composed image form: uint8 image in, probabilities and
-embedding out.
+"""Preprocess as ONNX operators, and the image form: image in, probabilities and embedding out.
 
     model = image_form(core, preprocess, temperature=1.3)   # core: pixels -> logits, embedding
 
-Resize works on the uint8 NHWC tensor itself and the cast comes after: only so does ONNX Runtime
-round as Pillow does (at most 1 grey level apart on photographs, 2 on noise; casting first leaves
-borders off by up to 8).
+Resize is applied to the uint8 NHWC tensor, before the cast: only then does ONNX Runtime round as
+Pillow does (at most 1 grey level apart on photographs, 2 on noise; casting first leaves borders off
+by up to 8).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ IR_VERSION = 8
 
 
 class _Graph:
-    """Nodes and constants collected under one name prefix, so that composed graphs never clash."""
+    """Collect nodes and constants under a name prefix, so that composed graphs never clash."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
@@ -87,7 +86,7 @@ def _square(graph: _Graph, image: str) -> str:
 
 
 def _letterboxed(graph: _Graph, image: str, resize: int) -> str:
-    """Longest side to `resize`, black around, with the integer rounding of `Preprocess.canvas`."""
+    """Resize the longest side to `resize` and pad with black, rounding as `Preprocess.canvas`."""
     height = _side(graph, image, 1)
     width = _side(graph, image, 2)
     longest = graph.op("Max", height, width)
@@ -108,7 +107,7 @@ def _letterboxed(graph: _Graph, image: str, resize: int) -> str:
 
 
 def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
-    """A camera's frame (preprocess.to_frame) -> (N, H, W, 3) uint8 RGB."""
+    """Convert a camera frame (preprocess.to_frame) to (N, H, W, 3) uint8 RGB."""
     if input_format == "bgr":
         return graph.op("Gather", frame, graph.ints(2, 1, 0), axis=3)
     if input_format == "grey":
@@ -153,10 +152,10 @@ def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
 def preprocess_nodes(
     preprocess: Preprocess, image: str, pixels: str, canvas: str = "", input_format: str = "rgb"
 ) -> _Graph:
-    """Nodes from `image`, a frame uint8 (N, H, W, 3), to `pixels` float32 (N, 3, S, S); `canvas`
-    names the uint8 crop.
+    """Nodes from `image`, a frame uint8 (N, H, W, 3), to `pixels` float32 (N, 3, S, S).
 
-    Frames of another input_format have the shape that preprocess.to_frame says.
+    `canvas` names the uint8 crop. preprocess.to_frame gives the shape of frames of another
+    input_format.
     """
     graph = _Graph("preprocess/")
     image = _rgb(graph, image, input_format)
@@ -179,8 +178,8 @@ def preprocess_nodes(
         output=canvas,
     )
 
-    # Channels first, before normalising: along rows of three values ONNX Runtime is five times
-    # slower (measured).
+    # Transpose before normalising: with channels last, in rows of three values, ONNX Runtime is
+    # five times slower (measured).
     levels = graph.op("Cast", graph.op("Transpose", crop, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
     # (3, 1, 1)
     mean, std = ([[[value]] for value in values] for values in (preprocess.mean, preprocess.std))
@@ -195,10 +194,9 @@ def preprocess_nodes(
 
 
 def pixel_model(preprocess: Preprocess, input_format: str = "rgb") -> onnx.ModelProto:
-    """The preprocessing alone: `image` uint8 (N, H, W, 3) -> `levels` uint8 (N, S, S, 3), `pixels`
-    (N, 3, S, S).
+    """The preprocessing alone, to compare the graph's pixels with Pillow's.
 
-    For measuring the graph's pixels against Pillow's.
+    `image` uint8 (N, H, W, 3) -> `levels` uint8 (N, S, S, 3), `pixels` (N, 3, S, S).
     """
     graph = preprocess_nodes(preprocess, "image", "pixels", "levels", input_format)
     size = preprocess.size
@@ -213,8 +211,10 @@ def pixel_model(preprocess: Preprocess, input_format: str = "rgb") -> onnx.Model
 
 
 def tiny_model() -> onnx.ModelProto:
-    """One convolution, `pixels` float32 (N, 3, 8, 8) -> `sums` (N, 1, 6, 6): does a provider run at
-    all?"""
+    """One convolution, to test whether a provider runs at all.
+
+    `pixels` float32 (N, 3, 8, 8) -> `sums` (N, 1, 6, 6).
+    """
     graph = _Graph("")
     graph.op(
         "Conv", "pixels", graph.const(np.ones((1, 3, 3, 3)).tolist(), np.float32), output="sums"
@@ -227,11 +227,11 @@ def tiny_model() -> onnx.ModelProto:
 def image_form(
     core: onnx.ModelProto, preprocess: Preprocess, temperature: float, input_format: str = "rgb"
 ) -> onnx.ModelProto:
-    """core (`pixels` -> `logits`, `embedding`) -> `image` uint8 (N, H, W, 3) -> `probabilities`,
-    `embedding`.
+    """Compose the image form: preprocessing, the core form, softmax with temperature.
 
-    probabilities = softmax(logits / temperature), float32 (N, classes). H and W are free. Frames of
-    another input_format have the shape that preprocess.to_frame says, and are converted inside.
+    `image` uint8 (N, H, W, 3) -> `probabilities` = softmax(logits / temperature), float32 (N,
+    classes), and `embedding`. H and W are free. Frames of another input_format have the shape given
+    by preprocess.to_frame, and are converted in the graph.
     """
     before = preprocess_nodes(preprocess, "image", "pixels", input_format=input_format)
     after = _Graph("calibration/")

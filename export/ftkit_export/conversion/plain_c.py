@@ -1,11 +1,10 @@
-"""Plain C from the core form: sources, weights, Makefile, and a header with labels and
-preprocessing.
+"""Export as plain C: sources, weights, Makefile, and a header with labels and preprocessing.
 
     write_c(bundle / "device" / "c", core, preprocess, labels, temperature=1.3, threshold=0.9, input_format="rgb")
 
-emx-onnx-cgen turns the network into C (float32, batch 1); decoding, resizing and softmax are
-device/c/classify.c's own. For Linux-class processors where no runtime may be installed:
-bench/README.md has its speed beside ONNX Runtime's.
+emx-onnx-cgen turns the network into C (float32, batch 1); decoding, resizing and softmax are in
+device/c/classify.c. For Linux-class processors where no runtime can be installed; bench/README.md
+compares its speed with ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ SOURCES = Path(ftkit_export.__file__).parent / "device" / "c"
 
 
 def static(core: onnx.ModelProto) -> onnx.ModelProto:
-    """The core form with a fixed batch of 1, without metadata: for compilers that want every shape."""
+    """The core form with batch size 1, without metadata, for compilers that need static shapes."""
     fixed = copy.deepcopy(core)
     del fixed.metadata_props[:]
     for item in (*fixed.graph.input, *fixed.graph.output):
@@ -58,8 +57,10 @@ def write_c(
     threshold: float,
     input_format: str,
 ) -> None:
-    """Write the folder. Raises FtkitError when emx-onnx-cgen is missing, or cannot follow the
-    model."""
+    """Write the C sources to `folder`.
+
+    Raises FtkitError when emx-onnx-cgen is missing, or does not support the model.
+    """
     require_emitter()
     folder.mkdir(parents=True)
 
@@ -102,7 +103,7 @@ def _header(
     threshold: float,
     input_format: str,
 ) -> str:
-    """Constants for the C code: sizes, labels in order, preprocessing, temperature."""
+    """C header: sizes, labels in order, preprocessing, temperature, threshold."""
     kinds = {"FIT": (FITS, preprocess.fit), "FORMAT": (INPUT_FORMATS, input_format)}
     lines = [
         f"enum {{ {', '.join(name.upper() for name in names)} }};\n#define {key} {value.upper()}"

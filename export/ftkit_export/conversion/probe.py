@@ -1,4 +1,4 @@
-"""Whether a provider really runs something here: why = does_not_open("cuda")."""
+"""Check that a provider really runs a model on this machine: why = does_not_open("cuda")."""
 
 from __future__ import annotations
 

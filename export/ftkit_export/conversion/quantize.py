@@ -1,13 +1,13 @@
-"""int8 and fp16 variants of the core form, and which of its operators suffer most from 8 bits.
+"""int8 and fp16 variants of the core form, and the operators most sensitive to int8.
 
-    ranges = calibrate(core, batches, preprocess)              # smallest and largest value of every tensor
-    order = rank(core, ranges, target, pixels)                 # operators, most damage first
-    model = int8(core, ranges, target, keep=order[:4])         # the first four stay in float
-    quantized_nodes(model)                                     # proof that 8 bits were delivered
+    ranges = calibrate(core, batches, preprocess)              # minimum and maximum of every tensor
+    order = rank(core, ranges, target, pixels)                 # (name, SQNR), most sensitive first
+    model = int8(core, ranges, target, keep=[name for name, _ in order[:4]])    # four stay in float
+    quantized_nodes(model)                                     # how many can run in int8
 
-QDQ form in standard operators, one scale a channel for weights. MinMax ranges: percentile took six
-times as long for no gain (measured on lite0). The range of `pixels` is not measured but known, 0 to
-255 through the normalisation: where one scale serves all channels, the network's input is then
+QDQ format in standard operators, per-channel weights. MinMax calibration: percentile took six times
+as long for no gain (measured on lite0). The range of `pixels` is not measured but known, the
+normalised range of 0 to 255: where one scale serves all channels, the network's input is then
 exact.
 """
 
@@ -33,7 +33,7 @@ from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.targets import Target
 
 METHODS = ("minmax", "percentile", "entropy")
-HEAVY = ("Conv", "Gemm", "MatMul", "ConvTranspose")  # where 8 bits pay, and cost accuracy
+HEAVY = ("Conv", "Gemm", "MatMul", "ConvTranspose")  # where int8 saves time, and costs accuracy
 ACTIVATIONS = ("Clip", "Relu", "LeakyRelu", "HardSwish", "HardSigmoid", "Sigmoid", "Gelu")
 LARGEST_HALF = 65504.0
 RANK_IMAGES = 8
@@ -42,8 +42,7 @@ RANK_IMAGES = 8
 def calibrate(
     core: onnx.ModelProto, batches: Iterable[Array], preprocess: Preprocess, method: str = "minmax"
 ) -> Any:
-    """Ranges of every tensor over `batches` of pixels (n, 3, S, S), one after the other: they are
-    streamed.
+    """Calibrate: value ranges of every tensor over `batches` of pixels (n, 3, S, S), streamed.
 
     Returns onnxruntime's TensorsData. Raises FtkitError for an unknown method.
     """
@@ -85,7 +84,7 @@ def calibrate(
 
 
 class _Reader:
-    """Calibration data as onnxruntime's calibrators read it."""
+    """Calibration data in the form that onnxruntime's calibrators read."""
 
     def __init__(self, name: str, batches: Iterable[Array]):
         self._name = name
@@ -104,11 +103,11 @@ def int8(
     keep: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> onnx.ModelProto:
-    """The core form with 8-bit operators. keep: names of nodes left in float; only: no others than
-    these in 8 bits.
+    """Quantize the core form to int8.
 
-    A node goes with the activation behind it: kept apart, ONNX Runtime's optimiser changes the
-    answers (measured on lite0: SQNR 5 dB instead of 13).
+    keep: names of nodes left in float; only: quantize only these. An activation function is treated
+    like the node before it: if only one of them is quantized, ONNX Runtime's optimiser changes the
+    outputs (measured on lite0: SQNR 5 dB instead of 13).
     """
     with _quiet():
         model = quantize_qdq(
@@ -134,7 +133,7 @@ def int8(
 
 
 def _with_activation(core: onnx.ModelProto, names: Sequence[str]) -> list[str]:
-    """The nodes named, and what each hands its values to when that is an activation."""
+    """The nodes named, and the activation functions that consume their outputs."""
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in core.graph.node:
         for value in node.input:
@@ -151,7 +150,7 @@ def _with_activation(core: onnx.ModelProto, names: Sequence[str]) -> list[str]:
 
 
 def quantized_nodes(model: onnx.ModelProto) -> int:
-    """Heavy operators whose inputs all come out of DequantizeLinear: those that can run in 8 bits."""
+    """Count heavy operators whose inputs are all from DequantizeLinear: they can run in int8."""
     made = {
         output
         for node in model.graph.node
@@ -174,8 +173,10 @@ def heavy_nodes(model: onnx.ModelProto) -> list[str]:
 def rank(
     core: onnx.ModelProto, ranges: Any, target: Target, pixels: Array
 ) -> list[tuple[str, float]]:
-    """(name, SQNR of the logits in dB with that node alone in 8 bits), most damage first. pixels:
-    (n, 3, S, S)."""
+    """Rank heavy operators by sensitivity to int8: (name, SQNR in dB), lowest SQNR first.
+
+    SQNR of the logits with only that node quantized. pixels: (n, 3, S, S).
+    """
     expected = Session(core.SerializeToString()).run(pixels)[0]
     ranked = []
     for name in heavy_nodes(core):
@@ -185,8 +186,7 @@ def rank(
 
 
 def sqnr(expected: Array, actual: Array) -> float:
-    """Signal to quantization noise ratio in dB; infinite when equal, minus infinite where a value
-    is no number."""
+    """Signal-to-quantization-noise ratio in dB; inf if equal, -inf if any value is not finite."""
     noise = float(((actual.astype(np.float64) - expected) ** 2).sum())
     if not np.isfinite(noise):
         return -np.inf
@@ -195,10 +195,10 @@ def sqnr(expected: Array, actual: Array) -> float:
 
 
 def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]]:
-    """The core form in float16, float32 in and out; and the nodes kept in float32.
+    """The core form in float16, with float32 inputs and outputs, and the nodes kept in float32.
 
-    Kept: operators whose calibrated values come within a factor 2 of float16's largest, and those
-    that onnxruntime's converter blocks. The embedding and the logits leave in float32.
+    Kept: operators whose weights or calibrated values exceed half of float16's largest, and (not
+    listed) those that onnxruntime's converter blocks.
     """
     limit = LARGEST_HALF / 2
     wide = {
@@ -221,8 +221,7 @@ def half(core: onnx.ModelProto, ranges: Any) -> tuple[onnx.ModelProto, list[str]
 
 
 def _join_casts(model: onnx.ModelProto) -> None:
-    """A value that goes from one kept operator to the next must not pass through float16, as the
-    converter has it."""
+    """Remove the float16 round trip that the converter leaves between float32 operators."""
     casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
     direct = {
         output: casts[node.input[0]].input[0]
@@ -252,8 +251,10 @@ def _largest(item: onnx.TensorProto) -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """onnxruntime's quantizer logs through the root logger, and suggests a step that would split
-    HardSwish."""
+    """Silence onnxruntime's quantizer, which logs through the root logger.
+
+    It also suggests a step that would split HardSwish.
+    """
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Classify images on a device, or prove that the model works there. Needs numpy, onnxruntime and Pillow only.
+"""Classify images on a device, or verify that the model works there. Needs numpy, onnxruntime and Pillow only.
 
 python device/classify.py IMAGE...                   class and probability of each image
-python device/classify.py --raw ROWS COLUMNS FILE... the same of raw frames, as the model was exported for
+python device/classify.py --raw ROWS COLUMNS FILE... the same for raw frames in the model's input format
 python device/classify.py --self-check               replay the golden vectors, then time the model; exit 0 or 1
 python device/classify.py --bench > device.json      every variant's latency here, as `ftkit bench --json` writes it
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-sys.dont_write_bytecode = True  # the bundle is sealed: nothing may appear in it
+sys.dont_write_bytecode = True  # the bundle is sealed: no file may be added
 
 from ftkit_export.runtime.errors import FtkitError  # noqa: E402
 from ftkit_export.runtime.latency import Condition, measure  # noqa: E402
@@ -28,8 +28,7 @@ BUNDLE = Path(__file__).resolve().parents[1]
 
 
 def self_check(provider: str, threads: int) -> int:
-    """Print what verify found and the latency measured here; 0 when all passed, 1 when a gate
-    failed."""
+    """Print verify's results and the latency here; return 0 when all passed, else 1."""
     result = verify(BUNDLE, provider)
     print(f"files        {result.files} unchanged")
 

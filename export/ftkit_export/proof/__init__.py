@@ -1,1 +1,1 @@
-"""Evidence: parity, golden vectors, intervals, the int8 decision, the regression gate."""
+"""Evidence: parity, golden vectors, confidence intervals, int8 decision, regression gate."""

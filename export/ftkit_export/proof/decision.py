@@ -1,14 +1,13 @@
-"""int8 is a decision, not a flag: is a candidate as accurate as the reference on the same images,
-and which to ship?
+"""Decide by evidence whether int8 ships: is a candidate as accurate as the reference?
 
     found = paired(reference_right, candidate_right, groups)     # two arrays of booleans over the same images
-    found.drop, found.low, found.high                            # in shares, with one-sided 95 % bounds
+    found.drop, found.low, found.high                            # fractions, one-sided 95 % bounds
     found.verdict(limit=0.01)                                    # accepted, refused, inconclusive
 
-The bounds are those of `intervals.difference_bounds`: they hold where few images, or none, change
-sides, and where images come in groups. Where several candidates are looked at until one is
-accepted, they hold for all of them together (Bonferroni): else four looks would accept a bad one up
-to four times as often.
+The bounds are those of `intervals.difference_bounds`: valid where few predictions, or none, change,
+and where images come in groups. Where several candidates are tested until one is accepted, they
+hold for all of them jointly (Bonferroni): otherwise four looks would accept a bad one up to four
+times as often.
 """
 
 from __future__ import annotations
@@ -26,17 +25,20 @@ from ftkit_export.runtime.targets import Precision
 
 Verdict = Literal["accepted", "refused", "inconclusive", "unproven on target"]
 
-ERROR_RATE = 0.05  # chance of accepting, or refusing, against the truth
-POWER = 0.8  # chance that as many images as are said to settle a question do
-MOST_TIMES = 1000.0  # times as many images as there are: more are not worth naming
+ERROR_RATE = 0.05  # probability of accepting, or refusing, wrongly
+POWER = 0.8  # probability that the stated number of images settles a question
+MOST_TIMES = 1000.0  # largest multiple of the present images that is suggested
 
 
 @dataclass(frozen=True, kw_only=True)
 class Paired:
-    """images compared; worse: right before and wrong now; better: the other way. drop, low, high in
-    shares; looks: how many such comparisons the bounds hold for together. clusters: groups that the
-    bounds rest on, None where the images have none and count as independent; effect: their design
-    effect; df: degrees of freedom of Student's t (None: the normal law)."""
+    """Accuracy of a candidate compared with the reference on the same images.
+
+    images compared; worse: right before and wrong now; better: the other way. drop, low, high:
+    fractions; looks: number of comparisons that the bounds hold for jointly. clusters: number of
+    groups, None where images have none and count as independent; effect: the design effect; df:
+    degrees of freedom of Student's t (None: normal distribution).
+    """
 
     images: int
     worse: int
@@ -50,20 +52,23 @@ class Paired:
     df: float | None = None
 
     def verdict(self, limit: float) -> Verdict:
-        """accepted: at most `limit` is lost, with 95 % confidence; refused: more is, with the same;
-        else neither."""
+        """Whether the drop is at most `limit`, with 95 % confidence.
+
+        accepted: it is; refused: it exceeds it, with the same confidence; else inconclusive.
+        """
         if self.high <= limit:
             return "accepted"
         return "refused" if self.low > limit else "inconclusive"
 
     def settled_by(self, limit: float) -> tuple[int, int | None] | None:
-        """(images, clusters) that would settle it in four of five cases, were the true shares of
-        changed images those seen here; None for more than MOST times as many as here. Clusters:
-        None where the images have no groups.
+        """(images, clusters) that would settle it with probability POWER; None if too many.
 
-        The next images will show shares of their own: bounds that just reach the limit at these
-        would settle it as often as not. So the bounds must clear the limit by as much as chance
-        moves the drop, at POWER.
+        Too many: more than MOST_TIMES the present ones. Clusters: None where the images have no
+        groups. Assumes that the observed shares of changed images are the true ones.
+
+        New images will show other shares: bounds that just reach the limit at the observed ones
+        would settle it only half of the time. So the bounds must clear the limit by as much as
+        chance moves the drop, at POWER.
         """
         shares = self.worse / max(1, self.images), self.better / max(1, self.images)
         here = Design(
@@ -99,15 +104,17 @@ class Paired:
 
     @property
     def ground(self) -> str:
-        """What the bounds rest on, in words."""
+        """Number of images and groups that the bounds rest on, as text."""
         return ground(self.images, self.clusters)
 
 
 def paired(
     reference: Array, candidate: Array, groups: Sequence[str] | None = None, looks: int = 1
 ) -> Paired:
-    """Two boolean arrays (N,), whether each image was answered right, in the same order; groups: a
-    name an image, "" for one on its own."""
+    """Compare two boolean arrays (N,): whether each image was classified correctly.
+
+    Both in the same order. groups: one name per image, "" for an image on its own.
+    """
     worse = reference & ~candidate
     better = ~reference & candidate
     images = len(reference)
@@ -131,12 +138,12 @@ def paired(
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant in the decision table, on val. ratio: its latency over fp32's, median of
-    interleaved runs; ratio_high: upper end of its 95 % interval. p50_ms, p95_ms: one thread, one
-    photograph.
+    """One variant in the decision table, on val.
 
-    in_8_bits: operators that run in 8 bits (0 for the other precisions) of heavy ones; kept: those
-    left in float. verdict: fp32 is the reference. reason: in words, what the verdict rests on.
+    ratio: latency relative to fp32, median of interleaved runs; ratio_high: upper end of its 95 %
+    interval. p50_ms, p95_ms: one thread, one photograph. in_8_bits: number of heavy operators that
+    run in int8 (0 for the other precisions), out of `heavy`; kept: those left in float. verdict:
+    "reference" for fp32. reason: for the verdict, as text.
     """
 
     name: str
@@ -165,8 +172,10 @@ class Row:
 def judge_variant(
     comparison: Paired, limit: float, ratio_high: float | None
 ) -> tuple[Verdict, str]:
-    """Verdict on a candidate and its reason. ratio_high: upper bound of its latency over fp32's;
-    None: not measured."""
+    """Verdict on a candidate, and its reason.
+
+    ratio_high: upper bound of its latency relative to fp32; None: not measured.
+    """
     verdict = comparison.verdict(limit)
     points = f"{comparison.drop * 100:+.2f} points [{comparison.low * 100:+.2f}, {comparison.high * 100:+.2f}]"
 

@@ -1,14 +1,13 @@
-"""Golden vectors: real images and formula-made ones, with the answers each variant must give and a
-tolerance each.
+"""Golden vectors: real and synthetic images, with each variant's expected outputs and tolerances.
 
     BUNDLE/golden/NN.png          lossless RGB images
     BUNDLE/golden/expected.npz    logits, probabilities and embedding on Pillow's pixels, float64
-    BUNDLE/golden/golden.json     each image's group; per variant the tolerance of its answers
-    BUNDLE/golden/raw/            a few of them as flat files for C and C++ (index.txt explains them)
-    BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, as onnxruntime_perf_test reads them
+    BUNDLE/golden/golden.json     each image's group, and the tolerances of its outputs per variant
+    BUNDLE/golden/raw/            some of them as flat files for C and C++ (see index.txt)
+    BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, for onnxruntime_perf_test
 
-fp32 is held to the framework in float64. int8 and fp16 are held to their own answers on the machine
-that decided on them: how far those are from float64 is the accuracy decision's business;
+fp32 is compared with the framework in float64. int8 and fp16 are compared with their own outputs on
+the machine that accepted them: their distance from float64 is judged by the accuracy decision, and
 instruction sets differ by a rounding step.
 """
 
@@ -42,11 +41,10 @@ from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.runtime.session import Session
 
 PHOTOGRAPHS = 16
-PRECISIONS = ("tf32", "fp16")  # that a provider may round fp32's values to
-ROUNDING_STEPS = (
-    0.05  # of int8's and fp16's own largest logit, and of a probability: several rounding steps
-)
-RAW = {"photographs": 4, "noise": 0, "extremes": 4}  # images a group for C and C++: the small ones
+PRECISIONS = ("tf32", "fp16")  # to which a provider may round fp32's values
+# Int8, fp16: of the largest logit, and of a probability: several rounding steps
+ROUNDING_STEPS = 0.05
+RAW = {"photographs": 4, "noise": 0, "extremes": 4}  # per group, for C and C++: small images
 
 
 def write_golden(
@@ -60,10 +58,10 @@ def write_golden(
 ) -> None:
     """Write golden/ and test_data_set_0/ into `bundle`.
 
-    photographs: held-out images (H, W, 3) uint8; the first 16 are kept; none leaves the
-    formula-made ones. files: variant -> (image form, core form). fp32's answers are the
-    framework's, on Pillow's pixels. The tolerance of its probabilities adds twice what may come of
-    another resizer's rounding (parity.resampled), and no more than parity bounds it by.
+    photographs: held-out images (H, W, 3) uint8, of which the first 16 are used; if empty, only
+    synthetic images remain. files: variant -> (image form, core form). fp32's expected outputs are
+    the framework's, on Pillow's pixels. The tolerance of its probabilities includes twice the
+    effect of another resizer's rounding (parity.resampled), capped at parity's bound for it.
     """
     folder = bundle / "golden"
     folder.mkdir()
@@ -114,8 +112,10 @@ def write_golden(
 def _fp32_tolerance(
     reference: Reference, pixels: Array, logits: Array, temperature: float, slack: float
 ) -> dict[str, dict[str, float]]:
-    """Provider or precision -> what its answers may differ by from float64 `logits` (n, classes).
-    slack: what another resizer's rounding moved a probability by."""
+    """Provider or precision -> tolerances of its outputs against float64 `logits` (n, classes).
+
+    slack: change of a probability by another resizer's rounding.
+    """
     logits32 = reference.logits(pixels, torch.float32)
     limits = {name: tolerance(logits32, logits, name)[0] for name in RELATIVE}
     largest = float(np.abs(logits).max())
@@ -134,7 +134,7 @@ def _fp32_tolerance(
 
 
 def _run_each(session: Session, inputs: Iterable[Array]) -> Array:
-    """The first output for each input on its own, (n, classes) float64."""
+    """The first output for each input, run one by one: (n, classes) float64."""
     return np.concatenate([session.run(item[None])[0] for item in inputs]).astype(np.float64)
 
 
@@ -143,8 +143,8 @@ def write_flat(
 ) -> None:
     """Write golden/raw/ and test_data_set_0/ from golden/, for the variant that became model.onnx.
 
-    golden/raw/index.txt: a line `images classes size channels tolerance_of_logits`, then a line an
-    image: file, rows, columns, tolerance of its probabilities. NN.raw: the frame's bytes.
+    golden/raw/index.txt: a line `images classes size channels tolerance_of_logits`, then one line
+    per image: file, rows, columns, tolerance of its probabilities. NN.raw: the frame's bytes.
     pixels.f32 (images, 3, size, size), logits.f32 and probabilities.f32 (images, classes):
     little-endian float32; the logits are those of the fp32 core form.
     """

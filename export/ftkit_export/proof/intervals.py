@@ -1,28 +1,30 @@
-"""Intervals of shares and of paired differences, for independent images and for images in groups.
+"""Confidence intervals of shares and paired differences, for independent or grouped images.
 
     low, high, clusters = share_interval(right, groups)            # accuracy, two-sided 95 %
     found = difference_design(worse, better, groups)
     low, high = difference_bounds(worse.mean(), better.mean(), found, level)     # paired drop, each one-sided
 
 Images of one group (a module, a patient, a camera) are not independent. Their cluster-robust
-variance gives the design effect: how many times the variance of as many independent images. The
-intervals are those of independent images at the effective number of images, with Student's t in
-place of the normal quantile.
+variance gives the design effect: the factor by which it exceeds the variance of as many independent
+images. The intervals are those of independent images at the effective number of images, with
+Student's t in place of the normal quantile.
 
-- Variance: CR2 of Bell and McCaffrey (Survey Methodology 28, 2002), which allows for unequal groups. A handful of
-  errors tells little of how they cluster, and none at all nothing; so it is that of the images together with
-  PRIOR_EVENTS errors more, spread over the groups as the intraclass correlation of a Prior has it.
-- Degrees of freedom: Bell and McCaffrey's at the intraclass correlation that the design effect implies (Imbens and
-  Kolesar, Review of Economics and Statistics 98, 2016), and no more than twice the number of groups that the variance
-  comes from, less one: where few groups differ from the rest, the t interval alone is too short.
+- Variance: CR2 of Bell and McCaffrey (Survey Methodology 28, 2002), which allows for unequal
+  groups. A handful of errors says little about how they cluster, and none says nothing; so
+  PRIOR_EVENTS further errors are added, spread over the groups with the intraclass correlation of
+  a Prior.
+- Degrees of freedom: Bell and McCaffrey's at the intraclass correlation that the design effect
+  implies (Imbens and Kolesar, Review of Economics and Statistics 98, 2016), and at most twice the
+  number of groups that contribute to the variance, less one: where few groups differ from the rest,
+  the t interval alone is too short.
 - Shares: Wilson's score interval (1927).
-- Paired differences: Clopper and Pearson's limits of the two shares of changed images, combined by the method of
-  variance estimates recovery (Zou and Donner, Statistics in Medicine 27, 2008) with their covariance. Tango's score
-  method accepts up to 6.8 % and refuses up to 8.7 % against the truth where 5 % are meant: few images change.
+- Paired differences: Clopper and Pearson's limits of the two shares of changed images, combined by
+  the method of variance estimates recovery (Zou and Donner, Statistics in Medicine 27, 2008) with
+  their covariance. Tango's score method wrongly accepts up to 6.8 % and refuses up to 8.7 % where
+  5 % are nominal: few images change.
 
-`python bench/coverage.py` shows by simulation what they cover, and where they do not: where one
-group in ten fails almost whole, and few groups were seen, no interval from those groups knows of
-it.
+`python bench/coverage.py` simulates their coverage and its limits: where one group in ten fails
+almost entirely, and few groups were seen, no interval from those groups can reflect it.
 """
 
 from __future__ import annotations
@@ -41,26 +43,30 @@ PRIOR_EVENTS = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """correlation: intraclass correlation that is assumed as long as few images were answered
-    wrong, or changed. least_effect: chance makes some groups look more alike than independent
-    images are, and a share's interval may be shorter for it; a bound that a verdict rests on may
-    not."""
+    """Assumption about clustering, for when few images were misclassified, or changed.
+
+    correlation: assumed intraclass correlation. least_effect: lower limit of the design effect. By
+    chance, groups can look more alike than independent images (an effect below 1); a share's
+    interval may be shorter for it, a bound that decides a verdict may not.
+    """
 
     correlation: float
     least_effect: float
 
 
-SHARE = Prior(correlation=0.1, least_effect=0.5)  # the demo's modules: 0.13
+SHARE = Prior(correlation=0.1, least_effect=0.5)  # measured on the demo's modules: 0.13
 PROVEN_SHARE = Prior(correlation=0.1, least_effect=1.0)
-# Which images change in 8 bits: 0 to 0.02 on the demo's
+# Images that change in int8; measured on the demo: 0 to 0.02
 DIFFERENCE = Prior(correlation=0.05, least_effect=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """How much images in groups tell. images: their number. clusters: number of groups, None where
-    images have none and count as independent. effect: the design effect. df: degrees of freedom of
-    Student's t."""
+    """How much information grouped images carry.
+
+    images: their number. clusters: number of groups, None where images have none and count as
+    independent. effect: the design effect. df: degrees of freedom of Student's t.
+    """
 
     images: int
     clusters: int | None = None
@@ -68,7 +74,7 @@ class Design:
     df: float = math.inf
 
     def quantile(self, probability: float) -> float:
-        """Student's t at the design's degrees of freedom."""
+        """Quantile of Student's t at the design's degrees of freedom (infinite: normal)."""
         return (
             float(stats.t.ppf(probability, self.df))
             if self.df < math.inf
@@ -76,7 +82,7 @@ class Design:
         )
 
     def times(self, factor: float) -> Design:
-        """As many more images, and groups, of the same kind."""
+        """The design with `factor` times as many images and groups of the same kind."""
         clusters = self.clusters and round(self.clusters * factor)
         return Design(
             images=round(self.images * factor),
@@ -87,8 +93,10 @@ class Design:
 
 
 def ground(images: int, clusters: int | None) -> str:
-    """What an interval rests on, in words: "375 images in 7 groups", "375 images, as if
-    independent"."""
+    """Number of images and groups behind an interval, as text.
+
+    "375 images in 7 groups", or "375 images, as if independent".
+    """
     return (
         f"{images} images, as if independent"
         if clusters is None
@@ -102,9 +110,9 @@ def has_groups(groups: Sequence[str] | None) -> bool:
 
 
 def design(values: Array, groups: Sequence[str] | None, prior: Prior) -> Design:
-    """The design of the mean of `values` (N,), which are 0 and 1, or -1, 0 and 1.
+    """Design of the mean of `values` (N,), which are 0 and 1, or -1, 0 and 1.
 
-    groups: a name an image; "" is an image on its own; None, or no name at all, is N independent
+    groups: one name per image; "" is an image on its own; None, or no name at all: N independent
     images.
     """
     images = len(values)
@@ -139,12 +147,11 @@ def design(values: Array, groups: Sequence[str] | None, prior: Prior) -> Design:
 
 
 def _degrees_of_freedom(shares: Array, variances: Array) -> float:
-    """Of the CR2 variance of a mean, by Satterthwaite's matching of two moments: trace(M)^2 /
-    trace(M^2).
+    """Satterthwaite degrees of freedom of the CR2 variance of a mean: trace(M)^2 / trace(M^2).
 
     M = D (diag(v) - v h' - h v' + sum(v) h h') D, the covariance of the adjusted residual sums of
     groups with shares h and variances v of their sums, where D^2 = diag(w) = 1 / (1 - h). Both
-    traces in closed form: there may be as many groups as images.
+    traces are in closed form: there may be as many groups as images.
     """
     h = shares
     v = variances
@@ -161,8 +168,10 @@ def _degrees_of_freedom(shares: Array, variances: Array) -> float:
 
 
 def wilson(share: float, count: float, quantile: float) -> tuple[float, float]:
-    """Score interval of a share of `count` images, which need not be whole (Wilson 1927): (low,
-    high)."""
+    """Score interval (low, high) of a share of `count` images (Wilson 1927).
+
+    `count` need not be an integer.
+    """
     if count <= 0 or math.isinf(quantile):
         return 0.0, 1.0
     spread = quantile**2 / count
@@ -174,8 +183,10 @@ def wilson(share: float, count: float, quantile: float) -> tuple[float, float]:
 def share_interval(
     right: Array, groups: Sequence[str] | None = None, level: float = 0.95
 ) -> tuple[float, float, int | None]:
-    """Two-sided interval of the share of True in `right` (N,) bool, and the number of clusters it
-    rests on (None: as if independent)."""
+    """Two-sided interval of the share of True in `right` (N,) bool: (low, high, clusters).
+
+    clusters: the number of groups it rests on (None: as if independent).
+    """
     images = len(right)
     if images == 0:
         return 0.0, 1.0, None
@@ -190,8 +201,10 @@ def share_interval(
 
 
 def difference_design(worse: Array, better: Array, groups: Sequence[str] | None) -> Design:
-    """The design of mean(worse - better): two (N,) bool arrays, images that changed one way and the
-    other."""
+    """Design of mean(worse - better).
+
+    worse, better: (N,) bool, images that became wrong, and right.
+    """
     return design(worse.astype(int) - better.astype(int), groups, DIFFERENCE)
 
 
@@ -200,7 +213,7 @@ def difference_bounds(
 ) -> tuple[float, float]:
     """One-sided bounds of the true share(worse) - share(better), each at confidence `level`.
 
-    worse, better: the two shares as observed, in 0..1.
+    worse, better: the observed shares, in 0..1.
     """
     if sample.images == 0 or sample.df <= 0:
         return -1.0, 1.0
@@ -219,8 +232,8 @@ def difference_bounds(
 def clopper_pearson(share: float, count: float, level: float) -> tuple[float, float]:
     """One-sided bounds of a share of `count` independent images, each at confidence `level`.
 
-    `count` need not be whole: the limits are quantiles of beta distributions (Clopper and Pearson
-    1934).
+    `count` need not be an integer: the limits are quantiles of beta distributions (Clopper and
+    Pearson 1934).
     """
     hits = share * count
     low = float(stats.beta.ppf(1 - level, hits, count - hits + 1)) if hits > 0 else 0.0

@@ -1,23 +1,23 @@
-"""Is the exported file equal to what was trained? Framework in float64 against ONNX Runtime, per
-provider.
+"""Parity of the exported file with the trained model: framework in float64 against ONNX Runtime.
 
-The tolerance is a principle, not a wish. Per input group (photographs, noise and extremes differ by
-orders of magnitude) let f = max|torch32 - torch64| be the framework's own float32 error and s =
+Tolerances are derived per provider and input group (photographs, noise and extremes differ by
+orders of magnitude). Let f = max|torch32 - torch64| be the framework's own float32 error and s =
 max|logit|. Logits pass at max|ONNX - torch64| <= max(20 f, 1e-5 s); probabilities at that over the
-temperature, and the rounding of a float32 softmax; top-1 must be equal outside ties (top-2 margin <
-2 tolerances). Measured over 30 groups on 6 backbones: worst 8 f, no false alarm. CUDA in float32
-with TF32 off: 1e-3 s. What rounds to TF32 or float16 is held to ROUNDINGS times what that rounding
-does to this very model, emulated in the framework in both directions (to nearest, towards zero),
-and to CEILING.
+temperature, plus the rounding of a float32 softmax; top-1 must be equal outside ties (top-2 margin
+< 2 tolerances). Measured over 30 groups on 6 backbones: worst 8 f, no false alarm. CUDA in float32
+with TF32 off: 1e-3 s. TF32 and float16 are limited to ROUNDINGS times the effect of that rounding
+on this very model, emulated in the framework in both modes (to nearest, towards zero), and to
+CEILING times s.
 
-The image form's pixels come from the definition of Preprocess, in Pillow and numpy; never from the
-graph under test. What the graph makes of an image is compared with them after normalisation, in
-grey levels: apart by at most RESAMPLED_LEVELS, by MEAN_LEVELS on average, and by whole levels only,
-since two resizers round differently but nothing may differ after that. How much the differences
-that are allowed change a probability is measured, and bounded by RESAMPLED_PROBABILITY; it is not
-added to any other tolerance.
+The reference for the image form's pixels is Preprocess, in Pillow and numpy, never the graph under
+test. The graph's pixels are compared with it after normalisation, in grey levels: they may differ
+by at most RESAMPLED_LEVELS, by MEAN_LEVELS on average, and by whole levels only, since two resizers
+round differently but nothing may differ after that. The effect of these allowed differences on a
+probability is measured, and bounded by RESAMPLED_PROBABILITY; it is not added to any other
+tolerance.
 
-    parity = compare(reference, core_path, image_path, canvases, photographs, preprocess, temperature, layers)
+    reference = Reference(module)
+    parity = measure_parity(reference, ExportedModel(core=core_path, ...), canvases, photographs)
     parity.passed
 """
 
@@ -43,33 +43,32 @@ from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
 from ftkit_export.runtime.session import PROVIDERS, Session
 
 FLOAT64_IMAGES = 64  # images per group that the float64 reference sees
-RELATIVE = {"cpu": 1e-5, "cuda": 1e-3}  # of s, by provider; any other provider is held to CUDA's
-IMAGE_FORM_IMAGES = (
-    16  # end to end; the core form has shown the network equal on four times as many
-)
+RELATIVE = {"cpu": 1e-5, "cuda": 1e-3}  # of s, by provider; other providers: as CUDA
+IMAGE_FORM_IMAGES = 16  # end to end; the core form is compared on four times as many
 FLOORS = 20.0
-# Exp, sum, quotient; smaller logits do not make it smaller
+# Of a float32 softmax (exp, sum, quotient), whatever the size of the logits
 ROUNDING = 4 * float(np.finfo(np.float32).eps)
 ROUNDINGS = 4.0  # a GPU accumulates in another order, and may round where the emulation does not
-CEILING = (
-    0.1  # of the largest logit: a model that rounding moves further must not run in that precision
-)
-# Two resizers of one definition. Measured on three fits, four sizes, photographs, noise and odd
-# shapes: at most so many grey levels, but for 1 in 1,000 values; 0.043 on average of an image's
-# channel; 1e-5 from a whole level.
+# Of the largest logit: a model more sensitive to rounding must not run in that precision
+CEILING = 0.1
+# Differences between the two resizers. Measured on three fits, four sizes, photographs, noise and
+# odd shapes: at most these grey levels, except for 1 in 1,000 values; 0.043 on average over a
+# channel of an image; 1e-5 from a whole level.
 RESAMPLED_LEVELS = {"photographs": 1, "noise": 2, "extremes": 2}
 RESAMPLED_SHARE = 1e-3
 MEAN_LEVELS = 0.1
 WHOLE_LEVELS = 1e-3
 RESAMPLED_PROBABILITY = 0.05
 REFERENCE_BATCH = 32
-DECADES = np.arange(-12, 1.25, 0.25)  # edges of the histogram of errors: powers of ten
+DECADES = np.arange(-12, 1.25, 0.25)  # edges of the error histogram: powers of ten
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One compared quantity: `value` must not exceed `limit`. `floor` is the framework's own
-    float32 error."""
+    """One compared quantity: `value` must not exceed `limit`.
+
+    floor: the framework's own float32 error.
+    """
 
     name: str
     group: str
@@ -86,10 +85,12 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """Every check on one provider, and the first diverging layer where one failed. errors: how many
-    logits of the photographs differ from float64 by how much, between the powers of ten in DECADES;
-    smaller ones count as the first. placement: where the core form's operators ran, in words
-    (session.Session.placement)."""
+    """All checks on one provider, and the first diverging layer if one failed.
+
+    errors: histogram of the photographs' logit errors against float64, as exponents with edges
+    DECADES; smaller ones count in the first bin. placement: where the core form's operators ran, as
+    text (session.Session.placement).
+    """
 
     provider: str
     checks: tuple[Check, ...]
@@ -104,7 +105,7 @@ class Parity:
 
     @property
     def worst(self) -> Check:
-        """The check nearest to, or furthest beyond, its limit."""
+        """The check with the largest value relative to its limit."""
         return max(
             self.checks,
             key=lambda check: np.inf if np.isnan(check.value) else check.value / (check.limit or 1),
@@ -112,9 +113,9 @@ class Parity:
 
 
 class Reference:
-    """The framework's answers: `model` on CPU in eval mode, in float32, and a float64 copy of it.
+    """Reference outputs of `model` on CPU in eval mode: in float32, and in float64 from a copy.
 
-    An image is computed once in each dtype, however often it is asked for: float64 is slow.
+    Results are cached by image and dtype: float64 is slow.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -127,8 +128,11 @@ class Reference:
         return self.answers(pixels, dtype)[0]
 
     def answers(self, pixels: Array, dtype: torch.dtype) -> tuple[Array, Array]:
-        """Logits (N, classes), and what enters the last linear layer, (N, features), averaged over
-        space."""
+        """Logits (N, classes) and embedding (N, features).
+
+        The embedding is the input of the last linear layer, averaged over space where it is a
+        feature map.
+        """
         keys = [(dtype, hashlib.sha256(item.tobytes()).digest()) for item in pixels]
         missing = list(
             {key: place for place, key in enumerate(keys) if key not in self._known}.values()
@@ -146,9 +150,11 @@ class Reference:
         )
 
     def rounding(self, pixels: Array, precision: str) -> float:
-        """max|emulated - float64| of the logits of the first images (N, 3, S, S), when every
-        product is computed from values of `precision` ("tf32", "fp16"): the larger of rounding to
-        nearest and towards zero."""
+        """max|emulated - float64| of the logits, with products of values rounded to `precision`.
+
+        precision: "tf32" or "fp16". Of the first FLOAT64_IMAGES of pixels (N, 3, S, S); the larger
+        error of rounding to nearest and towards zero.
+        """
         pixels = pixels[:FLOAT64_IMAGES]
         exact = self.logits(pixels, torch.float64)
 
@@ -184,8 +190,10 @@ class Reference:
 
 
 def edge_images(size: int) -> dict[str, list[Array]]:
-    """Formula-made uint8 images by group: noise, and the extremes in value and in shape. Same on
-    every machine."""
+    """Synthetic uint8 images by group: noise, and extremes in value and in shape.
+
+    The same on every machine.
+    """
     rng = np.random.default_rng(20250101)
     noise = [
         rng.integers(0, 256, shape, np.uint8) for shape in [(size, size, 3)] * 4 + [(427, 640, 3)]
@@ -209,7 +217,7 @@ def tolerance(logits32: Array, logits64: Array, provider: str) -> tuple[float, f
 
 
 def probability_limit(limit: float, temperature: float) -> float:
-    """Of logits that pass at `limit`, what their softmax at `temperature` passes at."""
+    """Tolerance of the softmax at `temperature`, for logits with tolerance `limit`."""
     return limit / temperature + ROUNDING
 
 
@@ -224,8 +232,10 @@ def _run(session: Session, batch: Array, output: int = 0) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedModel:
-    """The exported files that parity is measured on, and what they must do. layers: value name ->
-    module path (convert.Core)."""
+    """The exported files under test, and their settings.
+
+    layers: value name -> module path (convert.Core).
+    """
 
     core: Path
     image: Path
@@ -246,7 +256,7 @@ def measure_parity(
 
     canvases: (N, R, R, 3) uint8 of held-out photographs, for the core form. photographs: some of
     them as decoded, each (H, W, 3) uint8, for the image form, where the provider runs it. Raises
-    ProviderError when the provider cannot be proven.
+    ProviderError as Session.
     """
     preprocess = model.preprocess
     core_session = Session(model.core, provider=provider)
@@ -260,7 +270,7 @@ def measure_parity(
 
     checks: list[Check] = []
     errors: tuple[int, ...] = ()
-    failing = None  # pixels of the first group whose logits differ: a fault may not show on another
+    failing = None  # pixels of the first group that fails: others may not show the fault
     for group, images in {"photographs": photographs, **edge_images(preprocess.size)}.items():
         drawn = canvases
         if group != "photographs":
@@ -340,8 +350,7 @@ def _image_checks(
     images: Sequence[Array],
     group: str,
 ) -> list[Check]:
-    """End to end on odd sizes: the graph's pixels against Pillow's, its probabilities against
-    float64's."""
+    """End to end on odd sizes: graph's pixels against Pillow's, probabilities against float64."""
     preprocess = model.preprocess
     temperature = model.temperature
     frames = [to_frame(item, model.input_format) for item in images]
@@ -385,8 +394,10 @@ def _image_checks(
 
 
 def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: str) -> list[Check]:
-    """A graph's normalised pixels (N, 3, S, S) against Pillow's canvases (N, R, R, 3) of the same
-    images, in grey levels, undoing the normalisation that the recipe asks for."""
+    """Compare a graph's normalised pixels (N, 3, S, S) with Pillow's canvases (N, R, R, 3).
+
+    Of the same images, in grey levels, after undoing the recipe's normalisation.
+    """
     levels = _levels(made, preprocess)
     apart = levels - _cropped(canvases, preprocess)
     beyond = float((np.abs(apart) > RESAMPLED_LEVELS[group] + WHOLE_LEVELS).mean((1, 2, 3)).max())
@@ -405,8 +416,10 @@ def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: st
 
 
 def resampled(made: Array, canvases: Array, preprocess: Preprocess, group: str) -> Array:
-    """Pillow's pixels as another resizer may round them: each grey level where the graph has it, as
-    far as RESAMPLED_LEVELS allows; normalised in numpy. (N, 3, S, S) float32."""
+    """Pillow's pixels with the graph's rounding: normalised in numpy, (N, 3, S, S) float32.
+
+    Each grey level is the graph's, as far as RESAMPLED_LEVELS allows.
+    """
     most = RESAMPLED_LEVELS[group]
     exact = _cropped(canvases, preprocess)
     steps = np.nan_to_num(_levels(made, preprocess) - exact).round().clip(-most, most)
@@ -435,19 +448,20 @@ def _cropped(canvases: Array, preprocess: Preprocess) -> Array:
 
 
 def rounding_limit(rounding: float, scale: float) -> float:
-    """What a lower precision may make of logits: rounding as emulated (Reference.rounding), scale:
-    their largest."""
+    """Tolerance of logits in a lower precision.
+
+    rounding: emulated error (Reference.rounding); scale: largest logit.
+    """
     return min(ROUNDINGS * rounding, CEILING * scale) if np.isfinite(rounding) else 0.0
 
 
 def agreement(
     expected: Array, actual: Array, rounding: float, precision: str, group: str
 ) -> list[Check]:
-    """Checks of a lower precision on the same inputs: logits (N, classes) against float32's.
-    rounding: what emulated rounding to that precision does to the logits of this model
-    (Reference.rounding).
+    """Check logits (N, classes) of a lower precision against float32's on the same inputs.
 
-    Top-1 may differ where the two best logits are nearer to each other than twice the limit: a tie.
+    rounding: error of the logits when rounding to that precision is emulated (Reference.rounding).
+    Top-1 may differ in a tie: where the two best logits are closer than twice the limit.
     """
     expected = expected.astype(np.float64)
     actual = actual.astype(np.float64)
@@ -469,9 +483,11 @@ def agreement(
 
 
 class Emulated(TorchFunctionMode):
-    """Within the block, products on a CPU are computed from values rounded as a GPU's tensor cores
-    take them, and float16 rounds the result of every operation too. towards_zero: cut off, else to
-    the nearest."""
+    """Emulate a GPU's TF32 or float16 on the CPU, within the block.
+
+    Products use values rounded as tensor cores do; float16 also rounds the result of every
+    operation. towards_zero: truncate, else round to nearest.
+    """
 
     def __init__(self, precision: str, *, towards_zero: bool):
         super().__init__()
@@ -546,21 +562,20 @@ ROUNDED_FUNCTIONS = {function.__name__ for function in PRODUCTS} | {
 
 
 def _tf32(value: torch.Tensor, *, towards_zero: bool) -> torch.Tensor:
-    """float32 with the 10 bits of mantissa that TF32 has."""
+    """float32 rounded to the 10 mantissa bits of TF32."""
     bits = value.contiguous().view(torch.int32)
     if not towards_zero:
-        bits = bits + 0xFFF + ((bits >> 13) & 1)  # half a unit, to the even one of two as near
+        bits = bits + 0xFFF + ((bits >> 13) & 1)  # half a unit, ties to even
     return (bits & ~0x1FFF).view(torch.float32)
 
 
 def first_divergence(
     reference: Reference, core: Path, pixels: Array, layers: Mapping[str, str], provider: str
 ) -> str:
-    """Name the first layer whose output leaves the tolerance, with both magnitudes. pixels: (N, 3,
-    S, S) float32.
+    """Name the first layer whose output is out of tolerance, with error and magnitude.
 
-    Every value of the core file is made an output of ONE session (0.06 s) and compared with the
-    module of its layer.
+    pixels: (N, 3, S, S) float32. Every value of the core file is made an output of ONE session
+    (0.06 s) and compared with the output of its layer's module.
     """
     truth = _module_outputs(reference.float64, pixels, torch.float64)
     floors = _module_outputs(reference.float32, pixels, torch.float32)
@@ -588,8 +603,10 @@ def first_divergence(
 def _last_values(
     model: onnx.ModelProto, layers: Mapping[str, str], modules: set[str]
 ) -> dict[str, str]:
-    """Value -> the module whose output it is, in graph order: the last value made inside that
-    module."""
+    """Value -> the module whose output it is, in graph order.
+
+    It is the last value computed inside that module.
+    """
     last: dict[str, str] = {}
     for node in model.graph.node:
         for value in node.output:

@@ -1,22 +1,23 @@
-"""Is the candidate slower than the baseline? A gate with an interval, an A/A control, and an honest
-"inconclusive".
+"""Latency regression gate: ratio to a baseline with an interval, an A/A control, three outcomes.
 
-    found = compare(Condition(model="new.onnx", threads=1), Condition(model="old.onnx", threads=1), image="photo.png")
+    old, new = Condition(model="old.onnx", threads=1), Condition(model="new.onnx", threads=1)
+    found = compare_latency(new, old, image="photo.png")
     found.verdict, found.ratio, found.low, found.high
 
-Each fresh process holds the baseline twice and the candidate once, and runs the three in turn, in
-changing order. Each round gives log(candidate / baseline), the baseline being the mean of both, and
-the A/A control log(baseline / baseline). The ratio is the median over all rounds, its interval a
-bootstrap over processes, then rounds; it is looked at after 5, 10, 20, 40 and 80 processes, and
-holds at all five looks together (95 %, Bonferroni). An interval alone is no gate: of 8 A/A
+Each fresh process opens the baseline twice and the candidate once, and runs the three in turn, in
+changing order. Each round gives log(candidate / baseline), with the mean of both baseline sessions,
+and the A/A control log(baseline / baseline). The ratio is the median over all rounds, its interval
+a bootstrap over processes, then rounds; it is evaluated after 5, 10, 20, 40 and 80 processes, and
+holds at all five looks jointly (95 %, Bonferroni). An interval alone is no gate: of 8 A/A
 comparisons within one process, 2 excluded 1. So:
 
     passed         the upper bound is at most 1 + tolerance (5 %)
-    failed         the lower bound exceeds 1 + margin, and a second round of fresh processes says so too; margin: the
-                   tolerance, or 3 standard deviations of the A/A control's process medians when that is more
-    inconclusive   neither, by the time that is allowed, or when more of it could not settle the matter
+    failed         the lower bound exceeds 1 + margin, confirmed by a second round of fresh
+                   processes; margin: the tolerance, or 3 standard deviations of the A/A control's
+                   process medians if that is more
+    inconclusive   neither within the time limit, or when more time could not settle it
 
-A machine too noisy for the tolerance therefore never passes a slow model: it says inconclusive.
+So on a machine too noisy for the tolerance a slow model never passes: the result is inconclusive.
 """
 
 from __future__ import annotations
@@ -37,31 +38,31 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, Start, in_child, measure_start
 
 Outcome = Literal["passed", "failed", "inconclusive"]
-# Of one process: log ratios candidate / baseline, log ratios of the A/A control
+# From one process: log ratios candidate / baseline, log ratios of the A/A control
 Sample = tuple[Array, Array]
 
 TOLERANCE = 0.05
-COLD_TOLERANCE = (
-    0.2  # cold starts of one model differ by several per cent: disk, page cache, the loader
-)
-DRIFT = 0.15  # the least margin against figures from another day: sequential medians of one model spread by 14 %
-LAYOUT = 0.1  # where large buffers come to lie: up to 8 % of memory, by the length of a path alone
+# Cold starts of one model differ by several per cent: disk, page cache, the loader
+COLD_TOLERANCE = 0.2
+DRIFT = 0.15  # least margin against stored figures: repeated medians of a model spread by 14 %
+LAYOUT = 0.1  # placement of large buffers: up to 8 % of memory, by a path's length alone
 SECONDS = 120.0
 LOOKS = (5, 10, 20, 40, 80)
 GATE_ROUNDS = 40
 FIRST_LOOK = LOOKS[0]
 CONFIDENCE = 1 - 0.05 / len(LOOKS)
 RESAMPLES = 2000
-# a median's standard error over a mean's
 Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-MEDIAN = 1.2533
+MEDIAN = 1.2533  # standard error of a median over that of a mean
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Candidate over baseline: ratio with its interval; spread: standard deviation of the A/A
-    control's process medians; margin: what the lower bound must exceed. All but the ratios are
-    shares (0.05 is 5 %)."""
+    """Ratio of candidate to baseline, with its interval.
+
+    spread: standard deviation of the A/A control's process medians; margin: what the lower bound
+    must exceed. Both are fractions (0.05 is 5 %).
+    """
 
     ratio: float
     low: float
@@ -72,8 +73,10 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One quantity judged. what: latency, cold start, memory, size. processes, seconds: what the
-    answer took."""
+    """Verdict on one quantity.
+
+    what: latency, cold start, memory, size. processes, seconds: that the verdict took.
+    """
 
     what: str
     verdict: Outcome
@@ -89,13 +92,15 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """True only when it is sure that the candidate is within the tolerance."""
+        """True only when the candidate is within the tolerance with confidence."""
         return self.verdict == "passed"
 
 
 def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
-    """Hierarchical bootstrap of the median log ratio, and no narrower than the control's spread
-    allows; seeded."""
+    """Hierarchical bootstrap of the median log ratio; seeded.
+
+    The interval is at least as wide as the spread of the control implies.
+    """
     rounds = min(len(ratios) for ratios, _ in samples)
     ratios = np.stack([item[:rounds] for item, _ in samples])
     rng = np.random.default_rng(0)
@@ -105,7 +110,7 @@ def estimate(samples: Sequence[Sample], tolerance: float) -> Estimate:
     low, high = np.quantile(medians, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
     spread = float(np.std([np.median(control) for _, control in samples], ddof=1))
     middle = float(np.median(ratios))
-    # Few processes: a bootstrap alone would be too narrow
+    # With few processes a bootstrap alone would be too narrow
     half = Z * MEDIAN * spread / math.sqrt(len(samples))
 
     return Estimate(
@@ -126,11 +131,10 @@ def decide(
     least: int = 2 * FIRST_LOOK,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
-    """Draw samples until the answer is sure, or `seconds` would be over. draw: measures in one
-    fresh process.
+    """Draw samples until the verdict is certain, or `seconds` would be exceeded.
 
-    Raises FtkitError after the first of them when so slow a model leaves no time for `least`: two
-    rounds.
+    draw: measures in one fresh process. Raises FtkitError after the first one when a slow model
+    leaves no time for `least` processes, by default two rounds.
     """
     begun = clock()
     drawn = 0
@@ -190,11 +194,10 @@ def decide(
 
 
 def _needed(result: Estimate, tolerance: float, processes: int) -> float:
-    """How many processes will settle it, were the ratio what it seems: the interval shrinks with
-    their square root.
+    """Number of processes that would settle it, if the ratio is as estimated.
 
-    Halved, since the estimate moves too; infinite between the tolerance and the margin, where no
-    number settles it.
+    The interval shrinks with their square root. Halved, since the estimate moves too; infinite
+    between tolerance and margin, where no number settles it, and beyond the last look.
     """
     if processes < 2 * FIRST_LOOK:
         return 2 * processes
@@ -214,7 +217,7 @@ def _reason(result: Estimate, outcome: Outcome, tolerance: float) -> str:
         return f"at least {_percent(result.low)}, with 95 % confidence"
     if result.margin > tolerance:
         return f"too noisy to tell {tolerance:.0%}: the baseline differs from itself by {result.spread:.1%}"
-    return f"too near to {tolerance:.0%} to be told in the time allowed"
+    return f"too near to {tolerance:.0%} to decide in the time allowed"
 
 
 def _percent(ratio: float) -> str:
@@ -229,13 +232,15 @@ def compare_latency(
     tolerance: float = TOLERANCE,
     seconds: float = SECONDS,
 ) -> Comparison:
-    """The latency gate. image: what ftkit's own files are fed with. Raises FtkitError when a model
-    does not run."""
-    each = seconds / (2 * FIRST_LOOK + 3)  # so that two rounds fit; a process also has to start
+    """Compare latencies: the regression gate.
+
+    image: input for files exported by ftkit. Raises FtkitError when a model does not run.
+    """
+    each = seconds / (2 * FIRST_LOOK + 3)  # so that two rounds fit, including process starts
     turns = itertools.cycle(range(3))
 
     def draw() -> Sample:
-        place = next(turns)  # a session's place in memory has its own speed
+        place = next(turns)  # a session's speed depends on its place in memory
         three = [baseline, baseline]
         three.insert(place, candidate)
         times = np.array(in_child("pairs", three, image, rounds=GATE_ROUNDS, seconds=each))
@@ -245,8 +250,10 @@ def compare_latency(
 
 
 def sample(candidate: Array, one: Array, other: Array) -> Sample:
-    """Times (rounds,) of the candidate and of the baseline twice -> log ratios and their A/A
-    control."""
+    """Log ratios, and those of the A/A control, from the times of one process.
+
+    Times (rounds,) of the candidate, and of the baseline twice.
+    """
     return np.log(candidate) - (np.log(one) + np.log(other)) / 2, np.log(other / one)
 
 
@@ -257,12 +264,11 @@ def compare_starts(
     *,
     seconds: float = SECONDS,
 ) -> tuple[Comparison, Comparison]:
-    """Cold start and peak memory, of processes that do nothing else: baseline, candidate and
-    baseline again, in turn.
+    """Compare cold start and peak memory, in processes that do nothing else.
 
-    Cold start: session and first run; importing ONNX Runtime is not the model's doing. Memory: of
-    other processes, in which a path's length does not matter (`begin`). Raises FtkitError as
-    compare.
+    Baseline, candidate and baseline again, in turn. Cold start: session and first run; importing
+    ONNX Runtime does not depend on the model. Memory: from other processes, in which a path's
+    length does not matter (`measure_start`). Raises FtkitError as compare_latency.
     """
 
     def draws(name: str, *, even_heap: bool) -> Callable[[], Sample]:
@@ -293,7 +299,7 @@ def compare_starts(
 
 
 def compare_sizes(candidate: int, baseline: int) -> Comparison:
-    """File sizes in bytes: exact, so there is nothing to be unsure of."""
+    """Compare file sizes in bytes: exact, so never inconclusive."""
     ratio = candidate / baseline
     result = Estimate(ratio=ratio, low=ratio, high=ratio, spread=0.0, margin=TOLERANCE)
     outcome: Outcome = "passed" if ratio <= 1 + TOLERANCE else "failed"
@@ -313,11 +319,11 @@ def compare_sizes(candidate: int, baseline: int) -> Comparison:
 def compare_stored(
     now: Callable[[], Sequence[Start]], then: Sequence[Start], *, same_machine: bool
 ) -> list[Comparison]:
-    """Latency, cold start and memory against figures of another day. now: measures (again, to
-    confirm a failure).
+    """Compare latency, cold start and memory with stored figures from another day.
 
-    There is no control in the same job, so 15 % is the least that can be told of times, and 10 % of
-    memory; on another machine, nothing.
+    now: measures (called again to confirm a failure). Without a control in the same job,
+    differences below 15 % of a time, or 10 % of memory, cannot be detected; on another machine,
+    every result is inconclusive.
     """
     first = list(now())
     comparisons = [_stored(what, first, then, same_machine) for what in STORED_FIGURES]

@@ -1,1 +1,1 @@
-"""Code that runs on a device: copied whole into every bundle; numpy, Pillow and ONNX Runtime only."""
+"""Code that runs on a device, copied into every bundle: numpy, Pillow and ONNX Runtime only."""

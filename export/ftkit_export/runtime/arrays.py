@@ -1,5 +1,7 @@
-"""The type of a numpy array whose shape and dtype the comment or docstring beside it gives, and even
-sampling of one."""
+"""Array, the type of a numpy array, and even sampling of one.
+
+Shape and dtype are given in the comment or docstring beside each use.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ Array = np.ndarray[Any, Any]
 
 
 def spread_evenly(values: Array, count: int) -> Array:
-    """At most `count` of the values (n, ...), evenly spaced, the first and the last among them.
+    """At most `count` of the values (n, ...), evenly spaced, including the first and the last.
 
-    Rows that lie in order of class are then sampled from all classes.
+    Rows sorted by class are thus sampled from all classes.
     """
     spaced = np.linspace(0, len(values) - 1, min(count, len(values)))
     picked: Array = values[np.unique(spaced.round().astype(int))]

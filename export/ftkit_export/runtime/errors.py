@@ -1,13 +1,13 @@
-"""Every error ftkit raises on purpose, and the exit code each one means.
+"""ftkit's own exceptions and their exit codes.
 
     FtkitError                2  bad usage or bad input
     ├── ImageError            2  one image file cannot be decoded
-    │   └── UnavailableImageError  it cannot be read now; another time it may
-    ├── ProviderError         2  an ONNX Runtime provider is unknown, absent, or not the one that answered
+    │   └── UnavailableImageError  it cannot be read now, but perhaps later
+    ├── ProviderError         2  an ONNX Runtime provider is unknown, absent, or not the one in use
     └── BundleError           2  a bundle is incomplete, altered, or not a bundle
 
-Exit codes 1 (a gate failed) and 3 (it cannot be told) are no exceptions.
-The message is one sentence of the form `WHERE: expected X, found Y. TRY Z`.
+Exit codes 1 (a gate failed) and 3 (inconclusive) have no exception.
+Messages have the form `WHERE: expected X, found Y. TRY Z`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from collections.abc import Iterable
 
 
 class FtkitError(Exception):
-    """Bad usage or bad input: the message says where, what was expected, what was found, what to
-    try."""
+    """Bad usage or bad input; the message says where, what was expected and found, what to try."""
 
     exit_code = 2
 
@@ -28,19 +27,18 @@ class ImageError(FtkitError):
 
 
 class UnavailableImageError(ImageError):
-    """One image file cannot be read now, for a reason that does not lie in its content: no memory,
-    no permission."""
+    """An image file cannot be read now for reasons other than its content: memory, permission."""
 
 
 class ProviderError(FtkitError):
-    """An ONNX Runtime provider is unknown, absent, or not the one that answered."""
+    """An ONNX Runtime provider is unknown, absent, or not the one in use."""
 
 
 class BundleError(FtkitError):
     """A bundle is incomplete, altered, or not a bundle."""
 
 
-# Names that other tools use -> the name here: nearer in meaning than any name that is spelt alike.
+# Other tools' names -> ftkit's name; takes precedence over similarly spelt names.
 SYNONYMS = {
     "letterbox": "pad",
     "contain": "pad",
@@ -90,11 +88,11 @@ SYNONYMS = {
     "layers": "train",
     "unfreeze": "train",
 }
-LIKE = 0.7  # of 1: names that are less alike by their letters are no suggestion
+LIKE = 0.7  # least similarity (difflib ratio, 0 to 1) of a name that is suggested
 
 
 def nearest(found: object, allowed: Iterable[object]) -> str:
-    """The allowed name that was most likely meant, by meaning before letters; "" for none."""
+    """The allowed name most likely meant, by synonym, then by spelling; "" for none."""
     word = str(found).lower().replace("-", "_")
     names = [str(name) for name in allowed]
     meant = SYNONYMS.get(word) or SYNONYMS.get(str(found).lower(), "")
@@ -105,7 +103,7 @@ def nearest(found: object, allowed: Iterable[object]) -> str:
 
 
 def choices(found: object, allowed: Iterable[object]) -> str:
-    """`found 'x'. Try b; there are: a, b` for a wrong name; `allowed` is any iterable of names."""
+    """Error text for a wrong name: `found 'x'. Try b; there are: a, b`."""
     names = sorted(str(name) for name in allowed)
     meant = nearest(found, names)
     listed = ", ".join(names)

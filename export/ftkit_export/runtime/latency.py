@@ -1,13 +1,13 @@
-"""How fast, how cold, how big: a model in one condition, measured in processes of its own.
+"""Latency, cold start and memory of a model under one condition, measured in fresh processes.
 
     latency = measure(Condition(model="model.onnx", threads=1), image="photo.png")
     latency.p50_ms, latency.p95_ms
-    start = begin(Condition(model="model.onnx", threads=1), image="photo.png")     # cold: a fresh process, once
-    fp32, int8 = race(["model.onnx", "int8.onnx"], image="photo.png")              # in turn, in several processes
+    start = measure_start(Condition(model="model.onnx"), image="photo.png")   # one cold start
+    fp32, int8 = race(["model.onnx", "int8.onnx"], image="photo.png")         # interleaved runs
 
-Warm-up: at least 20 runs and 1 s. Then at least 200 runs and 10 s (quick: 50 runs and 0.5 s after
-0.25 s, and marked so). p99 only from 1000 runs on. Any ONNX file will do: what it is fed with
-follows from its signature where it is none of ftkit's. timing.py is what the processes run.
+Warm-up: at least 20 runs and 1 s; then at least 200 runs and 10 s (quick: 50 runs and 0.5 s after
+0.25 s, and marked as quick). p99 only from 1000 runs on. Any ONNX file can be measured: inputs of
+files not made by ftkit are generated from their signature. The processes run timing.py.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ from ftkit_export.runtime.errors import FtkitError
 ROUNDS = 20  # of a race, in each of its processes
 PROCESSES = 6
 STUDENT_T = 2.571  # 0.975 quantile at PROCESSES - 1 degrees of freedom
-RACE_SECONDS = 20.0  # the most that one process of a race may take
-# Its default, which glibc raises as it goes unless it is set
+RACE_SECONDS = 20.0  # limit for one process of a race
+# glibc's default; setting it stops glibc from raising it while the process runs
 EVEN_HEAP = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """A model and the conditions it is measured in. threads: 0 = all cores. batch: 0 = what the
-    file fixes, else 1. spinning: idle threads keep a core busy. copies: inputs and outputs pass
-    through host memory; False: they stay on the device. optimised: ONNX Runtime may rewrite the
-    graph. frame: "640x480", width and height of what an image form is fed: it resizes inside, so
-    its time depends on them. "": the image as it is."""
+    """A model and the conditions it is measured under.
+
+    threads: 0 = all cores. batch: 0 = as fixed in the file, else 1. spinning: idle threads spin and
+    keep a core busy. copies: inputs and outputs are copied through host memory; False: they stay on
+    the device. optimised: ONNX Runtime may optimise the graph. frame: "640x480", width and height
+    of the input of an image form, whose latency depends on them, since it resizes in the graph; "":
+    the image's own size.
+    """
 
     model: str
     provider: str = "cpu"
@@ -55,14 +58,14 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One measured condition. Times in milliseconds a run, sizes in bytes; p99_ms is None below
-    1000 runs.
+    """Latency and memory under one condition: times in ms per run, sizes in bytes.
 
-    gpu_bytes: GPU memory that came to be used between the process's beginning and its last run, on
-    the whole first GPU: keep others off it. None without a GPU. placement: where the operators ran,
-    in words (session.Session.placement). histogram: counts in 40 equal bins from low_ms to high_ms,
-    the fastest run and the 99th percentile; slower runs are in the last bin. frame: width and
-    height of what an image form was fed, "640x480"; "" for other files.
+    p99_ms: None below 1000 runs. gpu_bytes: increase of the memory in use on the first GPU between
+    the start of the process and its last run, over all processes, so keep others off it; None
+    without a GPU. placement: where the operators ran, as text (session.Session.placement).
+    histogram: counts in 40 equal bins from low_ms (fastest run) to high_ms (99th percentile);
+    slower runs count in the last bin. frame: width and height of an image form's input, "640x480";
+    "" for other files.
     """
 
     provider: str
@@ -91,8 +94,10 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """One fresh process: importing ONNX Runtime, opening the session, the first run; then p50 and
-    p95 of a short steady stretch (50 runs), which budgets and stored baselines rest on."""
+    """Timings of one fresh process: importing ONNX Runtime, opening the session, first run.
+
+    p50_ms, p95_ms: of a short steady phase (50 runs), for budgets and stored baselines.
+    """
 
     import_ms: float
     session_ms: float
@@ -103,22 +108,24 @@ class Start:
 
     @property
     def cold_ms(self) -> float:
-        """From an interpreter to the first answer."""
+        """From a running interpreter to the first answer."""
         return self.import_ms + self.open_ms
 
     @property
     def open_ms(self) -> float:
-        """The model's own part of it: from a loaded ONNX Runtime to the first answer."""
+        """The model's share of it: from ONNX Runtime loaded to the first answer."""
         return self.session_ms + self.first_run_ms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Raced:
-    """One of several models run in turn. ratio: its time over the first model's, the mean over
-    processes of their medians (of the logarithm), with a 95 % interval. spread: standard deviation
-    over processes of the logarithm of the first model's time over its own, in another session of
-    the same process: the A/A control. processes: that were started; 0 stands for figures of one
-    process alone, which say nothing of another."""
+    """Timing of one of several models whose runs were interleaved.
+
+    ratio: its time relative to the first model's, from the mean over processes of the median log
+    ratio, with a 95 % interval. spread: standard deviation over processes of the log ratio between
+    two sessions of the first model in one process: the A/A control. processes: number started; 0:
+    figures of a single process, which do not carry over to another.
+    """
 
     p50_ms: float
     p95_ms: float
@@ -131,12 +138,11 @@ class Raced:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Where the time from file bytes to probabilities goes, medians in ms, runs in turn in one
-    process.
+    """Breakdown of the time from file bytes to probabilities: medians in ms of interleaved runs.
 
-    decode_ms: file bytes to pixels; pillow_ms: preprocessing in Pillow and numpy, as a program
-    without the image form would do it; network_ms: core form; together_ms: image form;
-    preprocess_ms: median of together - network.
+    All in one process. decode_ms: file bytes to pixels; pillow_ms: preprocessing in Pillow and
+    numpy, as a program without the image form would do it; network_ms: core form; together_ms:
+    image form; preprocess_ms: median of together - network.
     """
 
     decode_ms: float
@@ -149,10 +155,10 @@ class Parts:
 def measure(
     condition: Condition, image: str | Path | None = None, *, quick: bool = False
 ) -> Latency:
-    """Latency in a fresh process. image: what ftkit's own files are fed with; without one, noise of
-    224 x 224.
+    """Measure latency in a fresh process.
 
-    Raises FtkitError with the child's own words when it fails.
+    image: input for files exported by ftkit; without one, noise of 224 x 224. Raises FtkitError
+    with the child process's error message when it fails.
     """
     measured = in_child("measure", [condition], image, quick=quick)
     return Latency(**{**measured, "histogram": tuple(measured["histogram"])})
@@ -165,10 +171,10 @@ def measure_start(
     steady: bool = True,
     even_heap: bool = False,
 ) -> Start:
-    """One cold start, in a fresh process. steady: then p50 and p95 too. Raises as measure.
+    """Measure one cold start in a fresh process; `steady`: then p50 and p95 too. Raises as measure.
 
-    even_heap: every large buffer is mapped, and given back when freed. Peak memory of one model
-    then varies by 0.5 %; otherwise the length of its path alone moves it by 7 % (lite0: 106 or 114
+    even_heap: every large buffer is mapped, and unmapped when freed. Peak memory of one model then
+    varies by 0.5 %; otherwise the length of its path alone changes it by 7 % (lite0: 106 or 114
     MB). Opening takes 1.3 times as long. glibc only.
     """
     return Start(
@@ -185,13 +191,12 @@ def race(
     rounds: int = ROUNDS,
     frame: str = "",
 ) -> list[Raced]:
-    """Models (of one form) run in turn on one image file, so that noise meets all alike. Raises as
-    measure.
+    """Compare models (of one form) in interleaved runs on one image file. Raises as measure.
 
-    In each of several fresh processes the first model is opened twice, the others once, in another
-    order each time: a session's place in memory has a speed of its own, which no number of runs
-    averages out. The interval is Student's t over the processes, and no narrower than the same of
-    the A/A control.
+    Interleaving exposes all of them to the same noise. In each of several fresh processes the first
+    model is opened twice and the others once, in a different order each time: a session's speed
+    depends on where its memory lies, which no number of runs averages out. The interval is
+    Student's t over the processes, and at least as wide as that of the A/A control.
     """
     conditions = [
         Condition(model=str(model), provider=provider, threads=threads, frame=frame)
@@ -222,13 +227,13 @@ def race(
 
 
 def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:
-    """processes x rounds x (the first model twice, then the others) in ms -> a Raced a model."""
+    """Processes x rounds x (first model twice, then the others) in ms -> one Raced per model."""
     import numpy as np
 
     logs = [np.log(np.array(table)) for table in tables]
     control = np.array([np.median(log[:, 1] - log[:, 0]) for log in logs])
     spread = float(control.std(ddof=1))
-    # The control compares one session with one; a candidate is compared with the mean of two.
+    # The control compares two single sessions; a candidate is compared with the mean of two.
     least = spread * math.sqrt(0.75)
 
     raced = []
@@ -264,8 +269,10 @@ def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Pa
 def over_sizes(
     condition: Condition, image: str | Path, frames: Sequence[str]
 ) -> list[tuple[str, float, float]]:
-    """(frame, p50 ms, p95 ms) of an image form fed with each of these sizes, in one process. Raises
-    as measure."""
+    """Time an image form at each of these frame sizes, in one process. Raises as measure.
+
+    Returns (frame, p50 ms, p95 ms) for each.
+    """
     times = in_child("sizes", [replace(condition, frame=frame) for frame in frames], image)
     return [(frame, p50, p95) for frame, (p50, p95) in zip(frames, times, strict=True)]
 
@@ -277,7 +284,7 @@ def in_child(
     environment: Mapping[str, str] | None = None,
     **more: object,
 ) -> Any:
-    """Run one of timing's measurements in a fresh process and return what it prints."""
+    """Run one of timing.WORK in a fresh process and return its JSON result."""
     job = {
         "what": what,
         "conditions": [asdict(item) for item in conditions],
@@ -301,13 +308,15 @@ def in_child(
             said or f"latency of {conditions[0].model}: the process ended early ({done.returncode})"
         )
 
-    # A provider may have printed before it
+    # The last line; a provider may have printed before it
     return json.loads(done.stdout.rstrip().rpartition("\n")[2])
 
 
 def machine() -> dict[str, object]:
-    """Facts about this machine: GPU and driver where there are, processor, cores that may be used,
-    system, Python, ONNX Runtime; fingerprint: of all these."""
+    """Describe this machine: GPU, driver, CPU, usable cores, system, Python, ONNX Runtime.
+
+    fingerprint: a hash of all these.
+    """
     import onnxruntime
 
     from ftkit_export.runtime.session import cores
@@ -323,7 +332,7 @@ def machine() -> dict[str, object]:
         ]
         cpu = names[0] if names else cpu
 
-    board = Path("/proc/device-tree/model")  # an ARM board's own name, where processors have none
+    board = Path("/proc/device-tree/model")  # an ARM board's model name, where the CPU has none
     if board.is_file() and cpu in ("", platform.machine()):
         cpu = board.read_text().rstrip("\0\n")
 

@@ -1,11 +1,10 @@
-"""Everything there is to say about a model's speed on this machine, in one schema, on a workstation
-or a device.
+"""Benchmark a model on this machine: one JSON schema for workstations and devices.
 
-    found = bench("bundle", providers=["cpu"])       # or any model.onnx; a dict, for JSON
+    found = bench_model("bundle", providers=["cpu"])   # or any model.onnx; a dict, for JSON
     found["rows"], found["starts"], found["parts"], found["raced"]
 
-`ftkit bench` and `device/classify.py --bench` write it; `ftkit export --latency` and `ftkit bench
---against` read it.
+Written by `ftkit bench` and `device/classify.py --bench`; read by `ftkit export --latency` and
+`ftkit bench --against`.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from ftkit_export.runtime.session import PROVIDERS, cores, form_of
 from ftkit_export.runtime.targets import here
 from ftkit_export.runtime.verify import MANIFEST, check_files, read_manifest, sha256
 
-BENCH_SCHEMA = 3  # 3: the size of the frames; 2: races over several processes
+BENCH_SCHEMA = 3  # 3: frame size; 2: races over several processes
 STARTS = 5
 QUICK_STARTS = 3
-# Of a field's type as written -> what JSON has for it.
+# Field annotation -> types of the value in JSON.
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "float": (float, int),
     "int": (int,),
@@ -50,11 +49,11 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A bundle or model file to measure. files: variant -> image form, the shipped one first (of a
-    plain model: "model" -> it).
+    """A bundle or model file to measure.
 
-    cores: variant -> core form. name: the recipe's, or the file's. fingerprint: sha256 of the
-    manifest, or of the file. image: fed to ftkit's own files. frame: the size it is brought to,
+    files: variant -> image form, the shipped one first (for a single file: "model" -> it). cores:
+    variant -> core form. name: the recipe's, or the file's. fingerprint: sha256 of the manifest, or
+    of the file. image: input for files exported by ftkit. frame: the size it is resized to,
     "640x480"; "": its own.
     """
 
@@ -71,11 +70,11 @@ class Model:
         return next(iter(self.run_by(provider).values()))
 
     def paths(self) -> list[Path]:
-        """Every file of it, models before the image."""
+        """All its files, models before the image."""
         return [*self.files.values(), *self.cores.values(), *filter(None, [self.image])]
 
     def renamed(self) -> Model:
-        """The same under plain names in one folder, as another machine gets it."""
+        """A copy with generic file names in one folder, for another machine."""
         return replace(
             self,
             files={name: Path(f"{number}.onnx") for number, name in enumerate(self.files)},
@@ -84,7 +83,7 @@ class Model:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For another process; `from_json` is its inverse."""
+        """As JSON data for another process; inverse of `from_json`."""
         named = {
             kind: {name: str(path) for name, path in getattr(self, kind).items()}
             for kind in ("files", "cores")
@@ -93,7 +92,7 @@ class Model:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Model:
-        """Back from `as_json`."""
+        """Inverse of `as_json`."""
         named = {
             kind: {name: Path(path) for name, path in data[kind].items()}
             for kind in ("files", "cores")
@@ -101,17 +100,17 @@ class Model:
         return Model(**{**data, **named, "image": data["image"] and Path(data["image"])})
 
     def run_by(self, provider: str) -> Mapping[str, Path]:
-        """Variant -> the form that this provider runs; a plain model has but one."""
+        """Variant -> the form that this provider runs; a single file has only one."""
         forms: Mapping[str, Path] = form_of(provider, self.files, self.cores or self.files)
         return {name: forms[name] for name in self.files}
 
 
 def find(model: str | Path, image: str | Path | None = None, frame: str | None = None) -> Model:
-    """A bundle's variants, its files checked, or a single ONNX file.
+    """Find the variants of a bundle, after checking its files, or a single ONNX file.
 
-    frame: by default the bundle's own, which its budgets are judged at, and of an `image` or
-    another file none. Raises BundleError for a bundle that is not whole, FtkitError when there is
-    nothing to measure.
+    frame: by default the bundle's own, at which its budgets are judged; none with an `image` or a
+    single file. Raises BundleError for a bundle that is incomplete or altered, FtkitError when
+    there is nothing to measure.
     """
     path = Path(model)
     if path.is_dir():
@@ -152,8 +151,11 @@ def conditions(
     batches: Sequence[int],
     frame: str = "",
 ) -> list[Condition]:
-    """Provider x threads x batch. On the CPU several threads also without spinning; on a GPU also
-    without copies."""
+    """All combinations of provider, threads and batch.
+
+    Several CPU threads are also measured without spinning, GPUs also without copies, CUDA graphs
+    only so.
+    """
     listed = []
     for provider in providers:
         for count in threads if provider == "cpu" else [1]:
@@ -172,7 +174,7 @@ def conditions(
 
 
 def starts(condition: Condition, image: Path | None, *, quick: bool = False) -> list[Start]:
-    """Cold starts and memory, each in a process of its own."""
+    """Measure cold starts and memory, each in a fresh process."""
     return [measure_start(condition, image) for _ in range(QUICK_STARTS if quick else STARTS)]
 
 
@@ -187,15 +189,16 @@ def bench_model(
     frame: str | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure a bundle or a model file, or what `find` made of one. threads: 1 and all cores by
-    default. batches: 0 = what the file fixes, else 1. frame: as find's. say: told what is measured
-    next.
+    """Measure a bundle, a model file, or a Model from `find`.
 
-    The result: schema, machine, target, name, run, fingerprint, provider and threads (the first of
-    each, which starts, parts and raced hold for, starts for the first batch too), sha256 (variant
-    -> its file that ran), quick, rows (a Latency and its variant each), starts (variant -> Starts),
-    parts (variant -> Parts, where both forms run), raced (variant -> Raced, against the first of
-    them that is fp32). Raises FtkitError for a model that is not there, or does not run.
+    threads: default 1 and all cores. batches: 0 = as fixed in the file, else 1. frame: as in find.
+    say: called with a description of each measurement before it starts.
+
+    The result: schema, machine, target, name, run, fingerprint, frame, provider and threads (the
+    first of each, to which starts, parts and raced refer; starts also to the first batch), sha256
+    (variant -> of the file that ran), quick, rows (one Latency each, with its variant), starts
+    (variant -> Starts), parts (variant -> Parts, where both forms run), raced (variant -> Raced,
+    relative to fp32). Raises FtkitError for a model that is missing or does not run.
     """
     subject = model if isinstance(model, Model) else find(model, image, frame)
     counts = list(threads) or sorted({1, cores()})
@@ -253,8 +256,8 @@ def bench_model(
 
 
 def _race(model: Model, provider: str, threads: int) -> dict[str, dict[str, Any]]:
-    """Variant -> its Raced, fp32 first."""
-    assert model.image  # what every form can be fed with
+    """Variant -> its Raced, relative to fp32, which comes first."""
+    assert model.image  # every form accepts an image
     running = model.run_by(provider)
     order = sorted(running, key=lambda name: name != "fp32")
     results = race(
@@ -268,8 +271,10 @@ def _race(model: Model, provider: str, threads: int) -> dict[str, dict[str, Any]
 
 
 def read_bench(path: str | Path) -> dict[str, Any]:
-    """Read the JSON that bench wrote. Raises FtkitError when the file is something else, or of
-    another schema."""
+    """Read the JSON of a benchmark.
+
+    Raises FtkitError when the file is something else, or has another schema.
+    """
     try:
         data = json.loads(Path(path).read_text())
     except (OSError, ValueError):
@@ -300,7 +305,7 @@ def fits(kind: Any, data: Mapping[str, Any]) -> bool:
 
 
 def checked(data: Any, where: str) -> dict[str, Any]:
-    """`data` when it is what bench returns, whole enough to be judged; else FtkitError."""
+    """Return `data` if it is a complete result of bench_model, else raise FtkitError."""
     try:
         rows = [
             (row["variant"], {key: value for key, value in row.items() if key != "variant"})
@@ -342,8 +347,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
 
 
 def _main() -> int:
-    """`python -m ftkit_export.runtime.measure JSON`: measure what lies in this folder, print it as
-    JSON."""
+    """`python -m ftkit_export.runtime.measure JSON`: measure files in this folder, print JSON."""
     job = json.loads(sys.argv[1])
     threads = [job["threads"]] if job["threads"] else []
     try:

@@ -1,5 +1,6 @@
-"""Facts from the NVIDIA driver (NVML) on the first GPU that this process may use; nothing where
-there is none, or where it cannot be known which of several it is.
+"""Facts from the NVIDIA driver (NVML) about the first GPU that this process may use.
+
+Empty without a GPU, or where it is unknown which of several it is.
 
 facts()         {"gpu": "NVIDIA H200", "driver": "580.65"}
 used_bytes()    memory in use on it, by all processes
@@ -27,7 +28,7 @@ class _Memory(ctypes.Structure):
 
 @lru_cache
 def _opened() -> tuple[Any, Any] | None:
-    """The library and the handle of the GPU, or None."""
+    """The NVML library and the handle of the GPU, or None."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -39,7 +40,7 @@ def _opened() -> tuple[Any, Any] | None:
     if library.nvmlInit_v2() or library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return None
     if first.isdigit() and not same_numbers(count.value):
-        return None  # which of them CUDA calls the first is not known here
+        return None  # unknown which of them is the first for CUDA
 
     if first.isdigit():
         failed = library.nvmlDeviceGetHandleByIndex_v2(int(first), ctypes.byref(handle))
@@ -50,9 +51,12 @@ def _opened() -> tuple[Any, Any] | None:
 
 
 def same_numbers(gpus: int) -> bool:
-    """Whether CUDA's number of a GPU is NVML's, which counts along the bus: CUDA counts the fastest
-    first, unless CUDA_DEVICE_ORDER=PCI_BUS_ID says otherwise. It is the user's to set: it changes
-    which GPU is used."""
+    """Whether CUDA and NVML number the GPUs alike.
+
+    NVML counts in PCI bus order; CUDA counts the fastest first, unless
+    CUDA_DEVICE_ORDER=PCI_BUS_ID. The variable is left to the user, since it changes which GPU is
+    used.
+    """
     return gpus == 1 or os.environ.get("CUDA_DEVICE_ORDER", "FASTEST_FIRST") == "PCI_BUS_ID"
 
 

@@ -1,10 +1,9 @@
-"""References and operators of an ONNX file, read from its bytes without loading it: a file from
-elsewhere is not trusted.
+"""Operators and external references of an untrusted ONNX file, read without loading the model.
 
     found = inspect("model.onnx")        # BundleError: external data, unknown domains, not a model
 
-Only the wire format of the few fields that can do harm is read (onnx.proto), so a device needs no
-onnx package, and weights are skipped, not parsed.
+Only the few fields that can do harm are parsed from the protobuf wire format (onnx.proto), so a
+device needs no onnx package; weights are skipped.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from pathlib import Path
 
 from ftkit_export.runtime.errors import BundleError
 
-# The standard's operators, and those built into every ONNX Runtime
+# Standard operators, and those built into every ONNX Runtime
 DOMAINS = (
     "",
     "ai.onnx",
     "com.microsoft",
 )
-# com.microsoft: a compiled engine for one provider, in the file or at a path it names
+# com.microsoft: an engine compiled for one provider, embedded or at a path
 EXTERNAL = ("EPContext",)
 MODEL_FIELDS = {"ir": 1, "graph": 7, "opset": 8, "function": 25}
-DEEPEST = 32  # graphs within graphs
-# What computes on shapes, and may be shape arithmetic itself; Expand, Resize and the like make data
-# of a shape.
+DEEPEST = 32  # levels of nested subgraphs
+# Operators that stay shape arithmetic when applied to shapes; Expand, Resize and the like turn a
+# shape into data.
 ON_SHAPES = (
     "Gather",
     "Concat",
@@ -55,8 +54,10 @@ INTEGERS = (6, 7, 9)  # TensorProto.DataType: int32, int64, bool
 
 @dataclass(frozen=True, kw_only=True)
 class Inspected:
-    """ir: IR version; opset: of the default domain; nodes: operator type -> count, subgraphs
-    included."""
+    """Structure of an ONNX file.
+
+    ir: IR version; opset: of the default domain; nodes: operator type -> count, subgraphs included.
+    """
 
     ir: int
     opset: int
@@ -64,7 +65,7 @@ class Inspected:
 
 
 def inspect(path: str | Path) -> Inspected:
-    """Read the file's structure. Raises BundleError naming the file and what is not allowed in it."""
+    """Read the file's structure. Raises BundleError naming the file and what is refused in it."""
     where = Path(path)
     try:
         return _inspect(memoryview(where.read_bytes()))
@@ -77,8 +78,7 @@ def inspect(path: str | Path) -> Inspected:
 
 
 def shape_nodes(model: str | Path | bytes) -> set[str]:
-    """Names of the nodes that compute shapes only: what comes of Shape and Size, and of constants
-    with it.
+    """Names of nodes that only compute shapes: from the outputs of Shape and Size, and constants.
 
     ONNX Runtime keeps them on the CPU whatever the provider (GetCpuPreferredNodes): there is
     nothing to gain elsewhere.
@@ -223,7 +223,10 @@ def _text(value: memoryview | int) -> str:
 
 
 def _fields(data: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
-    """Protobuf's wire format: (field number, bytes or integer). Raises ValueError for what is none."""
+    """Parse the protobuf wire format into (field number, bytes or integer).
+
+    Raises ValueError for anything else.
+    """
     if isinstance(data, int):
         raise ValueError
 
@@ -231,7 +234,7 @@ def _fields(data: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
     end = len(data)
     while at < end:
         key, at = _varint(data, at)
-        if key >= 1 << 32:  # other readers would cut it short, and see another field
+        if key >= 1 << 32:  # other parsers would truncate it, and see another field
             raise ValueError
 
         kind = key & 7

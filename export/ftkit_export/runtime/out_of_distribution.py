@@ -1,12 +1,11 @@
-"""Is this image of the kind the model was trained on? A distance of its embedding from the training
-images' own.
+"""Out-of-distribution detection: distance of an image's embedding from those of training images.
 
-    foreign = Foreign.from_text(metadata["out_of_domain"])
-    foreign.score(embedding) > foreign.threshold
+    statistics = OutOfDistribution.from_text(metadata["out_of_domain"])
+    statistics.score(embedding) > statistics.threshold
 
-Mahalanobis distance of the normalised embedding to the nearest class mean (Lee et al. 2018;
-normalised: Mueller and Hein 2025), with a shared covariance of few directions plus an equal rest.
-Measured: bench/README.md.
+Mahalanobis distance of the L2-normalised embedding to the nearest class mean (Lee et al. 2018;
+normalised: Mueller and Hein 2025). The shared covariance is low-rank: a few directions with their
+own variance, one variance for all others. Measured: bench/README.md.
 """
 
 from __future__ import annotations
@@ -24,9 +23,12 @@ DTYPES = {"means": np.float16, "directions": np.float16, "weights": np.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfDistribution:
-    """means (classes, D) and directions (K, D) float16, of the embedding scaled to length 1. rest:
-    variance of every direction but those; weights (K,) float32: 1 / rest - 1 / (the direction's own
-    variance). threshold: the score that `kept` of the val images stay below."""
+    """Statistics of the training images' embeddings, scaled to length 1, and the threshold.
+
+    means (classes, D), directions (K, D): float16. rest: variance of all other directions. weights
+    (K,) float32: 1 / rest - 1 / (the direction's own variance). threshold: the `kept` quantile of
+    the val images' scores.
+    """
 
     means: Array
     directions: Array
@@ -36,8 +38,10 @@ class OutOfDistribution:
     kept: float
 
     def score(self, embedding: Array) -> Array:
-        """(N, D) -> (N,) float32: squared distance to the nearest class mean, 1 a dimension for
-        what is familiar."""
+        """(N, D) -> (N,) float32: squared distance to the nearest class mean, divided by D.
+
+        About 1 for in-distribution images.
+        """
         means = self.means.astype(np.float64)
         axes = self.directions.astype(np.float64).T
         unit = _unit(embedding)
@@ -51,7 +55,7 @@ class OutOfDistribution:
         return scores
 
     def to_text(self) -> str:
-        """For a model's metadata."""
+        """JSON for the model's metadata."""
         arrays = {name: getattr(self, name) for name in ("means", "directions", "weights")}
         packed = {
             name: {
@@ -67,7 +71,7 @@ class OutOfDistribution:
 
     @staticmethod
     def from_text(text: str) -> OutOfDistribution:
-        """Back from a model's metadata. Raises ValueError or KeyError when it is none."""
+        """Inverse of `to_text`. Raises ValueError or KeyError for other text."""
         data = json.loads(text)
         for name, dtype in DTYPES.items():
             item = data[name]
@@ -86,7 +90,7 @@ class OutOfDistribution:
             shapes != (2, 2, statistics.directions.shape[:1], statistics.directions.shape[1:])
             or not statistics.rest > 0
         ):
-            raise ValueError("out-of-domain statistics that do not fit each other")
+            raise ValueError("out-of-domain statistics whose shapes do not match")
 
         return statistics
 
@@ -98,8 +102,10 @@ def _unit(embedding: Array) -> Array:
 
 
 def _squares(one: Array, other: Array, weights: Array) -> Array:
-    """(N, D), (M, D), (D,) -> (N, M): weighted squared distances, by products of matrices (N x M x
-    D never exists)."""
+    """Weighted squared distances: (N, D), (M, D), (D,) -> (N, M).
+
+    By matrix products, without an array of N x M x D.
+    """
     squares: Array = (
         (one**2 @ weights)[:, None] + (other**2 @ weights)[None] - 2 * (one * weights) @ other.T
     )
@@ -109,10 +115,9 @@ def _squares(one: Array, other: Array, weights: Array) -> Array:
 def fit(
     embedding: Array, labels: Array, val: Array, *, directions: int = 16, kept: float = 0.95
 ) -> OutOfDistribution:
-    """embedding (N, D) with labels (N,) of training images, val (M, D) for the threshold ->
-    Foreign.
+    """Fit to training embeddings (N, D) with labels (N,); threshold from val embeddings (M, D).
 
-    Small sets have fewer directions: at most a quarter of N.
+    At most N / 4 directions, so small sets have fewer.
     """
     unit = _unit(embedding)
     present = np.unique(labels)

@@ -30,11 +30,11 @@ from ftkit_export.runtime.verify import read_manifest
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One image's answer. probabilities: class name -> probability, in the model's class order;
-    they sum to 1.
+    """Prediction for one image.
 
-    doubtful: below the threshold at which the wanted precision was reached on val. foreign: unlike
-    the training images.
+    probabilities: class name -> probability, in the model's class order; they sum to 1. doubtful:
+    low confidence, below the threshold that reached the wanted precision on val. foreign:
+    out-of-distribution, unlike the training images.
     """
 
     label: str
@@ -45,14 +45,17 @@ class Prediction:
 
     @property
     def remark(self) -> str:
-        """ "foreign", "doubtful" or nothing, for a line of text."""
+        """ "foreign", "doubtful" or "", for a line of text."""
         return "foreign" if self.foreign else "doubtful" if self.doubtful else ""
 
 
 class Classifier:
-    """model: a bundle folder or its model.onnx. A provider that cannot run the image form runs the
-    bundle's core form, on pixels from Pillow. Raises BundleError when it has no labels,
-    ProviderError as Session."""
+    """Classifier loaded from a bundle folder or its model.onnx.
+
+    A provider that cannot run the image form runs the bundle's core form, preprocessed with Pillow.
+    Raises BundleError when there is no model, its metadata has no labels or is damaged,
+    ProviderError as Session.
+    """
 
     def __init__(self, model: str | Path, *, provider: str = "cpu", threads: int = 0):
         path = Path(model)
@@ -100,7 +103,7 @@ class Classifier:
             ) from None
 
     def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
-        """An image file (path or bytes) -> (H, W, 3) uint8 RGB, as training decoded its own."""
+        """Decode an image file (path or bytes) -> (H, W, 3) uint8 RGB, as in training."""
         return self.preprocess.decode(source)
 
     def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -110,7 +113,7 @@ class Classifier:
     def _answer(
         self, frame: np.ndarray[Any, Any]
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Probabilities (classes,), embedding (1, D)."""
+        """One frame -> probabilities (classes,), embedding (1, D)."""
         if not self.core:
             (probabilities,), embedding = self.session.run(frame[None])
             return probabilities, embedding
@@ -119,14 +122,15 @@ class Classifier:
         return softmax(logits[0] / np.float32(self.temperature)), embedding
 
     def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
-        """A file, its bytes, or an RGB array (H, W, 3) uint8 -> Prediction. Raises ImageError for a
-        bad file."""
+        """Classify an image file, its bytes, or an RGB array (H, W, 3) uint8.
+
+        Raises ImageError for a bad file.
+        """
         pixels = image if isinstance(image, np.ndarray) else self.decode(image)
         return self.frame(to_frame(pixels, self.input_format))
 
     def frame(self, frame: np.ndarray[Any, Any]) -> Prediction:
-        """A camera's frame as the model takes it (preprocess.to_frame; RGB unless exported
-        otherwise)."""
+        """Classify a camera frame in the model's input format (preprocess.to_frame)."""
         probabilities, embedding = self._answer(frame)
         best = int(probabilities.argmax())
         named = {
@@ -151,26 +155,28 @@ def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _labels(text: str) -> list[str]:
-    """Raises ValueError for what is no list of names."""
+    """Parse the class names. Raises ValueError for anything but a list of names."""
     labels = json.loads(text)
     if (
         not isinstance(labels, list)
         or not labels
         or not all(isinstance(label, str) for label in labels)
     ):
-        raise ValueError("labels that are no names")
+        raise ValueError("labels that are not names")
     return labels
 
 
 def _core_form(bundle: Path) -> str:
-    """Where a bundle has the shipped variant's core form."""
+    """Path of the shipped variant's core form, relative to the bundle."""
     manifest = read_manifest(bundle)
     return str(manifest["variants"][manifest["chosen"]]["core"])
 
 
 def image_files(paths: list[str | Path]) -> list[Path]:
-    """Files as given, and every image below the folders given, sorted. Raises FtkitError for a
-    missing path."""
+    """The files given, and all images in the folders given, sorted by path.
+
+    Raises FtkitError for a missing path, or a folder without images.
+    """
     files: list[Path] = []
     for item in map(Path, paths):
         if item.is_dir():

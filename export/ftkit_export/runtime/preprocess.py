@@ -1,12 +1,11 @@
-"""Preprocess: the one definition of pixels, from image file to normalised tensor, in numpy and
-Pillow.
+"""Preprocess: the single definition of preprocessing, from image file to normalised tensor.
 
     image = decode("cell.jpg")               # (H, W, 3) uint8 RGB
-    canvas = preprocess.canvas(image)        # (R, R, 3) uint8, what training keeps
-    pixels = preprocess.pixels(canvas[None]) # (1, 3, S, S) float32, what the core form takes
+    canvas = preprocess.canvas(image)        # (R, R, 3) uint8, what training stores
+    pixels = preprocess.pixels(canvas[None]) # (1, 3, S, S) float32, input of the core form
 
-`graph.py` says the same as ONNX operators. This file is copied into every bundle: it needs numpy
-and Pillow only.
+`graph.py` implements the same as ONNX operators. This file is copied into every bundle, so it needs
+only numpy and Pillow.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImage
 
 FITS = ("crop", "squash", "pad")
 WHITE = 65535
-MAX_PIXELS = "FTKIT_MAX_PIXELS"  # environment variable: the largest image that is decoded, by default Pillow's limit
+MAX_PIXELS = "FTKIT_MAX_PIXELS"  # environment variable: largest image; default: Pillow's
 TWELVE_BITS = 4095
-# side and area of a frame that is made up to be measured with
+# largest side and area, in pixels, of a frame resized for measurement
 LONGEST = 20_000
 MOST_PIXELS = 200_000_000
 INPUT_FORMATS = ("rgb", "bgr", "grey", "nv12")
@@ -43,9 +42,9 @@ class Preprocess:
 
     size: S, side of the network's input in pixels. resize: R, side of the canvas; R >= S. mean,
     std: per channel, in grey levels (0..255): pixel = (level - mean) / std. fit: "crop" keeps the
-    centre square, "squash" resizes the whole image, "pad" letterboxes with black. white: of 16-bit
-    images, the value that is white (4095 of a 12-bit camera); None: 65535, and images that keep to
-    the lowest 12 bits are refused (`decode`). Raises FtkitError when a field makes no sense.
+    centre square, "squash" resizes the whole image, "pad" letterboxes with black. white: value of
+    white in 16-bit images (4095 for a 12-bit camera); None: 65535, and images that use only the
+    lowest 12 bits are refused (`decode`). Raises FtkitError for an invalid field.
     """
 
     size: int = 224
@@ -83,19 +82,17 @@ class Preprocess:
             )
 
     def at(self, size: int) -> Preprocess:
-        """The same for another input size; the canvas keeps its proportion to it."""
+        """The same preprocessing for another input size; the canvas scales with it."""
         return replace(self, size=size, resize=max(size, round(self.resize * size / self.size)))
 
     def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
-        """An image file (path or bytes) -> (H, W, 3) uint8 RGB, as `decode` with this definition's
-        white."""
+        """Decode an image file (path or bytes) -> (H, W, 3) uint8 RGB, with this `white`."""
         return decode(source, self.white)
 
     def canvas(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(H, W, 3) uint8 of any size -> (R, R, 3) uint8: fitted, then resized bilinear with
-        antialiasing.
+        """(H, W, 3) uint8 of any size -> (R, R, 3) uint8: `fit`, then antialiased bilinear resize.
 
-        Squaring comes first, so an 8000x2 image costs milliseconds, not gigabytes.
+        The square is cropped before resizing, so an 8000x2 image costs milliseconds, not gigabytes.
         """
         height, width = image.shape[:2]
         side = self.resize
@@ -122,8 +119,10 @@ class Preprocess:
         return out
 
     def pixels(self, canvases: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """(N, R, R, 3) uint8 canvases -> (N, 3, S, S) float32: centre crop, then (level - mean) /
-        std."""
+        """(N, R, R, 3) uint8 canvases -> (N, 3, S, S) float32: centre crop, then normalisation.
+
+        pixel = (level - mean) / std.
+        """
         start = (self.resize - self.size) // 2
         crop = canvases[:, start : start + self.size, start : start + self.size].astype(np.float32)
         scaled = (crop - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
@@ -148,7 +147,7 @@ def _resize(image: np.ndarray[Any, Any], height: int, width: int) -> np.ndarray[
 
 
 def parse_frame(text: str) -> tuple[int, int]:
-    """ "640x480" -> (640, 480), width and height in pixels. Raises FtkitError for anything else."""
+    """ "640x480" -> (640, 480): width, height in pixels. Raises FtkitError for anything else."""
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip().lower().replace(" ", ""))
     width, height = (int(number) for number in match.groups()) if match else (0, 0)
     if not (0 < width <= LONGEST and 0 < height <= LONGEST and width * height <= MOST_PIXELS):
@@ -160,25 +159,24 @@ def parse_frame(text: str) -> tuple[int, int]:
 
 
 def scaled(image: np.ndarray[Any, Any], frame: str) -> np.ndarray[Any, Any]:
-    """(H, W, 3) uint8 -> the same picture at the size of `frame` ("640x480"), to be measured with;
-    "" leaves it."""
+    """Resize an image (H, W, 3) uint8 to `frame` ("640x480") for a measurement; "": unchanged."""
     if not frame:
         return image
     width, height = parse_frame(frame)
     return _resize(image, height, width)
 
 
-# BT.601, limited range, as cameras deliver NV12: R, G, B = 1.164 (Y - 16) + these times (U - 128, V
-# - 128).
+# BT.601, limited range, as in NV12 from cameras:
+# R, G, B = LUMA (Y - 16) + CHROMA times (U - 128, V - 128).
 LUMA = 255 / 219
 CHROMA = ((0.0, 1.596027), (-0.391762, -0.812968), (2.017232, 0.0))
 
 
 def to_frame(image: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, Any]:
-    """(H, W, 3) uint8 RGB -> the frame a camera of that format would deliver, uint8.
+    """Convert (H, W, 3) uint8 RGB to the uint8 frame that a camera of that format delivers.
 
-    rgb, bgr: (H, W, 3). grey: (H, W, 1). nv12: (H * 3 / 2, W, 1), the luma plane, then rows of U
-    and V by turns, with H and W made even by repeating the last row and column.
+    rgb, bgr: (H, W, 3). grey: (H, W, 1). nv12: (H * 3 / 2, W, 1), the luma plane, then rows of
+    interleaved U and V; H and W are made even by repeating the last row and column.
     """
     if input_format == "bgr":
         return np.ascontiguousarray(image[..., ::-1])
@@ -202,7 +200,7 @@ def to_frame(image: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, 
 
 
 def from_frame(frame: np.ndarray[Any, Any], input_format: str) -> np.ndarray[Any, Any]:
-    """The inverse of `to_frame` as a device sees it: a frame, uint8 -> (H, W, 3) uint8 RGB."""
+    """Convert a uint8 frame back to (H, W, 3) uint8 RGB, as the device sees it."""
     if input_format == "bgr":
         return np.ascontiguousarray(frame[..., ::-1])
     if input_format == "grey":
@@ -226,18 +224,18 @@ def _nv12_matrix() -> np.ndarray[Any, Any]:
 
 
 def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[Any, Any]:
-    """An image file (path or bytes) -> (H, W, 3) uint8 RGB, upright by its EXIF orientation.
+    """Decode an image file (path or bytes) -> (H, W, 3) uint8 RGB, upright by its EXIF orientation.
 
-    8-bit grey, palettes, CMYK and 1 bit are converted as Pillow does. Transparency is laid over
-    white, as viewers show it. 16-bit grey: level = 255 value / `white`, rounded; without a `white`
-    it is 65535, and an image that keeps to the lowest 12 bits is refused: it may be a 12-bit
-    camera's, or a dark scene, and only the user knows. 32-bit integers: the same within 0 .. 65535.
-    Floats: 0 .. 1. Values beyond are refused; no image is scaled by its own extremes, for then its
-    grey would depend on what else it shows. 16-bit colour keeps its high byte (Pillow reads no
-    more).
+    8-bit grey, palettes, CMYK and 1 bit are converted as by Pillow. Transparency is composited over
+    white, as viewers do. 16-bit grey: level = 255 value / `white`, rounded; without `white` it is
+    65535, and an image that uses only the lowest 12 bits is refused: it may be from a 12-bit
+    camera, or a dark scene, and only the user knows. 32-bit integers: likewise, within 0 .. 65535.
+    Floats: 0 .. 1. Values out of range are refused. No image is scaled by its own minimum and
+    maximum: its grey levels would then depend on the rest of its content. 16-bit colour keeps its
+    high byte (Pillow reads no more).
 
-    Raises ImageError naming the file and the reason (truncated, empty, not an image, too large to
-    be honest, of unknown depth), UnavailableImageError where it cannot be read now.
+    Raises ImageError naming the file and the reason (truncated, empty, not an image, implausibly
+    large, of unknown depth), UnavailableImageError where it cannot be read now.
     """
     name = "image" if isinstance(source, bytes) else str(source)
     try:
@@ -268,7 +266,7 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
             f"{sizes[0] if sizes else 'more'}. If it is no mistake, try --max-pixels N or {MAX_PIXELS}=N"
         ) from None
     except Exception as error:  # Pillow raises whatever its decoders raise: OSError, SyntaxError, struct.error, ...
-        # The latter is how codecs tell it
+        # Codecs report it by message
         if isinstance(error, MemoryError) or "out of memory" in str(error):
             raise UnavailableImageError(
                 f"{name}: expected memory to decode it, found too little. Close other programs, or try smaller images"
@@ -285,8 +283,7 @@ def decode(source: str | Path | bytes, white: int | None = None) -> np.ndarray[A
 
 
 def most_pixels() -> int | None:
-    """The largest image that the environment allows; None for Pillow's own limit. Raises FtkitError
-    for what is no number."""
+    """Image size limit from the environment; None for Pillow's. Raises FtkitError for no number."""
     text = os.environ.get(MAX_PIXELS)
     if not text:
         return None
@@ -300,8 +297,10 @@ def most_pixels() -> int | None:
 
 @contextmanager
 def allowing(pixels: str | None) -> Iterator[None]:
-    """Let images of so many pixels be decoded, here and in the processes that are started meanwhile;
-    None, or a limit that the environment has, leaves it as it is."""
+    """Within the block, decode images of up to `pixels`, here and in processes started meanwhile.
+
+    Changes nothing when it is None, or the environment already sets a limit.
+    """
     if not pixels or os.environ.get(MAX_PIXELS):
         yield
         return
@@ -317,7 +316,7 @@ def allowing(pixels: str | None) -> Iterator[None]:
 
 
 class _UnknownDepthError(Exception):
-    """The meaning of the image's values is not known."""
+    """The meaning of the image's values is unknown."""
 
 
 def _to_rgb(image: Image.Image, white: int | None) -> Image.Image:

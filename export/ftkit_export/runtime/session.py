@@ -1,11 +1,10 @@
-"""Open a model on a named provider with named threads, or fail: a session never silently runs
-elsewhere.
+"""Open a model on a named provider with a given number of threads, or fail: no silent fallback.
 
     session = Session("model.onnx", provider="cpu", threads=1)
     probabilities, embedding = session.run(image)
 
-Every provider's options stand in the one table below. ONNX Runtime's telemetry is switched off
-before it is imported.
+PROVIDERS holds the options of every provider. ONNX Runtime's telemetry is switched off before it is
+imported.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime >= 1.29 reads it once,
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """One ONNX Runtime execution provider, in one way of running it: its registered name, and the
-    options ftkit opens it with.
+    """One configuration of an ONNX Runtime execution provider.
 
-    precision: "" = float32, else what it rounds to ("tf32", "fp16"). form: which of a variant's two
-    files it runs, "image" or "core"; with the core form, Pillow and numpy make the pixels. gpu:
-    inputs and outputs may stay on a GPU. captured: runs with IO binding only. whole: every operator
-    of a model must run on it; the others leave what they do not take to another provider by design.
+    name: as registered. options: that it is opened with. precision: "" = float32, else the type
+    that it rounds to ("tf32", "fp16"). form: which of a variant's two files it runs, "image" or
+    "core"; for the core form, Pillow and numpy do the preprocessing. gpu: inputs and outputs may
+    stay on a GPU. captured: runs as a CUDA graph, with IO binding only. whole: every operator of a
+    model must run on it; other providers leave unsupported operators to another one by design.
     """
 
     name: str
@@ -52,9 +51,12 @@ _TENSORRT = "TensorrtExecutionProvider"
 
 
 def _cuda(precision: str = "", search: str = "HEURISTIC", captured: bool = False) -> Provider:
-    """HEURISTIC: ONNX Runtime's default EXHAUSTIVE costs seconds on the first run of each input
-    shape. The core form: CUDA's Resize takes no antialiased 8-bit images in NHWC
-    (onnxruntime/core/providers/cuda/tensor/upsample.cc)."""
+    """The CUDA provider in one configuration.
+
+    HEURISTIC: ONNX Runtime's default, EXHAUSTIVE, costs seconds on the first run of each input
+    shape. Core form: CUDA's Resize does not support antialiasing of 8-bit NHWC images
+    (onnxruntime/core/providers/cuda/tensor/upsample.cc).
+    """
     options = {
         "cudnn_conv_algo_search": search,
         "use_tf32": str(int(precision == "tf32")),
@@ -79,8 +81,8 @@ PROVIDERS: Mapping[str, Provider] = {
     "cuda-default": _cuda(search="DEFAULT"),
     "cuda-exhaustive": _cuda(search="EXHAUSTIVE"),
     "cuda-graph": _cuda(captured=True),
-    # TensorRT has no option for TF32, which it uses; NVIDIA_TF32_OVERRIDE=0 switches it off for a
-    # whole process.
+    # TensorRT uses TF32 and has no option to disable it; NVIDIA_TF32_OVERRIDE=0 does, for a whole
+    # process.
     "tensorrt": Provider(name=_TENSORRT, precision="tf32", form="core", gpu=True),
     "tensorrt-fp16": Provider(
         name=_TENSORRT, options={"trt_fp16_enable": "True"}, precision="fp16", form="core", gpu=True
@@ -93,7 +95,7 @@ PROVIDERS: Mapping[str, Provider] = {
 }
 
 
-# In a container its own (Linux, Documentation/admin-guide/cgroup-v2.rst)
+# CPU quota; in a container, its own (Linux, Documentation/admin-guide/cgroup-v2.rst)
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -105,25 +107,26 @@ def _runtime() -> Any:
 
 
 def processors() -> list[int]:
-    """Numbers of the processors this process may use; none where the system does not tell."""
+    """Numbers of the processors this process may use; empty if the system does not report them."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def cores() -> int:
-    """Cores this process may use: fewer than the machine has when it is pinned (taskset, a
-    container's cpuset) or has a quota of its own (`docker run --cpus`, a Kubernetes limit; cgroup
-    v2), rounded down."""
+    """Number of cores this process may use.
+
+    Less than the machine has under CPU affinity (taskset, a container's cpuset) or a CPU quota
+    (`docker run --cpus`, a Kubernetes limit; cgroup v2), which is rounded down.
+    """
     seen = len(processors()) or os.cpu_count() or 1
     try:
         quota, period = map(int, QUOTA.read_text().split())
-    except (OSError, ValueError):  # no container's, or "max 100000"
+    except (OSError, ValueError):  # no cgroup v2, or no quota: "max 100000"
         return seen
     return min(seen, max(1, quota // period))
 
 
 def offered() -> list[str]:
-    """Short names of the providers the installed ONNX Runtime was built with (built with is not
-    yet: works here)."""
+    """Short names of the providers in the installed ONNX Runtime; they may still fail here."""
     available = _runtime().get_available_providers()
     return [short for short, provider in PROVIDERS.items() if provider.name in available]
 
@@ -143,16 +146,15 @@ def parse_providers(text: str) -> list[str]:
 
 
 def form_of(provider: str, image: Any, core: Any) -> Any:
-    """Of a model's two forms the one that this provider runs."""
+    """Return the one of a model's two forms that this provider runs."""
     return image if PROVIDERS[provider].form == "image" else core
 
 
 def engine_cache(model: bytes) -> dict[str, str]:
-    """TensorRT's options for keeping the engines it builds, which takes minutes: next to ftkit's
-    other caches.
+    """TensorRT options to cache engines, which take minutes to build, with ftkit's other caches.
 
-    A folder a model: ONNX Runtime finds an engine by the graph's names and shapes, and would take
-    that of another model's weights (microsoft/onnxruntime, issue 6455).
+    One folder per model: ONNX Runtime looks engines up by the graph's names and shapes, and would
+    use one built for other weights (microsoft/onnxruntime, issue 6455).
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     place = Path(os.environ.get("FTKIT_CACHE") or Path(home) / "ftkit") / "tensorrt"
@@ -160,14 +162,14 @@ def engine_cache(model: bytes) -> dict[str, str]:
     folder = place / f"{hashlib.sha256(model).hexdigest()[:32]}-{_runtime().__version__}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home: engines are then built each time
+    except OSError:  # a read-only home: without a cache
         return {}
 
     return {"trt_engine_cache_enable": "True", "trt_engine_cache_path": str(folder)}
 
 
 def require_provider(provider: str) -> None:
-    """Raises ProviderError when `provider` is unknown, or not part of the installed ONNX Runtime."""
+    """Raises ProviderError if `provider` is unknown, or not in the installed ONNX Runtime."""
     if provider not in PROVIDERS:
         raise ProviderError(f"provider: expected a known provider, {choices(provider, PROVIDERS)}")
     if provider not in offered():
@@ -178,8 +180,7 @@ def require_provider(provider: str) -> None:
 
 
 def missing_library(provider: str) -> str:
-    """Why the provider's shared library does not load here, in the loader's own words; empty when
-    it does load."""
+    """Why the provider's shared library does not load here (loader's message); empty if it does."""
     import ctypes
 
     if not PROVIDERS[provider].gpu:
@@ -201,8 +202,11 @@ def missing_library(provider: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """One input or output as the file declares it. type: in ONNX Runtime's words, "tensor(float)".
-    shape: an int, or a name (or None) where the size is free."""
+    """An input or output as declared in the file.
+
+    type: ONNX Runtime's name, "tensor(float)". shape: an int, or a name (or None) where the size is
+    free.
+    """
 
     name: str
     type: str
@@ -210,8 +214,10 @@ class Input:
 
 
 def in_words(provider: str, operators: int, away: Mapping[str, int]) -> str:
-    """How many operators run on the provider, and how many elsewhere (integer arithmetic on shapes
-    not counted)."""
+    """Operator placement as text: how many run on the provider, and how many elsewhere.
+
+    Shape arithmetic is not counted as elsewhere.
+    """
     others = ", ".join(f"{count} on {name}" for name, count in sorted(away.items()))
     here = operators - sum(away.values())
     return (
@@ -222,17 +228,16 @@ def in_words(provider: str, operators: int, away: Mapping[str, int]) -> str:
 
 
 class Session:
-    """An ONNX Runtime session that is proven to run on the provider asked for.
+    """An ONNX Runtime session, verified to run on the requested provider.
 
     model: a path or the serialized bytes. provider: a key of PROVIDERS. threads: intra-op threads,
     0 = all cores. spinning: whether idle worker threads spin (lower latency, a busy core).
-    optimised: whether ONNX Runtime may rewrite the graph. shared: another session runs between this
-    one's runs, so its threads spin during a run only, each on a processor of its own (else two
-    sessions of two threads on two cores differ from themselves by 19 %, or by half when both
-    threads wake on one core). placement: where its operators run, in words. Raises ProviderError
-    when the provider is unknown, absent, not the one that answered, or (CUDA) not the one that
-    computes every operator, BundleError when the file refers to anything outside it, FtkitError
-    when it does not load.
+    optimised: whether ONNX Runtime may optimise the graph. shared: other sessions run between this
+    one's runs, so its threads spin only during a run, each pinned to its own processor (otherwise
+    two sessions of one model, with two threads on two cores, differ by 19 %, or by half when both
+    threads wake on one core). placement: where its operators run, as text. Raises ProviderError
+    when the provider is unknown, absent, not the one in use, or (CUDA) does not run every operator,
+    BundleError when the file refers to anything outside it, FtkitError when it does not load.
     """
 
     def __init__(
@@ -269,7 +274,7 @@ class Session:
         ort = _runtime()
         chosen = PROVIDERS[self.provider]
         if chosen.gpu and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # CUDA and cuDNN come in torch's own wheels; without them the session would be CPU's
+            ort.preload_dlls()  # CUDA and cuDNN from torch's wheels; without them, the CPU
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -283,7 +288,7 @@ class Session:
         )
         options.add_session_config_entry("session.force_spinning_stop", "1" if shared else "0")
 
-        others = processors()[1 : self.threads]  # the first is the caller's own
+        others = processors()[1 : self.threads]  # the first is for the calling thread
         if shared and others and len(others) == self.threads - 1:
             words = ";".join(str(number + 1) for number in others)  # ONNX Runtime counts from 1
             options.add_session_config_entry("session.intra_op_thread_affinities", words)
@@ -294,20 +299,20 @@ class Session:
         if not isinstance(model, bytes) and not Path(model).is_file():
             raise FtkitError(f"{where}: expected an ONNX file, found none. Check the path")
         if not isinstance(model, bytes):
-            inspect(model)  # a file may come from elsewhere
+            inspect(model)  # files may be untrusted
 
         source = model if isinstance(model, bytes) else str(model)
         providers = [(chosen.name, dict(chosen.options))]
 
-        if chosen.name == _TENSORRT:  # what it does not take runs on CUDA, not on the CPU
+        if chosen.name == _TENSORRT:  # unsupported operators run on CUDA, not on the CPU
             providers[0][1].update(
                 engine_cache(model if isinstance(model, bytes) else Path(model).read_bytes())
             )
             providers.append((_CUDA, dict(PROVIDERS["cuda-tf32"].options)))
 
         try:
-            # enable_fallback=0: or ONNX Runtime prints to standard output and tries again on the
-            # CPU
+            # enable_fallback=0: otherwise ONNX Runtime prints to standard output and retries on
+            # the CPU
             return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             reason = str(error).split("\n")[0]
@@ -340,15 +345,17 @@ class Session:
         )
 
     def _placed(self, model: str | Path | bytes) -> str:
-        """Where the operators run, in words. Raises ProviderError where all must run on the
-        provider and do not."""
+        """Operator placement, as text.
+
+        Raises ProviderError where all operators must run on the provider and some do not.
+        """
         chosen = PROVIDERS[self.provider]
         if chosen.name == _CPU:
-            return in_words(chosen.name, 0, {})  # there is nowhere else to run
+            return in_words(chosen.name, 0, {})  # there is no other provider
 
         parts = self._assigned()
         if not parts:
-            return "unknown: this ONNX Runtime does not tell where its operators run"
+            return "unknown: this ONNX Runtime does not report where its operators run"
 
         away = [item for item in parts if item[0] != chosen.name]
         if away:
@@ -364,8 +371,10 @@ class Session:
         return in_words(chosen.name, len(parts), Counter(where for where, _, _ in away))
 
     def _assigned(self) -> list[tuple[str, str, str]]:
-        """(provider, node's name, operator) of each node, as ONNX Runtime assigned them; none where
-        it cannot tell."""
+        """(provider, node name, operator) of each node, as assigned by ONNX Runtime.
+
+        Empty where it cannot tell.
+        """
         if not hasattr(self._session, "get_provider_graph_assignment_info"):
             return []
         return [
@@ -375,8 +384,11 @@ class Session:
         ]
 
     def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        """Inputs in the model's order -> outputs in the model's order. Raises FtkitError when the
-        model cannot run."""
+        """Run on inputs, in the model's order; returns the outputs, in the model's order.
+
+        Raises ProviderError when the provider needs IO binding, FtkitError when the model cannot
+        run.
+        """
         if PROVIDERS[self.provider].captured:
             raise ProviderError(
                 f"provider {self.provider}: expected to be run with IO binding, which `ftkit bench` "
@@ -398,10 +410,9 @@ class Session:
         return outputs
 
     def bound(self, *arrays: np.ndarray[Any, Any]) -> Callable[[], list[Any]]:
-        """A call that runs on these inputs where they and the outputs (OrtValues) stay: on the
-        provider's device.
+        """Return a call that runs with IO binding: inputs and outputs (OrtValues) stay on device.
 
-        Outputs whose sizes the file tells keep one place, as a captured graph asks for.
+        Outputs of known size keep their address, as a captured CUDA graph requires.
         """
         device = "cuda" if PROVIDERS[self.provider].gpu else "cpu"
         binding = self._session.io_binding()
@@ -413,7 +424,7 @@ class Session:
         for item in self._session.get_outputs():
             sizes = list(item.shape)
             if sizes and self.inputs and self.inputs[0].shape[:1] == tuple(sizes[:1]):
-                sizes[0] = arrays[0].shape[0]  # the batch, by the same name
+                sizes[0] = arrays[0].shape[0]  # the batch: both have its name
 
             if (
                 item.type == "tensor(float)"
@@ -425,7 +436,7 @@ class Session:
             else:
                 binding.bind_output(item.name, device)
 
-        def run(_: object = values) -> list[Any]:  # the values live as long as the call does
+        def run(_: object = values) -> list[Any]:  # keeps the values alive
             try:
                 self._session.run_with_iobinding(binding)
                 binding.synchronize_outputs()

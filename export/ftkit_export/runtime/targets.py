@@ -1,11 +1,11 @@
-"""Where the file shall run, and whether a file can run there.
+"""Deployment targets, and whether a model file can run on one.
 
     target = TARGETS["x86-vnni"]
     why = unshippable("int8.onnx", target)       # "" or the reason
 
-Integer types per target: on x86, unsigned activations with signed weights, one scale a channel;
-without VNNI such products saturate in 16 bits, so weights keep 7 bits (reduce_range); on ARM both
-are signed. CUDA takes float16.
+Integer types per target: on x86, unsigned activations with signed weights, one scale per channel;
+without VNNI such products saturate in 16 bits, so weights use 7 bits (reduce_range); on ARM both
+are signed. CUDA: float16.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ LARGEST_PROTOBUF = 2**31  # bytes of one protobuf file
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """variants: precisions tried beside fp32. activations: "uint8" or "int8". oldest: the ONNX
-    Runtime that must still load the file, which sets opset and IR (1.15 and 1.17 refuse opset 20
-    with IR 10; measured)."""
+    """Where a model shall run, and what its file must be like.
+
+    variants: precisions tried besides fp32. activations: "uint8" or "int8". oldest: oldest ONNX
+    Runtime that must load the file, which determines opset and IR (1.15 and 1.17 refuse opset 20
+    with IR 10; measured).
+    """
 
     provider: str = "cpu"
     variants: tuple[Precision, ...] = ("int8",)
@@ -48,7 +51,7 @@ TARGETS: dict[str, Target] = {
 
 
 def here() -> str:
-    """Name of the target that this machine's processor is."""
+    """Name of the target that matches this machine's processor."""
     if platform.machine().lower() in ("aarch64", "arm64"):
         return "arm64"
     info = Path("/proc/cpuinfo")
@@ -57,11 +60,11 @@ def here() -> str:
 
 
 def unshippable(model: Path, target: Target) -> str:
-    """Why `model` cannot run on the target's oldest ONNX Runtime as one file; empty when it can."""
+    """Why `model` cannot run on the target's oldest ONNX Runtime as one file; empty if it can."""
     try:
         facts = inspect(model)
     except BundleError as error:
-        return str(error).split(": ", 1)[1].split(". ")[0]  # its advice is for files from elsewhere
+        return str(error).split(": ", 1)[1].split(". ")[0]  # the advice is for untrusted files
 
     if facts.opset > target.opset:
         return f"expected opset {target.opset} at most, found {facts.opset}"

@@ -1,8 +1,7 @@
-"""The inside of a measuring process: open a model in a condition, feed it, take the time of each
-run.
+"""Code of a measuring process: open a model under a condition, feed it, time each run.
 
-`python -m ftkit_export.runtime.timing JSON` does one of `WORK`, once, and prints JSON; latency.py
-starts it.
+`python -m ftkit_export.runtime.timing JSON` does one of `WORK` and prints JSON; latency.py starts
+it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ RUNS = 200
 WARM_SECONDS = 10.0
 QUICK_RUNS = 50
 QUICK_SECONDS = 0.5
-# A warm-up for quick runs, and for runs in turn, whose noise meets all alike
+# Warm-up of quick runs, and of interleaved runs, where noise affects all models alike
 BRIEF = (
     WARM_UP_RUNS,
     WARM_UP_S / 4,
@@ -41,13 +40,13 @@ PART_ROUNDS = 60
 # runs at each size
 SIZE_WARM_UP = 5
 SIZE_RUNS = 40
-ANSWERED = 8  # images a run
-LARGEST_INPUT = 1 << 30  # bytes of an input that is made up
-FREE = 224  # what a size that the signature leaves open is taken as; the first one is the batch
+ANSWERED = 8  # images per run
+LARGEST_INPUT = 1 << 30  # bytes of a generated input
+FREE = 224  # value for free dimensions, other than the first: the batch
 
 
 def peak_rss_bytes() -> int:
-    """Highest resident memory of this process so far, in bytes (0 where the system does not tell)."""
+    """Peak resident memory of this process so far, in bytes (0 if it is not reported)."""
     status = Path("/proc/self/status")
     # Not ru_maxrss, which on Linux a child inherits from the process that started it
     if status.is_file():
@@ -64,10 +63,10 @@ def peak_rss_bytes() -> int:
 
 
 def feeds(session: Session, image: str | None, batch: int, frame: str = "") -> list[Any]:
-    """Inputs for a session: the image as ftkit's own file wants it, else noise after its signature.
+    """Inputs for a session: the image for files exported by ftkit, else noise by signature.
 
-    frame: the size the image is brought to, "640x480". Raises FtkitError for an input that cannot
-    be made, or that has another batch.
+    frame: size that the image is resized to, "640x480". Raises FtkitError for an input that cannot
+    be generated, or with another batch size.
     """
     if image and "preprocess" in session.metadata:
         return [_from_image(session, image, batch, frame)]
@@ -100,7 +99,7 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
     dtype = getattr(np, types.get(word, word), None)
     if not isinstance(dtype, type) or not issubclass(dtype, np.number | np.bool_):
         raise FtkitError(
-            f"input {name}: expected numbers, found {kind}. Only tensors of numbers can be made up"
+            f"input {name}: expected numbers, found {kind}. Only tensors of numbers can be generated"
         )
 
     sizes = [size if isinstance(size, int) and size > 0 else FREE for size in shape]
@@ -114,7 +113,7 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
     if math.prod(sizes) * np.dtype(dtype).itemsize > LARGEST_INPUT:
         raise FtkitError(
             f"input {name}: expected at most 1 GB with free sizes as {FREE}, found {sizes}. "
-            "Try a file with sizes of its own"
+            "Try a file with fixed sizes"
         )
 
     rng = np.random.default_rng(0)
@@ -123,11 +122,11 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
     if issubclass(dtype, np.floating):
         return rng.standard_normal(sizes).astype(dtype)
 
-    return np.zeros(sizes, dtype)  # 0 is an index into any table
+    return np.zeros(sizes, dtype)  # 0 is a valid index for any table
 
 
 def open_session(condition: Condition, *, shared: bool = False) -> Session:
-    """A session in this condition. shared: others run between its runs."""
+    """Open a session under this condition. shared: others run between its runs."""
     from ftkit_export.runtime.session import Session
 
     return Session(
@@ -141,7 +140,7 @@ def open_session(condition: Condition, *, shared: bool = False) -> Session:
 
 
 def bound_call(session: Session, condition: Condition, fed: Sequence[Any]) -> Callable[[], object]:
-    """A call that runs the model once, on inputs made beforehand (`feeds`)."""
+    """Return a call that runs the model once on inputs prepared by `feeds`."""
     from ftkit_export.runtime.session import PROVIDERS
 
     copies = condition.copies and not PROVIDERS[condition.provider].captured
@@ -155,11 +154,10 @@ def in_turn(
     warm_up: tuple[int, float],
     seconds: float,
 ) -> Any:
-    """(rounds, calls) ms: each round runs every call once; who goes first changes, and so does who
-    follows whom.
+    """Time calls in interleaved rounds -> (rounds, calls) ms.
 
-    warm_up: at least so many rounds and seconds. Ends early after `seconds`, though not before 3
-    rounds.
+    Each round runs every call once; the order is rotated and reversed from round to round. warm_up:
+    minimum number of rounds, and of seconds. Ends early after `seconds`, but not before 3 rounds.
     """
     import numpy as np
 
@@ -181,7 +179,7 @@ def in_turn(
 
 
 def warm(call: Callable[[], object], runs: int, seconds: float) -> None:
-    """Run it at least so often and so long."""
+    """Call it at least `runs` times, and for at least `seconds`."""
     begun = time.perf_counter()
     count = 0
     while count < runs or time.perf_counter() - begun < seconds:
@@ -203,8 +201,11 @@ def _timed(call: Callable[[], object], runs: int, seconds: float) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
-    """A model that has answered once. call: runs it again; frame: "640x480" of an image form's
-    input; start: what it took to come to the first answer, in ms: import, session, first run."""
+    """A model after its first run.
+
+    call: runs it again; frame: size of an image form's input, "640x480"; start: times in ms up to
+    the first answer: import, session, first run.
+    """
 
     call: Callable[[], object]
     batch: int
@@ -241,7 +242,7 @@ def _begun(condition: Condition, image: str | None) -> _Begun:
 
 
 def _frame(session: Session, fed: Sequence[Any]) -> str:
-    """Width and height of the camera frame that an image form is fed; "" of other files."""
+    """Width and height of the camera frame fed to an image form; "" for other files."""
     if "preprocess" not in session.metadata or session.input_names[0] == "pixels":
         return ""
     rows, columns = fed[0].shape[1:3]
@@ -314,8 +315,7 @@ def _begin_here(conditions: Sequence[Condition], image: str | None, steady: bool
 
 
 def pin(conditions: Sequence[Condition]) -> None:
-    """Keep the calling thread off the processors that the sessions' own threads are tied to, where
-    there are any."""
+    """Keep the calling thread off processors that the sessions' threads are pinned to, if any."""
     from ftkit_export.runtime.session import processors
 
     if processors() and any(condition.threads != 1 for condition in conditions):
@@ -330,8 +330,10 @@ def _shared(condition: Condition, image: str | None) -> Callable[[], object]:
 def _pairs_here(
     conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float
 ) -> list[list[float]]:
-    """Times in ms, a row a round, a column a condition (`regression` reads them); about `seconds`
-    in all."""
+    """Interleaved times in ms, a row per round, a column per condition, for `regression`.
+
+    Takes about `seconds` in all.
+    """
     begun = time.perf_counter()
     calls = [_shared(condition, image) for condition in conditions]
     pin(conditions)
@@ -348,7 +350,7 @@ def _pairs_here(
 
 
 def _race_here(conditions: Sequence[Condition], image: str) -> list[dict[str, Any]]:
-    """latency.race from a process of its own, as another machine is asked for it."""
+    """latency.race in a process of its own, as requested from another machine."""
     first = conditions[0]
     models = [condition.model for condition in conditions]
     return [
@@ -360,7 +362,10 @@ def _race_here(conditions: Sequence[Condition], image: str) -> list[dict[str, An
 
 
 def _answers_here(conditions: Sequence[Condition], image: str) -> list[list[float]]:
-    """Logits of a core form, a row an image. image: an .npy file of canvases (n, R, R, 3) uint8."""
+    """Logits of a core form, one row per image.
+
+    image: an .npy file of canvases (n, R, R, 3) uint8.
+    """
     import numpy as np
 
     from ftkit_export.runtime.preprocess import Preprocess
@@ -408,7 +413,7 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
 
 
 def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]]:
-    """p50 and p95 in ms of one model at each condition's frame."""
+    """p50 and p95 in ms of one model at each condition's frame size."""
     import numpy as np
 
     session = open_session(conditions[0])
@@ -445,7 +450,7 @@ def _main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Exception as error:
-        # ONNX Runtime's, numpy's: one line of it tells a person more than the traceback
+        # From ONNX Runtime or numpy: one line is more useful than the traceback
         reason = (str(error) or type(error).__name__).split("\n")[0]
         print(
             f"error: {conditions[0].model}: expected to run, found: {reason}. Try `ftkit doctor`",

@@ -1,11 +1,10 @@
-"""Does a bundle still prove itself here? Hashes, then golden vectors, on any machine, without the
-training framework.
+"""Verify a bundle on any machine, without the training framework: hashes, then golden vectors.
 
     result = verify("bundle", provider="cpu")
     result.passed; result.checks
 
-A missing, changed or extra file, or a manifest of a newer schema, is a BundleError that names the
-file. A golden vector out of tolerance, or sealed evidence that failed, is a failed check.
+A missing, changed or extra file, or a manifest with a newer schema, raises BundleError naming the
+file. A golden vector out of tolerance, or a sealed gate that had failed, fails the verification.
 """
 
 from __future__ import annotations
@@ -24,23 +23,21 @@ from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.preprocess import Preprocess, decode, from_frame, to_frame
 from ftkit_export.runtime.session import PROVIDERS, Session
 
-MANIFEST_SCHEMA = (
-    4  # 4: the size of the frames that latency is judged at; 3: the manifest carries its own digest
-)
+# 4: frame size at which latency is judged; 3: the manifest contains its own digest
+MANIFEST_SCHEMA = 4
 MANIFEST = "manifest.json"
 DIGEST_KEY = '"digest": '
 NO_DIGEST = "0" * 64
-SIGNATURE = "manifest.sig"  # over the manifest, so not in it
-EVIDENCE = "evidence"  # what other machines added to a copy
+SIGNATURE = "manifest.sig"  # signs the manifest, so not listed in it
+EVIDENCE = "evidence"  # added to a copy by other machines
 
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenCheck:
-    """The worst golden image of one form on one provider: `value` is max |difference| in units of
-    its tolerance.
+    """Result of the golden images of one form on one provider; the worst image decides.
 
-    top1_wrong: images whose first class is another one, though the two best were further apart than
-    the tolerance.
+    file, value: the worst image, and its max |difference| in units of its tolerance. top1_wrong:
+    images with another top-1 class, although the top-2 margin exceeds the tolerance.
     """
 
     name: str
@@ -53,15 +50,17 @@ class GoldenCheck:
 
     @property
     def passed(self) -> bool:
-        """True when every image is within its tolerance and has its answer; False also for NaN."""
+        """True when every image is within tolerance and none is top1_wrong; False also for NaN."""
         return bool(self.value <= 1.0) and not self.top1_wrong
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """Result of a verification. files: how many hashes were compared; failed_gates: sealed gates
-    that had failed, as text; placement: where the operators ran, in words, each once
-    (session.Session.placement)."""
+    """Result of a verification.
+
+    files: number of hashes compared; failed_gates: sealed gates that had failed, as text;
+    placement: where the operators ran, as text, without duplicates (session.Session.placement).
+    """
 
     provider: str
     files: int
@@ -85,14 +84,16 @@ def sha256(path: Path) -> str:
 
 
 def with_digest(text: str) -> bytes:
-    """A JSON object with its own digest in it: SHA-256 of these very bytes, with zeros in the
-    digest's place."""
+    """Put a JSON object's own digest into it.
+
+    SHA-256 of these very bytes, with zeros in place of the digest.
+    """
     data = text.replace("{", "{\n " + DIGEST_KEY + '"' + NO_DIGEST + '",', 1).encode()
     return data.replace(NO_DIGEST.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether the bytes of `with_digest` are those that the digest was made of."""
+    """Whether the digest from `with_digest` matches the bytes."""
     head = ("{\n " + DIGEST_KEY + '"').encode()
     digest = data[len(head) : len(head) + len(NO_DIGEST)]
     blank = head + NO_DIGEST.encode() + data[len(head) + len(NO_DIGEST) :]
@@ -100,8 +101,11 @@ def is_whole(data: bytes) -> bool:
 
 
 def read_manifest(bundle: str | Path) -> dict[str, Any]:
-    """The manifest of a bundle. Raises BundleError for none, another schema, one that was altered,
-    or one that proves nothing."""
+    """Read the manifest of a bundle.
+
+    Raises BundleError if it is missing, altered, of another schema, or lacks gates, variants or
+    their files.
+    """
     path = Path(bundle) / MANIFEST
     if not path.is_file():
         raise BundleError(
@@ -139,7 +143,10 @@ def read_manifest(bundle: str | Path) -> dict[str, Any]:
 
 
 def _variant_files(path: Path, manifest: dict[str, Any]) -> list[str]:
-    """Files of every variant. Raises BundleError for a manifest that would prove nothing."""
+    """Files of every variant.
+
+    Raises BundleError for a manifest without gates, variants or their files.
+    """
     try:
         named = [pair[form] for pair in manifest["variants"].values() for form in ("file", "core")]
         whole = (
@@ -162,8 +169,10 @@ def _variant_files(path: Path, manifest: dict[str, Any]) -> list[str]:
 
 
 def check_files(bundle: Path, files: dict[str, str]) -> None:
-    """Every listed file is there, unchanged, and nothing else is. Raises BundleError naming the
-    first that is not."""
+    """Check that every listed file is there, unchanged, and that there is no other file.
+
+    Raises BundleError naming the first offender.
+    """
     present = {
         path.relative_to(bundle).as_posix()
         for path in bundle.rglob("*")
@@ -198,8 +207,11 @@ def check_files(bundle: Path, files: dict[str, str]) -> None:
 def replay_golden(
     bundle: Path, manifest: dict[str, Any], provider: str
 ) -> tuple[tuple[GoldenCheck, ...], tuple[str, ...]]:
-    """Both forms of every variant over every golden image: image form end to end, core form from
-    Pillow's pixels. The checks, and where the sessions' operators ran."""
+    """Run both forms of every variant on every golden image.
+
+    The image form runs end to end, the core form on Pillow's pixels. Returns the checks, and where
+    the operators ran.
+    """
     entries = json.loads((bundle / "golden" / "golden.json").read_text())["images"]
     for entry in entries:
         if f"golden/{entry['file']}" not in manifest["files"]:
@@ -268,7 +280,7 @@ def _compare(
 
 
 def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
-    """Hashes, golden vectors and sealed evidence of `bundle` on `provider` of this machine.
+    """Verify the hashes, golden vectors and sealed gates of `bundle` on `provider` of this machine.
 
     Raises BundleError for a file that is missing, changed or extra, ProviderError as Session.
     """

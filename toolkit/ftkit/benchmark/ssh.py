@@ -1,6 +1,6 @@
 """Measure on the device itself, over plain OpenSSH; nothing is installed or left behind there.
 
-    found = bench("pi@camera", Path("bundle"), quick=False)            # as `ftkit bench` there
+    found = bench_there("pi@camera", Path("bundle"), quick=False)            # as `ftkit bench` there
     with Device.reached("pi@camera") as device:
         device.target, device.race(files, photograph)
 

@@ -1,1 +1,1 @@
-"""Images in: which files, decoded once, augmented, audited, cleaned."""
+"""Image data: reading, decoding once, augmentation, audit and cleaning."""

@@ -1,15 +1,16 @@
-"""Find faults of a data set before a model learns them: bad files, leakage, labels that contradict
-each other.
+"""Audit a data set before training: bad files, leakage, contradictory labels.
 
-    found = audit(images, canvases)       # all of it, from canvases that training will use again
+    found = audit(images, canvases)       # everything, from canvases that training will reuse
     found.passed, found.leaks, found.conflicts
     require_apart(canvases)               # the quick part: raises FtkitError on leakage
 
-Identical files have the same sha256. Near duplicates (recompressed, rescaled, brightened; not cropped, not mirrored)
-have perceptual hashes at most 8 of 64 bits apart, and thumbnails that correlate to 0.99 once the set's mean thumbnail
-is taken off. Measured (bench/audit.py) on 2,223 solar cells, which all look alike: the hash alone pairs 3,376 times,
-with the correlation 14 sets remain; of 150, JPEG at quality 40 and half the resolution are found in 150, 15 % more
-brightness in 140, a crop in none.
+Identical files have the same sha256. Near duplicates (recompressed, rescaled, brightened; not
+cropped, not mirrored) have perceptual hashes at most 8 of 64 bits apart, and thumbnails that
+correlate to at least 0.99 after subtracting the set's mean thumbnail.
+
+Measured (bench/audit.py) on 2,223 solar cells, which all look alike: the hash alone gives 3,376
+pairs, with the correlation 14 sets remain. Of 150 images, JPEG copies at quality 40 and copies at
+half the resolution are found for 150, 15 % brighter ones for 140, cropped ones for none.
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ from ftkit_export.runtime.session import cores
 THUMB = 32  # pixels a side
 BITS_APART = 8
 CORRELATION = 0.99
-SURE = 0.999  # where one picture is most of the set, less the mean it is noise; no two solar cells reach this
-# Two images that are each alike to a third may be twice as far apart as a pair; a group of near
-# duplicates holds none that are further apart than that. In units of 1 - CORRELATION, of which the
-# angle's double is four times.
+# Without subtracting the mean: where one picture makes up most of the set, only noise remains after
+# subtraction. No two solar cells reach this.
+SURE = 0.999
+# Two images that are each a near duplicate of a third may be twice as far apart (as angles) as a
+# pair; no two images in a group may be further apart. In units of 1 - CORRELATION, where twice the
+# angle is four times the distance.
 GROUP_APART = 4.0
-MOST_GROUPED = 5000  # of images that hang together; a table of all their pairs is made
-FLAT = 1.0  # grey levels of deviation below which an image shows nothing
+MOST_GROUPED = 5000  # largest connected set for which a table of all pairs is made
+FLAT = 1.0  # standard deviation in grey levels below which an image counts as blank
 BLOCK = 256
 PAIRS_AT_ONCE = 4096
-# of the canvas side; pixels
+# short side, as a share of the canvas side; number of pixels
 TINY = 0.5
 HUGE = 40_000_000
-# training images of a class; largest class over smallest
+# training images in a class; ratio of the largest to the smallest class
 FEW = 20
 UNEVEN = 10.0
 TOTALS = (
@@ -67,7 +70,7 @@ TOTALS = (
     "sizes",
 )
 LARGE_FRAME = 0.95  # share of images that are no larger
-LITTLE_KEPT = 0.5  # of an image's area
+LITTLE_KEPT = 0.5  # share of an image's area kept by the crop
 HINTS = (
     r"^(?:.*/)?([^/]*?[A-Za-z0-9])[-_ ]+[A-Za-z]*[0-9]+\.[^./]+$",
     r"^(?:.*/)?([^/_-]+)[-_][^/]*$",
@@ -76,7 +79,7 @@ HINTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Alike:
-    """Images that show the same. rows: numbers of canvases.images; exact: the files are identical."""
+    """A set of duplicates. rows: row numbers of canvases.images; exact: the files are identical."""
 
     rows: tuple[int, ...]
     exact: bool
@@ -84,16 +87,25 @@ class Alike:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Findings. counts: images by class and split; formats, sizes: "JPEG" and "640 x 480", the most
-    frequent first; alike: identical and near duplicates; tiny, huge, flat: rows; shared_groups: on
-    several sides of the split; imbalance: the largest class in train over the smallest; few:
-    classes with under 20 training images; hint: a --group-by for file names that suggest groups.
+    """Findings of an audit.
 
-    near_groups: near duplicates as groups that a split should keep on one side, rows; no group is a
-    chain whose ends are not alike. unjudged: split -> classes without an image in it. crop_keeps:
-    share of an image's area in its centre square, (median over the images, number of images under
-    half). emptied: rows of one flat colour only because the recipe's crop left out what they show.
-    frame: "640x480", the size that 95 % of the images do not exceed, by area.
+    - made: the splits that ftkit created.
+    - counts: images by class and split.
+    - formats, sizes: "JPEG" and "640 x 480" -> count, most frequent first.
+    - alike: sets of identical files and of near duplicates.
+    - leaks, conflicts: those of them in several splits, or with several labels.
+    - shared_groups: groups in several splits.
+    - tiny, huge, flat: rows.
+    - imbalance: ratio of the largest to the smallest class in train.
+    - few: classes with under 20 training images.
+    - hint: a --group-by expression if file names suggest groups.
+    - near_groups: near duplicates as groups (rows) that belong in one split; complete linkage, so
+      no group is a chain whose ends differ.
+    - unjudged: split -> classes without an image in it.
+    - crop_keeps: share of an image's area in its centre square: (median over the images, number of
+      images under half).
+    - emptied: rows that are flat only because the recipe's crop removed their content.
+    - frame: "640x480", the size that 95 % of the images do not exceed, by area.
     """
 
     images: int
@@ -121,8 +133,10 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """No identical image on two sides or under two labels, no group on two sides. Near
-        duplicates only warn."""
+        """No identical files in two splits or with two labels, and no group in two splits.
+
+        Near duplicates only produce a warning.
+        """
         return not (
             self.shared_groups or any(item.exact for item in (*self.leaks, *self.conflicts))
         )
@@ -134,7 +148,10 @@ def audit(
     progress: Callable[[int, int], None] = lambda done, total: None,
     fit: str = "crop",
 ) -> Audit:
-    """images: as read; canvases: of them, made with `fit`. progress(done, total) counts images."""
+    """Audit a data set.
+
+    images: as read. canvases: made from them with `fit`. progress(done, total) counts images.
+    """
     kept = canvases.images.images
     thumbs = _thumbnails(canvases, progress)
     flat = thumbs.std((1, 2)) < FLAT
@@ -144,7 +161,7 @@ def audit(
         facts = list(pool.map(_header, [image.path for image in kept]))
 
     squares = np.array([min(width, height) / max(width, height, 1) for _, width, height in facts])
-    if fit != "crop":  # which keeps all
+    if fit != "crop":  # other fits keep the whole image
         squares[:] = 1.0
 
     side = canvases.shards[0].shape[1]
@@ -185,11 +202,11 @@ def audit(
 def _alike(
     canvases: Canvases, thumbs: Array, flat: Array
 ) -> tuple[list[Alike], tuple[tuple[int, ...], ...]]:
-    """Sets of identical and of nearly identical images, and groups of the latter without chains."""
+    """Sets of identical files and of near duplicates, and chain-free groups of the latter."""
     exact = identical(canvases)
     copies = {item.rows[0]: item.rows for item in exact}
 
-    alone = np.ones(len(thumbs), bool)  # of identical files, one is compared with the rest
+    alone = np.ones(len(thumbs), bool)  # compare only one of several identical files
     for item in exact:
         alone[list(item.rows[1:])] = False
 
@@ -205,7 +222,7 @@ def _alike(
 
 
 def named(result: Audit, canvases: Canvases, most: int | None = None) -> dict[str, Any]:
-    """The audit as JSON data, images by name; most: names of a kind, all by default."""
+    """The audit as JSON data, with images by name. most: names per finding, all by default."""
     names = [below(canvases.images.root, image.path) for image in canvases.images.images]
     told: dict[str, Any] = {**asdict(result), "passed": result.passed}
 
@@ -229,8 +246,11 @@ def named(result: Audit, canvases: Canvases, most: int | None = None) -> dict[st
 
 
 def require_apart(canvases: Canvases) -> None:
-    """Raises FtkitError when an identical file, or a group, is on several sides of the split, or
-    identical files have several labels: what `Audit.passed` calls not ok."""
+    """Raise FtkitError unless `Audit.passed` would hold.
+
+    That is, if identical files or a group are in several splits, or identical files have several
+    labels.
+    """
     images = canvases.images
     copies = identical(canvases)
     groups = _shared_groups(images)
@@ -270,21 +290,23 @@ def identical(canvases: Canvases) -> list[Alike]:
 
 
 def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
-    """thumbs (N, 32, 32) float32 grey; rows: those to compare -> sets of images, each alike to the
-    first of its set. An image may be in several. Two that are alike, of which neither is a first,
-    are told by that one alone."""
+    """Sets of near duplicates among `rows`; each image resembles the first of its set.
+
+    thumbs: (N, 32, 32) float32 grey. An image may be in several sets. Two similar images, neither
+    of which is the first of a set, are linked only through that first image.
+    """
     if len(rows) < 2:
         return []
 
     signs = _hashes(thumbs[rows])
     shapes = [_unit(thumbs[rows])]
 
-    # What all have in common (a frame, a busbar) makes no pair; of a few, it is no average
+    # Ignore what all images share (a frame, a busbar); a few images give no meaningful average
     if len(rows) >= THUMB:
         shapes.append(_unit(shapes[0] - shapes[0].mean(0)))
 
     def same(one: Array, other: Array) -> Array:
-        """Pairs (one[i], other[j]) of the same picture, (n, 2)."""
+        """Pairs (one[i], other[j]) that show the same picture, (n, 2)."""
         near = np.argwhere(signs[one] @ signs[other].T >= 64 - 2 * BITS_APART)
         pairs = []
         for start in range(0, len(near), PAIRS_AT_ONCE):
@@ -298,7 +320,7 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
 
     sets: dict[
         int, list[int]
-    ] = {}  # by first member: images are compared with those only, or with a block's others
+    ] = {}  # by first member: images are compared only with those and within their block
     for start in range(0, len(rows), BLOCK):
         block = np.arange(start, min(start + BLOCK, len(rows)))
         joined = {int(a): int(b) for a, b in same(block, np.array(list(sets), np.int64))[::-1]}
@@ -310,7 +332,7 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
             sets.setdefault(joined.get(number, number), []).append(number)
 
     firsts = np.array(list(sets), np.int64)
-    for start in range(0, len(rows), BLOCK):  # firsts that came later, or second
+    for start in range(0, len(rows), BLOCK):  # later first members, and further matches
         for a, b in same(np.arange(start, min(start + BLOCK, len(rows))), firsts):
             if int(a) not in sets[int(b)]:
                 sets[int(b)].append(int(a))
@@ -323,12 +345,11 @@ def near_duplicates(thumbs: Array, rows: Array) -> list[Alike]:
 
 
 def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]]:
-    """Sets of near duplicates -> groups, each image in one at most. thumbs (N, 32, 32) float32
-    grey, of all rows.
+    """Turn sets of near duplicates into groups, with each image in at most one.
 
-    Images that hang together through others make one group as long as its worst pair is no more
-    than twice as far apart as near duplicates may be (complete linkage); else they make several,
-    and some pairs that are alike are parted.
+    thumbs: (N, 32, 32) float32 grey, of all rows. Images connected through others form one group if
+    its worst pair is at most twice as far apart as near duplicates may be (complete linkage);
+    otherwise they are split into several, which separates some similar pairs.
     """
     rows = sorted({row for item in near for row in item.rows})
     at = {row: number for number, row in enumerate(rows)}
@@ -357,8 +378,10 @@ def without_chains(near: Sequence[Alike], thumbs: Array) -> list[tuple[int, ...]
 
 
 def _distances(shapes: Array, unit: float) -> Array:
-    """1 - correlation of all pairs, in multiples of `unit`; condensed, as
-    scipy.spatial.distance.pdist orders them."""
+    """1 - correlation of all pairs, in multiples of `unit`.
+
+    Condensed, in the order of scipy.spatial.distance.pdist.
+    """
     flat = shapes.reshape(len(shapes), -1)
     correlation = flat @ flat.T
     upper = np.triu_indices(len(flat), 1)
@@ -366,8 +389,7 @@ def _distances(shapes: Array, unit: float) -> Array:
 
 
 def _by_first(near: Sequence[Alike], rows: set[int]) -> list[tuple[int, ...]]:
-    """Of too many images for a table of pairs: each goes with the first of the first set that it is
-    in."""
+    """Group images, if too many for a table of pairs, by the first set that contains them."""
     taken: set[int] = set()
     groups = []
     for item in near:
@@ -378,7 +400,7 @@ def _by_first(near: Sequence[Alike], rows: set[int]) -> list[tuple[int, ...]]:
 
 
 def _unit(thumbs: Array) -> Array:
-    """Each of mean 0 and length 1: products of two are their correlation."""
+    """Thumbnails with mean 0 and norm 1, so that dot products are correlations."""
     apart = thumbs - thumbs.mean((1, 2), keepdims=True)
     return np.asarray(
         apart / np.maximum(np.linalg.norm(apart, axis=(1, 2), keepdims=True), 1e-6), np.float32
@@ -386,8 +408,10 @@ def _unit(thumbs: Array) -> Array:
 
 
 def _hashes(thumbs: Array) -> Array:
-    """(N, 32, 32) -> (N, 64) of +1 and -1: the low frequencies above and below their median (pHash,
-    Zauner 2010)."""
+    """Perceptual hashes (pHash, Zauner 2010): (N, 32, 32) -> (N, 64) of +1 and -1.
+
+    +1 where a low DCT frequency is above the median.
+    """
     low = dctn(thumbs, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(len(thumbs), -1)
     low[:, 0] = 0
     return np.where(low > np.median(low, 1, keepdims=True), 1, -1).astype(np.float32)
@@ -410,27 +434,27 @@ def _thumbnails(canvases: Canvases, progress: Callable[[int, int], None]) -> Arr
 
 
 def _header(path: Path) -> tuple[str, int, int]:
-    """Format with its colour mode where that is not plain RGB, width, height."""
+    """(format, width, height); the format includes the colour mode unless it is RGB."""
     try:
         with PIL.Image.open(path) as image:
             kind = f"{image.format}{'' if image.mode == 'RGB' else f' ({image.mode})'}"
             return kind, image.width, image.height
-    except Exception:  # readable a moment ago; Pillow raises whatever its decoders raise
+    except Exception:  # was readable before; Pillow raises whatever its decoders raise
         return "gone", 0, 0
 
 
 def _frame(sizes: Sequence[tuple[int, int]]) -> str:
-    """The 95th percentile of (width, height) by area, "640x480"."""
+    """The 95th percentile of (width, height) by area, as "640x480"."""
     ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
     width, height = ordered[math.ceil(LARGE_FRAME * len(ordered)) - 1]
     return f"{width}x{height}"
 
 
 def _is_flat(path: Path) -> bool:
-    """Whether a whole image, and not only its centre square, is of one colour."""
+    """Whether the whole image, not only its centre square, is of one colour."""
     try:
         thumb = Preprocess(size=THUMB, resize=THUMB, fit="squash").canvas(decode(path))
-    except FtkitError:  # readable a moment ago
+    except FtkitError:  # was readable before
         return True
     return bool(thumb.mean(-1).std() < FLAT)
 
@@ -457,8 +481,10 @@ def _shared_groups(images: Images) -> tuple[str, ...]:
 
 
 def _hint(images: Images) -> str:
-    """A --group-by, where names fall into many groups of several images: patient07_3.png,
-    cam2-0001.jpg."""
+    """A --group-by expression, if names form many groups of several images.
+
+    For example patient07_3.png, cam2-0001.jpg.
+    """
     names = [below(images.root, image.path) for image in images.images]
     for pattern in HINTS:
         matches = [re.search(pattern, name) for name in names]

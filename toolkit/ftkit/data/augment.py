@@ -1,10 +1,10 @@
-"""Canvases to training pixels, batched on the training device, random per sample.
+"""Turn canvases into training pixels, in batches on the training device, randomised per sample.
 
-draw = drawn(N, generator)                                # on the CPU, so that every device draws the same
-pixels = augmented(canvases, preprocess, augment, draw)   # (N, R, R, 3) uint8 -> (N, 3, S, S) float32
-mixing = mixing_of(N, S, augment, generator)              # mixup and cutmix, where the recipe has them
+draw = drawn(N, generator)                                # on the CPU: the same on every device
+pixels = augmented(canvases, preprocess, augment, draw)   # (N, R, R, 3) -> (N, 3, S, S) float32
+mixing = mixing_of(N, S, augment, generator)              # mixup and cutmix, if the recipe has them
 pixels = mixed(pixels, pixels[mixing.partner], mixing)
-pixels = evaluation(canvases, preprocess)                 # the very pixels the bundle's Pillow path gives
+pixels = evaluation(canvases, preprocess)                 # same pixels as the bundle's Pillow path
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ import torch.nn.functional as F
 from ftkit.recipe import Augment
 from ftkit_export.runtime.preprocess import Preprocess
 
-DRAWS = 14  # random numbers an image
+DRAWS = 14  # random numbers per image
 
 
 def _planes(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, new. Bytes are moved, not floats: a quarter of
-    the traffic."""
+    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32, a copy.
+
+    Permutes bytes before converting to float: a quarter of the memory traffic.
+    """
     return pixels.permute(0, 3, 1, 2).contiguous().float()
 
 
 def _normalise(levels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """In place."""
+    """Subtract the mean and divide by the standard deviation, in place."""
     mean, std = _constants(preprocess, levels.device)
     return levels.sub_(mean).div_(std)
 
 
 @lru_cache
 def _constants(preprocess: Preprocess, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation, (3, 1, 1) each, copied to the device once: a copy a step would make the
-    host wait for it."""
+    """Mean and standard deviation, (3, 1, 1) each, copied to the device once.
+
+    Copying them at every step would make the host wait.
+    """
     with torch.inference_mode(False):
         mean = torch.tensor(preprocess.mean)
         std = torch.tensor(preprocess.std)
@@ -47,16 +51,17 @@ def _constants(preprocess: Preprocess, device: torch.device) -> tuple[torch.Tens
 
 
 def evaluation(canvases: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: centre crop and normalise, equal to
-    Preprocess.pixels."""
+    """Centre crop and normalise: (N, R, R, 3) uint8 -> (N, 3, S, S) float32.
+
+    Equal to Preprocess.pixels.
+    """
     start = (preprocess.resize - preprocess.size) // 2
     crop = canvases[:, start : start + preprocess.size, start : start + preprocess.size]
     return _normalise(_planes(crop), preprocess)
 
 
 def drawn(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Random numbers of `augmented` for `count` images, (DRAWS, count) on the CPU; a column is an
-    image's own."""
+    """Random numbers for `augmented`, (DRAWS, count) on the CPU; one column per image."""
     return torch.rand(DRAWS, count, generator=generator)
 
 
@@ -67,12 +72,11 @@ def augmented(
     draw: torch.Tensor,
     view: int | None = None,
 ) -> torch.Tensor:
-    """(N, R, R, 3) uint8 -> (N, 3, S, S) float32: per-sample crop, flips, rotation, colour,
-    erasing.
+    """Per-sample crop, flips, rotation, colour and erasing, then normalisation.
 
-    Where the crop neither scales nor turns, pixels are sliced, not resampled. Flips are drawn per
-    sample, or, for a cached view, follow its number, so that few views show every orientation.
-    draw: (DRAWS, N), of `drawn`.
+    (N, R, R, 3) uint8 -> (N, 3, S, S) float32. If the crop neither scales nor rotates, pixels are
+    sliced, not resampled. Flips are drawn per sample or, for a cached view, follow from its number,
+    so that a few views show every orientation. draw: (DRAWS, N), from `drawn`.
     """
     draw = draw.to(canvases.device, non_blocking=True)
     if augment.scale < 1 or augment.rotate:
@@ -90,14 +94,14 @@ def augmented(
 
     pixels = _normalise(_coloured(levels, augment, draw).contiguous(), preprocess)
     if augment.erase:
-        # Zero is the mean colour: what a backbone is least surprised by.
+        # Zero, the mean colour, is closest to what the backbone has seen.
         pixels = pixels * ~_rectangles(preprocess.size, draw[9:13], draw[13] < augment.erase)
 
     return pixels
 
 
 def _coloured(levels: torch.Tensor, augment: Augment, draw: torch.Tensor) -> torch.Tensor:
-    """Grey levels with other contrast, saturation and brightness, kept in 0..255."""
+    """Change contrast, saturation and brightness, clamped to 0..255."""
 
     def factor(strength: float, row: int) -> torch.Tensor:
         return 1 + strength * (2 * draw[row] - 1)[:, None, None, None]
@@ -118,8 +122,10 @@ def _coloured(levels: torch.Tensor, augment: Augment, draw: torch.Tensor) -> tor
 
 
 def _rectangles(size: int, draw: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """A random rectangle a sample -> (N, 1, S, S) bool: 2 to 33 % of the area, sides 0.3 to 3.3
-    (Zhong et al. 2020)."""
+    """One random rectangle per sample -> (N, 1, S, S) bool.
+
+    2 to 33 % of the area, aspect ratio 0.3 to 3.3 (Zhong et al. 2020).
+    """
     area = 0.02 + 0.31 * draw[0]
     ratio = torch.exp(math.log(0.3) + draw[1] * (math.log(3.3) - math.log(0.3)))
     height = (area * ratio).sqrt().clamp(max=1) * size
@@ -135,8 +141,11 @@ def _rectangles(size: int, draw: torch.Tensor, wanted: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True)
 class Mixing:
-    """How images of a batch are mixed. partner (N,) positions; share (N,) of the own label; blends
-    (N,): mixup, else cutmix; left, top, side (N,) of the pasted square, pixels."""
+    """How the images of a batch are mixed.
+
+    partner: (N,) positions. share: (N,) weight of the image's own label. blends: (N,) True for
+    mixup, False for cutmix. left, top, side: (N,) the pasted square, in pixels.
+    """
 
     partner: torch.Tensor
     share: torch.Tensor
@@ -146,20 +155,19 @@ class Mixing:
     side: torch.Tensor
 
     def of(self, part: slice) -> Mixing:
-        """The same for some of the images."""
+        """The mixing of some of the images."""
         return Mixing(*(value[part] for value in vars(self).values()))
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Mixing:
-        """The same with every tensor changed: pinned, or moved."""
+        """A copy with `change` applied to every tensor, such as pinning or moving it."""
         return Mixing(*(change(value) for value in vars(self).values()))
 
 
 def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generator) -> Mixing | None:
-    """Draw, on the CPU, how `count` images of `size` pixels are mixed; None where the recipe does
-    not mix.
+    """Draw, on the CPU, how `count` images of `size` pixels are mixed; None if they are not.
 
-    mixup blends (Zhang et al. 2018), cutmix pastes a rectangle (Yun et al. 2019); with both, each
-    sample draws one.
+    mixup blends (Zhang et al. 2018), cutmix pastes a square (Yun et al. 2019); with both on, each
+    sample draws one of them.
     """
     if not augment.mixes:
         return None
@@ -180,7 +188,7 @@ def mixing_of(count: int, size: int, augment: Augment, generator: torch.Generato
 
 
 def mixed(pixels: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch.Tensor:
-    """(n, 3, S, S), and the same of their partners -> mixed."""
+    """Mix pixels (n, 3, S, S) with their partners' pixels."""
     at = torch.arange(pixels.shape[-1], device=pixels.device)
     left = mixing.left[:, None]
     top = mixing.top[:, None]
@@ -195,8 +203,7 @@ def mixed(pixels: torch.Tensor, partners: torch.Tensor, mixing: Mixing) -> torch
 
 
 def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor) -> torch.Tensor:
-    """A crop of S x S at a random place of the canvas, per sample -> (N, 3, S, S) float32 grey
-    levels."""
+    """Crop S x S at a random place of each canvas -> (N, 3, S, S) float32 grey levels."""
     size = preprocess.size
     room = preprocess.resize - preprocess.size
     if room == 0:
@@ -213,8 +220,10 @@ def _shifted(canvases: torch.Tensor, preprocess: Preprocess, draw: torch.Tensor)
 def _resample(
     canvases: torch.Tensor, preprocess: Preprocess, augment: Augment, draw: torch.Tensor
 ) -> torch.Tensor:
-    """Random area, place and angle by one affine grid, bilinear -> (N, 3, S, S) float32 grey
-    levels."""
+    """Crop with random area, place and angle, by one bilinear affine grid.
+
+    -> (N, 3, S, S) float32 grey levels.
+    """
     # Share of the canvas's side that the evaluation crop takes
     full = preprocess.size / preprocess.resize
     area = augment.scale + (1 - augment.scale) * draw[6]

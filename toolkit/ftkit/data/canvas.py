@@ -1,14 +1,13 @@
-"""Decode once: every image becomes a canvas, R x R x 3 uint8, in memory-mapped shards that later
-runs find again.
+"""Decode each image once into a canvas, R x R x 3 uint8, in memory-mapped shards that runs share.
 
-    canvases = build(images, preprocess)     # decodes what is not there yet
-    canvases.array(rows)                     # (n, R, R, 3) uint8 for row numbers of canvases.images
+    canvases = build_canvases(images, preprocess)   # decodes only what is not cached yet
+    canvases.array(rows)                            # (n, R, R, 3) uint8, by row of canvases.images
 
 A shard's name is the hash of its files' contents and of the canvas part of the preprocess. It is
-written beside and renamed: two runs may build the same one at once, and nobody ever reads a half.
-Processes decode, a part each, straight into the memory-mapped shard: no canvas is pickled home.
-They run this module with `python -m`, so that a caller needs no main guard and a fork meets no
-threads.
+written to a temporary folder and renamed, so two runs may build the same shard at once and nobody
+reads a partial one. Worker processes decode straight into the memory-mapped shard, so no canvas is
+pickled. They run this module with `python -m`, so callers need no main guard, and no process with
+threads is forked.
 """
 
 from __future__ import annotations
@@ -49,17 +48,17 @@ if TYPE_CHECKING:
 
 
 SHARD = 512  # images; at 256 x 256 a shard is 100 MB
-FEWEST = 128  # images that processes are started for; starting takes 0.3 s
+FEWEST = 128  # images worth starting worker processes for; starting takes 0.3 s
 UNREADABLE = "unreadable"  # in place of a digest
-IMAGES_EACH = 32  # of a shard, at least, for a process to be worth its start
+IMAGES_EACH = 32  # images of a shard per worker process, at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Canvases:
-    """Decoded images: images.images[i] is row i, and lies in shards[slots[i, 0]][slots[i, 1]].
+    """Decoded images: images.images[i] is row i, stored in shards[slots[i, 0]][slots[i, 1]].
 
-    bad: (file, reason) of those left out. digests: sha256 of each row's file. fingerprint: hash of
-    contents, labels, splits and preprocess.
+    bad: (file, reason) of unreadable files, which are left out. digests: sha256 of each row's file.
+    fingerprint: hash of contents, labels, splits and preprocess.
     """
 
     images: Images
@@ -70,7 +69,7 @@ class Canvases:
     fingerprint: str
 
     def array(self, rows: Sequence[int] | Array) -> Array:
-        """Row numbers (n,) -> (n, R, R, 3) uint8, in that order."""
+        """Canvases of these rows (n,) -> (n, R, R, 3) uint8, in that order."""
         places = self.slots[np.asarray(rows)]
         side = self.shards[0].shape[1]
         pixels = np.empty((len(places), side, side, 3), np.uint8)
@@ -91,7 +90,7 @@ class Canvases:
 
     @property
     def labels(self) -> Array:
-        """(N,) int64, one a row."""
+        """Label of each row, (N,) int64."""
         return np.array([image.label for image in self.images.images], np.int64)
 
 
@@ -101,12 +100,11 @@ def build_canvases(
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks | None = None,
 ) -> Canvases:
-    """Canvases of every readable image; bad files are left out and listed. progress(done, total)
-    counts images.
+    """Canvases of every readable image; bad files are left out and listed.
 
-    The ranks of a machine decode a share of the shards each, and open all of them. Raises
-    FtkitError when no readable image of a class is left to train on, the cache folder cannot be
-    written, or machines have different images.
+    progress(done, total) counts images. Each rank of a machine decodes a share of the shards, and
+    opens all of them. Raises FtkitError if a class has no readable training image left, the cache
+    folder cannot be written, or machines have different images.
     """
     paths = [image.path for image in images.images]
 
@@ -157,7 +155,7 @@ def _digests(
     progress: Callable[[int, int], None],
     ranks: Ranks | None,
 ) -> list[list[str]]:
-    """The files' hashes, shard by shard; every shard is in the cache then."""
+    """Decode missing shards into the cache; returns the files' hashes by shard."""
     local, among = (ranks.local, ranks.local_world) if ranks else (0, 1)
 
     def own() -> dict[str, list[str]]:
@@ -218,7 +216,7 @@ def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path,
 
 
 def _canvas_key(preprocess: Preprocess) -> str:
-    limit = most_pixels()  # what is too large for one limit is not bad for another
+    limit = most_pixels()  # an image too large for one limit may be fine for another
     return f"canvas-2 {preprocess.fit} {preprocess.resize} {preprocess.white}{f' {limit}' if limit else ''}"
 
 
@@ -237,11 +235,13 @@ def _folder(digests: Sequence[str], preprocess: Preprocess) -> Path:
 
 
 def _opened(folder: Path, count: int, side: int) -> tuple[Array, dict[int, str]] | None:
-    """One shard (count, side, side, 3) uint8, memory-mapped, and slot -> reason for its bad files
-    (their slots are black); None where there is none, or it is damaged: cut short by a crash, or
-    half deleted by hand."""
+    """Open one shard (count, side, side, 3) uint8, memory-mapped, and slot -> reason for bad files.
+
+    Slots of bad files are black. Returns None if the shard is missing or damaged: truncated by a
+    crash, or partly deleted by hand.
+    """
     try:
-        os.utime(folder)  # used now: the cache forgets what has been unused longest
+        os.utime(folder)  # mark as used: the cache evicts what was used least recently
         stored = {
             int(slot): str(reason)
             for slot, reason in json.loads((folder / "bad.json").read_text()).items()
@@ -265,11 +265,11 @@ def _write(
     decoders: _Decoders,
     progress: Callable[[int], None],
 ) -> None:
-    """One shard into the cache, unless it is there."""
+    """Write one shard to the cache, unless it is there."""
     folder = _folder(digests, preprocess)
     side = preprocess.resize
     if _opened(folder, len(paths), side) is None:
-        put_away(folder)  # damaged is absent
+        put_away(folder)  # treat a damaged shard as absent
         beside = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -289,13 +289,13 @@ def _write(
             ) from None
         finally:
             if beside is not None:
-                shutil.rmtree(beside, ignore_errors=True)  # gone when published
+                shutil.rmtree(beside, ignore_errors=True)  # no longer there if published
 
     progress(len(paths))
 
 
 class _Decoders:
-    """Processes that decode, started when a shard first needs them, ended with the `with` block."""
+    """Worker processes that decode, started when first needed, ended with the `with` block."""
 
     def __init__(self, preprocess: Preprocess, most: int):
         self._preprocess = preprocess
@@ -317,12 +317,12 @@ class _Decoders:
         digests: Sequence[str],
         progress: Callable[[int], None],
     ) -> dict[int, str]:
-        """Decode `paths` into the shard's file -> slot: reason for the bad ones. A few are decoded
-        in this process.
+        """Decode `paths` into the shard's file; returns slot -> reason for the bad ones.
 
-        The reasons are kept under the hashes of the contents, so they must lie in the contents.
-        Raises FtkitError, naming the image, for one that could not be read for another reason
-        (memory ran out), and when a process ends without a word (a decoder crashed).
+        If there are only a few, they are decoded in this process. Reasons are cached under the
+        hashes of the files' contents, so they must depend on the contents alone. Raises FtkitError
+        naming the image if it failed for another reason (out of memory), or if a worker process
+        died (a decoder crashed).
         """
         reasons: dict[int, str] = {}
         for done, (slot, reason, lasting) in enumerate(self._answers(file, paths), start=1):
@@ -354,7 +354,7 @@ class _Decoders:
             process.stdin.flush()
 
         for slot, path in enumerate(paths):
-            process = self._processes[slot % count]  # each tells of its images in order
+            process = self._processes[slot % count]  # each process answers in order
             assert process.stdout
             line = process.stdout.readline()
             if not line:
@@ -376,15 +376,18 @@ def _start() -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for this process, which ends them: not a decoder that died
+        start_new_session=True,  # Ctrl-C goes to this process only, which then ends the workers
     )
 
 
 def decode_into(
     file: Path, items: Iterable[tuple[int, Path]], preprocess: Preprocess
 ) -> Iterator[tuple[int, str, bool]]:
-    """Decode (slot, path) into the shard's file; yields (slot, "" or why not, whether that lies in
-    the file's content) for each, in order."""
+    """Decode (slot, path) items into the shard's file.
+
+    Yields (slot, "" or the reason for failure, whether the file's content is the cause) for each,
+    in order.
+    """
     array = np.load(file, mmap_mode="r+")
     for slot, path in items:
         try:
@@ -407,8 +410,7 @@ def decode_into(
 
 
 def _work() -> None:
-    """A decoding process's whole life: a job a line on standard input, a line an image on standard
-    output."""
+    """Main loop of a worker process: one job per input line, one output line per image."""
     for line in sys.stdin:
         job = json.loads(line)
         items = ((slot, Path(path)) for slot, path in job["items"])

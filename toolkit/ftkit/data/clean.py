@@ -1,6 +1,6 @@
 """Present an audit as text and contact sheets, and write a cleaned copy of the data.
 
-print(as_text(found, canvases))
+print(audit_text(found, canvases))
 write_sheets(Path("sheets"), found, canvases)
 cleaned = clean(found, canvases)
 write_clean(Path("clean"), cleaned.images, images, progress)     # or Path("clean.csv")
@@ -31,8 +31,8 @@ from ftkit_export.files import folder_beside, write_atomically
 from ftkit_export.runtime.arrays import spread_evenly
 from ftkit_export.runtime.errors import FtkitError
 
-MOSTLY_KEPT = 0.7  # of the median image: below, the crop is worth a word
-NAMED = 5  # files of a kind that are named; --json names all
+MOSTLY_KEPT = 0.7  # area of the median image that the crop keeps; below this, the crop is mentioned
+NAMED = 5  # files named per finding; --json names all
 SHEET = 48
 TILE = 128
 COLUMNS = 8
@@ -40,7 +40,7 @@ PAIRS = 24  # rows of the sheet of duplicates
 
 
 def audit_text(result: Audit, canvases: Canvases) -> str:
-    """The audit as lines, what must be mended last."""
+    """The audit as text, with what must be fixed last."""
     splits = [split for split in SPLITS if split in next(iter(result.counts.values()))]
     rows = [("class", *(f"{split}{'*' if split in result.made else ''}" for split in splits))]
     rows += [
@@ -71,7 +71,7 @@ def _most(counts: dict[str, int]) -> str:
 
 
 def _remarks(result: Audit, canvases: Canvases) -> list[str]:
-    """What may matter, and last what must be mended."""
+    """Findings that may matter, followed by those that must be fixed."""
     images = canvases.images
     names = [below(images.root, image.path) for image in images.images]
     full = [f"{name} ({image.split})" for name, image in zip(names, images.images, strict=True)]
@@ -97,12 +97,12 @@ def _remarks(result: Audit, canvases: Canvases) -> list[str]:
         *_listed("over 40 megapixels:", those(result.huge)),
         *_listed("of one flat colour:", those(flat)),
         *_listed(f"classes with under {FEW} training images:", list(result.few)),
-        *_listed("shown whole, and emptied by this recipe's crop:", those(result.emptied)),
+        *_listed("left blank by this recipe's crop:", those(result.emptied)),
         *(
             line
             for split, classes in result.unjudged.items()
             for line in _listed(
-                f"classes without a {split} image, of which {split} says nothing:", classes
+                f"classes without a {split} image, which {split} does not evaluate:", classes
             )
         ),
         *_advice(result),
@@ -116,7 +116,7 @@ def _remarks(result: Audit, canvases: Canvases) -> list[str]:
 
 
 def _listed(title: str, items: Sequence[str]) -> list[str]:
-    """How many there are and the first of them; nothing for none."""
+    """The number of items and the first few of them; nothing if there are none."""
     if not items:
         return []
 
@@ -132,7 +132,7 @@ def _as_set(names: Sequence[str]) -> str:
 
 
 def _advice(result: Audit) -> list[str]:
-    """Settings worth trying."""
+    """Suggested settings."""
     lines = []
     if result.imbalance > UNEVEN:
         lines.append(
@@ -146,7 +146,7 @@ def _advice(result: Audit) -> list[str]:
 
 
 def _fit(result: Audit) -> list[str]:
-    """Lines on how much a centre crop cuts off, where that matters."""
+    """Lines on how much a centre crop cuts off, if it matters."""
     share, under_half = result.crop_keeps
     if share > MOSTLY_KEPT and not under_half and not result.emptied:
         return []
@@ -158,7 +158,7 @@ def _fit(result: Audit) -> list[str]:
 
 
 def _conclusion(result: Audit) -> str:
-    """The last line: whether a training may begin, and what --fix would still mend."""
+    """The last line: whether training may start, and what --fix would still fix."""
     near = [
         f"{sum(not item.exact for item in items)} sets of near duplicates are {where}"
         for items, where in (
@@ -168,7 +168,7 @@ def _conclusion(result: Audit) -> str:
         if any(not item.exact for item in items)
     ]
     if not result.passed:
-        cure = "mend it by hand" if result.shared_groups else "mend it by hand, or with --fix OUT"
+        cure = "fix it by hand" if result.shared_groups else "fix it by hand, or with --fix OUT"
         return f"NOT ok: {cure}"
     if near:
         return f"ok, but {' and '.join(near)}: look at them, or try --fix OUT"
@@ -176,8 +176,10 @@ def _conclusion(result: Audit) -> str:
 
 
 def write_sheets(folder: Path, result: Audit, canvases: Canvases) -> list[Path]:
-    """A contact sheet a class, spread over its images, and one of what is alike, a line a set;
-    returns the JPEGs."""
+    """Write a contact sheet per class and one of the duplicates; returns the JPEGs.
+
+    A class's sheet samples its images evenly; the duplicates' sheet has one row per set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     images = canvases.images
     labels = canvases.labels
@@ -208,7 +210,7 @@ def write_sheets(folder: Path, result: Audit, canvases: Canvases) -> list[Path]:
 
 
 def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases) -> None:
-    """Images in rows of eight, each set beginning a new row, with their names and splits below."""
+    """Draw images in rows of eight, each set on a new row, with names and splits below them."""
     font = PIL.ImageFont.load_default(16)
     small = PIL.ImageFont.load_default(10)
     text = 26
@@ -244,8 +246,11 @@ def _sheet(path: Path, title: str, sets: Sequence[list[int]], canvases: Canvases
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaned:
-    """images: what is left to train on; left_out: reason -> files; groups: of near duplicates,
-    their sizes; parted: sets of near duplicates that lie in several groups."""
+    """The images to keep, and what was left out.
+
+    left_out: reason -> number of files. groups: sizes of the groups of near duplicates. parted:
+    number of sets of near duplicates spread over several groups.
+    """
 
     images: tuple[Image, ...]
     left_out: dict[str, int]
@@ -263,7 +268,7 @@ class Cleaned:
             )
         if self.parted:
             lines.append(
-                f"parted: {self.parted} sets of near duplicates lie in several groups; one group of them would be a "
+                f"parted: {self.parted} sets of near duplicates lie in several groups; as one group they would be a "
                 "chain whose ends are not alike"
             )
 
@@ -273,16 +278,18 @@ class Cleaned:
 def clean(result: Audit, canvases: Canvases) -> Cleaned:
     """Choose the images to train on.
 
-    Unreadable files go. Of identical files one stays: test's before val's before train's, so that
-    the judgement stays the same; of identical files under several labels none, for nobody knows the
-    right one; of nearly identical ones those that most of their set contradict. Other near
-    duplicates become one group where ftkit may still put them on one side (`Audit.near_groups`);
-    where one is in a split that was given, those in train go. Splits that ftkit made, and the train
-    they were cut from, are left open.
+    Unreadable files are removed. Of identical files one is kept, preferring test over val over
+    train, so that the evaluation stays the same; of identical files with several labels none is,
+    since the right label is unknown. Of near duplicates with several labels, those that disagree
+    with the majority of their set are removed, or all if there is no majority.
+
+    Other near duplicates become one group if ftkit can still put them in one split
+    (`Audit.near_groups`); if one is in a given split, those in train are removed. Splits that ftkit
+    made, and the train split they were cut from, are left open.
     """
     images = canvases.images.images
     gone = {"unreadable": len(result.bad), "identical": 0, "contradicting": 0, "near duplicates": 0}
-    free = ("train", *result.made)  # what is in the others stays there
+    free = ("train", *result.made)  # images in other splits stay there
     conflicts = {item.rows for item in result.conflicts}
 
     left: dict[int, Image] = dict(enumerate(images))
@@ -324,8 +331,10 @@ def clean(result: Audit, canvases: Canvases) -> Cleaned:
 
 
 def _contradicting(rows: Sequence[int], images: Sequence[Image], exact: bool) -> list[int]:
-    """Those of a set under several labels that must go: all, but for near duplicates of the label
-    that most have."""
+    """Images of a set with several labels to remove.
+
+    All of them or, for near duplicates with a majority label, those without it.
+    """
     counts = Counter(images[row].label for row in rows)
     most = max(counts, key=lambda label: counts[label], default=None)
     if exact or most is None or counts[most] * 2 <= len(rows):
@@ -334,7 +343,7 @@ def _contradicting(rows: Sequence[int], images: Sequence[Image], exact: bool) ->
 
 
 def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
-    """Make one group of these, with all of the groups that some are in."""
+    """Merge these images, and all groups they belong to, into one group."""
     groups = {left[row].group for row in rows} - {""}
     name = min(groups, default=f"alike-{min(rows)}")
     others = [row for row, image in left.items() if image.group in groups] if groups else []
@@ -343,8 +352,10 @@ def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
 
 
 def require_outside(out: Path, images: Images, option: str) -> None:
-    """Raises FtkitError when `out` lies in the data folder or, of a CSV, holds its images: they are
-    never touched."""
+    """Raise FtkitError if `out` lies in the data folder or, for a CSV, is a folder of its images.
+
+    The data are never modified.
+    """
     place = out.resolve()
     root = images.root.resolve()
     if (
@@ -358,7 +369,7 @@ def require_outside(out: Path, images: Images, option: str) -> None:
 
 
 def require_new(out: Path, images: Images) -> None:
-    """Raises FtkitError when `out` exists, lies in the data, or has no folder to be in."""
+    """Raise FtkitError if `out` exists, lies in the data, or has no parent folder."""
     require_outside(out, images, "--fix")
     if out.exists():
         raise FtkitError(
@@ -373,8 +384,7 @@ def require_new(out: Path, images: Images) -> None:
 def write_clean(
     out: Path, kept: Sequence[Image], images: Images, progress: Callable[[int, int], None]
 ) -> Path:
-    """Write the CSV `out`, or the folder `out` with a copy of every file and images.csv; returns
-    the CSV.
+    """Write the CSV `out`, or the folder `out` with copies and images.csv; returns the CSV.
 
     Raises FtkitError as require_new.
     """
@@ -412,10 +422,10 @@ def write_clean(
 
 
 def _file_name(label: str) -> str:
-    """A class as the name of a file: a CSV's labels may hold anything."""
+    """A class label as a valid file name: a CSV's labels may hold anything."""
     return re.sub(r"[^\w .-]+", "_", label).strip(". ") or "_"
 
 
 def _from(folder: Path, path: Path) -> str:
-    """A path as a CSV in `folder` has it."""
+    """A path relative to `folder`, as a CSV in it has it."""
     return Path(os.path.relpath(path, folder)).as_posix()

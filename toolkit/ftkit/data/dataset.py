@@ -1,11 +1,11 @@
-"""DATA -> Images: which files, which class, which split.
+"""Read a data set: its images, classes and splits.
 
-    images = read("photos")            # photos/CLASS/*.jpg, photos/{train,val,test}/CLASS/*, or photos.csv
+    images = read_images("photos")   # photos/CLASS/*.jpg, photos/{train,val,test}/CLASS/*, or a CSV
     images.classes, images.of("train")
 
-A CSV has the columns path,label[,split][,group]; its paths are relative to the CSV. With no val
-split one is made from train, and with no test split one is too: stratified by class, seeded; groups
-and identical files stay on one side.
+A CSV has the columns path,label[,split][,group]; its paths are relative to the CSV. A missing val
+or test split is cut from train: stratified by class and seeded, with groups and identical files
+kept in one split.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import SUFFIXES
 
 SPLITS = ("train", "val", "test")
-# In any case: what others call the three.
+# Common names of the splits, in any case
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -41,16 +41,18 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-SURPLUS = "\0"  # key of the fields that a row has beyond the header
-LINE_ENDS = "\n\r"  # labels.txt has a label a line
+SURPLUS = "\0"  # key of the fields of a row that exceed the header
+LINE_ENDS = "\n\r"  # labels.txt has one label per line
 VAL_SHARE = 0.1
 TEST_SHARE = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
-    """One labelled file. label: index into Images.classes. group: images that must stay on one side
-    of a split."""
+    """One labelled file. label: index into Images.classes.
+
+    group: images of one group must stay in one split.
+    """
 
     path: Path
     label: int
@@ -60,8 +62,10 @@ class Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
-    """A labelled set. classes are in natural order (2 before 10); made: the splits that ftkit cut
-    itself."""
+    """A labelled data set.
+
+    classes: in natural order (2 before 10). made: the splits that ftkit created.
+    """
 
     root: Path
     classes: tuple[str, ...]
@@ -69,21 +73,21 @@ class Images:
     made: tuple[str, ...] = ()
 
     def of(self, split: str) -> tuple[Image, ...]:
-        """The images of one split, in order of path."""
+        """The images of one split, ordered by path."""
         return tuple(image for image in self.images if image.split == split)
 
     def unjudged(self, split: str) -> tuple[str, ...]:
-        """Classes without an image in a split, which then says nothing of them."""
+        """Classes without an image in a split, which therefore does not evaluate them."""
         there = {image.label for image in self.of(split)}
         return tuple(name for label, name in enumerate(self.classes) if label not in there)
 
     def without(self, bad: set[Path]) -> Images:
-        """The same set less some files."""
+        """The data set without these files."""
         return replace(self, images=tuple(image for image in self.images if image.path not in bad))
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:
-    """Sort key that counts as people do: class2 before class10."""
+    """Natural sort key: class2 before class10."""
     return [
         (0, int(part), "") if part.isdigit() else (1, 0, part.lower())
         for part in re.split(r"(\d+)", text)
@@ -96,9 +100,9 @@ def read_images(
 ) -> Images:
     """Read a class folder, a split folder or a CSV.
 
-    group_by: a regular expression; its first group (or all it matches) in a file's path below
-    `data` names the image's group. root: the folder that a CSV's paths are relative to, by default
-    its own. Raises FtkitError naming what is missing and what to try.
+    group_by: a regular expression; its first capture group (or the whole match) in a file's path
+    below `data` names the image's group. root: the folder that a CSV's paths are relative to, by
+    default its own. Raises FtkitError naming what is missing and what to try.
     """
     root, rows = _rows(Path(data), Path(root) if root else None, group_by)
     classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
@@ -123,7 +127,7 @@ CsvRow = tuple[Path, str, str, str]  # path, label, split or "", group or ""
 
 
 class Labelled(NamedTuple):
-    """An image to be judged, with the name of its class, and of its group ("" for none)."""
+    """An image to evaluate, with the names of its class and group ("" for none)."""
 
     path: Path
     label: str
@@ -133,9 +137,9 @@ class Labelled(NamedTuple):
 def labelled(
     data: str | Path, group_by: str = "", root: str | Path | None = None
 ) -> list[Labelled]:
-    """Images to be judged and not trained on: the test split where one is given, else all of them.
+    """Images for evaluation only: the test split if one is given, else all of them.
 
-    group_by, root: as read's. Raises FtkitError as read, but asks for no more than one image.
+    group_by, root: as in read_images. Raises FtkitError as read_images, but accepts a single image.
     """
     root, rows = _rows(Path(data), Path(root) if root else None, group_by)
     chosen = [row for row in rows if row[2] == "test"] or [row for row in rows if not row[2]]
@@ -149,7 +153,7 @@ def labelled(
 
 
 def as_csv(rows: Iterable[tuple[Image, str]], classes: Sequence[str]) -> bytes:
-    """The set as a CSV that `read` takes; rows: an image and its path as the CSV shall have it."""
+    """The data set as a CSV for `read_images`; rows: an image and its path in the CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("path", "label", "split", "group"))
@@ -158,11 +162,12 @@ def as_csv(rows: Iterable[tuple[Image, str]], classes: Sequence[str]) -> bytes:
 
 
 def splits_csv(images: Images) -> bytes:
-    """Every image with its split, as `as_csv`. Paths are relative to the data folder, or to the
-    CSV's, or, where images lie elsewhere too, to the folder that holds them all: `root` of `read`.
+    """Every image with its split, as a CSV for `read_images`.
 
-    Links are not followed, and images with no folder in common are named by `below`: nothing here
-    tells of this machine.
+    Paths are relative to the data folder, the CSV's folder or, if images lie outside it, their
+    common parent folder, which is then the `root` of `read_images`. Links are not resolved, and
+    images without a common folder are named by `below`, so the file reveals nothing about this
+    machine.
     """
     folder = images.root if images.root.is_dir() else images.root.parent
     folder = _absolute(folder)
@@ -179,12 +184,12 @@ def splits_csv(images: Images) -> bytes:
 
 
 def _absolute(path: Path) -> Path:
-    """Without following links, which would tell where they lead."""
+    """Absolute path with links unresolved, so that their targets are not revealed."""
     return Path(os.path.abspath(path))  # noqa: PTH100  # Path.resolve follows them
 
 
 def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[CsvRow]]:
-    """Where the images' paths begin (`below`), and the images."""
+    """The folder that image paths are shown relative to (`below`), and the images."""
     if not data.exists():
         raise FtkitError(
             f"{data}: expected a folder of images or a CSV, found nothing there. Check the path"
@@ -211,8 +216,11 @@ def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[CsvR
 
 
 def below(root: Path, path: Path) -> str:
-    """An image's path as a person sees it: from the data folder, or the CSV's. Of images elsewhere
-    the last folder and the name: the rest tells of this machine."""
+    """An image's path for display: relative to the data folder, or to the CSV's.
+
+    For images elsewhere, only the last folder and the name: the rest would reveal this machine's
+    layout.
+    """
     relative = _relative(root, path)
     return Path(*path.parts[-2:]).as_posix() if ".." in Path(relative).parts else relative
 
@@ -250,7 +258,7 @@ def _from_folder(root: Path) -> list[CsvRow]:
     }
 
     others = sorted(path.name for path in top if path not in splits)
-    # "valid" beside "invalid" are what parts are called, too
+    # "valid" and "invalid" may be classes of parts
     if "train" not in splits.values() and others:
         splits = {
             path: split
@@ -291,7 +299,7 @@ def _class_folders(root: Path) -> list[tuple[Path, str]]:
 
 
 def _from_csv(path: Path, folder: Path) -> list[CsvRow]:
-    """The rows of a CSV whose paths are relative to `folder`."""
+    """Read the rows of a CSV whose paths are relative to `folder`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restkey=SURPLUS)
@@ -312,9 +320,9 @@ def _from_csv(path: Path, folder: Path) -> list[CsvRow]:
 
 
 def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> CsvRow:
-    """One row of a CSV; where: its file and line, for FtkitError."""
+    """Parse one row of a CSV. where: its file and line, for FtkitError."""
     surplus = line.get(SURPLUS, [])
-    # Commas at the end of a row are what some spreadsheets write
+    # Some spreadsheets write trailing commas
     if any(text.strip() for text in surplus):
         raise FtkitError(
             f"{where}: expected {len(columns)} fields ({', '.join(columns)}), found {len(columns) + len(surplus)}. "
@@ -348,14 +356,16 @@ def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str
 
 
 def _image_file(folder: Path, text: str) -> Path | None:
-    """The image that a CSV in `folder` names; backslashes, as Windows writes them, are understood."""
+    """The image that a CSV in `folder` names; Windows backslashes are accepted."""
     candidates = (folder / text, folder / text.replace("\\", "/")) if text else ()
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _with_splits(images: Images, seed: int) -> Images:
-    """Fill in the splits that are missing: an image without one is train until val and test are cut
-    from it."""
+    """Create the missing splits.
+
+    Images without a split are train until val and test are cut from it.
+    """
     given = {image.split for image in images.images}
     items = [image if image.split else replace(image, split="train") for image in images.images]
     if "train" not in {image.split for image in items}:
@@ -382,7 +392,7 @@ def _with_splits(images: Images, seed: int) -> Images:
         if not result.of(split):
             grouped = any(image.group for image in items)
             cure = (
-                "more groups, for each stays whole in one split"
+                "more groups, since each stays whole in one split"
                 if grouped
                 else "at least 4 images a class"
             )
@@ -394,7 +404,7 @@ def _with_splits(images: Images, seed: int) -> Images:
 
 
 def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """The first member of each item's cluster, when the items of every pair belong together."""
+    """The first member of each item's cluster (connected component), given `pairs`."""
     ends = np.array(pairs, np.int64).reshape(-1, 2).T
     _, names = connected_components(
         coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(count, count))
@@ -404,8 +414,10 @@ def clusters(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _together(items: Sequence[Image]) -> list[int]:
-    """For each image the first one that must be on its side of a split: of its group, or the same
-    file again. Only files of equal size are read."""
+    """For each image, the first one that must share its split: same group, or identical file.
+
+    Only files of equal size are read.
+    """
     seen: dict[str, int] = {}
     pairs = []
     sizes = [image.path.stat().st_size for image in items]
@@ -414,7 +426,7 @@ def _together(items: Sequence[Image]) -> list[int]:
     for number, (image, size) in enumerate(zip(items, sizes, strict=True)):
         keys = [f"group {image.group}"] if image.group else []
         if often[size] > 1:
-            with suppress(OSError):  # canvases name it
+            with suppress(OSError):  # an unreadable file is reported when decoded
                 keys.append(hashlib.sha256(image.path.read_bytes()).hexdigest())
         pairs += [(seen.setdefault(key, number), number) for key in keys]
 
@@ -424,8 +436,10 @@ def _together(items: Sequence[Image]) -> list[int]:
 def _cut(
     items: Sequence[Image], together: Sequence[int], split: str, share: float, seed: int
 ) -> list[Image]:
-    """Move about `share` of train to `split`, class by class; what belongs together goes together;
-    every class keeps an image."""
+    """Move about `share` of train to `split`, class by class.
+
+    Images that belong together move together, and every class keeps a training image.
+    """
     rng = random.Random(f"{seed}/{split}")
     groups: dict[str, list[int]] = defaultdict(list)
 
@@ -450,7 +464,7 @@ def _cut(
         if gain * 2 < members.total() or any(
             left[label] <= count for label, count in members.items()
         ):
-            continue  # more than half of this group is not wanted, or a class would lose its last image
+            continue  # over half of the group is surplus, or a class would lose its last image
         for number in groups[name]:
             result[number] = replace(items[number], split=split)
         wanted = {label: count - members.get(label, 0) for label, count in wanted.items()}

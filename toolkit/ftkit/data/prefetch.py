@@ -1,10 +1,10 @@
-"""Rows of stored arrays as tensors on the training device, without the device waiting for them.
+"""Fetch rows of stored arrays as tensors on the training device, without stalling it.
 
     source = Source(canvases.array, rows=2223, row_bytes=150_528, device=device)
     batch = source.take(source.fetch(rows))      # fetch on any thread, take on the device's own
 
-On a GPU all rows stay resident where they fit in half of its free memory; else each batch is read
-ahead into pinned memory, and copied while the step before it runs.
+On a GPU all rows stay resident if they fit in half of its free memory; otherwise each batch is read
+ahead into pinned memory and copied while the previous step runs.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import torch
 
 from ftkit_export.runtime.arrays import Array
 
-RESIDENT_SHARE = 0.5  # of the free memory
-ROWS_PER_COPY = 512  # rows a copy to the device
+RESIDENT_SHARE = 0.5  # of the device's free memory
+ROWS_PER_COPY = 512  # rows per copy to the device
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that a tensor could get: what the driver calls free, and what torch holds and
-    does not use."""
+    """GPU memory available to a new tensor: free by the driver, or reserved by torch but unused."""
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + max(0, idle)
 
 
 class Source:
-    """read(rows) -> (n, ...) of the first `rows` row numbers. room: free bytes on the device; by
-    default as it tells, none on a CPU, whose memory the stored arrays share already."""
+    """Rows of a stored array, by row number, on a device.
+
+    read(rows) -> (n, ...), for row numbers below `rows`. room: free bytes on the device; by default
+    as the device reports, and 0 on a CPU, which shares the memory of the stored arrays.
+    """
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Source:
 
     @property
     def resident(self) -> bool:
-        """Whether every row lies on the device."""
+        """Whether all rows are on the device."""
         return self._resident is not None
 
     def _all(self, rows: int) -> torch.Tensor | None:
@@ -61,27 +63,26 @@ class Source:
         return whole
 
     def fetch(self, rows: Array) -> torch.Tensor:
-        """(n,) row numbers -> their values, or, resident, the numbers themselves; pinned where
-        there is a GPU."""
+        """Read rows (n,), or only pass on their numbers if resident; pinned if there is a GPU."""
         return pinned(
             torch.from_numpy(np.ascontiguousarray(rows) if self.resident else self._read(rows)),
             self.device,
         )
 
     def take(self, fetched: torch.Tensor) -> torch.Tensor:
-        """Move what `fetch` returned to the device, (n, ...); queued, not awaited."""
+        """Move the result of `fetch` to the device, (n, ...), asynchronously."""
         moved = fetched.to(self.device, non_blocking=True)
         return moved if self._resident is None else self._resident[moved]
 
 
 def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor where a copy to `device` need not wait for it; as it is for a CPU."""
+    """Pin a host tensor so that copies to `device` need not wait; unchanged for a CPU."""
     if device.type == "cpu":
         return host
-    with torch.cuda.device(device):  # a thread begins on the first GPU, whatever its rank's is
+    with torch.cuda.device(device):  # a new thread starts on the first GPU, whatever the rank's is
         return host.pin_memory()
 
 
 def array_source(array: Array, device: torch.device) -> Source:
-    """Of one stored array, rows first."""
+    """A Source over one stored array, rows first."""
     return Source(lambda rows: array[rows], len(array), array[:1].nbytes, device)

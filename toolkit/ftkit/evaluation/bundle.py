@@ -26,12 +26,10 @@ from ftkit_export.runtime.errors import FtkitError, ImageError, choices
 from ftkit_export.runtime.predict import Classifier
 
 LISTED = 20  # regressed images that are printed; --json has them all
-TRAINED_ON = (
-    "trained_on.txt"  # in a run and in its bundle: one digest per line, of each train and val image
-)
-SPLITS_CSV = (
-    "splits.csv"  # in a run and its bundle: every image with its split, for dataset.read_images
-)
+# In a run and in its bundle: one digest per line, of each train and val image
+TRAINED_ON = "trained_on.txt"
+# In a run and its bundle: every image with its split, for dataset.read_images
+SPLITS_CSV = "splits.csv"
 DIGEST = 32  # hexadecimal digits of SHA-256: 100,000 images in 3 MB, without chance collisions
 
 

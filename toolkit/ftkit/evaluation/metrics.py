@@ -40,9 +40,8 @@ HOTTEST = 20.0
 # images are no evidence for it.
 PRIOR_SPREAD = 0.25
 CALIBRATION_FOLDS = 5
-PRECISION_ERROR_RATE = (
-    0.05  # chance that the precision claimed at the abstain threshold is not reached
-)
+# Chance that the precision claimed at the abstain threshold is not reached
+PRECISION_ERROR_RATE = 0.05
 LOOKED_AT = 200  # thresholds tested from each start
 # Coverages at which the search for the threshold starts
 SEARCH_STARTS = (

@@ -2,7 +2,7 @@
 
 backbone = build("efficientnet_lite0", classes=4)
 backbone.model, backbone.head, backbone.preprocess
-trainable(backbone, "last:2")        # module names that train
+blocks(backbone)                     # module names of its blocks
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ftkit.models.weights import EXTRA_HEADS, PACKAGES, load_weights
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.preprocess import Preprocess
 
-# Where a backbone keeps its blocks, by its authors' custom
+# Conventional names of the module that holds a backbone's blocks
 SEQUENCES = (
     "blocks",
     "stages",
@@ -35,8 +35,10 @@ SEQUENCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A model with a fresh head. head: module name of the last layer. weights: where they came
-    from, with a hash."""
+    """A model with a new head.
+
+    head: module name of the last layer. weights: their source, with a hash.
+    """
 
     name: str
     model: nn.Module
@@ -46,12 +48,11 @@ class Backbone:
 
 
 def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
-    """Build `name` (timm first, then torchvision) with `classes` outputs in a freshly initialised
-    head.
+    """Build `name` (timm first, then torchvision) with a new head of `classes` outputs.
 
     weights: "pretrained", "none", or the path of a .safetensors / .pth file of the backbone's
     state. Raises FtkitError for an unknown name, a head that cannot be replaced, and as
-    weights.load.
+    load_weights.
     """
     model, library = _create(name)
     preprocess = _preprocess(model, name, library)
@@ -86,8 +87,7 @@ def _create(name: str) -> tuple[nn.Module, str]:
 
 
 def _with_option(make: Callable[..., nn.Module], name: str, *options: str) -> nn.Module | None:
-    """The model with one of the options off, where its maker knows it: without the second heads of
-    its training."""
+    """The model without auxiliary heads, if its constructor accepts one of the options."""
     for option in options:
         try:
             return make(name, **{option: False})
@@ -115,8 +115,10 @@ def _preprocess(model: nn.Module, name: str, library: str) -> Preprocess:
 
 
 def _head_name(model: nn.Module) -> str:
-    """Module name of the layer that makes the logits: the library's own word first, else the last
-    linear layer."""
+    """Module name of the layer that produces the logits.
+
+    The one the library declares, else the last linear layer, else the last convolution.
+    """
     modules: list[tuple[str, nn.Module]] = list(model.named_modules())
     classifier: Any = getattr(model, "get_classifier", None)
     declared = classifier() if classifier else None
@@ -134,8 +136,10 @@ def _head_name(model: nn.Module) -> str:
 
 
 def _require_logits(model: nn.Module, name: str, size: int, classes: int) -> None:
-    """Raises FtkitError when the model with its new head does not give (n, classes): it has a
-    second head, say."""
+    """Raise FtkitError if the model with its new head does not return logits (n, classes).
+
+    For example because it has a second head.
+    """
     try:
         with torch.inference_mode():
             answer: Any = model(torch.zeros(1, 3, size, size))
@@ -166,7 +170,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def blocks(backbone: Backbone) -> list[str]:
-    """Module names of the backbone's blocks, first to last: what `last:N` counts."""
+    """Module names of the backbone's blocks, first to last, as counted by `last:N`."""
     model = backbone.model
     layers = [name for name, _ in model.named_children() if re.fullmatch(r"layer\d+", name)]
     if layers:
@@ -180,9 +184,9 @@ def blocks(backbone: Backbone) -> list[str]:
 def features(
     net: nn.Module, head: nn.Module, inputs: Iterable[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run `net` and return the input of its head, (n, features) float32, and its output.
+    """Run `net`; return its head's input, (n, features) float32, and its output.
 
-    A map that enters a convolutional head is averaged over space.
+    A feature map entering a convolutional head is averaged over space.
     """
     seen: list[torch.Tensor] = []
     handle = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))

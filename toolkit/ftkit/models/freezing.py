@@ -1,4 +1,4 @@
-"""Which parameters train in a stage: names for `Stage.train`, and the model's modes to match.
+"""Which parameters train in a stage: module names for `Stage.train`, and matching modes.
 
 names = trainable(backbone, "last:2")
 set_mode(backbone.model, names, batchnorm=False)
@@ -17,15 +17,17 @@ from ftkit_export.runtime.errors import FtkitError
 
 
 def under(names: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a parameter's name lies in one of the modules named."""
+    """Predicate: whether a parameter lies in one of the named modules."""
     return lambda parameter: any(
         parameter == name or parameter.startswith(name + ".") for name in names
     )
 
 
 def set_mode(model: nn.Module, names: Sequence[str], batchnorm: bool) -> None:
-    """Everything frozen is in eval mode without gradients; what is named trains (BatchNorm's
-    statistics on wish)."""
+    """Freeze the model (eval mode, no gradients) except the named modules, which train.
+
+    batchnorm: whether their BatchNorm statistics are updated.
+    """
     model.eval().requires_grad_(False)
     parameters = dict(model.named_parameters())
 
@@ -42,10 +44,10 @@ def set_mode(model: nn.Module, names: Sequence[str], batchnorm: bool) -> None:
 
 
 def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
-    """Names of the modules (or parameters that stand alone) that train for a stage's `train`.
+    """Names of the modules (or stand-alone parameters) that train for a stage's `train`.
 
-    Raises FtkitError with the backbone's blocks for what is none of head, last:N, first:N, all, or
-    a regular expression that some module's name matches.
+    Raises FtkitError listing the backbone's blocks unless `train` is head, last:N, first:N, all, or
+    a regular expression that matches a module name.
     """
     listed = blocks(backbone)
     top = [name for name, _ in backbone.model.named_children()]
@@ -54,7 +56,7 @@ def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
     if train == "head":
         return (backbone.head,)
 
-    # A ViT's class token, for one
+    # Such as a ViT's class token
     alone = [name for name, _ in backbone.model.named_parameters(recurse=False)]
     if train == "all":
         return (*top, *alone)
@@ -77,13 +79,13 @@ def trainable(backbone: Backbone, train: str) -> tuple[str, ...]:
 
 
 def _last(listed: list[str], top: list[str], count: int) -> list[str]:
-    """The last blocks and all that follows them."""
+    """The last `count` blocks and everything after them."""
     chosen = listed[-count:]
     return [*chosen, *top[top.index(chosen[-1].split(".")[0]) + 1 :]]
 
 
 def _first(listed: list[str], top: list[str], count: int) -> list[str]:
-    """All that comes before the blocks, and the first of them."""
+    """Everything before the blocks, and the first `count` of them."""
     return [*top[: top.index(listed[0].split(".")[0])], *listed[:count]]
 
 
@@ -93,7 +95,7 @@ def _with_head(backbone: Backbone, names: list[str]) -> tuple[str, ...]:
 
 
 def _matching(backbone: Backbone, pattern: str) -> tuple[str, ...]:
-    """The outermost modules, and parameters, whose names the pattern is found in."""
+    """The outermost modules and parameters whose names match the pattern."""
     try:
         wanted = re.compile(pattern)
     except re.error:

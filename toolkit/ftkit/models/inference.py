@@ -1,4 +1,4 @@
-"""A model's answers, computed the fastest way there is here.
+"""Run a model for inference with the fastest available backend.
 
 run, name = runner(net, example)
 logits, embedding = run(pixels)
@@ -21,7 +21,7 @@ from ftkit_export.runtime.session import Session
 
 Tensors = tuple[torch.Tensor, ...]
 
-PREFIX_BATCH = 8  # images a pass; ONNX Runtime on 2 cores: 188, 180, 162 img/s at 4, 8, 16
+PREFIX_BATCH = 8  # images per pass; ONNX Runtime on 2 cores: 188, 180, 162 img/s at 4, 8, 16
 
 
 class WithEmbedding(nn.Module):
@@ -38,7 +38,7 @@ class WithEmbedding(nn.Module):
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    """The layout convolutions are fastest in; other shapes pass unchanged."""
+    """Convert to channels_last, the fastest layout for convolutions; non-4-D tensors unchanged."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
@@ -49,10 +49,10 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 def runner(
     net: nn.Module, example: torch.Tensor, threads: int = 0
 ) -> tuple[Callable[[torch.Tensor], list[Array]], str]:
-    """The fastest way to run `net` here, and its name: pixels (n, 3, S, S) -> its outputs, float32.
+    """The fastest way to run `net` here, and its name: pixels (n, 3, S, S) -> outputs, float32.
 
-    ONNX Runtime on a CPU (threads: 0 = all cores), where its answer to `example` is the framework's
-    to 1e-4 of the largest value; the framework itself elsewhere, or where the net does not export.
+    ONNX Runtime on a CPU (threads: 0 = all cores), if its outputs for `example` match PyTorch's to
+    1e-4 of the largest value; PyTorch on other devices, or if the net cannot be exported.
     """
 
     def eager(pixels: torch.Tensor) -> list[Array]:
@@ -68,18 +68,20 @@ def runner(
         if all(np.abs(a - b).max() <= 1e-4 * np.abs(b).max() for a, b in pairs):
             return lambda pixels: session.run(pixels.numpy()), "onnxruntime"
     except Exception:
-        # Not every graph exports, and exporters raise anything: the framework's own pass remains
+        # Not every graph can be exported, and exporters may raise anything: fall back to PyTorch
         return eager, "torch"
 
     return eager, "torch"
 
 
 def _onnx_bytes(net: nn.Module, example: torch.Tensor) -> bytes:
-    """By the TorchScript exporter: 0.8 s where the dynamo one takes 10 s for lite0. The file never
-    leaves this run."""
+    """Export with the TorchScript exporter: 0.8 s for lite0, against 10 s for the dynamo one.
+
+    The file is used only within this run.
+    """
     buffer = io.BytesIO()
-    # A Sequential, since the exporter takes a GraphModule's `graph` for its own; in eval mode,
-    # since it gives the mode that it finds to every module inside.
+    # Wrapped in a Sequential, since the exporter mistakes a GraphModule's `graph` for its own; in
+    # eval mode, since the exporter applies the outer module's mode to every module inside.
     plain = nn.Sequential(net).eval()
     with quiet():
         torch.onnx.export(

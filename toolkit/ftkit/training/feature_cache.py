@@ -1,12 +1,12 @@
-"""Run a frozen part once per view over the canvases, and keep what comes out of it.
+"""Feature cache: run a frozen prefix once per view over the canvases and store its outputs.
 
-    views = Views(canvases, preprocess, augment, count=4, seed=0, source=...)
-    activations = fill(prefix, key, names, views)          # computes, or finds an earlier run's; or says why not
+    views = Views(canvases=canvases, preprocess=preprocess, augment=augment, count=4, seed=0, ...)
+    activations = fill(prefix, key, names, views)  # compute, or reuse an earlier run's entry
     activations.arrays[name][activations.items(views, positions)]
-    check(prefix, names, activations, views)               # a sample against a live pass; "" when equal
+    check(prefix, names, activations, views)       # compare a sample with a live pass; "" if equal
 
-On a CPU the frozen part runs in ONNX Runtime (a whole lite0 run: 143 s, 194 s with eager PyTorch).
-Values are kept in memory-mapped files, as float16 where their range allows.
+On a CPU the prefix runs in ONNX Runtime (a whole lite0 run: 143 s, against 194 s with eager
+PyTorch). Values are stored in memory-mapped files, as float16 where their range allows.
 """
 
 from __future__ import annotations
@@ -50,26 +50,27 @@ GPU_CHUNK = 256
 KEPT_TOLERANCE = {
     "float16": 1e-3,
     "float32": 1e-5,
-}  # kept against live, relative to the largest value
-GPU_TOLERANCE = 1e-4  # of float32: cuDNN may choose another algorithm for another batch (Winograd's differs so much)
-FLOAT16_RANGE = (1e-3, 2e4)  # largest values that float16 keeps with room at both ends
-DISK_SHARE = 0.5  # of the free disk that a cache may take
+}  # difference between cached and live values, relative to the largest value
+# cuDNN may choose another algorithm for another batch (Winograd's differs this much in float32)
+GPU_TOLERANCE = 1e-4
+FLOAT16_RANGE = (1e-3, 2e4)  # bounds of the largest value for float16, with a margin at each end
+DISK_SHARE = 0.5  # of the free disk space that a cache may take
 WIDE = "float16 is too narrow"
 PLAIN = (bool, int, float, str, tuple, type(None))
-UNTOLD = ("training",)  # attributes that decide nothing here: the prefix is in eval mode
+UNTOLD = ("training",)  # attributes without effect: the prefix is in eval mode
 VERSIONS = [torch.__version__, torchvision.__version__, timm.__version__, onnxruntime.__version__]
 
 
 class CannotCacheError(Exception):
-    """Why activations cannot be cached; a stage then runs on live pixels."""
+    """Activations cannot be cached, for the reason given; the stage then runs on live pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """`count` seeded views of each train image, and the evaluation crop of each val image, in a
-    fixed order.
+    """`count` seeded views of each train image and the evaluation crop of each val image.
 
-    Row item = view * train images + position; the val images follow. View 0 is the evaluation crop.
+    Items are in a fixed order: item = view * train images + position, followed by the val images.
+    View 0 is the evaluation crop.
     """
 
     canvases: Canvases
@@ -81,7 +82,7 @@ class Views:
 
     @property
     def chunk(self) -> int:
-        """Images a pass: what a CPU runs fastest, or enough to fill a GPU."""
+        """Images per pass: the fastest number on a CPU, or enough to fill a GPU."""
         return GPU_CHUNK if self.source.device.type == "cuda" else PREFIX_BATCH
 
     def jobs(self) -> list[tuple[Array, int]]:
@@ -91,8 +92,10 @@ class Views:
         return [*((train, view) for view in range(self.count)), (val, 0)]
 
     def pixels(self, rows: Array, view: int, start: int) -> torch.Tensor:
-        """Rows start to start + chunk in one view -> (n, 3, S, S) float32. Depends on nothing but
-        its arguments."""
+        """Pixels of rows start to start + chunk in one view, (n, 3, S, S) float32.
+
+        Depends on nothing but its arguments.
+        """
         canvases = self.source.take(self.source.fetch(rows[start : start + self.chunk]))
         if view == 0:
             return evaluation(canvases, self.preprocess)
@@ -115,7 +118,7 @@ class Views:
 
     @property
     def key(self) -> str:
-        """Everything that the pixels depend on, as text."""
+        """Everything the pixels depend on, as text."""
         return json.dumps(
             [
                 self.canvases.fingerprint,
@@ -129,11 +132,11 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Kept values by name, each (items, ...): all views of the train images, then the val images.
+    """Cached values by name, each (items, ...): all views of the train images, then the val images.
 
-    kind: dtype and what computed them, e.g. "float16 by onnxruntime". found: an earlier run had
-    computed them. pass_s: seconds per image that the run took which filled it, all ranks of its
-    machine at work. folder: where they lie.
+    kind: dtype and backend, e.g. "float16 by onnxruntime". found: whether an earlier run had
+    computed them. pass_s: seconds per image in the run that computed them, with all ranks of its
+    machine working. folder: the cache entry.
     """
 
     arrays: dict[str, Array]
@@ -145,12 +148,12 @@ class Activations:
     folder: Path
 
     def items(self, views: Array, positions: Array) -> Array:
-        """Item of train position i in view v."""
+        """Items of train positions in the given views."""
         numbers: Array = views * self.train_rows + positions
         return numbers
 
     def val_items(self, positions: Array) -> Array:
-        """Item of a val position."""
+        """Items of val positions."""
         return self.items(np.full(len(positions), self.views), positions)
 
 
@@ -162,10 +165,10 @@ def fill(
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = SOLO,
 ) -> Activations:
-    """Activations of `prefix` (pixels -> tuple of values, called `names`).
+    """Compute or find the activations of `prefix` (pixels -> tuple of values, named `names`).
 
-    key: what the prefix computes (code and weights). A value must be a tensor with one entry an
-    image. The ranks of a machine compute a share each, into the same files. Raises
+    key: identifies what the prefix computes (code and weights). Each value must be a tensor with
+    one entry per image. The ranks of a machine compute a share each, into the same files. Raises
     CannotCacheError, on every rank alike.
     """
     jobs = views.jobs()
@@ -177,7 +180,7 @@ def fill(
     if not all(
         isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample
     ):
-        raise CannotCacheError("a value that crosses the cut is no tensor with one entry an image")
+        raise CannotCacheError("a value at the cut is not a tensor with one entry per image")
 
     text = json.dumps(
         ["prefix-5", key, attributes(prefix), VERSIONS, list(names), views.key, views.chunk]
@@ -185,10 +188,10 @@ def fill(
     folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
     shapes = [(len(views), *value.shape[1:]) for value in sample]
     held = ranks.gather(_opened(folder, shapes) is not None)
-    # What a machine's first rank saw holds for all of it
+    # The first rank of a machine decides for all its ranks
     held = [held[node] for node in ranks.gather(ranks.node)]
     if not held[ranks.rank] and ranks.rank == ranks.node:
-        put_away(folder)  # damaged is absent
+        put_away(folder)  # treat a damaged entry as absent
     if not all(held) and (
         reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])
     ):
@@ -199,7 +202,7 @@ def fill(
     if reason := next(filter(None, ranks.gather(reason)), ""):
         raise CannotCacheError(reason)
 
-    assert opened is not None  # else there was a reason
+    assert opened is not None  # otherwise there would be a reason
     arrays, kind, pass_s = opened
 
     return Activations(
@@ -216,8 +219,10 @@ def fill(
 def _opened(
     folder: Path, shapes: Sequence[tuple[int, ...]]
 ) -> tuple[list[Array], str, float] | None:
-    """The arrays of an entry, memory-mapped, its kind and its seconds an image; None where there is
-    none, or it is damaged."""
+    """An entry's memory-mapped arrays, its kind and its seconds per image.
+
+    None if the entry is missing or damaged.
+    """
     try:
         os.utime(folder)
         told = json.loads((folder / "told.json").read_text())
@@ -236,15 +241,17 @@ def _opened(
 
 
 def discard(activations: Activations, ranks: Ranks = SOLO) -> None:
-    """Remove an entry that is not what its key says, so that it is computed anew."""
+    """Remove an entry that does not match its key, so that it is computed again."""
     if ranks.rank == ranks.node:
         put_away(activations.folder)
     ranks.gather(None)
 
 
 def attributes(module: nn.Module) -> list[Any]:
-    """Attributes that decide a module's outputs besides weights and code: every plain one of every
-    module in it (stride, padding, eps, slope, ...)."""
+    """Attributes that determine a module's outputs besides weights and code.
+
+    Every attribute of a plain type in every submodule (stride, padding, eps, slope, ...).
+    """
     return [
         [
             name,
@@ -268,10 +275,10 @@ def _write(
     ranks: Ranks,
     held: bool,
 ) -> str:
-    """Compute into a folder beside and publish it; or the reason why it does not fit, the same on
-    every rank.
+    """Compute the values in an unpublished folder and publish it.
 
-    held: this machine has it already, and only keeps step with the others.
+    Returns "", or the reason for failure, the same on every rank. held: this machine has the entry
+    already, and only takes part in the collective calls.
     """
     for dtypes in ([_dtype(value) for value in sample], ["float32"] * len(sample)):
         place = None
@@ -304,7 +311,7 @@ def _write(
 def _begun(
     folder: Path, sample: Tensors, dtypes: Sequence[str], items: int
 ) -> tuple[Path | None, str]:
-    """A folder beside with files of the right size, or the reason why not."""
+    """Create an unpublished folder with files of the right size, or return the reason why not."""
     needed = items * sum(
         v[0].numel() * np.dtype(d).itemsize for v, d in zip(sample, dtypes, strict=True)
     )
@@ -327,8 +334,10 @@ def _begun(
 
 
 def _published(beside: Path | None, folder: Path) -> str:
-    """Rename the entry into place, on the rank that made it; returns the reason when that fails,
-    else ""."""
+    """Rename the entry into place, on the rank that created it.
+
+    Returns the reason if that fails, else "".
+    """
     try:
         if beside:
             publish(beside, folder)
@@ -343,11 +352,10 @@ def _gone(beside: Path | None) -> None:
 
 
 def check(prefix: nn.Module, names: Sequence[str], activations: Activations, views: Views) -> str:
-    """Compare a chunk of every view, and one of the val images, with a live pass of `prefix`
-    (pixels -> the values called `names`): each from another place, so that all of the set is
-    sampled.
+    """Compare a sample of the cached activations with a live pass of `prefix`.
 
-    Returns "" when equal, else what differs and by how much.
+    One chunk of every view and one of the val images, each from another position, so that the whole
+    set is sampled. Returns "" if equal, else what differs and by how much.
     """
     first = 0
     for number, (rows, view) in enumerate(views.jobs()):
@@ -382,8 +390,10 @@ def _dtype(sample: torch.Tensor) -> str:
 
 
 def _make_room(folder: Path, needed: int) -> str:
-    """Clear what killed runs left, then the caches unused longest, until `needed` bytes fit; else
-    the reason."""
+    """Delete what killed runs left, then the least recently used caches, to fit `needed` bytes.
+
+    Returns the reason if they cannot, else "".
+    """
     clear_abandoned(folder)
     entries = sorted((path.stat().st_mtime, path) for path in folder.glob("[!.]*"))
     sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for _, path in entries}
@@ -394,7 +404,7 @@ def _make_room(folder: Path, needed: int) -> str:
     for path in sizes:
         if needed <= DISK_SHARE * shutil.disk_usage(folder).free:
             break
-        shutil.rmtree(path, ignore_errors=True)  # a run that has it mapped keeps its pages
+        shutil.rmtree(path, ignore_errors=True)  # a run that has it mapped can still read it
 
     return ""
 
@@ -408,8 +418,10 @@ def _computed(
     progress: Callable[[int, int], None],
     ranks: Ranks,
 ) -> str:
-    """This rank's share of the passes, into the files in `folder`; or why not (WIDE: a value does
-    not fit float16)."""
+    """Compute this rank's share of the passes into the files in `folder`.
+
+    Returns "", or the reason for failure (WIDE: a value does not fit float16).
+    """
     mine = views.chunks()[ranks.local :: ranks.local_world]
     run, how = runner(prefix, views.pixels(views.jobs()[0][0], 0, 0), share_of_cores(ranks))
 
@@ -433,7 +445,7 @@ def _computed(
                 "pass_s": (time.perf_counter() - begun) / len(views),
             }
             (folder / "told.json").write_text(json.dumps(told))
-    except FloatingPointError:  # an image beyond the sample's range
+    except FloatingPointError:  # an image whose values exceed the sample's range
         return WIDE
     except OSError as error:
         return f"its cache could not be kept: {error.strerror}"

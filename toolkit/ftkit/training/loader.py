@@ -1,4 +1,4 @@
-"""Load what one stage trains on: cached activations of its frozen prefix, or live pixels.
+"""Load the training data of one stage: cached activations of its frozen prefix, or live pixels.
 
 batch = loader.prepare(loader.fetch(positions, generator, ranks.part(len(positions))))
 logits = loader.net(*batch.inputs)
@@ -34,11 +34,10 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """A part of a batch as read, with its random draws. tensors: on their way to the device. draw:
-    of augment.drawn.
+    """Part of a batch as read from storage, with its random draws.
 
-    With mixed pixels, others: the partners' labels (n,); place: where the images (n,) and their
-    partners (n,) lie.
+    tensors: on their way to the device. draw: from augment.drawn. With mixup or cutmix: others, the
+    partners' labels (n,); place, indices (2, n) of the images and their partners in the tensors.
     """
 
     tensors: list[torch.Tensor]
@@ -50,11 +49,11 @@ class Fetched:
 
 
 class Loader(ABC):
-    """One stage's data and nets.
+    """Data and networks of one stage.
 
-    net is in training mode where it trains; eval_net judges the val split; both share the model's
-    parameters. how: one phrase for the log. kind: what the bits depend on ("live", "float16 by
-    onnxruntime"). pass_s: seconds per image of the frozen prefix, when it was cached; 0 without a
+    net: in training mode where it trains. eval_net: used on the val split; both share the model's
+    parameters. how: one phrase for the log. kind: what reproducibility depends on ("live", "float16
+    by onnxruntime"). pass_s: seconds per image of the frozen prefix when it was cached; 0 without a
     cache.
     """
 
@@ -79,16 +78,18 @@ class Loader(ABC):
 
     @abstractmethod
     def fetch(self, positions: Array, generator: torch.Generator, part: slice) -> Fetched:
-        """Draw for a whole batch of train positions (n,), and read what a part of it needs; on any
-        thread."""
+        """Draw for a whole batch of train positions (n,) and read what one part of it needs.
+
+        May run on any thread.
+        """
 
     @abstractmethod
     def prepare(self, fetched: Fetched) -> Batch:
-        """Make the batch on the device."""
+        """Assemble the batch on the device."""
 
     @abstractmethod
     def val(self, positions: Array) -> Tensors:
-        """Inputs of eval_net for these val positions (n,)."""
+        """Inputs of eval_net for the val positions (n,)."""
 
     def _pinned(self, host: torch.Tensor) -> torch.Tensor:
         return pinned(host, self._device)
@@ -98,10 +99,10 @@ class Loader(ABC):
 
 
 class CachedLoader(Loader):
-    """Batches of activations that the frozen prefix was run for once.
+    """Batches of cached activations of the frozen prefix.
 
-    kept: the prefix's outputs by name, in the order in which net takes them. teacher: the logits of
-    a distillation's teacher for the same views.
+    names: the prefix outputs, in the order net takes them. teacher: the teacher's logits for the
+    same views, for distillation.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class CachedLoader(Loader):
 
 
 class LiveLoader(Loader):
-    """Batches of augmented pixels that the whole model sees. reason: why there is no cache."""
+    """Batches of augmented pixels for the whole model. reason: why there is no cache."""
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ class LiveLoader(Loader):
                 draw=self._pinned(draw[:, part]),
             )
 
-        partner = mixing.partner[part]  # it may be another rank's image: both read it
+        partner = mixing.partner[part]  # may be an image of another rank: both ranks then read it
         wanted, place = np.unique(
             np.r_[np.arange(len(positions))[part], partner.numpy()], return_inverse=True
         )
@@ -251,14 +252,14 @@ class LiveLoader(Loader):
 
 
 def _floats(values: Iterable[torch.Tensor]) -> Tensors:
-    """As kept -> float32, channels last where 4-D."""
+    """Convert stored values to float32, channels last where 4-D."""
     return tuple(channels_last(value.float()) for value in values)
 
 
 def ahead(
     steps: Iterable[Item], work: Callable[[Item], Made], depth: int = 2
 ) -> Iterator[tuple[Item, Made]]:
-    """Each step with what `work` made of it in a thread that stays up to `depth` steps ahead."""
+    """Yield each step with the result of `work`, computed in a thread up to `depth` steps ahead."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[tuple[Item, Future[Made]]] = deque()
         try:

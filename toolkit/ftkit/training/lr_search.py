@@ -1,5 +1,4 @@
-"""lr = "auto": heads trained side by side, one a rate, in one pass over cached features; the best
-names it.
+"""Learning-rate search for lr = "auto": train one head per rate on cached features, keep the best.
 
 peak = best_rate(stage, backbone, loader, batches, total, val_labels)
 """
@@ -29,24 +28,24 @@ def best_rate(
     total: int,
     val_labels: torch.Tensor,
 ) -> float:
-    """The rate whose head ends with the lowest NLL on val, all trained for the stage's `total`
-    steps on its batches.
+    """Return the rate whose head has the lowest val NLL after the stage's `total` steps.
 
-    Ties in accuracy are common on a small val split; the NLL separates rates sooner.
+    All heads train side by side on the stage's batches. NLL rather than accuracy: accuracies often
+    tie on a small val split, and the NLL separates rates sooner.
     """
     head = backbone.model.get_submodule(backbone.head)
-    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() makes no other
+    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() creates only these
     weights = [head.weight.detach().flatten(1).clone().requires_grad_() for _ in RATES]
     biases = [head.bias.detach().clone().requires_grad_() for _ in RATES]  # type: ignore[union-attr]
     optimizer = _optimizer(stage, weights, biases)
 
-    # (n, features) -> (rates, n, classes), one product for all
+    # (n, features) -> (rates, n, classes), as one matrix product
     def logits_of(embedding: torch.Tensor) -> torch.Tensor:
         flat = F.linear(embedding, torch.cat(weights), torch.cat(biases))
         return flat.view(len(embedding), len(RATES), -1).transpose(0, 1)
 
     for step, (positions, generator) in enumerate(batches):
-        # Every rank fits the whole fan
+        # Every rank trains the heads of all rates, on whole batches
         batch = loader.prepare(loader.fetch(positions, generator, slice(None)))
         for group, peak in zip(optimizer.param_groups, RATES * 2, strict=True):
             group["lr"] = rate(step, total, stage, peak)
@@ -60,7 +59,7 @@ def best_rate(
         ).view(len(RATES), -1)
 
         optimizer.zero_grad()
-        losses.mean(1).sum().backward()  # each head's gradient is its own loss's
+        losses.mean(1).sum().backward()  # each head receives the gradient of its own loss only
         optimizer.step()
 
     with torch.no_grad():
@@ -78,7 +77,7 @@ def best_rate(
 def _optimizer(
     stage: Stage, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
 ) -> torch.optim.Optimizer:
-    """The stage's optimizer over all heads, a parameter group each: weights first, then biases."""
+    """The stage's optimizer over all heads, one group per parameter: weights, then biases."""
     groups = [{"params": [value], "weight_decay": stage.weight_decay} for value in weights]
     groups += [{"params": [value], "weight_decay": 0.0} for value in biases]
     if stage.optimizer == "sgd":

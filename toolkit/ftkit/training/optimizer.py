@@ -1,5 +1,4 @@
-"""The parts of a step: the rate, the optimizer's groups, the loss, its gradients, the averaged
-weights.
+"""Parts of a training step: learning rate, optimizer groups, loss, gradients, averaged weights.
 
 optimizer = make_optimizer(backbone, stage)
 tally = gradients(net, batch, moving, ...)
@@ -24,18 +23,17 @@ from ftkit.utils.compat import lerp_in_place
 
 State = dict[str, torch.Tensor]
 
-# Temperature of what a teacher teaches: 2.5 to 4 served small students best (Hinton et al. 2015,
-# section 3).
+# Distillation temperature: 2.5 to 4 worked best for small students (Hinton et al. 2015, section 3).
 SOFTENING = 3.0
-TAUGHT = 0.5  # share of the loss that is the teacher's
+TAUGHT = 0.5  # share of the distillation term in the loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One training batch. inputs: what the net takes, each (n, ...). targets: labels (n,).
 
-    teacher: its logits of the same views (n, classes), where there is one. others, share: with
-    mixed pixels, the label (n,) of what is mixed in, and the share (n,) of the image's own.
+    teacher: the teacher's logits for the same views (n, classes), if any. With mixup or cutmix:
+    others, the partners' labels (n,); share, the weight of each image's own label (n,).
     """
 
     inputs: Tensors
@@ -45,7 +43,7 @@ class Batch:
     share: torch.Tensor | None = None
 
     def part(self, start: int, stop: int) -> Batch:
-        """Images start to stop."""
+        """The images from start to stop."""
 
         def cut(value: torch.Tensor | None) -> torch.Tensor | None:
             return None if value is None else value[start:stop]
@@ -60,10 +58,9 @@ class Batch:
 
 
 def rate(step: int, total: int, stage: Stage, peak: float) -> float:
-    """Learning rate at `step` of `total`: a linear rise to `peak` over `warmup`, then the
-    schedule's shape.
+    """Learning rate at `step` of `total`: linear warmup to `peak`, then the schedule.
 
-    onecycle is a cosine with a rise over at least 20 % of the steps.
+    onecycle is a cosine with a warmup of at least 20 % of the steps.
     """
     warmup = max(stage.warmup, 0.2 if stage.schedule == "onecycle" else 0.0)
     rise = round(warmup * total)
@@ -75,12 +72,12 @@ def rate(step: int, total: int, stage: Stage, peak: float) -> float:
 
 
 def make_optimizer(backbone: Backbone, stage: Stage, fused: bool = False) -> torch.optim.Optimizer:
-    """A fresh optimizer over what requires gradients, in named groups: head and blocks, each with
-    and without decay.
+    """Create an optimizer over the parameters that require gradients, in named groups.
 
-    Vectors (biases, normalisation) take no weight decay. Each group's `scale` multiplies the rate:
-    with layer_decay, decay ** (number of blocks between it and the head), as BEiT does (Bao et al.
-    2021). fused: all weights in one kernel, on CUDA.
+    Groups are head and blocks, each with and without weight decay; vectors (biases, normalisation)
+    take none. Each group's `scale` multiplies the rate: with layer_decay it is decay ** (number of
+    blocks between it and the head), as in BEiT (Bao et al. 2021). fused: update all weights in one
+    kernel, on CUDA.
     """
     listed = blocks(backbone)
     groups: dict[str, dict[str, Any]] = {}
@@ -104,11 +101,11 @@ def make_optimizer(backbone: Backbone, stage: Stage, fused: bool = False) -> tor
         )
 
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups.values(), lr=1.0, fused=fused or None)  # each step sets the rate
+    return kind(groups.values(), lr=1.0, fused=fused or None)  # the rate is set at every step
 
 
 def _place(name: str, backbone: Backbone, listed: list[str]) -> tuple[str, int]:
-    """A parameter's group, and how many blocks stand between it and the head."""
+    """A parameter's group, and the number of blocks between it and the head."""
     if name.startswith(backbone.head + "."):
         return "head", 0
     for number, block in enumerate(listed):
@@ -123,8 +120,10 @@ def _place(name: str, backbone: Backbone, listed: list[str]) -> tuple[str, int]:
 
 
 def class_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """(N,) labels -> (classes,) float32 weights, inverse to the class's count; their mean over the
-    images is 1."""
+    """Class weights (classes,) float32, inverse to the class counts of labels (N,).
+
+    Their mean over the images is 1.
+    """
     counts = torch.bincount(labels, minlength=classes).clamp(min=1).float()
     return len(labels) / (classes * counts)
 
@@ -132,7 +131,7 @@ def class_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
 def loss_of(
     logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """logits (n, classes) -> loss an image (n,), float32."""
+    """Loss per image (n,), float32, from logits (n, classes)."""
     smoothing = stage.label_smoothing
 
     def hard(labels: torch.Tensor) -> torch.Tensor:
@@ -160,8 +159,11 @@ def gradients(
     micro: int,
     share: float = 1.0,
 ) -> torch.Tensor:
-    """Add one batch's gradients, `micro` images at a time -> (sum of losses, number right, images),
-    float64, on the device, which no host waits for. share: of the mean gradient of its images."""
+    """Accumulate one batch's gradients, `micro` images at a time.
+
+    Returns (sum of losses, number correct, number of images), float64, on the device, without
+    waiting for it. share: factor on the mean gradient of the batch's images.
+    """
     targets = batch.targets
     stage = moving.stage
     losses = torch.zeros((), device=targets.device)
@@ -182,7 +184,7 @@ def gradients(
 
 
 def average(mean: State, current: State, decay: float) -> None:
-    """Move `mean` towards `current` by 1 - decay, in place; counters (integers) stay."""
+    """Move `mean` towards `current` by 1 - decay, in place; integer buffers are left unchanged."""
     floating = [name for name, value in current.items() if value.is_floating_point()]
     lerp_in_place(
         [mean[name] for name in floating], [current[name] for name in floating], 1 - decay
@@ -190,12 +192,11 @@ def average(mean: State, current: State, decay: float) -> None:
 
 
 class StepState:
-    """Everything that changes while a stage trains: weights, their average, the best epoch's, the
-    optimizer, the tally.
+    """Everything that changes while a stage trains: weights, averaged and best weights, optimizer.
 
-    current: the model's own tensors of the modules named, so they follow it. before: as they were
-    when the stage began. tally: (sum of losses, number right, number seen) of the epoch so far,
-    float64. compute: precision; on a CPU without one, float32.
+    current: the model's own tensors under the named modules, so they change with it. before: a copy
+    from the start of the stage. tally: (sum of losses, number correct, number seen) of the epoch so
+    far, float64. compute: precision; the default is float32 on a CPU.
     """
 
     def __init__(
@@ -217,8 +218,7 @@ class StepState:
         self.tally = torch.zeros(3, dtype=torch.float64)
 
     def step(self, number: int, tally: torch.Tensor) -> None:
-        """Move what the gradients say; the average follows, faster at first; `gradients`' tally is
-        added up."""
+        """Apply the gradients, update the averaged weights (faster at first), add to the tally."""
         if self.stage.clip:
             self.scaler.unscale_(self.optimizer)
             held = [
@@ -236,28 +236,30 @@ class StepState:
         self.tally += tally
 
     def epoch(self) -> tuple[float, float]:
-        """(mean loss, accuracy) since the last call."""
+        """Return (mean loss, accuracy) since the last call, and reset the tally."""
         standing = self.standing()
         self.tally = torch.zeros(3, dtype=torch.float64)
         return standing
 
     def standing(self) -> tuple[float, float]:
-        """(mean loss, accuracy) of the epoch so far; NaN before its first step. Waits for the
-        device."""
+        """Return (mean loss, accuracy) of the epoch so far; NaN before its first step.
+
+        Waits for the device.
+        """
         losses, hits, seen = self.tally.tolist()
         return (losses / seen, hits / seen) if seen else (math.nan, math.nan)
 
     @property
     def result(self) -> State:
-        """The weights to evaluate and keep: the averaged ones where there are any."""
+        """The weights to evaluate and keep: the averaged ones if there are any."""
         return self.mean or self.current
 
     def keep_best(self) -> None:
-        """Remember `result` as the best epoch's."""
+        """Store a copy of `result` as the best epoch's."""
         self.best = _clone(self.result)
 
     def tensors(self) -> State:
-        """All of it under flat names, to be saved."""
+        """The whole state under flat names, to be saved."""
         flat = {
             "tally": self.tally,
             **{
@@ -278,7 +280,7 @@ class StepState:
         return flat
 
     def load(self, flat: State) -> None:
-        """Take up what `tensors` gave, each in the layout it had."""
+        """Restore what `tensors` returned, each tensor in its original memory layout."""
         if not flat:
             return
 
@@ -286,7 +288,7 @@ class StepState:
         kinds = {
             key: value for key, value in self.scaler.state_dict().items() if f"scaler/{key}" in flat
         }
-        if kinds:  # not from a run in another precision
+        if kinds:  # empty when the saved run used another precision
             self.scaler.load_state_dict(
                 {key: type(kinds[key])(flat[f"scaler/{key}"]) for key in kinds}
             )
@@ -321,7 +323,10 @@ def _clone(state: State) -> State:
 
 
 def _like(saved: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`saved` in the memory layout of `like`: sums over another layout may differ in the last bit."""
+    """Copy `saved` into the memory layout of `like`.
+
+    Sums over another layout may differ in the last bit.
+    """
     if saved.shape != like.shape:
         return saved
     return torch.empty_like(like, dtype=saved.dtype, requires_grad=False).copy_(saved)

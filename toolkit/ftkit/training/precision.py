@@ -1,13 +1,13 @@
-"""How a stage computes on its device: precision, determinism, and the fastest way to run its net,
-by measurement.
+"""Precision, determinism, and the fastest measured way to run a stage's net on its device.
 
     compute = prepare(device, deterministic=False)
     with compute.autocast(): logits = net(pixels)
-    net, said = fastest(net, inputs, ways(net, inputs, compute), steps=3000)
+    net, said = fastest(net, inputs, ways(net, inputs, compute), compute, steps=3000)
 
-On CUDA: bfloat16 autocast (float16 with a loss scale where the GPU has no bfloat16) for what
-trains; weights, updates, losses, frozen prefixes and validation in float32, TF32 off: cached
-activations and val scores must not depend on which kernel answered. On a CPU: float32 throughout.
+On CUDA the trained part runs under bfloat16 autocast (float16 with loss scaling where the GPU lacks
+bfloat16). Weights, updates, losses, frozen prefixes and validation stay in float32 with TF32 off,
+so that cached activations and val scores do not depend on the kernel used. On a CPU: float32
+throughout.
 """
 
 from __future__ import annotations
@@ -27,34 +27,38 @@ from ftkit.models.inference import Tensors
 from ftkit_export.conversion.convert import exact_float32
 from ftkit_export.runtime.errors import FtkitError
 
-# cuBLAS is deterministic only with a fixed workspace, and torch asks once, at the first product.
+# cuBLAS is deterministic only with a fixed workspace; torch reads this once, at the first product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # steps
 WARM_UP = 3
 TIMED = 7
-GAIN = 0.95  # another way must take at most this share of eager's time
-AGREE = 0.05  # largest difference of logits, relative to the largest: bfloat16 rounds each value by up to 0.4 %
+GAIN = 0.95  # an alternative must take at most this share of the best time so far
+# Largest difference of logits, relative to the largest: bfloat16 rounds each value by up to 0.4 %
+AGREE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """device; dtype of the autocast, None = float32 throughout; deterministic: the same weights
-    twice."""
+    """How to compute: device, dtype of the autocast (None = float32 throughout), deterministic.
+
+    deterministic: training twice gives the same weights.
+    """
 
     device: torch.device
     dtype: torch.dtype | None = None
     deterministic: bool = False
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Around a training net's forward pass. Casts are not cached: a cached one would outlive
-        its CUDA graph."""
+        """Autocast context for the forward pass of a training net.
+
+        Casts are not cached: a cached one would outlive its CUDA graph.
+        """
         return torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False
         )
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss where float16's range would lose small gradients; passes everything
-        through elsewhere."""
+        """Loss scaler, active only for float16, whose range would lose small gradients."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def __str__(self) -> str:
@@ -66,13 +70,13 @@ class Compute:
 
 
 def prepare(device: torch.device, deterministic: bool) -> Compute:
-    """The policy for a device; sets torch's own switches to it."""
+    """Choose the precision for a device, and set torch's global switches accordingly."""
     torch.use_deterministic_algorithms(deterministic)
     if device.type == "cpu":
         return Compute(device=device, deterministic=deterministic)
 
     exact_float32()
-    # Batches have one size: the search pays once
+    # All batches have one size, so the algorithm search is done once
     torch.backends.cudnn.benchmark = not deterministic
     dtype = (
         torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -83,8 +87,11 @@ def prepare(device: torch.device, deterministic: bool) -> Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """Another way to run a net. make: does what it takes, once. worth: seconds that a stage must
-    last to try it, a guess until a GPU has measured what making costs."""
+    """An alternative way to run a net.
+
+    make: builds it, once. worth: seconds that the rest of the stage must take for it to be tried; a
+    guess until a GPU has measured the cost of making it.
+    """
 
     name: str
     make: Callable[[], nn.Module]
@@ -92,8 +99,9 @@ class Way:
 
 
 def ways(net: nn.Module, inputs: Tensors, compute: Compute) -> list[Way]:
-    """Alternatives to eager execution here: on CUDA a captured graph, then torch.compile. None on a
-    CPU, where compiling gave a fifth and cost up to 45 s, nor where the bits must not depend on it.
+    """Alternatives to eager execution: on CUDA a captured graph, then torch.compile.
+
+    None on a CPU, where compiling gained a fifth and cost up to 45 s, nor in deterministic mode.
     """
     if compute.device.type != "cuda" or compute.deterministic:
         return []
@@ -104,7 +112,7 @@ def ways(net: nn.Module, inputs: Tensors, compute: Compute) -> list[Way]:
 
 
 class _Shell(nn.Module):
-    """Another module over the same net."""
+    """Wrapper module around the same net."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -116,16 +124,18 @@ class _Shell(nn.Module):
 
 
 class _Captured(nn.Module):
-    """The net's forward and backward pass as CUDA graphs: one launch each, where a small net is all
-    launches."""
+    """The net's forward and backward pass as CUDA graphs, with one launch each.
+
+    Kernel launches dominate the time of a small net.
+    """
 
     def __init__(self, net: nn.Module, inputs: Tensors, compute: Compute):
         super().__init__()
         if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
-            # Gradients come from its stream
+            # Gradients arrive on the capture's stream
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
-        # Capturing replaces the forward of what it is given, and the net is in use elsewhere
+        # Capturing replaces the module's forward, and the net itself is used elsewhere
         shell = _Shell(net)
         with compute.autocast():
             self.run: Any = torch.cuda.make_graphed_callables(
@@ -138,22 +148,21 @@ class _Captured(nn.Module):
 
 
 def release(net: nn.Module) -> None:
-    """Give back the memory of a captured graph, which it keeps whole batches of activations in."""
+    """Free the memory of a captured graph, which holds whole batches of activations."""
     if isinstance(net, _Captured):
         net.run = None
-        gc.collect()  # what was captured refers to itself
+        gc.collect()  # the capture contains reference cycles
         torch.cuda.empty_cache()
 
 
 def fastest(
     net: nn.Module, inputs: Tensors, others: Sequence[Way], compute: Compute, steps: int
 ) -> tuple[nn.Module, str]:
-    """The net, or a faster way to run it, and what to say about it. inputs: a batch as every step
-    will bring it.
+    """Return the net or a faster way to run it, and a text for the log.
 
-    A way is tried when the stage still lasts long enough to repay it; taken when it is measured
-    faster and its answers are the net's. BatchNorm's statistics are as before, and no gradient is
-    left.
+    inputs: a batch like those of every step. An alternative is tried if the remaining steps last
+    long enough to repay its cost, and taken if it is measurably faster and its outputs agree with
+    the net's. BatchNorm statistics are restored, and no gradient is left.
     """
     if not others:
         return net, ""
@@ -176,7 +185,7 @@ def fastest(
                     / expected.abs().max()
                 )
                 seconds = _step_seconds(candidate, inputs, compute)
-            except Exception as error:  # capturing and compiling raise anything; eager remains
+            except Exception as error:  # capturing and compiling may raise anything; keep eager
                 said.append(
                     f"{way.name} failed: {(str(error) or type(error).__name__).splitlines()[0][:60]}"
                 )
@@ -191,7 +200,7 @@ def fastest(
                 candidate, best, taken = best, candidate, seconds
 
             release(candidate)
-    except torch.OutOfMemoryError:  # the first step will meet it, and halve
+    except torch.OutOfMemoryError:  # the first step will hit it too, and halve the batch
         torch.cuda.empty_cache()
         return net, ""
     finally:
@@ -206,13 +215,13 @@ def fastest(
 def _made(way: Way, compute: Compute) -> nn.Module:
     if compute.device.type == "cpu":
         return way.make()
-    # A capture that fails leaves another one
+    # A failed capture leaves another stream current
     with torch.cuda.stream(torch.cuda.current_stream(compute.device)):
         return way.make()
 
 
 def _answer(net: nn.Module, inputs: Tensors, compute: Compute) -> torch.Tensor:
-    torch.manual_seed(0)  # of dropout
+    torch.manual_seed(0)  # for dropout
     with compute.autocast():
         output: torch.Tensor = net(*inputs)
     return output.detach().float().clone()
@@ -239,8 +248,10 @@ def _finish(compute: Compute) -> None:
 
 
 def deterministic_or_say(error: RuntimeError) -> FtkitError | None:
-    """torch's complaint about an operation without a deterministic form, as one sentence; None for
-    any other error."""
+    """Turn torch's error about a nondeterministic operation into an FtkitError.
+
+    Returns None for any other error.
+    """
     said = (str(error) or " ").splitlines()[0]
     if "does not have a deterministic implementation" not in said:
         return None

@@ -1,9 +1,10 @@
-"""The run folder: run.json, metrics.jsonl, model.safetensors, report.html. Data only, no pickle,
-each file atomic.
+"""The run folder: run.json, metrics.jsonl, model.safetensors, report.html.
+
+Holds data only, no pickle; each file is written atomically.
 
 folder = create(out)
 append(folder, {...})            # one line of metrics.jsonl
-finish(folder, model, {...})     # weights, then run.json: a run without run.json is not finished
+finish(folder, model, {...})     # weights, then run.json: without run.json a run is unfinished
 run = open_run(folder)
 """
 
@@ -45,7 +46,7 @@ RUN_SCHEMA = 5  # of run.json
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run, as read from disk. data: run.json whole."""
+    """A finished run, as read from disk. data: the whole run.json."""
 
     folder: Path
     recipe: Recipe
@@ -56,8 +57,7 @@ class Run:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """Split (val, test) -> what evaluate.Metrics has: accuracy, accuracy_low, accuracy_high,
-        recall, ..."""
+        """Split (val, test) -> fields of evaluation.metrics.Metrics: accuracy, recall, ..."""
         metrics: Mapping[str, Any] = self.data["metrics"]
         return metrics
 
@@ -90,7 +90,7 @@ class Run:
 
 
 def next_free(base: Path) -> Path:
-    """runs/lite0-1, runs/lite0-2, ...: the first that does not exist."""
+    """The first of runs/lite0-1, runs/lite0-2, ... that does not exist."""
     number = 1
     while base.with_name(f"{base.name}-{number}").exists():
         number += 1
@@ -98,14 +98,16 @@ def next_free(base: Path) -> Path:
 
 
 def claim(base: Path) -> Path:
-    """runs/lite0-1, runs/lite0-2, ...: the first that did not exist, made now: no other process
-    takes it too."""
+    """Create the first of runs/lite0-1, runs/lite0-2, ... that does not exist.
+
+    Creating it at once keeps other processes from taking the same one.
+    """
     while True:
         folder = next_free(base)
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            if folder.is_symlink() or not folder.exists():  # a link to nowhere, here or above
+            if folder.is_symlink() or not folder.exists():  # a broken link, here or in a parent
                 raise FtkitError(
                     f"{folder}: expected a place to write to, found a broken link. Try --out"
                 ) from None
@@ -114,11 +116,11 @@ def claim(base: Path) -> Path:
                 f"{folder}: expected a place to write to, found {error.strerror}. Try --out"
             ) from None
         else:
-            return folder  # not after another process was first: then the next number is tried
+            return folder  # if another process was first, the next number is tried
 
 
 def create(out: Path) -> Path:
-    """A new run folder. Raises FtkitError when `out` holds anything already, or cannot be made."""
+    """Create a new run folder. Raises FtkitError if `out` is not empty or cannot be created."""
     if out.is_dir() and in_use(out):
         raise FtkitError(
             f"{out}: expected a new folder, found one that another process trains in. Try another --out"
@@ -146,7 +148,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def append(folder: Path, line: Mapping[str, object]) -> None:
-    """Append one JSON line to metrics.jsonl, for good: a state saved later counts on it."""
+    """Append one JSON line to metrics.jsonl and sync it to disk: later checkpoints rely on it."""
     with (folder / METRICS).open("a") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -154,14 +156,14 @@ def append(folder: Path, line: Mapping[str, object]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, one an epoch; none when no epoch came to an end."""
+    """The lines of metrics.jsonl, one per epoch; empty if no epoch was completed."""
     if not (folder / METRICS).is_file():
         return []
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 def finish(folder: Path, model: nn.Module, data: Mapping[str, Any]) -> None:
-    """Write the chosen weights, then run.json."""
+    """Write the final weights, then run.json."""
     state = {
         name: value.detach().cpu().contiguous().clone()
         for name, value in model.state_dict().items()
@@ -171,7 +173,7 @@ def finish(folder: Path, model: nn.Module, data: Mapping[str, Any]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Versions that decide what a run computes."""
+    """Versions that affect what a run computes."""
     versions = {
         "ftkit": ftkit.__version__,
         "python": platform.python_version(),
@@ -188,7 +190,7 @@ def environment() -> dict[str, str]:
 
 
 def open_run(folder: str | Path) -> Run:
-    """Read a finished run. Raises FtkitError when it is none, or was not finished."""
+    """Read a finished run. Raises FtkitError if there is none, or it is unfinished."""
     path = Path(folder)
     if not is_finished(path):
         if (path / "state" / "state.json").is_file():

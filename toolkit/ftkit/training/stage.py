@@ -1,10 +1,9 @@
-"""One stage: one `for epoch`, one `for batch`, in the open.
+"""Train one stage: an explicit loop over epochs and batches.
 
-outcome = train_stage(work, number)      # leaves work.backbone.model as the better of before and after
+outcome = train_stage(work, number)      # work.backbone.model keeps the better weights
 
-Every random number follows from (seed, stage, step), so a batch is the same whether the run was
-interrupted or not, and whoever computes it: of several ranks, each takes a slice of the same global
-batch.
+Every random number follows from (seed, stage, step), so batches are the same whether or not the run
+was interrupted, and whatever the number of ranks: each rank takes a slice of the same global batch.
 """
 
 from __future__ import annotations
@@ -44,11 +43,12 @@ NEVER: Score = (-1.0, -math.inf)
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """Result of one training stage. val_accuracy, val_nll: of the weights it ended with; kept:
-    whether they became the model.
+    """Result of one training stage.
 
-    epochs: run, fewer than planned after an early stop. lr: peak rate. drift: linear CKA of the val
-    embeddings with the pretrained backbone's, 1 = unmoved. None: the loss was no longer finite.
+    val_accuracy, val_nll: of the stage's final weights. kept: whether they became the model.
+    epochs: epochs run, fewer than planned after early stopping. lr: peak rate. drift: linear CKA of
+    the val embeddings with the pretrained backbone's, 1 = unchanged. val_nll and drift are None if
+    the loss was no longer finite.
     """
 
     train: str
@@ -64,7 +64,7 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """State and data that all stages of a run share."""
+    """State and data shared by all stages of a run."""
 
     recipe: Recipe
     backbone: Backbone
@@ -79,12 +79,14 @@ class Work:
 
     @property
     def balanced(self) -> bool:
-        """Whether stages compete on balanced accuracy: where any of them balances its classes."""
+        """Whether stages are compared by balanced accuracy: if any of them balances its classes."""
         return any(stage.balance != "none" for stage in self.recipe.stages)
 
     def pause(self, moving: StepState) -> None:
-        """Save when it is time or a signal came to any rank; then, after a signal, raise Stopped on
-        all."""
+        """Save if a save is due or any rank received a signal.
+
+        After a signal, Stopped is then raised on all ranks.
+        """
         number = self.ranks.largest(self.stop.signal)
         if self.ranks.main and (number or self.state.due):
             self.state.save(step=moving.tensors())
@@ -93,11 +95,11 @@ class Work:
 
 
 def train_stage(work: Work, number: int) -> StageResult:
-    """Train one stage, from where work.state stands; the model is then its result, or as before
-    when that is no better.
+    """Train one stage from the position in work.state, and keep its weights if they are better.
 
-    The last epoch is the stage's result, not the luckiest on a small val split; with patience, the
-    best. Raises FtkitError when something frozen moved, Stopped after a signal.
+    The stage's result is its last epoch, not the luckiest one on a small val split; with patience,
+    its best. If that is no better than the model before, the weights are restored. Raises
+    FtkitError if a frozen weight changed, Stopped after a signal.
     """
     stage = work.recipe.stages[number]
     work.state.begin_stage()
@@ -118,8 +120,10 @@ def train_stage(work: Work, number: int) -> StageResult:
 
 
 class StageTraining:
-    """One stage as it trains. net: the loader's, in the fastest way to run it here; moving: the
-    weights that train."""
+    """A stage while it trains.
+
+    net: the loader's net, run in the fastest way here. moving: the weights that train.
+    """
 
     def __init__(self, work: Work, number: int, loader: Loader):
         model = work.backbone.model
@@ -133,7 +137,7 @@ class StageTraining:
         self.steps_per_epoch = max(1, len(self.labels) // self.stage.batch_size)
         self.steps = self.steps_per_epoch * self.stage.epochs
         self.images_per_step = min(self.stage.batch_size, len(self.labels))
-        self.broken = False  # the loss is no longer finite
+        self.broken = False  # set when the loss is no longer finite
 
         work.state.lr = _peak(self)
         fused = work.compute.device.type == "cuda"
@@ -158,8 +162,10 @@ class StageTraining:
         )
 
     def epoch(self) -> bool:
-        """Train one epoch, or the rest of an interrupted one, and judge it. Returns whether the
-        stage goes on."""
+        """Train one epoch, or the rest of an interrupted one, and validate.
+
+        Returns whether the stage continues.
+        """
         run = self.work.state
         begun = time.perf_counter()
         first = run.step
@@ -189,7 +195,7 @@ class StageTraining:
 
         if self.stage.patience and _out_of_patience(run, self.stage, self.moving, judged.score):
             console.say(
-                f"{self.stage.train}: no better for {self.stage.patience} epochs; its best epoch counts"
+                f"{self.stage.train}: no improvement for {self.stage.patience} epochs; its best epoch is kept"
             )
             return False
 
@@ -216,8 +222,10 @@ class StageTraining:
         self.work.state.step = step + 1
 
     def order(self, epoch: int) -> Array:
-        """Train positions in this epoch's order; drawn equally often by class where the stage
-        balances by sampling."""
+        """Train positions in this epoch's order.
+
+        With balance = "sample", every class is drawn equally often.
+        """
         labels = self.labels.cpu()
         seed = seeded("order", self.work.seed, self.number, epoch)
         generator = torch.Generator().manual_seed(seed)
@@ -231,8 +239,10 @@ class StageTraining:
         return torch.randperm(len(labels), generator=generator).numpy()
 
     def _read(self, order: Array, step: int) -> tuple[float, Fetched]:
-        """This rank's part of one step, and what its mean gradient weighs among the ranks'. Full
-        batches; the rest is left out."""
+        """Read this rank's part of one step, with the weight of its mean gradient among the ranks'.
+
+        Only full batches: the remainder of an epoch is dropped.
+        """
         ranks = self.work.ranks
         size = self.stage.batch_size
         at = step % self.steps_per_epoch * size
@@ -248,15 +258,16 @@ class StageTraining:
         return rate(step, self.steps, self.stage, self.work.state.lr or 0.0)
 
     def _layers_seed(self, step: int) -> int:
-        """Seed of the global generator, which dropout draws from; another on each rank, for each
-        has other images."""
+        """Seed of the global generator, for dropout; differs by rank, since their images do."""
         place = ("layers", self.work.seed, self.number, step)
         ranks = self.work.ranks
         return seeded(*place) if ranks.main else seeded(*place, ranks.rank)
 
     def _standing(self, begun: float, first: int) -> str:
-        """The line below the bar: how the epoch, the stage and the run go. begun, first: the
-        epoch's start in time and its first step."""
+        """Status line below the progress bar: epoch, stage and run.
+
+        begun, first: start time and first step of the epoch.
+        """
         run = self.work.state
         loss, accuracy = self.moving.standing()
         done = run.step - first
@@ -279,8 +290,10 @@ class StageTraining:
     def _report(
         self, loss: float, accuracy: float, judged: Validation, speeds: list[float]
     ) -> None:
-        """Print the epoch's line and append it to metrics.jsonl; it counts from the next save on.
-        speeds: images/s by rank, which add up."""
+        """Print the epoch's line and append it to metrics.jsonl; valid from the next save on.
+
+        speeds: images/s by rank, which add up.
+        """
         stage = self.stage
         run = self.work.state
         images_per_s = sum(speeds)
@@ -289,7 +302,7 @@ class StageTraining:
         run.lines += 1
 
         left = ""
-        if images_per_s:  # an epoch may have been resumed at its end
+        if images_per_s:  # zero if the run was resumed at the end of an epoch
             seconds = (stage.epochs - run.epoch) * len(self.labels) / images_per_s
             left = console.clock(seconds)
         console.say(
@@ -319,8 +332,7 @@ class StageTraining:
 
 
 def _peak(training: StageTraining) -> float:
-    """The stage's peak rate: as given, as found before an interruption, or by a search over
-    rates."""
+    """The stage's peak rate: given, from the checkpoint, or found by learning-rate search."""
     stage = training.stage
     work = training.work
     if stage.lr != "auto":
@@ -362,7 +374,7 @@ def _out_of_patience(run: TrainState, stage: Stage, moving: StepState, score: Sc
 
 
 def _settle(training: StageTraining) -> StageResult:
-    """End a stage: audit what was frozen, keep the better weights, commit."""
+    """End a stage: check the frozen weights, keep the better weights, commit."""
     stage = training.stage
     work = training.work
     moving = training.moving
@@ -411,7 +423,7 @@ def _settle(training: StageTraining) -> StageResult:
 
 
 def _remember_pristine(work: Work, loader: Loader) -> None:
-    """Before anything has trained: what the pretrained backbone makes of the val images."""
+    """Save the pretrained backbone's val embeddings, before any training."""
     if "pristine" not in work.state.files:
         judged = _validated(work, loader, {})
         work.state.save(pristine={"embedding": torch.from_numpy(judged.embedding)})
@@ -433,7 +445,7 @@ def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:
 
 
 def compare_circumstances(run: TrainState, now: dict[str, Any]) -> None:
-    """Remember what the bits depend on; warn where an interrupted run had it otherwise."""
+    """Record what reproducibility depends on; warn if it differs from before the interruption."""
     for name, value in now.items():
         before = run.circumstances.setdefault(name, value)
         if before != value:

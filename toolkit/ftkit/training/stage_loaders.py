@@ -4,8 +4,8 @@
     loaders.share()
     loader = loaders.stage(2)
 
-Stages only ever thaw more of the model in the usual plans, so every stage's cut is upstream of all
-that trained before it: one pass of the prefix then serves all stages.
+Usual plans only ever unfreeze more of the model, so every stage's cut is upstream of everything
+that trained before it, and one pass of the prefix serves all stages.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Cut:
 
 
 class StageLoaders:
-    """Makes each stage's loader, and holds the activations that stages share."""
+    """Creates each stage's loader, and holds the activations that stages share."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class StageLoaders:
         self._cannot_share: CannotCacheError | None = None
 
     def stage(self, number: int) -> Loader:
-        """The loader of stage `number`; sets the model's modes for it."""
+        """The loader of stage `number`; also sets the model's train/eval modes for it."""
         stage = self.recipe.stages[number]
         set_mode(self.backbone.model, self.trained[number], stage.batchnorm)
         classes = self.canvases.images.classes
@@ -97,8 +97,7 @@ class StageLoaders:
             )
 
     def share(self) -> None:
-        """Run the prefix for every stage it serves: once, while the weights are still the
-        pretrained ones."""
+        """Run the prefix once for every stage it serves, while the weights are still pretrained."""
         sharing = [
             n for n, s in enumerate(self.recipe.stages) if s.cache == "auto" and self._pristine(n)
         ]
@@ -165,24 +164,23 @@ class StageLoaders:
         how = f"frozen prefix {origin}: {views} views x {images}, {dtype}; {share:.0%} trains"
 
         if self.recipe.augment.mixes:
-            how += "; mixup and cutmix are for live pixels"
+            how += "; no mixup or cutmix, which need live pixels"
         return how
 
     def _trusted(
         self, make: Callable[[], Activations], prefix: nn.Module, names: Sequence[str]
     ) -> Activations:
-        """The activations that `make` finds or computes, when they equal a live pass of `prefix` on
-        every rank. Raises CannotCacheError.
+        """Activations from `make`, once they match a live pass of `prefix` on every rank.
 
         An entry of an earlier run that differs is replaced, once: something changed that its key
-        does not tell.
+        does not cover. Raises CannotCacheError if they still differ.
         """
         activations = make()
         difference = self._difference(activations, prefix, names)
 
         if difference and activations.found:
             console.warn(
-                f"cache: expected what a live pass gives, found that {difference}. It is computed anew"
+                f"cache: expected the values of a live pass, found that {difference}. Computing it again"
             )
             discard(activations, self.ranks)
             if activations is self._shared:
@@ -196,13 +194,15 @@ class StageLoaders:
         return activations
 
     def _difference(self, activations: Activations, prefix: nn.Module, names: Sequence[str]) -> str:
-        """How they differ from a live pass, on the first rank where they do; "" where they do not."""
+        """How they differ from a live pass, on the first rank where they do; "" if equal."""
         views = self.views(activations.views)
         return next(filter(None, self.ranks.gather(check(prefix, names, activations, views))), "")
 
     def _cut(self, number: int) -> _Cut:
-        """The eval-mode graph and its cut. Leaves the model's modes as they were. Raises
-        CannotCacheError."""
+        """The eval-mode graph and its cut; the model's modes are restored.
+
+        Raises CannotCacheError.
+        """
         modes = {name: module.training for name, module in self.backbone.model.named_modules()}
         graph = trace(self.backbone.model.eval())
         for name, module in self.backbone.model.named_modules():
@@ -217,8 +217,7 @@ class StageLoaders:
         return _Cut(graph, tuple(nodes))
 
     def _pristine(self, number: int) -> bool:
-        """Whether everything that trained before stage `number` trains in it too: its prefix is
-        then as it was."""
+        """Whether stage `number` trains all that trained before it, so its prefix is unchanged."""
         now = under(self.trained[number])
         parameters = [name for name, _ in self.backbone.model.named_parameters()]
         before = [under(names) for names in self.trained[:number]]
@@ -243,7 +242,7 @@ class StageLoaders:
             return fill(prefix, key, names, self.views(count), progress, self.ranks)
 
     def _taught(self, teacher: Teacher | None, count: int) -> Activations | None:
-        """The teacher's logits of the same views: its model is a frozen prefix too, and runs once."""
+        """The teacher's logits for the same views, cached like a frozen prefix."""
         if teacher is None:
             return None
 

@@ -1,7 +1,6 @@
-"""How a stage's net is run, step by step: the fastest way here, over all ranks, in halves when
-memory runs out.
+"""How a stage's net runs each step: fastest way, all ranks, smaller parts when out of memory.
 
-net, together = run_as(loader, stage, compute, ranks, example, steps)
+net, together = run_as(loader, stage, compute, ranks, images, example, steps)
 with together: tally, net, micro = fresh_gradients(net, loader, batch, moving, weights, micro)
 """
 
@@ -34,11 +33,11 @@ def run_as(
     example: Callable[[], Fetched],
     steps: int,
 ) -> tuple[nn.Module, AbstractContextManager[Any]]:
-    """The stage's net as it is run: the fastest way here, or, of several ranks, with gradients
-    averaged over them; and what to be in while it runs. images: in a step; example: reads one
-    step's; steps: still to come.
+    """Wrap the stage's net for training; returns it with the context to run it in.
 
-    Raises FtkitError when a rank would be without an image.
+    The fastest way here or, with several ranks, with gradients averaged over them. images: in a
+    step. example: reads one step's batch. steps: still to come. Raises FtkitError if a rank would
+    get no image.
     """
     device = compute.device
     if images < ranks.world:
@@ -49,7 +48,7 @@ def run_as(
 
     if ranks.world > 1:
         with warnings.catch_warnings():
-            # Torch 2.11 does not know broadcast_buffers' new name
+            # Torch 2.11 does not have the new name of broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
             net = DistributedDataParallel(
                 loader.net,
@@ -79,9 +78,11 @@ def fresh_gradients(
     micro: int,
     share: float = 1.0,
 ) -> tuple[torch.Tensor, nn.Module, int]:
-    """Fresh gradients of one batch; out of memory, in halves that add up. Returns the tally, and
-    the net and the size that fitted: a captured graph takes whole batches only, so halves go to the
-    plain net."""
+    """Compute one batch's gradients from zero; out of memory, accumulate them over halves.
+
+    Returns the tally, and the net and micro-batch size that fitted. A captured graph takes only
+    whole batches, so halves use the plain net.
+    """
     while True:
         moving.optimizer.zero_grad()
         try:

@@ -1,8 +1,7 @@
-"""TensorBoard events of a run, beside metrics.jsonl: loss, accuracies, rate and speed, an epoch a
-step.
+"""TensorBoard events of a run, beside metrics.jsonl: loss, accuracy, rate and speed per epoch.
 
 with tensorboard(run / "tensorboard", done=0) as log:
-    log(line, step)        # line: what metrics.jsonl got
+    log(line, step)        # line: as appended to metrics.jsonl
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ NAMES = {
 
 
 def nowhere(line: Mapping[str, Any], step: int) -> None:
-    """The log of a run without events."""
+    """Log that discards everything, for a run without TensorBoard."""
 
 
 def require_tensorboard() -> None:
-    """Raises FtkitError when the package is not installed."""
+    """Raise FtkitError if the package is not installed."""
     try:
-        with warnings.catch_warnings():  # its protobuf code announces its own retirement
+        with warnings.catch_warnings():  # its protobuf code raises deprecation warnings
             warnings.simplefilter("ignore", DeprecationWarning)
             import torch.utils.tensorboard  # noqa: F401
     except ImportError:
@@ -46,8 +45,11 @@ def require_tensorboard() -> None:
 
 @contextmanager
 def tensorboard(folder: Path, done: int) -> Iterator[Log]:
-    """done: epochs of the run that count; what an interrupted one wrote beyond them is hidden."""
-    from torch.utils.tensorboard import SummaryWriter  # after `require`
+    """Open the event log of a run.
+
+    done: number of valid epochs; what an interrupted run logged beyond them is hidden.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # after require_tensorboard
 
     writer = SummaryWriter(str(folder), purge_step=done + 1 if folder.is_dir() else None)
 

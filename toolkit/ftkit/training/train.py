@@ -1,10 +1,10 @@
-"""Staged fine-tuning, from a folder of images to a run folder: one `for stage` over
-ftkit.training.stage.
+"""Staged fine-tuning, from a folder of images to a run folder: a loop over ftkit.training.stage.
 
-run = train(recipe, "photos", Path("runs/lite0-1"))
-run = train(recipe, "photos", Path("runs/lite0-1"), resume=True)      # after an interruption: the same weights
+train(recipe, "photos", Path("runs/lite0-1"))
+train(recipe, "photos", Path("runs/lite0-1"), TrainOptions(resume=True))  # after an interruption
 
-Under torchrun every rank runs this very function; the first one writes, and speaks.
+A resumed run ends with the same weights. Under torchrun every rank runs this function; only the
+first writes files and prints.
 """
 
 from __future__ import annotations
@@ -56,15 +56,14 @@ HEADER = "stage     epoch    loss   train     val     rate   img/s   left"
 
 
 def train(recipe: Recipe, data: str | Path, out: Path, options: TrainOptions | None = None) -> Path:
-    """Fine-tune `recipe` on `data`, print a line an epoch, and write the run folder `out`. Returns
-    `out`.
+    """Fine-tune `recipe` on `data`, print a line per epoch, write the run folder `out`, return it.
 
-    options: its out, recipe, settings and weights are what the first arguments came from. Raises
-    FtkitError for bad data, a bad recipe, weights that cannot be had, an `out` that exists, a
-    resume with another recipe, seed or data, a rank that is gone; Stopped (a KeyboardInterrupt)
-    after Ctrl-C or SIGTERM, with the run saved.
+    options: its out, recipe, settings and weights are ignored, since the other arguments come from
+    them. Raises FtkitError for bad data, a bad recipe, unavailable weights, an existing `out`, a
+    resume with another recipe, seed or data, or a lost rank; Stopped (a KeyboardInterrupt) after
+    Ctrl-C or SIGTERM, with the run saved.
     """
-    limit_bytes()  # what is wrong with it is told before the training, not after
+    limit_bytes()  # reports an invalid limit before the training, not after
     options = options or TrainOptions()
     if restarted():
         options = replace(options, resume=True)
@@ -94,7 +93,7 @@ def train(recipe: Recipe, data: str | Path, out: Path, options: TrainOptions | N
             done = (
                 f"go on with: {again}"
                 if checkpoint.exists(out)
-                else "no stage had begun; what was decoded is kept"
+                else "no stage had begun; the decoded images are kept"
             )
             raise Stopped(stopped.signal, f"stopped; {done}" if ranks.main else "") from None
         except torch.OutOfMemoryError:
@@ -110,7 +109,7 @@ def train(recipe: Recipe, data: str | Path, out: Path, options: TrainOptions | N
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be trained, and how. seed: of the splits, the head and every draw."""
+    """What to train, and how. seed: for the splits, the head and every random draw."""
 
     recipe: Recipe
     data: str | Path
@@ -122,18 +121,17 @@ class Request:
 
     @property
     def root(self) -> Path | None:
-        """What the paths of a CSV are relative to."""
+        """Folder that the paths of a CSV are relative to."""
         return Path(self.options.root) if self.options.root else None
 
     @property
     def plan(self) -> dict[str, Any]:
-        """Recipe, seed and group_by as JSON data, which a resumed run must share."""
+        """Recipe, seed and group_by as JSON data; a resumed run must have the same."""
         return {"recipe": resolve(self.recipe), "seed": self.seed, "group_by": self.group_by}
 
 
 def _as_begun(request: Request, ranks: Ranks) -> Request:
-    """The request with the recipe, seed and groups of the run that it resumes, where those are to
-    be known from the run itself."""
+    """With options.known, the request with the recipe, seed and groups of the run it resumes."""
     options = request.options
     known = options.known and options.resume
     plan = ranks.first(
@@ -154,8 +152,10 @@ def _as_begun(request: Request, ranks: Ranks) -> Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The images, decoded and audited, and the pretrained model. audit: JSON data, on the first
-    rank. going_on: there is a run to resume."""
+    """The decoded and audited images, and the pretrained model.
+
+    audit: JSON data, on the first rank. going_on: whether a run is resumed.
+    """
 
     images: Images
     canvases: Canvases
@@ -176,8 +176,10 @@ def _train(request: Request, stop: Stop, ranks: Ranks, opened: ExitStack) -> Non
 
 
 def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
-    """The images and the pretrained model. Raises FtkitError for a typo, before an hour of
-    decoding."""
+    """Read the list of images and build the pretrained model.
+
+    Raises FtkitError for a typo, before the slow decoding.
+    """
     recipe = request.recipe
     images = read_images(request.data, request.seed, request.group_by, request.root)
     torch.manual_seed(request.seed)
@@ -192,8 +194,7 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
 
 
 def _prepare(request: Request, ranks: Ranks, opened: ExitStack) -> Prepared:
-    """Read, decode and audit the images. The run folder is there, and locked, before the decoding
-    begins."""
+    """Read, decode and audit the images; the run folder is created and locked before decoding."""
     recipe = request.recipe
     images, backbone, preprocess = ranks.together(lambda: _planned(request))
     going_on = ranks.first(lambda: _begun(request.out, request.options.resume, opened))
@@ -215,7 +216,7 @@ def _prepare(request: Request, ranks: Ranks, opened: ExitStack) -> Prepared:
 
     if ranks.world > 1:
         console.say(
-            f"{ranks.world} ranks, {ranks.local_world} on this machine: each takes its share of every batch"
+            f"{ranks.world} ranks, {ranks.local_world} on this machine: each computes its share of every batch"
         )
 
     return Prepared(
@@ -236,7 +237,7 @@ def _begin_or_resume(
     opened: ExitStack,
     begun: float,
 ) -> Work:
-    """The state of a new run, or of the interrupted one, and all that its stages work with."""
+    """The state of a new or interrupted run, and everything its stages need."""
     canvases = prepared.canvases
     backbone = prepared.backbone
     device = request.compute.device
@@ -255,7 +256,7 @@ def _begin_or_resume(
     run.save()
 
     log: Log = nowhere
-    if request.options.tensorboard and ranks.main:  # not before there is a run to go on with
+    if request.options.tensorboard and ranks.main:  # only once there is a run that can be resumed
         log = opened.enter_context(log_events(request.out / "tensorboard", run.lines))
 
     if prepared.going_on:
@@ -280,8 +281,10 @@ def _begin_or_resume(
 
 
 def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.TrainState:
-    """A new run's state, or the interrupted run's. Raises FtkitError when the ranks were given
-    different things to do, or the interrupted run was."""
+    """The state of a new run, or of the interrupted one.
+
+    Raises FtkitError if plan or data differ between ranks, or from those the run was started with.
+    """
     plan = {**request.plan, "data_fingerprint": prepared.canvases.fingerprint}
     if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
         raise FtkitError(
@@ -301,7 +304,7 @@ def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.Tra
 def _circumstances(
     request: Request, backbone: Backbone, loaders: StageLoaders, ranks: Ranks
 ) -> dict[str, Any]:
-    """What the weights' bits depend on beside the plan."""
+    """What bit-for-bit reproducibility depends on besides the plan."""
     return {
         "threads": torch.get_num_threads(),
         "device": request.compute.device.type,
@@ -316,8 +319,10 @@ def _circumstances(
 
 
 def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
-    """Whether there is a run in `out` to go on with; else the folder is made. It is locked for as
-    long as `opened`."""
+    """Whether `out` holds a run to resume; otherwise create the folder.
+
+    The folder stays locked until `opened` is closed.
+    """
     going_on = resume and checkpoint.exists(out)
     if not going_on:
         create(out)
@@ -326,7 +331,7 @@ def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
 
 
 def _finish(work: Work, request: Request, prepared: Prepared) -> None:
-    """Judge the chosen weights once, and write the run."""
+    """Evaluate the final weights once, and write the run."""
     run = work.state
     canvases = prepared.canvases
     backbone = work.backbone
@@ -367,7 +372,7 @@ def _finish(work: Work, request: Request, prepared: Prepared) -> None:
 
 
 def _write(folder: Path, run_json: dict[str, Any], work: Work, canvases: Canvases) -> None:
-    """Report, what was trained on, splits; then weights and run.json, which make it a finished run."""
+    """Write report, training digests and splits; then weights and run.json, to finish the run."""
     shown = pictures(canvases, run_json["mistakes"])
     save_pictures(folder / "mistakes", shown)
     as_read_back = json.loads(json.dumps(run_json))
@@ -382,17 +387,17 @@ def _write(folder: Path, run_json: dict[str, Any], work: Work, canvases: Canvase
 
 
 def _say_cache() -> None:
-    """Keep the cache within its limit, and say how large it is where that is worth a word."""
+    """Trim the cache to its limit, and print its size if it is large."""
     left, removed = trim()
     if left > LARGE:
-        gone = f"; {removed / 1e9:.1f} GB of the longest unused removed" if removed else ""
+        gone = f"; {removed / 1e9:.1f} GB of the least recently used removed" if removed else ""
         console.say(
             f"cache: {left / 1e9:.1f} GB of at most {limit_bytes() / 1e9:g} (`ftkit cache`){gone}"
         )
 
 
 def _named(mistakes: Sequence[Mistake], images: Images, canvases: Canvases) -> list[dict[str, Any]]:
-    """Mistakes with the image's place in the data and the classes' names."""
+    """Mistakes with each image's path in the data and class names."""
     return [
         {
             "image": below(images.root, canvases.images.images[item.row].path),

@@ -1,4 +1,4 @@
-"""A stage's score on the val split, and the embeddings that tell how far its features have moved.
+"""Score of a stage on the val split, and embeddings to measure how far its features moved.
 
 result = validate(backbone, loader, labels, weights, ranks, balanced=False)
 result.score > best_score
@@ -18,7 +18,7 @@ from ftkit.training.loader import Loader
 from ftkit.utils.distributed import Ranks
 from ftkit_export.runtime.arrays import Array
 
-# On val: what stages compete on (accuracy, or balanced accuracy), then -NLL
+# Val score for comparing stages: (accuracy or balanced accuracy, -NLL)
 Score = tuple[float, float]
 
 EVAL_BATCH = 64
@@ -26,13 +26,13 @@ DRIFT_IMAGES = 2048  # val images whose embeddings are compared
 
 
 def detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies, so that loading a model from its own tensors is harmless."""
+    """Copies of tensors, so that a model can safely load its own."""
     return {name: value.detach().clone() for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Weights judged on the val split. embedding: (n, D) of its first images."""
+    """Result on the val split. embedding: (n, D) of its first images."""
 
     score: Score
     accuracy: float
@@ -49,18 +49,18 @@ def validate(
     *,
     balanced: bool,
 ) -> Validation:
-    """Judge these weights on the val split; the model is left as it was.
+    """Evaluate these weights on the val split; the model is left as it was.
 
-    balanced: the score is balanced accuracy, the mean recall of the classes: what a stage that
-    balances its classes is trained for, and what its plain accuracy may fall for. Ranks take turns
-    at its batches and sum what are zeros elsewhere: every rank has every logit, exactly.
+    balanced: score by balanced accuracy, the mean recall of the classes, which stages that balance
+    their classes train for at the possible expense of plain accuracy. Each rank computes some of
+    the batches and leaves zeros elsewhere; their sum gives every rank the exact logits.
     """
     model = backbone.model
     modes = [module.training for module in model.modules()]
     own = {name: value.clone() for name, value in model.state_dict().items() if name in weights}
     model.eval().load_state_dict(detached(weights), strict=False)
     head = model.get_submodule(backbone.head)
-    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() makes no other
+    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() creates only these
     whole = torch.zeros(len(labels), head.weight.shape[0], device=labels.device)
     kept = torch.zeros(min(len(labels), DRIFT_IMAGES), head.weight.shape[1], device=labels.device)
 

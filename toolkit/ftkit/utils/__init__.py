@@ -1,1 +1,1 @@
-"""Helpers for every package: files, the console, locks, seeds, processes."""
+"""Utilities for all packages: console, locks, cache folder, memory, processes, compatibility."""

@@ -1,8 +1,8 @@
-"""The cache folder, and how something large appears in it: made beside, whole, then renamed.
+"""The cache folder; entries are written to a temporary folder, then renamed into place.
 
 folder = cache_folder() / "canvases" / key
 clear_abandoned(folder.parent)
-publish(beside, folder)      # two runs may make the same one at once, and nobody ever reads a half
+publish(beside, folder)      # two runs may build the same entry at once; nobody reads a partial one
 """
 
 from __future__ import annotations
@@ -22,37 +22,39 @@ from ftkit_export.runtime.errors import FtkitError
 
 KINDS = ("canvases", "prefix")
 LIMIT_GB = 20
-LARGE = 1e9  # bytes of cache that are worth a word
-BEGUN = time.time()  # of this process
-ABANDONED = 86_400  # seconds after which a hidden folder in the cache is what a killed run left
+LARGE = 1e9  # bytes above which the cache size is reported
+BEGUN = time.time()  # start of this process
+ABANDONED = 86_400  # seconds after which a hidden folder counts as left by a killed run
 
 
 def cache_folder() -> Path:
-    """$FTKIT_CACHE, else ftkit's folder where the system keeps caches, on Linux ~/.cache/ftkit."""
+    """$FTKIT_CACHE, else ftkit's folder in the system's cache folder (Linux: ~/.cache/ftkit)."""
     if os.environ.get("FTKIT_CACHE"):
         return Path(os.environ["FTKIT_CACHE"])
     return platformdirs.user_cache_path("ftkit", appauthor=False)
 
 
 def reserve(file: Path) -> None:
-    """Claim the disk a sparse file will need: a full disk is then an OSError here, not a SIGBUS at
-    some later page."""
+    """Allocate the disk space of a sparse file, so that a full disk raises OSError here.
+
+    Otherwise it would be a SIGBUS when some page is written later.
+    """
     if hasattr(os, "posix_fallocate"):
         with file.open("r+b") as handle:
             os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
 
 
 def clear_abandoned(folder: Path) -> None:
-    """Remove what killed runs left half written in a cache folder."""
+    """Remove half-written entries that killed runs left in a cache folder."""
     for path in folder.glob(".*"):
-        with contextlib.suppress(FileNotFoundError):  # another run may just have published it
+        with contextlib.suppress(FileNotFoundError):  # another run may have published it meanwhile
             if time.time() - path.stat().st_mtime > ABANDONED:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One entry of the cache. used_s: seconds since it was last used."""
+    """One cache entry. used_s: seconds since its last use."""
 
     folder: Path
     kind: str
@@ -61,11 +63,11 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Entries of the cache, the longest unused first."""
+    """Cache entries, least recently used first."""
     listed = []
     for kind in KINDS:
         for folder in (cache_folder() / kind).glob("[!.]*"):
-            with contextlib.suppress(OSError):  # another run may just remove it
+            with contextlib.suppress(OSError):  # another run may be removing it
                 size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 used = max(0.0, time.time() - folder.stat().st_mtime)
                 listed.append(Entry(folder=folder, kind=kind, size_bytes=size, used_s=used))
@@ -73,7 +75,7 @@ def entries() -> list[Entry]:
 
 
 def limit_bytes() -> float:
-    """$FTKIT_CACHE_GB, by default 20 GB. Raises FtkitError for what is no number."""
+    """Limit from $FTKIT_CACHE_GB, 20 GB by default. Raises FtkitError if it is no number."""
     text = os.environ.get("FTKIT_CACHE_GB", str(LIMIT_GB))
     try:
         limit = float(text)
@@ -89,8 +91,11 @@ def limit_bytes() -> float:
 
 
 def trim() -> tuple[int, int]:
-    """Remove what has been unused longest until the cache keeps to its limit; what this process
-    used stays, for it may have it mapped. Returns (bytes left, bytes removed)."""
+    """Remove least recently used entries until the cache is within its limit.
+
+    Entries used since this process started stay, since it may have them mapped. Returns (bytes
+    left, bytes removed).
+    """
     held = entries()
     total = sum(entry.size_bytes for entry in held)
 
@@ -105,21 +110,20 @@ def trim() -> tuple[int, int]:
 
 
 def put_away(folder: Path) -> None:
-    """Remove an entry, at once for whoever looks for it, and without harm to whoever has it mapped."""
+    """Remove an entry: invisible at once, and harmless to processes that have it mapped."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    with contextlib.suppress(OSError):  # there is none, or another run was first
+    with contextlib.suppress(OSError):  # there is none, or another run removed it first
         folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def unpublished(folder: Path) -> Path:
-    """A hidden folder beside an entry's, to write it in and then `publish` it."""
+    """Create a hidden folder beside an entry's, to write it in and then `publish` it."""
     return Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
 
 
 def publish(beside: Path, folder: Path) -> None:
-    """Rename a finished folder into place; if another run was first, its equal copy stays and ours
-    goes."""
+    """Rename a finished folder into place; if another run was first, keep its equal copy."""
     try:
         beside.rename(folder)
     except OSError:

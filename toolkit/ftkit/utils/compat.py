@@ -1,5 +1,7 @@
-"""What ftkit uses of torch and timm that neither promises to keep, each with the version it was read
-in. When a new version breaks something, look here first."""
+"""Non-public parts of torch and timm that ftkit uses, with the versions they were taken from.
+
+When a new version breaks something, look here first.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# timm 1.0.31, timm/models/_features_fx.py: what timm says torch.fx cannot follow
+# timm 1.0.31, timm/models/_features_fx.py: what torch.fx cannot trace, according to timm
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import nn
 
 __all__ = ["BatchNorm", "default_store", "get_notrace_functions", "get_notrace_modules"]
 
-# torch 2.14, torch/nn/modules/batchnorm.py: what BatchNorm1d to 3d and SyncBatchNorm have in common
+# torch 2.14, torch/nn/modules/batchnorm.py: base class of BatchNorm1d to 3d and SyncBatchNorm
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def lerp_in_place(
     means: Sequence[torch.Tensor], values: Sequence[torch.Tensor], weight: float
 ) -> None:
-    """Move every tensor of `means` towards its value by `weight`, in one launch.
+    """Interpolate every tensor of `means` towards its value by `weight`, in one launch.
 
     torch 2.14: torch.optim.swa_utils uses the same call.
     """
@@ -30,7 +32,7 @@ def lerp_in_place(
 
 
 def default_store() -> Any:
-    """The key-value store that the ranks of this process group share.
+    """The key-value store shared by the ranks of this process group.
 
     torch 2.14, torch/distributed/distributed_c10d.py.
     """

@@ -1,7 +1,6 @@
-"""Console output: lines on standard output, and progress bars on standard error while something
-takes long.
+"""Console output: lines on standard output, progress bars on standard error.
 
-with bar("decoding") as step:      # nothing is drawn when standard error is no terminal
+with bar("decoding") as step:      # draws nothing unless standard error is a terminal
     step(done, total)
 """
 
@@ -18,7 +17,7 @@ from typing import Any
 
 Step = Callable[[int, int], None]
 
-# Seconds under each bar's label, for benchmarks
+# Seconds by label of the bar, for benchmarks
 spent: defaultdict[str, float] = defaultdict(float)
 
 
@@ -27,13 +26,13 @@ _quiet = False
 
 
 def hush(wanted: bool) -> None:
-    """Whether warnings and errors are all this process says (--quiet)."""
+    """Set whether this process prints only warnings and errors (--quiet)."""
     global _quiet
     _quiet = wanted
 
 
 def mute(wanted: bool) -> None:
-    """Whether this process says nothing: of several ranks, one speaks."""
+    """Set whether this process prints nothing: only one of several ranks prints."""
     global _muted
     _muted = wanted
 
@@ -44,22 +43,23 @@ def is_first() -> bool:
 
 
 def say(text: str = "") -> None:
-    """One line (or several) on standard output, at once."""
+    """Print one or more lines on standard output, flushed."""
     if not (_muted or _quiet):
         print(text, flush=True)
 
 
 def warn(text: str) -> None:
-    """One warning on standard error."""
+    """Print a warning on standard error."""
     if not _muted:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def bar(label: str, under: Callable[[], str] = str) -> Iterator[Step]:
-    """A progress bar that goes when done: `step(done, total)` moves it.
+    """A progress bar that disappears when done: `step(done, total)` moves it.
 
-    under: a line below it, asked for once a second at most, and only where it is seen.
+    under: returns a line to show below it; called at most once a second, and only if the bar is
+    visible.
     """
     begun = time.perf_counter()
     seen = sys.stderr.isatty() and not (_muted or _quiet)
@@ -76,7 +76,7 @@ def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
     from rich.text import Text
 
     class Clock(ProgressColumn):
-        """How many, how long so far, how long yet: what is known of it."""
+        """Progress column: count, elapsed time and remaining time, as far as known."""
 
         def render(self, task: Task) -> Text:
             amount = f"{task.completed:.0f}/{task.total:.0f} " if task.total else ""
@@ -110,8 +110,7 @@ def _drawn(label: str, under: Callable[[], str]) -> Iterator[Step]:
 
 @contextmanager
 def note() -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what goes on now and goes when done; nothing where that is
-    no terminal."""
+    """A transient status line on standard error; nothing if that is not a terminal."""
     if not sys.stderr.isatty() or _muted or _quiet:
         yield lambda text: None
         return
@@ -127,7 +126,7 @@ def clock(seconds: float) -> str:
 
 
 def short(value: float) -> str:
-    """A figure for people: 0.02679 -> "0.02679", 0.0000065 -> "6.5e-6"."""
+    """A short figure for display: 0.02679 -> "0.02679", 0.0000065 -> "6.5e-6"."""
     if value == 0 or abs(value) >= 1e-3 or not math.isfinite(value):
         return f"{value:.4g}"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
@@ -143,14 +142,14 @@ def frames(frame: str) -> str:
 
 
 def condition(item: Mapping[str, Any]) -> str:
-    """A Condition's or Latency's fields -> "cpu, 2 threads", "cuda, without copies"."""
+    """Fields of a Condition or Latency -> "cpu, 2 threads", "cuda, without copies"."""
     if item["provider"] != "cpu":
         return f"{item['provider']}, {'with' if item['copies'] else 'without'} copies"
     return f"cpu, {item['threads']} thread{'s' * (item['threads'] > 1)}"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of equal length, columns aligned left, two spaces apart; the first row is the header."""
+    """Rows of equal length as a text table, left-aligned; the first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

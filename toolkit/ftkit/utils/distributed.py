@@ -1,13 +1,13 @@
-"""Several processes on one or more machines: torch.distributed, as torchrun starts it.
+"""Distributed training on one or more machines: torch.distributed, as started by torchrun.
 
     torchrun --nproc-per-node 4 -m ftkit train photos --out RUN --resume
 
-    with joined("auto") as (device, ranks):      # one process is rank 0 of 1, and nothing is sent
-        mine = ranks.part(32)                    # the slice of a global batch that this rank computes
+    with joined("auto") as (device, ranks):      # a single process is rank 0 of 1, without messages
+        mine = ranks.part(32)                    # this rank's slice of a global batch
         ranks.sum(tally)                         # over all ranks, in place
-        out = ranks.first(lambda: make())        # rank 0 makes it, everybody has it, everybody fails when it fails
+        out = ranks.first(lambda: make())        # made on rank 0, returned (or failing) on all
 
-What ranks tell each other is tensors and JSON, never pickle.
+Ranks exchange only tensors and JSON, never pickle.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ from ftkit_export.runtime.session import cores
 Value = TypeVar("Value")
 TensorsByName = dict[str, torch.Tensor]
 
-# Of ranks for each other: one machine may decode while another has its canvases. A rank
+# How long ranks wait for each other: one machine may decode while another has its canvases. A rank
+# that dies is noticed at once: its connections close, and torchrun ends the others.
 PATIENCE = timedelta(hours=12)
-# that dies is noticed at once: its connections close, and torchrun ends the others Without it the
-# ranks that torchrun starts again find the addresses of those before them (torch 2.14, rendezvous
-# c10d).
+# Without it, restarted ranks find the addresses of their predecessors (torch 2.14, rendezvous c10d)
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. rank of world in all, local of local_world on this machine."""
+    """This process's place among all processes.
+
+    rank of world in total, local of local_world on this machine.
+    """
 
     rank: int = 0
     world: int = 1
@@ -70,13 +72,13 @@ class Ranks:
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the ranks, in place. On CUDA it is queued: no host waits."""
+        """Sum `tensor` over the ranks, in place. On CUDA it is queued, without waiting."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def largest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
+        """The largest of all ranks' numbers."""
         if self.world == 1:
             return number
         value = torch.tensor(number)
@@ -84,7 +86,7 @@ class Ranks:
         return int(value)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value (JSON data), by rank."""
+        """Every rank's value (JSON data), ordered by rank."""
         if self.world == 1:
             return [value]
 
@@ -101,7 +103,7 @@ class Ranks:
         ]
 
     def together(self, make: Callable[[], Value]) -> Value:
-        """Call `make` on every rank. When one rank fails, all do, and the first of them tells."""
+        """Call `make` on every rank. If one fails, all do, and the first to fail reports it."""
         if self.world == 1:
             return make()
 
@@ -115,17 +117,19 @@ class Ranks:
         failed = [rank for rank, wrong in enumerate(self.gather(failure is not None)) if wrong]
         if failed:
             raise failure if failure and failed[0] == self.rank else ToldElsewhereError()
-        return made  # type: ignore[return-value]  # it was made, or we are gone
+        return made  # type: ignore[return-value]  # set unless an error was raised
 
     def first(self, make: Callable[[], Value]) -> Value:
-        """Call `make` on rank 0 and return its result (JSON data) on every rank. When it fails, all
-        do."""
+        """Call `make` on rank 0 and return its result (JSON data) on every rank.
+
+        If it fails, all ranks do.
+        """
         made = self.together(lambda: make() if self.main else None)
         value: Value = self.gather(made)[0]
         return value
 
     def tensors(self, values: Mapping[str, torch.Tensor]) -> TensorsByName:
-        """Rank 0's tensors, on the CPU, for all."""
+        """Broadcast rank 0's tensors, on the CPU, to all ranks."""
         if self.world == 1:
             return dict(values)
 
@@ -150,11 +154,10 @@ SOLO = Ranks()
 
 @contextmanager
 def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
-    """This process's device ("auto", "cpu" or "cuda") and its place among the ranks torchrun
-    started, if it did.
+    """This process's device ("auto", "cpu" or "cuda") and its rank under torchrun, if any.
 
-    Raises FtkitError when CUDA is asked for and absent, when there are fewer GPUs than processes on
-    this machine, and when, inside the block, another rank is gone.
+    Raises FtkitError if CUDA is requested but absent, if there are fewer GPUs than processes on
+    this machine, and if another rank is lost inside the block.
     """
     ranks = _placed()
     device = pick_device(name, ranks.local)
@@ -195,20 +198,22 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         ):
             raise
 
-        # Gloo begins with its own file and line
+        # Gloo's messages start with a source file and line
         said = re.sub(r"^\[[^\]]*\] *", "", said).split(". ")[0][:70]
         _tell(
             f"rank {ranks.rank}: expected every rank to answer, found one gone ({said}). What was saved is kept: try "
             "the same command with --resume, on as many GPUs as there are"
         )
         raise ToldElsewhereError from None
-    finally:  # after a failure the group is left as it is: to end it, NCCL would wait for those who are gone
+    finally:  # after a failure the group is not destroyed: NCCL would wait for lost ranks
         console.mute(False)
 
 
 def _tell(text: str) -> None:
-    """Print an error, unless another rank was first: at once, for torchrun may end this process
-    next."""
+    """Print an error, unless another rank was first.
+
+    Printed at once, since torchrun may end this process next.
+    """
     if not text:
         return
 
@@ -223,7 +228,7 @@ def _tell(text: str) -> None:
 
 
 def _placed() -> Ranks:
-    """From torchrun's environment; each name is torchrun's own."""
+    """Read the ranks from torchrun's environment variables."""
     number = {
         name: os.environ.get(name, "")
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -250,7 +255,7 @@ def _placed() -> Ranks:
 
 
 def pick_device(name: str, local: int = 0) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> device; on a machine of several GPUs the one of this rank."""
+    """ "auto", "cpu" or "cuda" -> device; with several GPUs, the one for this rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -271,8 +276,7 @@ def pick_device(name: str, local: int = 0) -> torch.device:
 
 
 def bound_threads() -> None:
-    """No more of torch's threads than cores: it counts the machine's, whatever a container's quota
-    says."""
+    """Limit torch's threads to the available cores; torch ignores a container's CPU quota."""
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
@@ -282,15 +286,16 @@ def share_of_cores(ranks: Ranks) -> int:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after a failure: it then goes on with what was
-    saved."""
+    """Whether torchrun restarted this process after a failure, so that it should resume."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
 
 
 class _Normalised(torch.autograd.Function):
-    """Batch normalisation (Ioffe & Szegedy 2015) over all ranks' inputs (n, C, ...), on a CPU:
-    torch's own kernels for what touches the input, one sum over the ranks each way for the few
-    numbers a channel."""
+    """Batch normalisation (Ioffe & Szegedy 2015) over all ranks' inputs (n, C, ...), on a CPU.
+
+    Uses torch's own kernels on the input, and one all-reduce of a few numbers per channel in each
+    direction.
+    """
 
     @staticmethod
     def forward(
@@ -329,8 +334,10 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """With mean and variance held, then the part that flows through them: sums of the gradient,
-        and of the gradient times the normalised input."""
+        """The gradient with mean and variance held fixed, plus the part through them.
+
+        The latter needs the sums of the gradient, and of the gradient times the normalised input.
+        """
         input, weight, mean, variance = ctx.saved_tensors
         by_input, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, input, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
@@ -347,11 +354,11 @@ class _Normalised(torch.autograd.Function):
 
 
 class GlobalBatchNorm(TorchFunctionMode):
-    """Within it, BatchNorm in training mode counts the whole global batch, whatever module calls
-    F.batch_norm.
+    """Context in which BatchNorm in training mode uses statistics of the global batch.
 
-    On CUDA by torch's own SyncBatchNorm, which knows no CPU. Statistics of a part of the batch
-    would make the weights depend on the number of ranks.
+    It applies to whatever module calls F.batch_norm. On CUDA it uses torch's own SyncBatchNorm,
+    which does not support CPUs. With statistics of each rank's part, the weights would depend on
+    the number of ranks.
     """
 
     def __init__(self, world: int):
@@ -387,7 +394,7 @@ class GlobalBatchNorm(TorchFunctionMode):
             return func(*args, **kwargs)
 
         order = ("input", "weight", "bias", "running_mean", "running_var", "eps", "momentum")
-        if given["weight"] is None:  # without an affine part
+        if given["weight"] is None:  # affine=False
             given["weight"] = given["input"].new_ones(given["input"].shape[1])
             given["bias"] = given["input"].new_zeros(given["input"].shape[1])
 
@@ -399,17 +406,16 @@ class GlobalBatchNorm(TorchFunctionMode):
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `ftkit ARGUMENTS` in `count` processes on this machine, by torchrun's own launcher.
-    Returns the exit code.
+    """Run `ftkit ARGUMENTS` in `count` processes on this machine with torchrun's launcher.
 
-    Raises FtkitError when a process was killed; what a process itself complained of is on standard
-    error already.
+    Returns the exit code. Raises FtkitError if a process was killed; errors that a process reports
+    itself are on standard error already.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.ERROR)  # the processes say it better
+    logging.disable(logging.ERROR)  # the processes report their errors themselves
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
 
     config = LaunchConfig(

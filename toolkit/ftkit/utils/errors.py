@@ -1,4 +1,4 @@
-"""Errors of a command that runs as several processes."""
+"""Errors of commands that run as several processes."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from ftkit_export.runtime.errors import FtkitError
 
 
 class ToldElsewhereError(FtkitError):
-    """A rank ends because another one failed: that one tells why."""
+    """This rank ends because another rank failed and reports the error."""

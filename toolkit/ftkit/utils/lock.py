@@ -1,8 +1,9 @@
-"""One process at a time works on a run folder; the lock ends with its process, however that ends.
-File systems without locks have none.
+"""Lock on a run folder: one process at a time; released when its process ends, however it ends.
 
-with locked(out):        # FtkitError when another process has it
+with locked(out):        # FtkitError if another process holds it
     ...
+
+On file systems without locks, folders are not locked.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ftkit_export.runtime.errors import FtkitError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: a run there is not locked
+except ImportError:  # Windows has no flock: runs are not locked there
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
@@ -25,8 +26,10 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of an existing folder. Raises FtkitError, naming the process, when another one
-    holds it."""
+    """Hold the lock of an existing folder.
+
+    Raises FtkitError, naming the process, if another one holds it.
+    """
     if fcntl is None:
         yield
         return
@@ -70,7 +73,7 @@ def _taken(path: Path) -> int:
         except OSError:  # a file system without locks: some NFS and Lustre mounts
             return descriptor
 
-        # Its last holder may have removed the file between our opening and locking it.
+        # The last holder may have removed the file between opening and locking it here.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 return descriptor

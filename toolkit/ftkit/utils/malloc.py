@@ -1,4 +1,4 @@
-"""Keep freed memory in the process.
+"""Configure malloc to keep freed memory in the process.
 
 keep_freed_memory()      # once, before heavy work
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 
-# Mallopt: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+# mallopt parameters M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, and their values
 THRESHOLDS = (
     (-3, 32 << 20),
     (-1, 2**31 - 1),
@@ -16,9 +16,11 @@ THRESHOLDS = (
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what it frees: PyTorch's tensors otherwise go back to the kernel at every
-    step and are faulted in again, page by page (7 % of a lite0 step on 2 cores). Nothing happens
-    with another C library."""
+    """Make glibc keep freed memory; does nothing with another C library.
+
+    Otherwise PyTorch's tensors are returned to the kernel at every step and faulted in again, page
+    by page (7 % of a lite0 step on 2 cores).
+    """
     try:
         libc = ctypes.CDLL("libc.so.6")
         for name, value in THRESHOLDS:
