@@ -40,6 +40,22 @@ def test_a_name_that_leads_outside_is_refused_and_nothing_is_written(
     assert not list(tmp_path.rglob("outside*"))
 
 
+def test_an_archive_that_declares_more_than_4_gb_is_refused_before_it_is_unpacked(
+    tmp_path: Path,
+) -> None:
+    """Two entries of 3 GB each, as the directory has it; the file itself has 400 bytes."""
+    path = tmp_path / "huge.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("b/manifest.json", "{}")
+        for name in ("b/one.onnx", "b/two.onnx"):
+            archive.writestr(name, "x")
+            archive.filelist[-1].file_size = 3 << 30
+    assert path.stat().st_size < 1000
+    with pytest.raises(BundleError, match="expected at most 4 GB"), opened(path):
+        pass
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_links_bombs_and_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.zip"
     link = zipfile.ZipInfo("b/model.onnx")

@@ -1,0 +1,65 @@
+"""A framework model becomes an ONNX file that gives its answers, for any batch."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from ftkit.models.backbones import build
+from ftkit_export.conversion.convert import export_core, write
+from ftkit_export.conversion.graph import OPSET
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.session import Session
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "squeezenet1_1"])
+def test_logits_and_embedding_are_the_models_own(name: str, tmp_path: Path) -> None:
+    """SqueezeNet ends in a convolution, so its embedding is averaged over space."""
+    torch.manual_seed(0)
+    backbone = build(name, 3, "none")
+    model = backbone.model.eval()
+    head = model.get_submodule(backbone.head)
+    nn.init.constant_(head.bias, 1.0)  # SqueezeNet ends in a ReLU: untrained, it would answer zero
+    core = export_core(model, 64)
+    write(core.model, tmp_path / "core.onnx", {"labels": "[]"})
+    assert {item.domain: item.version for item in core.model.opset_import}[""] == OPSET
+
+    session = Session(tmp_path / "core.onnx")
+    for batch in (1, 3):
+        pixels = torch.randn(batch, 3, 64, 64)
+        seen: list[torch.Tensor] = []
+        hook = head.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        with torch.inference_mode():
+            expected = model(pixels).numpy()
+        hook.remove()
+        embedding = seen[0].mean((2, 3)) if seen[0].ndim == 4 else seen[0]
+        logits, found = session.run(pixels.numpy())
+        assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+        assert np.abs(found - embedding.numpy()).max() < 1e-4 * float(embedding.abs().max())
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build("resnet18", 3, "none").model.eval()
+    for name in ("one.onnx", "two.onnx"):
+        write(export_core(model, 64).model, tmp_path / name, {"b": "1", "a": "2"})
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+    metadata = onnx.load(tmp_path / "one.onnx").metadata_props
+    assert {item.key: item.value for item in metadata}.items() >= {"a": "2", "b": "1"}.items()
+
+
+def test_a_model_that_cannot_be_traced_is_refused_in_a_sentence() -> None:
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = self.head(pixels.mean((2, 3)))
+            return answer if pixels.sum().item() > 0 else -answer
+
+    with pytest.raises(FtkitError, match="expected a model the ONNX exporter can follow"):
+        export_core(Stubborn().eval(), 32)

@@ -1,0 +1,46 @@
+"""The model card says what the manifest says."""
+
+import json
+import re
+from pathlib import Path
+
+from ftkit.report.model_card import model_card
+from ftkit.training.run import open_run
+
+
+def test_every_figure_of_the_card_is_the_manifests(bundle: Path, run: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    text = (bundle / "MODEL_CARD.md").read_text()
+    file = manifest["evidence"]["accuracy"]["file"]
+    low, high = file["accuracy_low"], file["accuracy_high"]
+    assert f"Accuracy {file['accuracy']:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert text.startswith(f"# {manifest['name']}\n\n{manifest['backbone']}, ")
+    assert f"its {manifest['chosen']} variant for {manifest['target']}." in text
+
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| ([\d.]*) \| ([\d.]*) \|$", text, re.M)
+    assert [row[0] for row in rows] == file["classes"]
+    assert [int(row[1]) for row in rows] == [sum(row) for row in file["confusion"]]
+    assert [row[2] for row in rows] == [f"{recall:.3f}" for recall in file["recall"]]
+
+    timed = [
+        item for item in manifest["evidence"]["latency"] if item["variant"] == manifest["chosen"]
+    ]
+    for item in timed:
+        assert f"| {item['p50_ms']:.1f} | {item['p95_ms']:.1f} |" in text
+    assert str(open_run(run).data["metrics"]["val"]["images"]) + " val images" in text
+
+
+def test_a_card_is_whole_without_a_threshold_and_with_odd_class_names(
+    bundle: Path, run: Path
+) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    data = json.loads(json.dumps(open_run(run).data))
+    data["abstention"]["threshold"] = None
+    file = manifest["evidence"]["accuracy"]["file"]
+    file["classes"][0] = "a|b <script>"
+    file["recall"][0] = None
+    text = model_card(data, manifest)
+    assert "- Every answer is marked doubtful" in text
+    assert "| a\\|b <script> | 4 |  |" in text, "Markdown is not escaped as HTML"
+    for format_, shape in (("grey", "(batch, H, W, 1)"), ("nv12", "(batch, H x 3 / 2, W, 1)")):
+        assert f"uint8 {shape}" in model_card(data, {**manifest, "input_format": format_})
