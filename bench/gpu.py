@@ -121,6 +121,10 @@ class _Fixed(Loader):
         """Return the batch."""
         return self.batch
 
+    def seen(self, positions: Array) -> tuple[torch.Tensor, ...]:
+        """Nothing."""
+        return ()
+
     def val(self, positions: Array) -> tuple[torch.Tensor, ...]:
         """Return nothing."""
         return ()

@@ -2,8 +2,8 @@
 
     ftkit train photos --recipe gentle
 
-Why such a low rate: the head starts at chance level, while its input features are already good.
-Large steps follow the noise of the first batches; small ones adapt to the new classes without
+Why such a low rate: the input features are already good, and the head starts from what one solve
+makes of them. Large steps follow the noise of the first batches; small ones adapt to the new classes without
 drifting and, in later stages that train the features, without forgetting what the backbone has
 learned. Results: bench/README.md.
 """

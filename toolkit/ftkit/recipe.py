@@ -28,6 +28,7 @@ from ftkit_export.runtime.targets import TARGETS
 OPTIMIZERS = ("adamw", "adam", "sgd")
 SCHEDULES = ("constant", "cosine", "onecycle")
 CACHES = ("auto", "off")
+INITS = ("ridge", "random")
 BALANCES = ("none", "loss", "sample")
 
 
@@ -98,6 +99,8 @@ class Stage:
     - batchnorm: whether BatchNorm statistics of the trained part are updated.
     - teacher: folder of a finished run to distil from: its predictions on the same views make up
       half of the loss (Hinton et al. 2015).
+    - init: of the head, when the first stage trains it alone: "ridge" fits it to the frozen features
+      in closed form, "random" leaves it as drawn.
     """
 
     train: str = "head"
@@ -118,8 +121,10 @@ class Stage:
     batchnorm: bool = True
     cache: str = "auto"
     teacher: str | None = None
+    init: str = "ridge"
 
     def __post_init__(self) -> None:
+        _one_of("init", self.init, INITS)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("cache", self.cache, CACHES)

@@ -116,6 +116,9 @@ class _InMemory(Loader):
     def prepare(self, fetched: Fetched) -> Batch:
         raise NotImplementedError
 
+    def seen(self, positions: Array) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
     def val(self, positions: Array) -> tuple[torch.Tensor, ...]:
         return (self.pixels[positions],)
 

@@ -284,9 +284,23 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
             charts.lines("Accuracy", accuracy, bands),
             charts.lengths(similarity, drift),
         ],
+        "start": _head_start(run),
         "stages": Table(head, rows),
         "how": run["stages"],
     }
+
+
+def _head_start(run: Data) -> str:
+    """What the frozen features were worth before any epoch."""
+    start = run.get("head_start")  # not in older runs, nor with init = "random"
+    if not start:
+        return ""
+    return (
+        f"Before training, a ridge regression on the frozen features: out-of-fold accuracy "
+        f"{start['accuracy']:.3f} [{start['low']:.3f} to {start['high']:.3f}] on "
+        f"{ground(start['images'], start['clusters'])}. Each image was judged by a head fitted without "
+        "its fold."
+    )
 
 
 def _classes(test: Data) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class TrainState:
     - stage_best: val score of the stage's best epoch.
     - waited: epochs since stage_best.
     - stages: results of finished stages.
+    - head_start: what the head was worth before any epoch (head_start.HeadStart).
     - lines: number of valid lines in metrics.jsonl.
     - seconds, stage_seconds: time spent before an interruption, in total and in this stage.
     - circumstances: what bit-for-bit reproducibility depends on (threads, device, cache, ...).
@@ -62,6 +63,7 @@ class TrainState:
     stage_best: tuple[float, float] | None = None
     waited: int = 0
     stages: list[dict[str, Any]] = field(default_factory=list)
+    head_start: dict[str, Any] | None = None
     lines: int = 0
     seconds: float = 0.0
     stage_seconds: float = 0.0

@@ -88,6 +88,10 @@ class Loader(ABC):
         """Assemble the batch on the device."""
 
     @abstractmethod
+    def seen(self, positions: Array) -> Tensors:
+        """Inputs of eval_net for these train positions (n,), not augmented."""
+
+    @abstractmethod
     def val(self, positions: Array) -> Tensors:
         """Inputs of eval_net for the val positions (n,)."""
 
@@ -154,6 +158,11 @@ class CachedLoader(Loader):
             targets=self._moved(fetched.labels),
             teacher=tensors[inputs] if self._teacher else None,
         )
+
+    def seen(self, positions: Array) -> Tensors:
+        """As Loader.seen: view 0 is the evaluation crop."""
+        items = self._activations.items(np.zeros(len(positions), int), positions)
+        return _floats(source.take(source.fetch(items)) for source in self._inputs)
 
     def val(self, positions: Array) -> Tensors:
         """As Loader.val."""
@@ -245,9 +254,16 @@ class LiveLoader(Loader):
             share=mixing.share if mixing else None,
         )
 
+    def seen(self, positions: Array) -> Tensors:
+        """As Loader.seen."""
+        return self._evaluated(self._train_rows[positions])
+
     def val(self, positions: Array) -> Tensors:
         """As Loader.val."""
-        canvases = self._pixels.take(self._pixels.fetch(self._val_rows[positions]))
+        return self._evaluated(self._val_rows[positions])
+
+    def _evaluated(self, rows: Array) -> Tensors:
+        canvases = self._pixels.take(self._pixels.fetch(rows))
         return (channels_last(evaluation(canvases, self._preprocess)),)
 
 

@@ -24,6 +24,7 @@ from ftkit.models.freezing import under
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, Stage
 from ftkit.training.checkpoint import Stop, Stopped, TrainState, seeded
+from ftkit.training.head_start import start_head
 from ftkit.training.loader import Fetched, Loader, ahead
 from ftkit.training.lr_search import best_rate
 from ftkit.training.optimizer import StepState, class_weights, make_optimizer, rate
@@ -35,6 +36,7 @@ from ftkit.training.tensorboard import Log
 from ftkit.training.validate import Score, Validation, detached, validate
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks
+from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 
@@ -107,6 +109,8 @@ def train_stage(work: Work, number: int) -> StageResult:
     console.say(f"{stage.train}: {loader.how}")
     compare_circumstances(work.state, {f"stage {number}": loader.kind})
     _remember_pristine(work, loader)
+    if number == 0 and stage.train == "head" and stage.init == "ridge" and work.state.best is None:
+        _start_head(work, loader)
 
     training = StageTraining(work, number, loader)
     with work.stop.deferred():
@@ -117,6 +121,30 @@ def train_stage(work: Work, number: int) -> StageResult:
 
         release(training.net)
         return _settle(training)
+
+
+def _start_head(work: Work, loader: Loader) -> None:
+    """Begin with a head fitted in closed form: the first stage must do better on val to replace it."""
+    canvases = work.loaders.canvases
+    start = start_head(
+        work.backbone,
+        loader,
+        work.labels["train"],
+        canvases.groups(canvases.rows("train")),
+        work.recipe.stages[0],
+        work.ranks,
+    )
+    if start is None:
+        return
+
+    console.say(
+        f"head: out-of-fold accuracy {start.accuracy:.3f} [{start.low:.3f}, {start.high:.3f}] on "
+        f"{ground(start.images, start.clusters)}, by ridge regression, before training"
+    )
+    run = work.state
+    run.head_start = asdict(start)
+    run.best = _validated(work, loader, {}).score
+    run.save(base=work.backbone.model.state_dict())
 
 
 class StageTraining:

@@ -356,6 +356,7 @@ def _finish(work: Work, request: Request, prepared: Prepared) -> None:
         "splits": {split: len(canvases.rows(split)) for split in ("train", "val", "test")},
         "weights": backbone.weights,
         "model_fingerprint": fingerprint(backbone.model),
+        "head_start": run.head_start,
         "stages": run.stages,
         "seconds": seconds,
         "environment": environment(),
