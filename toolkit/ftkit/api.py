@@ -51,8 +51,9 @@ def train(data: str | Path, options: TrainOptions) -> Run:
     console.hush(options.quiet)
     recipe = options.recipe
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    weights = [f"weights={options.weights}"] if options.weights else []
-    plan = override(plan, [*weights, *options.settings])
+    named = {"weights": options.weights, "folds": options.folds}
+    settings = [f"{name}={value}" for name, value in named.items() if value is not None]
+    plan = override(plan, [*settings, *options.settings])
 
     # Slow imports, only after typos have been reported
     from ftkit.training.run import claim, next_free, open_run

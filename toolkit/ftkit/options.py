@@ -57,6 +57,7 @@ class TrainOptions:
     - recipe: a name, FILE.py, the recipe.json of a report, or a Recipe.
     - settings: overrides of recipe fields, such as "stages.1.lr=1e-4".
     - weights: a file of backbone weights; "none" starts untrained.
+    - folds: "auto", a number, or 0; the recipe's by default.
     - device: auto, cpu or cuda.
     - resume: continue the interrupted run in `out`, or start one if there is none; does nothing if
       the run is finished.
@@ -73,6 +74,7 @@ class TrainOptions:
     recipe: str | Path | Recipe = "lite0"
     settings: Sequence[str] = ()
     weights: str | None = None
+    folds: str | int | None = None
     seed: int = 0
     device: str = "auto"
     resume: bool = False

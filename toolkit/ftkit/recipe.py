@@ -228,6 +228,8 @@ class Recipe:
     - weights: "pretrained", "none", or a file.
     - precision: share of accepted answers that should be right; low-confidence answers are withheld
       (threshold from val).
+    - folds: where the data names no val split, decide on out-of-fold predictions of so many folds;
+      "auto": five; 0: cut a val split.
     """
 
     name: str
@@ -236,6 +238,7 @@ class Recipe:
     weights: str = "pretrained"
     preprocess: Preprocess | None = None
     precision: float = 0.95
+    folds: int | Literal["auto"] = 0
     augment: Augment = field(default_factory=Augment)
     export: Export = field(default_factory=Export)
 
@@ -245,6 +248,10 @@ class Recipe:
                 "recipe.stages: expected at least one stage, found none. Try stages=(Stage(),)"
             )
         _within("recipe", self, {"precision": (0, 1)})
+        if self.folds not in ("auto", 0) and not 2 <= int(self.folds) <= 100:
+            raise FtkitError(
+                f"recipe.folds: expected auto, 0, or 2 to 100, found {self.folds}. Try auto"
+            )
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str], where: str = "stage") -> None:

@@ -205,8 +205,8 @@ def what_would_settle(comparison: Paired, limit: float) -> str:
     """How many more images an inconclusive comparison needs, in words."""
     enough = comparison.settled_by(limit)
     if enough is None:
-        return "more val images of this kind would not settle it"
+        return "more images of this kind would not settle it"
     images, clusters = enough
     if clusters is None:
-        return f"about {images} val images would settle it"
-    return f"about {clusters} groups ({images} val images) would settle it"
+        return f"about {images} images would settle it"
+    return f"about {clusters} groups ({images} images) would settle it"

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, ftkit, settings
 from sklearn.linear_model import Ridge
 
-from ftkit.training.closed_form import _Ridge, fit_head
+from ftkit.training.closed_form import Head, _Ridge, default_folds, fit_head
 from ftkit.training.run import open_run
 
 
@@ -39,14 +39,21 @@ def _images(seed: int, groups: int, apart: float) -> tuple[np.ndarray, np.ndarra
     return features, np.repeat(labels, 20), [f"g{i}" for i in np.repeat(np.arange(groups), 20)]
 
 
+def _fit(features: np.ndarray, labels: np.ndarray, groups: list[str], **more: np.ndarray) -> Head:
+    return fit_head(features, labels, default_folds(labels, groups), int(labels.max()) + 1, **more)
+
+
+def _right(head: Head, labels: np.ndarray) -> np.ndarray:
+    return head.logits.argmax(1) == labels
+
+
 def test_a_group_is_judged_by_a_head_that_never_saw_it() -> None:
     """Each group is far from the others and alone: whoever saw it knows it, whoever did not guesses."""
     features, labels, groups = _images(0, 30, apart=0.0)
-    apart = fit_head(features, labels, groups, 3)
-    mixed = fit_head(features, labels, [""] * len(labels), 3)
-    assert apart and mixed
-    assert mixed.right.mean() > 0.95
-    assert apart.right.mean() < 0.6
+    apart = _fit(features, labels, groups)
+    mixed = _fit(features, labels, [""] * len(labels))
+    assert _right(mixed, labels).mean() > 0.95
+    assert _right(apart, labels).mean() < 0.6
 
 
 def test_what_is_said_out_of_fold_holds_for_new_images() -> None:
@@ -54,9 +61,8 @@ def test_what_is_said_out_of_fold_holds_for_new_images() -> None:
     for seed in range(20):
         features, labels, groups = _images(seed, 60, apart=0.35)
         half = len(labels) // 2
-        head = fit_head(features[:half], labels[:half], groups[:half], 3)
-        assert head
-        said.append(head.right.mean())
+        head = _fit(features[:half], labels[:half], groups[:half])
+        said.append(_right(head, labels[:half]).mean())
         logits = features[half:] @ head.weight.T + head.bias
         found.append((logits.argmax(1) == labels[half:]).mean())
     assert np.mean(said) == pytest.approx(np.mean(found), abs=0.04)
@@ -66,19 +72,17 @@ def test_scores_become_logits_and_rare_classes_count_where_they_should() -> None
     rng = np.random.default_rng(0)
     labels = (rng.random(600) < 0.05).astype(int)
     features = labels[:, None] * 0.8 + rng.standard_normal((600, 10))
-    plain = fit_head(features, labels, [""] * 600, 2)
-    balanced = fit_head(features, labels, [""] * 600, 2, weights=np.array([1 / 0.95, 1 / 0.05]))
-    assert plain and balanced
+    plain = _fit(features, labels, [""] * 600)
+    balanced = _fit(features, labels, [""] * 600, weights=np.array([1 / 0.95, 1 / 0.05]))
     entropy = -np.mean(np.where(labels, np.log(0.05), np.log(0.95)))
     assert plain.nll < entropy, "better than the class frequencies alone"
     rare = labels == 1
-    assert balanced.right[rare].mean() > plain.right[rare].mean() + 0.3
+    assert _right(balanced, labels)[rare].mean() > _right(plain, labels)[rare].mean() + 0.3
 
 
-def test_too_few_images_leave_the_head_as_it_was() -> None:
-    features = np.eye(4)
-    assert fit_head(features, np.array([0, 0, 0, 1]), [""] * 4, 2) is None
-    assert fit_head(features, np.array([0, 0, 1, 1]), ["one"] * 4, 2) is None
+def test_too_few_images_or_groups_make_no_folds() -> None:
+    assert default_folds(np.array([0, 0, 0, 1]), [""] * 4) == []
+    assert default_folds(np.array([0, 0, 1, 1]), ["one"] * 4) == []
 
 
 @pytest.mark.parametrize("cache", ["auto", "off"])

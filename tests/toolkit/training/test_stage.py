@@ -32,7 +32,7 @@ from ftkit.training.optimizer import (
 from ftkit.training.run import open_run
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.step import fresh_gradients
-from ftkit.training.validate import Validation, validate
+from ftkit.training.validate import Held, Validation, validate
 from ftkit.utils.distributed import SOLO
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
@@ -380,7 +380,7 @@ def test_stages_that_balance_their_classes_compete_on_balanced_accuracy() -> Non
             head.bias.copy_(
                 torch.tensor([middle, -middle]) if sees_brightness else torch.tensor([1.0, 0.0])
             )
-        return validate(backbone, loader, labels, {}, SOLO, balanced=balanced)
+        return validate(backbone, loader, Held(loader.val, labels), {}, SOLO, balanced=balanced)
 
     seeing, blind = judged(False, True), judged(False, False)
     assert (round(seeing.accuracy, 3), round(blind.accuracy, 3)) == (0.8, 0.9)
@@ -400,9 +400,9 @@ def test_a_recipe_competes_on_balanced_accuracy_where_any_stage_balances(
     asked = []
     real = stage.validate
 
-    def spied(*rest: Any, balanced: bool) -> Any:
+    def spied(*rest: Any, balanced: bool, **more: Any) -> Any:
         asked.append(balanced)
-        return real(*rest, balanced=balanced)
+        return real(*rest, balanced=balanced, **more)
 
     monkeypatch.setattr(stage, "validate", spied)
     for change, expected in (("stages.0.balance=loss", True), ("stages.0.balance=none", False)):

@@ -98,6 +98,11 @@ PROVIDERS_OPTION = click.option(
     "--weights", metavar="FILE", help="Backbone weights: .safetensors or .pth; none = untrained."
 )
 @click.option(
+    "--folds",
+    metavar="auto|K|0",
+    help="Decide on out-of-fold predictions, not on a val split. [default: the recipe's, 0]",
+)
+@click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
 )
 @click.option(
@@ -128,7 +133,7 @@ def train(ctx: click.Context, /, data: Path, gpus: int | None, **options: Any) -
     if gpus:
         sys.exit(_launched(ctx, gpus))
 
-    plan = ("recipe", "settings", "weights", "seed", "group_by")
+    plan = ("recipe", "settings", "weights", "folds", "seed", "group_by")
     known = all(
         ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT for name in plan
     )

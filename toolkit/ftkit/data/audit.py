@@ -189,7 +189,9 @@ def audit(
         hint=_hint(images) if not any(image.group for image in images.images) else "",
         near_groups=near_groups,
         unjudged={
-            split: names for split in ("val", "test") if (names := canvases.images.unjudged(split))
+            split: names
+            for split in ("val", "test")
+            if images.of(split) and (names := canvases.images.unjudged(split))
         },
         crop_keeps=(float(np.median(squares)), int((squares < LITTLE_KEPT).sum())),
         emptied=tuple(

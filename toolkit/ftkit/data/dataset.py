@@ -96,13 +96,19 @@ def natural(text: str) -> list[tuple[int, int, str]]:
 
 
 def read_images(
-    data: str | Path, seed: int = 0, group_by: str = "", root: str | Path | None = None
+    data: str | Path,
+    seed: int = 0,
+    group_by: str = "",
+    root: str | Path | None = None,
+    *,
+    cut_val: bool = True,
 ) -> Images:
     """Read a class folder, a split folder or a CSV.
 
     group_by: a regular expression; its first capture group (or the whole match) in a file's path
     below `data` names the image's group. root: the folder that a CSV's paths are relative to, by
-    default its own. Raises FtkitError naming what is missing and what to try.
+    default its own. cut_val: whether to make a val split where none is given. Raises FtkitError
+    naming what is missing and what to try.
     """
     root, rows = _rows(Path(data), Path(root) if root else None, group_by)
     classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
@@ -120,7 +126,7 @@ def read_images(
         ),
         key=lambda image: natural(image.path.as_posix()),
     )
-    return _with_splits(Images(root=root, classes=classes, images=tuple(images)), seed)
+    return _with_splits(Images(root=root, classes=classes, images=tuple(images)), seed, cut_val)
 
 
 CsvRow = tuple[Path, str, str, str]  # path, label, split or "", group or ""
@@ -361,7 +367,7 @@ def _image_file(folder: Path, text: str) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _with_splits(images: Images, seed: int) -> Images:
+def _with_splits(images: Images, seed: int, cut_val: bool) -> Images:
     """Create the missing splits.
 
     Images without a split are train until val and test are cut from it.
@@ -373,7 +379,8 @@ def _with_splits(images: Images, seed: int) -> Images:
             f"{images.root}: expected a train split, found {', '.join(sorted(given))}. Try adding train/"
         )
 
-    made = [split for split in ("test", "val") if split not in given]
+    wanted = ("test", "val") if cut_val else ("test",)
+    made = [split for split in wanted if split not in given]
     together = _together(items) if made else []
 
     for split in made:
@@ -388,7 +395,7 @@ def _with_splits(images: Images, seed: int) -> Images:
                 f"{images.root}: expected training images of class {name!r}, found none. Try adding some"
             )
 
-    for split in ("val", "test"):
+    for split in wanted:
         if not result.of(split):
             grouped = any(image.group for image in items)
             cure = (

@@ -85,14 +85,36 @@ class Inference:
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Out-of-fold predictions. rows (n,): of the canvases; logits (n, classes); embedding (n, D)."""
+
+    rows: Array
+    logits: Array
+    embedding: Array
+
+
 def evaluate_model(
-    backbone: Backbone, canvases: Canvases, preprocess: Preprocess, precision: float
+    backbone: Backbone,
+    canvases: Canvases,
+    preprocess: Preprocess,
+    precision: float,
+    held_out: HeldOut | None = None,
 ) -> Evaluation:
-    """Fit everything on val, then evaluate on test once; test decides nothing."""
+    """Fit everything on val, then evaluate on test once; test decides nothing.
+
+    held_out: out-of-fold predictions in the place of val, where the run had folds.
+    """
     answers = Inference(backbone, canvases, preprocess)
     rows = {split: canvases.rows(split) for split in ("val", "test")}
+    outputs = {"test": answers(rows["test"], "evaluating test")}
+    if held_out:
+        rows["val"] = held_out.rows
+        outputs["val"] = [held_out.logits, held_out.embedding]
+    else:
+        outputs["val"] = answers(rows["val"], "evaluating val")
+
     labels = {split: canvases.labels[rows[split]] for split in rows}
-    outputs = {split: answers(rows[split], f"evaluating {split}") for split in rows}
     logits = {split: outputs[split][0] for split in rows}
     groups = {split: canvases.groups(rows[split]) for split in rows}
     foreign = _foreign(answers, canvases, outputs["val"][1])

@@ -31,7 +31,7 @@ from ftkit.recipe import Export
 from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.model_card import model_card
 from ftkit.report.pages import Table, table_html
-from ftkit.training.run import Run, read_metrics
+from ftkit.training.run import Run, fold_models, read_metrics
 from ftkit.utils import console
 from ftkit.utils.console import short
 from ftkit.utils.distributed import bound_threads
@@ -147,7 +147,11 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
 
     with console.bar("decoding") as progress:
         images = read_images(
-            where, run.data["seed"], run.data["group_by"], None if data else run.data["root"]
+            where,
+            run.data["seed"],
+            run.data["group_by"],
+            None if data else run.data["root"],
+            cut_val=not run.recipe.folds,
         )
         canvases = build_canvases(images, run.preprocess, progress)
 
@@ -349,6 +353,7 @@ def _prepare(
         frame=frame_of(limits, run),
         target_name=variants.resolve_target(limits.target, providers),
         measured=extras.measured,
+        judged=_judged(run, core, canvases),
         device=extras.device,
         metadata={**metadata(run), "input_format": limits.input_format},
     )
@@ -366,6 +371,21 @@ def _prepare(
         quick=quick,
         extras=extras,
     )
+
+
+def _judged(run: Run, core: Core, canvases: Canvases) -> list[variants.Judged]:
+    """What variants are judged on: the model itself on val, or each fold's on its own images."""
+    folds = fold_models(run)
+    if not folds:
+        return [variants.Judged(core.model, canvases.rows("val"), canvases.rows("train"))]
+
+    parts = []
+    with console.bar("converting the folds' models") as progress:
+        for model, held, seen in folds:
+            fold_core = export_core(model, run.preprocess.size)
+            parts.append(variants.Judged(fold_core.model, held, seen))
+            progress(len(parts), len(folds))
+    return parts
 
 
 def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
@@ -633,9 +653,9 @@ def _add_extras(
             write_ort(folder / "model.onnx", folder / "device" / "ort", context.target)
 
     if extras.handoff:
-        rows = context.canvases.rows("val")[
-            :: max(1, -(-len(context.canvases.rows("val")) // handoff.IMAGES))
-        ]
+        # With folds the shipped model has seen every other image
+        held_out = context.canvases.rows("test" if context.folded else "val")
+        rows = held_out[:: max(1, -(-len(held_out) // handoff.IMAGES))]
         with console.bar("hand-off"):
             handoff.write_handoff(
                 folder / "handoff",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from scipy import stats
 
 from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases
@@ -48,8 +49,22 @@ from ftkit_export.runtime.session import PROVIDERS, Session
 from ftkit_export.runtime.targets import TARGETS, Precision, Target, here
 from ftkit_export.runtime.verify import sha256
 
+UNLIKELY = 0.01  # probability below which more changed answers are no chance
 RUNGS = (0, 4, 8, 16)  # operators kept in float at each step, the most sensitive first
 INFERENCE_BATCH = 8  # calibration keeps all activations of a batch: 16 is half as fast
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model, and images that it was not trained on: its variants are judged on them.
+
+    The shipped model and val; or, of a run with folds, each fold's model and its own images. core:
+    the model's core form. rows, training: of the canvases, held out and trained on.
+    """
+
+    core: onnx.ModelProto
+    rows: Array
+    training: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +87,18 @@ class Context:
     frame: str
     metadata: Mapping[str, str]
     measured: Mapping[str, Any]
+    judged: Sequence[Judged]
     device: Device | None = None
+
+    @property
+    def rows(self) -> Array:
+        """Rows of the canvases that variants are judged on."""
+        return np.concatenate([part.rows for part in self.judged])
+
+    @property
+    def folded(self) -> bool:
+        """Whether the models that are judged are not the one that ships."""
+        return len(self.judged) > 1
 
     @property
     def target(self) -> Target:
@@ -152,17 +178,15 @@ def resolve_target(name: str, providers: Sequence[str]) -> str:
 
 def make(core: onnx.ModelProto, context: Context) -> Variants:
     """Build fp32 and the other variants of the target, each with its verdict."""
-    rows = context.canvases.rows("val")
-    labels = context.canvases.labels[rows]
+    labels = context.canvases.labels[context.rows]
 
-    with console.bar("fp32 on val"):
-        logits = logits_of(core, context, rows)
+    with console.bar("fp32 on held-out images"):
+        parts = [logits_of(part.core, context, part.rows) for part in context.judged]
+        logits = np.concatenate(parts)
 
     fp32 = Candidate(name="fp32", precision="fp32", core=core, right=logits.argmax(1) == labels)
     candidates = [fp32]
     wanted = context.target.variants if context.limits.variants == "auto" else ()
-    if context.device and wanted:
-        context.device.put_canvases(context.canvases.array(rows))
     if "int8" in wanted:
         candidates += _ladder(fp32, context, logits, labels)
     if "fp16" in wanted:
@@ -196,29 +220,39 @@ def logits_of(core: onnx.ModelProto, context: Context, rows: Array, provider: st
     )
 
 
-def _answers_there(core: onnx.ModelProto, context: Context, provider: str = "cpu") -> Array:
-    """Logits of the val images where the file will run: on the device, if there is one.
+def _answers_there(
+    made: Callable[[Judged], onnx.ModelProto], context: Context, provider: str = "cpu"
+) -> Array:
+    """Logits of the held-out images where the file will run: on the device, if there is one.
 
-    8-bit kernels of another processor saturate, round and accumulate differently. The device has
-    the images already (`make`).
+    made: part -> the variant of its model. 8-bit kernels of another processor saturate, round and
+    accumulate differently.
     """
-    if not context.device:
-        return logits_of(core, context, context.canvases.rows("val"), provider)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "core.onnx"
-        context.write(core, path, "", (), plain=True)
-        return context.device.answers(path, provider=provider)
+    answers = []
+    for part in context.judged:
+        core = made(part)
+        if not context.device:
+            answers.append(logits_of(core, context, part.rows, provider))
+            continue
+
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "core.onnx"
+            context.write(core, path, "", (), plain=True)
+            context.device.put_canvases(context.canvases.array(part.rows))
+            answers.append(context.device.answers(path, provider=provider))
+
+    return np.concatenate(answers)
 
 
-def calibration_rows(context: Context) -> Array:
+def calibration_rows(context: Context, training: Array | None = None) -> Array:
     """Training rows, spread over the set (rows are ordered by class), then shuffled."""
-    rows = context.canvases.rows("train")
+    rows = context.canvases.rows("train") if training is None else training
     picked = spread_evenly(rows, context.limits.calibration_images)
     return np.random.default_rng(0).permutation(picked)
 
 
-def _ranges(core: onnx.ModelProto, context: Context) -> Any:
-    rows = calibration_rows(context)
+def _ranges(core: onnx.ModelProto, context: Context, training: Array | None = None) -> Any:
+    rows = calibration_rows(context, training)
     batches = (
         context.pixels(rows[start : start + INFERENCE_BATCH])
         for start in range(0, len(rows), INFERENCE_BATCH)
@@ -227,26 +261,52 @@ def _ranges(core: onnx.ModelProto, context: Context) -> Any:
         return calibrate(core, batches, context.preprocess, context.limits.calibration)
 
 
+class _Calibrated:
+    """Ranges of the shipped model, and of every model that is judged, each calibrated once on
+    images that it was trained on."""
+
+    def __init__(self, core: onnx.ModelProto, context: Context):
+        self.shipped = _ranges(core, context)
+        self._core = core
+        self._context = context
+        self._known: dict[int, Any] = {}
+
+    def of(self, part: Judged) -> Any:
+        """The ranges of a part's model."""
+        if part.core is self._core:
+            return self.shipped
+        if id(part) not in self._known:
+            self._known[id(part)] = _ranges(part.core, self._context, part.training)
+        return self._known[id(part)]
+
+
 def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
     """Int8 candidates with more and more float operators, until one holds its accuracy.
 
     Only the first when 8 bits are no faster. If none holds it, the quantization-aware one follows,
     if requested.
     """
-    ranges = _ranges(fp32.core, context)
+    ranges = _Calibrated(fp32.core, context)
     order = list[str]()
     for count in RUNGS:
         if count and not order:
             with console.bar("ranking operators"):
                 sample = context.pixels(calibration_rows(context)[:RANK_IMAGES])
-                order = [name for name, _ in rank(fp32.core, ranges, context.target, sample)]
+                order = [
+                    name for name, _ in rank(fp32.core, ranges.shipped, context.target, sample)
+                ]
         if count and count >= len(order):
             break
 
         name = f"int8, {count} float" if count else "int8"
         with console.bar(name):
-            model = int8(fp32.core, ranges, context.target, keep=order[:count])
-            quantized = _answers_there(model, context)
+            keep = order[:count]
+
+            def made(part: Judged, keep: Sequence[str] = keep) -> onnx.ModelProto:
+                return int8(part.core, ranges.of(part), context.target, keep=keep)
+
+            model = int8(fp32.core, ranges.shipped, context.target, keep=keep)
+            quantized = _answers_there(made, context)
 
         rung = Candidate(
             name=name,
@@ -254,7 +314,8 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
             core=model,
             right=quantized.argmax(1) == labels,
             sqnr_db=sqnr(logits, quantized),
-            kept=tuple(order[:count]),
+            kept=tuple(keep),
+            checks=_refit_checks(fp32, model, logits, quantized, context),
         )
 
         yield rung
@@ -282,28 +343,70 @@ def _compared(fp32: Candidate, rung: Candidate, context: Context) -> Paired:
     Its bounds hold for all int8 candidates together, since they are tried until one is accepted.
     """
     looks = len(RUNGS) + bool(context.limits.qat_epochs) if rung.precision == "int8" else 1
-    groups = context.canvases.groups(context.canvases.rows("val"))
+    groups = context.canvases.groups(context.rows)
     return paired(fp32.right, rung.right, groups, looks)
 
 
+def _refit_checks(
+    fp32: Candidate, model: onnx.ModelProto, before: Array, after: Array, context: Context
+) -> tuple[Check, ...]:
+    """With folds: whether the shipped file changes as few answers as the folds' files did.
+
+    Out-of-fold answers judge how a file is made, not this file. So its own answers on the test
+    images, without their labels, are compared with fp32's: more changed ones than chance allows
+    (Fisher's exact test, 1 %) refuse it. before, after: logits (n, classes) of the folds' files.
+    """
+    if not context.folded:
+        return ()
+
+    test = context.canvases.rows("test")
+    shipped = logits_of(model, context, test).argmax(1) != logits_of(
+        fp32.core, context, test
+    ).argmax(1)
+    changed = int((before.argmax(1) != after.argmax(1)).sum())
+
+    def likely(count: int) -> bool:
+        table = [[count, len(test) - count], [changed, len(before) - changed]]
+        return bool(stats.fisher_exact(table, alternative="greater").pvalue >= UNLIKELY)
+
+    most = max(count for count in range(len(test) + 1) if likely(count))
+    return (
+        Check(
+            name="answers changed by the shipped file",
+            group="test images",
+            value=int(shipped.sum()) / len(test),
+            limit=most / len(test),
+            floor=changed / len(before),
+            inputs=len(test),
+        ),
+    )
+
+
 def _trained(
-    fp32: Candidate, ranges: Any, context: Context, logits: Array, labels: Array
+    fp32: Candidate, ranges: _Calibrated, context: Context, logits: Array, labels: Array
 ) -> Candidate:
     """All operators in 8 bits, after quantization-aware training on the training images."""
     from ftkit.exporting.qat import fine_tune
 
-    rows = context.canvases.rows("train")
-    core = fine_tune(
-        fp32.core,
-        int8(fp32.core, ranges, context.target),
-        lambda picks: context.pixels(rows[picks]),
-        context.canvases.labels[rows],
-        logits_of(fp32.core, context, rows),
-        epochs=context.limits.qat_epochs,
-    )
+    def tuned(core: onnx.ModelProto, ranges_: Any, rows: Array) -> onnx.ModelProto:
+        trained = fine_tune(
+            core,
+            int8(core, ranges_, context.target),
+            lambda picks: context.pixels(rows[picks]),
+            context.canvases.labels[rows],
+            logits_of(core, context, rows),
+            epochs=context.limits.qat_epochs,
+        )
+        return int8(trained, ranges_, context.target)
 
-    model = int8(core, ranges, context.target)
-    quantized = _answers_there(model, context)
+    model = tuned(fp32.core, ranges.shipped, context.canvases.rows("train"))
+
+    def made(part: Judged) -> onnx.ModelProto:
+        if part.core is fp32.core:
+            return model
+        return tuned(part.core, ranges.of(part), part.training)
+
+    quantized = _answers_there(made, context)
 
     return Candidate(
         name="int8, trained",
@@ -311,6 +414,7 @@ def _trained(
         core=model,
         right=quantized.argmax(1) == labels,
         sqnr_db=sqnr(logits, quantized),
+        checks=_refit_checks(fp32, model, logits, quantized, context),
     )
 
 
@@ -319,16 +423,18 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
     On the CPU its verdict is unproven.
     """
-    model, kept = half(fp32.core, _ranges(fp32.core, context))
-    rows = context.canvases.rows("val")
+    ranges = _Calibrated(fp32.core, context)
+    model, kept = half(fp32.core, ranges.shipped)
     provider = context.target.provider if context.here or context.device else "cpu"
 
-    with console.bar("fp16 on val"):
-        halved = _answers_there(model, context, provider)
+    with console.bar("fp16 on held-out images"):
+        halved = _answers_there(lambda part: half(part.core, ranges.of(part))[0], context, provider)
 
-    sample = context.pixels(spread_evenly(rows, FLOAT64_IMAGES))
-    rounding = context.reference.rounding(sample, "fp16")
-    checks = agreement(logits, halved, rounding, "fp16", f"val images on {provider}")
+    checks = _refit_checks(fp32, model, logits, halved, context)
+    if not context.folded:
+        sample = context.pixels(spread_evenly(context.rows, FLOAT64_IMAGES))
+        rounding = context.reference.rounding(sample, "fp16")
+        checks = tuple(agreement(logits, halved, rounding, "fp16", f"val images on {provider}"))
 
     return Candidate(
         name="fp16",
@@ -337,7 +443,7 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
         right=halved.argmax(1) == labels,
         sqnr_db=sqnr(logits, halved),
         kept=tuple(kept),
-        checks=tuple(checks),
+        checks=checks,
     )
 
 

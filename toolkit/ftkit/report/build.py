@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from markupsafe import Markup
 
 from ftkit.data.canvas import Canvases
 from ftkit.report import charts
@@ -253,8 +254,12 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
     def of(key: str) -> list[float]:
         return [float(row[key]) for row in epochs]
 
-    loss = [("train", "--one", of("loss")), ("val (NLL)", "--two", of("val_nll"))]
-    accuracy = [("train", "--one", of("train_accuracy")), ("val", "--two", of("val_accuracy"))]
+    loss = [
+        ("train", "--one", of("loss")),
+        (f"{_held_out_name(run)} (NLL)", "--two", of("val_nll")),
+    ]
+    held = _held_out_name(run)
+    accuracy = [("train", "--one", of("train_accuracy")), (held, "--two", of("val_accuracy"))]
     drift = [
         (stage["train"], stage["drift"], f"{stage['drift']:.3f}")
         for stage in run["stages"]
@@ -264,7 +269,7 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
         "Similarity of features to the pretrained ones after each stage (CKA, 1 = unchanged)"
     )
 
-    head = ("stage", "verdict", "epochs", "learning rate", "val accuracy", "CKA", "seconds")
+    head = ("stage", "verdict", "epochs", "learning rate", f"{held} accuracy", "CKA", "seconds")
     rows = [
         (
             stage["train"],
@@ -283,11 +288,33 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
             charts.lines("Loss", loss, bands),
             charts.lines("Accuracy", accuracy, bands),
             charts.lengths(similarity, drift),
+            *_fold_chart(run),
         ],
+        "folds": bool(run.get("folds")),
         "start": _head_start(run),
         "stages": Table(head, rows),
         "how": run["stages"],
     }
+
+
+def _held_out_name(run: Data) -> str:
+    """What a training was judged on."""
+    return "out of fold" if run.get("folds") else "val"
+
+
+def _fold_chart(run: Data) -> list[Markup]:
+    """A strip of accuracies, one per fold."""
+    folds = run.get("folds")  # not in older runs
+    if not folds:
+        return []
+    rows = [
+        (f"fold {number}", accuracy, f"{accuracy:.3f} on {images} images")
+        for number, (accuracy, images) in enumerate(
+            zip(folds["accuracy"], folds["images"], strict=True), start=1
+        )
+        if accuracy is not None
+    ]
+    return [charts.lengths("Out-of-fold accuracy of each fold", rows)]
 
 
 def _head_start(run: Data) -> str:
@@ -346,8 +373,8 @@ def _confidence(run: Data) -> dict[str, Any]:
     text = [
         f"Temperature {run['temperature']:.2f}: NLL {before['nll']:.3f} to {after['nll']:.3f}, "
         f"ECE {before['ece']:.3f} to {after['ece']:.3f}.",
-        _threshold(run["abstention"]),
-        f"{run['foreign_kept']:.1%} of the test images pass as in-distribution (95 % on val); the "
+        _threshold(run["abstention"], _on(run)),
+        f"{run['foreign_kept']:.1%} of the test images pass as in-distribution (95 % {_on(run)}); the "
         "others are marked foreign.",
         "A dot on the dashed line is perfectly calibrated; its area shows its number of images.",
     ]
@@ -360,18 +387,22 @@ def _confidence(run: Data) -> dict[str, Any]:
     }
 
 
-def _threshold(held: Data) -> str:
+def _on(run: Data) -> str:
+    return "out of fold" if run.get("folds") else "on val"
+
+
+def _threshold(held: Data, where: str) -> str:
     """What the threshold for doubtful answers brings, in words."""
     if held["threshold"] is None:
         return (
-            f"No threshold on val reached a precision of {held['wanted']:.0%}: every answer is marked "
+            f"No threshold {where} reached a precision of {held['wanted']:.0%}: every answer is marked "
             "doubtful."
         )
 
     right = "" if held["precision"] is None else f", of which {held['precision']:.1%} are correct"
     shown = "with 95 % confidence" if held["proven"] else "but on too few images to be certain"
     return (
-        f"Answers with a probability below {held['threshold']:.2f} are marked doubtful: on val at "
+        f"Answers with a probability below {held['threshold']:.2f} are marked doubtful: {where} at "
         f"least {held['wanted']:.0%} of the others were correct, {shown}. On test "
         f"{held['coverage']:.0%} are not doubtful{right}."
     )

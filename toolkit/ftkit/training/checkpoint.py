@@ -46,6 +46,9 @@ class TrainState:
     - stage_best: val score of the stage's best epoch.
     - waited: epochs since stage_best.
     - stages: results of finished stages.
+    - fold: the part of the stage in training: a fold's number, or the number of folds for the refit.
+    - broken_fold: whether a fold of this stage ended with a loss that is no longer finite.
+    - curve: [images right, images, sum of NLL] out of fold after each epoch of the stage.
     - head_start: what the head was worth before any epoch (head_start.HeadStart).
     - lines: number of valid lines in metrics.jsonl.
     - seconds, stage_seconds: time spent before an interruption, in total and in this stage.
@@ -63,6 +66,9 @@ class TrainState:
     stage_best: tuple[float, float] | None = None
     waited: int = 0
     stages: list[dict[str, Any]] = field(default_factory=list)
+    fold: int = 0
+    broken_fold: bool = False
+    curve: list[list[float]] = field(default_factory=list)
     head_start: dict[str, Any] | None = None
     lines: int = 0
     seconds: float = 0.0
@@ -91,13 +97,21 @@ class TrainState:
 
     def next_stage(self) -> None:
         """Advance to the beginning of the next stage."""
+        self.next_part()
         self.stage = self.stage + 1
+        self.fold = 0
+        self.broken_fold = False
+        self.curve = []
+        self.lr = None
+        self.stage_seconds = 0.0
+        self.begin_stage()
+
+    def next_part(self) -> None:
+        """Advance to the beginning of the stage's next training: another fold, or the refit."""
         self.epoch = 0
         self.step = 0
         self.waited = 0
-        self.lr = self.stage_best = None
-        self.stage_seconds = 0.0
-        self.begin_stage()
+        self.stage_best = None
 
     @property
     def due(self) -> bool:
@@ -118,7 +132,8 @@ class TrainState:
         for role, content in tensors.items():
             self.files.pop(role, None)
             if content is not None:
-                self.files[role] = f"{role}-{self.stage}-{self.epoch}-{self.step}.safetensors"
+                place_in_run = f"{self.stage}-{self.fold}-{self.epoch}-{self.step}"
+                self.files[role] = f"{role}-{place_in_run}.safetensors"
                 if self.ranks.main:
                     plain = {
                         key: value.detach().cpu().contiguous().clone()

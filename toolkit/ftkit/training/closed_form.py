@@ -1,8 +1,8 @@
 """A linear head in closed form: ridge regression on the embedding, its strength chosen out of fold.
 
-    head = fit_head(embedding, labels, groups, classes=4)
-    head.right.mean()                       # out-of-fold accuracy, before any training
-    head.weight, head.bias                  # the head's initial weights
+    head = fit_head(embedding, labels, default_folds(labels, groups), classes=4)
+    (head.logits.argmax(1) == labels).mean()     # out-of-fold accuracy, before any training
+    head.weight, head.bias                       # the head's initial weights
 
 Ridge regression onto the classes' indicators is a linear classifier in one solve (Hoerl & Kennard
 1970; on indicators it spans what linear discriminant analysis finds, Hastie et al., Elements of
@@ -13,7 +13,7 @@ makes logits of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +34,14 @@ SCALES = (1.0, 200.0)  # of scores that lie between 0 and 1
 class Head:
     """A fitted linear head. weight: (classes, features) float32; bias: (classes,) float32.
 
-    rows: which of the images it was fitted on (n,); right: whether each was answered right by a
-    head that was fitted without its fold; nll: of those answers. strength: of the ridge penalty.
+    by_fold: the same for each fold, fitted without its images; logits: (n, classes) float32, each
+    image's by the head of its fold; nll: of those. strength: of the ridge penalty.
     """
 
     weight: Array
     bias: Array
-    rows: Array
-    right: Array
+    by_fold: tuple[tuple[Array, Array], ...]
+    logits: Array
     nll: float
     strength: float
 
@@ -49,42 +49,44 @@ class Head:
 def fit_head(
     embedding: Array,
     labels: Array,
-    groups: Sequence[str],
+    folds: Sequence[Array],
     classes: int,
     weights: Array | None = None,
-) -> Head | None:
-    """Fit a head on (N, features) with labels (N,), and judge it out of fold.
+) -> Head:
+    """Fit a head on (N, features) with labels (N,), and one for each fold without its images.
 
-    groups: a name per image, "" for one on its own; a group is never split. weights: of the
-    classes, (classes,); all alike by default. None where a class has too few images, or there are
-    too few groups, for two folds.
+    folds: whether each image is held out, (N,) bool per fold; together they hold out every image
+    once. weights: of the classes, (classes,); all alike by default.
     """
     rows = _chosen(labels)
-    features = embedding[rows].astype(np.float64)
-    targets = np.eye(classes)[labels[rows]]
-    counts = np.ones(len(rows)) if weights is None else weights.astype(np.float64)[labels[rows]]
-    folds = list(_folds(labels[rows], [groups[row] for row in rows]))
-    if not folds:
-        return None
+    features = embedding.astype(np.float64)
+    targets = np.eye(classes)[labels]
+    counts = np.ones(len(labels)) if weights is None else weights.astype(np.float64)[labels]
 
-    scores = np.zeros((len(STRENGTHS), len(rows), classes))
+    solvers = []
+    scores = np.zeros((len(STRENGTHS), len(labels), classes))
     for held in folds:
-        kept = ~held
+        kept = rows[~held[rows]]
         solver = _Ridge(features[kept], targets[kept], counts[kept])
+        solvers.append(solver)
         for number, strength in enumerate(STRENGTHS):
             weight, bias = solver.solve(strength)
             scores[number, held] = features[held] @ weight + bias
 
-    fitted = [_scaled(each, labels[rows], counts) for each in scores]
+    fitted = [_scaled(each, labels, counts) for each in scores]
     best = _strongest([losses for _, losses in fitted])
     scale, losses = fitted[best]
-    weight, bias = _Ridge(features, targets, counts).solve(STRENGTHS[best])
 
+    def scaled(solver: _Ridge) -> tuple[Array, Array]:
+        weight, bias = solver.solve(STRENGTHS[best])
+        return (scale * weight.T).astype(np.float32), (scale * bias).astype(np.float32)
+
+    weight, bias = scaled(_Ridge(features[rows], targets[rows], counts[rows]))
     return Head(
-        weight=(scale * weight.T).astype(np.float32),
-        bias=(scale * bias).astype(np.float32),
-        rows=rows,
-        right=scores[best].argmax(1) == labels[rows],
+        weight=weight,
+        bias=bias,
+        by_fold=tuple(scaled(solver) for solver in solvers),
+        logits=(scale * scores[best]).astype(np.float32),
         nll=float(losses.mean()),
         strength=STRENGTHS[best],
     )
@@ -103,22 +105,27 @@ def _chosen(labels: Array) -> Array:
     return np.sort(np.concatenate(parts))
 
 
-def _folds(labels: Array, groups: Sequence[str]) -> Iterator[Array]:
-    """Whether each image is held out, a mask (n,) per fold: stratified, groups whole."""
+def default_folds(labels: Array, groups: Sequence[str]) -> list[Array]:
+    """Whether each image is held out, (n,) bool per fold: stratified, groups whole.
+
+    groups: a name per image, "" for one on its own. Empty where there are not two groups, or a
+    class has one image.
+    """
     _, counts = np.unique(labels, return_counts=True)
     named = [group or f"\0{row}" for row, group in enumerate(groups)]
     number = min(FOLDS, int(counts.min()), len(set(named)))
     if number < 2:
-        return
+        return []
 
     alone = len(set(named)) == len(named)
     kind = StratifiedKFold if alone else StratifiedGroupKFold
     splitter = kind(number, shuffle=True, random_state=0)
-    for _, held in splitter.split(labels, labels, None if alone else named):
-        mask = np.zeros(len(labels), bool)
-        mask[held] = True
-        if 0 < mask.sum() < len(mask):  # few groups may leave a fold empty
-            yield mask
+    of = np.zeros(len(labels), np.int64)
+    for fold, (_, held) in enumerate(splitter.split(labels, labels, None if alone else named)):
+        of[held] = fold
+
+    masks = [of == fold for fold in np.unique(of)]  # few groups may leave a fold empty
+    return masks if len(masks) > 1 else []
 
 
 class _Ridge:

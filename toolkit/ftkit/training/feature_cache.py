@@ -89,7 +89,8 @@ class Views:
         """(rows, view), in the order of the items."""
         train = self.canvases.rows("train")
         val = self.canvases.rows("val")
-        return [*((train, view) for view in range(self.count)), (val, 0)]
+        views = [(train, view) for view in range(self.count)]
+        return [*views, (val, 0)] if len(val) else views
 
     def pixels(self, rows: Array, view: int, start: int) -> torch.Tensor:
         """Pixels of rows start to start + chunk in one view, (n, 3, S, S) float32.

@@ -1,7 +1,7 @@
 """Start the head from a ridge regression on the frozen features, before any epoch.
 
-    start = start_head(backbone, loader, labels, groups, stage, ranks)
-    start.accuracy, start.low, start.high        # out of fold: every image by a head that never saw it
+    start = start_head(backbone, loader, labels, groups, stage, ranks, folds)
+    start.figures.accuracy       # out of fold: every image by a head that never saw it
 
 A random head spends its first epochs, at a low learning rate all of them, on finding what one solve
 finds in seconds.
@@ -19,7 +19,7 @@ from torch import nn
 from ftkit.models.backbones import Backbone, features
 from ftkit.models.inference import Tensors
 from ftkit.recipe import Stage
-from ftkit.training.closed_form import Head, fit_head
+from ftkit.training.closed_form import fit_head
 from ftkit.training.loader import Loader
 from ftkit.training.optimizer import class_weights
 from ftkit.utils.distributed import Ranks
@@ -43,6 +43,17 @@ class HeadStart:
     strength: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """figures: what the head is worth. by_fold: (weight, bias) of each fold's head, shaped as the
+    model's. logits (n, classes), embedding (n, features): of every image, out of fold, float32."""
+
+    figures: HeadStart
+    by_fold: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    logits: Array
+    embedding: Array
+
+
 def start_head(
     backbone: Backbone,
     loader: Loader,
@@ -50,43 +61,55 @@ def start_head(
     groups: Sequence[str],
     stage: Stage,
     ranks: Ranks,
-) -> HeadStart | None:
-    """Set the weights of the model's head; returns what they are worth.
+    folds: Sequence[Array],
+) -> Start | None:
+    """Set the weights of the model's head, and return what they are worth.
 
-    labels (n,), groups (n,): of the training images. None, and the head stays random, where there
-    are too few images or groups to judge it.
+    labels (n,), groups (n,): of the training images. folds: whether each is held out, (n,) bool per
+    fold. None, and the head stays random, where there are no folds, or the features are no numbers.
     """
+    if not folds:
+        return None
+
     head = backbone.model.get_submodule(backbone.head)
-    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() makes no other
+    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() creates only these
+    assert head.bias is not None  # build() creates none without
     embedding = embed(loader, head, loader.seen, len(labels), ranks)
     classes = head.weight.shape[0]
     weights = class_weights(labels, classes).cpu().numpy() if stage.balance != "none" else None
 
-    fitted = fit_head(embedding, labels.cpu().numpy(), groups, classes, weights)
-    if fitted is None or not np.isfinite(fitted.weight).all():
+    fitted = fit_head(embedding, labels.cpu().numpy(), folds, classes, weights)
+    if not np.isfinite(fitted.weight).all():
         return None
 
     # Every rank has fitted it; the first one's holds, to the bit
-    values = {"weight": torch.from_numpy(fitted.weight), "bias": torch.from_numpy(fitted.bias)}
-    values = ranks.tensors(values)
-    assert head.bias is not None  # build() makes no head without
+    own = {"weight": fitted.weight, "bias": fitted.bias, "logits": fitted.logits}
+    for fold, (weight, bias) in enumerate(fitted.by_fold):
+        own |= {f"weight{fold}": weight, f"bias{fold}": bias}
+    shared = ranks.tensors({name: torch.from_numpy(value) for name, value in own.items()})
+
     with torch.no_grad():
-        head.weight.copy_(values["weight"].view_as(head.weight))
-        head.bias.copy_(values["bias"])
+        head.weight.copy_(shared["weight"].view_as(head.weight))
+        head.bias.copy_(shared["bias"])
 
-    return _judged(fitted, groups)
-
-
-def _judged(head: Head, groups: Sequence[str]) -> HeadStart:
-    low, high, clusters = share_interval(head.right, [groups[row] for row in head.rows])
-    return HeadStart(
-        images=len(head.right),
-        accuracy=float(head.right.mean()),
-        low=low,
-        high=high,
-        clusters=clusters,
-        nll=head.nll,
-        strength=head.strength,
+    right = shared["logits"].numpy().argmax(1) == labels.cpu().numpy()
+    low, high, clusters = share_interval(right, groups)
+    return Start(
+        figures=HeadStart(
+            images=len(right),
+            accuracy=float(right.mean()),
+            low=low,
+            high=high,
+            clusters=clusters,
+            nll=fitted.nll,
+            strength=fitted.strength,
+        ),
+        by_fold=tuple(
+            (shared[f"weight{fold}"].view_as(head.weight).clone(), shared[f"bias{fold}"].clone())
+            for fold in range(len(folds))
+        ),
+        logits=shared["logits"].numpy(),
+        embedding=embedding,
     )
 
 

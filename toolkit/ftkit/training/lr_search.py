@@ -1,6 +1,6 @@
 """Learning-rate search for lr = "auto": train one head per rate on cached features, keep the best.
 
-peak = best_rate(stage, backbone, loader, batches, total, val_labels)
+peak = best_rate(stage, backbone, loader, batches, total, held)
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ftkit.models.backbones import Backbone, features
 from ftkit.recipe import Stage
 from ftkit.training.loader import Loader
 from ftkit.training.optimizer import rate
+from ftkit.training.validate import Held
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
@@ -26,7 +27,7 @@ def best_rate(
     loader: Loader,
     batches: Iterable[tuple[np.ndarray, torch.Generator]],
     total: int,
-    val_labels: torch.Tensor,
+    held: Held,
 ) -> float:
     """Return the rate whose head has the lowest val NLL after the stage's `total` steps.
 
@@ -63,12 +64,12 @@ def best_rate(
         optimizer.step()
 
     with torch.no_grad():
-        starts = range(0, len(val_labels), 256)
+        starts = range(0, len(held.labels), 256)
         parts = [
-            loader.val(np.arange(start, min(start + 256, len(val_labels)))) for start in starts
+            held.read(np.arange(start, min(start + 256, len(held.labels)))) for start in starts
         ]
         embeddings = torch.cat([features(loader.eval_net, head, inputs)[0] for inputs in parts])
-        scores = [float(F.cross_entropy(logits, val_labels)) for logits in logits_of(embeddings)]
+        scores = [float(F.cross_entropy(logits, held.labels)) for logits in logits_of(embeddings)]
 
     finite = [score if np.isfinite(score) else np.inf for score in scores]
     return RATES[int(np.argmin(finite))]

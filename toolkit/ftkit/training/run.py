@@ -20,6 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import safetensors.torch
 import timm
@@ -34,6 +35,7 @@ from ftkit.report.pages import Table, table_html
 from ftkit.utils.lock import LOCK, in_use
 from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.verify import is_whole, with_digest
@@ -41,6 +43,8 @@ from ftkit_export.runtime.verify import is_whole, with_digest
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
+OUT_OF_FOLD = "oof.npz"
+FOLD_WEIGHTS = "folds.safetensors"
 RUN_SCHEMA = 5  # of run.json
 
 
@@ -87,6 +91,33 @@ class Run:
         state = safetensors.torch.load_file(self.folder / WEIGHTS)
         backbone.model.load_state_dict(state)
         return backbone
+
+
+def fold_models(run: Run) -> list[tuple[nn.Module, Array, Array]]:
+    """Each fold's model, with the rows of the canvases that it has not seen, and those it has.
+
+    Empty where the run had no folds. Rows whose fold was not needed are in no model's first.
+    """
+    path = run.folder / OUT_OF_FOLD
+    if not path.is_file():
+        return []
+
+    with np.load(path, allow_pickle=False) as stored:
+        of, rows, known = stored["fold"], stored["train_rows"], stored["rows"]
+    weights = safetensors.torch.load_file(run.folder / FOLD_WEIGHTS)
+
+    models = []
+    for fold in range(int(of.max()) + 1):
+        prefix = f"{fold}/"
+        own = {
+            name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)
+        }
+        held = np.intersect1d(rows[of == fold], known)
+        if len(held):
+            model = run.backbone().model
+            model.load_state_dict(own, strict=False)
+            models.append((model.eval(), held, rows[of != fold]))
+    return models
 
 
 def next_free(base: Path) -> Path:

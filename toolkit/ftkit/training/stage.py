@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,7 +25,9 @@ from ftkit.models.freezing import under
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe, Stage
 from ftkit.training.checkpoint import Stop, Stopped, TrainState, seeded
-from ftkit.training.head_start import start_head
+from ftkit.training.closed_form import default_folds
+from ftkit.training.folds import Folds
+from ftkit.training.head_start import HeadStart, start_head
 from ftkit.training.loader import Fetched, Loader, ahead
 from ftkit.training.lr_search import best_rate
 from ftkit.training.optimizer import StepState, class_weights, make_optimizer, rate
@@ -33,7 +36,7 @@ from ftkit.training.run import append
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.step import fresh_gradients, run_as
 from ftkit.training.tensorboard import Log
-from ftkit.training.validate import Score, Validation, detached, validate
+from ftkit.training.validate import DRIFT_IMAGES, Held, Score, Validation, detached, validate
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks
 from ftkit_export.proof.intervals import ground
@@ -62,6 +65,8 @@ class StageResult:
     seconds: float
     how: str
     kept: bool
+    folds: int = 0
+    gain: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +83,39 @@ class Work:
     compute: Compute
     ranks: Ranks
     log: Log
+    folds: Folds | None = None
 
     @property
     def balanced(self) -> bool:
         """Whether stages are compared by balanced accuracy: if any of them balances its classes."""
         return any(stage.balance != "none" for stage in self.recipe.stages)
+
+    def val(self, loader: Loader) -> Held:
+        """The val split."""
+        return Held(loader.val, self.labels["val"])
+
+    def validated(
+        self,
+        loader: Loader,
+        held: Held,
+        weights: dict[str, torch.Tensor],
+        *,
+        embeddings: int = DRIFT_IMAGES,
+    ) -> Validation:
+        """Evaluate weights on held-out images; {}: the model as it is."""
+        return validate(
+            self.backbone,
+            loader,
+            held,
+            weights,
+            self.ranks,
+            balanced=self.balanced,
+            embeddings=embeddings,
+        )
+
+    def drift(self, embedding: Array) -> float | None:
+        """CKA with the pretrained backbone's embedding of the same images."""
+        return cka(embedding, self.state.tensors("pristine")["embedding"].numpy())
 
     def pause(self, moving: StepState) -> None:
         """Save if a save is due or any rank received a signal.
@@ -108,17 +141,14 @@ def train_stage(work: Work, number: int) -> StageResult:
     loader = work.loaders.stage(number)
     console.say(f"{stage.train}: {loader.how}")
     compare_circumstances(work.state, {f"stage {number}": loader.kind})
-    _remember_pristine(work, loader)
+    remember_pristine(work, loader, work.val(loader))
     if number == 0 and stage.train == "head" and stage.init == "ridge" and work.state.best is None:
         _start_head(work, loader)
 
-    training = StageTraining(work, number, loader)
+    part = Part(positions=np.arange(len(work.labels["train"])), held=work.val(loader))
+    training = StageTraining(work, number, loader, part)
     with work.stop.deferred():
-        while work.state.epoch < stage.epochs:
-            if not training.epoch():
-                break
-            work.pause(training.moving)
-
+        training.run()
         release(training.net)
         return _settle(training)
 
@@ -126,25 +156,39 @@ def train_stage(work: Work, number: int) -> StageResult:
 def _start_head(work: Work, loader: Loader) -> None:
     """Begin with a head fitted in closed form: the first stage must do better on val to replace it."""
     canvases = work.loaders.canvases
+    groups = canvases.groups(canvases.rows("train"))
+    labels = work.labels["train"]
+    folds = default_folds(labels.cpu().numpy(), groups)
     start = start_head(
-        work.backbone,
-        loader,
-        work.labels["train"],
-        canvases.groups(canvases.rows("train")),
-        work.recipe.stages[0],
-        work.ranks,
+        work.backbone, loader, labels, groups, work.recipe.stages[0], work.ranks, folds
     )
     if start is None:
         return
 
-    console.say(
-        f"head: out-of-fold accuracy {start.accuracy:.3f} [{start.low:.3f}, {start.high:.3f}] on "
-        f"{ground(start.images, start.clusters)}, by ridge regression, before training"
-    )
+    say_head_start(work, start.figures)
     run = work.state
-    run.head_start = asdict(start)
-    run.best = _validated(work, loader, {}).score
+    run.best = work.validated(loader, work.val(loader), {}).score
     run.save(base=work.backbone.model.state_dict())
+
+
+def say_head_start(work: Work, figures: HeadStart) -> None:
+    """Print what the features are worth, and remember it."""
+    console.say(
+        f"head: out-of-fold accuracy {figures.accuracy:.3f} [{figures.low:.3f}, {figures.high:.3f}] on "
+        f"{ground(figures.images, figures.clusters)}, by ridge regression, before training"
+    )
+    work.state.head_start = asdict(figures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The images of one training. positions: among the train images (n,). held: what it is judged
+    on; None for a refit on all. fold: its number, or the number of folds for the refit; None
+    without folds."""
+
+    positions: Array
+    held: Held | None
+    fold: int | None = None
 
 
 class StageTraining:
@@ -153,13 +197,15 @@ class StageTraining:
     net: the loader's net, run in the fastest way here. moving: the weights that train.
     """
 
-    def __init__(self, work: Work, number: int, loader: Loader):
+    def __init__(self, work: Work, number: int, loader: Loader, part: Part):
         model = work.backbone.model
         self.work = work
         self.number = number
         self.stage = work.recipe.stages[number]
         self.loader = loader
-        self.labels = work.labels["train"]
+        self.part = part
+        self.labels = work.labels["train"][torch.from_numpy(part.positions)]
+        self.seed = [work.seed, number] if part.fold is None else [work.seed, number, part.fold]
         self.names = work.loaders.trained[number]
         self.frozen = _frozen_fingerprint(model, self.names)
         self.steps_per_epoch = max(1, len(self.labels) // self.stage.batch_size)
@@ -189,6 +235,13 @@ class StageTraining:
             else None
         )
 
+    def run(self) -> None:
+        """Train all epochs that are left."""
+        while self.work.state.epoch < self.stage.epochs:
+            if not self.epoch():
+                break
+            self.work.pause(self.moving)
+
     def epoch(self) -> bool:
         """Train one epoch, or the rest of an interrupted one, and validate.
 
@@ -199,7 +252,10 @@ class StageTraining:
         first = run.step
         end = self.steps_per_epoch * (run.epoch + 1)
         read = partial(self._read, self.order(run.epoch))
-        title = f"{self.stage.train} {run.epoch + 1}/{self.stage.epochs}"
+        fold = (
+            "" if self.part.fold is None or not self.part.held else f" fold {self.part.fold + 1},"
+        )
+        title = f"{self.stage.train}{fold} {run.epoch + 1}/{self.stage.epochs}"
 
         with console.bar(title, partial(self._standing, begun, first)) as progress:
             for step, (share, fetched) in ahead(range(first, end), read):
@@ -216,12 +272,20 @@ class StageTraining:
             )
             return False
 
-        judged = _validated(self.work, self.loader, self.moving.result)
+        held = self.part.held
+        judged = self.work.validated(self.loader, held, self.moving.result) if held else None
         images = (end - first) * self.images_per_step
         speeds = self.work.ranks.gather(images / self.work.ranks.world / seconds)
-        self._report(loss, accuracy, judged, speeds)
+        if self.part.fold is not None and judged:
+            self._remember(judged)
+        else:
+            self._report(loss, accuracy, judged, speeds)
 
-        if self.stage.patience and _out_of_patience(run, self.stage, self.moving, judged.score):
+        if (
+            self.stage.patience
+            and judged
+            and _out_of_patience(run, self.stage, self.moving, judged.score)
+        ):
             console.say(
                 f"{self.stage.train}: no improvement for {self.stage.patience} epochs; its best epoch is kept"
             )
@@ -255,16 +319,17 @@ class StageTraining:
         With balance = "sample", every class is drawn equally often.
         """
         labels = self.labels.cpu()
-        seed = seeded("order", self.work.seed, self.number, epoch)
+        seed = seeded("order", *self.seed, epoch)
         generator = torch.Generator().manual_seed(seed)
 
         if self.stage.balance == "sample":
             chances = class_weights(labels, int(labels.max()) + 1)[labels]
-            return torch.multinomial(
-                chances, len(labels), replacement=True, generator=generator
-            ).numpy()
+            drawn = torch.multinomial(chances, len(labels), replacement=True, generator=generator)
+        else:
+            drawn = torch.randperm(len(labels), generator=generator)
 
-        return torch.randperm(len(labels), generator=generator).numpy()
+        positions: Array = self.part.positions[drawn.numpy()]
+        return positions
 
     def _read(self, order: Array, step: int) -> tuple[float, Fetched]:
         """Read this rank's part of one step, with the weight of its mean gradient among the ranks'.
@@ -276,7 +341,7 @@ class StageTraining:
         at = step % self.steps_per_epoch * size
         positions = order[at : at + size]
         part = ranks.part(len(positions))
-        seed = seeded("step", self.work.seed, self.number, step)
+        seed = seeded("step", *self.seed, step)
         generator = torch.Generator().manual_seed(seed)
         share = (part.stop - part.start) * ranks.world / len(positions)
 
@@ -287,7 +352,7 @@ class StageTraining:
 
     def _layers_seed(self, step: int) -> int:
         """Seed of the global generator, for dropout; differs by rank, since their images do."""
-        place = ("layers", self.work.seed, self.number, step)
+        place = ("layers", *self.seed, step)
         ranks = self.work.ranks
         return seeded(*place) if ranks.main else seeded(*place, ranks.rank)
 
@@ -315,8 +380,27 @@ class StageTraining:
 
         return " · ".join([*parts, self.loader.how])
 
+    def _remember(self, judged: Validation) -> None:
+        """Add a fold's epoch to the stage's out-of-fold curve."""
+        run = self.work.state
+        images = len(judged.logits)
+        sums = (judged.accuracy * images, images, -judged.score[1] * images)
+        if run.epoch == len(run.curve):
+            run.curve.append([0.0, 0.0, 0.0])
+        run.curve[run.epoch] = [
+            before + more for before, more in zip(run.curve[run.epoch], sums, strict=True)
+        ]
+        run.epoch += 1
+
+    def _held_out(self, judged: Validation | None) -> tuple[float, float]:
+        """(accuracy, NLL) after this epoch: on val, or of the folds' models after as many."""
+        if judged:
+            return judged.accuracy, -judged.score[1]
+        right, images, nll = self.work.state.curve[self.work.state.epoch]
+        return right / images, nll / images
+
     def _report(
-        self, loss: float, accuracy: float, judged: Validation, speeds: list[float]
+        self, loss: float, accuracy: float, judged: Validation | None, speeds: list[float]
     ) -> None:
         """Print the epoch's line and append it to metrics.jsonl; valid from the next save on.
 
@@ -326,6 +410,7 @@ class StageTraining:
         run = self.work.state
         images_per_s = sum(speeds)
         lr = self._rate(run.step - 1)
+        held_accuracy, held_nll = self._held_out(judged)
         run.epoch += 1
         run.lines += 1
 
@@ -334,7 +419,7 @@ class StageTraining:
             seconds = (stage.epochs - run.epoch) * len(self.labels) / images_per_s
             left = console.clock(seconds)
         console.say(
-            f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {judged.accuracy:.3f}  "
+            f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {held_accuracy:.3f}  "
             f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"
         )
         if len(speeds) > 1 and run.epoch == stage.epochs:
@@ -349,8 +434,8 @@ class StageTraining:
             "epoch": run.epoch,
             "loss": loss,
             "train_accuracy": accuracy,
-            "val_accuracy": judged.accuracy,
-            "val_nll": -judged.score[1],
+            "val_accuracy": held_accuracy,
+            "val_nll": held_nll,
             "lr": lr,
             "images_per_s": images_per_s,
             **({"images_per_s_by_rank": speeds} if len(speeds) > 1 else {}),
@@ -379,13 +464,13 @@ def _peak(training: StageTraining) -> float:
             order = training.order(epoch)
             for step in range(training.steps_per_epoch):
                 number = epoch * training.steps_per_epoch + step
-                seed = seeded("fan", work.seed, training.number, number)
+                seed = seeded("fan", *training.seed, number)
                 torch.manual_seed(seed)  # dropout before the head draws from the global generator
                 yield order[step * size : (step + 1) * size], torch.Generator().manual_seed(seed)
 
-    peak = best_rate(
-        stage, work.backbone, training.loader, batches(), training.steps, work.labels["val"]
-    )
+    held = training.part.held
+    assert held  # a refit has the rate of its folds
+    peak = best_rate(stage, work.backbone, training.loader, batches(), training.steps, held)
     peak = work.ranks.first(lambda: peak)
     console.say(f"{stage.train}: rate {peak:.0e}, the best of a fan on val")
     return peak
@@ -414,18 +499,15 @@ def _settle(training: StageTraining) -> StageResult:
     drift = None
     accuracy = 0.0
     if not training.broken or moving.best:
-        judged = _validated(work, training.loader, result)
+        judged = work.validated(training.loader, work.val(training.loader), result)
         score = judged.score
         accuracy = judged.accuracy
-        drift = cka(judged.embedding, run.tensors("pristine")["embedding"].numpy())
+        drift = work.drift(judged.embedding)
 
     best = run.best or NEVER
     better = score > best
     model.load_state_dict(detached(result if better else moving.before), strict=False)
-    if _frozen_fingerprint(model, training.names) != training.frozen:
-        raise FtkitError(
-            f"stage {stage.train}: expected frozen weights to stay, found them changed. Please report this"
-        )
+    check_frozen(training)
 
     assert run.lr is not None  # StageTraining set it
     outcome = StageResult(
@@ -450,17 +532,19 @@ def _settle(training: StageTraining) -> StageResult:
     return outcome
 
 
-def _remember_pristine(work: Work, loader: Loader) -> None:
-    """Save the pretrained backbone's val embeddings, before any training."""
+def check_frozen(training: StageTraining) -> None:
+    """Raise FtkitError if a weight changed that the stage does not train."""
+    if _frozen_fingerprint(training.work.backbone.model, training.names) != training.frozen:
+        raise FtkitError(
+            f"stage {training.stage.train}: expected frozen weights to stay, found them changed. Please report this"
+        )
+
+
+def remember_pristine(work: Work, loader: Loader, held: Held) -> None:
+    """Save the pretrained backbone's embeddings of held-out images, before any training."""
     if "pristine" not in work.state.files:
-        judged = _validated(work, loader, {})
+        judged = work.validated(loader, held, {})
         work.state.save(pristine={"embedding": torch.from_numpy(judged.embedding)})
-
-
-def _validated(work: Work, loader: Loader, weights: dict[str, torch.Tensor]) -> Validation:
-    return validate(
-        work.backbone, loader, work.labels["val"], weights, work.ranks, balanced=work.balanced
-    )
 
 
 def _frozen_fingerprint(model: nn.Module, names: tuple[str, ...]) -> str:

@@ -9,17 +9,20 @@ first writes files and prints.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
 
 from ftkit.data.audit import audit, named, require_apart
@@ -27,7 +30,7 @@ from ftkit.data.canvas import Canvases, build_canvases
 from ftkit.data.dataset import Images, below, read_images, splits_csv
 from ftkit.evaluation.bundle import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Mistake
-from ftkit.evaluation.model import evaluate_model
+from ftkit.evaluation.model import HeldOut, evaluate_model
 from ftkit.models.backbones import Backbone, build
 from ftkit.models.freezing import trainable
 from ftkit.models.weights import fingerprint
@@ -36,8 +39,19 @@ from ftkit.recipe import Recipe, resolve, restore
 from ftkit.report.build import pictures, save_pictures, write_report
 from ftkit.training import checkpoint, distillation, precision
 from ftkit.training.checkpoint import Stop, Stopped
+from ftkit.training.folded import out_of_fold, train_folded_stage
+from ftkit.training.folds import AUTO, Folds, make_folds
 from ftkit.training.precision import Compute
-from ftkit.training.run import RUN_SCHEMA, create, environment, finish, is_finished, read_metrics
+from ftkit.training.run import (
+    FOLD_WEIGHTS,
+    OUT_OF_FOLD,
+    RUN_SCHEMA,
+    create,
+    environment,
+    finish,
+    is_finished,
+    read_metrics,
+)
 from ftkit.training.stage import Work, compare_circumstances, train_stage
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.tensorboard import Log, nowhere, require_tensorboard
@@ -170,9 +184,13 @@ def _train(request: Request, stop: Stop, ranks: Ranks, opened: ExitStack) -> Non
     prepared = _prepare(request, ranks, opened)
     work = _begin_or_resume(request, prepared, stop, ranks, opened, begun)
     console.say(HEADER)
+    train_next = train_folded_stage if work.folds else train_stage
     for number in range(work.state.stage, len(request.recipe.stages)):
-        train_stage(work, number)
-    ranks.together(lambda: _finish(work, request, prepared) if ranks.main else None)
+        train_next(work, number)
+    held_out, fold_weights = _out_of_fold(work, prepared.canvases)
+    ranks.together(
+        lambda: _finish(work, request, prepared, held_out, fold_weights) if ranks.main else None
+    )
 
 
 def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
@@ -181,7 +199,9 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     Raises FtkitError for a typo, before the slow decoding.
     """
     recipe = request.recipe
-    images = read_images(request.data, request.seed, request.group_by, request.root)
+    images = read_images(
+        request.data, request.seed, request.group_by, request.root, cut_val=not recipe.folds
+    )
     torch.manual_seed(request.seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
 
@@ -264,6 +284,7 @@ def _begin_or_resume(
             f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next"
         )
     compare_circumstances(run, _circumstances(request, backbone, loaders, ranks))
+    folds = _folds(request, canvases, ranks)
 
     every = torch.from_numpy(canvases.labels).to(device)
     return Work(
@@ -277,7 +298,27 @@ def _begin_or_resume(
         compute=request.compute,
         ranks=ranks,
         log=log,
+        folds=folds,
     )
+
+
+def _folds(request: Request, canvases: Canvases, ranks: Ranks) -> Folds | None:
+    """The folds asked for; none where a val split is given, which then decides."""
+    wanted = request.recipe.folds
+    if not wanted:
+        return None
+    if len(canvases.rows("val")):
+        console.warn(
+            "folds: expected no val split, found one in the data. It decides; no folds are made"
+        )
+        return None
+
+    count = AUTO if wanted == "auto" else wanted
+    folds = ranks.together(lambda: make_folds(canvases, count, request.seed))
+    console.say(
+        f"{folds.count} folds of {len(folds.of)} images: what is decided is decided on them"
+    )
+    return folds
 
 
 def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.TrainState:
@@ -330,13 +371,21 @@ def _begun(out: Path, resume: bool, opened: ExitStack) -> bool:
     return going_on
 
 
-def _finish(work: Work, request: Request, prepared: Prepared) -> None:
+def _finish(
+    work: Work,
+    request: Request,
+    prepared: Prepared,
+    held_out: HeldOut | None,
+    fold_weights: Mapping[str, torch.Tensor],
+) -> None:
     """Evaluate the final weights once, and write the run."""
     run = work.state
     canvases = prepared.canvases
     backbone = work.backbone
     backbone.model.cpu().eval()
-    verdict = evaluate_model(backbone, canvases, prepared.preprocess, work.recipe.precision)
+    verdict = evaluate_model(
+        backbone, canvases, prepared.preprocess, work.recipe.precision, held_out
+    )
     seconds = run.spent
     run_json = {
         "schema": RUN_SCHEMA,
@@ -357,11 +406,14 @@ def _finish(work: Work, request: Request, prepared: Prepared) -> None:
         "weights": backbone.weights,
         "model_fingerprint": fingerprint(backbone.model),
         "head_start": run.head_start,
+        "folds": _told_folds(work, canvases, held_out),
         "stages": run.stages,
         "seconds": seconds,
         "environment": environment(),
     }
 
+    if held_out:
+        _write_folds(work, held_out, fold_weights)
     _write(run.folder, run_json, work, canvases)
 
     _say_cache()
@@ -370,6 +422,60 @@ def _finish(work: Work, request: Request, prepared: Prepared) -> None:
         f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
         f"{ground(test.images, test.clusters)}; trained in {console.clock(seconds)}"
     )
+
+
+def _out_of_fold(work: Work, canvases: Canvases) -> tuple[HeldOut | None, dict[str, torch.Tensor]]:
+    """The out-of-fold predictions of what the stages ended with, and the folds' weights as
+    "FOLD/NAME". Collective."""
+    answers = out_of_fold(work.state) if work.folds else None
+    if answers is None or work.folds is None:
+        return None, {}
+
+    known = answers.known
+    held_out = HeldOut(
+        rows=canvases.rows("train")[known],
+        logits=answers.logits[known],
+        embedding=answers.embedding[known],
+    )
+    weights = {
+        f"{fold}/{name}": value.contiguous()
+        for fold in range(work.folds.count)
+        for name, value in work.state.tensors(f"fold{fold}").items()
+    }
+    return held_out, weights
+
+
+def _told_folds(work: Work, canvases: Canvases, held_out: HeldOut | None) -> dict[str, Any] | None:
+    """Folds as run.json has them: their number, and each one's images and accuracy."""
+    if not work.folds or held_out is None:
+        return None
+
+    right = held_out.logits.argmax(1) == canvases.labels[held_out.rows]
+    of = work.folds.of[np.isin(canvases.rows("train"), held_out.rows)]
+    parts = [right[of == fold] for fold in range(work.folds.count)]
+    return {
+        "count": work.folds.count,
+        "images": [len(part) for part in parts],
+        "accuracy": [float(part.mean()) if len(part) else None for part in parts],
+    }
+
+
+def _write_folds(work: Work, held_out: HeldOut, weights: Mapping[str, torch.Tensor]) -> None:
+    """oof.npz, and each fold's weights where they differ from the shipped ones: an export decides
+    on them."""
+    assert work.folds
+    folder = work.state.folder
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        fold=work.folds.of,
+        train_rows=work.loaders.canvases.rows("train"),
+        rows=held_out.rows,
+        logits=held_out.logits,
+        embedding=held_out.embedding.astype(np.float16),
+    )
+    write_atomically(folder / OUT_OF_FOLD, content.getvalue())
+    write_atomically(folder / FOLD_WEIGHTS, safetensors.torch.save(dict(weights)))
 
 
 def _write(folder: Path, run_json: dict[str, Any], work: Work, canvases: Canvases) -> None:
@@ -414,12 +520,13 @@ def _named(mistakes: Sequence[Mistake], images: Images, canvases: Canvases) -> l
 
 def _say_data(canvases: Canvases) -> None:
     images = canvases.images
-    counts = ", ".join(f"{len(images.of(split))} {split}" for split in ("train", "val", "test"))
+    sizes = {split: len(images.of(split)) for split in ("train", "val", "test")}
+    counts = ", ".join(f"{size} {split}" for split, size in sizes.items() if size)
     made = f" ({' and '.join(images.made)} made here)" if images.made else ""
     console.say(f"{len(images.images)} images of {len(images.classes)} classes: {counts}{made}")
 
     for split in ("val", "test"):
-        if missing := images.unjudged(split):
+        if sizes[split] and (missing := images.unjudged(split)):
             console.say(
                 f"no {split} image of {', '.join(missing)}: {split} says nothing of {_them(missing)}"
             )

@@ -1,11 +1,12 @@
 """Score of a stage on the val split, and embeddings to measure how far its features moved.
 
-result = validate(backbone, loader, labels, weights, ranks, balanced=False)
+result = validate(backbone, loader, Held(loader.val, labels), weights, ranks, balanced=False)
 result.score > best_score
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftkit.models.backbones import Backbone, features
+from ftkit.models.inference import Tensors
 from ftkit.training.loader import Loader
 from ftkit.utils.distributed import Ranks
 from ftkit_export.runtime.arrays import Array
@@ -30,12 +32,24 @@ def detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in values.items()}
 
 
+@dataclass(frozen=True)
+class Held:
+    """Images that a training does not see and is judged on: the val split, or a fold.
+
+    read: positions (n,) -> inputs of the loader's eval_net. labels: (N,), on the device.
+    """
+
+    read: Callable[[Array], Tensors]
+    labels: torch.Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Result on the val split. embedding: (n, D) of its first images."""
+    """Result on held-out images. logits: (N, classes); embedding: (n, D) of the first images."""
 
     score: Score
     accuracy: float
+    logits: Array
     embedding: Array
 
 
@@ -43,18 +57,20 @@ class Validation:
 def validate(
     backbone: Backbone,
     loader: Loader,
-    labels: torch.Tensor,
+    held: Held,
     weights: dict[str, torch.Tensor],
     ranks: Ranks,
     *,
     balanced: bool,
+    embeddings: int = DRIFT_IMAGES,
 ) -> Validation:
-    """Evaluate these weights on the val split; the model is left as it was.
+    """Evaluate these weights on held-out images; the model is left as it was.
 
     balanced: score by balanced accuracy, the mean recall of the classes, which stages that balance
     their classes train for at the possible expense of plain accuracy. Each rank computes some of
     the batches and leaves zeros elsewhere; their sum gives every rank the exact logits.
     """
+    labels = held.labels
     model = backbone.model
     modes = [module.training for module in model.modules()]
     own = {name: value.clone() for name, value in model.state_dict().items() if name in weights}
@@ -62,12 +78,12 @@ def validate(
     head = model.get_submodule(backbone.head)
     assert isinstance(head, nn.Linear | nn.Conv2d)  # build() creates only these
     whole = torch.zeros(len(labels), head.weight.shape[0], device=labels.device)
-    kept = torch.zeros(min(len(labels), DRIFT_IMAGES), head.weight.shape[1], device=labels.device)
+    kept = torch.zeros(min(len(labels), embeddings), head.weight.shape[1], device=labels.device)
 
     for start in range(0, len(labels), EVAL_BATCH)[ranks.rank :: ranks.world]:
         place = slice(start, min(start + EVAL_BATCH, len(labels)))
         embedding, answer = features(
-            loader.eval_net, head, loader.val(np.arange(place.start, place.stop))
+            loader.eval_net, head, held.read(np.arange(place.start, place.stop))
         )
         whole[place] = answer.float()
         kept[place] = embedding[: max(0, len(kept) - start)]
@@ -85,4 +101,9 @@ def validate(
         lambda: [float(compared), -float(F.cross_entropy(whole, labels)), float(right.mean())]
     )
 
-    return Validation(score=(told[0], told[1]), accuracy=told[2], embedding=kept.cpu().numpy())
+    return Validation(
+        score=(told[0], told[1]),
+        accuracy=told[2],
+        logits=whole.cpu().numpy(),
+        embedding=kept.cpu().numpy(),
+    )

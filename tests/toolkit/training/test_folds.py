@@ -1,0 +1,242 @@
+"""Every label is evidence: out-of-fold predictions decide, and the shipped weights are a refit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+from conftest import COMMAND, TINY, ftkit, settings
+from PIL import Image
+
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
+from ftkit.evaluation.model import Inference
+from ftkit.training import loader
+from ftkit.training.folds import make_folds
+from ftkit.training.run import fold_models, open_run
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess
+
+FOLDED = ("--folds", "3", "--group-by", "cell(...)", *settings(*TINY))
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def folded(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with three folds; its output in trace.txt."""
+    out = tmp_path_factory.mktemp("folds") / "run"
+    result = ftkit("train", photos, "--out", out, *FOLDED)
+    assert result.exit_code == 0, result.output
+    (out / "trace.txt").write_text(result.stdout)
+    return out
+
+
+def _csv(path: Path, rows: list[tuple[Path, str, str, str]]) -> Path:
+    lines = ["path,label,split,group", *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_groups_and_identical_files_are_never_split_and_classes_are_spread(tmp_path: Path) -> None:
+    rows = []
+    for number in range(120):
+        same = number - 1 if number % 10 == 1 else number  # every tenth file has a copy
+        image = Image.fromarray(np.random.default_rng(same).integers(0, 255, (24, 24, 3), np.uint8))
+        image.save(tmp_path / f"{number:03d}.png")
+        group = f"g{number // 4}" if number < 80 else ""
+        rows.append((tmp_path / f"{number:03d}.png", "ab"[number % 2], "train", group))
+    rows += [(path, label, "test", "") for path, label, _, _ in rows[-4:]]
+    images = read_images(_csv(tmp_path / "data.csv", rows), cut_val=False)
+    canvases = build_canvases(images, Preprocess(size=24, resize=24))
+    folds = make_folds(canvases, 5, seed=0)
+
+    train = [images.images[row] for row in canvases.rows("train")]
+    groups = np.array([image.group for image in train])
+    assert all(len(set(folds.of[groups == group])) == 1 for group in set(groups) - {""})
+    copies = [number for number in range(120) if number % 10 == 1]
+    assert all(folds.of[number] == folds.of[number - 1] for number in copies)
+    assert folds.count == 5
+    assert sorted(np.concatenate([folds.held(fold) for fold in range(5)])) == list(range(120))
+    labels = np.array([image.label for image in train])
+    shares = [labels[folds.held(fold)].mean() for fold in range(5)]
+    assert np.abs(np.array(shares) - labels.mean()).max() < 0.15
+
+
+def test_fewer_groups_than_folds_give_as_many_folds_and_too_few_are_refused(
+    photos: Path, tmp_path: Path
+) -> None:
+    rows = [
+        (path, path.parent.name, "train" if number % 5 else "test", f"g{number % 3}")
+        for folder in sorted(photos.glob("*-*"))
+        for number, path in enumerate(sorted(folder.glob("*.png"))[:15])
+    ]
+    preprocess = Preprocess(size=24, resize=24)
+    three = build_canvases(read_images(_csv(tmp_path / "3.csv", rows), cut_val=False), preprocess)
+    assert make_folds(three, 5, seed=0).count == 3
+    one = [(path, label, split, "all") for path, label, split, _ in rows]
+    single = build_canvases(read_images(_csv(tmp_path / "1.csv", one), cut_val=False), preprocess)
+    with pytest.raises(FtkitError, match="expected every class in at least two groups"):
+        make_folds(single, 5, seed=0)
+
+
+def test_every_image_is_predicted_by_a_model_that_never_saw_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[int]] = []
+    real = loader.CachedLoader.fetch
+
+    def watched(self: Any, positions: Any, *rest: Any) -> Any:
+        seen[-1].update(map(int, positions))
+        return real(self, positions, *rest)
+
+    from ftkit.training import folded as module
+
+    begin = module.StageTraining
+
+    def begun(*given: Any) -> Any:
+        seen.append(set())
+        return begin(*given)
+
+    monkeypatch.setattr(loader.CachedLoader, "fetch", watched)
+    monkeypatch.setattr(module, "StageTraining", begun)
+    result = ftkit("train", photos, "--out", tmp_path / "run", *FOLDED)
+    assert result.exit_code == 0, result.output
+    with np.load(tmp_path / "run" / "oof.npz") as stored:
+        of = stored["fold"]
+    for fold in range(3):
+        assert not seen[fold] & set(np.flatnonzero(of == fold))
+        assert seen[fold] <= set(np.flatnonzero(of != fold))
+
+
+def test_the_kept_folds_models_give_the_kept_answers(folded: Path, photos: Path) -> None:
+    """What an export decides on: each fold's weights, and its answers for images it never saw."""
+    run = open_run(folded)
+    images = read_images(photos, run.data["seed"], run.data["group_by"], cut_val=False)
+    canvases = build_canvases(images, run.preprocess)
+    with np.load(folded / "oof.npz") as stored:
+        rows, logits = stored["rows"], stored["logits"]
+    assert len(rows) == run.data["splits"]["train"], "every training image"
+    assert run.data["splits"]["val"] == 0
+    answers = dict(zip(rows, logits, strict=True))
+    held_by_all: list[int] = []
+    for model, held, trained_on in fold_models(run):
+        backbone = run.backbone()
+        backbone.model.load_state_dict(model.state_dict())
+        found = Inference(backbone, canvases, run.preprocess)(held, "again")[0]
+        expected = np.stack([answers[row] for row in held])
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+        assert not set(held) & set(trained_on)
+        held_by_all += list(held)
+    assert sorted(held_by_all) == sorted(rows)
+
+
+def test_what_is_fitted_is_fitted_on_the_answers_out_of_fold(folded: Path) -> None:
+    run = open_run(folded).data
+    with np.load(folded / "oof.npz") as stored:
+        right = stored["logits"].argmax(1)
+    assert run["metrics"]["val"]["images"] == len(right)
+    assert run["metrics"]["val"]["accuracy"] == pytest.approx(
+        np.average(run["folds"]["accuracy"], weights=run["folds"]["images"])
+    )
+    assert run["folds"]["count"] == 3
+    trace = (folded / "trace.txt").read_text()
+    assert trace.count("fold ") >= 3
+    assert "val image" not in trace
+    report = (folded / "report.html").read_text()
+    assert "Out-of-fold accuracy of each fold" in report
+
+
+def test_a_run_killed_in_a_fold_and_in_the_refit_ends_with_the_same_bits(
+    folded: Path, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+
+    def stands(stage: int, fold: int) -> bool:
+        try:
+            data = json.loads((out / "state" / "state.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return bool((data["stage"], data["fold"], data["step"]) > (stage, fold, 2))
+
+    for stage, fold in ((0, 1), (0, 2), (1, 0)):
+        command = [sys.executable, "-c", COMMAND, "train", str(photos), "--out", str(out)]
+        more = ["--resume"] if out.exists() else list(FOLDED)
+        process = subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, env=os.environ)
+        while process.poll() is None and not stands(stage, fold):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+    result = ftkit("train", photos, "--out", out, "--resume")
+    assert result.exit_code == 0, result.output
+    one, other = (safetensors.torch.load_file(run / "model.safetensors") for run in (folded, out))
+    assert all(one[name].equal(other[name]) for name in one)
+    with np.load(folded / "oof.npz") as first, np.load(out / "oof.npz") as second:
+        assert all(np.array_equal(first[name], second[name]) for name in first.files)
+
+
+def test_two_ranks_give_the_answers_of_one(folded: Path, photos: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        *TORCHRUN,
+        "-m",
+        "ftkit",
+        "train",
+        photos,
+        "--out",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        [*map(str, command), *FOLDED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(folded / "oof.npz") as one, np.load(tmp_path / "run" / "oof.npz") as two:
+        assert np.array_equal(one["fold"], two["fold"])
+        assert np.abs(one["logits"] - two["logits"]).max() < 0.05 * np.abs(one["logits"]).max()
+
+
+def test_a_val_split_that_is_given_decides_and_patience_needs_one(
+    photos: Path, tmp_path: Path
+) -> None:
+    for number, path in enumerate(sorted(photos.glob("*-*/*.png"))):
+        place = tmp_path / "data" / ("train", "val", "test")[number % 3] / path.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place / path.name)
+    quick = settings(*TINY, "stages.0.epochs=1", "stages.1.epochs=1")
+    given = ftkit("train", tmp_path / "data", "--folds", "3", "--out", tmp_path / "run", *quick)
+    assert given.exit_code == 0, given.output
+    assert "no folds are made" in given.stderr
+    assert open_run(tmp_path / "run").data["folds"] is None
+    patient = ftkit(
+        "train", photos, "--out", tmp_path / "other", *FOLDED, *settings("stages.0.patience=2")
+    )
+    assert (patient.exit_code, "expected 0 with folds" in patient.stderr) == (2, True)
+
+
+def test_an_export_decides_on_the_folds_and_checks_the_shipped_file_against_them(
+    folded: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    done = ftkit("export", folded, "--out", out, "--quick", "--handoff")
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((out / "manifest.json").read_text())
+    fp32, int8 = manifest["evidence"]["decision"][:2]
+    images = open_run(folded).data["metrics"]["val"]["images"]
+    assert fp32["accuracy"] == pytest.approx(
+        open_run(folded).data["metrics"]["val"]["accuracy"], abs=0.02
+    )
+    assert int8["paired"]["images"] == images
+    (check,) = manifest["evidence"]["agreement"]["int8"]
+    assert check["name"] == "answers changed by the shipped file"
+    assert check["inputs"] == open_run(folded).data["splits"]["test"]
+    assert 0 <= check["floor"] <= 1
+    assert ftkit("verify", out).exit_code == 0
