@@ -580,7 +580,7 @@ def first_divergence(
     truth = _module_outputs(reference.float64, pixels, torch.float64)
     floors = _module_outputs(reference.float32, pixels, torch.float32)
     model = onnx.load(core)
-    makers = _last_values(model, layers, set(truth))
+    makers = last_values(model, layers, set(truth))
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in makers)
 
@@ -600,7 +600,7 @@ def first_divergence(
     return "no single layer: the difference is in the last operations"
 
 
-def _last_values(
+def last_values(
     model: onnx.ModelProto, layers: Mapping[str, str], modules: set[str]
 ) -> dict[str, str]:
     """Value -> the module whose output it is, in graph order.

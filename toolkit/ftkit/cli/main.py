@@ -364,6 +364,12 @@ STANDARD_INPUT = Path("-")
     "--json", "as_json", is_flag=True, help="One JSON object per line, with all probabilities."
 )
 @click.option(
+    "--trace",
+    "traced",
+    is_flag=True,
+    help="Print the steps to each answer: shapes, parameters, times.",
+)
+@click.option(
     "--explain", is_flag=True, help="Write a class activation map of each answer into --out."
 )
 @click.option(
@@ -380,6 +386,7 @@ def predict(
     images: tuple[Path, ...],
     provider: str,
     as_json: bool,
+    traced: bool,
     explain: bool,
     out: Path,
     key: Path | None,
@@ -399,6 +406,10 @@ def predict(
     files: list[Path] = []
     for path in images:
         files += [path] if path == STANDARD_INPUT else image_files([path])
+
+    if traced:
+        _refuse_with_trace(as_json, explain, provider)
+        sys.exit(_trace(bundle, files, key))
 
     bad = 0
     with unpacked(bundle, key) as folder:
@@ -429,6 +440,37 @@ def predict(
             click.echo(f"{line}  {heat}" if heat else line)
 
     sys.exit(2 if bad else 0)
+
+
+def _refuse_with_trace(as_json: bool, explain: bool, provider: str) -> None:
+    for name, given in (
+        ("--json", as_json),
+        ("--explain", explain),
+        ("--provider", provider != "cpu"),
+    ):
+        if given:
+            raise FtkitError(
+                f"{name}: expected no such option with --trace, found one. Leave it out"
+            )
+
+
+def _trace(bundle: Path, files: list[Path], key: Path | None) -> int:
+    """Print the steps to each answer; the exit code."""
+    from ftkit.evaluation.trace import trace
+    from ftkit_export.bundle.archive import unpacked
+    from ftkit_export.runtime.errors import ImageError
+
+    bad = 0
+    with unpacked(bundle, key) as folder:
+        for path in files:
+            try:
+                content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path
+                click.echo(f"{path}\n{trace(folder, content)}")
+            except ImageError as error:
+                bad += 1
+                click.echo(f"error: {error}", err=True)
+
+    return 2 if bad else 0
 
 
 @main.command(short_help="List the recipes, or show one.")

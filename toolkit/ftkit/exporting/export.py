@@ -50,6 +50,7 @@ from ftkit_export.proof.parity import (
     ExportedModel,
     Parity,
     Reference,
+    last_values,
     measure_parity,
 )
 from ftkit_export.proof.regression import Outcome
@@ -523,6 +524,7 @@ def _seal(
 
     manifest = {
         **evidence.manifest(run, job.context, made, found_evidence),
+        "pipeline": _pipeline(job),
         "variants": {
             name: {
                 "file": image_form.relative_to(folder).as_posix(),
@@ -547,6 +549,15 @@ def _seal(
         rows=made.rows,
         chosen=measured.chosen.name,
     )
+
+
+def _pipeline(job: Job) -> list[dict[str, Any]]:
+    """The steps of the model as the run has them, each with its last value in the core form."""
+    parts: list[dict[str, Any]] = job.run.data.get("pipeline", [])  # not in older runs
+    ends = {part["blocks"][-1]: part for part in parts}
+    values = last_values(job.core.model, job.core.layers, set(ends))
+    by_block = {block: value for value, block in values.items()}
+    return [{**part, "value": by_block.get(part["blocks"][-1])} for part in parts]
 
 
 def _describe(job: Job, manifest: dict[str, Any], gates: Sequence[Gate]) -> None:

@@ -82,7 +82,8 @@ def write_report(
     titles = {
         id: title
         for id, title in TITLES.items()
-        if id not in EXPORT_ONLY or (export and (id != "history" or export["history"]))
+        if (id != "pipeline" or run.get("pipeline"))
+        and (id not in EXPORT_ONLY or (export and (id != "history" or export["history"])))
     }
     test = _judged(run, manifest)
     page = render(
@@ -94,6 +95,7 @@ def write_report(
         export=export,
         accuracy=_accuracy(run, manifest),
         training=_training(run, epochs),
+        pipeline=_pipeline(run),
         classes=_classes(test),
         confidence=_confidence(run),
         mistakes=_mistakes(run, shown),
@@ -107,6 +109,7 @@ TITLES = {
     "gates": "Gates",
     "accuracy": "Accuracy on held-out images",
     "training": "Training",
+    "pipeline": "Pipeline",
     "by-class": "By class",
     "how-sure-it-is": "How sure it is",
     "worst-mistakes": "Worst mistakes",
@@ -295,6 +298,36 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
         "stages": Table(head, rows),
         "how": run["stages"],
     }
+
+
+def _pipeline(run: Data) -> Table:
+    """Image, preprocessing, the parts of the network, and what comes of them."""
+    preprocess = run["preprocess"]
+    size = preprocess["size"]
+    parts = run.get("pipeline", [])  # not in older runs
+    classes = len(run["classes"])
+    temperature = f"temperature {run['temperature']:.2f}"
+
+    rows = [
+        ("image", "any camera's or file's", "(H, W, 3)", "", ""),
+        ("preprocess", preprocess["fit"], f"(3, {size}, {size})", "", "in the file"),
+        *(
+            (
+                part["name"],
+                _span(part["blocks"]),
+                str(tuple(part["shape"])),
+                part["parameters"],
+                ", ".join(part["stages"]) or "pretrained, never trained here",
+            )
+            for part in parts
+        ),
+        ("softmax", temperature, f"({classes},)", "", "fitted on held-out answers"),
+    ]
+    return Table(("step", "what", "output", "parameters", "trained in"), rows if parts else [])
+
+
+def _span(blocks: Sequence[str]) -> str:
+    return blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
 
 
 def _held_out_name(run: Data) -> str:

@@ -33,6 +33,7 @@ from ftkit.evaluation.metrics import Mistake
 from ftkit.evaluation.model import HeldOut, evaluate_model
 from ftkit.models.backbones import Backbone, build
 from ftkit.models.freezing import trainable
+from ftkit.models.pipeline import Part, describe
 from ftkit.models.weights import fingerprint
 from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, resolve, restore
@@ -408,6 +409,7 @@ def _finish(
         "head_start": run.head_start,
         "folds": _told_folds(work, canvases, held_out),
         "stages": run.stages,
+        "pipeline": [asdict(part) for part in _pipeline(work, prepared)],
         "seconds": seconds,
         "environment": environment(),
     }
@@ -422,6 +424,16 @@ def _finish(
         f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
         f"{ground(test.images, test.clusters)}; trained in {console.clock(seconds)}"
     )
+
+
+def _pipeline(work: Work, prepared: Prepared) -> list[Part]:
+    """The steps of the trained model, with the stages that trained them and were kept."""
+    trained = [
+        (stage["train"], work.loaders.trained[number])
+        for number, stage in enumerate(work.state.stages)
+        if stage["kept"]
+    ]
+    return describe(work.backbone, trained, prepared.preprocess.size)
 
 
 def _out_of_fold(work: Work, canvases: Canvases) -> tuple[HeldOut | None, dict[str, torch.Tensor]]:
