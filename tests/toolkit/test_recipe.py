@@ -52,7 +52,7 @@ def test_settings_reach_every_level() -> None:
         ),
         (
             "stages.0.learning_rate=1",
-            "Try lr; there are: balance, batch_size, batchnorm, cache, clip, ema, epochs, label_smoothing",
+            "Try lr; there are: balance, batch_size, batchnorm, cache, clip, ema, epochs, init, label_smoothing",
         ),
         ("stages.7.lr=1", "found '7'. Try one of: 0, 1"),
         ("stages.0.lr=fast", "expected float or auto, found 'fast'"),

@@ -395,7 +395,7 @@ def _with_splits(images: Images, seed: int, cut_val: bool) -> Images:
                 f"{images.root}: expected training images of class {name!r}, found none. Try adding some"
             )
 
-    for split in wanted:
+    for split in ("val", "test") if cut_val else ("test",):
         if not result.of(split):
             grouped = any(image.group for image in items)
             cure = (
