@@ -26,7 +26,7 @@ from sklearn.datasets import load_sample_image
 from ftkit.data.canvas import Canvases
 from ftkit.exporting.export import held_out, metadata
 from ftkit.exporting.qat import fine_tune
-from ftkit.exporting.variants import Context, Judged, calibration_rows, logits_of
+from ftkit.exporting.variants import Context, HeldOutPart, calibration_rows, logits_of
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
 from ftkit_export.conversion.convert import export_core, quiet, write
@@ -227,7 +227,7 @@ def main() -> None:
         frame=run.data["audit"]["frame"],
         metadata=metadata(run),
         measured={},
-        judged=[Judged(core, canvases.rows("val"), canvases.rows("train"))],
+        judged=[HeldOutPart(core, canvases.rows("val"), canvases.rows("train"))],
     )
 
     assert TARGETS[here()].provider == "cpu"

@@ -200,7 +200,7 @@ def bench(model: str | Path, options: BenchOptions) -> Mapping[str, Any]:
     """
     from dataclasses import asdict
 
-    from ftkit.benchmark.budgets import compare_in_turn, measure
+    from ftkit.benchmark.budgets import compare_in_turn, measure_here
     from ftkit_export.bundle.archive import unpacked
 
     if options.against and options.several:
@@ -209,7 +209,7 @@ def bench(model: str | Path, options: BenchOptions) -> Mapping[str, Any]:
         )
 
     with unpacked(model) as path:
-        told = measure(path, options)
+        told = measure_here(path, options)
         if options.against:
             with unpacked(options.against) as old:
                 told["against"] = [asdict(item) for item in compare_in_turn(path, old, options)]

@@ -120,7 +120,7 @@ def judge_budgets(
     return [Budget(name=name, limit=limit, values=values[name]) for name, limit in limits.items()]
 
 
-def measure(
+def measure_here(
     model: str | Path,
     options: BenchOptions,
     *,

@@ -272,7 +272,7 @@ def bench(
         if host:
             measured = _measure_there(host, path, options, say)
         elif not options.against:
-            measured = BenchResult(figures=judging.measure(path, options, say=say))
+            measured = BenchResult(figures=judging.measure_here(path, options, say=say))
         elif _is_stored(options.against):
             measured = _against_stored(path, options, table, say)
         else:
@@ -387,13 +387,13 @@ def _figures(
 
     The machine; with `table` also the full tables, on one thread unless `options` names others.
     """
-    from ftkit.benchmark.budgets import measure
+    from ftkit.benchmark.budgets import measure_here
     from ftkit_export.runtime.latency import machine
 
     if not table:
         return {"machine": machine()}
 
-    return measure(path, dataclasses.replace(options, threads=options.threads or [1]), say=say)
+    return measure_here(path, dataclasses.replace(options, threads=options.threads or [1]), say=say)
 
 
 def _fingerprints(path: Path, baseline: str | None) -> dict[str, Any]:

@@ -456,7 +456,7 @@ def _refuse_with_trace(as_json: bool, explain: bool, provider: str) -> None:
 
 def _trace(bundle: Path, files: list[Path], key: Path | None) -> int:
     """Print the steps to each answer; the exit code."""
-    from ftkit.evaluation.trace import trace
+    from ftkit.evaluation.trace import trace_image
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.errors import ImageError
 
@@ -465,7 +465,7 @@ def _trace(bundle: Path, files: list[Path], key: Path | None) -> int:
         for path in files:
             try:
                 content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path
-                click.echo(f"{path}\n{trace(folder, content)}")
+                click.echo(f"{path}\n{trace_image(folder, content)}")
             except ImageError as error:
                 bad += 1
                 click.echo(f"error: {error}", err=True)

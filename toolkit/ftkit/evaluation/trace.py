@@ -1,6 +1,6 @@
 """One image on its way through a bundle: shapes, parameters, where each part was trained, times.
 
-print(trace(Path("bundle"), "photo.jpg"))
+print(trace_image(Path("bundle"), "photo.jpg"))
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ftkit_export.runtime.preprocess import to_frame
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.verify import read_manifest
 
-RUNS = 15
+TIMED_RUNS = 15
 SHOWN = 3  # classes at the end
 
 
-def trace(folder: Path, image: str | Path | bytes) -> str:
+def trace_image(folder: Path, image: str | Path | bytes) -> str:
     """The steps of a bundle for one image, as lines of text.
 
     Times are medians on one thread: of the parts in float32, and of the file that ships. A part
@@ -76,7 +76,7 @@ def _ms(work: Callable[[], object]) -> str:
     """Median milliseconds of a call, after one that warms up."""
     work()
     times = []
-    for _ in range(RUNS):
+    for _ in range(TIMED_RUNS):
         begun = time.perf_counter()
         work()
         times.append((time.perf_counter() - begun) * 1e3)

@@ -374,17 +374,17 @@ def _prepare(
     )
 
 
-def _judged(run: Run, core: Core, canvases: Canvases) -> list[variants.Judged]:
+def _judged(run: Run, core: Core, canvases: Canvases) -> list[variants.HeldOutPart]:
     """What variants are judged on: the model itself on val, or each fold's on its own images."""
     folds = fold_models(run)
     if not folds:
-        return [variants.Judged(core.model, canvases.rows("val"), canvases.rows("train"))]
+        return [variants.HeldOutPart(core.model, canvases.rows("val"), canvases.rows("train"))]
 
     parts = []
     with console.bar("converting the folds' models") as progress:
         for model, held, seen in folds:
             fold_core = export_core(model, run.preprocess.size)
-            parts.append(variants.Judged(fold_core.model, held, seen))
+            parts.append(variants.HeldOutPart(fold_core.model, held, seen))
             progress(len(parts), len(folds))
     return parts
 

@@ -55,7 +55,7 @@ INFERENCE_BATCH = 8  # calibration keeps all activations of a batch: 16 is half 
 
 
 @dataclass(frozen=True)
-class Judged:
+class HeldOutPart:
     """A model, and images that it was not trained on: its variants are judged on them.
 
     The shipped model and val; or, of a run with folds, each fold's model and its own images. core:
@@ -87,7 +87,7 @@ class Context:
     frame: str
     metadata: Mapping[str, str]
     measured: Mapping[str, Any]
-    judged: Sequence[Judged]
+    judged: Sequence[HeldOutPart]
     device: Device | None = None
 
     @property
@@ -221,7 +221,7 @@ def logits_of(core: onnx.ModelProto, context: Context, rows: Array, provider: st
 
 
 def _answers_there(
-    made: Callable[[Judged], onnx.ModelProto], context: Context, provider: str = "cpu"
+    made: Callable[[HeldOutPart], onnx.ModelProto], context: Context, provider: str = "cpu"
 ) -> Array:
     """Logits of the held-out images where the file will run: on the device, if there is one.
 
@@ -271,7 +271,7 @@ class _Calibrated:
         self._context = context
         self._known: dict[int, Any] = {}
 
-    def of(self, part: Judged) -> Any:
+    def of(self, part: HeldOutPart) -> Any:
         """The ranges of a part's model."""
         if part.core is self._core:
             return self.shipped
@@ -302,7 +302,7 @@ def _ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> 
         with console.bar(name):
             keep = order[:count]
 
-            def made(part: Judged, keep: Sequence[str] = keep) -> onnx.ModelProto:
+            def made(part: HeldOutPart, keep: Sequence[str] = keep) -> onnx.ModelProto:
                 return int8(part.core, ranges.of(part), context.target, keep=keep)
 
             model = int8(fp32.core, ranges.shipped, context.target, keep=keep)
@@ -401,7 +401,7 @@ def _trained(
 
     model = tuned(fp32.core, ranges.shipped, context.canvases.rows("train"))
 
-    def made(part: Judged) -> onnx.ModelProto:
+    def made(part: HeldOutPart) -> onnx.ModelProto:
         if part.core is fp32.core:
             return model
         return tuned(part.core, ranges.of(part), part.training)

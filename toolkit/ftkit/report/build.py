@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from ftkit.data.canvas import Canvases
 from ftkit.report import charts
-from ftkit.report.export_sections import export_sections
+from ftkit.report.export_sections import Data, export_sections
 from ftkit.report.pages import Table, render
 from ftkit.utils.console import frames
 from ftkit_export.bundle.write import overall
@@ -27,7 +27,6 @@ from ftkit_export.conversion.class_activation import Explainer, overlay
 from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
 
-Data = Mapping[str, Any]
 SIDE = 160  # pixels of a thumbnail
 LOW_RECALL = 0.5  # recall below which a class is marked
 NAMED_COLUMNS = 5  # a confusion matrix with more classes has numbered columns
@@ -415,7 +414,7 @@ def _confidence(run: Data) -> dict[str, Any]:
         f"{when} temperature scaling": run["reliability"][when] for when in ("before", "after")
     }
     return {
-        "chart": charts.reliability("Reliability on held-out images", named),
+        "chart": charts.reliability_chart("Reliability on held-out images", named),
         "text": " ".join(text),
     }
 

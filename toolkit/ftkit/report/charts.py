@@ -202,7 +202,7 @@ def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.
     return figure(title, "".join(parts), "", 12 + 30 * len(rows))
 
 
-def reliability(title: str, bins_by_name: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+def reliability_chart(title: str, bins_by_name: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
     """Reliability diagram: accuracy against mean probability, one dot per bin.
 
     The area of a dot is its bin's share of the images. bins_by_name: name -> bins.

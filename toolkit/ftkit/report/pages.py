@@ -52,7 +52,7 @@ def cell(value: Any) -> Any:
     return short(value) if isinstance(value, float) else value
 
 
-def figure(value: float | None) -> str:
+def three_decimals(value: float | None) -> str:
     """Three decimals; nothing where there is no value."""
     return "" if value is None else f"{value:.3f}"
 
@@ -67,7 +67,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = cell
-    environment.filters["figure"] = figure
+    environment.filters["figure"] = three_decimals
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode()
     return environment
 

@@ -22,9 +22,9 @@ from ftkit.training.head_start import start_head
 from ftkit.training.loader import Loader
 from ftkit.training.precision import release
 from ftkit.training.stage import (
-    Part,
     StageResult,
     StageTraining,
+    TrainingPart,
     Work,
     check_frozen,
     compare_circumstances,
@@ -255,7 +255,7 @@ def _train_fold(work: Work, number: int, loader: Loader, fold: int) -> None:
         read=lambda positions: loader.seen(held[positions]),
         labels=work.labels["train"][torch.from_numpy(held)],
     )
-    part = Part(positions=folds.train(fold), held=judged_on, fold=fold)
+    part = TrainingPart(positions=folds.train(fold), held=judged_on, fold=fold)
     training = StageTraining(work, number, loader, part)
     training.run()
     release(training.net)
@@ -315,7 +315,7 @@ def _refit(work: Work, number: int, loader: Loader, decision: _Decision) -> Stag
         run.fold = folds.count
         console.say(f"{stage.train}: kept; now on all {len(folds.of)} images")
         set_mode(model, work.loaders.trained[number], stage.batchnorm)
-        part = Part(positions=np.arange(len(folds.of)), held=None, fold=folds.count)
+        part = TrainingPart(positions=np.arange(len(folds.of)), held=None, fold=folds.count)
         training = StageTraining(work, number, loader, part)
         training.run()
         release(training.net)

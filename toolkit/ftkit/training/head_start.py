@@ -44,7 +44,7 @@ class HeadStart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class StartedHead:
     """figures: what the head is worth. by_fold: (weight, bias) of each fold's head, shaped as the
     model's. logits (n, classes), embedding (n, features): of every image, out of fold, float32."""
 
@@ -62,7 +62,7 @@ def start_head(
     stage: Stage,
     ranks: Ranks,
     folds: Sequence[Array],
-) -> Start | None:
+) -> StartedHead | None:
     """Set the weights of the model's head, and return what they are worth.
 
     labels (n,), groups (n,): of the training images. folds: whether each is held out, (n,) bool per
@@ -94,7 +94,7 @@ def start_head(
 
     right = shared["logits"].numpy().argmax(1) == labels.cpu().numpy()
     low, high, clusters = share_interval(right, groups)
-    return Start(
+    return StartedHead(
         figures=HeadStart(
             images=len(right),
             accuracy=float(right.mean()),

@@ -145,7 +145,7 @@ def train_stage(work: Work, number: int) -> StageResult:
     if number == 0 and stage.train == "head" and stage.init == "ridge" and work.state.best is None:
         _start_head(work, loader)
 
-    part = Part(positions=np.arange(len(work.labels["train"])), held=work.val(loader))
+    part = TrainingPart(positions=np.arange(len(work.labels["train"])), held=work.val(loader))
     training = StageTraining(work, number, loader, part)
     with work.stop.deferred():
         training.run()
@@ -181,7 +181,7 @@ def say_head_start(work: Work, figures: HeadStart) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class TrainingPart:
     """The images of one training. positions: among the train images (n,). held: what it is judged
     on; None for a refit on all. fold: its number, or the number of folds for the refit; None
     without folds."""
@@ -197,7 +197,7 @@ class StageTraining:
     net: the loader's net, run in the fastest way here. moving: the weights that train.
     """
 
-    def __init__(self, work: Work, number: int, loader: Loader, part: Part):
+    def __init__(self, work: Work, number: int, loader: Loader, part: TrainingPart):
         model = work.backbone.model
         self.work = work
         self.number = number
