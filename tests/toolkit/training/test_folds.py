@@ -204,6 +204,30 @@ def test_two_ranks_give_the_answers_of_one(folded: Path, photos: Path, tmp_path:
         assert np.abs(one["logits"] - two["logits"]).max() < 0.05 * np.abs(one["logits"]).max()
 
 
+def test_a_stage_that_breaks_or_is_surely_worse_costs_a_fold_and_is_left_out(
+    photos: Path, tmp_path: Path
+) -> None:
+    """What stood before it ships: the head from the ridge, then the head stage's."""
+    small = ("preprocess.size=96", "preprocess.resize=96", "stages.0.optimizer=sgd")
+    folds = ("--folds", "3", "--group-by", "cell(...)", "--recipe", "gentle")
+    broken = settings(*small, "stages.0.lr=3e38")
+    done = ftkit("train", photos, "--out", tmp_path / "broken", *folds, *broken)
+    assert done.exit_code == 0, done.output
+    run = open_run(tmp_path / "broken").data
+    assert [(stage["kept"], stage["folds"]) for stage in run["stages"]] == [(False, 0)]
+    assert "the loss is no longer finite" in done.stdout
+    assert run["metrics"]["val"]["accuracy"] == pytest.approx(run["head_start"]["accuracy"])
+
+    worse = settings(*TINY, "stages.1.lr=5", "stages.1.optimizer=sgd", "stages.1.clip=1")
+    command = ("train", photos, "--out", tmp_path / "worse", "--folds", "5", *worse)
+    done = ftkit(*command, *settings("stages.1.weight_decay=0"))
+    assert done.exit_code == 0, done.output
+    stages = open_run(tmp_path / "worse").data["stages"]
+    assert stages[1]["kept"] is False
+    assert stages[1]["folds"] < 5, "a whole training is not spent on it"
+    assert stages[1]["gain"][2] < 0 or stages[1]["folds"] == 0
+
+
 def test_a_val_split_that_is_given_decides_and_patience_needs_one(
     photos: Path, tmp_path: Path
 ) -> None:
@@ -226,7 +250,8 @@ def test_an_export_decides_on_the_folds_and_checks_the_shipped_file_against_them
     folded: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
-    done = ftkit("export", folded, "--out", out, "--quick", "--handoff")
+    first = settings("export.max_accuracy_drop=0.9")  # the first int8 form will do
+    done = ftkit("export", folded, "--out", out, "--quick", "--handoff", *first)
     assert done.exit_code == 0, done.output
     manifest = json.loads((out / "manifest.json").read_text())
     fp32, int8 = manifest["evidence"]["decision"][:2]

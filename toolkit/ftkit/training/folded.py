@@ -164,7 +164,9 @@ class _Decision:
     @property
     def accuracy(self) -> float:
         """Out-of-fold accuracy of the stage so far."""
-        return float(self._right(self.after).mean()) if self.after is not None else 0.0
+        if self.after is None or not len(self.rows):  # its first fold broke
+            return 0.0
+        return float(self._right(self.after).mean())
 
     @property
     def better(self) -> bool:
@@ -345,7 +347,7 @@ def _refit(work: Work, number: int, loader: Loader, decision: _Decision) -> Stag
         epochs=stage.epochs,
         lr=lr or math.nan,
         val_accuracy=decision.accuracy,
-        val_nll=decision.nll(decision.after) if decision.after is not None else None,
+        val_nll=decision.nll(decision.after) if decision.after and decision.done else None,
         drift=drift,
         seconds=run.stage_spent,
         how=loader.how,
