@@ -34,7 +34,6 @@ from ftkit.training.stage import (
 from ftkit.training.validate import DRIFT_IMAGES, Held, Validation, detached
 from ftkit.utils import console
 from ftkit_export.proof.decision import Paired, paired
-from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 
@@ -189,9 +188,7 @@ class _Decision:
         return float(torch.nn.functional.cross_entropy(logits, labels))
 
     def __str__(self) -> str:
-        text = (
-            f"fold {len(self.done)} of {len(self._folds)}, out-of-fold accuracy {self.accuracy:.3f}"
-        )
+        text = f"fold {len(self.done)} of {len(self._folds)}: accuracy {self.accuracy:.3f}"
         if self.broken:
             return f"{text}; the loss is no longer finite"
         if self.compared is None:
@@ -204,10 +201,10 @@ class _Decision:
             settled = "surely better"
         elif self.compared.low > 0:
             settled = "surely worse"
-        return (
-            f"{text}, {gain:+.1f} points [{low:+.1f}, {high:+.1f}] on "
-            f"{ground(self.compared.images, self.compared.clusters)}: {settled}"
-        )
+        of = f"{self.compared.images} images"
+        if self.compared.clusters is not None:
+            of = f"{self.compared.clusters} groups"
+        return f"{text}, {gain:+.1f} points [{low:+.1f}, {high:+.1f}], {of}: {settled}"
 
 
 def _start_heads(work: Work, loader: Loader) -> None:

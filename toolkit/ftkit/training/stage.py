@@ -174,8 +174,8 @@ def _start_head(work: Work, loader: Loader) -> None:
 def say_head_start(work: Work, figures: HeadStart) -> None:
     """Print what the features are worth, and remember it."""
     console.say(
-        f"head: out-of-fold accuracy {figures.accuracy:.3f} [{figures.low:.3f}, {figures.high:.3f}] on "
-        f"{ground(figures.images, figures.clusters)}, by ridge regression, before training"
+        f"head: out-of-fold accuracy {figures.accuracy:.3f} [{figures.low:.3f}, {figures.high:.3f}] before training,\n"
+        f"  by ridge regression on {ground(figures.images, figures.clusters)}"
     )
     work.state.head_start = asdict(figures)
 
