@@ -116,10 +116,10 @@ def test_bench_runs_on_the_bundles_frames_and_on_those_it_is_told(
     bundle: Path, tmp_path: Path
 ) -> None:
     rows = []
-    for more in ([], ["--frame", "2000 x 1500"]):
-        done = ftkit(
-            "bench", bundle, "--quick", "--threads", "1", *more, "--json", tmp_path / "b.json"
-        )
+    other = (bundle / "model.onnx", "--image", bundle / "golden" / "00.png")
+    for model, frame in (((bundle,), ()), (other, ("--frame", "2000 x 1500"))):
+        command = ("bench", *model, *frame, "--quick", "--threads", "1")
+        done = ftkit(*command, "--json", tmp_path / "b.json")
         assert done.exit_code == 0, done.output
         rows.append(json.loads((tmp_path / "b.json").read_text()))
         assert f"frames of {rows[-1]['frame'].replace('x', ' x ')}, decoding apart" in done.stdout
