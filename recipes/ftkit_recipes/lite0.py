@@ -3,7 +3,7 @@
     ftkit train photos            (or: python -m ftkit_recipes.lite0 photos)
 
 Measured on ELPV, four classes, stratified random 70/30 split, with --set augment.vflip=true, on a
-2-core machine without a GPU: test accuracy 0.889, 0.898, 0.883 (seeds 0, 1, 2), 146 s with an empty
+2-core machine without a GPU: test accuracy 0.871, 0.901, 0.885 (seeds 0, 1, 2), 77 s with an empty
 cache. bench/README.md has more.
 """
 
