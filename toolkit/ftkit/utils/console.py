@@ -145,7 +145,7 @@ def condition(item: Mapping[str, Any]) -> str:
     """Fields of a Condition or Latency -> "cpu, 2 threads", "cuda, without copies"."""
     if item["provider"] != "cpu":
         return f"{item['provider']}, {'with' if item['copies'] else 'without'} copies"
-    return f"cpu, {item['threads']} thread{'s' * (item['threads'] > 1)}"
+    return f"cpu, {item['threads']} thread{'s' if item['threads'] > 1 else ''}"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
