@@ -7,7 +7,7 @@
 Ridge regression onto the classes' indicators is a linear classifier in one solve (Hoerl & Kennard
 1970; on indicators it spans what linear discriminant analysis finds, Hastie et al., Elements of
 Statistical Learning, 4.3). Its outputs are scores: one scale, fitted to the out-of-fold answers,
-makes logits of them.
+makes logits of them. Strength and scale are chosen on all of those answers: two numbers.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ then trained on all images, from the refit of the stage before.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -261,14 +260,13 @@ def _train_fold(work: Work, number: int, loader: Loader, fold: int) -> None:
 
     result = training.moving.result
     judged = work.validated(loader, judged_on, result, embeddings=len(held))
-    _keep(work, number, fold, result, judged, broken=training.broken)
     check_frozen(training)
+    _keep(work, fold, result, judged, broken=training.broken)
     backbone.model.load_state_dict(base)
 
 
 def _keep(
     work: Work,
-    number: int,
     fold: int,
     weights: dict[str, torch.Tensor],
     judged: Validation,
@@ -342,7 +340,7 @@ def _refit(work: Work, number: int, loader: Loader, decision: _Decision) -> Stag
     outcome = StageResult(
         train=stage.train,
         epochs=stage.epochs,
-        lr=lr or math.nan,
+        lr=lr or 0.0,
         val_accuracy=decision.accuracy,
         val_nll=decision.nll(decision.after) if decision.after and decision.done else None,
         drift=drift,
