@@ -28,7 +28,7 @@ from ftkit.models.weights import fingerprint
 from ftkit_export.runtime.verify import with_digest
 
 PER_CLASS = 30
-TINY = (
+SMALL = (
     "preprocess.size=96",
     "preprocess.resize=96",
     "stages.0.epochs=6",
@@ -38,6 +38,7 @@ TINY = (
     "stages.1.views=2",
     "stages.1.batch_size=16",
 )
+TINY = ("folds=0", *SMALL)
 
 # The real command, saving after every step, so that a kill hits a save or the step after it.
 COMMAND = (

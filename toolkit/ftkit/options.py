@@ -58,6 +58,8 @@ class TrainOptions:
     - settings: overrides of recipe fields, such as "stages.1.lr=1e-4".
     - weights: a file of backbone weights; "none" starts untrained.
     - folds: "auto", a number, or 0; the recipe's by default.
+    - minutes: for the whole training. What stands when they are over is the result; a stage that
+      would take longer is left out.
     - device: auto, cpu or cuda.
     - resume: continue the interrupted run in `out`, or start one if there is none; does nothing if
       the run is finished.
@@ -75,6 +77,7 @@ class TrainOptions:
     settings: Sequence[str] = ()
     weights: str | None = None
     folds: str | int | None = None
+    minutes: float | None = None
     seed: int = 0
     device: str = "auto"
     resume: bool = False

@@ -229,7 +229,7 @@ class Recipe:
     - precision: share of accepted answers that should be right; low-confidence answers are withheld
       (threshold from val).
     - folds: where the data names no val split, decide on out-of-fold predictions of so many folds;
-      "auto": five; 0: cut a val split.
+      0: cut a val split. "auto": five, or a val split where no folds can be made.
     """
 
     name: str
@@ -238,7 +238,7 @@ class Recipe:
     weights: str = "pretrained"
     preprocess: Preprocess | None = None
     precision: float = 0.95
-    folds: int | Literal["auto"] = 0
+    folds: int | Literal["auto"] = "auto"
     augment: Augment = field(default_factory=Augment)
     export: Export = field(default_factory=Export)
 
@@ -252,6 +252,16 @@ class Recipe:
             raise FtkitError(
                 f"recipe.folds: expected auto, 0, or 2 to 100, found {self.folds}. Try auto"
             )
+
+    @property
+    def starts_head(self) -> bool:
+        """Whether training starts from a head in closed form."""
+        return self.stages[0].train == "head" and self.stages[0].init == "ridge"
+
+    @property
+    def patient(self) -> bool:
+        """Whether a stage stops early, for which it needs a val split."""
+        return any(stage.patience for stage in self.stages)
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str], where: str = "stage") -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from scipy import stats
 
 from ftkit_export.proof.intervals import Design, difference_bounds, difference_design, ground
@@ -34,15 +35,15 @@ MOST_TIMES = 1000.0  # largest multiple of the present images that is suggested
 class Paired:
     """Accuracy of a candidate compared with the reference on the same images.
 
-    images compared; worse: right before and wrong now; better: the other way. drop, low, high:
-    fractions; looks: number of comparisons that the bounds hold for jointly. clusters: number of
+    images compared; worse: right before and wrong now; better: the other way (means, where the
+    answers were repeated). drop, low, high: fractions; looks: number of comparisons that the bounds hold for jointly. clusters: number of
     groups, None where images have none and count as independent; effect: the design effect; df:
     degrees of freedom of Student's t (None: normal distribution).
     """
 
     images: int
-    worse: int
-    better: int
+    worse: float
+    better: float
     drop: float
     low: float
     high: float
@@ -113,19 +114,23 @@ def paired(
 ) -> Paired:
     """Compare two boolean arrays (N,): whether each image was classified correctly.
 
-    Both in the same order. groups: one name per image, "" for an image on its own.
+    Both in the same order. groups: one name per image, "" for an image on its own. Arrays (N, R) are
+    answers of R trainings with other folds; the means over them are compared, which vary less.
     """
-    worse = reference & ~candidate
-    better = ~reference & candidate
+    worse = (reference & ~candidate).astype(np.float64)
+    better = (~reference & candidate).astype(np.float64)
+    if worse.ndim == 2:
+        worse, better = worse.mean(1), better.mean(1)
+
     images = len(reference)
     design = difference_design(worse, better, groups)
-    shares = int(worse.sum()) / max(1, images), int(better.sum()) / max(1, images)
+    shares = float(worse.sum()) / max(1, images), float(better.sum()) / max(1, images)
     low, high = difference_bounds(*shares, design, 1 - ERROR_RATE / looks)
 
     return Paired(
         images=images,
-        worse=int(worse.sum()),
-        better=int(better.sum()),
+        worse=_plain(worse.sum()),
+        better=_plain(better.sum()),
         drop=shares[0] - shares[1],
         low=low,
         high=high,
@@ -134,6 +139,11 @@ def paired(
         effect=design.effect,
         df=None if math.isinf(design.df) else design.df,
     )
+
+
+def _plain(count: float) -> float:
+    """A whole number as int, as JSON and people like it."""
+    return int(count) if count == int(count) else float(count)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -203,9 +203,17 @@ def share_interval(
 def difference_design(worse: Array, better: Array, groups: Sequence[str] | None) -> Design:
     """Design of mean(worse - better).
 
-    worse, better: (N,) bool, images that became wrong, and right.
+    worse, better: (N,), images that became wrong, and right: 0 and 1, or the shares of repeated
+    trainings in which they did. Shares vary less than single answers with the same mean; the effect
+    has that factor.
     """
-    return design(worse.astype(int) - better.astype(int), groups, DIFFERENCE)
+    values = worse.astype(np.float64) - better.astype(np.float64)
+    sample = design(values, groups, DIFFERENCE)
+    images = max(1, len(values))
+    single = float(worse.mean() + better.mean() - values.mean() ** 2) if len(values) else 0.0
+    spread = float(values.var()) if len(values) else 0.0
+    factor = (spread * images + PRIOR_EVENTS) / (single * images + PRIOR_EVENTS)
+    return replace(sample, effect=sample.effect * min(1.0, factor))
 
 
 def difference_bounds(

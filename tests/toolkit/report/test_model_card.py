@@ -27,7 +27,21 @@ def test_every_figure_of_the_card_is_the_manifests(bundle: Path, run: Path) -> N
     ]
     for item in timed:
         assert f"| {item['p50_ms']:.1f} | {item['p95_ms']:.1f} |" in text
-    assert str(open_run(run).data["metrics"]["val"]["images"]) + " val images" in text
+    assert f"on val, on {open_run(run).data['metrics']['val']['images']} images" in text
+
+    blocks = [block.splitlines() for block in text.split("\n\n")]
+    tables = [block for block in blocks if block[0].startswith("|")]
+    assert [len(table) for table in tables] == [2 + len(rows), 2 + len(timed)], "two tables, apart"
+    assert all(line.startswith("|") for table in tables for line in table)
+
+
+def test_a_card_of_a_run_with_folds_names_what_was_decided_on(bundle: Path, run: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    data = {**open_run(run).data, "folds": {"count": 5}}
+    data["splits"] = {"train": 96, "val": 0, "test": 24}
+    text = model_card(data, manifest)
+    assert "96 train, 24 test." in text
+    assert "on val" not in text
 
 
 def test_a_card_is_whole_without_a_threshold_and_with_odd_class_names(

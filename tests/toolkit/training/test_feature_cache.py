@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import feature_cache
 from ftkit.training.feature_cache import Activations, Views, _tolerance, attributes, check, fill
 from ftkit.training.stage_loaders import StageLoaders
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=32, resize=40)
@@ -136,6 +138,33 @@ def test_a_cache_that_no_longer_equals_a_live_pass_is_computed_anew(
     assert "differs from a live pass by" in capsys.readouterr().err
     np.testing.assert_array_equal(np.load(file), right)
     assert "found in the cache" in _loaders(views).stage(0).how
+
+
+def test_more_views_are_added_to_those_there_and_fewer_are_found_in_them(
+    views: Views, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = Scaled(1.0)
+    whole = fill(net, "whole", ["means"], views)
+    computed: list[int] = []
+    pixels = Views.pixels
+
+    def watched(self: Views, rows: Array, view: int, start: int) -> torch.Tensor:
+        computed.append(view)
+        return pixels(self, rows, view, start)
+
+    one = fill(net, "grown", ["means"], replace(views, count=1))
+    monkeypatch.setattr(Views, "pixels", watched)
+    grown = fill(net, "grown", ["means"], views)
+    assert computed.count(0) == 2, "a sample and an example; val's and the first view's are copied"
+    np.testing.assert_array_equal(grown.arrays["means"], whole.arrays["means"])
+    assert not one.folder.exists()
+    two = fill(net, "grown", ["means"], replace(views, count=2))
+    assert two.found
+    val = np.arange(len(views.canvases.rows("val")))
+    for kept in (one, grown, two):
+        np.testing.assert_array_equal(
+            kept.arrays["means"][kept.val_items(val)], whole.arrays["means"][whole.val_items(val)]
+        )
 
 
 @pytest.mark.parametrize("file", ["told.json", "0.npy"])

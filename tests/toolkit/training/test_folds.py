@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
-from conftest import COMMAND, TINY, ftkit, settings
+from conftest import COMMAND, SMALL, ftkit, settings
 from PIL import Image
 
 from ftkit.data.canvas import build_canvases
@@ -25,7 +25,7 @@ from ftkit.training.run import fold_models, open_run
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 
-FOLDED = ("--folds", "3", "--group-by", "cell(...)", *settings(*TINY))
+FOLDED = ("--folds", "3", "--group-by", "cell(...)", *settings(*SMALL))
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -218,7 +218,7 @@ def test_a_stage_that_breaks_or_is_surely_worse_costs_a_fold_and_is_left_out(
     assert "the loss is no longer finite" in done.stdout
     assert run["metrics"]["val"]["accuracy"] == pytest.approx(run["head_start"]["accuracy"])
 
-    worse = settings(*TINY, "stages.1.lr=5", "stages.1.optimizer=sgd", "stages.1.clip=1")
+    worse = settings(*SMALL, "stages.1.lr=5", "stages.1.optimizer=sgd", "stages.1.clip=1")
     command = ("train", photos, "--out", tmp_path / "worse", "--folds", "5", *worse)
     done = ftkit(*command, *settings("stages.1.weight_decay=0"))
     assert done.exit_code == 0, done.output
@@ -235,7 +235,7 @@ def test_a_val_split_that_is_given_decides_and_patience_needs_one(
         place = tmp_path / "data" / ("train", "val", "test")[number % 3] / path.parent.name
         place.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place / path.name)
-    quick = settings(*TINY, "stages.0.epochs=1", "stages.1.epochs=1")
+    quick = settings(*SMALL, "stages.0.epochs=1", "stages.1.epochs=1")
     given = ftkit("train", tmp_path / "data", "--folds", "3", "--out", tmp_path / "run", *quick)
     assert given.exit_code == 0, given.output
     assert "no folds are made" in given.stderr

@@ -79,13 +79,13 @@ def audit_data(
     from ftkit.data import clean
     from ftkit.data.audit import audit, named
     from ftkit.data.canvas import build_canvases
-    from ftkit.data.dataset import read_images
     from ftkit.models.backbones import build
     from ftkit.recipe import load_recipe
+    from ftkit.training.folds import read_with_folds
     from ftkit.utils import console
 
     plan = load_recipe(recipe)
-    images = read_images(folder, group_by=group_by, root=root)
+    images = read_with_folds(plan, folder, 0, group_by, root)
 
     if fix:
         clean.require_new(fix, images)

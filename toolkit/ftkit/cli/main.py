@@ -100,7 +100,14 @@ PROVIDERS_OPTION = click.option(
 @click.option(
     "--folds",
     metavar="auto|K|0",
-    help="Decide on out-of-fold predictions, not on a val split. [default: the recipe's, 0]",
+    help="Where DATA has no val split, decide on out-of-fold predictions; 0: cut a val split. [default: the "
+    "recipe's, auto]",
+)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0),
+    metavar="N",
+    help="End with what stands after N minutes.",
 )
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])

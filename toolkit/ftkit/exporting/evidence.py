@@ -363,6 +363,7 @@ def _as_json(
     decided_on = context.device.machine if context.device else context.measured.get("machine")
 
     return {
+        "judged": "out of fold" if context.folded else "on val",
         "decision": [{**asdict(row), "shippable": row.shippable} for row in made.rows],
         "agreement": {name: _checks(checks) for name, checks in made.checks.items()},
         "parity": [

@@ -152,7 +152,7 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
             run.data["seed"],
             run.data["group_by"],
             None if data else run.data["root"],
-            cut_val=not run.recipe.folds,
+            cut_val=not run.data["folds"],
         )
         canvases = build_canvases(images, run.preprocess, progress)
 
@@ -392,7 +392,7 @@ def _judged(run: Run, core: Core, canvases: Canvases) -> list[variants.HeldOutPa
 def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
     """Decide which variants may ship; write them with labels, splits and activation model."""
     made = variants.make(job.core.model, job.context)
-    console.say(variants.as_table(made.rows))
+    console.say(variants.as_table(made.rows, "oof" if job.context.folded else "val"))
     console.say(f"times: one thread, {console.frames(job.context.frame)}, decoding apart")
 
     paths = _write_variants(job.folder, made, job.context)

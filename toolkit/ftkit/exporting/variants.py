@@ -434,7 +434,15 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
     if not context.folded:
         sample = context.pixels(spread_evenly(context.rows, FLOAT64_IMAGES))
         rounding = context.reference.rounding(sample, "fp16")
-        checks = tuple(agreement(logits, halved, rounding, "fp16", f"val images on {provider}"))
+        checks = tuple(
+            agreement(
+                logits,
+                halved,
+                rounding,
+                "fp16",
+                f"{'fold' if context.folded else 'val'} images on {provider}",
+            )
+        )
 
     return Candidate(
         name="fp16",
@@ -519,12 +527,12 @@ def _preference(row: Row) -> tuple[int, float]:
     return (2 if row.verdict == "refused" else 1), row.paired.high if row.paired else 1.0
 
 
-def as_table(rows: Sequence[Row]) -> str:
-    """The decision table within 80 columns, times in ms on one thread.
+def as_table(rows: Sequence[Row], held: str = "val") -> str:
+    """The decision table within 80 columns, times in ms on one thread. held: what it was decided on.
 
     Below it, for each precision whose best variant may not ship, the reason.
     """
-    lines = [("variant", "val", "drop, points [95 %]", "time", "p50/p95", "MB", "verdict")]
+    lines = [("variant", held, "drop, points [95 %]", "time", "p50/p95", "MB", "verdict")]
     for row in rows:
         drop = row.paired
         lines.append(

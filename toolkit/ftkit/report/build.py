@@ -20,7 +20,7 @@ from markupsafe import Markup
 from ftkit.data.canvas import Canvases
 from ftkit.report import charts
 from ftkit.report.export_sections import Data, export_sections
-from ftkit.report.pages import Table, render
+from ftkit.report.pages import Table, render, where_judged
 from ftkit.utils.console import frames
 from ftkit_export.bundle.write import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
@@ -405,8 +405,8 @@ def _confidence(run: Data) -> dict[str, Any]:
     text = [
         f"Temperature {run['temperature']:.2f}: NLL {before['nll']:.3f} to {after['nll']:.3f}, "
         f"ECE {before['ece']:.3f} to {after['ece']:.3f}.",
-        _threshold(run["abstention"], _on(run)),
-        f"{run['foreign_kept']:.1%} of the test images pass as in-distribution (95 % {_on(run)}); the "
+        _threshold(run["abstention"], where_judged(run)),
+        f"{run['foreign_kept']:.1%} of the test images pass as in-distribution (95 % {where_judged(run)}); the "
         "others are marked foreign.",
         "A dot on the dashed line is perfectly calibrated; its area shows its number of images.",
     ]
@@ -417,10 +417,6 @@ def _confidence(run: Data) -> dict[str, Any]:
         "chart": charts.reliability_chart("Reliability on held-out images", named),
         "text": " ".join(text),
     }
-
-
-def _on(run: Data) -> str:
-    return "out of fold" if run.get("folds") else "on val"
 
 
 def _threshold(held: Data, where: str) -> str:

@@ -31,6 +31,7 @@ def export_sections(manifest: Data, folder: Path) -> dict[str, Any]:
         "frames": frames(manifest["frame"]),
         "gates": _gates(manifest),
         "variants": _variants(manifest),
+        "judged": evidence["judged"],
         "reasons": evidence["decision"][1:],
         "front": _accuracy_and_latency(manifest),
         "parity": _parity(evidence),
@@ -65,7 +66,7 @@ def _variants(manifest: Data) -> Table:
     head = (
         "variant",
         "verdict",
-        "val accuracy",
+        f"accuracy {manifest['evidence']['judged']}",
         "drop in points [95 %]",
         "time / fp32",
         "p50 ms",
@@ -106,7 +107,9 @@ def _accuracy_and_latency(manifest: Data) -> Markup | None:
     ]
     if not placed:
         return None
-    return charts.points("Accuracy and latency", placed, "p50 ms", "val accuracy")
+    return charts.points(
+        "Accuracy and latency", placed, "p50 ms", f"accuracy {manifest['evidence']['judged']}"
+    )
 
 
 def _parity(evidence: Data) -> Table:

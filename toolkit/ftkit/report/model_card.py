@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ftkit.report.pages import render
+from ftkit.report.pages import render, where_judged
 from ftkit.utils.console import condition, frames
 from ftkit_export.proof.intervals import ground
 
@@ -28,8 +28,9 @@ def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         accuracy=accuracy,
         ground=ground(accuracy["images"], accuracy["clusters"]),
         images=sum(run["splits"].values()),
-        splits=", ".join(f"{count} {split}" for split, count in run["splits"].items()),
+        splits=", ".join(f"{count} {split}" for split, count in run["splits"].items() if count),
         classes=[dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)],
+        where=where_judged(run),
         frames=frames(manifest["frame"]),
         latency=[
             {**item, "condition": condition(item)}

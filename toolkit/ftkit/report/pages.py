@@ -9,7 +9,7 @@ HTML is escaped by the templates; only `Markup` (charts) is shown as it is.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -55,6 +55,11 @@ def cell(value: Any) -> Any:
 def three_decimals(value: float | None) -> str:
     """Three decimals; nothing where there is no value."""
     return "" if value is None else f"{value:.3f}"
+
+
+def where_judged(run: Mapping[str, Any]) -> str:
+    """Where a run (run.json) was decided on, as text."""
+    return "out of fold" if run.get("folds") else "on val"  # not in older runs
 
 
 @cache

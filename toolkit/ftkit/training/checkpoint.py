@@ -48,6 +48,7 @@ class TrainState:
     - stages: results of finished stages.
     - fold: the part of the stage in training: a fold's number, or the number of folds for the refit.
     - broken_fold: whether a fold of this stage ended with a loss that is no longer finite.
+    - late: whether what is left to do needs more time than is left.
     - curve: [images right, images, sum of NLL] out of fold after each epoch of the stage.
     - head_start: what the head was worth before any epoch (head_start.HeadStart).
     - lines: number of valid lines in metrics.jsonl.
@@ -68,6 +69,7 @@ class TrainState:
     stages: list[dict[str, Any]] = field(default_factory=list)
     fold: int = 0
     broken_fold: bool = False
+    late: bool = False
     curve: list[list[float]] = field(default_factory=list)
     head_start: dict[str, Any] | None = None
     lines: int = 0

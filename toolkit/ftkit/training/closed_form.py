@@ -52,11 +52,12 @@ def fit_head(
     folds: Sequence[Array],
     classes: int,
     weights: Array | None = None,
+    strengths: Sequence[float] = STRENGTHS,
 ) -> Head:
     """Fit a head on (N, features) with labels (N,), and one for each fold without its images.
 
     folds: whether each image is held out, (N,) bool per fold; together they hold out every image
-    once. weights: of the classes, (classes,); all alike by default.
+    once. weights: of the classes, (classes,); all alike by default. strengths: to choose from.
     """
     rows = _chosen(labels)
     features = embedding.astype(np.float64)
@@ -64,12 +65,12 @@ def fit_head(
     counts = np.ones(len(labels)) if weights is None else weights.astype(np.float64)[labels]
 
     solvers = []
-    scores = np.zeros((len(STRENGTHS), len(labels), classes))
+    scores = np.zeros((len(strengths), len(labels), classes))
     for held in folds:
         kept = rows[~held[rows]]
         solver = _Ridge(features[kept], targets[kept], counts[kept])
         solvers.append(solver)
-        for number, strength in enumerate(STRENGTHS):
+        for number, strength in enumerate(strengths):
             weight, bias = solver.solve(strength)
             scores[number, held] = features[held] @ weight + bias
 
@@ -78,7 +79,7 @@ def fit_head(
     scale, losses = fitted[best]
 
     def scaled(solver: _Ridge) -> tuple[Array, Array]:
-        weight, bias = solver.solve(STRENGTHS[best])
+        weight, bias = solver.solve(strengths[best])
         return (scale * weight.T).astype(np.float32), (scale * bias).astype(np.float32)
 
     weight, bias = scaled(_Ridge(features[rows], targets[rows], counts[rows]))
@@ -88,7 +89,7 @@ def fit_head(
         by_fold=tuple(scaled(solver) for solver in solvers),
         logits=(scale * scores[best]).astype(np.float32),
         nll=float(losses.mean()),
-        strength=STRENGTHS[best],
+        strength=strengths[best],
     )
 
 

@@ -6,7 +6,8 @@
     check(prefix, names, activations, views)       # compare a sample with a live pass; "" if equal
 
 On a CPU the prefix runs in ONNX Runtime (a whole lite0 run: 143 s, against 194 s with eager
-PyTorch). Values are stored in memory-mapped files, as float16 where their range allows.
+PyTorch). Values are stored in memory-mapped files, as float16 where their range allows. An entry
+with more views serves those who need fewer; from one with fewer, values are copied.
 """
 
 from __future__ import annotations
@@ -119,13 +120,12 @@ class Views:
 
     @property
     def key(self) -> str:
-        """Everything the pixels depend on, as text."""
+        """Everything the pixels of a view depend on, as text; not their number."""
         return json.dumps(
             [
                 self.canvases.fingerprint,
                 repr(self.preprocess),
                 repr(self.augment),
-                self.count,
                 self.seed,
             ]
         )
@@ -136,8 +136,8 @@ class Activations:
     """Cached values by name, each (items, ...): all views of the train images, then the val images.
 
     kind: dtype and backend, e.g. "float16 by onnxruntime". found: whether an earlier run had
-    computed them. pass_s: seconds per image in the run that computed them, with all ranks of its
-    machine working. folder: the cache entry.
+    computed them. copied: whether some are from an entry with fewer views. pass_s: seconds per
+    image in the run that computed them, with all ranks of its machine working. folder: the entry.
     """
 
     arrays: dict[str, Array]
@@ -145,6 +145,7 @@ class Activations:
     views: int
     kind: str
     found: bool
+    copied: bool
     pass_s: float
     folder: Path
 
@@ -172,11 +173,11 @@ def fill(
     one entry per image. The ranks of a machine compute a share each, into the same files. Raises
     CannotCacheError, on every rank alike.
     """
-    jobs = views.jobs()
-    train = len(jobs[0][0])
+    rows, _ = views.jobs()[0]
+    train = len(rows)
 
     with torch.inference_mode():
-        sample = as_tuple(prefix(channels_last(views.pixels(jobs[0][0], 0, 0))))
+        sample = as_tuple(prefix(channels_last(views.pixels(rows, 0, 0))))
 
     if not all(
         isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample
@@ -184,46 +185,99 @@ def fill(
         raise CannotCacheError("a value at the cut is not a tensor with one entry per image")
 
     text = json.dumps(
-        ["prefix-5", key, attributes(prefix), VERSIONS, list(names), views.key, views.chunk]
+        ["prefix-6", key, attributes(prefix), VERSIONS, list(names), views.key, views.chunk]
     )
-    folder = cache_folder() / "prefix" / hashlib.sha256(text.encode()).hexdigest()[:32]
-    shapes = [(len(views), *value.shape[1:]) for value in sample]
-    held = ranks.gather(_opened(folder, shapes) is not None)
+    place = _Place(
+        folder=cache_folder() / "prefix",
+        digest=hashlib.sha256(text.encode()).hexdigest()[:32],
+        train=train,
+        val=len(views) - views.count * train,
+        shapes=[tuple(value.shape[1:]) for value in sample],
+    )
+    held = ranks.gather(place.serving(views.count) is not None)
     # The first rank of a machine decides for all its ranks
     held = [held[node] for node in ranks.gather(ranks.node)]
+    fewer = ranks.gather(place.fewer(views.count))[ranks.node]
     if not held[ranks.rank] and ranks.rank == ranks.node:
-        put_away(folder)  # treat a damaged entry as absent
+        put_away(place.entry(views.count))  # treat a damaged entry as absent
     if not all(held) and (
-        reason := _write(prefix, sample, views, folder, progress, ranks, held[ranks.rank])
+        reason := _write(prefix, sample, views, place, fewer, progress, ranks, held[ranks.rank])
     ):
         raise CannotCacheError(reason)
 
-    opened = _opened(folder, shapes)
+    opened = place.serving(views.count)
     reason = "" if opened else "its cache could not be kept: it is gone, or damaged"
     if reason := next(filter(None, ranks.gather(reason)), ""):
         raise CannotCacheError(reason)
 
-    assert opened is not None  # otherwise there would be a reason
-    arrays, kind, pass_s = opened
+    if fewer and not held[ranks.rank] and ranks.rank == ranks.node:
+        put_away(place.entry(fewer))  # the new one serves for both
 
+    assert opened is not None  # otherwise there would be a reason
     return Activations(
-        arrays=dict(zip(names, arrays, strict=True)),
+        arrays=dict(zip(names, opened.arrays, strict=True)),
         train_rows=train,
-        views=views.count,
+        views=opened.views,
         found=all(held),
-        kind=kind,
-        pass_s=pass_s,
-        folder=folder,
+        copied=bool(fewer) and not all(held),
+        kind=opened.kind,
+        pass_s=opened.pass_s,
+        folder=place.entry(opened.views),
     )
 
 
-def _opened(
-    folder: Path, shapes: Sequence[tuple[int, ...]]
-) -> tuple[list[Array], str, float] | None:
-    """An entry's memory-mapped arrays, its kind and its seconds per image.
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """An entry: memory-mapped arrays, number of views, kind, seconds per image."""
 
-    None if the entry is missing or damaged.
+    arrays: list[Array]
+    views: int
+    kind: str
+    pass_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where the entries of one prefix are, which differ in their number of views.
+
+    train, val: images. shapes: of each value, for one image.
     """
+
+    folder: Path
+    digest: str
+    train: int
+    val: int
+    shapes: Sequence[tuple[int, ...]]
+
+    def entry(self, views: int) -> Path:
+        """The folder of the entry with so many views."""
+        return self.folder / f"{self.digest}-{views}"
+
+    def open(self, views: int) -> _Opened | None:
+        """The entry with exactly so many views, or None."""
+        items = views * self.train + self.val
+        return _opened(self.entry(views), views, [(items, *shape) for shape in self.shapes])
+
+    def serving(self, views: int) -> _Opened | None:
+        """The smallest whole entry with at least so many views, or None."""
+        enough = (count for count in self._counts() if count >= views)
+        return next(filter(None, map(self.open, enough)), None)
+
+    def fewer(self, views: int) -> int:
+        """The number of views of the largest whole entry with fewer views; 0: there is none."""
+        smaller = (count for count in reversed(self._counts()) if count < views)
+        return next((count for count in smaller if self.open(count)), 0)
+
+    def _counts(self) -> list[int]:
+        names = [
+            path.name.removeprefix(f"{self.digest}-")
+            for path in self.folder.glob(f"{self.digest}-*")
+        ]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _opened(folder: Path, views: int, shapes: Sequence[tuple[int, ...]]) -> _Opened | None:
+    """An entry; None if it is missing or damaged."""
     try:
         os.utime(folder)
         told = json.loads((folder / "told.json").read_text())
@@ -238,7 +292,7 @@ def _opened(
         array.shape == shape and array.dtype.name in KEPT_TOLERANCE
         for array, shape in zip(arrays, shapes, strict=True)
     )
-    return (arrays, kind, pass_s) if whole else None
+    return _Opened(arrays=arrays, views=views, kind=kind, pass_s=pass_s) if whole else None
 
 
 def discard(activations: Activations, ranks: Ranks = SOLO) -> None:
@@ -271,16 +325,19 @@ def _write(
     prefix: nn.Module,
     sample: Tensors,
     views: Views,
-    folder: Path,
+    at: _Place,
+    fewer: int,
     progress: Callable[[int, int], None],
     ranks: Ranks,
     held: bool,
 ) -> str:
     """Compute the values in an unpublished folder and publish it.
 
-    Returns "", or the reason for failure, the same on every rank. held: this machine has the entry
-    already, and only takes part in the collective calls.
+    Returns "", or the reason for failure, the same on every rank. fewer: views of an entry whose
+    values are copied, or 0. held: this machine has the entry already, and only takes part in the
+    collective calls.
     """
+    folder = at.entry(views.count)
     for dtypes in ([_dtype(value) for value in sample], ["float32"] * len(sample)):
         place = None
         reason = ""
@@ -295,7 +352,11 @@ def _write(
         beside = Path(begun[ranks.node][0] or folder)
         try:
             reason = (
-                "" if held else _computed(prefix, sample, dtypes, views, beside, progress, ranks)
+                ""
+                if held
+                else _computed(
+                    prefix, sample, dtypes, views, beside, at.open(fewer), progress, ranks
+                )
             )
             reasons = set(ranks.gather(reason))
             if reasons <= {""}:
@@ -416,14 +477,20 @@ def _computed(
     dtypes: Sequence[str],
     views: Views,
     folder: Path,
+    known: _Opened | None,
     progress: Callable[[int, int], None],
     ranks: Ranks,
 ) -> str:
-    """Compute this rank's share of the passes into the files in `folder`.
+    """Compute this rank's share of the passes into the files in `folder`; copy what is known.
 
     Returns "", or the reason for failure (WIDE: a value does not fit float16).
     """
-    mine = views.chunks()[ranks.local :: ranks.local_world]
+    if known and [array.dtype.name for array in known.arrays] != list(dtypes):
+        known = None
+    train = len(views.canvases.rows("train"))
+    new = slice(known.views * train, views.count * train) if known else slice(0, len(views))
+    left = [chunk for chunk in views.chunks() if new.start <= chunk[-1] < new.stop]
+    mine = left[ranks.local :: ranks.local_world]
     run, how = runner(prefix, views.pixels(views.jobs()[0][0], 0, 0), share_of_cores(ranks))
 
     begun = time.perf_counter()
@@ -431,11 +498,17 @@ def _computed(
         arrays = [
             np.load(folder / f"{number}.npy", mmap_mode="r+") for number in range(len(sample))
         ]
+        if known and ranks.rank == ranks.node:
+            for array, before in zip(arrays, known.arrays, strict=True):
+                array[: new.start] = before[: new.start]
+                array[new.stop :] = before[new.start :]
+
         with np.errstate(over="raise"):
             for done, (rows, view, start, at) in enumerate(mine, start=1):
                 for array, value in zip(arrays, run(views.pixels(rows, view, start)), strict=True):
                     array[at : at + len(value)] = value
-                progress(min(done * views.chunk * ranks.local_world, len(views)), len(views))
+                computed = min(done * views.chunk * ranks.local_world, new.stop - new.start)
+                progress(computed, new.stop - new.start)
 
         for array in arrays:
             array.flush()
@@ -443,7 +516,7 @@ def _computed(
         if ranks.rank == ranks.node:
             told = {
                 "kind": f"{'/'.join(sorted(set(dtypes)))} by {how}",
-                "pass_s": (time.perf_counter() - begun) / len(views),
+                "pass_s": (time.perf_counter() - begun) / (new.stop - new.start),
             }
             (folder / "told.json").write_text(json.dumps(told))
     except FloatingPointError:  # an image whose values exceed the sample's range

@@ -10,14 +10,17 @@ then trained on all images, from the refit of the stage before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 from ftkit.models.freezing import set_mode
-from ftkit.training.checkpoint import TrainState
-from ftkit.training.head_start import start_head
+from ftkit.training.checkpoint import seeded
+from ftkit.training.fold_decision import OutOfFold, StageDecision, out_of_fold
+from ftkit.training.folds import Folds, make_folds
+from ftkit.training.head_start import as_weights, fit_heads, start_head
 from ftkit.training.loader import Loader
 from ftkit.training.precision import release
 from ftkit.training.stage import (
@@ -32,8 +35,6 @@ from ftkit.training.stage import (
 )
 from ftkit.training.validate import DRIFT_IMAGES, Held, Validation, detached
 from ftkit.utils import console
-from ftkit_export.proof.decision import Paired, paired
-from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 
 
@@ -57,153 +58,36 @@ def train_folded_stage(work: Work, number: int) -> StageResult:
     loader = work.loaders.stage(number)
     console.say(f"{stage.train}: {loader.how}")
     compare_circumstances(run, {f"stage {number}": loader.kind})
-    remember_pristine(work, loader, _some(work, loader))
-    if number == 0 and stage.train == "head" and stage.init == "ridge" and "oof" not in run.files:
-        _start_heads(work, loader)
+    if number == 0:
+        look_first_folded(work, loader)
 
     with work.stop.deferred():
-        decision = _Decision(work, number)
+        decision = StageDecision(work, number)
         while not decision.settled:
             _train_fold(work, number, loader, decision.next_fold)
-            decision = _Decision(work, number)
+            decision = StageDecision(work, number)
             console.say(f"{stage.train}: {decision}")
 
+        while number == 0 and run.head_start and decision.worth_repeating:
+            _repeat(work, loader, decision.divisions)
+            decision = StageDecision(work, number)
+            console.say(f"{stage.train}: {decision}")
+
+        if decision.left_open:
+            console.say(f"  {decision.left_open}")
         return _refit(work, number, loader, decision)
+
+
+def look_first_folded(work: Work, loader: Loader) -> None:
+    """Before any training, once: remember the pretrained embedding, and start every fold's head."""
+    remember_pristine(work, loader, _some(work, loader))
+    if work.recipe.starts_head and "oof" not in work.state.files:
+        _start_heads(work, loader)
 
 
 def _some(work: Work, loader: Loader) -> Held:
     """The first training images, to compare embeddings on."""
     return Held(loader.seen, work.labels["train"][:DRIFT_IMAGES])
-
-
-@dataclass(frozen=True)
-class OutOfFold:
-    """Predictions for every training image by models that have not seen it; NaN where no fold's
-    model has predicted it. logits (n, classes), embedding (n, features), float32."""
-
-    logits: Array
-    embedding: Array
-
-    @property
-    def known(self) -> Array:
-        """Whether each image is predicted, (n,) bool."""
-        return ~np.isnan(self.logits[:, 0])
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """As TrainState keeps it."""
-        return {
-            "logits": torch.from_numpy(self.logits),
-            "embedding": torch.from_numpy(self.embedding),
-        }
-
-
-def out_of_fold(run: TrainState, role: str = "oof") -> OutOfFold | None:
-    """What stands, or under "oof-new" the stage in training. Collective."""
-    found = run.tensors(role)
-    if not found:
-        return None
-    return OutOfFold(found["logits"].numpy(), found["embedding"].numpy())
-
-
-class _Decision:
-    """Whether a stage is better than what stood before, on the folds trained so far.
-
-    A stage is kept when it is surely better; when all folds are trained and it is still open, when
-    it is better on them. Bounds hold for all looks together.
-    """
-
-    def __init__(self, work: Work, number: int):
-        folds = work.folds
-        assert folds
-        run = work.state
-        self.before = out_of_fold(run)
-        self.after = out_of_fold(run, "oof-new")
-        self._labels = work.labels["train"].cpu().numpy()
-        self._folds = list(range(folds.count))
-        if self.before is not None:
-            known = self.before.known
-            self._folds = [fold for fold in self._folds if known[folds.held(fold)].all()]
-
-        done = [k for k in self._folds if self.after and self.after.known[folds.held(k)].all()]
-        self._left = [k for k in self._folds if k not in done]
-        self.done = done
-        self.rows = np.flatnonzero(np.isin(folds.of, done))
-        self.broken = run.broken_fold
-        self._cheap = work.recipe.stages[number].train == "head"
-
-        self.compared: Paired | None = None
-        if self.before is not None and self.after is not None and len(done):
-            groups = work.loaders.canvases.groups(work.loaders.canvases.rows("train"))
-            self.compared = paired(
-                self._right(self.before),
-                self._right(self.after),
-                [groups[row] for row in self.rows],
-                looks=len(self._folds),
-            )
-
-    def _right(self, answers: OutOfFold) -> Array:
-        right: Array = answers.logits[self.rows].argmax(1) == self._labels[self.rows]
-        return right
-
-    @property
-    def next_fold(self) -> int:
-        """The fold to train next."""
-        return self._left[0]
-
-    @property
-    def settled(self) -> bool:
-        """Whether no further fold is needed. A head's are cheap: all of them are trained."""
-        if self.broken or not self._left:
-            return True
-        if self._cheap:
-            return False
-        return self.compared is not None and (self.compared.low > 0 or self.compared.high < 0)
-
-    @property
-    def accuracy(self) -> float:
-        """Out-of-fold accuracy of the stage so far."""
-        if self.after is None or not len(self.rows):  # its first fold broke
-            return 0.0
-        return float(self._right(self.after).mean())
-
-    @property
-    def better(self) -> bool:
-        """Whether the stage is kept."""
-        if self.broken or self.after is None:
-            return False
-        if self.before is None or self.compared is None:
-            return True
-        if self.compared.low > 0 or self.compared.high < 0:
-            return self.compared.high < 0
-        return self._score(self.after) > self._score(self.before)
-
-    def _score(self, answers: OutOfFold) -> tuple[float, float]:
-        return float(self._right(answers).mean()), -self.nll(answers)
-
-    def nll(self, answers: OutOfFold) -> float:
-        """Of the answers on the folds trained so far."""
-        logits = torch.from_numpy(answers.logits[self.rows]).double()
-        labels = torch.from_numpy(self._labels[self.rows])
-        return float(torch.nn.functional.cross_entropy(logits, labels))
-
-    def __str__(self) -> str:
-        text = f"fold {len(self.done)} of {len(self._folds)}: accuracy {self.accuracy:.3f}"
-        if self.broken:
-            return f"{text}; the loss is no longer finite"
-        if self.compared is None:
-            return text
-        gain, low, high = (
-            -100 * value for value in (self.compared.drop, self.compared.high, self.compared.low)
-        )
-        settled = "open"
-        if self.compared.high < 0:
-            settled = "surely better"
-        elif self.compared.low > 0:
-            settled = "surely worse"
-        of = f"{self.compared.images} images"
-        if self.compared.clusters is not None:
-            of = f"{self.compared.clusters} groups"
-        return f"{text}, {gain:+.1f} points [{low:+.1f}, {high:+.1f}], {of}: {settled}"
 
 
 def _start_heads(work: Work, loader: Loader) -> None:
@@ -227,13 +111,21 @@ def _start_heads(work: Work, loader: Loader) -> None:
         return
 
     say_head_start(work, start.figures)
-    head = backbone.head
     roles = {
-        f"fold{fold}": {f"{head}.weight": weight, f"{head}.bias": bias}
-        for fold, (weight, bias) in enumerate(start.by_fold)
+        f"fold{fold}": as_weights(backbone, weight, bias)
+        for fold, (weight, bias) in enumerate(start.heads.by_fold)
     }
-    answers = OutOfFold(start.logits, start.embedding)
+    answers = OutOfFold(start.heads.logits, start.embedding)
     run.save(base=backbone.model.state_dict(), oof=answers.tensors(), **roles)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """A fold's weights, its predictions, and whether its loss was no longer finite."""
+
+    weights: dict[str, torch.Tensor]
+    judged: Validation
+    broken: bool
 
 
 def _train_fold(work: Work, number: int, loader: Loader, fold: int) -> None:
@@ -242,42 +134,113 @@ def _train_fold(work: Work, number: int, loader: Loader, fold: int) -> None:
     folds = work.folds
     assert folds
     run.fold = fold
-    backbone = work.backbone
-    base = detached(backbone.model.state_dict())
-    backbone.model.load_state_dict(run.tensors(f"fold{fold}"), strict=False)
-    names = work.loaders.trained[number]
-    set_mode(backbone.model, names, work.recipe.stages[number].batchnorm)
+    start = run.tensors(f"fold{fold}")
+    trained = _trained_on(work, number, loader, folds, fold, start)
+    if trained is None:
+        run.next_part()
+        run.save(step=None)
+    else:
+        _keep(work, fold, trained, start)
+
+
+def _trained_on(
+    work: Work,
+    number: int,
+    loader: Loader,
+    folds: Folds,
+    fold: int,
+    start: Mapping[str, torch.Tensor],
+) -> _Trained | None:
+    """Train a stage from `start` on all folds but one, and predict that one; the model is left as
+    it was. None where time ran out."""
+    run = work.state
+    model = work.backbone.model
+    base = detached(model.state_dict())
+    model.load_state_dict(start, strict=False)
+    set_mode(model, work.loaders.trained[number], work.recipe.stages[number].batchnorm)
 
     held = folds.held(fold)
     judged_on = Held(
         read=lambda positions: loader.seen(held[positions]),
         labels=work.labels["train"][torch.from_numpy(held)],
     )
-    part = TrainingPart(positions=folds.train(fold), held=judged_on, fold=fold)
+    part = TrainingPart(
+        positions=folds.train(fold),
+        held=judged_on,
+        fold=run.fold,
+        silent=folds is not work.folds,
+    )
     training = StageTraining(work, number, loader, part)
     training.run()
     release(training.net)
 
-    result = training.moving.result
-    judged = work.validated(loader, judged_on, result, embeddings=len(held))
-    check_frozen(training)
-    _keep(work, fold, result, judged, broken=training.broken)
-    backbone.model.load_state_dict(base)
+    trained = None
+    if not run.late:
+        weights = detached(training.moving.result)
+        judged = work.validated(loader, judged_on, weights, embeddings=len(held))
+        check_frozen(training)
+        trained = _Trained(weights=weights, judged=judged, broken=training.broken)
+    model.load_state_dict(base)
+    return trained
 
 
-def _keep(
-    work: Work,
-    fold: int,
-    weights: dict[str, torch.Tensor],
-    judged: Validation,
-    *,
-    broken: bool,
-) -> None:
-    """Commit a fold's weights and answers."""
+def _repeat(work: Work, loader: Loader, division: int) -> None:
+    """Train the head stage on another division into folds, for its answers alone.
+
+    An interrupted one is begun again.
+    """
+    run = work.state
+    folds = work.folds
+    before = out_of_fold(run)
+    assert folds
+    assert before
+    canvases = work.loaders.canvases
+    labels = work.labels["train"]
+    others = make_folds(canvases, folds.count, seeded("division", work.seed, division) % 2**31)
+    strength = run.head_start["strength"] if run.head_start else 0.0
+    heads = fit_heads(
+        work.backbone,
+        before.embedding,
+        labels,
+        work.recipe.stages[0],
+        work.ranks,
+        others.masks(),
+        (strength,),
+    )
+    assert heads  # as those of the first division
+
+    answers = np.zeros_like(heads.logits)
+    for fold, (weight, bias) in enumerate(heads.by_fold):
+        run.next_part()
+        run.files.pop("step", None)
+        run.fold = division * (folds.count + 1) + fold + 1
+        start = as_weights(work.backbone, weight, bias)
+        trained = _trained_on(work, 0, loader, others, fold, start)
+        if trained is None:
+            run.next_part()
+            run.save(step=None)
+            return
+        answers[others.held(fold)] = trained.judged.logits
+
+    right = [logits.argmax(1) == labels.cpu().numpy() for logits in (heads.logits, answers)]
+    kept = run.tensors("repeats")
+    run.next_part()
+    run.save(
+        step=None,
+        repeats={
+            name: torch.cat([*([kept[name]] if kept else []), torch.from_numpy(each)[:, None]], 1)
+            for name, each in zip(("before", "after"), right, strict=True)
+        },
+    )
+
+
+def _keep(work: Work, fold: int, trained: _Trained, start: Mapping[str, torch.Tensor]) -> None:
+    """Commit a fold's weights and answers. start: its weights before."""
     run = work.state
     folds = work.folds
     assert folds
     held = folds.held(fold)
+    judged = trained.judged
     answers = out_of_fold(run, "oof-new")
     if answers is None:
         shape = (len(folds.of), judged.logits.shape[1])
@@ -288,16 +251,15 @@ def _keep(
 
     answers.logits[held] = judged.logits
     answers.embedding[held] = judged.embedding
-    before = run.tensors(f"fold{fold}")
-    run.broken_fold = broken
+    run.broken_fold = trained.broken
     run.next_part()
     run.save(
         step=None,
-        **{"oof-new": answers.tensors(), f"new{fold}": {**before, **detached(weights)}},
+        **{"oof-new": answers.tensors(), f"new{fold}": {**start, **trained.weights}},
     )
 
 
-def _refit(work: Work, number: int, loader: Loader, decision: _Decision) -> StageResult:
+def _refit(work: Work, number: int, loader: Loader, decision: StageDecision) -> StageResult:
     """Train a stage that is kept on all images; end the stage."""
     stage = work.recipe.stages[number]
     run = work.state
@@ -306,9 +268,19 @@ def _refit(work: Work, number: int, loader: Loader, decision: _Decision) -> Stag
     model = work.backbone.model
     drift = None
     lr = run.lr
-    roles: dict[str, dict[str, torch.Tensor] | None] = {"step": None, "oof-new": None}
+    kept = decision.better
+    if decision.broken and not work.stands:
+        raise FtkitError(
+            f"stage {stage.train}: expected a finite loss, found another, and no head from before. Try a lower lr"
+        )
+    roles: dict[str, dict[str, torch.Tensor] | None] = {
+        "step": None,
+        "oof-new": None,
+        "repeats": None,
+    }
 
-    if decision.better:
+    if kept:
+        run.late = False
         run.fold = folds.count
         console.say(f"{stage.train}: kept; now on all {len(folds.of)} images")
         set_mode(model, work.loaders.trained[number], stage.batchnorm)
@@ -323,15 +295,20 @@ def _refit(work: Work, number: int, loader: Loader, decision: _Decision) -> Stag
                 "lower lr"
             )
 
-        model.load_state_dict(detached(training.moving.result), strict=False)
+        kept = not run.late
+        result = training.moving.result if kept else training.moving.before
+        model.load_state_dict(detached(result), strict=False)
         check_frozen(training)
-        drift = work.drift(work.validated(loader, _some(work, loader), {}).embedding)
+
+    if kept:
         assert decision.after is not None
+        drift = work.drift(work.validated(loader, _some(work, loader), {}).embedding)
         roles["oof"] = decision.after.tensors()
         for fold in range(folds.count):
             roles[f"fold{fold}"] = run.tensors(f"new{fold}") or None
     else:
-        console.say(f"{stage.train}: no better out of fold; its weights are left out")
+        why = "out of time" if run.late else "no better out of fold"
+        console.say(f"{stage.train}: {why}; its weights are left out")
 
     for fold in range(folds.count):
         roles[f"new{fold}"] = None
@@ -346,8 +323,10 @@ def _refit(work: Work, number: int, loader: Loader, decision: _Decision) -> Stag
         drift=drift,
         seconds=run.stage_spent,
         how=loader.how,
-        kept=decision.better,
+        kept=kept,
         folds=len(decision.done),
+        divisions=decision.divisions,
+        verdict="late" if run.late else decision.verdict,
         gain=None if compared is None else (-compared.drop, -compared.high, -compared.low),
     )
     run.stages.append(asdict(outcome))

@@ -9,17 +9,22 @@ trained on all of them. Groups and identical files are never split between folds
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from ftkit.data.canvas import Canvases
-from ftkit.data.dataset import clusters
+from ftkit.data.dataset import Images, clusters, read_images
+from ftkit.recipe import Recipe
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 
-AUTO = 5
+AUTO = 4  # each model learns from three quarters; a stage on all folds costs four times its refit
+ATTEMPTS = 10  # divisions tried until every class is outside every fold
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,29 @@ class Folds:
         return [self.of == fold for fold in range(self.count)]
 
 
+def read_with_folds(
+    recipe: Recipe, data: str | Path, seed: int, group_by: str, root: Path | None
+) -> Images:
+    """The images that a recipe trains on: without a val split, where folds take its place.
+
+    With folds = "auto" a val split is cut where a class has one group, or a stage stops early. As
+    dataset.read_images otherwise.
+    """
+    read = partial(read_images, data, seed, group_by, root)
+    if not recipe.folds or (recipe.folds == "auto" and recipe.patient):
+        return read()
+
+    images = read(cut_val=False)
+    return images if recipe.folds != "auto" or _all_in_two_groups(images) else read()
+
+
+def _all_in_two_groups(images: Images) -> bool:
+    groups: dict[int, set[str]] = defaultdict(set)
+    for image in images.of("train"):
+        groups[image.label].add(image.group or str(image.path))
+    return min(map(len, groups.values())) >= 2
+
+
 def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
     """Divide the training images, stratified by class; as many folds as groups where those are fewer.
 
@@ -62,24 +90,38 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
             f"{fewest}. Try more groups, or --folds 0"
         )
 
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
-    of = np.zeros(len(rows), np.int64)
+    missing: set[int] = set()
+    for attempt in range(ATTEMPTS):
+        folds = _divided(labels, groups, count, seed + attempt * 1_000_003)
+        missing = _missing(folds, labels)
+        if not missing:
+            return folds
+
+    name = canvases.images.classes[min(missing)]
+    raise FtkitError(
+        f"--folds {wanted}: expected images of every class outside every fold, found none of {name!r} outside one. "
+        "Try more groups of it, fewer folds, or --folds 0"
+    )
+
+
+def _divided(labels: Array, groups: Array, count: int, seed: int) -> Folds:
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed % 2**32)
+    of = np.zeros(len(labels), np.int64)
     for fold, (_, held) in enumerate(splitter.split(labels, labels, groups)):
         of[held] = fold
 
     # A fold may be left empty by a few large groups
     _, of = np.unique(of, return_inverse=True)
-    folds = Folds(of.astype(np.int64))
-    for fold in range(folds.count):
-        missing = set(labels) - set(labels[folds.train(fold)])
-        if missing:
-            name = canvases.images.classes[min(missing)]
-            raise FtkitError(
-                f"--folds {wanted}: expected images of every class outside every fold, found none of {name!r} "
-                f"outside one. Try more groups of it, fewer folds, or --folds 0"
-            )
+    return Folds(of.astype(np.int64))
 
-    return folds
+
+def _missing(folds: Folds, labels: Array) -> set[int]:
+    """Classes that some fold's model would not learn."""
+    return {
+        label
+        for fold in range(folds.count)
+        for label in set(labels) - set(labels[folds.train(fold)])
+    }
 
 
 def _together(canvases: Canvases, rows: Array) -> Array:

@@ -10,7 +10,7 @@ finds in seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from ftkit.models.backbones import Backbone, features
 from ftkit.models.inference import Tensors
 from ftkit.recipe import Stage
-from ftkit.training.closed_form import fit_head
+from ftkit.training.closed_form import STRENGTHS, Head, fit_head
 from ftkit.training.loader import Loader
 from ftkit.training.optimizer import class_weights
 from ftkit.utils.distributed import Ranks
@@ -45,12 +45,11 @@ class HeadStart:
 
 @dataclass(frozen=True, kw_only=True)
 class StartedHead:
-    """figures: what the head is worth. by_fold: (weight, bias) of each fold's head, shaped as the
-    model's. logits (n, classes), embedding (n, features): of every image, out of fold, float32."""
+    """figures: what the head is worth. heads: its weights, those of each fold, and every image's
+    logits out of fold. embedding: (n, features) float32."""
 
     figures: HeadStart
-    by_fold: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    logits: Array
+    heads: Head
     embedding: Array
 
 
@@ -71,28 +70,15 @@ def start_head(
     if not folds:
         return None
 
-    head = backbone.model.get_submodule(backbone.head)
-    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() creates only these
-    assert head.bias is not None  # build() creates none without
-    embedding = embed(loader, head, loader.seen, len(labels), ranks)
-    classes = head.weight.shape[0]
-    weights = class_weights(labels, classes).cpu().numpy() if stage.balance != "none" else None
-
-    fitted = fit_head(embedding, labels.cpu().numpy(), folds, classes, weights)
-    if not np.isfinite(fitted.weight).all():
+    embedding = embed(loader, head_of(backbone), loader.seen, len(labels), ranks)
+    fitted = fit_heads(backbone, embedding, labels, stage, ranks, folds)
+    if fitted is None:
         return None
 
-    # Every rank has fitted it; the first one's holds, to the bit
-    own = {"weight": fitted.weight, "bias": fitted.bias, "logits": fitted.logits}
-    for fold, (weight, bias) in enumerate(fitted.by_fold):
-        own |= {f"weight{fold}": weight, f"bias{fold}": bias}
-    shared = ranks.tensors({name: torch.from_numpy(value) for name, value in own.items()})
+    weights = as_weights(backbone, fitted.weight, fitted.bias)
+    backbone.model.load_state_dict(weights, strict=False)
 
-    with torch.no_grad():
-        head.weight.copy_(shared["weight"].view_as(head.weight))
-        head.bias.copy_(shared["bias"])
-
-    right = shared["logits"].numpy().argmax(1) == labels.cpu().numpy()
+    right = fitted.logits.argmax(1) == labels.cpu().numpy()
     low, high, clusters = share_interval(right, groups)
     return StartedHead(
         figures=HeadStart(
@@ -104,13 +90,58 @@ def start_head(
             nll=fitted.nll,
             strength=fitted.strength,
         ),
-        by_fold=tuple(
-            (shared[f"weight{fold}"].view_as(head.weight).clone(), shared[f"bias{fold}"].clone())
-            for fold in range(len(folds))
-        ),
-        logits=shared["logits"].numpy(),
+        heads=fitted,
         embedding=embedding,
     )
+
+
+def head_of(backbone: Backbone) -> nn.Linear | nn.Conv2d:
+    """The model's head."""
+    head = backbone.model.get_submodule(backbone.head)
+    assert isinstance(head, nn.Linear | nn.Conv2d)  # build() creates only these, with a bias
+    return head
+
+
+def fit_heads(
+    backbone: Backbone,
+    embedding: Array,
+    labels: torch.Tensor,
+    stage: Stage,
+    ranks: Ranks,
+    folds: Sequence[Array],
+    strengths: Sequence[float] = STRENGTHS,
+) -> Head | None:
+    """A head on all images and one for each fold, the same on every rank; None where the features
+    (n, features) are no numbers."""
+    classes = head_of(backbone).weight.shape[0]
+    weights = class_weights(labels, classes).cpu().numpy() if stage.balance != "none" else None
+    fitted = fit_head(embedding, labels.cpu().numpy(), folds, classes, weights, strengths)
+    if not np.isfinite(fitted.weight).all():
+        return None
+
+    # Every rank has fitted it; the first one's holds, to the bit
+    own = {"weight": fitted.weight, "bias": fitted.bias, "logits": fitted.logits}
+    for fold, (weight, bias) in enumerate(fitted.by_fold):
+        own |= {f"weight{fold}": weight, f"bias{fold}": bias}
+    tensors = ranks.tensors({name: torch.from_numpy(value) for name, value in own.items()})
+    shared = {name: value.numpy() for name, value in tensors.items()}
+
+    return replace(
+        fitted,
+        weight=shared["weight"],
+        bias=shared["bias"],
+        logits=shared["logits"],
+        by_fold=tuple((shared[f"weight{k}"], shared[f"bias{k}"]) for k in range(len(folds))),
+    )
+
+
+def as_weights(backbone: Backbone, weight: Array, bias: Array) -> dict[str, torch.Tensor]:
+    """A fitted head under the names and in the shapes of the model's."""
+    head = head_of(backbone)
+    return {
+        f"{backbone.head}.weight": torch.from_numpy(weight).view_as(head.weight).clone(),
+        f"{backbone.head}.bias": torch.from_numpy(bias).clone(),
+    }
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 
 NEVER: Score = (-1.0, -math.inf)
+SURE_AFTER = 2.0  # seconds of training from which the rest is estimated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +54,29 @@ class StageResult:
     val_accuracy, val_nll: of the stage's final weights. kept: whether they became the model.
     epochs: epochs run, fewer than planned after early stopping. lr: peak rate. drift: linear CKA of
     the val embeddings with the pretrained backbone's, 1 = unchanged. val_nll and drift are None if
-    the loss was no longer finite.
+    the loss was no longer finite. folds, divisions: trained on, with folds. gain: over what stood
+    before, in accuracy, with its bounds. verdict: what these settled (fold_decision.Verdict), or
+    "late" where --minutes ended the stage.
     """
 
     train: str
     epochs: int
     lr: float
-    val_accuracy: float
+    val_accuracy: float | None
     val_nll: float | None
     drift: float | None
     seconds: float
     how: str
     kept: bool
     folds: int = 0
+    divisions: int = 1
+    verdict: str | None = None
     gain: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """State and data shared by all stages of a run."""
+    """State and data shared by all stages of a run. budget: seconds for the whole of it."""
 
     recipe: Recipe
     backbone: Backbone
@@ -84,6 +89,17 @@ class Work:
     ranks: Ranks
     log: Log
     folds: Folds | None = None
+    budget: float = math.inf
+
+    @property
+    def left(self) -> float:
+        """Seconds left of the budget."""
+        return self.budget - self.state.spent
+
+    @property
+    def stands(self) -> bool:
+        """Whether there is a model that could ship without a further stage."""
+        return "oof" in self.state.files if self.folds else self.state.best is not None
 
     @property
     def balanced(self) -> bool:
@@ -141,9 +157,8 @@ def train_stage(work: Work, number: int) -> StageResult:
     loader = work.loaders.stage(number)
     console.say(f"{stage.train}: {loader.how}")
     compare_circumstances(work.state, {f"stage {number}": loader.kind})
-    remember_pristine(work, loader, work.val(loader))
-    if number == 0 and stage.train == "head" and stage.init == "ridge" and work.state.best is None:
-        _start_head(work, loader)
+    if number == 0:
+        look_first(work, loader)
 
     part = TrainingPart(positions=np.arange(len(work.labels["train"])), held=work.val(loader))
     training = StageTraining(work, number, loader, part)
@@ -151,6 +166,35 @@ def train_stage(work: Work, number: int) -> StageResult:
         training.run()
         release(training.net)
         return _settle(training)
+
+
+def skip_stage(work: Work, number: int) -> StageResult:
+    """Leave a stage out for want of time."""
+    stage = work.recipe.stages[number]
+    console.say(f"{stage.train}: left out, no time is left")
+    outcome = StageResult(
+        train=stage.train,
+        epochs=0,
+        lr=0.0,
+        val_accuracy=None,
+        val_nll=None,
+        drift=None,
+        seconds=0.0,
+        how="no time was left",
+        kept=False,
+        verdict="late",
+    )
+    work.state.stages.append(asdict(outcome))
+    work.state.next_stage()
+    work.state.save()
+    return outcome
+
+
+def look_first(work: Work, loader: Loader) -> None:
+    """Before any training, once: remember the pretrained embedding, and start the head."""
+    remember_pristine(work, loader, work.val(loader))
+    if work.recipe.starts_head and work.state.best is None:
+        _start_head(work, loader)
 
 
 def _start_head(work: Work, loader: Loader) -> None:
@@ -184,11 +228,12 @@ def say_head_start(work: Work, figures: HeadStart) -> None:
 class TrainingPart:
     """The images of one training. positions: among the train images (n,). held: what it is judged
     on; None for a refit on all. fold: its number, or the number of folds for the refit; None
-    without folds."""
+    without folds. silent: not part of the trace."""
 
     positions: Array
     held: Held | None
     fold: int | None = None
+    silent: bool = False
 
 
 class StageTraining:
@@ -236,11 +281,37 @@ class StageTraining:
         )
 
     def run(self) -> None:
-        """Train all epochs that are left."""
+        """Train all epochs that are left; fewer, with work.state.late set, for want of time."""
+        self._begun = time.perf_counter()
+        self._first = self.work.state.step
         while self.work.state.epoch < self.stage.epochs:
             if not self.epoch():
                 break
             self.work.pause(self.moving)
+
+    def _is_late(self) -> bool:
+        """Whether the rest of this training, and of a refit after it, would take longer than what is
+        left of the budget. Collective; sets work.state.late."""
+        work = self.work
+        if work.budget == math.inf or not work.stands:
+            return False
+
+        done = work.state.step - self._first
+        spent = time.perf_counter() - self._begun
+        left = self.steps - work.state.step
+        if self.part.fold is not None and self.part.held:
+            images = len(work.labels["train"])
+            left += max(1, images // self.stage.batch_size) * self.stage.epochs
+        needed = work.ranks.first(lambda: spent / done * left if spent > SURE_AFTER else 0.0)
+        remaining = work.ranks.first(lambda: work.left)
+        work.state.late = needed > remaining
+
+        if work.state.late:
+            console.say(
+                f"{self.stage.train}: stopped, {console.clock(needed)} more are needed and "
+                f"{console.clock(max(0, remaining))} left"
+            )
+        return work.state.late
 
     def epoch(self) -> bool:
         """Train one epoch, or the rest of an interrupted one, and validate.
@@ -262,6 +333,8 @@ class StageTraining:
                 self._step(step, share, fetched)
                 progress(run.step - end + self.steps_per_epoch, self.steps_per_epoch)
                 self.work.pause(self.moving)
+                if self._is_late():
+                    return False
 
         loss, accuracy = self.moving.epoch()
         seconds = time.perf_counter() - begun
@@ -273,6 +346,10 @@ class StageTraining:
             return False
 
         held = self.part.held
+        if self.part.silent:
+            run.epoch += 1
+            return True
+
         judged = self.work.validated(self.loader, held, self.moving.result) if held else None
         images = (end - first) * self.images_per_step
         speeds = self.work.ranks.gather(images / self.work.ranks.world / seconds)
@@ -472,7 +549,7 @@ def _peak(training: StageTraining) -> float:
     assert held  # a refit has the rate of its folds
     peak = best_rate(stage, work.backbone, training.loader, batches(), training.steps, held)
     peak = work.ranks.first(lambda: peak)
-    console.say(f"{stage.train}: rate {peak:.0e}, the best of a fan on val")
+    console.say(f"{stage.train}: rate {peak:.0e}, the best of a fan")
     return peak
 
 
@@ -505,7 +582,7 @@ def _settle(training: StageTraining) -> StageResult:
         drift = work.drift(judged.embedding)
 
     best = run.best or NEVER
-    better = score > best
+    better = score > best and not run.late
     model.load_state_dict(detached(result if better else moving.before), strict=False)
     check_frozen(training)
 
@@ -520,13 +597,15 @@ def _settle(training: StageTraining) -> StageResult:
         seconds=run.stage_spent,
         how=training.loader.how,
         kept=better,
+        verdict="late" if run.late else None,
     )
 
     if not better:
-        console.say(f"{stage.train}: no better than before on val; its weights are left out")
+        why = "out of time" if run.late else "no better than before on val"
+        console.say(f"{stage.train}: {why}; its weights are left out")
 
     run.stages.append(asdict(outcome))
-    run.best = max(score, best)
+    run.best = best if run.late else max(score, best)
     run.next_stage()
     run.save(step=None, base=model.state_dict())
     return outcome

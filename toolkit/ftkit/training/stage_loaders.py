@@ -82,7 +82,7 @@ class StageLoaders:
         teacher = load_teacher(stage.teacher, self.preprocess, classes) if stage.teacher else None
 
         try:
-            return self._cached(number, teacher)
+            return self._cached(number, teacher, stage.views)
         except CannotCacheError as reason:
             return LiveLoader(
                 model=self.backbone.model,
@@ -96,8 +96,23 @@ class StageLoaders:
                 teacher=teacher,
             )
 
-    def share(self) -> None:
-        """Run the prefix once for every stage it serves, while the weights are still pretrained."""
+    def first_look(self) -> CachedLoader | None:
+        """The first stage's loader with the images as they are, before their augmented views are
+        computed; None where its prefix cannot be cached."""
+        self.share(most=1)
+        set_mode(self.backbone.model, self.trained[0], self.recipe.stages[0].batchnorm)
+        try:
+            return self._cached(0, None, views=1)
+        except CannotCacheError:
+            return None
+
+    def share(self, most: int | None = None) -> None:
+        """Run the prefix once for every stage it serves, while the weights are still pretrained.
+
+        most: views, by default all that a stage asks for.
+        """
+        self._shared = None
+        self._cannot_share = None
         sharing = [
             n for n, s in enumerate(self.recipe.stages) if s.cache == "auto" and self._pristine(n)
         ]
@@ -108,11 +123,20 @@ class StageLoaders:
         cuts = {n: frontier(graph, under(self.trained[n])) for n in sharing}
         served = [n for n in sharing if cuts[n]]
         if served:
-            views = max(self.recipe.stages[n].views for n in served)
+            views = most or max(self.recipe.stages[n].views for n in served)
             try:
                 self._shared = self._fill(graph, [cuts[n] for n in served], views)
             except CannotCacheError as reason:
                 self._cannot_share = reason
+
+    @property
+    def left_to_run(self) -> float:
+        """Seconds that the prefix of the views still to come will take, by those it has seen."""
+        shared = self._shared
+        if shared is None:
+            return 0.0
+        missing = max(0, max(stage.views for stage in self.recipe.stages) - shared.views)
+        return missing * len(self._labels) * shared.pass_s
 
     def views(self, count: int) -> Views:
         """`count` augmented views of each image, as the prefix sees them."""
@@ -125,7 +149,7 @@ class StageLoaders:
             source=self.pixels,
         )
 
-    def _cached(self, number: int, teacher: Teacher | None) -> CachedLoader:
+    def _cached(self, number: int, teacher: Teacher | None, views: int) -> CachedLoader:
         """The loader of a stage whose prefix is cached. Raises CannotCacheError."""
         stage = self.recipe.stages[number]
         if stage.cache == "off":
@@ -133,25 +157,27 @@ class StageLoaders:
 
         cut = self._cut(number)
         prefix = frozen_part(cut.graph, [cut.nodes])
-        activations = self._trusted(lambda: self._activations(number, cut), prefix, cut.names)
+        activations = self._trusted(
+            lambda: self._activations(number, cut, views), prefix, cut.names
+        )
 
         training = trace(self.backbone.model)
         suffix = frontier(training, under(self.trained[number])) if training else []
         if training is None or [node.name for node in suffix] != cut.names:
             raise CannotCacheError("the graph differs between training and evaluation")
 
-        taught = self._taught(teacher, stage.views)
+        taught = self._taught(teacher, views)
         return CachedLoader(
             net=trained_part(training, suffix),
             eval_net=trained_part(cut.graph, cut.nodes),
             labels=self._labels,
             device=self.device,
-            how=self._how(activations, stage.views),
+            how=self._how(activations, views),
             pass_s=activations.pass_s * self.ranks.local_world / self.ranks.world,
             activations=activations,
             names=cut.names,
             teacher=taught.arrays["teacher"] if taught else None,
-            views=stage.views,
+            views=views,
         )
 
     def _how(self, activations: Activations, views: int) -> str:
@@ -178,7 +204,7 @@ class StageLoaders:
         activations = make()
         difference = self._difference(activations, prefix, names)
 
-        if difference and activations.found:
+        if difference and (activations.found or activations.copied):
             console.warn(
                 f"cache: expected the values of a live pass, found that {difference}. Computing it again"
             )
@@ -223,13 +249,13 @@ class StageLoaders:
         before = [under(names) for names in self.trained[:number]]
         return all(now(name) for name in parameters if any(earlier(name) for earlier in before))
 
-    def _activations(self, number: int, cut: _Cut) -> Activations:
+    def _activations(self, number: int, cut: _Cut, views: int) -> Activations:
         if self._pristine(number):
             if self._cannot_share:
                 raise self._cannot_share
             if self._shared is not None:
                 return self._shared
-        return self._fill(cut.graph, [cut.nodes], self.recipe.stages[number].views)
+        return self._fill(cut.graph, [cut.nodes], views)
 
     def _fill(
         self, graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]], count: int

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -27,7 +28,7 @@ import torch
 
 from ftkit.data.audit import audit, named, require_apart
 from ftkit.data.canvas import Canvases, build_canvases
-from ftkit.data.dataset import Images, below, read_images, splits_csv
+from ftkit.data.dataset import Images, below, splits_csv
 from ftkit.evaluation.bundle import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Mistake
 from ftkit.evaluation.model import HeldOut, evaluate_model
@@ -40,8 +41,9 @@ from ftkit.recipe import Recipe, resolve, restore
 from ftkit.report.build import pictures, save_pictures, write_report
 from ftkit.training import checkpoint, distillation, precision
 from ftkit.training.checkpoint import Stop, Stopped
-from ftkit.training.folded import out_of_fold, train_folded_stage
-from ftkit.training.folds import AUTO, Folds, make_folds
+from ftkit.training.fold_decision import out_of_fold
+from ftkit.training.folded import look_first_folded, train_folded_stage
+from ftkit.training.folds import AUTO, Folds, make_folds, read_with_folds
 from ftkit.training.precision import Compute
 from ftkit.training.run import (
     FOLD_WEIGHTS,
@@ -53,7 +55,13 @@ from ftkit.training.run import (
     is_finished,
     read_metrics,
 )
-from ftkit.training.stage import Work, compare_circumstances, train_stage
+from ftkit.training.stage import (
+    Work,
+    compare_circumstances,
+    look_first,
+    skip_stage,
+    train_stage,
+)
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.tensorboard import Log, nowhere, require_tensorboard
 from ftkit.training.tensorboard import tensorboard as log_events
@@ -187,7 +195,10 @@ def _train(request: Request, stop: Stop, ranks: Ranks, opened: ExitStack) -> Non
     console.say(HEADER)
     train_next = train_folded_stage if work.folds else train_stage
     for number in range(work.state.stage, len(request.recipe.stages)):
-        train_next(work, number)
+        if work.state.late and work.stands:
+            skip_stage(work, number)
+        else:
+            train_next(work, number)
     held_out, fold_weights = _out_of_fold(work, prepared.canvases)
     ranks.together(
         lambda: _finish(work, request, prepared, held_out, fold_weights) if ranks.main else None
@@ -200,9 +211,7 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     Raises FtkitError for a typo, before the slow decoding.
     """
     recipe = request.recipe
-    images = read_images(
-        request.data, request.seed, request.group_by, request.root, cut_val=not recipe.folds
-    )
+    images = read_with_folds(recipe, request.data, request.seed, request.group_by, request.root)
     torch.manual_seed(request.seed)
     backbone = build(recipe.backbone, len(images.classes), recipe.weights)
 
@@ -264,18 +273,13 @@ def _begin_or_resume(
     device = request.compute.device
     run = _state(request, prepared, ranks)
     run.seconds += time.perf_counter() - begun
+    run.late = False  # it may have more time now
 
     keep_freed_memory()
     backbone.model.to(device).to(memory_format=torch.channels_last)
     loaders = StageLoaders(
         backbone, request.recipe, canvases, prepared.preprocess, request.seed, device, ranks
     )
-    loaders.share()
-
-    if base := run.tensors("base"):
-        backbone.model.load_state_dict(base)
-    run.save()
-
     log: Log = nowhere
     if request.options.tensorboard and ranks.main:  # only once there is a run that can be resumed
         log = opened.enter_context(log_events(request.out / "tensorboard", run.lines))
@@ -288,7 +292,7 @@ def _begin_or_resume(
     folds = _folds(request, canvases, ranks)
 
     every = torch.from_numpy(canvases.labels).to(device)
-    return Work(
+    work = Work(
         recipe=request.recipe,
         backbone=backbone,
         loaders=loaders,
@@ -300,7 +304,31 @@ def _begin_or_resume(
         ranks=ranks,
         log=log,
         folds=folds,
+        budget=math.inf if request.options.minutes is None else 60 * request.options.minutes,
     )
+    _share(work)
+    return work
+
+
+def _share(work: Work) -> None:
+    """Run the frozen prefix for all stages; before that, as soon as it has seen each image once, say
+    what a head on it is worth."""
+    first = work.recipe.stages[0]
+    run = work.state
+    if work.recipe.starts_head and first.cache == "auto" and first.views > 1 and not run.files:
+        loader = work.loaders.first_look()
+        if loader and work.folds:
+            look_first_folded(work, loader)
+        elif loader:
+            look_first(work, loader)
+        needed = work.loaders.left_to_run if loader else 0.0
+        run.late = work.ranks.first(lambda: needed > work.left)
+
+    if not run.late:
+        work.loaders.share()
+    if base := run.tensors("base"):
+        work.backbone.model.load_state_dict(base)
+    run.save()
 
 
 def _folds(request: Request, canvases: Canvases, ranks: Ranks) -> Folds | None:
@@ -309,9 +337,10 @@ def _folds(request: Request, canvases: Canvases, ranks: Ranks) -> Folds | None:
     if not wanted:
         return None
     if len(canvases.rows("val")):
-        console.warn(
-            "folds: expected no val split, found one in the data. It decides; no folds are made"
-        )
+        if wanted != "auto":
+            console.warn(
+                "folds: expected no val split, found one in the data. It decides; no folds are made"
+            )
         return None
 
     count = AUTO if wanted == "auto" else wanted

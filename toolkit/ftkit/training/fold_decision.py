@@ -1,0 +1,233 @@
+"""Whether a stage is better than what stood before, on the folds trained so far.
+
+    decision = StageDecision(work, number)     # from the answers that the run has kept
+    while not decision.settled:
+        ...                                    # train decision.next_fold, and decide again
+    decision.better, str(decision)             # whether the stage is kept; a line for the trace
+
+A stage is kept when it is surely better, and also when all folds are trained and it is still open,
+but better on them. The bounds hold for all looks at a stage together: half of the error rate is the
+last look's, the earlier ones share the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ftkit.training.checkpoint import TrainState
+from ftkit.training.stage import Work
+from ftkit.utils import console
+from ftkit_export.proof.decision import Paired, paired, what_would_settle
+from ftkit_export.runtime.arrays import Array
+
+DIVISIONS = 6  # of a head stage at most: the first, and repeats with other folds
+NARROWED = 0.95  # a repeat must leave at most this share of the interval, or it is the last
+
+Verdict = Literal["better", "worse", "equal", "open"]
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Predictions for every training image by models that have not seen it; NaN where no fold's
+    model has predicted it. logits (n, classes), embedding (n, features), float32."""
+
+    logits: Array
+    embedding: Array
+
+    @property
+    def known(self) -> Array:
+        """Whether each image is predicted, (n,) bool."""
+        return ~np.isnan(self.logits[:, 0])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As TrainState keeps it."""
+        return {
+            "logits": torch.from_numpy(self.logits),
+            "embedding": torch.from_numpy(self.embedding),
+        }
+
+
+def out_of_fold(run: TrainState, role: str = "oof") -> OutOfFold | None:
+    """What stands, or under "oof-new" the stage in training. Collective."""
+    found = run.tensors(role)
+    if not found:
+        return None
+    return OutOfFold(found["logits"].numpy(), found["embedding"].numpy())
+
+
+class StageDecision:
+    """What the answers so far say about a stage.
+
+    before, after: out-of-fold answers without and with it. done: folds trained. compared: the paired
+    comparison, None where nothing stood before.
+    """
+
+    def __init__(self, work: Work, number: int):
+        folds = work.folds
+        assert folds
+        run = work.state
+        self.before = out_of_fold(run)
+        self.after = out_of_fold(run, "oof-new")
+        self.broken = run.broken_fold
+        self.late = run.late
+        self._limit = work.recipe.export.max_accuracy_drop
+        self._labels = work.labels["train"].cpu().numpy()
+        self._cheap = work.recipe.stages[number].train == "head"
+        self._in_haste = work.recipe.folds == "auto"
+
+        self._folds = list(range(folds.count))
+        if self.before is not None:
+            known = self.before.known
+            self._folds = [fold for fold in self._folds if known[folds.held(fold)].all()]
+        self.done = [k for k in self._folds if self.after and self.after.known[folds.held(k)].all()]
+        self._left = [k for k in self._folds if k not in self.done]
+        self.rows = np.flatnonzero(np.isin(folds.of, self.done))
+
+        again = run.tensors("repeats")
+        self._repeats = (
+            [again["before"].numpy().astype(bool), again["after"].numpy().astype(bool)]
+            if again
+            else []
+        )
+        canvases = work.loaders.canvases
+        groups = canvases.groups(canvases.rows("train"))
+        self._groups = [groups[row] for row in self.rows]
+        self.compared = self._compare(self.divisions)
+
+    @property
+    def divisions(self) -> int:
+        """Divisions into folds that the stage was trained on."""
+        return 1 + (self._repeats[0].shape[1] if self._repeats else 0)
+
+    def _compare(self, divisions: int) -> Paired | None:
+        """The comparison on the first so many divisions."""
+        if self.before is None or self.after is None or not self.done:
+            return None
+
+        columns = [[self._right(self.before)], [self._right(self.after)]]
+        for kept, repeated in zip(columns, self._repeats, strict=False):
+            kept += list(repeated[self.rows, : divisions - 1].T)
+        before, after = (np.stack(kept, axis=1) for kept in columns)
+        return paired(before, after, self._groups, looks=self._looks)
+
+    @property
+    def _looks(self) -> int:
+        if self._cheap:
+            return 1  # when to stop is not up to the answers
+        return 2 * max(1, len(self._folds) - 1) if self._left else 2
+
+    def _right(self, answers: OutOfFold) -> Array:
+        right: Array = answers.logits[self.rows].argmax(1) == self._labels[self.rows]
+        return right
+
+    @property
+    def verdict(self) -> Verdict:
+        """better, worse: surely. equal: surely within the limit of either side."""
+        compared = self.compared
+        if self.broken:
+            return "worse"
+        if compared is None:
+            return "open"
+        if compared.high < 0:
+            return "better"
+        if compared.low > 0:
+            return "worse"
+        return "equal" if max(-compared.low, compared.high) <= self._limit else "open"
+
+    @property
+    def next_fold(self) -> int:
+        """The fold to train next."""
+        return self._left[0]
+
+    @property
+    def settled(self) -> bool:
+        """Whether no further fold is needed.
+
+        A head's are cheap, and all of them are trained; so are those of a good stage where their
+        number was given, since every fold is evidence for what is decided later.
+        """
+        if self.broken or self.late or not self._left:
+            return True
+        if self._cheap or self.verdict == "open":
+            return False
+        return self._in_haste or self.verdict == "worse"
+
+    @property
+    def worth_repeating(self) -> bool:
+        """Whether another division into folds may settle what is open."""
+        if not self._cheap or self._left or self.late or self.verdict != "open":
+            return False
+        if self.compared is None or self.divisions >= DIVISIONS:
+            return False
+        if self.divisions == 1:
+            return True
+
+        fewer = self._compare(self.divisions - 1)
+        assert fewer
+        width, before = (found.high - found.low for found in (self.compared, fewer))
+        return width <= NARROWED * before
+
+    @property
+    def accuracy(self) -> float:
+        """Out-of-fold accuracy of the stage so far."""
+        if self.after is None or not len(self.rows):  # its first fold broke
+            return 0.0
+        return float(self._right(self.after).mean())
+
+    @property
+    def better(self) -> bool:
+        """Whether the stage is kept."""
+        if self.broken or self.after is None or not self.done:
+            return False
+        if self.before is None or self.compared is None:
+            return True
+        if self.verdict in ("better", "worse"):
+            return self.verdict == "better"
+        return (-self.compared.drop, -self.nll(self.after)) > (0.0, -self.nll(self.before))
+
+    def nll(self, answers: OutOfFold) -> float:
+        """Of the answers on the folds trained so far."""
+        logits = torch.from_numpy(answers.logits[self.rows]).double()
+        labels = torch.from_numpy(self._labels[self.rows])
+        return float(torch.nn.functional.cross_entropy(logits, labels))
+
+    def __str__(self) -> str:
+        text = f"fold {len(self.done)} of {len(self._folds)}"
+        if self.divisions > 1:
+            text = f"{self.divisions} divisions into folds"
+        if self.broken:
+            return f"{text}: the loss is no longer finite"
+
+        text += f": accuracy {self.accuracy:.3f}"
+        if self.compared is None:
+            return text
+        gain, low, high = (
+            -100 * value for value in (self.compared.drop, self.compared.high, self.compared.low)
+        )
+        said = {
+            "better": "surely better",
+            "worse": "surely worse",
+            "equal": f"surely within {console.short(100 * self._limit)} points",
+            "open": "open",
+        }
+        of = f"{self.compared.images} images"
+        if self.compared.clusters is not None:
+            of = f"{self.compared.clusters} groups"
+        return f"{text}, {gain:+.1f} points [{low:+.1f}, {high:+.1f}], {of}: {said[self.verdict]}"
+
+    @property
+    def left_open(self) -> str:
+        """What these images can settle, and what it would take; "" if nothing is open."""
+        compared = self.compared
+        if compared is None or self.verdict != "open":
+            return ""
+        reach = 100 * max(compared.high - compared.drop, compared.drop - compared.low)
+        limit = console.short(100 * self._limit)
+        return (
+            f"{compared.ground} settle {reach:.1f} points; for {limit}, "
+            f"{what_would_settle(compared, self._limit)}"
+        )
