@@ -77,6 +77,22 @@ def train(data: str | Path, options: TrainOptions) -> Run:
     return open_run(folder)
 
 
+def _opened(folder: Path, data: str | Path | None) -> Run:
+    """A finished run; of an interrupted one, what stands."""
+    from ftkit.training import checkpoint
+    from ftkit.training.run import is_finished, open_run
+
+    if is_finished(folder) or not checkpoint.exists(folder):
+        return open_run(folder)
+
+    from ftkit.training.train import write_so_far
+    from ftkit.utils import console
+
+    run = open_run(write_so_far(folder, data))
+    console.warn(f"{folder}: not finished, {run.so_far}. What stands is exported, and says so")
+    return run
+
+
 @by_keyword(ExportOptions)
 def export(run: Run | str | Path, options: ExportOptions) -> Exported:
     """Export a run to ONNX, check the file against the gates, and seal the bundle.
@@ -90,14 +106,14 @@ def export(run: Run | str | Path, options: ExportOptions) -> Exported:
     from ftkit.exporting.export import Extras
     from ftkit.exporting.export import export as run_export
     from ftkit.exporting.web import runtime as web_runtime
-    from ftkit.training.run import Run, open_run
+    from ftkit.training.run import Run
     from ftkit.utils import console
     from ftkit_export.runtime.session import parse_providers
 
     console.hush(options.quiet)
     providers = parse_providers(",".join(options.providers))
-    opened = run if isinstance(run, Run) else open_run(run)
-    folder = opened.folder.resolve()
+    opened = run if isinstance(run, Run) else _opened(Path(run), options.data)
+    folder = (opened.folder.parent if opened.so_far else opened.folder).resolve()
     out = Path(options.out) if options.out else folder.with_name(f"{folder.name}-bundle")
     files = web_runtime(Path(options.runtime) if options.runtime else None) if options.web else None
 

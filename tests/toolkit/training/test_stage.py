@@ -188,7 +188,7 @@ def test_auto_takes_the_rate_whose_head_ends_best(
     changes = settings(*TINY, "stages.0.lr=auto", "stages.1.epochs=1")
     result = ftkit("train", photos, "--out", tmp_path / "run", *changes)
     assert result.exit_code == 0, result.output
-    assert "head: rate 3e-03, the best of a fan on val" in result.stdout
+    assert "head: rate 3e-03, the best of a fan" in result.stdout
     assert json.loads((tmp_path / "run" / "run.json").read_text())["stages"][0]["lr"] == 3e-3
     live = ftkit(
         "train", photos, "--out", tmp_path / "live", *changes, "--set", "stages.0.cache=off"

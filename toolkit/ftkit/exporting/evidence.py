@@ -350,6 +350,7 @@ def manifest(
         "ir": IR_VERSION,
         "oldest_onnxruntime": context.target.oldest,
         "run": run.data["model_fingerprint"],
+        "not_trained": run.data.get("not_trained", []),
         "data_fingerprint": run.data["data_fingerprint"],
         "limits": asdict(context.limits),
         "evidence": _as_json(run, context, made, evidence),

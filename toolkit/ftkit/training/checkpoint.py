@@ -40,6 +40,7 @@ class TrainState:
     """Progress of an unfinished run.
 
     - plan: what the run was started with (recipe, seed, data_fingerprint); never changes.
+    - source: the data's path and root as they were then.
     - stage, epoch, step: completed so far (epochs and steps count within the stage).
     - lr: the stage's peak learning rate.
     - best: val score (validate.Score) of the weights kept so far.
@@ -59,6 +60,7 @@ class TrainState:
 
     folder: Path
     plan: dict[str, Any]
+    source: dict[str, Any] = field(default_factory=dict)
     stage: int = 0
     epoch: int = 0
     step: int = 0
@@ -177,6 +179,12 @@ def plan_of(folder: Path) -> dict[str, Any]:
     """The plan of an interrupted run. Raises FtkitError if its state cannot be read."""
     plan: dict[str, Any] = _load(folder)["plan"]
     return plan
+
+
+def source_of(folder: Path) -> dict[str, Any]:
+    """Where the data of an interrupted run was. Raises FtkitError if its state cannot be read."""
+    data = _load(folder)
+    return {"data": ".", "root": None, **data.get("source", {})}
 
 
 def _load(folder: Path) -> dict[str, Any]:

@@ -45,6 +45,7 @@ METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
 OUT_OF_FOLD = "oof.npz"
 FOLD_WEIGHTS = "folds.safetensors"
+SO_FAR = "so-far"  # of an interrupted run: what stood then, as a run of its own
 RUN_SCHEMA = 5  # of run.json
 
 
@@ -64,6 +65,12 @@ class Run:
         """Split (val, test) -> fields of evaluation.metrics.Metrics: accuracy, recall, ..."""
         metrics: Mapping[str, Any] = self.data["metrics"]
         return metrics
+
+    @property
+    def so_far(self) -> str:
+        """What an interrupted run has not trained, in words; "" for a finished one."""
+        missing = self.data.get("not_trained")  # not in older runs
+        return f"without {', '.join(missing)}" if missing else ""
 
     def _repr_html_(self) -> str:
         test = self.metrics["test"]
