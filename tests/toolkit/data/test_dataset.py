@@ -183,7 +183,7 @@ def _csv(text: str) -> "object":
         (_missing, "found nothing there"),
         (_empty, "found none. Try a folder a class"),
         (_one_class, "expected at least two classes, found one (only)"),
-        (_one_image, "expected enough images for a val split"),
+        (_one_image, "expected enough images for a test split"),
         (_csv("path,label\na.png,x\ngone.png,y\n"), "set.csv line 3: expected an image at"),
         (_csv("file,label\na.png,x\n"), "expected a column 'path', found file, label"),
         (_csv("path,class\na.png,x\n"), "expected a column 'label', found path, class"),

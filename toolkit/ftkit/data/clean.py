@@ -284,12 +284,13 @@ def clean(result: Audit, canvases: Canvases) -> Cleaned:
     with the majority of their set are removed, or all if there is no majority.
 
     Other near duplicates become one group if ftkit can still put them in one split
-    (`Audit.near_groups`); if one is in a given split, those in train are removed. Splits that ftkit
+    or fold (`Audit.near_groups`); if one is in a given split, those in train are removed. Splits that ftkit
     made, and the train split they were cut from, are left open.
     """
     images = canvases.images.images
     gone = {"unreadable": len(result.bad), "identical": 0, "contradicting": 0, "near duplicates": 0}
     free = ("train", *result.made)  # images in other splits stay there
+    divided = bool(result.made) or not canvases.images.of("val")  # into splits, or folds
     conflicts = {item.rows for item in result.conflicts}
 
     left: dict[int, Image] = dict(enumerate(images))
@@ -309,7 +310,7 @@ def clean(result: Audit, canvases: Canvases) -> Cleaned:
             leave_out([row for row in rows if images[row].split in free], "near duplicates")
 
     groups = []
-    for near in result.near_groups if result.made else ():
+    for near in result.near_groups if divided else ():
         rows = [row for row in near if row in left and images[row].split in free]
         if len(rows) > 1:
             _together(left, rows)
@@ -320,11 +321,11 @@ def clean(result: Audit, canvases: Canvases) -> Cleaned:
     ]
     parted = (
         sum(len({left[row].group or str(row) for row in rows}) > 1 for rows in near_left)
-        if result.made
+        if divided
         else 0
     )
 
-    open_ = free if result.made else ()
+    open_ = free if divided else ()
     kept = (replace(image, split="") if image.split in open_ else image for image in left.values())
 
     return Cleaned(images=tuple(kept), left_out=gone, groups=tuple(groups), parted=parted)
