@@ -174,12 +174,45 @@ def test_a_run_killed_in_a_fold_and_in_the_refit_ends_with_the_same_bits(
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
+
+    # What stands can be exported, says what it lacks, and the run still goes on
+    so_far = ftkit("export", out, "--quick", "--set", "export.variants=fp32")
+    assert so_far.exit_code == 0, so_far.output
+    bundle = tmp_path / "run-bundle"
+    assert json.loads((bundle / "manifest.json").read_text())["not_trained"] == ["last:1"]
+    for page in ("MODEL_CARD.md", "report.html"):
+        assert "training was interrupted" in (bundle / page).read_text()
+
     result = ftkit("train", photos, "--out", out, "--resume")
     assert result.exit_code == 0, result.output
+    assert not (out / "so-far").exists()
     one, other = (safetensors.torch.load_file(run / "model.safetensors") for run in (folded, out))
     assert all(one[name].equal(other[name]) for name in one)
     with np.load(folded / "oof.npz") as first, np.load(out / "oof.npz") as second:
         assert all(np.array_equal(first[name], second[name]) for name in first.files)
+
+
+@pytest.mark.parametrize("folds", ["3", "0"])
+def test_minutes_end_a_training_with_what_stands(photos: Path, tmp_path: Path, folds: str) -> None:
+    """No time at all: the ridge head, judged and reported. Little time: no more than that."""
+    plan = ("--folds", folds, *settings(*SMALL))
+    none = ftkit("train", photos, "--out", tmp_path / "none", "--minutes", "0", *plan)
+    assert none.exit_code == 0, none.output
+    run = open_run(tmp_path / "none").data
+    assert [stage["verdict"] for stage in run["stages"]] == ["late", "late"]
+    assert run["metrics"]["test"]["accuracy"] > 0.6
+    assert [part["stages"] for part in run["pipeline"]][-1] == ["ridge"]
+    if folds != "0":
+        assert run["metrics"]["val"]["accuracy"] == pytest.approx(run["head_start"]["accuracy"])
+
+    long = settings("stages.1.epochs=2000")
+    begun = time.monotonic()
+    little = ftkit("train", photos, "--out", tmp_path / "little", "--minutes", "0.2", *plan, *long)
+    assert little.exit_code == 0, little.output
+    assert time.monotonic() - begun < 60
+    stages = open_run(tmp_path / "little").data["stages"]
+    assert [stage["verdict"] == "late" for stage in stages] == [False, True]
+    assert not stages[1]["kept"]
 
 
 def test_two_ranks_give_the_answers_of_one(folded: Path, photos: Path, tmp_path: Path) -> None:

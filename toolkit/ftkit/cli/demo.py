@@ -36,7 +36,7 @@ GROUPS = ("--group-by", "module[0-9]+")
 def write_elpv(out: Path, *, split: bool) -> int:
     """Write the photographs with a certain label into class folders; return their number.
 
-    out: folder to make. Files are named by module and cell. split=True: out/{train,val,test}/CLASS
+    out: folder to make. Files are named by module and cell. split=True: out/{train,test}/CLASS
     as `ftkit train` would split them by group, each run of 60 consecutive cells in one split;
     False: out/CLASS. Raises FtkitError when the package is not installed.
     """
@@ -58,7 +58,7 @@ def write_elpv(out: Path, *, split: bool) -> int:
         out.mkdir(parents=True, exist_ok=True)
         table = out / "photos.csv"
         table.write_text("\n".join(lines) + "\n")
-        images = read_images(table)
+        images = read_images(table, cut_val=False)
         table.unlink()
 
         for image in images.images:

@@ -135,6 +135,8 @@ def _header(run: Data, manifest: Data | None) -> dict[str, Any]:
         f"{run['recipe']['backbone']}, fine-tuned in {len(run['stages'])} stages on "
         f"{len(run['classes'])} classes"
     )
+    if missing := run.get("not_trained"):  # not in older runs
+        model += f". The training was interrupted: {', '.join(missing)} is missing"
     recall, weakest = _weakest(test)
     figures = [
         {
