@@ -1,11 +1,11 @@
 """How often does the fold-by-fold decision on a stage err? Simulated.
 
-    python bench/folds.py
+    python bench/folds.py                      # answers drawn with a planted gain
+    python bench/folds.py --what features      # heads fitted to synthetic features, stages 1 point apart
 
-Each trial draws right and wrong answers of a stage that stands and of one that follows, image by
-image in groups, and goes through the folds as `ftkit train --folds` does: after each fold the paired
-bounds are looked at, and the stage is settled when they exclude zero. "Surely" against the truth is
-an error; 5 % a side is the most that is meant, over all looks together.
+Each trial goes through the folds as `ftkit train` does: after each fold the paired bounds are looked
+at, and the stage is settled when they exclude zero, or lie within one point of it. "Surely" against
+the truth is an error; 5 % a side is the most that is meant, over all looks together.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from collections import Counter
 
 import numpy as np
 
+from ftkit.training.closed_form import fit_head
+from ftkit.training.folds import AUTO
 from ftkit_export.proof.decision import paired
 from ftkit_export.runtime.arrays import Array
 
 TRIALS = 400
-FOLDS = 5
 ACCURACY = 0.8
 CHANGED = 0.08  # share of answers that differ between the stages, beside the planted gain
 GAINS = (-0.03, -0.01, 0.0, 0.01, 0.03)
+LIMIT = 0.01
+FEATURES = 24
+STRENGTH = (0.01,)
+TRUTH = 20_000  # images on which the true gain is measured
 
 
 def answers(
@@ -47,48 +52,119 @@ def answers(
 
 
 def decide(before: Array, after: Array, groups: Array, folds: Array) -> tuple[str, int]:
-    """(better, worse or open, folds trained), as training.folded decides."""
+    """(better, worse, equal or open; folds trained), as training.fold_decision decides."""
     names = [f"g{group}" for group in groups]
-    for last in range(FOLDS):
+    for last in range(AUTO):
         rows = np.flatnonzero(folds <= last)
-        found = paired(before[rows], after[rows], [names[row] for row in rows], looks=FOLDS)
+        looks = 2 if last == AUTO - 1 else 2 * (AUTO - 1)
+        found = paired(before[rows], after[rows], [names[row] for row in rows], looks=looks)
         if found.high < 0:
             return "better", last + 1
         if found.low > 0:
             return "worse", last + 1
-    return "open", FOLDS
+        if max(-found.low, found.high) <= LIMIT:
+            return "equal", last + 1
+    return "open", AUTO
 
 
-def main() -> None:
-    """Print a row per planted gain."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--trials", type=int, default=TRIALS)
-    options = parser.parse_args()
+def planted(trials: int) -> None:
+    """Print a row per planted gain, for answers drawn with it."""
     print(
-        "| groups | spread | gain, points | surely better | surely worse | open | folds trained |"
+        "| groups | spread | gain, points | surely better | surely worse | surely within 1 | open | folds trained |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
 
     for count, size, spread in ((37, 50, 0.0), (37, 50, 1.0), (200, 10, 1.0), (2000, 1, 0.0)):
         for gain in GAINS:
             rng = np.random.default_rng(0)
             verdicts: Counter[str] = Counter()
             trained = 0
-            for _ in range(options.trials):
+            for _ in range(trials):
                 groups = np.repeat(np.arange(count), size)
-                folds = rng.permutation(np.arange(count) % FOLDS)[groups]
+                folds = rng.permutation(np.arange(count) % AUTO)[groups]
                 verdict, used = decide(*answers(groups, gain, spread, rng), groups, folds)
                 verdicts[verdict] += 1
                 trained += used
 
-            shares = [verdicts[name] / options.trials for name in ("better", "worse", "open")]
-            cells = " | ".join(f"{share:.1%}" for share in shares)
-            print(
-                f"| {count} x {size} | {spread:g} | {100 * gain:+.0f} | {cells} | {trained / options.trials:.1f} |",
-                flush=True,
-            )
+            _row(f"{count} x {size} | {spread:g} | {100 * gain:+.0f}", verdicts, trained, trials)
+
+
+def _row(first: str, verdicts: Counter[str], trained: int, trials: int) -> None:
+    shares = [verdicts[name] / trials for name in ("better", "worse", "equal", "open")]
+    cells = " | ".join(f"{share:.1%}" for share in shares)
+    print(f"| {first} | {cells} | {trained / trials:.1f} |", flush=True)
+
+
+class World:
+    """Synthetic features of two classes in groups: what is seen of them is blurred by noise.
+
+    A stage is a noise level; its head is fitted in closed form on what it sees.
+    """
+
+    def __init__(self, rng: np.random.Generator):
+        self._rng = rng
+        self._direction = rng.standard_normal(FEATURES)
+        self._direction /= np.linalg.norm(self._direction)
+
+    def draw(self, groups: Array) -> tuple[Array, Array]:
+        """(features (n, FEATURES), labels (n,)); every group has an offset of its own."""
+        labels = self._rng.integers(0, 2, len(groups))
+        offsets = 0.4 * self._rng.standard_normal((groups.max() + 1, FEATURES))
+        features = self._rng.standard_normal((len(groups), FEATURES)) + offsets[groups]
+        return features + np.outer(2.0 * labels - 1, 1.1 * self._direction), labels
+
+    def seen(self, features: Array, noise: float) -> Array:
+        """The features as a stage sees them."""
+        return features + noise * self._rng.standard_normal(features.shape)
+
+
+def _trial(seed: int, noises: tuple[float, float]) -> tuple[str, int, float]:
+    """(verdict, folds trained, true gain) of one set of 2,000 images in 40 groups."""
+    rng = np.random.default_rng(seed)
+    world = World(rng)
+    groups = np.repeat(np.arange(40), 50)
+    features, labels = world.draw(groups)
+    folds = rng.permutation(np.arange(40) % AUTO)[groups]
+    masks = [folds == fold for fold in range(AUTO)]
+    fresh, truth = world.draw(np.repeat(np.arange(TRUTH // 50), 50))
+
+    right, true = [], []
+    for noise in noises:
+        head = fit_head(world.seen(features, noise), labels, masks, 2, strengths=STRENGTH)
+        right.append(head.logits.argmax(1) == labels)
+        logits = world.seen(fresh, noise) @ head.weight.T + head.bias
+        true.append(float((logits.argmax(1) == truth).mean()))
+
+    return *decide(right[0], right[1], groups, folds), true[1] - true[0]
+
+
+def on_features(trials: int) -> None:
+    """Print a row per planted stage: its noise makes it about a point better, worse or equal."""
+    print(
+        "| true gain, points | surely better | surely worse | surely within 1 | open | folds trained |"
+    )
+    print("|---|---|---|---|---|---|")
+    for noises in ((0.3, 0.45), (0.45, 0.45), (0.45, 0.3), (0.3, 0.8)):
+        verdicts: Counter[str] = Counter()
+        trained = 0
+        gains = []
+        for seed in range(trials):
+            verdict, used, gain = _trial(seed, noises)
+            verdicts[verdict] += 1
+            trained += used
+            gains.append(gain)
+        _row(f"{100 * np.mean(gains):+.1f}", verdicts, trained, trials)
+
+
+def main() -> None:
+    """Run what the arguments ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--what", choices=("answers", "features"), default="answers")
+    options = parser.parse_args()
+    (planted if options.what == "answers" else on_features)(options.trials)
 
 
 if __name__ == "__main__":

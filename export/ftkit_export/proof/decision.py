@@ -36,9 +36,10 @@ class Paired:
     """Accuracy of a candidate compared with the reference on the same images.
 
     images compared; worse: right before and wrong now; better: the other way (means, where the
-    answers were repeated). drop, low, high: fractions; looks: number of comparisons that the bounds hold for jointly. clusters: number of
-    groups, None where images have none and count as independent; effect: the design effect; df:
-    degrees of freedom of Student's t (None: normal distribution).
+    answers were repeated). drop, low, high: fractions; looks: number of comparisons that the bounds
+    hold for jointly. clusters: number of groups, None where images have none and count as
+    independent; effect: the design effect; df: degrees of freedom of Student's t (None: normal
+    distribution).
     """
 
     images: int
@@ -196,7 +197,11 @@ def judge_variant(
         )
 
     if verdict != "accepted":
-        more = f"; {what_would_settle(comparison, limit)}" if verdict == "inconclusive" else ""
+        more = ""
+        if verdict == "inconclusive":
+            more = (
+                f", settled is {comparison.high * 100:.2f}; {what_would_settle(comparison, limit)}"
+            )
         return (
             verdict,
             f"accuracy drop {points} on {comparison.ground}, limit {limit * 100:.2f}{more}",

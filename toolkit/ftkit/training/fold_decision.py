@@ -198,7 +198,7 @@ class StageDecision:
     def __str__(self) -> str:
         text = f"fold {len(self.done)} of {len(self._folds)}"
         if self.divisions > 1:
-            text = f"{self.divisions} divisions into folds"
+            text = f"{self.divisions} divisions"
         if self.broken:
             return f"{text}: the loss is no longer finite"
 
@@ -211,7 +211,7 @@ class StageDecision:
         said = {
             "better": "surely better",
             "worse": "surely worse",
-            "equal": f"surely within {console.short(100 * self._limit)} points",
+            "equal": f"within {console.short(100 * self._limit)}",
             "open": "open",
         }
         of = f"{self.compared.images} images"
@@ -228,6 +228,6 @@ class StageDecision:
         reach = 100 * max(compared.high - compared.drop, compared.drop - compared.low)
         limit = console.short(100 * self._limit)
         return (
-            f"{compared.ground} settle {reach:.1f} points; for {limit}, "
-            f"{what_would_settle(compared, self._limit)}"
+            f"  {compared.ground} settle {reach:.1f} points;\n"
+            f"  for {limit}, {what_would_settle(compared, self._limit)}"
         )

@@ -74,7 +74,7 @@ def train_folded_stage(work: Work, number: int) -> StageResult:
             console.say(f"{stage.train}: {decision}")
 
         if decision.left_open:
-            console.say(f"  {decision.left_open}")
+            console.say(decision.left_open)
         return _refit(work, number, loader, decision)
 
 
@@ -179,6 +179,8 @@ def _trained_on(
         weights = detached(training.moving.result)
         judged = work.validated(loader, judged_on, weights, embeddings=len(held))
         check_frozen(training)
+        if not training.part.silent and not training.broken:
+            training.remember(judged, work.recipe.stages[number].epochs - 1)
         trained = _Trained(weights=weights, judged=judged, broken=training.broken)
     model.load_state_dict(base)
     return trained

@@ -44,6 +44,7 @@ from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 
 NEVER: Score = (-1.0, -math.inf)
+SKETCHED = 4  # one in so many of a fold's images judges its epochs, but for the last
 SURE_AFTER = 2.0  # seconds of training from which the rest is estimated
 
 
@@ -346,17 +347,15 @@ class StageTraining:
             return False
 
         held = self.part.held
-        if self.part.silent:
-            run.epoch += 1
+
+        if held and self.part.fold is not None:
+            self._sketch(held)
             return True
 
         judged = self.work.validated(self.loader, held, self.moving.result) if held else None
         images = (end - first) * self.images_per_step
         speeds = self.work.ranks.gather(images / self.work.ranks.world / seconds)
-        if self.part.fold is not None and judged:
-            self._remember(judged)
-        else:
-            self._report(loss, accuracy, judged, speeds)
+        self._report(loss, accuracy, judged, speeds)
 
         if (
             self.stage.patience
@@ -457,17 +456,26 @@ class StageTraining:
 
         return " · ".join([*parts, self.loader.how])
 
-    def _remember(self, judged: Validation) -> None:
-        """Add a fold's epoch to the stage's out-of-fold curve."""
+    def _sketch(self, held: Held) -> None:
+        """End a fold's epoch: judge it on a quarter of the images, if it is not the last one, which
+        the caller judges on all."""
+        run = self.work.state
+        if run.epoch + 1 < self.stage.epochs and not self.part.silent:
+            picked = np.arange(0, len(held.labels), SKETCHED)
+            quarter = Held(lambda at: held.read(picked[at]), held.labels[torch.from_numpy(picked)])
+            self.remember(self.work.validated(self.loader, quarter, self.moving.result), run.epoch)
+        run.epoch += 1
+
+    def remember(self, judged: Validation, epoch: int) -> None:
+        """Add a fold's epoch (from 0) to the stage's out-of-fold curve."""
         run = self.work.state
         images = len(judged.logits)
         sums = (judged.accuracy * images, images, -judged.score[1] * images)
-        if run.epoch == len(run.curve):
+        if epoch == len(run.curve):
             run.curve.append([0.0, 0.0, 0.0])
-        run.curve[run.epoch] = [
-            before + more for before, more in zip(run.curve[run.epoch], sums, strict=True)
+        run.curve[epoch] = [
+            before + more for before, more in zip(run.curve[epoch], sums, strict=True)
         ]
-        run.epoch += 1
 
     def _held_out(self, judged: Validation | None) -> tuple[float, float]:
         """(accuracy, NLL) after this epoch: on val, or of the folds' models after as many."""

@@ -1,0 +1,96 @@
+"""What folds bring: questions settled, and accuracy of a refit on all images against train only.
+
+    python bench/evidence.py                 # 10 seeds, random split: about 20 minutes on 2 cores
+    python bench/evidence.py --group         # by module
+
+Each seed cuts another test split of the demo's photographs, at 128 pixels; the recipe is trained with
+a val split (`--folds 0`) and with folds, and the run with folds is exported. A stage is settled when
+it is surely better, worse, or within the limit; int8 when its best form is accepted or refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ftkit.cli.demo import GROUPS, SETTINGS, write_elpv
+
+SMALL = ("--set", "preprocess.size=128", "--set", "preprocess.resize=128")
+
+
+def _ftkit(*arguments: object) -> None:
+    command = [sys.executable, "-m", "ftkit", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stderr)
+
+
+def _decided(out: Path) -> dict[str, Any]:
+    """The int8 row that the export decided on, of the bundle whatever its verdict."""
+    manifest = next(iter(sorted(out.parent.glob(f"{out.name}*/manifest.json"))))
+    rows = json.loads(manifest.read_text())["evidence"]["decision"]
+    order = ("accepted", "inconclusive", "refused")
+    row: dict[str, Any] = min(rows[1:], key=lambda row: order.index(row["verdict"]))
+    return row
+
+
+def main() -> None:
+    """Print a row per seed, and what they come to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--group", action="store_true")
+    options = parser.parse_args()
+    gains = []
+    print(
+        "| seed | val split: test | seconds | folds: test | seconds | stages | int8 | images | drop |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        write_elpv(place / "photos", split=False)
+        groups = GROUPS if options.group else ()
+        for seed in range(options.seeds):
+            row = []
+            for folds in ("0", "auto"):
+                run = place / f"{seed}-{folds}"
+                begun = time.perf_counter()
+                plan = ("--folds", folds, "--seed", seed, *SETTINGS, *SMALL, *groups)
+                _ftkit("train", place / "photos", "--out", run, *plan)
+                data = json.loads((run / "run.json").read_text())
+                row += [data["metrics"]["test"]["accuracy"], time.perf_counter() - begun]
+
+            gains.append(row[2] - row[0])
+            stages = ", ".join(
+                f"{stage['verdict']} {100 * stage['gain'][0]:+.1f}" for stage in data["stages"]
+            )
+            _ftkit("export", run, "--out", place / f"{seed}", "--quick")
+            int8 = _decided(place / f"{seed}")
+            drop = int8["paired"]
+            print(
+                f"| {seed} | {row[0]:.4f} | {row[1]:.0f} | {row[2]:.4f} | {row[3]:.0f} | {stages} | {int8['verdict']} "
+                f"({int8['name']}) | {drop['images']} | {100 * drop['drop']:+.1f} [{100 * drop['low']:+.1f}, "
+                f"{100 * drop['high']:+.1f}] |",
+                flush=True,
+            )
+
+    error = np.std(gains, ddof=1) / np.sqrt(len(gains))
+    half = stats.t.ppf(0.975, len(gains) - 1) * error
+    print(
+        f"\nfolds and refit over a val split: {100 * np.mean(gains):+.2f} points +-{100 * half:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
