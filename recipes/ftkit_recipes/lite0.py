@@ -29,6 +29,8 @@ recipe = Recipe(
             label_smoothing=0.1,
             ema=0.98,
             views=4,
+            # The pretrained statistics stay: a batch's own, at first, cost what the head has learned.
+            batchnorm=False,
         ),
     ),
 )
