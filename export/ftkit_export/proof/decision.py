@@ -196,15 +196,17 @@ def judge_variant(
             f"not faster than fp32: ratio up to {ratio_high:.2f}; accuracy drop {points}",
         )
 
-    if verdict != "accepted":
-        more = ""
-        if verdict == "inconclusive":
-            more = (
-                f", settled is {comparison.high * 100:.2f}; {what_would_settle(comparison, limit)}"
-            )
+    if verdict == "inconclusive":
+        reach = f"they settle a limit of {comparison.high * 100:.2f}, not of {limit * 100:.2f}"
         return (
             verdict,
-            f"accuracy drop {points} on {comparison.ground}, limit {limit * 100:.2f}{more}",
+            f"accuracy drop {points} on {comparison.ground}: {reach}; {what_would_settle(comparison, limit)}",
+        )
+
+    if verdict == "refused":
+        return (
+            verdict,
+            f"accuracy drop {points} on {comparison.ground}, limit {limit * 100:.2f}",
         )
 
     if ratio_high is None:

@@ -33,6 +33,9 @@ def test_every_figure_of_the_card_is_the_manifests(bundle: Path, run: Path) -> N
     tables = [block for block in blocks if block[0].startswith("|")]
     assert [len(table) for table in tables] == [2 + len(rows), 2 + len(timed)], "two tables, apart"
     assert all(line.startswith("|") for table in tables for line in table)
+    headed = model_card(open_run(run).data, {**manifest, "not_trained": ["last:2"]})
+    for card in (text, headed):
+        assert all("## " not in "".join(block.splitlines()[1:]) for block in card.split("\n\n"))
 
 
 def test_a_card_of_a_run_with_folds_names_what_was_decided_on(bundle: Path, run: Path) -> None:

@@ -18,11 +18,12 @@ from PIL import Image
 
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
-from ftkit.evaluation.model import Inference
+from ftkit.evaluation.model import Inference, familiar
 from ftkit.training import loader
 from ftkit.training.folds import make_folds
 from ftkit.training.run import fold_models, open_run
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.out_of_distribution import OutOfDistribution
 from ftkit_export.runtime.preprocess import Preprocess
 
 FOLDED = ("--folds", "3", "--group-by", "cell(...)", *settings(*SMALL))
@@ -152,6 +153,25 @@ def test_what_is_fitted_is_fitted_on_the_answers_out_of_fold(folded: Path) -> No
     assert "val image" not in trace
     report = (folded / "report.html").read_text()
     assert "Out-of-fold accuracy of each fold" in report
+
+
+def test_foreign_images_are_judged_in_the_space_of_each_folds_own_model(
+    folded: Path, photos: Path
+) -> None:
+    """Regression: the embeddings of four models were scored by the statistics of a fifth; nothing
+    was foreign."""
+    run = open_run(folded)
+    images = read_images(photos, run.data["seed"], run.data["group_by"], cut_val=False)
+    canvases = build_canvases(images, run.preprocess)
+    scores = []
+    for model, held, seen in fold_models(run):
+        backbone = run.backbone()
+        backbone.model.load_state_dict(model.state_dict())
+        answers = Inference(backbone, canvases, run.preprocess)
+        embedding = answers(held, "held out")[1]
+        scores += list(familiar(answers, canvases, seen, embedding).score(embedding))
+    kept = OutOfDistribution.from_text(run.data["foreign"])
+    assert kept.threshold == pytest.approx(np.quantile(scores, kept.kept), rel=0.1)
 
 
 def test_a_run_killed_in_a_fold_and_in_the_refit_ends_with_the_same_bits(

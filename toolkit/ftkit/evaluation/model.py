@@ -6,7 +6,7 @@ verdict.metrics["test"].accuracy
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -87,11 +87,17 @@ class Inference:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Out-of-fold predictions. rows (n,): of the canvases; logits (n, classes); embedding (n, D)."""
+    """Out-of-fold predictions. rows (n,): of the canvases; logits (n, classes); embedding (n, D);
+    foreign (n,): out-of-distribution scores.
+
+    Each image's embedding and score are those of its fold's model, among whose training images it
+    is judged: models do not share an embedding.
+    """
 
     rows: Array
     logits: Array
     embedding: Array
+    foreign: Array
 
 
 def evaluate_model(
@@ -117,7 +123,10 @@ def evaluate_model(
     labels = {split: canvases.labels[rows[split]] for split in rows}
     logits = {split: outputs[split][0] for split in rows}
     groups = {split: canvases.groups(rows[split]) for split in rows}
-    foreign = _foreign(answers, canvases, outputs["val"][1])
+    foreign = familiar(answers, canvases, canvases.rows("train"), outputs["val"][1])
+    if held_out:
+        threshold_out_of_fold = float(np.quantile(held_out.foreign, foreign.kept))
+        foreign = replace(foreign, threshold=threshold_out_of_fold)
     temperature = fit_temperature(logits["val"], labels["val"], groups["val"])
     probabilities = {split: softmax(logits[split] / temperature) for split in rows}
     threshold, proven = abstain_threshold(
@@ -145,9 +154,9 @@ def evaluate_model(
     )
 
 
-def _foreign(answers: Inference, canvases: Canvases, val: Array) -> OutOfDistribution:
-    """Out-of-distribution statistics from training images of every class; threshold from val."""
-    rows = canvases.rows("train")
+def familiar(answers: Inference, canvases: Canvases, rows: Array, val: Array) -> OutOfDistribution:
+    """Out-of-distribution statistics from some of the training images (rows) of every class;
+    threshold from the embedding of val."""
     labels = canvases.labels[rows]
     present = np.unique(labels)
     each = max(FOREIGN_EACH, -(-FOREIGN_IMAGES // len(present)))

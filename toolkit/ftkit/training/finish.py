@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import Images, below, splits_csv
 from ftkit.evaluation.bundle import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Mistake
-from ftkit.evaluation.model import HeldOut, evaluate_model
+from ftkit.evaluation.model import HeldOut, Inference, evaluate_model, familiar
 from ftkit.models.freezing import trainable
 from ftkit.models.pipeline import Part, describe
 from ftkit.models.weights import fingerprint
@@ -37,10 +37,12 @@ from ftkit.training.run import (
 from ftkit.training.stage import (
     Work,
 )
+from ftkit.training.validate import detached
 from ftkit.utils import console
 from ftkit.utils.cache_folder import LARGE, limit_bytes, trim
 from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import MAX_PIXELS
 
 
@@ -57,6 +59,9 @@ def write_run(
     canvases = prepared.canvases
     backbone = work.backbone
     backbone.model.cpu().eval()
+    if held_out:
+        foreign = _foreign_scores(work, prepared, held_out, fold_weights)
+        held_out = replace(held_out, foreign=foreign)
     verdict = evaluate_model(
         backbone, canvases, prepared.preprocess, work.recipe.precision, held_out
     )
@@ -125,6 +130,7 @@ def outcome_of_folds(
         rows=canvases.rows("train")[known],
         logits=answers.logits[known],
         embedding=answers.embedding[known],
+        foreign=np.zeros(int(known.sum()), np.float32),  # computed by the rank that writes the run
     )
     weights = {
         f"{fold}/{name}": value.contiguous()
@@ -132,6 +138,33 @@ def outcome_of_folds(
         for name, value in work.state.tensors(f"fold{fold}").items()
     }
     return held_out, weights
+
+
+def _foreign_scores(
+    work: Work, prepared: Prepared, held_out: HeldOut, weights: Mapping[str, torch.Tensor]
+) -> Array:
+    """Each held-out image's out-of-distribution score among its own model's training images, (n,)."""
+    assert work.folds
+    backbone = work.backbone
+    base = detached(backbone.model.state_dict())
+    canvases = prepared.canvases
+    train = canvases.rows("train")
+    of = work.folds.of[np.isin(train, held_out.rows)]
+    scores = np.zeros(len(of), np.float32)
+
+    for fold in np.unique(of):
+        prefix = f"{fold}/"
+        own = {
+            name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)
+        }
+        backbone.model.load_state_dict(own, strict=False)
+        embedding = held_out.embedding[of == fold]
+        answers = Inference(backbone, canvases, prepared.preprocess)
+        statistics = familiar(answers, canvases, train[work.folds.of != fold], embedding)
+        scores[of == fold] = statistics.score(embedding)
+
+    backbone.model.load_state_dict(base)
+    return scores
 
 
 def _told_folds(work: Work, canvases: Canvases, held_out: HeldOut | None) -> dict[str, Any] | None:
