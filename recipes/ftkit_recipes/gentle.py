@@ -13,6 +13,7 @@ from ftkit.recipe import Recipe, Stage
 recipe = Recipe(
     name="gentle",
     backbone="efficientnet_lite0",
+    folds=0,  # a val split is cut, so that every epoch of the plan is run and printed
     stages=(Stage(train="head", epochs=5, lr=1e-4, optimizer="adam", schedule="constant"),),
 )
 

@@ -12,6 +12,7 @@ from ftkit.recipe import Recipe, Stage
 recipe = Recipe(
     name="staged_resnet50",
     backbone="resnet50",
+    folds=0,  # a val split is cut, so that every epoch of the plan is run and printed
     stages=(
         Stage(train="head", epochs=5, lr=1e-3, optimizer="adam", schedule="constant"),
         Stage(train="last:2", epochs=10, lr=1e-4, optimizer="adam", schedule="constant"),

@@ -67,7 +67,7 @@ def test_killed_three_times_and_once_asked_to_stop(run: Path, photos: Path, tmp_
         assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number), errors
         if number != signal.SIGKILL:
             assert f"stopped; go on with: ftkit train '{photos}' --out '{out}' --resume" in errors
-        assert f"--out '{out}' --resume`" in ftkit("export", out).stderr, "train anew, it said"
+        assert f"--out '{out}' --resume`" in ftkit("report", out).stderr, "train anew, it said"
     result = ftkit("train", photos, "--out", out, "--resume")
     assert result.exit_code == 0, result.output
     assert "warning" not in result.stderr
