@@ -342,13 +342,13 @@ def _fold_chart(run: Data) -> list[Markup]:
     if not folds:
         return []
     rows = [
-        (f"fold {number}", accuracy, f"{accuracy:.3f} on {images} images")
+        (f"fold {number}", accuracy, f"{accuracy:.3f} ({images})")
         for number, (accuracy, images) in enumerate(
             zip(folds["accuracy"], folds["images"], strict=True), start=1
         )
         if accuracy is not None
     ]
-    return [charts.lengths("Out-of-fold accuracy of each fold", rows)]
+    return [charts.lengths("Out-of-fold accuracy of each fold (images)", rows)]
 
 
 def _head_start(run: Data) -> str:
