@@ -2,6 +2,7 @@
 
     python bench/folds.py                      # answers drawn with a planted gain
     python bench/folds.py --what features      # heads fitted to synthetic features, stages 1 point apart
+    python bench/folds.py --what divisions     # the same, repeated on other divisions into folds
 
 Each trial goes through the folds as `ftkit train` does: after each fold the paired bounds are looked
 at, and the stage is settled when they exclude zero, or lie within one point of it. "Surely" against
@@ -16,6 +17,7 @@ from collections import Counter
 import numpy as np
 
 from ftkit.training.closed_form import fit_head
+from ftkit.training.fold_decision import DIVISIONS, NARROWED
 from ftkit.training.folds import AUTO
 from ftkit_export.proof.decision import paired
 from ftkit_export.runtime.arrays import Array
@@ -138,18 +140,54 @@ def _trial(seed: int, noises: tuple[float, float]) -> tuple[str, int, float]:
     return *decide(right[0], right[1], groups, folds), true[1] - true[0]
 
 
-def on_features(trials: int) -> None:
+def _trial_repeated(seed: int, noises: tuple[float, float]) -> tuple[str, int, float]:
+    """(verdict, divisions, true gain): heads of several divisions into folds compared together, as
+    of a head stage."""
+    rng = np.random.default_rng(seed)
+    world = World(rng)
+    groups = np.repeat(np.arange(40), 50)
+    names = [f"g{group}" for group in groups]
+    features, labels = world.draw(groups)
+    seen = [world.seen(features, noise) for noise in noises]
+    fresh, truth = world.draw(np.repeat(np.arange(TRUTH // 50), 50))
+    fresh_seen = [world.seen(fresh, noise) for noise in noises]
+
+    right: list[list[Array]] = [[], []]
+    width = np.inf
+    while True:
+        folds = rng.permutation(np.arange(40) % AUTO)[groups]
+        masks = [folds == fold for fold in range(AUTO)]
+        heads = [fit_head(each, labels, masks, 2, strengths=STRENGTH) for each in seen]
+        for answers_, head in zip(right, heads, strict=True):
+            answers_.append(head.logits.argmax(1) == labels)
+
+        before, after = (np.stack(answers_, axis=1) for answers_ in right)
+        found = paired(before, after, names)
+        if len(right[0]) == DIVISIONS or found.high - found.low > NARROWED * width:
+            break
+        width = found.high - found.low
+
+    verdict = "better" if found.high < 0 else "worse" if found.low > 0 else "open"
+    if verdict == "open" and max(-found.low, found.high) <= LIMIT:
+        verdict = "equal"
+    logits = [
+        each @ head.weight.T + head.bias for each, head in zip(fresh_seen, heads, strict=True)
+    ]
+    before_true, after_true = (float((each.argmax(1) == truth).mean()) for each in logits)
+    return verdict, len(right[0]), after_true - before_true
+
+
+def on_features(trials: int, *, repeated: bool) -> None:
     """Print a row per planted stage: its noise makes it about a point better, worse or equal."""
-    print(
-        "| true gain, points | surely better | surely worse | surely within 1 | open | folds trained |"
-    )
+    last = "divisions" if repeated else "folds trained"
+    print(f"| true gain, points | surely better | surely worse | surely within 1 | open | {last} |")
     print("|---|---|---|---|---|---|")
     for noises in ((0.3, 0.45), (0.45, 0.45), (0.45, 0.3), (0.3, 0.8)):
         verdicts: Counter[str] = Counter()
         trained = 0
         gains = []
         for seed in range(trials):
-            verdict, used, gain = _trial(seed, noises)
+            verdict, used, gain = (_trial_repeated if repeated else _trial)(seed, noises)
             verdicts[verdict] += 1
             trained += used
             gains.append(gain)
@@ -162,9 +200,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=TRIALS)
-    parser.add_argument("--what", choices=("answers", "features"), default="answers")
+    parser.add_argument("--what", choices=("answers", "features", "divisions"), default="answers")
     options = parser.parse_args()
-    (planted if options.what == "answers" else on_features)(options.trials)
+    if options.what == "answers":
+        planted(options.trials)
+    else:
+        on_features(options.trials, repeated=options.what == "divisions")
 
 
 if __name__ == "__main__":

@@ -229,7 +229,7 @@ class Recipe:
     - precision: share of accepted answers that should be right; low-confidence answers are withheld
       (threshold from val).
     - folds: where the data names no val split, decide on out-of-fold predictions of so many folds;
-      0: cut a val split. "auto": five, or a val split where no folds can be made.
+      0: cut a val split. "auto": four, or a val split where no folds can be made.
     """
 
     name: str

@@ -283,8 +283,8 @@ def clean(result: Audit, canvases: Canvases) -> Cleaned:
     since the right label is unknown. Of near duplicates with several labels, those that disagree
     with the majority of their set are removed, or all if there is no majority.
 
-    Other near duplicates become one group if ftkit can still put them in one split
-    or fold (`Audit.near_groups`); if one is in a given split, those in train are removed. Splits that ftkit
+    Other near duplicates become one group if ftkit can still put them in one split or fold
+    (`Audit.near_groups`); if one is in a given split, those in train are removed. Splits that ftkit
     made, and the train split they were cut from, are left open.
     """
     images = canvases.images.images

@@ -117,7 +117,7 @@ class StageDecision:
     @property
     def _looks(self) -> int:
         if self._cheap:
-            return 1  # when to stop is not up to the answers
+            return 1  # it is the width of the interval that ends it, not where it lies
         return 2 * max(1, len(self._folds) - 1) if self._left else 2
 
     def _right(self, answers: OutOfFold) -> Array:
@@ -158,8 +158,11 @@ class StageDecision:
 
     @property
     def worth_repeating(self) -> bool:
-        """Whether another division into folds may settle what is open."""
-        if not self._cheap or self._left or self.late or self.verdict != "open":
+        """Whether another division into folds may narrow the interval.
+
+        Not whether it is open: to go on until it no longer is would look at it again and again.
+        """
+        if not self._cheap or self._left or self.late:
             return False
         if self.compared is None or self.divisions >= DIVISIONS:
             return False

@@ -69,7 +69,8 @@ def train_folded_stage(work: Work, number: int) -> StageResult:
             console.say(f"{stage.train}: {decision}")
 
         while number == 0 and run.head_start and decision.worth_repeating:
-            _repeat(work, loader, decision.divisions)
+            if not _repeat(work, loader, decision.divisions):
+                break
             decision = StageDecision(work, number)
             console.say(f"{stage.train}: {decision}")
 
@@ -186,10 +187,10 @@ def _trained_on(
     return trained
 
 
-def _repeat(work: Work, loader: Loader, division: int) -> None:
+def _repeat(work: Work, loader: Loader, division: int) -> bool:
     """Train the head stage on another division into folds, for its answers alone.
 
-    An interrupted one is begun again.
+    An interrupted one is begun again. Returns False where there is no other division, or no time.
     """
     run = work.state
     folds = work.folds
@@ -198,7 +199,11 @@ def _repeat(work: Work, loader: Loader, division: int) -> None:
     assert before
     canvases = work.loaders.canvases
     labels = work.labels["train"]
-    others = make_folds(canvases, folds.count, seeded("division", work.seed, division) % 2**31)
+    try:
+        others = make_folds(canvases, folds.count, seeded("division", work.seed, division) % 2**31)
+    except FtkitError:  # a class has too few groups for most divisions
+        return False
+
     strength = run.head_start["strength"] if run.head_start else 0.0
     heads = fit_heads(
         work.backbone,
@@ -221,7 +226,7 @@ def _repeat(work: Work, loader: Loader, division: int) -> None:
         if trained is None:
             run.next_part()
             run.save(step=None)
-            return
+            return False
         answers[others.held(fold)] = trained.judged.logits
 
     right = [logits.argmax(1) == labels.cpu().numpy() for logits in (heads.logits, answers)]
@@ -234,6 +239,7 @@ def _repeat(work: Work, loader: Loader, division: int) -> None:
             for name, each in zip(("before", "after"), right, strict=True)
         },
     )
+    return True
 
 
 def _keep(work: Work, fold: int, trained: _Trained, start: Mapping[str, torch.Tensor]) -> None:

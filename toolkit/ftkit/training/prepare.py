@@ -185,11 +185,6 @@ def begin_or_resume(
     if request.options.tensorboard and ranks.main:  # only once there is a run that can be resumed
         log = opened.enter_context(log_events(request.out / "tensorboard", run.lines))
 
-    if prepared.going_on:
-        console.say(
-            f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next"
-        )
-    compare_circumstances(run, _circumstances(request, backbone, loaders, ranks))
     folds = _folds(request, canvases, ranks)
 
     every = torch.from_numpy(canvases.labels).to(device)
@@ -214,6 +209,12 @@ def share(work: Work) -> None:
     what a head on it is worth."""
     first = work.recipe.stages[0]
     run = work.state
+    if run.files:
+        console.say(
+            f"going on after {len(run.stages)} stages, {run.epoch} epochs and {run.step} steps of the next"
+        )
+    compare_circumstances(run, _circumstances(work))
+
     if work.recipe.starts_head and first.cache == "auto" and first.views > 1 and not run.files:
         loader = work.loaders.first_look()
         if loader and work.folds:
@@ -223,7 +224,7 @@ def share(work: Work) -> None:
         needed = work.loaders.left_to_run if loader else 0.0
         run.late = work.ranks.first(lambda: needed > work.left)
 
-    if not run.late:
+    if not (run.late and work.stands):
         work.loaders.share()
     if base := run.tensors("base"):
         work.backbone.model.load_state_dict(base)
@@ -275,20 +276,18 @@ def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.Tra
     return run
 
 
-def _circumstances(
-    request: Request, backbone: Backbone, loaders: StageLoaders, ranks: Ranks
-) -> dict[str, Any]:
+def _circumstances(work: Work) -> dict[str, Any]:
     """What bit-for-bit reproducibility depends on besides the plan."""
     return {
         "threads": torch.get_num_threads(),
-        "device": request.compute.device.type,
+        "device": work.compute.device.type,
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "memory format": "channels_last",
-        "precision": str(request.compute.dtype or torch.float32),
-        "prefix batch": loaders.views(1).chunk,
-        "weights": backbone.weights,
-        "ranks": ranks.world,
+        "precision": str(work.compute.dtype or torch.float32),
+        "prefix batch": work.loaders.views(1).chunk,
+        "weights": work.backbone.weights,
+        "ranks": work.ranks.world,
     }
 
 
