@@ -218,12 +218,12 @@ def judge_variant(
     return "accepted", f"accuracy drop {points}; latency at most {ratio_high:.2f} of fp32's"
 
 
-def what_would_settle(comparison: Paired, limit: float) -> str:
-    """How many more images an inconclusive comparison needs, in words."""
+def what_would_settle(comparison: Paired, limit: float, question: str = "it") -> str:
+    """How many images an inconclusive comparison needs, in words. question: what they would settle."""
     enough = comparison.settled_by(limit)
     if enough is None:
-        return "more images of this kind would not settle it"
+        return f"more images of this kind would not settle {question}"
     images, clusters = enough
     if clusters is None:
-        return f"about {images} images would settle it"
-    return f"about {clusters} groups ({images} images) would settle it"
+        return f"about {images} images would settle {question}"
+    return f"about {clusters} groups ({images} images) would settle {question}"

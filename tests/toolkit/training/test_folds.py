@@ -88,6 +88,24 @@ def test_fewer_groups_than_folds_give_as_many_folds_and_too_few_are_refused(
         make_folds(single, 5, seed=0)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_handful_of_images_gives_as_many_folds_as_they_can(photos: Path, tmp_path: Path) -> None:
+    """Regression: fewer images in every class than folds was a traceback; in one class, a warning."""
+    preprocess = Preprocess(size=24, resize=24)
+    for few, many, count in ((3, 3, 3), (2, 30, 4)):
+        rows = [
+            (path, folder.name, "train", "")
+            for folder, most in zip(sorted(photos.glob("*-*"))[:2], (few, many), strict=True)
+            for path in sorted(folder.glob("*.png"))[:most]
+        ]
+        rows += [(path, label, "test", "") for path, label, _, _ in (rows[0], rows[-1])]
+        table = _csv(tmp_path / f"{few}-{many}.csv", rows)
+        folds = make_folds(build_canvases(read_images(table, cut_val=False), preprocess), 4, seed=0)
+        assert folds.count == count
+        labels = np.array([0] * few + [1] * many)
+        assert all(set(labels[folds.train(fold)]) == {0, 1} for fold in range(count))
+
+
 def test_every_image_is_predicted_by_a_model_that_never_saw_it(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +171,10 @@ def test_what_is_fitted_is_fitted_on_the_answers_out_of_fold(folded: Path) -> No
     assert "val image" not in trace
     report = (folded / "report.html").read_text()
     assert "Out-of-fold accuracy of each fold" in report
+    for stage in run["stages"]:
+        gain, low, high = (100 * value for value in stage["gain"])
+        assert low <= gain <= high
+        assert f"{gain:+.1f} [{low:+.1f} to {high:+.1f}]" in report
 
 
 def test_foreign_images_are_judged_in_the_space_of_each_folds_own_model(

@@ -130,7 +130,9 @@ class Exported:
             [
                 f"<p>{escape(str(self.folder))}: {'all gates passed' if self.passed else self.verdict}</p>",
                 table_html(Table(("gate", "verdict", "value", "at most"), gates)),
-                table_html(Table(("variant", "verdict", "val accuracy", "p50 ms", "MB"), rows)),
+                table_html(
+                    Table(("variant", "verdict", "held-out accuracy", "p50 ms", "MB"), rows)
+                ),
             ]
         )
 

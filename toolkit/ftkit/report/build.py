@@ -273,14 +273,24 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
         "Similarity of features to the pretrained ones after each stage (CKA, 1 = unchanged)"
     )
 
-    head = ("stage", "verdict", "epochs", "learning rate", f"{held} accuracy", "CKA", "seconds")
+    head = (
+        "stage",
+        "verdict",
+        "epochs",
+        "learning rate",
+        f"{held} accuracy",
+        "gain in points [95 %]",
+        "CKA",
+        "seconds",
+    )
     rows = [
         (
             stage["train"],
-            "kept" if stage["kept"] else "left out",
+            _verdict_of_stage(stage),
             stage["epochs"],
             stage["lr"],
             stage["val_accuracy"],
+            _gain(stage),
             stage["drift"],
             stage["seconds"],
         )
@@ -299,6 +309,29 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
         "stages": Table(head, rows),
         "how": run["stages"],
     }
+
+
+def _verdict_of_stage(stage: Data) -> str:
+    """Whether a stage was kept, and how sure that is."""
+    known = {
+        "better": "surely better",
+        "worse": "surely worse",
+        "equal": "within the limit",
+        "open": "not settled",
+        "late": "no time",
+    }
+    words = ["kept" if stage["kept"] else "left out"]
+    if sure := known.get(str(stage.get("verdict"))):  # not in older runs
+        words.append(sure)
+    return ", ".join(words)
+
+
+def _gain(stage: Data) -> str:
+    """A stage's gain over what stood before, with its bounds; "" where none was measured."""
+    if not stage.get("gain"):
+        return ""
+    gain, low, high = (100 * value for value in stage["gain"])
+    return f"{gain:+.1f} [{low:+.1f} to {high:+.1f}]"
 
 
 def _pipeline(run: Data) -> Table:

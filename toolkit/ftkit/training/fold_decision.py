@@ -230,7 +230,8 @@ class StageDecision:
             return ""
         reach = 100 * max(compared.high - compared.drop, compared.drop - compared.low)
         limit = console.short(100 * self._limit)
+        question = "1 point" if limit == "1" else f"{limit} points"
         return (
             f"  {compared.ground} settle {reach:.1f} points;\n"
-            f"  for {limit}, {what_would_settle(compared, self._limit)}"
+            f"  {what_would_settle(compared, self._limit, question)}"
         )

@@ -66,7 +66,8 @@ def train_folded_stage(work: Work, number: int) -> StageResult:
         while not decision.settled:
             _train_fold(work, number, loader, decision.next_fold)
             decision = StageDecision(work, number)
-            console.say(f"{stage.train}: {decision}")
+            if not run.late:
+                console.say(f"{stage.train}: {decision}")
 
         while number == 0 and run.head_start and decision.worth_repeating:
             if not _repeat(work, loader, decision.divisions):

@@ -9,6 +9,7 @@ trained on all of them. Groups and identical files are never split between folds
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,8 @@ def _all_in_two_groups(images: Images) -> bool:
 
 
 def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
-    """Divide the training images, stratified by class; as many folds as groups where those are fewer.
+    """Divide the training images, stratified by class; fewer folds where there are fewer groups, or
+    no class has so many images.
 
     Raises FtkitError where there are not two groups, or a class would be missing in training.
     """
@@ -83,7 +85,7 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
     labels = canvases.labels[rows]
     groups = _together(canvases, rows)
     fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
-    count = min(wanted, len(np.unique(groups)))
+    count = min(wanted, len(np.unique(groups)), int(np.bincount(labels).max()))
     if count < 2 or fewest < 2:
         raise FtkitError(
             f"--folds {wanted}: expected every class in at least two groups (or on two single images), found one in "
@@ -107,8 +109,11 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
 def _divided(labels: Array, groups: Array, count: int, seed: int) -> Folds:
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed % 2**32)
     of = np.zeros(len(labels), np.int64)
-    for fold, (_, held) in enumerate(splitter.split(labels, labels, groups)):
-        of[held] = fold
+    with warnings.catch_warnings():
+        # Of a class with fewer images than folds, which is then missing in some of them
+        warnings.simplefilter("ignore", UserWarning)
+        for fold, (_, held) in enumerate(splitter.split(labels, labels, groups)):
+            of[held] = fold
 
     # A fold may be left empty by a few large groups
     _, of = np.unique(of, return_inverse=True)

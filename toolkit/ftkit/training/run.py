@@ -89,7 +89,7 @@ class Run:
             f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} classes, test "
             f"accuracy {test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}] on "
             f"{ground(test['images'], test['clusters'])}</p>"
-            f"{table_html(Table(('stage', 'verdict', 'epochs', 'rate', 'val accuracy'), rows))}"
+            f"{table_html(Table(('stage', 'verdict', 'epochs', 'rate', 'held-out accuracy'), rows))}"
         )
 
     def backbone(self) -> Backbone:
