@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -171,6 +172,8 @@ def test_what_is_fitted_is_fitted_on_the_answers_out_of_fold(folded: Path) -> No
     assert "val image" not in trace
     report = (folded / "report.html").read_text()
     assert "Out-of-fold accuracy of each fold" in report
+    (row,) = re.findall(r"folds&#39; models, out of fold</td>(.*?)</tr>", report, re.S)
+    assert f"{run['metrics']['val']['accuracy_low']:.3f} to " in row
     for stage in run["stages"]:
         gain, low, high = (100 * value for value in stage["gain"])
         assert low <= gain <= high

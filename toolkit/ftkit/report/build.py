@@ -218,7 +218,10 @@ def _without_images(test: Data) -> str:
 
 
 def _accuracy(run: Data, manifest: Data | None) -> Table:
+    """Metrics of the file and the framework on test; with folds, of the folds' models out of fold."""
     judged = [("framework", run["metrics"]["test"])]
+    if run.get("folds"):
+        judged.append(("folds' models, out of fold", run["metrics"]["val"]))
     if manifest:
         judged.insert(0, ("exported file", manifest["evidence"]["accuracy"]["file"]))
 

@@ -19,6 +19,8 @@ from markupsafe import Markup
 
 from ftkit.utils.console import short
 
+GROUPED = 10_000  # numbers from here on are written as 10,000
+
 
 @dataclass(frozen=True)
 class Table:
@@ -49,6 +51,8 @@ def cell(value: Any) -> Any:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int) and abs(value) >= GROUPED:
+        return f"{value:,}"
     return short(value) if isinstance(value, float) else value
 
 
