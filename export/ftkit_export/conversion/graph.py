@@ -150,12 +150,17 @@ def _rgb(graph: _Graph, frame: str, input_format: str) -> str:
 
 
 def preprocess_nodes(
-    preprocess: Preprocess, image: str, pixels: str, canvas: str = "", input_format: str = "rgb"
+    preprocess: Preprocess,
+    image: str,
+    pixels: str,
+    canvas: str = "",
+    input_format: str = "rgb",
+    levels: str = "",
 ) -> _Graph:
     """Nodes from `image`, a frame uint8 (N, H, W, 3), to `pixels` float32 (N, 3, S, S).
 
-    `canvas` names the uint8 crop. preprocess.to_frame gives the shape of frames of another
-    input_format.
+    `canvas` names the uint8 crop. levels: instead of `pixels`, give their grey levels, uint8 (N, 3,
+    S, S), under this name. preprocess.to_frame gives the shape of frames of another input_format.
     """
     graph = _Graph("preprocess/")
     image = _rgb(graph, image, input_format)
@@ -180,12 +185,15 @@ def preprocess_nodes(
 
     # Transpose before normalising: with channels last, in rows of three values, ONNX Runtime is
     # five times slower (measured).
-    levels = graph.op("Cast", graph.op("Transpose", crop, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
+    if levels:
+        graph.op("Transpose", crop, perm=[0, 3, 1, 2], output=levels)
+        return graph
+    planes = graph.op("Cast", graph.op("Transpose", crop, perm=[0, 3, 1, 2]), to=TensorProto.FLOAT)
     # (3, 1, 1)
     mean, std = ([[[value]] for value in values] for values in (preprocess.mean, preprocess.std))
     graph.op(
         "Div",
-        graph.op("Sub", levels, graph.const(mean, np.float32)),
+        graph.op("Sub", planes, graph.const(mean, np.float32)),
         graph.const(std, np.float32),
         output=pixels,
     )
@@ -231,9 +239,19 @@ def image_form(
 
     `image` uint8 (N, H, W, 3) -> `probabilities` = softmax(logits / temperature), float32 (N,
     classes), and `embedding`. H and W are free. Frames of another input_format have the shape given
-    by preprocess.to_frame, and are converted in the graph.
+    by preprocess.to_frame, and are converted in the graph. Where the core form's 8-bit pixels are
+    the image's grey levels themselves, these are passed on as they are: the same answers, without
+    the way to float and back (0.8 of lite0's 4.1 ms).
     """
-    before = preprocess_nodes(preprocess, "image", "pixels", input_format=input_format)
+    quantizer = _takes_levels(core, preprocess)
+    before = preprocess_nodes(
+        preprocess,
+        "image",
+        "pixels",
+        input_format=input_format,
+        levels=quantizer.output[0] if quantizer else "",
+    )
+    nodes = [node for node in core.graph.node if node != quantizer]
     after = _Graph("calibration/")
     scaled = after.op("Div", "logits", after.const(temperature, np.float32))
     after.op("Softmax", scaled, output="probabilities", axis=-1)
@@ -246,11 +264,29 @@ def image_form(
     constants = [*before.constants.values(), *core.graph.initializer, *after.constants.values()]
 
     return _model(
-        [*before.nodes, *core.graph.node, *after.nodes],
+        [*before.nodes, *nodes, *after.nodes],
         [_image_input(input_format)],
         outputs,
         constants,
     )
+
+
+def _takes_levels(core: onnx.ModelProto, preprocess: Preprocess) -> onnx.NodeProto | None:
+    """The quantizer of the pixels whose 8-bit values equal the grey levels; None if there is none.
+
+    With (level - mean) / std for pixels, they are equal at scale 1 / std and zero point mean.
+    """
+    users = [node for node in core.graph.node if "pixels" in node.input]
+    if len(users) != 1 or users[0].op_type != "QuantizeLinear" or len(users[0].input) < 3:
+        return None
+
+    constants = {item.name: numpy_helper.to_array(item) for item in core.graph.initializer}
+    scale, zero = (constants[name] for name in users[0].input[1:3])
+    equal = all(
+        zero.dtype == np.uint8 and np.float32(1 / std) == scale and mean == zero
+        for mean, std in zip(preprocess.mean, preprocess.std, strict=True)
+    )
+    return users[0] if equal else None
 
 
 def _image_input(input_format: str) -> onnx.ValueInfoProto:
