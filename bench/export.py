@@ -24,9 +24,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ftkit.data.canvas import Canvases
+from ftkit.exporting.candidates import Context, HeldOutPart, calibration_rows, logits_of
 from ftkit.exporting.export import held_out, metadata
 from ftkit.exporting.qat import fine_tune
-from ftkit.exporting.variants import Context, HeldOutPart, calibration_rows, logits_of
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
 from ftkit_export.conversion.convert import export_core, quiet, write

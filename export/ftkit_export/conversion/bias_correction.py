@@ -72,7 +72,7 @@ def correct_biases(
         for node in made.graph.node
         if node.op_type in BIASED and len(node.input) > 2 and node.input[2]
     }
-    means = _means(core, [name for name in wanted], pixels)
+    means = _means(core, list(wanted), pixels)
 
     batches = [
         {made.graph.input[0].name: pixels[start : start + BATCH]}
@@ -113,8 +113,7 @@ def _means(core: onnx.ModelProto, names: Sequence[str], pixels: Array) -> dict[s
         for total, value in zip(totals, session.run(pixels[start : start + BATCH]), strict=True):
             total.append(_mean([value]) * len(value))
     return {
-        node.name: np.sum(total, 0) / len(pixels)
-        for node, total in zip(nodes, totals, strict=True)
+        node.name: np.sum(total, 0) / len(pixels) for node, total in zip(nodes, totals, strict=True)
     }
 
 
@@ -137,7 +136,8 @@ def _shift_bias(
     before = numpy_helper.to_array(constants[name])
     after = (before + shift).astype(np.float32)
     constants[name].CopyFrom(numpy_helper.from_array(after, name))
-    return after - before
+    change: Array = after - before
+    return change
 
 
 @dataclass(frozen=True)

@@ -164,14 +164,12 @@ def _shield(model: onnx.ModelProto) -> None:
             limits = np.iinfo(zero.dtype)
             bounds = []
             for side, level in (("low", limits.min), ("high", limits.max)):
-                bound = np.float32((level - np.float32(zero)) * scale)
+                bound = np.array((level - float(zero)) * scale, np.float32)
                 bounds.append(f"{shields[value]}/{side}")
                 model.graph.initializer.append(numpy_helper.from_array(bound, bounds[-1]))
 
             place = list(model.graph.node).index(maker)
-            clip = helper.make_node(
-                "Clip", [value, *bounds], [shields[value]], name=shields[value]
-            )
+            clip = helper.make_node("Clip", [value, *bounds], [shields[value]], name=shields[value])
             model.graph.node.insert(place + 1, clip)
         node.input[0] = shields[value]
 

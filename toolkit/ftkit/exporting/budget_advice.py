@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import nn
 
 from ftkit.benchmark.budgets import Budget
-from ftkit.exporting import variants
+from ftkit.exporting.candidates import Context
 from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.conversion.convert import export_core, write
@@ -54,7 +54,7 @@ def budget_advice(
     missed: Sequence[Budget],
     unproven: Sequence[Row],
     rows: Sequence[Row],
-    context: variants.Context,
+    context: Context,
 ) -> list[str]:
     """Advice on budgets that are missed or inconclusive, as lines of text.
 
@@ -91,7 +91,7 @@ def budget_advice(
     return lines
 
 
-def _open(row: Row, context: variants.Context) -> str:
+def _open(row: Row, context: Context) -> str:
     """The reason why a variant may not ship yet."""
     if row.paired is None or row.verdict != "inconclusive":
         return f"{row.verdict}: {row.reason}"
@@ -109,7 +109,7 @@ def _surest(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: row.paired.high if row.paired else 1.0)
 
 
-def _unproven(row: Row, context: variants.Context) -> str:
+def _unproven(row: Row, context: Context) -> str:
     p95 = f"p95 {row.p95_ms:.1f} ms, " if row.p95_ms else ""
     return f"{row.name} would meet them ({p95}{row.size_bytes / 1e6:.1f} MB); {_open(row, context)}"
 
@@ -119,7 +119,7 @@ def _resolutions(
     model: nn.Module,
     slow: Budget,
     rows: Sequence[Row],
-    context: variants.Context,
+    context: Context,
     *,
     only_int8: bool,
 ) -> list[str]:
@@ -162,7 +162,7 @@ def _resolutions(
 
 
 def _timed(
-    run: Run, model: nn.Module, slow: Budget, ratio: float | None, context: variants.Context
+    run: Run, model: nn.Module, slow: Budget, ratio: float | None, context: Context
 ) -> list[Smaller]:
     """Time the largest input sizes that may meet the budget in fp32 or int8, largest first.
 

@@ -19,6 +19,7 @@ import ftkit
 from ftkit.benchmark.budgets import Budget, judge_budgets
 from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.exporting import variants
+from ftkit.exporting.candidates import Context
 from ftkit.recipe import Export
 from ftkit.training.run import Run
 from ftkit.utils import console
@@ -37,7 +38,7 @@ GATED = ("p95_ms", "size_mb", "memory_mb")  # budgets among the fields of recipe
 
 
 def file_accuracy(
-    folder: Path, run: Run, context: variants.Context, classes: Sequence[str]
+    folder: Path, run: Run, context: Context, classes: Sequence[str]
 ) -> tuple[Metrics, Paired]:
     """Accuracy of the exported file on the test split, alone and paired with the framework.
 
@@ -116,7 +117,7 @@ def latencies(
 
 
 def measure_budgets(
-    row: Row, forms: tuple[Path, Path], context: variants.Context, *, quick: bool
+    row: Row, forms: tuple[Path, Path], context: Context, *, quick: bool
 ) -> list[Budget]:
     """Judge a shipped variant by the export's budgets, on its target.
 
@@ -137,9 +138,7 @@ def measure_budgets(
     )
 
 
-def _starts(
-    row: Row, forms: tuple[Path, Path], context: variants.Context, quick: bool
-) -> Sequence[Start]:
+def _starts(row: Row, forms: tuple[Path, Path], context: Context, quick: bool) -> Sequence[Start]:
     """Measurements in fresh processes on the target.
 
     Empty when the target is neither this machine nor reachable, and has not measured this very
@@ -302,7 +301,7 @@ SIZES = ("320x240", "640x480", "1280x720", "1920x1080", "4000x3000")
 
 
 def times_by_size(
-    row: Row, forms: tuple[Path, Path], context: variants.Context
+    row: Row, forms: tuple[Path, Path], context: Context
 ) -> list[tuple[str, float, float]]:
     """Latency of the chosen image form over frame sizes, on one thread of the target's CPU.
 
@@ -324,7 +323,7 @@ def times_by_size(
 
 
 def manifest(
-    run: Run, context: variants.Context, made: variants.Variants, evidence: Evidence
+    run: Run, context: Context, made: variants.Variants, evidence: Evidence
 ) -> dict[str, Any]:
     """What the bundle tells of its file, as JSON data, but for the gates and the files."""
     chosen = evidence.chosen
@@ -359,7 +358,7 @@ def manifest(
 
 
 def _as_json(
-    run: Run, context: variants.Context, made: variants.Variants, evidence: Evidence
+    run: Run, context: Context, made: variants.Variants, evidence: Evidence
 ) -> dict[str, Any]:
     decided_on = context.device.machine if context.device else context.measured.get("machine")
 

@@ -27,6 +27,7 @@ from ftkit.evaluation.bundle import SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Metrics
 from ftkit.exporting import evidence, variants, web
 from ftkit.exporting.budget_advice import budget_advice
+from ftkit.exporting.candidates import Context, HeldOutPart, calibration_rows, logits_of
 from ftkit.recipe import Export
 from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.model_card import model_card
@@ -291,7 +292,7 @@ class Job:
     run: Run
     model: nn.Module
     core: Core
-    context: variants.Context
+    context: Context
     folder: Path
     rows: Array
     files: Sequence[Path]
@@ -346,7 +347,7 @@ def _prepare(
     picked = spread_evenly(canvases.rows("test"), PARITY_IMAGES)
     rows = np.random.default_rng(0).permutation(picked)
     files = [canvases.images.images[row].path for row in rows]
-    context = variants.Context(
+    context = Context(
         reference=Reference(model),
         canvases=canvases,
         preprocess=run.preprocess,
@@ -376,17 +377,17 @@ def _prepare(
     )
 
 
-def _judged(run: Run, core: Core, canvases: Canvases) -> list[variants.HeldOutPart]:
+def _judged(run: Run, core: Core, canvases: Canvases) -> list[HeldOutPart]:
     """What variants are judged on: the model itself on val, or each fold's on its own images."""
     folds = fold_models(run)
     if not folds:
-        return [variants.HeldOutPart(core.model, canvases.rows("val"), canvases.rows("train"))]
+        return [HeldOutPart(core.model, canvases.rows("val"), canvases.rows("train"))]
 
     parts = []
     with console.bar("converting the folds' models") as progress:
         for model, held, seen in folds:
             fold_core = export_core(model, run.preprocess.size)
-            parts.append(variants.HeldOutPart(fold_core.model, held, seen))
+            parts.append(HeldOutPart(fold_core.model, held, seen))
             progress(len(parts), len(folds))
     return parts
 
@@ -579,7 +580,7 @@ def _describe(job: Job, manifest: dict[str, Any], gates: Sequence[Gate]) -> None
 
 
 def _write_variants(
-    folder: Path, made: variants.Variants, context: variants.Context
+    folder: Path, made: variants.Variants, context: Context
 ) -> dict[str, tuple[Path, Path]]:
     """Write the shipped variants; return variant -> (image form, core form).
 
@@ -603,7 +604,7 @@ def _write_variants(
 
 
 def _measured(
-    row: Row, latency: Sequence[Latency], forms: tuple[Path, Path], context: variants.Context
+    row: Row, latency: Sequence[Latency], forms: tuple[Path, Path], context: Context
 ) -> Row:
     """The row with the file's size and memory and, on the target, its full measurement.
 
@@ -643,7 +644,7 @@ def _require_extras(extras: Extras, limits: Export) -> None:
 def _add_extras(
     folder: Path,
     core: onnx.ModelProto,
-    context: variants.Context,
+    context: Context,
     classes: Sequence[str],
     extras: Extras,
 ) -> None:
@@ -673,9 +674,9 @@ def _add_extras(
             handoff.write_handoff(
                 folder / "handoff",
                 plain_c.static(core),
-                context.pixels(variants.calibration_rows(context)[:32]),
+                context.pixels(calibration_rows(context)[:32]),
                 context.pixels(rows),
-                variants.logits_of(core, context, rows),
+                logits_of(core, context, rows),
                 context.canvases.labels[rows],
                 context.canvases.groups(rows),
             )
