@@ -1,10 +1,8 @@
-"""Benchmarks of the exported file: int8, plain torch.onnx export, preprocessing in the graph.
+"""Benchmarks of the exported file: plain torch.onnx export, preprocessing in the graph.
 
-    ftkit train photos --out RUN && python bench/export.py RUN            (about 2 minutes on 2 cores)
-    python bench/export.py RUN --qat 1                                    (and a quantization-aware stage of 1 epoch)
+    ftkit train photos --out RUN && python bench/export.py RUN            (about a minute on 2 cores)
 
-int8 variants: core form, one thread, runs interleaved, accuracy paired with fp32 on val and test
-together (not used for any decision; `ftkit export` decides on val alone).
+Runs are interleaved, on one thread and on two. bench/int8.py is about 8 bits.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,85 +21,17 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ftkit.data.canvas import Canvases
-from ftkit.exporting.candidates import Context, HeldOutPart, calibration_rows, logits_of
+from ftkit.exporting.candidates import Context, HeldOutPart
 from ftkit.exporting.export import held_out, metadata
-from ftkit.exporting.qat import fine_tune
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
 from ftkit_export.conversion.convert import export_core, quiet, write
 from ftkit_export.conversion.graph import pixel_model
-from ftkit_export.conversion.quantize import RANK_IMAGES, calibrate, int8, quantized_nodes, rank
-from ftkit_export.proof.decision import paired
 from ftkit_export.proof.parity import Reference
 from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.targets import TARGETS, here
-
-KEPT = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
-
-
-def trained(context: Context, core: onnx.ModelProto, ranges: Any, epochs: int) -> onnx.ModelProto:
-    """All operators in 8 bits, after the given number of quantization-aware epochs."""
-    rows, begun = context.canvases.rows("train"), time.perf_counter()
-    adapted = fine_tune(
-        core,
-        int8(core, ranges, context.target),
-        lambda picks: context.pixels(rows[picks]),
-        context.canvases.labels[rows],
-        logits_of(core, context, rows),
-        epochs=epochs,
-    )
-
-    print(
-        f"quantization-aware stage: {len(rows)} images, {epochs} epochs, {time.perf_counter() - begun:.0f} s"
-    )
-    return int8(adapted, ranges, context.target)
-
-
-def front(context: Context, core: onnx.ModelProto, folder: Path, epochs: int) -> None:
-    """int8 variants with the most damaged operators kept in float, one row each."""
-    canvases = context.canvases
-    rows = np.concatenate([canvases.rows("val"), canvases.rows("test")])
-    labels, calibration = canvases.labels[rows], calibration_rows(context)
-    batches = (context.pixels(calibration[i : i + 8]) for i in range(0, len(calibration), 8))
-    ranges = calibrate(core, batches, context.preprocess)
-    order = [
-        name
-        for name, _ in rank(core, ranges, context.target, context.pixels(calibration[:RANK_IMAGES]))
-    ]
-    forms = {str(count): int8(core, ranges, context.target, keep=order[:count]) for count in KEPT}
-
-    if epochs:
-        forms["0, trained"] = trained(context, core, ranges, epochs)
-
-    files = [folder / "fp32.onnx", *(folder / f"{name}.onnx" for name in forms)]
-    for path, form in zip(files, [core, *forms.values()], strict=True):
-        write(form, path, context.metadata)
-
-    times = race(files, context.photograph)
-    right = logits_of(core, context, rows).argmax(1) == labels
-    print(
-        "| kept in float | in 8 bits | time of fp32's [95 %] | drop, points [one-sided 95 %] | size | verdict |"
-    )
-    print("|---|---|---|---|---|---|")
-    print(
-        f"| fp32 | 0 | 1, p50 {times[0].p50_ms:.2f} ms | accuracy {right.mean():.4f} of {len(rows)} | 1 | |"
-    )
-    whole = files[0].stat().st_size
-
-    for (count, form), raced, path in zip(forms.items(), times[1:], files[1:], strict=True):
-        found = paired(
-            right, logits_of(form, context, rows).argmax(1) == labels, context.canvases.groups(rows)
-        )
-        share = path.stat().st_size / whole
-        print(
-            f"| {count} | {quantized_nodes(form)} "
-            f"| {raced.ratio:.3f} [{raced.ratio_low:.3f}, {raced.ratio_high:.3f}] "
-            f"| {found.drop * 100:+.2f} [{found.low * 100:+.2f}, {found.high * 100:+.2f}] "
-            f"| {share:.2f} | {found.verdict(0.01)} |",
-            flush=True,
-        )
 
 
 def plain(run: Run, context: Context, core: onnx.ModelProto, folder: Path) -> None:
@@ -210,7 +139,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run")
-    parser.add_argument("--qat", type=int, default=0, metavar="EPOCHS")
     options = parser.parse_args()
     run = open_run(options.run)
     canvases = held_out(run, None)
@@ -234,7 +162,6 @@ def main() -> None:
     print(machine())
 
     with tempfile.TemporaryDirectory() as scratch:
-        front(context, core, Path(scratch), options.qat)
         plain(run, context, core, Path(scratch))
 
     pixels(context, canvases, run, core)

@@ -14,8 +14,9 @@ from conftest import bare
 from onnx import helper, numpy_helper
 
 from ftkit.training.run import open_run
+from ftkit_export.conversion.bias_correction import correct_biases, with_biases
 from ftkit_export.conversion.convert import write
-from ftkit_export.conversion.graph import image_form
+from ftkit_export.conversion.graph import image_form, pixel_model
 from ftkit_export.conversion.quantize import (
     calibrate,
     half,
@@ -132,6 +133,178 @@ def test_the_operators_ranked_first_are_those_worth_keeping(trained: Trained) ->
     assert quantized_nodes(worst) == quantized_nodes(least) == 38
     found = [sqnr(trained.logits, _run(model, trained.pixels)) for model in (worst, least)]
     assert found[0] > found[1] + 1, found
+
+
+def test_corrected_biases_give_every_convolution_the_float_ones_mean(trained: Trained) -> None:
+    core = with_biases(trained.core)
+    plain = int8(core, trained.ranges, TARGETS[here()])
+    means = _convolution_means(core, trained.pixels)
+    corrected = correct_biases(core, plain, trained.pixels)
+    spread = np.concatenate([np.abs(mean) for mean in means.values()]).mean()
+
+    def shift(model: onnx.ModelProto) -> float:
+        found = _convolution_means(model, trained.pixels)
+        return float(np.concatenate([np.abs(found[n] - means[n]) for n in means]).mean())
+
+    assert shift(plain) > 0.01 * spread
+    assert shift(corrected) < 0.1 * shift(plain)
+
+    half_of_them = len(trained.pixels) // 2  # what is judged must not be what it was corrected on
+    unseen = trained.pixels[half_of_them:]
+    corrected = correct_biases(core, plain, trained.pixels[:half_of_them])
+    gained = sqnr(trained.logits[half_of_them:], _run(corrected, unseen)) - sqnr(
+        trained.logits[half_of_them:], _run(plain, unseen)
+    )
+    assert gained > 3, gained
+    assert _weights(corrected) == _weights(plain), "only biases may change"
+
+
+def _convolution_means(model: onnx.ModelProto, pixels: Array) -> dict[str, Array]:
+    """Mean output per channel of every convolution, of the graph as written."""
+    probed = copy.deepcopy(model)
+    nodes = [node for node in model.graph.node if node.op_type == "Conv"]
+    for node in nodes:
+        probed.graph.output.append(
+            helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None)
+        )
+    found = Session(probed.SerializeToString(), optimised=False).run(pixels)[2:]
+    return {
+        node.name: value.mean((0, 2, 3), dtype=np.float64)
+        for node, value in zip(nodes, found, strict=True)
+    }
+
+
+def _weights(model: onnx.ModelProto) -> dict[str, bytes]:
+    return {
+        item.name: item.raw_data
+        for item in model.graph.initializer
+        if item.data_type == onnx.TensorProto.INT8
+    }
+
+
+def _small(*, activation: str) -> tuple[onnx.ModelProto, Array]:
+    """A chain of every operator with a bias, the first without one, and pixels for it."""
+    rng = np.random.default_rng(0)
+
+    def normal(name: str, *shape: int) -> onnx.TensorProto:
+        return numpy_helper.from_array(rng.normal(0, 0.3, shape).astype(np.float32), name)
+
+    constants = [
+        normal("w0", 8, 3, 3, 3),
+        normal("w1", 8, 1, 3, 3),
+        normal("b1", 8),
+        normal("w2", 8, 6, 2, 2),
+        normal("b2", 6),
+        normal("w3", 6, 5),
+        normal("b3", 5),
+        numpy_helper.from_array(np.float32(0), "low"),
+        numpy_helper.from_array(np.float32(6), "high"),
+        numpy_helper.from_array(np.array([2, 3]), "axes"),
+    ]
+    bounds = ["low", "high"] if activation == "Clip" else []
+    nodes = [
+        helper.make_node("Conv", ["pixels", "w0"], ["a"], name="plain"),
+        helper.make_node(activation, ["a", *bounds], ["b"], name="first"),
+        helper.make_node("Conv", ["b", "w1", "b1"], ["c"], name="depthwise", group=8),
+        helper.make_node(activation, ["c", *bounds], ["d"], name="second"),
+        helper.make_node("ConvTranspose", ["d", "w2", "b2"], ["e"], name="up"),
+        helper.make_node("ReduceMean", ["e", "axes"], ["f"], keepdims=0, name="mean"),
+        helper.make_node("Gemm", ["f", "w3", "b3"], ["logits"], name="head"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, ["batch", 3, 12, 12])],
+        [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 5])],
+        constants,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model.ir_version = 8
+    onnx.checker.check_model(model)
+    return model, rng.uniform(-1, 1, (32, 3, 12, 12)).astype(np.float32)
+
+
+@pytest.mark.parametrize("activation", ["Clip", "Relu"])
+@pytest.mark.parametrize("target", ["x86-vnni", "x86", "arm64"])
+def test_correction_serves_every_operator_with_a_bias(activation: str, target: str) -> None:
+    model, pixels = _small(activation=activation)
+    core = with_biases(model)
+    preprocess = Preprocess(size=12, resize=12, mean=[127.0] * 3, std=[128.0] * 3)
+    ranges = calibrate(core, iter([pixels]), preprocess)
+    plain = int8(core, ranges, TARGETS[target])
+    corrected = int8(model, ranges, TARGETS[target], correct_on=pixels)
+    expected = _run(model, pixels).mean(0)
+    off, left = (
+        np.abs(_run(form, pixels).mean(0) - expected).mean() for form in (plain, corrected)
+    )
+    assert left < 0.2 * off, (left, off)
+
+
+def test_a_float_operator_between_8_bit_ones_stays_in_float() -> None:
+    """Regression: ONNX Runtime's optimiser put its weights in 8 bits, one scale for all channels.
+
+    The smallest graph that shows it: an operator with float weights, 8 bits before and behind.
+    """
+    model, pixels = _small(activation="Clip")
+    for item in model.graph.initializer:
+        if item.name == "w1":  # one channel is large, and clipped: its scale serves no other
+            weights = numpy_helper.to_array(item).copy()
+            weights[0] *= 30
+            item.CopyFrom(numpy_helper.from_array(weights, "w1"))
+    preprocess = Preprocess(size=12, resize=12, mean=[127.0] * 3, std=[128.0] * 3)
+    ranges = calibrate(model, iter([pixels]), preprocess)
+    kept = int8(model, ranges, TARGETS["x86-vnni"], keep=["depthwise"])
+    assert quantized_nodes(kept) == 3
+    written = Session(kept.SerializeToString(), optimised=False).run(pixels)[0]
+    shielded, exposed = (
+        sqnr(written, _run(form, pixels)) for form in (kept, _without_shields(kept))
+    )
+    assert shielded > exposed + 10, (shielded, exposed)
+
+
+def _without_shields(model: onnx.ModelProto) -> onnx.ModelProto:
+    bare_model = copy.deepcopy(model)
+    shields = {n.output[0]: n for n in bare_model.graph.node if n.name.endswith("/shield")}
+    assert shields
+    for node in bare_model.graph.node:
+        for place, value in enumerate(node.input):
+            if value in shields:
+                node.input[place] = shields[value].input[0]
+    for node in shields.values():
+        bare_model.graph.node.remove(node)
+    return bare_model
+
+
+def test_what_is_kept_in_float_is_not_changed_by_the_optimiser(trained: Trained) -> None:
+    names = heavy_nodes(trained.core)
+    for keep in ([names[0]], names[:2], names[:4], [names[10]], [names[1], names[5], names[20]]):
+        model = int8(trained.core, trained.ranges, TARGETS[here()], keep=keep)
+        written = Session(model.SerializeToString(), optimised=False).run(trained.pixels)[0]
+        found = sqnr(trained.logits, _run(model, trained.pixels))
+        assert found > sqnr(trained.logits, written) - 1, keep
+
+
+def test_grey_levels_enter_an_8_bit_network_as_they_are(trained: Trained) -> None:
+    core = int8(trained.core, trained.ranges, TARGETS["x86-vnni"])
+    form = image_form(core, trained.preprocess, 2.0)
+    assert not {"Cast", "Mul"} & {node.op_type for node in form.graph.node}
+    assert "pixels" not in {value for node in form.graph.node for value in node.input}
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 61, 83, 3), dtype=np.uint8)
+    pixels = Session(pixel_model(trained.preprocess).SerializeToString()).run(images)[1]
+    logits = _run(core, pixels)
+    softened = np.exp(logits / 2 - (logits / 2).max(1, keepdims=True))
+    np.testing.assert_allclose(
+        _run(form, images), softened / softened.sum(1, keepdims=True), rtol=1e-5
+    )
+
+    # Not where a scale or a mean is another for some channel, nor for signed activations
+    other = dataclasses.replace(trained.preprocess, mean=[127.0, 127.0, 126.0])
+    for preprocess, name in ((other, "x86-vnni"), (trained.preprocess, "arm64")):
+        core = int8(trained.core, trained.ranges, TARGETS[name])
+        form = image_form(core, preprocess, 1.0)
+        assert "pixels" in {value for node in form.graph.node for value in node.input}
 
 
 def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) -> None:

@@ -357,7 +357,7 @@ def _prepare(
         frame=frame_of(limits, run),
         target_name=variants.resolve_target(limits.target, providers),
         measured=extras.measured,
-        judged=_judged(run, core, canvases),
+        judged=judged_parts(run, core, canvases),
         device=extras.device,
         metadata={**metadata(run), "input_format": limits.input_format},
     )
@@ -377,7 +377,7 @@ def _prepare(
     )
 
 
-def _judged(run: Run, core: Core, canvases: Canvases) -> list[HeldOutPart]:
+def judged_parts(run: Run, core: Core, canvases: Canvases) -> list[HeldOutPart]:
     """What variants are judged on: the model itself on val, or each fold's on its own images."""
     folds = fold_models(run)
     if not folds:
