@@ -1,8 +1,10 @@
 """Shared fixtures: one small real run and its bundle, made with real photographs and weights."""
 
+import atexit
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,8 @@ from ftkit.cli.main import main
 from ftkit.exporting import export
 from ftkit.models.weights import fingerprint
 from ftkit_export.runtime.verify import with_digest
+
+atexit.register(shutil.rmtree, os.environ["FTKIT_CACHE"], ignore_errors=True)
 
 PER_CLASS = 30
 SMALL = (

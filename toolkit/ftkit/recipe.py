@@ -225,6 +225,9 @@ class Recipe:
     """A complete plan: backbone, stages, augmentation and export.
 
     - preprocess: None takes the backbone's own.
+    - cut: a block's name: the network ends behind it; several with + between give the head their
+      features together; "": the whole network. pooling: of those features over space: "mean", or
+      "mean+max" with the maximum beside it.
     - weights: "pretrained", "none", or a file.
     - precision: share of accepted answers that should be right; low-confidence answers are withheld
       (threshold from val).
@@ -237,6 +240,8 @@ class Recipe:
     stages: tuple[Stage, ...]
     weights: str = "pretrained"
     preprocess: Preprocess | None = None
+    cut: str = ""
+    pooling: str = "mean"
     precision: float = 0.95
     folds: int | Literal["auto"] = "auto"
     augment: Augment = field(default_factory=Augment)
@@ -247,6 +252,7 @@ class Recipe:
             raise FtkitError(
                 "recipe.stages: expected at least one stage, found none. Try stages=(Stage(),)"
             )
+        _one_of("pooling", self.pooling, ("mean", "mean+max"), "recipe")
         _within("recipe", self, {"precision": (0, 1)})
         if self.folds not in ("auto", 0) and not 2 <= int(self.folds) <= 100:
             raise FtkitError(

@@ -496,11 +496,11 @@ def recipes(name: str | None) -> None:
 
     loaded = recipes_.load_recipe(name)
     click.echo((recipes_.load_module(name).__doc__ or "").strip() + "\n")
-    backbone = build(loaded.backbone, 2, "none")
+    backbone = build(loaded.backbone, 2, "none", cut=loaded.cut, pooling=loaded.pooling)
     whole = dataclasses.replace(loaded, preprocess=loaded.preprocess or backbone.preprocess)
     click.echo(json.dumps(recipes_.resolve(whole), indent=1))
     listed = blocks(backbone)
-    click.echo(f"\nlast:1 to last:{len(listed)} count these blocks from the end:")
+    click.echo(f"\nlast:1 to last:{len(listed)} count these blocks from the end; cut names one:")
     click.echo("  " + " ".join(listed))
 
 

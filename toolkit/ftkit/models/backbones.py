@@ -20,6 +20,7 @@ import torchvision
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
+from ftkit.models import cut as cuts
 from ftkit.models.weights import EXTRA_HEADS, PACKAGES, load_weights
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.preprocess import Preprocess
@@ -47,17 +48,30 @@ class Backbone:
     weights: str
 
 
-def build(name: str, classes: int, weights: str = "pretrained") -> Backbone:
+def build(
+    name: str,
+    classes: int,
+    weights: str = "pretrained",
+    *,
+    cut: str = "",
+    pooling: str = "mean",
+) -> Backbone:
     """Build `name` (timm first, then torchvision) with a new head of `classes` outputs.
 
     weights: "pretrained", "none", or the path of a .safetensors / .pth file of the backbone's
-    state. Raises FtkitError for an unknown name, a head that cannot be replaced, and as
-    load_weights.
+    state. cut, pooling: end behind this block, with a head on its pooled features (models.cut).
+    Raises FtkitError for an unknown name, a head that cannot be replaced, and as load_weights.
     """
     model, library = _create(name)
     preprocess = _preprocess(model, name, library)
     head = _head_name(model)
     source = load_weights(model, name, library, head, weights)
+    if cut:
+        model = cuts.cut(model, cut, pooling, classes, preprocess.size)
+        return Backbone(
+            name=name, model=model.eval(), head=cuts.HEAD, preprocess=preprocess, weights=source
+        )
+
     old = model.get_submodule(head)
     _replace(model, head, _new_head(old, classes))
 

@@ -26,7 +26,9 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 DROPOUT_FUNCTIONS = (F.dropout, F.dropout2d, torch.dropout)
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Traces a model for torch.fx, with the leaves that timm declares."""
+
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._leaves = tuple(get_notrace_modules())
@@ -38,7 +40,7 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> fx.GraphModule | None:
     """The model's graph in its current train/eval modes, or None if torch.fx cannot trace it."""
     try:
-        tracer = _Tracer()
+        tracer = Tracer()
         defaults = _defaulted_arguments(model)
         return fx.GraphModule(model, tracer.trace(model, concrete_args=defaults))
     except Exception:
@@ -100,7 +102,7 @@ def frontier(graph: fx.GraphModule, trained: Callable[[str], bool]) -> list[fx.N
     return [] if any(node.op == "placeholder" for node in crossing) else crossing
 
 
-def _needed(roots: Sequence[fx.Node], given: Collection[fx.Node] = ()) -> set[fx.Node]:
+def needed_for(roots: Sequence[fx.Node], given: Collection[fx.Node] = ()) -> set[fx.Node]:
     """Everything `roots` depend on, including themselves, without going beyond `given`."""
     needed: set[fx.Node] = set()
     waiting = list(roots)
@@ -115,7 +117,7 @@ def _needed(roots: Sequence[fx.Node], given: Collection[fx.Node] = ()) -> set[fx
 def frozen_part(graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]]) -> fx.GraphModule:
     """pixels -> the values of all cuts, each once, in graph order: one pass serves every stage."""
     wanted = {node for cut in cuts for node in cut}
-    needed = _needed(list(wanted))
+    needed = needed_for(list(wanted))
 
     copied = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
@@ -130,7 +132,7 @@ def frozen_part(graph: fx.GraphModule, cuts: Sequence[Sequence[fx.Node]]) -> fx.
 
 def trained_part(graph: fx.GraphModule, cut: Sequence[fx.Node]) -> fx.GraphModule:
     """The values of one cut, in graph order -> logits; shares its parameters with the model."""
-    needed = _needed([node for node in graph.graph.nodes if node.op == "output"], given=cut)
+    needed = needed_for([node for node in graph.graph.nodes if node.op == "output"], given=cut)
     copied = fx.Graph()
     made: dict[fx.Node, fx.Node] = {
         node: copied.placeholder(f"cut_{number}") for number, node in enumerate(cut)

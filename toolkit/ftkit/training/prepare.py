@@ -114,7 +114,13 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     recipe = request.recipe
     images = read_with_folds(recipe, request.data, request.seed, request.group_by, request.root)
     torch.manual_seed(request.seed)
-    backbone = build(recipe.backbone, len(images.classes), recipe.weights)
+    backbone = build(
+        recipe.backbone,
+        len(images.classes),
+        recipe.weights,
+        cut=recipe.cut,
+        pooling=recipe.pooling,
+    )
 
     for stage in recipe.stages:
         trainable(backbone, stage.train)

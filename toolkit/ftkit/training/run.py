@@ -94,7 +94,10 @@ class Run:
 
     def backbone(self) -> Backbone:
         """The trained model, in eval mode on the CPU."""
-        backbone = build(self.recipe.backbone, len(self.classes), "none")
+        recipe = self.recipe
+        backbone = build(
+            recipe.backbone, len(self.classes), "none", cut=recipe.cut, pooling=recipe.pooling
+        )
         state = safetensors.torch.load_file(self.folder / WEIGHTS)
         backbone.model.load_state_dict(state)
         return backbone
