@@ -21,7 +21,7 @@ FLOORS = {
         ("cli",),
         ("__init__",),
         ("api",),
-        ("exporting",),
+        ("exporting", "searching"),
         ("training",),
         ("report", "evaluation"),
         ("benchmark", "data", "overrides"),

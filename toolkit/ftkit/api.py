@@ -2,6 +2,7 @@
 
     import ftkit
 
+    found = ftkit.search("photos", p95_ms=4.0)         # which network fits; recipe=found.folder trains it
     run = ftkit.train("photos", recipe="lite0", settings=["stages.1.lr=1e-4"])
     done = ftkit.export(run, providers=["cpu"])
     ftkit.verify(done.folder).passed
@@ -14,6 +15,7 @@ was found and what to try. In a notebook, runs and exports render as tables.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,13 +23,14 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftkit.options import BenchOptions, ExportOptions, TrainOptions, by_keyword
+from ftkit.options import BenchOptions, ExportOptions, SearchOptions, TrainOptions, by_keyword
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit.benchmark.ssh import Device
     from ftkit.exporting.export import Exported
     from ftkit.recipe import Export
+    from ftkit.searching.search import Found
     from ftkit.training.run import Run
     from ftkit_export.runtime.predict import Classifier
     from ftkit_export.runtime.verify import Verification
@@ -77,11 +80,28 @@ def train(data: str | Path, options: TrainOptions) -> Run:
     return open_run(folder)
 
 
+@by_keyword(SearchOptions)
+def search(data: str | Path, options: SearchOptions) -> Found:
+    """Find the network that fits: backbone, input size, depth and precision, on your images and time.
+
+    Returns the candidates, the front and the pick, which `train` takes as recipe=FOLDER. The fields
+    of SearchOptions are keyword arguments. Raises FtkitError for bad data, options or weights.
+    """
+    from ftkit.utils import console
+
+    console.hush(options.quiet)
+
+    from ftkit.searching.search import search as run_search
+
+    return run_search(data, options)
+
+
 def _opened(folder: Path, data: str | Path | None) -> Run:
-    """A finished run; of an interrupted one, what stands."""
+    """A finished run; of an interrupted one, what stands; of a search, the pick's."""
     from ftkit.training import checkpoint
     from ftkit.training.run import is_finished, open_run
 
+    folder = _picked_run(folder)
     if is_finished(folder) or not checkpoint.exists(folder):
         return open_run(folder)
 
@@ -91,6 +111,21 @@ def _opened(folder: Path, data: str | Path | None) -> Run:
     run = open_run(write_so_far(folder, data))
     console.warn(f"{folder}: not finished, {run.so_far}. What stands is exported, and says so")
     return run
+
+
+def _picked_run(folder: Path) -> Path:
+    """The run of a search's pick; other folders as they are."""
+    found = folder / "search.json"
+    if not found.is_file():
+        return folder
+
+    run = json.loads(found.read_text())["pick"]["run"]
+    if not run:
+        raise FtkitError(
+            f"{folder}: expected a search that trained its pick, found one without finalists. Try "
+            f"`ftkit train DATA --recipe {folder}`"
+        )
+    return folder / str(run)
 
 
 @by_keyword(ExportOptions)

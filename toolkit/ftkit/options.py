@@ -91,6 +91,43 @@ class TrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Options of `ftkit search` and ftkit.search.
+
+    - out: folder of the search, by default "search". An interrupted search goes on in it.
+    - recipe: its stages train the finalists; settings: overrides of its fields.
+    - backbones: by default those whose weights are installed. sizes: of the input in pixels, by
+      default from 96 to the backbone's own and one above.
+    - p50_ms, p95_ms, size_mb: budgets of the whole file, on one thread.
+    - max_drop: accuracy that may be lost against the most accurate network, as a share.
+    - timed: at most so many candidates are timed. finalists: at most so many are trained, each
+      within `minutes`; 0: none.
+    - frame: size of the image that is timed, "640x480"; by default that of the first image.
+    - on: user@host (ssh), where candidates are timed.
+    - seed, group_by, root: as for training.
+    """
+
+    out: str | Path | None = None
+    recipe: str | Path = "lite0"
+    settings: Sequence[str] = ()
+    backbones: Sequence[str] = ()
+    sizes: Sequence[int] = ()
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    size_mb: float | None = None
+    max_drop: float = 0.01
+    timed: int = 16
+    finalists: int = 3
+    minutes: float | None = None
+    frame: str | None = None
+    on: str | None = None
+    seed: int = 0
+    group_by: str = ""
+    root: str | Path | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """Options of `ftkit export` and ftkit.export.
 

@@ -293,10 +293,12 @@ def names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """Load a recipe by entry-point name or file path, or the resolved one of a run.json.
+    """Load a recipe by entry-point name or file path, or the resolved one of a run.json or a search.
 
     Raises FtkitError with the choices, or with the reason why it cannot be imported.
     """
+    if (Path(name) / "recipe.json").is_file():  # the folder of a search
+        return _of_json(Path(name) / "recipe.json")
     if name.endswith(".json"):
         return _of_json(Path(name))
 

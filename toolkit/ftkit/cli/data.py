@@ -142,7 +142,11 @@ def cache(clear: bool, unused: int | None) -> None:
         held = cache_folder.entries()
 
     rows = [("kind", "entries", "GB", "last used")]
-    for kind, words in (("canvases", "decoded images"), ("prefix", "frozen activations")):
+    for kind, words in (
+        ("canvases", "decoded images"),
+        ("prefix", "frozen activations"),
+        ("features", "features of searches"),
+    ):
         own = [entry for entry in held if entry.kind == kind]
         used = f"{min(entry.used_s for entry in own) / 86_400:.0f} days ago" if own else ""
         rows.append(

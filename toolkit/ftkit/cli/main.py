@@ -21,6 +21,7 @@ from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
+from ftkit.cli.search import search
 from ftkit.utils import console
 from ftkit.utils.errors import ToldElsewhereError
 from ftkit_export.runtime.errors import FtkitError
@@ -522,7 +523,7 @@ def demo(out: Path) -> None:
     run_demo(out)
 
 
-for command in (audit_data, evaluate, bench, report, try_bundle, cache):
+for command in (search, audit_data, evaluate, bench, report, try_bundle, cache):
     main.add_command(command)
 
 

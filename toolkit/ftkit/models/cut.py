@@ -91,7 +91,7 @@ def cut(model: nn.Module, where: str, pooling: str, classes: int, size: int) -> 
     maps = [tracer.outputs[name] for name in names]
     with torch.inference_mode():
         values = fx.GraphModule(model, _up_to(graph, maps))(torch.zeros(1, 3, size, size))
-    axes = [_space(value, name) for value, name in zip(values, names, strict=True)]
+    axes = [space_axes(value, name) for value, name in zip(values, names, strict=True)]
     pool = Pool(pooling, axes)
     with torch.inference_mode():
         features = pool(*values).shape[1]
@@ -111,7 +111,7 @@ def _up_to(graph: fx.Graph, maps: Sequence[fx.Node]) -> fx.Graph:
     return copied
 
 
-def _space(value: torch.Tensor, name: str) -> tuple[int, ...]:
+def space_axes(value: torch.Tensor, name: str) -> tuple[int, ...]:
     """Axes of space of a feature map."""
     shape = tuple(value.shape)
     if len(shape) == 4:

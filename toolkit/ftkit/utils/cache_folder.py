@@ -20,7 +20,7 @@ import platformdirs
 
 from ftkit_export.runtime.errors import FtkitError
 
-KINDS = ("canvases", "prefix")
+KINDS = ("canvases", "prefix", "features")
 LIMIT_GB = 20
 LARGE = 1e9  # bytes above which the cache size is reported
 BEGUN = time.time()  # start of this process

@@ -1,0 +1,141 @@
+"""The command `search`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ftkit import api
+from ftkit.cli.data import GROUP_BY, ROOT
+from ftkit.cli.options import MAX_PIXELS_OPTION, Command
+from ftkit.options import SearchOptions
+
+
+@click.command(cls=Command, short_help="Find the network that fits the images and the device.")
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("search"),
+    show_default=True,
+    metavar="SEARCH",
+    help="Folder of the search; an interrupted one goes on in it.",
+)
+@click.option(
+    "--p95-ms",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MS",
+    help="Budget: 95 % of the images.",
+)
+@click.option(
+    "--p50-ms", type=click.FloatRange(0, min_open=True), metavar="MS", help="Budget: the median."
+)
+@click.option(
+    "--size-mb", type=click.FloatRange(0, min_open=True), metavar="MB", help="Budget: the file."
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Accuracy that may be lost against the most accurate network.",
+)
+@click.option("--backbones", metavar="A,B", help="[default: those whose weights are installed]")
+@click.option(
+    "--sizes",
+    metavar="A,B",
+    help="Input sizes in pixels. [default: 96 to one above the backbone's own]",
+)
+@click.option(
+    "--timed",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Time at most N.",
+)
+@click.option(
+    "--finalists",
+    type=click.IntRange(0),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Train at most N, and choose among them.",
+)
+@click.option(
+    "--minutes", type=click.FloatRange(0), metavar="N", help="For each finalist's training."
+)
+@click.option(
+    "--recipe",
+    default="lite0",
+    show_default=True,
+    metavar="NAME|FILE.py",
+    help="Its stages train the finalists.",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="A.B=C",
+    help="Change a field of the recipe. Repeatable.",
+)
+@click.option(
+    "--frame", metavar="WxH", help="Size of the timed image. [default: your first image's]"
+)
+@click.option("--on", metavar="USER@HOST", help="Time candidates there, over ssh.")
+@click.option("--seed", default=0, show_default=True)
+@GROUP_BY
+@ROOT
+@MAX_PIXELS_OPTION
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
+@click.pass_context
+def search(
+    ctx: click.Context,
+    /,
+    data: Path,
+    backbones: str | None,
+    sizes: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find the network, its input size and its depth that fit DATA and a device.
+
+    Exit code 1: nothing meets the budgets; the nearest is named.
+    """
+    options["backbones"] = backbones.split(",") if backbones else ()
+    options["sizes"] = _whole_numbers(sizes) if sizes else ()
+    options["quiet"] = options["quiet"] or as_json
+    found = api.search(data, **options)
+
+    from ftkit.searching.search import FOUND, as_text
+
+    if as_json:
+        click.echo(json.dumps(json.loads((found.folder / FOUND).read_text()), indent=1))
+    elif not options["quiet"]:
+        click.echo("\n" + as_text(found, SearchOptions(**options)))
+        click.echo(f"report: {found.folder / 'report.html'}")
+        click.echo(f"next: {_next(data, found.folder, bool(found.choice.point.run))}")
+    ctx.exit(1 if found.choice.missed else 0)
+
+
+def _next(data: Path, folder: Path, trained: bool) -> str:
+    if trained:
+        return f"ftkit export {shlex.quote(str(folder))}"
+    return f"ftkit train {shlex.quote(str(data))} --recipe {shlex.quote(str(folder))}"
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 32:
+        raise click.BadParameter(
+            f"expected sizes in pixels of 32 or more, found {text!r}. Try 128,224"
+        )
+    return numbers

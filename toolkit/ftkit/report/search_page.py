@@ -1,0 +1,177 @@
+"""A search as a page: the chart of accuracy over time first, then the table, then what was left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from ftkit.report.pages import Table, render
+from ftkit_export.files import write_atomically
+
+WIDTH = 860
+HEIGHT = 420
+LEFT = 56
+RIGHT = 20
+TOP = 24
+BOTTOM = 46
+MARKS = ("circle", "square", "diamond", "triangle")
+
+
+def write_search(out: Path, told: Mapping[str, Any]) -> None:
+    """Write the page. told: the data of search.json."""
+    timed = [point for point in told["points"] if point["p50_ms"] is not None]
+    ordered = sorted(told["points"], key=lambda point: -point["accuracy"])
+    page = render(
+        "search.html",
+        told=told,
+        chart=front_chart(timed, told["budgets"]),
+        front=_table([point for point in timed if point["front"]]),
+        every=_table(ordered),
+        dropped=Table(
+            ("backbone", "pixels", "why it was left"),
+            [(each["backbone"], each["size"], each["reason"]) for each in told["dropped"]],
+        ),
+        open=Table(
+            ("faster", "p50 ms", "drop, points", "95 % bounds", "accepted at"),
+            [
+                (
+                    each["name"],
+                    each["p50_ms"],
+                    f"{100 * each['against_best']['drop']:+.1f}",
+                    f"{100 * each['against_best']['low']:+.1f} to {100 * each['against_best']['high']:+.1f}",
+                    f"--max-drop {math.ceil(1000 * each['against_best']['high']) / 1000:g}",
+                )
+                for each in told["open"]
+            ],
+        ),
+    )
+    write_atomically(out, page.encode())
+
+
+def _table(points: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        (
+            f"{'pick: ' if point['pick'] else ''}{point['name']}",
+            f"{point['accuracy']:.3f}",
+            f"{point['low']:.3f} to {point['high']:.3f}",
+            "" if point["p50_ms"] is None else f"{point['p50_ms']:.2f}",
+            "" if point["size_bytes"] is None else f"{point['size_bytes'] / 1e6:.1f}",
+            f"{point['multiplications'] / 1e6:.0f}",
+        )
+        for point in points
+    ]
+    head = ("network", "out of fold", "95 %", "p50 ms", "MB", "million multiplications")
+    return Table(head, rows)
+
+
+def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> Markup:
+    """Accuracy with its interval over p50 (log scale); a mark per backbone; filled: int8.
+
+    The front is a line, the pick is named, a budget in ms is a dashed line.
+    """
+    times = [point["p50_ms"] for point in points]
+    limits = [limit for name, limit in budgets.items() if name.endswith("_ms")]
+    xs = math.log(min([*times, *limits]) * 0.9), math.log(max([*times, *limits]) * 1.1)
+    accuracies = [point["accuracy"] for point in points]
+    ys = max(0.0, min(accuracies) - 0.03), min(1.0, max(accuracies) + 0.03)
+
+    def x(value: float) -> float:
+        return float(LEFT + (WIDTH - LEFT - RIGHT) * (math.log(value) - xs[0]) / (xs[1] - xs[0]))
+
+    def y(value: float) -> float:
+        bounded = float(min(max(value, ys[0]), ys[1]))
+        return float(TOP + (HEIGHT - TOP - BOTTOM) * (ys[1] - bounded) / (ys[1] - ys[0]))
+
+    parts = [_grid(x, y, xs, ys)]
+    for limit in limits:
+        parts.append(
+            f'<line x1="{x(limit):.1f}" x2="{x(limit):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
+            f'stroke="var(--two)" stroke-dasharray="5 4"/><text x="{x(limit) + 4:.1f}" y="{TOP + 10}">'
+            f"budget {limit:g} ms</text>"
+        )
+
+    front = sorted((point for point in points if point["front"]), key=lambda p: p["p50_ms"])
+    line = " ".join(f"{x(p['p50_ms']):.1f},{y(p['accuracy']):.1f}" for p in front)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="var(--one)" stroke-width="1.5"/>')
+
+    backbones = list(dict.fromkeys(point["backbone"] for point in points))
+    for point in points:
+        mark = MARKS[backbones.index(point["backbone"]) % len(MARKS)]
+        parts.append(_mark(point, mark, x(point["p50_ms"]), y))
+
+    pick = next((point for point in points if point["pick"]), None)
+    if pick:
+        at = x(pick["p50_ms"])
+        anchor = "end" if at > WIDTH / 2 else "start"
+        parts.append(
+            f'<text class="strong" x="{at + (-9 if anchor == "end" else 9):.1f}" y="{y(pick["accuracy"]) - 9:.1f}" '
+            f'text-anchor="{anchor}">{escape(pick["name"])}</text>'
+        )
+
+    shapes = ", ".join(
+        f"{escape(name)} a {MARKS[i % len(MARKS)]}" for i, name in enumerate(backbones)
+    )
+    caption = f"filled: int8, open: fp32; {shapes}; the line: the front"
+    title = "Accuracy out of fold over latency (one thread)"
+    return Markup(
+        f'<figure><figcaption>{title}: {caption}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="img" aria-label="{title}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _grid(x: Any, y: Any, xs: tuple[float, float], ys: tuple[float, float]) -> str:
+    parts = []
+    step = 0.02 if ys[1] - ys[0] < 0.2 else 0.05
+    value = math.ceil(ys[0] / step) * step
+    while value <= ys[1] + 1e-9:
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="var(--line)"/>'
+            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>'
+        )
+        value += step
+
+    for power in range(-3, 6):
+        for digit in (1, 2, 5):
+            time = digit * 10.0**power
+            if xs[0] <= math.log(time) <= xs[1]:
+                parts.append(
+                    f'<line x1="{x(time):.1f}" x2="{x(time):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
+                    f'stroke="var(--line)"/><text x="{x(time):.1f}" y="{HEIGHT - BOTTOM + 16}" '
+                    f'text-anchor="middle">{time:g}</text>'
+                )
+    parts.append(
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">p50, ms (log scale)</text>'
+    )
+    return "".join(parts)
+
+
+def _mark(point: Mapping[str, Any], mark: str, at: float, y: Any) -> str:
+    """A point with its interval, named when the pointer is over it."""
+    colour = "var(--good)" if point["pick"] else "var(--one)" if point["front"] else "var(--faint)"
+    fill = colour if point["precision"] == "int8" else "var(--paper)"
+    up = y(point["accuracy"])
+    size = 7.0 if point["trained"] else 5.0
+    corners: dict[str, list[tuple[float, float]]] = {
+        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+        "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
+        "triangle": [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)],
+    }
+    style = f'fill="{fill}" stroke="{colour}" stroke-width="1.5"'
+    if mark == "circle":
+        shape = f'<circle cx="{at:.1f}" cy="{up:.1f}" r="{size}" {style}/>'
+    else:
+        outline = " ".join(f"{at + size * a:.1f},{up + size * b:.1f}" for a, b in corners[mark])
+        shape = f'<polygon points="{outline}" {style}/>'
+    told = f"{point['name']}: {point['accuracy']:.3f}, {point['p50_ms']:.2f} ms"
+    interval = (
+        f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(point["low"]):.1f}" y2="{y(point["high"]):.1f}" '
+        f'stroke="{colour}" stroke-width="1" opacity="0.5"/>'
+        if point["front"]
+        else ""
+    )
+    return f"<g>{interval}{shape}<title>{escape(told)}</title></g>"

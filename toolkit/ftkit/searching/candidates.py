@@ -1,0 +1,119 @@
+"""What is searched: backbone x input size x depth x pooling.
+
+space = candidates(["efficientnet_lite0"], sizes=[96, 160, 224])
+space[0].name, space[0].multiplications
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ftkit.models.backbones import Backbone, blocks, build
+from ftkit.recipe import Recipe
+from ftkit_export.runtime.preprocess import Preprocess
+
+SHORT = "efficientnet_"  # left out of names, for people
+LEAST_SHARE = 0.02  # of the whole network's multiplications: shallower cuts see edges only
+POOLINGS = ("mean", "mean+max")
+SMALLEST = 96
+STEP = 32  # pixels between input sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A network to score. cut: "" for the whole one. multiplications: of one image."""
+
+    backbone: str
+    size: int
+    cut: str
+    pooling: str
+    multiplications: int
+
+    @property
+    def name(self) -> str:
+        """Backbone, input size, depth, and pooling where it is not the mean."""
+        depth = self.cut or "whole"
+        parts = [self.backbone.removeprefix(SHORT), f"{self.size} px", depth]
+        return " ".join([*parts, "mean+max"] if self.pooling != "mean" else parts)
+
+    def recipe(self, base: Recipe, preprocess: Preprocess) -> Recipe:
+        """The recipe that trains it, with the stages of `base`. preprocess: of its input size."""
+        return replace(
+            base,
+            name="search",
+            backbone=self.backbone,
+            cut=self.cut,
+            pooling=self.pooling,
+            preprocess=preprocess,
+        )
+
+
+def sizes_of(own: int) -> list[int]:
+    """Input sizes from SMALLEST to the backbone's own, and one above."""
+    smaller = range(SMALLEST, own, STEP)
+    return [*smaller, own, own + STEP]
+
+
+def candidates(backbone: Backbone, size: int) -> list[Candidate]:
+    """Every depth and pooling of one backbone at one input size."""
+    names = blocks(backbone)
+    counts = _multiplications(backbone, names, size)
+    whole = counts[""]
+    found = [
+        Candidate(
+            backbone=backbone.name,
+            size=size,
+            cut=name,
+            pooling=pooling,
+            multiplications=counts[name],
+        )
+        for name in names
+        if counts[name] >= LEAST_SHARE * whole
+        for pooling in POOLINGS
+    ]
+    last = Candidate(
+        backbone=backbone.name, size=size, cut="", pooling="mean", multiplications=whole
+    )
+    return [*found, last]
+
+
+def _multiplications(backbone: Backbone, names: Sequence[str], size: int) -> dict[str, int]:
+    """Multiplications of linear layers and convolutions up to each block's end; "": of all."""
+    counts: dict[str, int] = {}
+    total = 0
+    hooks = []
+
+    def count(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        places = output[0].numel() // weight.shape[0]
+        total += weight.numel() * places
+
+    for module in backbone.model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            hooks.append(module.register_forward_hook(count))
+    for name in names:
+
+        def note(_: nn.Module, __: object, ___: object, name: str = name) -> None:
+            counts[name] = total
+
+        hooks.append(backbone.model.get_submodule(name).register_forward_hook(note))
+
+    try:
+        with torch.inference_mode():
+            backbone.model.eval()(torch.zeros(1, 3, size, size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts[""] = total
+    return counts
+
+
+def backbone_of(name: str, weights: str = "pretrained") -> Backbone:
+    """A pretrained backbone to take features from; its head is not used."""
+    return build(name, 2, weights)

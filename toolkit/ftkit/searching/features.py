@@ -1,0 +1,122 @@
+"""Pooled features of every depth of a network, from one pass over the images, and cached.
+
+found = features(backbone, canvases, preprocess, rows)
+found["blocks.4"]          # (n, 2 C) float32: mean and maximum over space
+found[""]                  # (n, features): the whole network's embedding
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import timm
+import torch
+from torch import nn
+
+from ftkit.data.canvas import Canvases
+from ftkit.models.backbones import Backbone, blocks
+from ftkit.models.cut import Pool, space_axes
+from ftkit.models.inference import PREFIX_BATCH, runner
+from ftkit.models.weights import fingerprint
+from ftkit.utils.cache_folder import cache_folder, publish, unpublished
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.preprocess import Preprocess
+
+WHOLE = ""
+VERSIONS = (torch.__version__, timm.__version__, onnxruntime.__version__)
+
+
+class _AllDepths(nn.Module):
+    """pixels -> pooled features of every block, and the embedding."""
+
+    def __init__(self, backbone: Backbone, names: Sequence[str], size: int):
+        super().__init__()
+        self.model = backbone.model.eval()
+        self.names = list(names)
+        self.seen: dict[str, torch.Tensor] = {}
+        for name in names:
+            self.model.get_submodule(name).register_forward_hook(self._keeper(name))
+        head = self.model.get_submodule(backbone.head)
+        head.register_forward_pre_hook(self._embedding)
+        with torch.inference_mode():
+            self.model(torch.zeros(1, 3, size, size))
+            self.pools = nn.ModuleList(
+                Pool("mean+max", [space_axes(self.seen[name], name)]) for name in names
+            )
+
+    def _keeper(self, name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, __: object, output: torch.Tensor) -> None:
+            self.seen[name] = output
+
+        return keep
+
+    def _embedding(self, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        value = inputs[0]
+        self.seen[WHOLE] = value.mean((2, 3)) if value.ndim == 4 else value.flatten(1)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.model(pixels)
+        pooled = [pool(self.seen[name]) for name, pool in zip(self.names, self.pools, strict=True)]
+        return (*pooled, self.seen[WHOLE])
+
+
+def features(
+    backbone: Backbone,
+    canvases: Canvases,
+    preprocess: Preprocess,
+    rows: Array,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Array]:
+    """Features of these rows at every depth, block name -> (n, features) float32.
+
+    preprocess: of the input size wanted. Rows that an earlier search computed are read.
+    """
+    names = blocks(backbone)
+    place = _entry(backbone, canvases, preprocess, rows)
+    if found := _read(place, [*names, WHOLE], len(rows)):
+        place.touch()
+        return found
+
+    net = _AllDepths(backbone, names, preprocess.size)
+    example = torch.from_numpy(preprocess.pixels(canvases.array(rows[:PREFIX_BATCH])))
+    run, _ = runner(net, example)
+    parts: list[list[Array]] = []
+    for start in range(0, len(rows), PREFIX_BATCH):
+        pixels = preprocess.pixels(canvases.array(rows[start : start + PREFIX_BATCH]))
+        parts.append(run(torch.from_numpy(pixels)))
+        progress(min(start + PREFIX_BATCH, len(rows)), len(rows))
+
+    whole = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    made = dict(zip([*names, WHOLE], whole, strict=True))
+    _write(place, made)
+    return made
+
+
+def _entry(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, rows: Array) -> Path:
+    """Folder of the entry: its key holds the weights, the images, the preprocessing, the versions."""
+    digest = hashlib.sha256(fingerprint(backbone.model).encode())
+    for row in rows:
+        digest.update(canvases.digests[row].encode())
+    digest.update(repr((backbone.name, asdict(preprocess), VERSIONS)).encode())
+    return cache_folder() / "features" / digest.hexdigest()[:32]
+
+
+def _read(place: Path, names: Sequence[str], count: int) -> dict[str, Array] | None:
+    try:
+        found = {name: np.load(place / f"{name or 'whole'}.npy") for name in names}
+    except (OSError, ValueError):
+        return None
+    return found if all(len(value) == count for value in found.values()) else None
+
+
+def _write(place: Path, made: dict[str, Array]) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = unpublished(place)
+    for name, value in made.items():
+        np.save(beside / f"{name or 'whole'}.npy", value)
+    publish(beside, place)

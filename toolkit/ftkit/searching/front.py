@@ -1,0 +1,134 @@
+"""Which of the scored and timed networks to take.
+
+    front = non_dominated(points)
+    choice = pick(points, budgets, max_drop=0.01, groups)
+    choice.point, choice.against, choice.missed
+
+A point is better than another if it is at least as accurate and at least as fast, and one of both is
+more so. The pick is the fastest that meets the budgets and surely loses no more than `max_drop`
+against the most accurate of all; the bounds hold for all points of the front together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ftkit.searching.candidates import Candidate
+from ftkit_export.proof.decision import Paired, paired
+from ftkit_export.runtime.arrays import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A network in one precision.
+
+    right: whether each image was answered correctly by a model that had not seen it, (n,) bool.
+    low, high: 95 % interval of the accuracy. p50_ms, p95_ms: of the whole file, one thread; None: not
+    timed. size_bytes: of that file. trained: whether by stages, or a head in closed form. run: of a
+    trained one, its folder in the search.
+    """
+
+    candidate: Candidate
+    precision: str
+    right: Array = field(repr=False)
+    accuracy: float
+    low: float
+    high: float
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    core_p50_ms: float | None = None
+    size_bytes: int | None = None
+    trained: bool = False
+    run: str = ""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        kind = f"{self.candidate.name}, {self.precision}"
+        return f"{kind}, trained" if self.trained else kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The pick, or the nearest to the budgets.
+
+    against: the most accurate point, and the paired comparison with it (None for itself). missed:
+    budget -> by how much it is exceeded, as a factor; empty for a pick. open: faster points that
+    may lose as little, but it is not settled, with their comparison.
+    """
+
+    point: Point
+    best: Point
+    against: Paired | None
+    missed: Mapping[str, float]
+    open: Sequence[tuple[Point, Paired]]
+
+
+def non_dominated(points: Sequence[Point]) -> list[Point]:
+    """The front, fastest first: no other timed point is as fast and as accurate."""
+    timed = sorted(
+        (point for point in points if point.p50_ms is not None),
+        key=lambda point: (point.p50_ms, -point.accuracy),
+    )
+    front: list[Point] = []
+    for point in timed:
+        if not front or point.accuracy > front[-1].accuracy:
+            front.append(point)
+    return front
+
+
+def over(point: Point, budgets: Mapping[str, float]) -> dict[str, float]:
+    """Budgets (p50_ms, p95_ms, size_mb) that a point exceeds, and by what factor."""
+    figures = {
+        "p50_ms": point.p50_ms,
+        "p95_ms": point.p95_ms,
+        "size_mb": point.size_bytes and point.size_bytes / 1e6,
+    }
+    factors = {
+        name: (figures[name] or math.inf) / limit for name, limit in budgets.items() if limit
+    }
+    return {name: factor for name, factor in factors.items() if factor > 1}
+
+
+def pick(
+    points: Sequence[Point], budgets: Mapping[str, float], max_drop: float, groups: Sequence[str]
+) -> Choice:
+    """Choose among timed points. groups: of the images that they were judged on."""
+    front = non_dominated(points)
+    best = max(front, key=lambda point: point.accuracy)
+    meeting = [point for point in front if not over(point, budgets)]
+    if not meeting:
+        nearest = min(front, key=lambda point: max(over(point, budgets).values()))
+        return Choice(
+            point=nearest,
+            best=best,
+            against=_compared(nearest, best, groups, 1),
+            missed=over(nearest, budgets),
+            open=[],
+        )
+
+    unsettled: list[tuple[Point, Paired]] = []
+    for point in meeting:
+        if point is best:
+            break
+        compared = paired(best.right, point.right, groups, looks=max(1, len(front) - 1))
+        verdict = compared.verdict(max_drop)
+        if verdict == "accepted":
+            return Choice(point=point, best=best, against=compared, missed={}, open=unsettled)
+        if verdict == "inconclusive":
+            unsettled.append((point, compared))
+
+    point = max(meeting, key=lambda point: point.accuracy)
+    return Choice(
+        point=point,
+        best=best,
+        against=_compared(point, best, groups, max(1, len(front) - 1)),
+        missed={},
+        open=[(each, compared) for each, compared in unsettled if each is not point],
+    )
+
+
+def _compared(point: Point, best: Point, groups: Sequence[str], looks: int) -> Paired | None:
+    return None if point is best else paired(best.right, point.right, groups, looks=looks)
