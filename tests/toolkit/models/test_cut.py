@@ -17,16 +17,15 @@ from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import decode
 
 MODELS = [
-    ("efficientnet_lite0", "blocks.4", (2, 3)),
-    ("resnet18", "layer3", (2, 3)),
-    ("vit_tiny_patch16_224", "blocks.5", (1,)),
-    ("mobilenet_v3_small", "features.8", (2, 3)),
-    ("swin_tiny_patch4_window7_224", "layers.1", (1, 2)),
+    ("efficientnet_lite0", "blocks.4", (2, 3), "mean"),
+    ("resnet18", "layer3", (2, 3), "mean+max"),
+    ("vit_tiny_patch16_224", "blocks.5", (1,), "mean+max"),
+    ("mobilenet_v3_small", "features.8", (2, 3), "mean"),
+    ("swin_tiny_patch4_window7_224", "layers.1", (1, 2), "mean+max"),
 ]
 
 
-@pytest.mark.parametrize(("name", "where", "axes"), MODELS)
-@pytest.mark.parametrize("pooling", ["mean", "mean+max"])
+@pytest.mark.parametrize(("name", "where", "axes", "pooling"), MODELS)
 def test_features_are_the_whole_models_and_nothing_else_is_left(
     name: str, where: str, axes: tuple[int, ...], pooling: str
 ) -> None:

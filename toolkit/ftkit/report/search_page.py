@@ -60,7 +60,7 @@ def _table(points: Sequence[Mapping[str, Any]]) -> Table:
             f"{point['accuracy']:.3f}",
             f"{point['low']:.3f} to {point['high']:.3f}",
             "" if point["p50_ms"] is None else f"{point['p50_ms']:.2f}",
-            "" if point["size_bytes"] is None else f"{point['size_bytes'] / 1e6:.1f}",
+            "" if point["size_bytes"] is None else f"{point['size_bytes'] / 1e6:.2f}",
             f"{point['multiplications'] / 1e6:.0f}",
         )
         for point in points

@@ -421,7 +421,7 @@ def as_text(found: Found, options: SearchOptions) -> str:
                 f"{point.accuracy:.3f}",
                 f"[{point.low:.3f}, {point.high:.3f}]",
                 f"{point.p50_ms:.2f}",
-                f"{(point.size_bytes or 0) / 1e6:.1f}",
+                f"{(point.size_bytes or 0) / 1e6:.2f}",
             )
         )
     told = [console.table(lines), *_verdict(choice, options)]

@@ -1,0 +1,121 @@
+"""The front and the pick: what beats what, budgets, what is settled and what stays open."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ftkit.models.backbones import build
+from ftkit.searching.candidates import Candidate, candidates, sizes_of
+from ftkit.searching.front import Point, non_dominated, pick
+from ftkit.searching.score import worth_going_on
+
+IMAGES = 2000
+
+
+def _point(name: str, wrong: int, ms: float, first: int = 0, size_mb: float = 1.0) -> Point:
+    """A network that errs on `wrong` images from place `first` on."""
+    right = np.ones(IMAGES, bool)
+    right[first : first + wrong] = False
+    accuracy = float(right.mean())
+    return Point(
+        candidate=Candidate(
+            backbone=name, size=96, cut="", pooling="mean", multiplications=int(ms * 1e6)
+        ),
+        precision="fp32",
+        right=right,
+        accuracy=accuracy,
+        low=accuracy - 0.02,
+        high=accuracy + 0.02,
+        p50_ms=ms,
+        p95_ms=ms * 1.1,
+        size_bytes=int(size_mb * 1e6),
+    )
+
+
+def test_the_front_holds_what_nothing_else_beats() -> None:
+    fast, slow, useless = _point("fast", 300, 1.0), _point("slow", 100, 4.0), _point("no", 310, 2.0)
+    untimed = replace(_point("untimed", 0, 1.0), p50_ms=None)
+    twin = _point("twin", 100, 4.5)
+    assert non_dominated([slow, useless, untimed, fast, twin]) == [fast, slow]
+
+
+def test_the_pick_is_the_fastest_that_surely_loses_little() -> None:
+    best = _point("best", 100, 8.0)
+    close = _point("close", 102, 4.0)  # two more images wrong, of 2,000
+    open_ = _point("open", 118, 2.0)  # 0.9 points: neither surely more nor less than one
+    worse = _point("worse", 300, 1.0)
+    choice = pick([best, close, open_, worse], {}, 0.01, [""] * IMAGES)
+    assert choice.point is close
+    assert choice.best is best
+    assert [point for point, _ in choice.open] == [open_]
+    compared = choice.open[0][1]
+    assert compared.drop == pytest.approx(0.009)
+    assert pick([best, close, open_, worse], {}, compared.high, [""] * IMAGES).point is open_
+
+
+def test_a_few_groups_settle_less_than_many_images() -> None:
+    best, close = _point("best", 100, 8.0), _point("close", 104, 4.0)
+    groups = [f"module{place // 400}" for place in range(IMAGES)]
+    assert pick([best, close], {}, 0.01, [""] * IMAGES).point is close
+    assert pick([best, close], {}, 0.01, groups).point is best
+
+
+def test_budgets_are_kept_and_the_nearest_is_named_where_nothing_meets_them() -> None:
+    best, middle, fast = _point("a", 100, 8.0), _point("b", 200, 4.0), _point("c", 300, 2.0)
+    points = [best, middle, fast]
+    assert pick(points, {"p50_ms": 5.0}, 0.01, [""] * IMAGES).point is middle
+    choice = pick(points, {"p95_ms": 1.0}, 0.01, [""] * IMAGES)
+    assert choice.point is fast
+    assert choice.missed == {"p95_ms": pytest.approx(2.2)}
+    choice = pick(points, {"size_mb": 0.5, "p50_ms": 9.0}, 0.01, [""] * IMAGES)
+    assert choice.missed == {"size_mb": pytest.approx(2.0)}
+
+
+def test_wrong_picks_are_as_rare_as_stated() -> None:
+    """Of networks that truly lose two points, in few searches is one accepted at a limit of one."""
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(200):
+        hard = rng.random(IMAGES) < 0.3
+        points = []
+        for number in range(4):
+            lost = 0.0 if number == 0 else 0.02
+            flips = rng.random(IMAGES)
+            right = ~hard ^ (flips < 0.02)
+            right &= rng.random(IMAGES) >= lost / 0.7
+            ms = 8.0 - number
+            base = _point(f"{number}", 0, ms)
+            points.append(replace(base, right=right, accuracy=float(right.mean())))
+        wrong += pick(points, {}, 0.01, [""] * IMAGES).point is not points[0]
+    assert wrong <= 0.05 * 200 + 3 * np.sqrt(200 * 0.05 * 0.95)
+
+
+def test_a_corner_is_left_only_when_a_cheaper_one_is_surely_better() -> None:
+    cheap, dear = _point("cheap", 100, 1.0), _point("dear", 300, 4.0)
+    dropped = worth_going_on({("cheap", 96): [cheap], ("dear", 96): [dear]}, [""] * IMAGES)
+    assert [each.backbone for each in dropped] == ["dear"]
+    assert "0.850" in dropped[0].reason
+
+    alike = _point("dear", 105, 4.0, first=300)
+    assert not worth_going_on({("cheap", 96): [cheap], ("dear", 96): [alike]}, [""] * IMAGES)
+    better_but_dearer = {
+        ("cheap", 96): [_point("cheap", 300, 1.0)],
+        ("dear", 96): [_point("dear", 100, 4.0)],
+    }
+    assert not worth_going_on(better_but_dearer, [""] * IMAGES)
+
+
+def test_candidates_are_all_depths_with_what_they_cost() -> None:
+    space = candidates(build("efficientnet_lite0", 2, "none"), 224)
+    assert len({candidate.name for candidate in space}) == len(space)
+    by_cut = {candidate.cut: candidate.multiplications for candidate in space}
+    assert by_cut[""] == pytest.approx(385e6, rel=0.03)  # as published, without the classifier
+    ordered = [by_cut[f"blocks.{number}"] for number in range(1, 7)]
+    assert ordered == sorted(ordered)
+    half = {
+        candidate.cut: candidate
+        for candidate in candidates(build("efficientnet_lite0", 2, "none"), 112)
+    }
+    assert half[""].multiplications == pytest.approx(by_cut[""] / 4, rel=0.15)
+    assert sizes_of(224) == [96, 128, 160, 192, 224, 256]

@@ -1,0 +1,154 @@
+"""A small search on photographs, from the command line to a trained and exported pick."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, ftkit, settings
+
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images
+from ftkit.models.backbones import build
+from ftkit.searching.features import features
+from ftkit.training.run import open_run
+
+CHANGES = [change for change in SMALL if not change.startswith("preprocess")]
+
+
+@pytest.fixture(scope="module")
+def searched(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("searches") / "a search"
+    done = ftkit(
+        "search",
+        photos,
+        "--out",
+        out,
+        "--sizes",
+        "64,96",
+        "--backbones",
+        "efficientnet_lite0",
+        "--timed",
+        3,
+        "--finalists",
+        1,
+        *settings(*CHANGES),
+    )
+    assert done.exit_code == 0, done.output
+    return out, done.output
+
+
+def test_all_depths_are_scored_the_near_ones_timed_and_the_best_trained(
+    searched: tuple[Path, str],
+) -> None:
+    out, printed = searched
+    told = json.loads((out / "search.json").read_text())
+    assert told["scored"] == 30
+    timed = [point for point in told["points"] if point["p50_ms"]]
+    assert {point["precision"] for point in timed} == {"fp32", "int8"}
+    assert len({point["name"] for point in timed if not point["trained"]}) == 6
+    assert sum(point["pick"] for point in told["points"]) == 1
+    assert told["pick"]["trained"]
+    assert told["pick"]["run"] == "finalist-1"
+    assert all(len(line) <= 80 for line in printed.splitlines() if "report:" not in line)
+
+    run = open_run(out / "finalist-1")
+    assert run.recipe.cut == told["pick"]["cut"]
+    assert run.preprocess.size == told["pick"]["size"]
+    with np.load(out / "finalist-1" / "oof.npz") as stored:
+        right = (
+            stored["logits"].argmax(1)
+            == np.array([image.label for image in _images(run.data["data"])])[stored["rows"]]
+        )
+    assert told["pick"]["accuracy"] == pytest.approx(right.mean())
+    page = (out / "report.html").read_text()
+    assert page.index("<svg") < page.index("<table")
+
+
+def _images(data: str) -> list:  # type: ignore[type-arg]
+    return list(read_images(data, 0, cut_val=False).images)
+
+
+def test_the_pick_is_exported_and_its_recipe_trained(
+    searched: tuple[Path, str], photos: Path, tmp_path: Path
+) -> None:
+    out, _ = searched
+    done = ftkit("export", out, "--out", tmp_path / "bundle", "--quick")
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "search.json").read_text())
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert manifest["preprocess"]["size"] == told["pick"]["size"]
+
+    done = ftkit("train", photos, "--recipe", out, "--out", tmp_path / "run", "--folds", 0)
+    assert done.exit_code == 0, done.output
+    assert open_run(tmp_path / "run").recipe.cut == told["pick"]["cut"]
+
+
+def test_a_second_search_computes_no_features_and_budgets_may_fail(
+    searched: tuple[Path, str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*arguments: object) -> None:
+        raise AssertionError("features were computed again")
+
+    monkeypatch.setattr("ftkit.searching.features.runner", computed)
+    done = ftkit(
+        "search",
+        photos,
+        "--out",
+        tmp_path / "again",
+        "--sizes",
+        "64,96",
+        "--backbones",
+        "efficientnet_lite0",
+        "--timed",
+        2,
+        "--finalists",
+        0,
+        "--p95-ms",
+        0.001,
+    )
+    assert done.exit_code == 1, done.output
+    assert "nothing meets the budgets" in done.output
+    told = json.loads((tmp_path / "again" / "search.json").read_text())
+    assert told["pick"]["missed"]["p95_ms"] > 1
+    done = ftkit("export", tmp_path / "again")
+    assert done.exit_code == 2
+    assert "found one without finalists" in done.output
+
+
+def test_features_are_those_of_the_network(photos: Path) -> None:
+    backbone = build("efficientnet_lite0", 2)
+    preprocess = backbone.preprocess.at(64)
+    canvases = build_canvases(read_images(photos, 0), preprocess)
+    rows = canvases.rows("train")[:11]
+    found = features(backbone, canvases, preprocess, rows)
+    again = features(backbone, canvases, preprocess, rows)
+    seen = {}
+    for name in ("blocks.2", "blocks.6"):
+        backbone.model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: output})
+        )
+    with torch.inference_mode():
+        backbone.model(torch.from_numpy(preprocess.pixels(canvases.array(rows))))
+    for name, value in seen.items():
+        expected = torch.cat([value.mean((2, 3)), value.amax((2, 3))], 1).numpy()
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(found[name], again[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--sizes", "small"), "expected sizes in pixels of 32 or more"),
+        (("--backbones", "efficientnet_lite9"), "expected a timm or torchvision model"),
+        (("--frame", "wide", "--sizes", "64", "--backbones", "efficientnet_lite0"), "frame"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(
+    photos: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    done = ftkit("search", photos, "--out", tmp_path / "none", *arguments)
+    assert done.exit_code == 2, done.output
+    assert said in done.output
+    assert not (tmp_path / "none" / "search.json").exists()
