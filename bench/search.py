@@ -1,0 +1,142 @@
+"""What `ftkit search` finds, in what time, and how well its scores rank.
+
+    python bench/search.py --group           # the demo's photographs by module; random without
+    python bench/search.py --digits          # scikit-learn's digits as pictures
+    python bench/search.py --photos FOLDER   # your own
+
+Per set: the search (from nothing cached, and again), the pick exported, and the network of the recipe
+as it is (lite0 at 224 pixels, trained and exported alike): times of the files, interleaved, and the
+paired drop on test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import stats
+from sklearn.datasets import load_digits
+
+from ftkit.cli.demo import GROUPS, SETTINGS, write_elpv
+from ftkit_export.proof.decision import paired
+from ftkit_export.runtime.latency import machine, race
+from ftkit_export.runtime.predict import Classifier
+
+
+def _ftkit(*arguments: object) -> float:
+    """Run the command; seconds it took."""
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "ftkit", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(done.stderr)
+    return time.perf_counter() - begun
+
+
+def write_digits(folder: Path) -> None:
+    """The 1,797 digits of scikit-learn, 8 x 8 grey levels, as pictures of 64 pixels in ten classes."""
+    digits = load_digits()
+    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        place = folder / f"digit-{label}"
+        place.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray((image * 15.9).astype(np.uint8)).resize((64, 64))
+        picture.save(place / f"{number:04d}.png")
+
+
+def _answers(bundle: Path, photos: Path, run: Path) -> tuple[np.ndarray, list[str]]:
+    """Whether each test image is answered correctly by the bundle's file, and the groups."""
+    classify = Classifier(bundle)
+    right, groups = [], []
+    for line in (run / "splits.csv").read_text().splitlines()[1:]:
+        path, label, split, group = (line.split(",") + [""] * 4)[:4]
+        if split == "test":
+            right.append(classify(photos / path).label == label)
+            groups.append(group)
+    return np.array(right), groups
+
+
+def main() -> None:
+    """Run the search and what it is compared with; print the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--group", action="store_true")
+    parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--max-drop", type=float, default=0.01)
+    parser.add_argument("--keep", type=Path, help="folder to keep the search in")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = options.keep or Path(scratch)
+        os.environ["FTKIT_CACHE"] = str(Path(scratch) / "cache")
+        photos = options.photos or place / "photos"
+        plan: tuple[str, ...] = ()
+        if options.digits:
+            write_digits(photos)
+        elif not options.photos:
+            write_elpv(photos, split=False)
+            plan = (*SETTINGS, *(GROUPS if options.group else ()))
+
+        ask = ("search", photos, "--max-drop", options.max_drop, *plan)
+        cold = _ftkit(*ask, "--finalists", 0, "--out", place / "quick")
+        warm = _ftkit(*ask, "--finalists", 0, "--out", place / "again")
+        whole = _ftkit(*ask, "--out", place / "search")
+        told = json.loads((place / "search" / "search.json").read_text())
+        timed = {point["name"] for point in told["points"] if point["p50_ms"]}
+        print(machine())
+        print(
+            f"{told['scored']} candidates scored, {len(timed)} timed; {cold:.0f} s from nothing cached, {warm:.0f} s "
+            f"again, {whole:.0f} s with its finalists"
+        )
+        print(f"pick: {told['pick']['name']}, {told['pick']['accuracy']:.4f} out of fold")
+
+        _ftkit("train", photos, "--out", place / "plain", *plan)
+        _ftkit("export", place / "plain", "--out", place / "plain-bundle", "--quick")
+        _ftkit("export", place / "search", "--out", place / "pick-bundle", "--quick")
+        plain, pick = (
+            next(iter(sorted(place.glob(f"{name}-bundle*")))) for name in ("plain", "pick")
+        )
+        fp32 = plain / "variants" / "fp32.onnx"
+        files = [fp32 if fp32.is_file() else plain / "model.onnx", plain / "model.onnx"]
+        photograph = next(path for path in photos.rglob("*.png"))
+        _, plain_time, pick_time = race([*files, pick / "model.onnx"], photograph)
+        print(
+            f"time of lite0's fp32: its chosen file {plain_time.ratio:.3f}, the pick's {pick_time.ratio:.3f}"
+        )
+
+        before, groups = _answers(plain, photos, place / "plain")
+        after, _ = _answers(pick, photos, place / "search" / told["pick"]["run"])
+        compared = paired(before, after, groups)
+        print(
+            f"test: lite0's file {before.mean():.4f}, the pick's {after.mean():.4f} of {len(before)}; drop "
+            f"{100 * compared.drop:+.1f} [{100 * compared.low:+.1f}, {100 * compared.high:+.1f}]"
+        )
+        linear = {p["name"]: p["accuracy"] for p in told["points"] if not p["trained"]}
+        trained = {
+            p["name"].removesuffix(", trained"): p["accuracy"]
+            for p in told["points"]
+            if p["trained"]
+        }
+        both = sorted(linear.keys() & trained.keys())
+        for name in both:
+            print(f"  {name}: linear head {linear[name]:.4f}, trained {trained[name]:.4f}")
+        if len(both) > 2:
+            ranks = stats.spearmanr([linear[n] for n in both], [trained[n] for n in both])
+            print(f"Spearman {ranks.statistic:.2f} over {len(both)}")
+
+
+if __name__ == "__main__":
+    main()
