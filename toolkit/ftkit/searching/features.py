@@ -77,7 +77,7 @@ def features(
     preprocess: of the input size wanted. Rows that an earlier search computed are read.
     """
     names = blocks(backbone)
-    place = _entry(backbone, canvases, preprocess, rows)
+    place = entry(backbone, canvases, preprocess, rows)
     if found := _read(place, [*names, WHOLE], len(rows)):
         place.touch()
         return found
@@ -97,8 +97,8 @@ def features(
     return made
 
 
-def _entry(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, rows: Array) -> Path:
-    """Folder of the entry: its key holds the weights, the images, the preprocessing, the versions."""
+def entry(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, rows: Array) -> Path:
+    """Folder of a cache entry: its key holds the weights, the images, the preprocessing, the versions."""
     digest = hashlib.sha256(fingerprint(backbone.model).encode())
     for row in rows:
         digest.update(canvases.digests[row].encode())

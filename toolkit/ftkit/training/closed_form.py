@@ -144,6 +144,7 @@ class _Ridge:
         centred = self._features
         self._gram = centred.T @ centred if self._primal else centred @ centred.T
         self._unit = max(float((centred**2).sum()) / features.shape[1], 1e-12)
+        self._goal = centred.T @ self._targets if self._primal else self._targets
 
     def solve(self, strength: float) -> tuple[Array, Array]:
         """(weight (features, classes), bias (classes,)) at this strength."""
@@ -151,10 +152,9 @@ class _Ridge:
         penalised[np.diag_indices_from(penalised)] += strength * self._unit
         factor = cho_factor(penalised, overwrite_a=True, check_finite=False)
 
-        if self._primal:
-            weight = cho_solve(factor, self._features.T @ self._targets, check_finite=False)
-        else:
-            weight = self._features.T @ cho_solve(factor, self._targets, check_finite=False)
+        weight = cho_solve(factor, self._goal, check_finite=False)
+        if not self._primal:
+            weight = self._features.T @ weight
         return weight, self._target_mean - self._mean @ weight
 
 
