@@ -1,20 +1,12 @@
 """A backbone cut behind a block: the same features, no dead weights, and the whole way to a bundle."""
 
-import json
-from pathlib import Path
-
-import numpy as np
-import onnx
 import pytest
 import torch
-from conftest import TINY, ftkit, settings
 
 from ftkit.models.backbones import blocks, build
 from ftkit.models.freezing import trainable
 from ftkit.models.prefix import trace
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.predict import Classifier
-from ftkit_export.runtime.preprocess import decode
 
 MODELS = [
     ("efficientnet_lite0", "blocks.4", (2, 3), "mean"),
@@ -77,33 +69,3 @@ def test_the_head_may_see_several_depths() -> None:
 def test_a_cut_that_is_none_is_refused(where: str, said: str) -> None:
     with pytest.raises(FtkitError, match=said):
         build("efficientnet_lite0", 3, "none", cut=where)
-
-
-def test_a_cut_network_goes_the_whole_way(photos: Path, run: Path, tmp_path: Path) -> None:
-    changes = settings(*TINY, "cut=blocks.3", "stages.1.train=last:1")
-    done = ftkit("train", photos, "--out", tmp_path / "run", *changes)
-    assert done.exit_code == 0, done.output
-    done = ftkit("export", tmp_path / "run", "--out", tmp_path / "bundle", "--quick")
-    assert done.exit_code == 0, done.output
-
-    data = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert data["recipe"]["cut"] == "blocks.3"
-    whole = json.loads((run / "run.json").read_text())
-    parameters = [sum(part["parameters"] for part in each["pipeline"]) for each in (data, whole)]
-    assert parameters[0] < 0.2 * parameters[1]
-    core = onnx.load(tmp_path / "bundle" / "variants" / "fp32-core.onnx")
-    assert core.ByteSize() < 4.5 * parameters[0] + 100_000
-
-    classify = Classifier(tmp_path / "bundle")
-    image = decode(next(photos.rglob("*.png")))
-    assert classify(image).label in data["classes"]
-    map_over_image = ftkit(
-        "predict", tmp_path / "bundle", next(photos.rglob("*.png")), "--explain", tmp_path
-    )
-    assert map_over_image.exit_code == 0, map_over_image.output
-    assert ftkit("verify", tmp_path / "bundle").exit_code == 0
-
-    refused = ftkit("train", photos, "--out", tmp_path / "no", *settings("pooling=max"))
-    assert refused.exit_code == 2
-    assert "pooling: expected a known value" in refused.output
-    assert np.isfinite(classify.probabilities(image)).all()

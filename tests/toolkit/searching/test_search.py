@@ -10,7 +10,8 @@ from conftest import SMALL, ftkit, settings
 
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
-from ftkit.models.backbones import build
+from ftkit.recipe import load_recipe
+from ftkit.searching.candidates import backbone_of
 from ftkit.searching.features import features
 from ftkit.training.run import open_run
 
@@ -51,7 +52,8 @@ def test_all_depths_are_scored_the_near_ones_timed_and_the_best_trained(
     assert sum(point["pick"] for point in told["points"]) == 1
     assert told["pick"]["trained"]
     assert told["pick"]["run"] == "finalist-1"
-    assert all(len(line) <= 80 for line in printed.splitlines() if "report:" not in line)
+    table = printed[printed.index("\nfront ") : printed.index("\nreport: ")]
+    assert [line for line in table.splitlines() if len(line) > 80] == []
 
     run = open_run(out / "finalist-1")
     assert run.recipe.cut == told["pick"]["cut"]
@@ -70,19 +72,36 @@ def _images(data: str) -> list:  # type: ignore[type-arg]
     return list(read_images(data, 0, cut_val=False).images)
 
 
-def test_the_pick_is_exported_and_its_recipe_trained(
+def test_the_pick_a_cut_network_goes_the_whole_way(
     searched: tuple[Path, str], photos: Path, tmp_path: Path
 ) -> None:
     out, _ = searched
-    done = ftkit("export", out, "--out", tmp_path / "bundle", "--quick")
+    bundle = tmp_path / "bundle"
+    done = ftkit("export", out, "--out", bundle, "--quick", *settings("export.variants=fp32"))
     assert done.exit_code == 0, done.output
     told = json.loads((out / "search.json").read_text())
-    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["preprocess"]["size"] == told["pick"]["size"]
+    assert told["pick"]["cut"]
+    parameters = sum(part["parameters"] for part in manifest["pipeline"])
+    core = bundle / "variants" / "fp32-core.onnx"
+    assert core.stat().st_size < 4.2 * parameters + 100_000, "dead weights"
+    assert ftkit("verify", bundle).exit_code == 0
 
-    done = ftkit("train", photos, "--recipe", out, "--out", tmp_path / "run", "--folds", 0)
-    assert done.exit_code == 0, done.output
-    assert open_run(tmp_path / "run").recipe.cut == told["pick"]["cut"]
+    photograph = next(photos.rglob("*.png"))
+    shown = ftkit("predict", bundle, photograph, "--explain", "--out", tmp_path / "why")
+    assert shown.exit_code == (0 if told["pick"]["pooling"] == "mean" else 2), shown.output
+
+
+def test_a_searchs_folder_is_a_recipe(searched: tuple[Path, str]) -> None:
+    out, _ = searched
+    told = json.loads((out / "search.json").read_text())["pick"]
+    recipe = load_recipe(str(out))
+    assert (recipe.backbone, recipe.cut, recipe.pooling) == (
+        told["backbone"],
+        told["cut"],
+        told["pooling"],
+    )
 
 
 def test_a_second_search_computes_no_features_and_budgets_may_fail(
@@ -118,7 +137,7 @@ def test_a_second_search_computes_no_features_and_budgets_may_fail(
 
 
 def test_features_are_those_of_the_network(photos: Path) -> None:
-    backbone = build("efficientnet_lite0", 2)
+    backbone = backbone_of("efficientnet_lite0")
     preprocess = backbone.preprocess.at(64)
     canvases = build_canvases(read_images(photos, 0), preprocess)
     rows = canvases.rows("train")[:11]
@@ -142,7 +161,7 @@ def test_features_are_those_of_the_network(photos: Path) -> None:
     [
         (("--sizes", "small"), "expected sizes in pixels of 32 or more"),
         (("--backbones", "efficientnet_lite9"), "expected a timm or torchvision model"),
-        (("--frame", "wide", "--sizes", "64", "--backbones", "efficientnet_lite0"), "frame"),
+        (("--frame", "wide"), "frame"),
     ],
 )
 def test_bad_input_is_told_in_a_sentence(

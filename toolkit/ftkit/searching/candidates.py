@@ -115,5 +115,12 @@ def _multiplications(backbone: Backbone, names: Sequence[str], size: int) -> dic
 
 
 def backbone_of(name: str, weights: str = "pretrained") -> Backbone:
-    """A pretrained backbone to take features from; its head is not used."""
-    return build(name, 2, weights)
+    """A pretrained backbone to take features from; its head, which nothing uses, is zero.
+
+    So the backbone has one fingerprint, by which its features are found again.
+    """
+    backbone = build(name, 2, weights)
+    with torch.no_grad():
+        for parameter in backbone.model.get_submodule(backbone.head).parameters():
+            parameter.zero_()
+    return backbone

@@ -20,7 +20,7 @@ from ftkit_export.proof.decision import Paired, paired
 from ftkit_export.runtime.arrays import Array
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
     """A network in one precision.
 

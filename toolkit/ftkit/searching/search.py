@@ -50,7 +50,7 @@ from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import machine
-from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import Preprocess, parse_frame
 from ftkit_export.runtime.targets import here
 
 FIRST_SHARE = 3  # a third of the groups is looked at first
@@ -138,6 +138,8 @@ def search(data: str | Path, options: SearchOptions) -> Found:
 
 
 def _prepared(data: Path, options: SearchOptions, device: Device | None) -> _Search:
+    if options.frame is not None:
+        parse_frame(options.frame)
     plan = override(load_recipe(str(options.recipe)), options.settings)
     names = list(options.backbones) or [name for name in PACKAGES if _installed(name)]
     if not names:
@@ -445,7 +447,7 @@ def as_text(found: Found, options: SearchOptions) -> str:
     for point in found.front:
         lines.append(
             (
-                ("* " if point is choice.point else "  ") + point.name,
+                ("* " if point is choice.point else "  ") + point.name.replace(", trained", " +"),
                 f"{point.accuracy:.3f}",
                 f"[{point.low:.3f}, {point.high:.3f}]",
                 f"{point.p50_ms:.2f}",
@@ -453,6 +455,8 @@ def as_text(found: Found, options: SearchOptions) -> str:
             )
         )
     told = [console.table(lines), *_verdict(choice, options)]
+    if any(point.trained for point in found.front):
+        told.insert(1, "+ trained in stages; the others: a linear head")
     return "\n".join(told)
 
 

@@ -8,9 +8,10 @@ The files are made by the quick exporter, which a training's own files are not; 
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,13 @@ def timed_points(points: Sequence[Point], job: Timing) -> list[Point]:
         folder = Path(scratch)
         files: dict[tuple[int, str], Path] = {}
         for number, point in enumerate(points):
-            for precision, form in _forms(point.candidate, precisions, job).items():
+            candidate = point.candidate
+            preprocess = job.preprocess(candidate.backbone, candidate.size)
+            # By which the timing knows what to feed
+            metadata = {"preprocess": json.dumps(asdict(preprocess))}
+            for precision, form in _forms(candidate, preprocess, precisions, job).items():
                 files[number, precision] = folder / f"{number}-{precision}.onnx"
-                write(form, files[number, precision], {})
+                write(form, files[number, precision], metadata)
             progress(number + 1, 2 * len(points))
 
         times = _raced(list(files.values()), job, progress)
@@ -111,7 +116,7 @@ def _raced(
 
 
 def _forms(
-    candidate: Candidate, precisions: Sequence[str], job: Timing
+    candidate: Candidate, preprocess: Preprocess, precisions: Sequence[str], job: Timing
 ) -> dict[str, onnx.ModelProto]:
     """The image form of a candidate in each precision."""
     backbone = build(
@@ -121,7 +126,6 @@ def _forms(
         cut=candidate.cut,
         pooling=candidate.pooling,
     )
-    preprocess = job.preprocess(candidate.backbone, candidate.size)
     core = _core(WithEmbedding(backbone), candidate.size, job.classes)
     forms = {"fp32": image_form(core, preprocess, 1.0)}
     if "int8" in precisions:
