@@ -12,6 +12,7 @@ paired drop on test.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -59,11 +60,11 @@ def _answers(bundle: Path, photos: Path, run: Path) -> tuple[np.ndarray, list[st
     """Whether each test image is answered correctly by the bundle's file, and the groups."""
     classify = Classifier(bundle)
     right, groups = [], []
-    for line in (run / "splits.csv").read_text().splitlines()[1:]:
-        path, label, split, group = (line.split(",") + [""] * 4)[:4]
-        if split == "test":
-            right.append(classify(photos / path).label == label)
-            groups.append(group)
+    with (run / "splits.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["split"] == "test":
+                right.append(classify(photos / row["path"]).label == row["label"])
+                groups.append(row.get("group", ""))
     return np.array(right), groups
 
 
@@ -109,8 +110,8 @@ def main() -> None:
         plain, pick = (
             next(iter(sorted(place.glob(f"{name}-bundle*")))) for name in ("plain", "pick")
         )
-        fp32 = plain / "variants" / "fp32.onnx"
-        files = [fp32 if fp32.is_file() else plain / "model.onnx", plain / "model.onnx"]
+        reference = plain / "variants" / "fp32.onnx"
+        files = [reference if reference.is_file() else plain / "model.onnx", plain / "model.onnx"]
         photograph = next(path for path in photos.rglob("*.png"))
         _, plain_time, pick_time = race([*files, pick / "model.onnx"], photograph)
         print(
@@ -124,12 +125,9 @@ def main() -> None:
             f"test: lite0's file {before.mean():.4f}, the pick's {after.mean():.4f} of {len(before)}; drop "
             f"{100 * compared.drop:+.1f} [{100 * compared.low:+.1f}, {100 * compared.high:+.1f}]"
         )
-        linear = {p["name"]: p["accuracy"] for p in told["points"] if not p["trained"]}
-        trained = {
-            p["name"].removesuffix(", trained"): p["accuracy"]
-            for p in told["points"]
-            if p["trained"]
-        }
+        fp32 = [point for point in told["points"] if point["precision"] == "fp32"]
+        linear = {p["name"]: p["accuracy"] for p in fp32 if not p["trained"]}
+        trained = {p["name"].removesuffix(", trained"): p["accuracy"] for p in fp32 if p["trained"]}
         both = sorted(linear.keys() & trained.keys())
         for name in both:
             print(f"  {name}: linear head {linear[name]:.4f}, trained {trained[name]:.4f}")

@@ -102,7 +102,7 @@ class SearchOptions:
     - max_drop: accuracy that may be lost against the most accurate network, as a share.
     - timed: at most so many candidates are timed. finalists: at most so many are trained, each
       within `minutes`; 0: none.
-    - frame: size of the image that is timed, "640x480"; by default that of the first image.
+    - frame: size of the image that is timed, "640x480"; by default that of a training image.
     - on: user@host (ssh), where candidates are timed.
     - seed, group_by, root: as for training.
     """

@@ -253,6 +253,10 @@ class Recipe:
                 "recipe.stages: expected at least one stage, found none. Try stages=(Stage(),)"
             )
         _one_of("pooling", self.pooling, ("mean", "mean+max"), "recipe")
+        if self.pooling != "mean" and not self.cut:
+            raise FtkitError(
+                f"recipe.pooling: expected mean without a cut, found {self.pooling}. Try --set cut=BLOCK"
+            )
         _within("recipe", self, {"precision": (0, 1)})
         if self.folds not in ("auto", 0) and not 2 <= int(self.folds) <= 100:
             raise FtkitError(

@@ -3,7 +3,7 @@
     corrected = correct_biases(core, quantized, pixels)
 
 Rounding shifts the mean output of a channel, and the shifts add up with depth (Nagel et al., ICCV
-2019). The heavy operators are corrected in graph order, each with all before it already in 8 bits
+2019). The operators with a bias are corrected in graph order, each with all before it already in 8 bits
 and corrected. The graph is run once, in segments that end at a heavy operator: the values between
 two segments are kept, so that the whole network costs two passes and not one for every operator.
 """
@@ -11,6 +11,7 @@ two segments are kept, so that the whole network costs two passes and not one fo
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,19 +27,23 @@ BIASED = ("Conv", "Gemm", "ConvTranspose")
 
 
 def with_biases(core: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which every convolution and Gemm has a bias, zero where it had none."""
+    """A copy in which every convolution and Gemm has a bias of its own, zero where it had none."""
     made = copy.deepcopy(core)
     weights = {item.name: item for item in made.graph.initializer}
+    users = Counter(value for node in made.graph.node for value in node.input)
     for node in made.graph.node:
-        if node.op_type not in BIASED or (len(node.input) > 2 and node.input[2]):
+        if node.op_type not in BIASED or node.input[1] not in weights:
             continue
-        if node.input[1] not in weights:
+        has_bias = len(node.input) > 2 and node.input[2]
+        if has_bias and (node.input[2] not in weights or users[node.input[2]] == 1):
             continue
-        name = f"{node.input[1]}/bias"
-        zeros = np.zeros(_channels(node, weights[node.input[1]]), np.float32)
+        bias = np.zeros(_channels(node, weights[node.input[1]]), np.float32)
+        if has_bias:
+            bias = numpy_helper.to_array(weights[node.input[2]])
+        name = f"{node.name}/bias"
         del node.input[2:]
         node.input.append(name)
-        made.graph.initializer.append(numpy_helper.from_array(zeros, name))
+        made.graph.initializer.append(numpy_helper.from_array(bias, name))
     return made
 
 
@@ -81,8 +86,6 @@ def correct_biases(
     for segment in _segments(made, list(wanted.values())):
         _run(segment, batches)
         node = segment.heavy
-        if node is None or node.name not in means:
-            continue
         output = node.output[0]
         shift = means[node.name] - _mean([batch[output] for batch in batches])
         applied = _shift_bias(node.input[2], shift, constants, scales)
@@ -142,13 +145,13 @@ def _shift_bias(
 
 @dataclass(frozen=True)
 class _Segment:
-    """Part of a graph that ends at a heavy operator (None: the rest).
+    """Part of a graph that ends at an operator with a bias.
 
-    session: runs it; takes: the values it reads; gives: those that are read later; done: values that
+    model: it alone; takes: the values it reads; gives: those that are read later; done: values that
     nothing reads after it.
     """
 
-    heavy: onnx.NodeProto | None
+    heavy: onnx.NodeProto
     model: onnx.ModelProto
     takes: list[str]
     gives: list[str]

@@ -240,6 +240,30 @@ def test_correction_serves_every_operator_with_a_bias(activation: str, target: s
     assert left < 0.2 * off, (left, off)
 
 
+def test_weights_and_biases_may_be_shared() -> None:
+    """A module called twice has one weight, and one bias or none: each call gets its own."""
+    model, pixels = _small(activation="Relu")
+    second = helper.make_node("Conv", ["d", "w1"], ["d2"], name="again", group=8, pads=[1] * 4)
+    nodes = list(model.graph.node)
+    place = next(at for at, node in enumerate(nodes) if node.name == "up")
+    nodes[place].input[0] = "d2"
+    for node in nodes:
+        if node.name == "depthwise":
+            del node.input[2:]
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:place], second, *nodes[place:]])
+    onnx.checker.check_model(with_biases(model))
+    preprocess = Preprocess(size=12, resize=12, mean=[127.0] * 3, std=[128.0] * 3)
+    ranges = calibrate(model, iter([pixels]), preprocess)
+    corrected = int8(model, ranges, TARGETS[here()], correct_on=pixels)
+    expected = _run(model, pixels).mean(0)
+    plain = int8(with_biases(model), ranges, TARGETS[here()])
+    off, left = (
+        np.abs(_run(form, pixels).mean(0) - expected).mean() for form in (plain, corrected)
+    )
+    assert left < 0.3 * off, (left, off)
+
+
 def test_a_float_operator_between_8_bit_ones_stays_in_float() -> None:
     """Regression: ONNX Runtime's optimiser put its weights in 8 bits, one scale for all channels.
 

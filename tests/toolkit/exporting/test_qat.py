@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import ftkit, settings
 from onnx import helper
 
-from ftkit.exporting import variants
+from ftkit.exporting import int8 as ladder
 from ftkit.exporting.qat import Simulated, fine_tune
 from ftkit_export.conversion.quantize import calibrate, int8, quantized_nodes, sqnr
 from ftkit_export.runtime.errors import FtkitError
@@ -69,7 +69,7 @@ def test_an_operator_that_cannot_be_trained_through_is_named(bundle: Path) -> No
 def test_the_stage_is_the_last_rung_and_synthetic_vectors_hold_no_photograph(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants, "RUNGS", (0,))  # the other rungs have their own tests
+    monkeypatch.setattr(ladder, "RUNGS", (0,))  # the other rungs have their own tests
     asked = settings("export.qat_epochs=1", "export.golden=synthetic")
     out = tmp_path / "bundle"
     result = ftkit("export", run, "--out", out, "--quick", *asked)

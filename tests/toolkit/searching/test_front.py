@@ -72,6 +72,12 @@ def test_budgets_are_kept_and_the_nearest_is_named_where_nothing_meets_them() ->
     assert choice.missed == {"size_mb": pytest.approx(2.0)}
 
 
+def test_a_budget_of_size_is_met_by_what_is_not_on_the_front_of_time() -> None:
+    fast = _point("fast", 200, 2.0, size_mb=5.0)
+    small = _point("small", 200, 3.0, size_mb=1.0)
+    assert pick([fast, small], {"size_mb": 2.0}, 0.01, [""] * IMAGES).point is small
+
+
 def test_wrong_picks_are_as_rare_as_stated() -> None:
     """Of networks that truly lose two points, in few searches is one accepted at a limit of one."""
     rng = np.random.default_rng(0)
@@ -99,6 +105,9 @@ def test_a_corner_is_left_only_when_a_cheaper_one_is_surely_better() -> None:
 
     alike = _point("dear", 105, 4.0, first=300)
     assert not worth_going_on({("cheap", 96): [cheap], ("dear", 96): [alike]}, [""] * IMAGES)
+    shallow = _point("dear", 150, 0.5)  # its rival needs more than it
+    corners = {("cheap", 96): [cheap], ("dear", 96): [dear, shallow]}
+    assert not worth_going_on(corners, [""] * IMAGES)
     better_but_dearer = {
         ("cheap", 96): [_point("cheap", 300, 1.0)],
         ("dear", 96): [_point("dear", 100, 4.0)],

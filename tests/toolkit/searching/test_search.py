@@ -1,6 +1,7 @@
 """A small search on photographs, from the command line to a trained and exported pick."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from conftest import SMALL, ftkit, settings
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
 from ftkit.recipe import load_recipe
-from ftkit.searching.candidates import backbone_of
+from ftkit.searching.candidates import Candidate, backbone_of
 from ftkit.searching.features import features
+from ftkit.searching.score import as_point
+from ftkit.searching.search import near_front
 from ftkit.training.run import open_run
 
 CHANGES = [change for change in SMALL if not change.startswith("preprocess")]
@@ -51,14 +54,14 @@ def test_all_depths_are_scored_the_near_ones_timed_and_the_best_trained(
     assert len({point["name"] for point in timed if not point["trained"]}) == 6
     assert sum(point["pick"] for point in told["points"]) == 1
     assert told["pick"]["trained"]
-    assert told["pick"]["run"] == "finalist-1"
     table = printed[printed.index("\nfront ") : printed.index("\nreport: ")]
     assert [line for line in table.splitlines() if len(line) > 80] == []
 
-    run = open_run(out / "finalist-1")
+    folder = out / told["pick"]["run"]
+    run = open_run(folder)
     assert run.recipe.cut == told["pick"]["cut"]
     assert run.preprocess.size == told["pick"]["size"]
-    with np.load(out / "finalist-1" / "oof.npz") as stored:
+    with np.load(folder / "oof.npz") as stored:
         right = (
             stored["logits"].argmax(1)
             == np.array([image.label for image in _images(run.data["data"])])[stored["rows"]]
@@ -154,6 +157,35 @@ def test_features_are_those_of_the_network(photos: Path) -> None:
         expected = torch.cat([value.mean((2, 3)), value.amax((2, 3))], 1).numpy()
         np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(found[name], again[name])
+
+
+def test_a_network_of_one_input_size_and_a_val_split_are_told(photos: Path, tmp_path: Path) -> None:
+    ask = ("search", photos, "--out", tmp_path / "none", "--finalists", 0, "--timed", 1)
+    weights = settings("weights=none")
+    done = ftkit(*ask, "--backbones", "vit_tiny_patch16_224", "--sizes", 96, *weights)
+    assert done.exit_code == 2, done.output
+    assert "vit_tiny_patch16_224 at 96 px: expected an input size that it takes" in done.output
+
+    split = tmp_path / "split"
+    for place in ("train", "val", "test"):
+        shutil.copytree(photos, split / place)
+    done = ftkit("search", split, *ask[2:])
+    assert done.exit_code == 2, done.output
+    assert "expected no val split" in done.output
+
+
+def test_the_most_accurate_is_always_timed() -> None:
+    points = [
+        as_point(
+            Candidate(backbone="b", size=96, cut=f"{n}", pooling="mean", multiplications=n),
+            np.arange(1000) < 500 + 10 * n,
+            [""] * 1000,
+        )
+        for n in range(1, 33)
+    ]
+    picked = near_front(points, 16)
+    assert points[-1] in picked
+    assert len(picked) == 16
 
 
 @pytest.mark.parametrize(

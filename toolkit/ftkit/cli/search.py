@@ -84,7 +84,7 @@ from ftkit.options import SearchOptions
     help="Change a field of the recipe. Repeatable.",
 )
 @click.option(
-    "--frame", metavar="WxH", help="Size of the timed image. [default: your first image's]"
+    "--frame", metavar="WxH", help="Size of the timed image. [default: that of a training image]"
 )
 @click.option("--on", metavar="USER@HOST", help="Time candidates there, over ssh.")
 @click.option("--seed", default=0, show_default=True)
@@ -107,7 +107,7 @@ def search(
 
     Exit code 1: nothing meets the budgets; the nearest is named.
     """
-    options["backbones"] = backbones.split(",") if backbones else ()
+    options["backbones"] = [name.strip() for name in backbones.split(",")] if backbones else ()
     options["sizes"] = _whole_numbers(sizes) if sizes else ()
     options["quiet"] = options["quiet"] or as_json
     found = api.search(data, **options)

@@ -116,7 +116,7 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
                 halved,
                 rounding,
                 "fp16",
-                f"{'fold' if context.folded else 'val'} images on {provider}",
+                f"val images on {provider}",
             )
         )
 

@@ -75,8 +75,11 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
     The front is a line, the pick is named, a budget in ms is a dashed line.
     """
     times = [point["p50_ms"] for point in points]
-    limits = [limit for name, limit in budgets.items() if name.endswith("_ms")]
-    xs = math.log(min([*times, *limits]) * 0.9), math.log(max([*times, *limits]) * 1.1)
+    limits = {name: limit for name, limit in budgets.items() if name.endswith("_ms")}
+    xs = (
+        math.log(min([*times, *limits.values()]) * 0.9),
+        math.log(max([*times, *limits.values()]) * 1.1),
+    )
     accuracies = [point["accuracy"] for point in points]
     ys = max(0.0, min(accuracies) - 0.03), min(1.0, max(accuracies) + 0.03)
 
@@ -88,11 +91,11 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         return float(TOP + (HEIGHT - TOP - BOTTOM) * (ys[1] - bounded) / (ys[1] - ys[0]))
 
     parts = [_grid(x, y, xs, ys)]
-    for limit in limits:
+    for name, limit in limits.items():
         parts.append(
             f'<line x1="{x(limit):.1f}" x2="{x(limit):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
             f'stroke="var(--two)" stroke-dasharray="5 4"/><text x="{x(limit) + 4:.1f}" y="{TOP + 10}">'
-            f"budget {limit:g} ms</text>"
+            f"{name[:3]} budget {limit:g} ms</text>"
         )
 
     front = sorted((point for point in points if point["front"]), key=lambda p: p["p50_ms"])

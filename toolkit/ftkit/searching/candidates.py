@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from ftkit.models.backbones import Backbone, blocks, build
+from ftkit.models.cut import POOLINGS
 from ftkit.recipe import Recipe
+from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 
 SHORT = "efficientnet_"  # left out of names, for people
 LEAST_SHARE = 0.02  # of the whole network's multiplications: shallower cuts see edges only
-POOLINGS = ("mean", "mean+max")
 SMALLEST = 96
 STEP = 32  # pixels between input sizes
 
@@ -52,6 +53,10 @@ class Candidate:
         )
 
 
+class UnfitSizeError(FtkitError):
+    """A backbone does not take this input size."""
+
+
 def sizes_of(own: int) -> list[int]:
     """Input sizes from SMALLEST to the backbone's own, and one above."""
     smaller = range(SMALLEST, own, STEP)
@@ -61,7 +66,13 @@ def sizes_of(own: int) -> list[int]:
 def candidates(backbone: Backbone, size: int) -> list[Candidate]:
     """Every depth and pooling of one backbone at one input size."""
     names = blocks(backbone)
-    counts = _multiplications(backbone, names, size)
+    try:
+        counts = _multiplications(backbone, names, size)
+    except Exception as error:  # a model's forward may raise anything
+        raise UnfitSizeError(
+            f"{backbone.name} at {size} px: expected an input size that it takes, found: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
     whole = counts[""]
     found = [
         Candidate(

@@ -39,10 +39,11 @@ class _AllDepths(nn.Module):
         self.model = backbone.model.eval()
         self.names = list(names)
         self.seen: dict[str, torch.Tensor] = {}
-        for name in names:
-            self.model.get_submodule(name).register_forward_hook(self._keeper(name))
         head = self.model.get_submodule(backbone.head)
-        head.register_forward_pre_hook(self._embedding)
+        self.hooks = [head.register_forward_pre_hook(self._embedding)]
+        for name in names:
+            block = self.model.get_submodule(name)
+            self.hooks.append(block.register_forward_hook(self._keeper(name)))
         with torch.inference_mode():
             self.model(torch.zeros(1, 3, size, size))
             self.pools = nn.ModuleList(
@@ -90,6 +91,8 @@ def features(
         pixels = preprocess.pixels(canvases.array(rows[start : start + PREFIX_BATCH]))
         parts.append(run(torch.from_numpy(pixels)))
         progress(min(start + PREFIX_BATCH, len(rows)), len(rows))
+    for hook in net.hooks:
+        hook.remove()
 
     whole = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     made = dict(zip([*names, WHOLE], whole, strict=True))

@@ -38,7 +38,6 @@ class Point:
     high: float
     p50_ms: float | None = None
     p95_ms: float | None = None
-    core_p50_ms: float | None = None
     size_bytes: int | None = None
     trained: bool = False
     run: str = ""
@@ -98,9 +97,11 @@ def pick(
     """Choose among timed points. groups: of the images that they were judged on."""
     front = non_dominated(points)
     best = max(front, key=lambda point: point.accuracy)
-    meeting = [point for point in front if not over(point, budgets)]
+    meeting = non_dominated([point for point in points if not over(point, budgets)])
+    looks = max(1, len({*front, *meeting}) - 1)
     if not meeting:
-        nearest = min(front, key=lambda point: max(over(point, budgets).values()))
+        timed = [point for point in points if point.p50_ms is not None]
+        nearest = min(timed, key=lambda point: max(over(point, budgets).values()))
         return Choice(
             point=nearest,
             best=best,
@@ -113,7 +114,7 @@ def pick(
     for point in meeting:
         if point is best:
             break
-        compared = paired(best.right, point.right, groups, looks=max(1, len(front) - 1))
+        compared = paired(best.right, point.right, groups, looks=looks)
         verdict = compared.verdict(max_drop)
         if verdict == "accepted":
             return Choice(point=point, best=best, against=compared, missed={}, open=unsettled)
@@ -124,7 +125,7 @@ def pick(
     return Choice(
         point=point,
         best=best,
-        against=_compared(point, best, groups, max(1, len(front) - 1)),
+        against=_compared(point, best, groups, looks),
         missed={},
         open=[(each, compared) for each, compared in unsettled if each is not point],
     )

@@ -70,24 +70,37 @@ class Dropped:
 def worth_going_on(
     corners: Mapping[tuple[str, int], Sequence[Point]], groups: Sequence[str]
 ) -> list[Dropped]:
-    """Corners (backbone, input size) that another one with no more multiplications surely beats.
+    """Corners (backbone, input size) of which every depth is surely beaten by one of another corner.
 
-    corners: their points on a part of the images. Surely: the best of one against the best of the
-    other, paired, 95 % for all corners together.
+    corners: their points on a part of the images. Beaten: by a network with no more multiplications;
+    surely: paired, 95 % for all depths of all corners together.
     """
-    best = {key: max(points, key=lambda point: point.accuracy) for key, points in corners.items()}
+    every = [(key, point) for key, points in corners.items() for point in points]
     dropped = []
-    for key, point in best.items():
-        for other, rival in best.items():
-            cheaper = rival.candidate.multiplications <= point.candidate.multiplications
-            if other == key or not cheaper or rival.accuracy <= point.accuracy:
-                continue
-            compared = paired(point.right, rival.right, groups, looks=len(best))
-            if compared.high < 0:
-                reason = (
-                    f"{rival.name.removesuffix(', fp32')} needs no more and is better: "
-                    f"{rival.accuracy:.3f} instead of {point.accuracy:.3f} on {len(point.right)} images"
-                )
-                dropped.append(Dropped(key[0], key[1], reason))
-                break
+    for key, points in corners.items():
+        rivals = [point for other, point in every if other != key]
+        if not all(_beaten(point, rivals, groups, len(every)) for point in points):
+            continue
+        best = max(points, key=lambda point: point.accuracy)
+        rival = _rival(best, rivals)
+        assert rival  # it is beaten
+        reason = (
+            f"{rival.name.removesuffix(', fp32')} needs no more and is better: {rival.accuracy:.3f} instead of "
+            f"{best.accuracy:.3f} on {len(best.right)} images"
+        )
+        dropped.append(Dropped(key[0], key[1], reason))
     return dropped
+
+
+def _rival(point: Point, rivals: Sequence[Point]) -> Point | None:
+    """The most accurate of those that need no more multiplications."""
+    most = point.candidate.multiplications
+    cheaper = [rival for rival in rivals if rival.candidate.multiplications <= most]
+    return max(cheaper, key=lambda rival: rival.accuracy, default=None)
+
+
+def _beaten(point: Point, rivals: Sequence[Point], groups: Sequence[str], looks: int) -> bool:
+    rival = _rival(point, rivals)
+    if rival is None or rival.accuracy <= point.accuracy:
+        return False
+    return paired(point.right, rival.right, groups, looks=looks).high < 0

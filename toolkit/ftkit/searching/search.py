@@ -17,6 +17,7 @@ import json
 import math
 import textwrap
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -35,10 +36,10 @@ from ftkit.options import SearchOptions, TrainOptions
 from ftkit.overrides import override
 from ftkit.recipe import Recipe, load_recipe, resolve
 from ftkit.report.search_page import write_search
-from ftkit.searching.candidates import Candidate, backbone_of, candidates, sizes_of
+from ftkit.searching.candidates import Candidate, UnfitSizeError, backbone_of, candidates, sizes_of
 from ftkit.searching.features import entry, features
 from ftkit.searching.front import Choice, Point, non_dominated, pick
-from ftkit.searching.score import Dropped, as_point, score, worth_going_on
+from ftkit.searching.score import COARSE, Dropped, as_point, score, worth_going_on
 from ftkit.searching.timing import Timing, timed_points
 from ftkit.training.closed_form import default_folds
 from ftkit.training.run import OUT_OF_FOLD, is_finished
@@ -76,8 +77,8 @@ class Found:
 
     @property
     def front(self) -> list[Point]:
-        """The timed points that no other one beats, fastest first."""
-        return non_dominated(self.points)
+        """The timed points that no other one beats, fastest first; of finalists, if there are any."""
+        return non_dominated([point for point in self.points if point.trained] or self.points)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +99,21 @@ class _Search:
         base = self.plan.preprocess or own
         return replace(base.at(size), mean=own.mean, std=own.std)
 
+    @property
+    def corners(self) -> list[Corner]:
+        """Backbones with their input sizes."""
+        return [
+            (name, size)
+            for name, backbone in self.backbones.items()
+            for size in self.options.sizes or sizes_of(backbone.preprocess.size)
+        ]
+
+    def digest(self, plan: Recipe) -> str:
+        """Of a training: its recipe, images and seed."""
+        asked = json.dumps([resolve(plan), self.options.seed, self.options.minutes])
+        images = self.canvases(*self.corners[0]).fingerprint
+        return hashlib.sha256(f"{asked}\n{images}".encode()).hexdigest()[:8]
+
     def canvases(self, backbone: str, size: int) -> Canvases:
         """The images for a corner, decoded once for all backbones with the same preprocessing."""
         return build_canvases(self.images, self.preprocess(backbone, size))
@@ -115,7 +131,7 @@ def search(data: str | Path, options: SearchOptions) -> Found:
         corners, dropped = _scored(task)
         points = [point for each in corners.values() for point in each]
         console.say(f"{len(points)} candidates scored; {len(dropped)} corners left early")
-        timed = timed_points(_near_front(points, options.timed), _timing(task, corners))
+        timed = timed_points(near_front(points, options.timed), _timing(task, corners))
         groups = _groups(task)
 
         choice = pick(timed, _budgets(options), options.max_drop, groups)
@@ -147,6 +163,11 @@ def _prepared(data: Path, options: SearchOptions, device: Device | None) -> _Sea
             "search: expected a backbone whose weights are here, found none. Try --backbones NAME"
         )
     images = read_images(data, options.seed, options.group_by, options.root, cut_val=False)
+    if held := len(images.of("val")):
+        raise FtkitError(
+            f"{data}: expected no val split, whose place folds take in a search, found {held} images of it. Make them "
+            "train images"
+        )
     backbones = {name: backbone_of(name, plan.weights) for name in names}
     return _Search(
         options=options,
@@ -169,24 +190,27 @@ def _rows(canvases: Canvases) -> tuple[Array, Array, list[str]]:
 
 
 def _groups(task: _Search) -> list[str]:
-    name, backbone = next(iter(task.backbones.items()))
-    return _rows(task.canvases(name, backbone.preprocess.size))[2]
+    return _rows(task.canvases(*task.corners[0]))[2]
 
 
 def _scored(task: _Search) -> tuple[dict[Corner, list[Point]], list[Dropped]]:
     """Points of every corner (backbone, input size) that is not ruled out early."""
-    corners = [
-        (name, size)
-        for name, backbone in task.backbones.items()
-        for size in task.options.sizes or sizes_of(backbone.preprocess.size)
-    ]
+    corners = task.corners
     first = {}
+    unfit = []
     for number, corner in enumerate(corners, start=1):
-        first[corner] = _corner(task, corner, f"first look {number}/{len(corners)}", part=True)
+        try:
+            first[corner] = _corner(task, corner, f"first look {number}/{len(corners)}", part=True)
+        except UnfitSizeError as error:
+            unfit.append(Dropped(*corner, str(error)))
+    if not first:
+        raise FtkitError(
+            f"{unfit[0].reason}. Try --sizes {task.backbones[unfit[0].backbone].preprocess.size}"
+        )
 
     _, _, groups = _rows(task.canvases(*corners[0]))
     picked = _third(task.canvases(*corners[0]))
-    dropped = worth_going_on(first, [groups[place] for place in picked])
+    dropped = [*unfit, *worth_going_on(first, [groups[place] for place in picked])]
     for each in dropped:
         console.say(f"left: {each.backbone} at {each.size} px: {each.reason}")
 
@@ -226,25 +250,28 @@ def _corner(task: _Search, corner: Corner, label: str, *, part: bool) -> list[Po
     rows, labels, groups = _rows(canvases)
     picked = _third(canvases)
     space = candidates(backbone, size)
+    asked = rows
     if part:
         space = [each for each in space if each.pooling == "mean"]
-        labels, groups = labels[picked], [groups[place] for place in picked]
+        asked, labels, groups = rows[picked], labels[picked], [groups[at] for at in picked]
 
-    masks = default_folds(labels, groups)
+    # Identical files stay together, as in training
+    together = [group or canvases.digests[row] for group, row in zip(groups, asked, strict=True)]
+    masks = default_folds(labels, together)
     if not masks:
         raise FtkitError(
             f"{task.data}: expected every class in at least two groups, found fewer. Try more images"
         )
 
     with console.bar(f"{label}: {name} at {size} px") as progress:
-        place = entry(backbone, canvases, preprocess, rows[picked])
+        place = entry(backbone, canvases, preprocess, asked)
         known = place / f"answers-{_digest(labels, masks)}.npz"
         if (points := _answered(known, space, groups)) is not None:
             return points
 
         values = features(backbone, canvases, preprocess, rows[picked], progress)
-        if not part:
-            others = np.setdiff1d(np.arange(len(rows)), picked)
+        others = np.setdiff1d(np.arange(len(rows)), picked)
+        if not part and len(others):
             rest = features(backbone, canvases, preprocess, rows[others], progress)
             order = np.argsort(np.concatenate([picked, others]))
             values = {key: np.concatenate([values[key], rest[key]])[order] for key in values}
@@ -252,13 +279,14 @@ def _corner(task: _Search, corner: Corner, label: str, *, part: bool) -> list[Po
 
     content = io.BytesIO()
     np.savez_compressed(content, **{point.candidate.name: point.right for point in points})  # type: ignore[arg-type]
+    known.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(known, content.getvalue())
     return points
 
 
 def _digest(labels: Array, masks: Sequence[Array]) -> str:
     """Of a question put to features: other labels or folds have other answers."""
-    content = b"".join(np.packbits(mask).tobytes() for mask in masks)
+    content = repr(COARSE).encode() + b"".join(np.packbits(mask).tobytes() for mask in masks)
     return hashlib.sha256(labels.tobytes() + content).hexdigest()[:16]
 
 
@@ -266,12 +294,13 @@ def _answered(known: Path, space: Sequence[Candidate], groups: Sequence[str]) ->
     """Points whose heads an earlier search has fitted; None where it has not."""
     try:
         with np.load(known) as stored:
+            known.parent.touch()  # used: the last to be removed
             return [as_point(candidate, stored[candidate.name], groups) for candidate in space]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def _near_front(points: Sequence[Point], most: int) -> list[Point]:
+def near_front(points: Sequence[Point], most: int) -> list[Point]:
     """Points to time: those that no candidate with as few multiplications beats by more than NEAR.
 
     Where there are more than `most`: the most accurate for their multiplications, evenly over the
@@ -288,11 +317,12 @@ def _near_front(points: Sequence[Point], most: int) -> list[Point]:
         return [point for _, point in near]
 
     edges = np.linspace(0, len(near), most + 1).astype(int)
-    return [
-        min(near[low:high], key=lambda item: item[0])[1]
+    picked = [
+        min(near[low:high], key=lambda item: (item[0], -item[1].accuracy))[1]
         for low, high in pairwise(edges)
-        if high > low
     ]
+    best_of_all = max(points, key=lambda point: point.accuracy)
+    return picked if best_of_all in picked else [*picked[:-1], best_of_all]
 
 
 def _timing(task: _Search, corners: Mapping[Corner, object]) -> Timing:
@@ -334,16 +364,20 @@ def _untimed(points: Sequence[Point], timed: Sequence[Point]) -> list[Point]:
 
 
 def _finalists(task: _Search, folder: Path, timed: Sequence[Point], choice: Choice) -> list[Point]:
-    """The pick, what may be as good and faster, and the most accurate: trained in stages."""
+    """The pick, the most accurate, and what may be as good and faster: trained in stages.
+
+    Each in a folder named by its recipe, the images and the seed: another search trains its own.
+    """
     wanted: list[Candidate] = []
-    for point in (choice.point, *(each for each, _ in reversed(choice.open)), choice.best):
+    for point in (choice.point, choice.best, *(each for each, _ in reversed(choice.open))):
         if point.candidate not in wanted:
             wanted.append(point.candidate)
 
     points = []
     for number, candidate in enumerate(wanted[: task.options.finalists], start=1):
-        run = folder / f"finalist-{number}"
         preprocess = task.preprocess(candidate.backbone, candidate.size)
+        plan = replace(candidate.recipe(task.plan, preprocess), folds=FINALIST_FOLDS)
+        run = folder / f"finalist-{task.digest(plan)}"
         console.say(f"\nfinalist {number}: {candidate.name}")
         if not is_finished(run):
             options = TrainOptions(
@@ -354,7 +388,6 @@ def _finalists(task: _Search, folder: Path, timed: Sequence[Point], choice: Choi
                 resume=True,
                 quiet=task.options.quiet,
             )
-            plan = replace(candidate.recipe(task.plan, preprocess), folds=FINALIST_FOLDS)
             train(plan, task.data, run, options)
         right = _right_of(task, run)
         low, high, _ = share_interval(right, _groups(task))
@@ -376,8 +409,7 @@ def _finalists(task: _Search, folder: Path, timed: Sequence[Point], choice: Choi
 
 def _right_of(task: _Search, folder: Path) -> Array:
     """Whether each training image was answered correctly out of fold."""
-    name, backbone = next(iter(task.backbones.items()))
-    labels = task.canvases(name, backbone.preprocess.size).labels
+    labels = task.canvases(*task.corners[0]).labels
     with np.load(folder / OUT_OF_FOLD) as stored:
         rows = stored["rows"]
         right = np.zeros(len(labels), bool)

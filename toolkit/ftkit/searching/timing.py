@@ -1,4 +1,4 @@
-"""Time candidates as files, with a head that is not trained: whole and core, fp32 and int8.
+"""Time candidates as whole files, with a head that is not trained, in fp32 and int8.
 
     timed = timed_points(points, job)
 
