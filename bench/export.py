@@ -17,17 +17,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from int8 import context_of
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ftkit.data.canvas import Canvases
-from ftkit.exporting.candidates import Context, HeldOutPart
-from ftkit.exporting.export import held_out, metadata
-from ftkit.recipe import Export
+from ftkit.exporting.candidates import Context
 from ftkit.training.run import Run, open_run
-from ftkit_export.conversion.convert import export_core, quiet, write
+from ftkit_export.conversion.convert import quiet, write
 from ftkit_export.conversion.graph import pixel_model
-from ftkit_export.proof.parity import Reference
 from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session
@@ -141,22 +139,8 @@ def main() -> None:
     parser.add_argument("run")
     options = parser.parse_args()
     run = open_run(options.run)
-    canvases = held_out(run, None)
-    core = export_core(run.backbone().model, run.preprocess.size).model
-    photograph = canvases.images.images[canvases.rows("test")[0]].path
-    context = Context(
-        reference=Reference(run.backbone().model),
-        canvases=canvases,
-        preprocess=run.preprocess,
-        temperature=run.temperature,
-        limits=Export(),
-        target_name=here(),
-        photograph=photograph,
-        frame=run.data["audit"]["frame"],
-        metadata=metadata(run),
-        measured={},
-        judged=[HeldOutPart(core, canvases.rows("val"), canvases.rows("train"))],
-    )
+    context, exported = context_of(options.run)
+    core = exported.model
 
     assert TARGETS[here()].provider == "cpu"
     print(machine())
@@ -164,7 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         plain(run, context, core, Path(scratch))
 
-    pixels(context, canvases, run, core)
+    pixels(context, context.canvases, run, core)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ftkit.benchmark.ssh import Device
     from ftkit.exporting.export import Exported
     from ftkit.recipe import Export
-    from ftkit.searching.search import Found
+    from ftkit.searching.result import Found
     from ftkit.training.run import Run
     from ftkit_export.runtime.predict import Classifier
     from ftkit_export.runtime.verify import Verification

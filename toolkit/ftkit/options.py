@@ -15,8 +15,12 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
+from ftkit_export.runtime.errors import FtkitError
+
 if TYPE_CHECKING:
     from ftkit.recipe import Recipe
+
+SMALLEST_SIZE = 32  # side of a network's input in pixels
 
 P = ParamSpec("P")
 Subject = TypeVar("Subject")
@@ -125,6 +129,18 @@ class SearchOptions:
     group_by: str = ""
     root: str | Path | None = None
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, least, most in (
+            ("sizes", min(self.sizes, default=SMALLEST_SIZE), SMALLEST_SIZE, 10_000),
+            ("timed", self.timed, 1, 1000),
+            ("finalists", self.finalists, 0, 1000),
+            ("max_drop", self.max_drop, 0, 1),
+        ):
+            if not least <= value <= most:
+                raise FtkitError(
+                    f"search.{name}: expected {least} to {most}, found {value}. Try a value in that range"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

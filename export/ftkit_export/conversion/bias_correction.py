@@ -3,9 +3,10 @@
     corrected = correct_biases(core, quantized, pixels)
 
 Rounding shifts the mean output of a channel, and the shifts add up with depth (Nagel et al., ICCV
-2019). The operators with a bias are corrected in graph order, each with all before it already in 8 bits
-and corrected. The graph is run once, in segments that end at a heavy operator: the values between
+2019). The operators with a bias are corrected in graph order, each with all before it already in 8
+bits and corrected. The graph is run once, in segments that end at a heavy operator: the values between
 two segments are kept, so that the whole network costs two passes and not one for every operator.
+That takes memory for the largest of them over all images: 0.3 GB for lite0 at 224 pixels and 64 images.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.session import Session
 
-BATCH = 8  # images per pass: enough to fill two cores, and no more in memory than calibration takes
+BATCH = 8  # images per pass: enough to fill two cores
 BIASED = ("Conv", "Gemm", "ConvTranspose")
 
 
@@ -75,7 +76,7 @@ def correct_biases(
     wanted = {
         node.name: node
         for node in made.graph.node
-        if node.op_type in BIASED and len(node.input) > 2 and node.input[2]
+        if node.op_type in BIASED and len(node.input) > 2 and node.input[2] in {*scales, *constants}
     }
     means = _means(core, list(wanted), pixels)
 

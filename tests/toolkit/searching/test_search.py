@@ -7,38 +7,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from conftest import SMALL, ftkit, settings
 
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
 from ftkit.recipe import load_recipe
 from ftkit.searching.candidates import Candidate, backbone_of
+from ftkit.searching.corners import near_front
 from ftkit.searching.features import features
 from ftkit.searching.score import as_point
-from ftkit.searching.search import near_front
 from ftkit.training.run import open_run
 
 CHANGES = [change for change in SMALL if not change.startswith("preprocess")]
 
 
+def _search(photos: Path, out: Path, *arguments: object) -> Result:
+    ask = ("search", photos, "--out", out, "--sizes", "64,96", "--backbones", "efficientnet_lite0")
+    return ftkit(*ask, *arguments, *settings(*CHANGES))
+
+
 @pytest.fixture(scope="module")
 def searched(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("searches") / "a search"
-    done = ftkit(
-        "search",
-        photos,
-        "--out",
-        out,
-        "--sizes",
-        "64,96",
-        "--backbones",
-        "efficientnet_lite0",
-        "--timed",
-        3,
-        "--finalists",
-        1,
-        *settings(*CHANGES),
-    )
+    done = _search(photos, out, "--timed", 3, "--finalists", 1)
     assert done.exit_code == 0, done.output
     return out, done.output
 
@@ -114,22 +106,8 @@ def test_a_second_search_computes_no_features_and_budgets_may_fail(
         raise AssertionError("features were computed again")
 
     monkeypatch.setattr("ftkit.searching.features.runner", computed)
-    done = ftkit(
-        "search",
-        photos,
-        "--out",
-        tmp_path / "again",
-        "--sizes",
-        "64,96",
-        "--backbones",
-        "efficientnet_lite0",
-        "--timed",
-        2,
-        "--finalists",
-        0,
-        "--p95-ms",
-        0.001,
-    )
+    quick = ("--timed", 2, "--finalists", 0, "--p95-ms", 0.001)
+    done = _search(photos, tmp_path / "again", *quick)
     assert done.exit_code == 1, done.output
     assert "nothing meets the budgets" in done.output
     told = json.loads((tmp_path / "again" / "search.json").read_text())
@@ -137,6 +115,22 @@ def test_a_second_search_computes_no_features_and_budgets_may_fail(
     done = ftkit("export", tmp_path / "again")
     assert done.exit_code == 2
     assert "found one without finalists" in done.output
+
+
+def test_what_was_found_stands_when_a_finalist_is_interrupted(
+    searched: tuple[Path, str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ftkit.searching.search.train", stopped)
+        done = _search(photos, tmp_path, "--timed", 2, "--finalists", 1)
+    assert done.exit_code == 130, done.output
+    told = json.loads((tmp_path / "search.json").read_text())
+    assert told["scored"] == 30
+    assert told["pick"]["p50_ms"] > 0
+    assert not told["pick"]["trained"]
 
 
 def test_features_are_those_of_the_network(photos: Path) -> None:
@@ -191,7 +185,8 @@ def test_the_most_accurate_is_always_timed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--sizes", "small"), "expected sizes in pixels of 32 or more"),
+        (("--sizes", "small"), "--sizes: expected whole numbers"),
+        (("--sizes", "16"), "search.sizes: expected 32 to"),
         (("--backbones", "efficientnet_lite9"), "expected a timm or torchvision model"),
         (("--frame", "wide"), "frame"),
     ],

@@ -12,7 +12,7 @@ import click
 from ftkit import api
 from ftkit.cli.data import GROUP_BY, ROOT
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
-from ftkit.options import SearchOptions
+from ftkit_export.runtime.errors import FtkitError
 
 
 @click.command(cls=Command, short_help="Find the network that fits the images and the device.")
@@ -112,12 +112,13 @@ def search(
     options["quiet"] = options["quiet"] or as_json
     found = api.search(data, **options)
 
-    from ftkit.searching.search import FOUND, as_text
+    from ftkit.searching.result import as_json as found_as_json
+    from ftkit.searching.result import as_text
 
     if as_json:
-        click.echo(json.dumps(json.loads((found.folder / FOUND).read_text()), indent=1))
+        click.echo(json.dumps(found_as_json(found), indent=1))
     elif not options["quiet"]:
-        click.echo("\n" + as_text(found, SearchOptions(**options)))
+        click.echo("\n" + as_text(found))
         click.echo(f"report: {found.folder / 'report.html'}")
         click.echo(f"next: {_next(data, found.folder, bool(found.choice.point.run))}")
     ctx.exit(1 if found.choice.missed else 0)
@@ -131,11 +132,8 @@ def _next(data: Path, folder: Path, trained: bool) -> str:
 
 def _whole_numbers(text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 32:
-        raise click.BadParameter(
-            f"expected sizes in pixels of 32 or more, found {text!r}. Try 128,224"
-        )
-    return numbers
+        raise FtkitError(
+            f"--sizes: expected whole numbers with commas between, found {text!r}. Try 128,224"
+        ) from None

@@ -106,7 +106,7 @@ def ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> I
             return
 
     if context.limits.qat_epochs:
-        yield _trained(fp32, ranges, context, logits, labels)
+        yield _trained(fp32, ranges, first, context, logits, labels)
 
 
 def _looks(number: int, context: Context) -> int:
@@ -183,21 +183,26 @@ def _candidate(
 
 
 def _trained(
-    fp32: Candidate, ranges: _Calibrated, context: Context, logits: Array, labels: Array
+    fp32: Candidate,
+    ranges: _Calibrated,
+    keep: Sequence[str],
+    context: Context,
+    logits: Array,
+    labels: Array,
 ) -> Candidate:
-    """All operators in 8 bits, after quantization-aware training on the training images."""
+    """All but these operators in 8 bits, after quantization-aware training on the training images."""
     from ftkit.exporting.qat import fine_tune
 
     def tuned(core: onnx.ModelProto, rows: Array, part: HeldOutPart | None) -> onnx.ModelProto:
         trained = fine_tune(
             core,
-            ranges.int8(core, part),
+            ranges.int8(core, part, keep=keep),
             lambda picks: context.pixels(rows[picks]),
             context.canvases.labels[rows],
             logits_of(core, context, rows),
             epochs=context.limits.qat_epochs,
         )
-        return ranges.int8(trained, part)
+        return ranges.int8(trained, part, keep=keep)
 
     model = tuned(fp32.core, context.canvases.rows("train"), None)
 
@@ -214,6 +219,7 @@ def _trained(
         core=model,
         right=quantized.argmax(1) == labels,
         sqnr_db=sqnr(logits, quantized),
+        kept=tuple(keep),
         checks=(
             *refit_checks(fp32, model, logits, quantized, context),
             optimiser_check(fp32.core, model, context),

@@ -3,8 +3,8 @@
     scored = score(candidates, features, labels, masks, groups)
     kept, dropped = worth_going_on(scored, groups)
 
-Heads in closed form rank networks as training does, in seconds; they underrate shallow ones, whose
-last blocks gain most from training.
+Heads in closed form rank networks in seconds. They do not show what training the last blocks would
+bring, so the best are trained before one is picked.
 """
 
 from __future__ import annotations

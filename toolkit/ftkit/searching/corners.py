@@ -1,0 +1,267 @@
+"""Score every corner of the space: a backbone at an input size, at all its depths.
+
+    task = prepared("photos", options, device)
+    points, dropped = scored(task)
+    near_front(points, 16)                 # those worth timing
+
+Features and answers are cached: a search that was asked before computes neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from ftkit.benchmark.ssh import Device
+from ftkit.data.canvas import Canvases, build_canvases
+from ftkit.data.dataset import Images, read_images
+from ftkit.models.backbones import Backbone
+from ftkit.models.weights import PACKAGES
+from ftkit.options import SearchOptions
+from ftkit.overrides import override
+from ftkit.recipe import Recipe, load_recipe, resolve
+from ftkit.searching.candidates import Candidate, UnfitSizeError, backbone_of, candidates, sizes_of
+from ftkit.searching.features import entry, features
+from ftkit.searching.front import Point
+from ftkit.searching.score import COARSE, Dropped, as_point, score, worth_going_on
+from ftkit.training.closed_form import default_folds
+from ftkit.utils import console
+from ftkit_export.files import write_atomically
+from ftkit_export.runtime.arrays import Array, spread_evenly
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess, parse_frame
+from ftkit_export.runtime.targets import here
+
+FIRST_SHARE = 3  # a third of the groups is looked at first
+NEAR = 0.02  # accuracy below the front at which a candidate is still timed
+
+Corner = tuple[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The inputs of a search, read once."""
+
+    options: SearchOptions
+    plan: Recipe
+    data: Path
+    images: Images
+    backbones: Mapping[str, Backbone]
+    target: str
+    device: Device | None
+    decoded: dict[Preprocess, Canvases] = field(default_factory=dict)
+
+    def preprocess(self, backbone: str, size: int) -> Preprocess:
+        """Of a candidate: the recipe's way to fit an image, the backbone's own mean and scale."""
+        own = self.backbones[backbone].preprocess
+        base = self.plan.preprocess or own
+        return replace(base.at(size), mean=own.mean, std=own.std)
+
+    @property
+    def corners(self) -> list[Corner]:
+        """Backbones with their input sizes."""
+        return [
+            (name, size)
+            for name, backbone in self.backbones.items()
+            for size in self.options.sizes or sizes_of(backbone.preprocess.size)
+        ]
+
+    def digest(self, plan: Recipe) -> str:
+        """Of a training: its recipe, images and seed."""
+        asked = json.dumps([resolve(plan), self.options.seed, self.options.minutes])
+        images = self.canvases(*self.corners[0]).fingerprint
+        return hashlib.sha256(f"{asked}\n{images}".encode()).hexdigest()[:8]
+
+    def canvases(self, backbone: str, size: int) -> Canvases:
+        """The images for a corner, decoded once for all backbones with the same preprocessing."""
+        wanted = self.preprocess(backbone, size)
+        if wanted not in self.decoded:
+            self.decoded[wanted] = build_canvases(self.images, wanted)
+        return self.decoded[wanted]
+
+    @property
+    def groups(self) -> list[str]:
+        """The group of each training image; "" for one on its own."""
+        return training_rows(self.canvases(*self.corners[0]))[2]
+
+
+def prepared(data: Path, options: SearchOptions, device: Device | None) -> Search:
+    """Read the images and build the backbones. Raises FtkitError for bad data, options or weights."""
+    if options.frame is not None:
+        parse_frame(options.frame)
+    plan = override(load_recipe(str(options.recipe)), options.settings)
+    names = list(options.backbones) or [name for name in PACKAGES if _installed(name)]
+    if not names:
+        raise FtkitError(
+            "search: expected a backbone whose weights are here, found none. Try --backbones NAME"
+        )
+    images = read_images(data, options.seed, options.group_by, options.root, cut_val=False)
+    if held := len(images.of("val")):
+        raise FtkitError(
+            f"{data}: expected no val split, whose place folds take in a search, found {held} images of it. Make them "
+            "train images"
+        )
+    backbones = {name: backbone_of(name, plan.weights) for name in names}
+    return Search(
+        options=options,
+        plan=plan,
+        data=data,
+        images=images,
+        backbones=backbones,
+        target=device.target if device else here(),
+        device=device,
+    )
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(PACKAGES[name][0]) is not None
+
+
+def training_rows(canvases: Canvases) -> tuple[Array, Array, list[str]]:
+    """(rows, labels, groups) of the training images, each (n,)."""
+    rows = canvases.rows("train")
+    return rows, canvases.labels[rows], canvases.groups(rows)
+
+
+def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
+    """Points of every corner (backbone, input size) that is not ruled out early.
+
+    Raises FtkitError where no backbone takes any of the input sizes, or folds cannot be made.
+    """
+    corners = task.corners
+    first = {}
+    unfit = []
+    for number, corner in enumerate(corners, start=1):
+        try:
+            first[corner] = _corner(task, corner, f"first look {number}/{len(corners)}", part=True)
+        except UnfitSizeError as error:
+            unfit.append(Dropped(*corner, str(error)))
+    if not first:
+        raise FtkitError(
+            f"{unfit[0].reason}. Try --sizes {task.backbones[unfit[0].backbone].preprocess.size}"
+        )
+
+    groups = task.groups
+    picked = _third(task.canvases(*corners[0]))
+    dropped = [*unfit, *worth_going_on(first, [groups[place] for place in picked])]
+    for each in dropped:
+        console.say(f"left: {each.backbone} at {each.size} px: {each.reason}")
+
+    going_on = [
+        corner
+        for corner in corners
+        if corner not in {(each.backbone, each.size) for each in dropped}
+    ]
+    found: list[Point] = []
+    for number, corner in enumerate(going_on, start=1):
+        points = _corner(task, corner, f"all images {number}/{len(going_on)}", part=False)
+        best = max(points, key=lambda point: point.accuracy)
+        console.say(
+            f"{best.candidate.name:<36} {best.accuracy:.3f} [{best.low:.3f}, {best.high:.3f}] best of {len(points)}"
+        )
+        found += points
+    return found, dropped
+
+
+def _third(canvases: Canvases) -> Array:
+    """Places among the training images that are looked at first: a third of the groups."""
+    rows, labels, groups = training_rows(canvases)
+    named = np.array([group or f"\0{row}" for group, row in zip(groups, rows, strict=True)])
+    picked = np.zeros(len(rows), bool)
+    for label in np.unique(labels):
+        here_ = np.unique(named[labels == label])
+        picked |= np.isin(named, spread_evenly(here_, max(2, len(here_) // FIRST_SHARE)))
+    return np.flatnonzero(picked)
+
+
+def _corner(task: Search, corner: Corner, label: str, *, part: bool) -> list[Point]:
+    """Points of one backbone at one input size: on the images of the first look, or on all."""
+    name, size = corner
+    backbone = task.backbones[name]
+    preprocess = task.preprocess(name, size)
+    canvases = task.canvases(name, size)
+    rows, labels, groups = training_rows(canvases)
+    picked = _third(canvases)
+    space = candidates(backbone, size)
+    asked = rows
+    if part:
+        space = [each for each in space if each.pooling == "mean"]
+        asked, labels, groups = rows[picked], labels[picked], [groups[at] for at in picked]
+
+    # Identical files stay together, as in training
+    together = [group or canvases.digests[row] for group, row in zip(groups, asked, strict=True)]
+    masks = default_folds(labels, together)
+    if not masks:
+        raise FtkitError(
+            f"{task.data}: expected every class in at least two groups, found fewer. Try more images"
+        )
+
+    with console.bar(f"{label}: {name} at {size} px") as progress:
+        place = entry(backbone, canvases, preprocess, asked)
+        known = place / f"answers-{_digest(labels, masks)}.npz"
+        if (points := _answered(known, space, groups)) is not None:
+            return points
+
+        values = features(backbone, canvases, preprocess, rows[picked], progress)
+        others = np.setdiff1d(np.arange(len(rows)), picked)
+        if not part and len(others):
+            rest = features(backbone, canvases, preprocess, rows[others], progress)
+            order = np.argsort(np.concatenate([picked, others]))
+            values = {key: np.concatenate([values[key], rest[key]])[order] for key in values}
+        points = score(space, values, labels, masks, groups, len(task.images.classes))
+
+    content = io.BytesIO()
+    np.savez_compressed(content, **{point.candidate.name: point.right for point in points})  # type: ignore[arg-type]
+    known.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(known, content.getvalue())
+    return points
+
+
+def _digest(labels: Array, masks: Sequence[Array]) -> str:
+    """Of a question put to features: other labels or folds have other answers."""
+    content = repr(COARSE).encode() + b"".join(np.packbits(mask).tobytes() for mask in masks)
+    return hashlib.sha256(labels.tobytes() + content).hexdigest()[:16]
+
+
+def _answered(known: Path, space: Sequence[Candidate], groups: Sequence[str]) -> list[Point] | None:
+    """Points whose heads an earlier search has fitted; None where it has not."""
+    try:
+        with np.load(known) as stored:
+            known.parent.touch()  # used: the last to be removed
+            return [as_point(candidate, stored[candidate.name], groups) for candidate in space]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def near_front(points: Sequence[Point], most: int) -> list[Point]:
+    """Points to time: those that no candidate with as few multiplications beats by more than NEAR.
+
+    Where there are more than `most`: the most accurate for their multiplications, evenly over the
+    range.
+    """
+    ordered = sorted(points, key=lambda point: point.candidate.multiplications)
+    near: list[tuple[float, Point]] = []
+    best = 0.0
+    for point in ordered:
+        best = max(best, point.accuracy)
+        if point.accuracy >= best - NEAR:
+            near.append((best - point.accuracy, point))
+    if len(near) <= most:
+        return [point for _, point in near]
+
+    edges = np.linspace(0, len(near), most + 1).astype(int)
+    picked = [
+        min(near[low:high], key=lambda item: (item[0], -item[1].accuracy))[1]
+        for low, high in pairwise(edges)
+    ]
+    best_of_all = max(points, key=lambda point: point.accuracy)
+    return picked if best_of_all in picked else [*picked[:-1], best_of_all]

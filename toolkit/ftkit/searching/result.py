@@ -1,0 +1,156 @@
+"""The result of a search: as data, as text, and on disk.
+
+write(found, recipe)                 # search.json, recipe.json, report.html
+print(as_text(found))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit.options import SearchOptions
+from ftkit.recipe import Recipe, resolve
+from ftkit.report.search_page import write_search
+from ftkit.searching.front import Choice, Point, non_dominated
+from ftkit.searching.score import Dropped
+from ftkit.utils import console
+from ftkit_export.files import write_atomically
+from ftkit_export.proof.decision import Paired
+from ftkit_export.runtime.latency import machine
+
+FOUND = "search.json"
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The result of a search. points: trained, timed and other ones; scored: number of candidates."""
+
+    folder: Path
+    points: Sequence[Point]
+    dropped: Sequence[Dropped]
+    choice: Choice
+    options: SearchOptions
+    scored: int
+    seconds: float
+
+    @property
+    def front(self) -> list[Point]:
+        """The timed points that no other one beats, fastest first; of finalists, if there are any."""
+        return non_dominated([point for point in self.points if point.trained] or self.points)
+
+
+def budgets_of(options: SearchOptions) -> dict[str, float]:
+    """Budgets that were asked for: name -> limit, in ms and MB."""
+    limits = {"p50_ms": options.p50_ms, "p95_ms": options.p95_ms, "size_mb": options.size_mb}
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def write(found: Found, recipe: Recipe) -> None:
+    """search.json, recipe.json and report.html; the recipe trains what was picked."""
+    found.folder.mkdir(parents=True, exist_ok=True)
+    told = as_json(found)
+    write_atomically(found.folder / RECIPE, json.dumps(resolve(recipe), indent=1).encode())
+    write_atomically(found.folder / FOUND, json.dumps(told, indent=1).encode())
+    write_search(found.folder / "report.html", told)
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    """The search as plain data: what search.json holds."""
+    front = found.front
+    choice = found.choice
+    return {
+        "machine": machine(),
+        "seconds": round(found.seconds, 1),
+        "scored": found.scored,
+        "images": len(choice.point.right),
+        "budgets": budgets_of(found.options),
+        "max_drop": found.options.max_drop,
+        "points": [
+            {**_point(point), "front": point in front, "pick": point is choice.point}
+            for point in found.points
+        ],
+        "pick": {
+            **_point(choice.point),
+            "best": choice.best.name,
+            "against_best": choice.against and asdict(choice.against),
+            "missed": dict(choice.missed),
+        },
+        "open": [
+            {**_point(point), "against_best": asdict(compared)} for point, compared in choice.open
+        ],
+        "dropped": [asdict(each) for each in found.dropped],
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    candidate = asdict(point.candidate)
+    return {
+        "name": point.name,
+        **candidate,
+        "precision": point.precision,
+        "trained": point.trained,
+        "run": point.run,
+        "accuracy": point.accuracy,
+        "low": point.low,
+        "high": point.high,
+        "p50_ms": point.p50_ms,
+        "p95_ms": point.p95_ms,
+        "size_bytes": point.size_bytes,
+    }
+
+
+def as_text(found: Found) -> str:
+    """The front and the pick, within 80 columns."""
+    choice = found.choice
+    lines = [("front", "oof", "[95 %]", "p50 ms", "MB")]
+    for point in found.front:
+        lines.append(
+            (
+                ("* " if point is choice.point else "  ") + point.name.replace(", trained", " +"),
+                f"{point.accuracy:.3f}",
+                f"[{point.low:.3f}, {point.high:.3f}]",
+                f"{point.p50_ms:.2f}",
+                f"{(point.size_bytes or 0) / 1e6:.2f}",
+            )
+        )
+    told = [console.table(lines), *_verdict(choice, found.options)]
+    if any(point.trained for point in found.front):
+        told.insert(1, "+ trained in stages; the others: a linear head")
+    return "\n".join(told)
+
+
+def _verdict(choice: Choice, options: SearchOptions) -> list[str]:
+    if choice.missed:
+        over_by = ", ".join(
+            f"{name} by {100 * (factor - 1):.0f} %" for name, factor in choice.missed.items()
+        )
+        return _wrapped(
+            [f"nothing meets the budgets; the nearest, {choice.point.name}, exceeds {over_by}"]
+        )
+
+    told = [f"pick: {choice.point.name}"]
+    if choice.against:
+        told.append(
+            f"against the most accurate, {choice.best.name}: a drop of {_points(choice.against)} points"
+        )
+    for point, compared in choice.open[:3]:
+        told.append(
+            f"faster, not settled at {100 * options.max_drop:g}: {point.name}, {point.p50_ms:.2f} ms, a drop of "
+            f"{_points(compared)}; --max-drop {math.ceil(1000 * compared.high) / 1000:g} accepts it"
+        )
+    return _wrapped(told)
+
+
+def _points(compared: Paired) -> str:
+    return f"{100 * compared.drop:+.1f} [{100 * compared.low:+.1f}, {100 * compared.high:+.1f}]"
+
+
+def _wrapped(lines: Sequence[str]) -> list[str]:
+    return [textwrap.fill(line, 80, subsequent_indent="  ") for line in lines]
