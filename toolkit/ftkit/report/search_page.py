@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ LEFT = 56
 RIGHT = 20
 TOP = 24
 BOTTOM = 46
+Scale = Callable[[float], float]  # a value -> its place in the drawing
 MARKS = ("circle", "square", "diamond", "triangle")
 
 
@@ -127,7 +128,8 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
     )
 
 
-def _grid(x: Any, y: Any, xs: tuple[float, float], ys: tuple[float, float]) -> str:
+def _grid(x: Scale, y: Scale, xs: tuple[float, float], ys: tuple[float, float]) -> str:
+    """Grid lines with their values. xs: bounds of log(ms); ys: of the accuracy."""
     parts = []
     step = 0.02 if ys[1] - ys[0] < 0.2 else 0.05
     value = math.ceil(ys[0] / step) * step
@@ -153,7 +155,7 @@ def _grid(x: Any, y: Any, xs: tuple[float, float], ys: tuple[float, float]) -> s
     return "".join(parts)
 
 
-def _mark(point: Mapping[str, Any], mark: str, at: float, y: Any) -> str:
+def _mark(point: Mapping[str, Any], mark: str, at: float, y: Scale) -> str:
     """A point with its interval, named when the pointer is over it."""
     colour = "var(--good)" if point["pick"] else "var(--one)" if point["front"] else "var(--faint)"
     fill = colour if point["precision"] == "int8" else "var(--paper)"
