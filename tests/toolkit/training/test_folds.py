@@ -336,6 +336,9 @@ def test_an_export_decides_on_the_folds_and_checks_the_shipped_file_against_them
         open_run(folded).data["metrics"]["val"]["accuracy"], abs=0.02
     )
     assert int8["paired"]["images"] == images
+    chosen = [row for row in manifest["evidence"]["decision"] if row["chosen"]]
+    assert [row["precision"] for row in chosen] == [manifest["chosen"]]
+    assert f"{chosen[0]['name']} (chosen)" in (out / "report.html").read_text()
     checks = {item["name"]: item for item in manifest["evidence"]["agreement"][int8["name"]]}
     assert checks["dB lost to ONNX Runtime's optimiser"]["passed"]
     check = checks["answers changed by the shipped file"]

@@ -364,7 +364,14 @@ def _as_json(
 
     return {
         "judged": "out of fold" if context.folded else "on val",
-        "decision": [{**asdict(row), "shippable": row.shippable} for row in made.rows],
+        "decision": [
+            {
+                **asdict(row),
+                "shippable": row.shippable,
+                "chosen": made.is_shipped(row, evidence.chosen.name),
+            }
+            for row in made.rows
+        ],
         "agreement": {name: _checks(checks) for name, checks in made.checks.items()},
         "parity": [
             {

@@ -48,6 +48,10 @@ class Variants:
     shipped: Mapping[str, tuple[Row, onnx.ModelProto]]
     checks: Mapping[str, tuple[Check, ...]] = field(default_factory=dict)
 
+    def is_shipped(self, row: Row, name: str) -> bool:
+        """Whether a row of the table is what ships as the variant `name`."""
+        return replace(row, name=name) == self.shipped[name][0]
+
 
 def resolve_target(name: str, providers: Sequence[str]) -> str:
     """ "auto" -> cuda when its provider is asked for, else this machine's processor."""

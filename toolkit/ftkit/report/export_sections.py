@@ -77,7 +77,7 @@ def _variants(manifest: Data) -> Table:
     rows = [
         (
             row["name"],
-            f"chosen, {row['verdict']}" if row["name"] == manifest["chosen"] else row["verdict"],
+            f"chosen, {row['verdict']}" if _is_chosen(row, manifest) else row["verdict"],
             row["accuracy"],
             _bounds(row["paired"]),
             row["ratio"],
@@ -101,7 +101,7 @@ def _bounds(paired: Data | None) -> str:
 
 def _accuracy_and_latency(manifest: Data) -> Markup | None:
     placed = [
-        (row["name"], row["p50_ms"], row["accuracy"], row["name"] == manifest["chosen"])
+        (row["name"], row["p50_ms"], row["accuracy"], _is_chosen(row, manifest))
         for row in manifest["evidence"]["decision"]
         if row["p50_ms"] and row["accuracy"] is not None
     ]
@@ -110,6 +110,11 @@ def _accuracy_and_latency(manifest: Data) -> Markup | None:
     return charts.points(
         "Accuracy and latency", placed, "p50 ms", f"accuracy {manifest['evidence']['judged']}"
     )
+
+
+def _is_chosen(row: Data, manifest: Data) -> bool:
+    """Whether a row of the decision table is the file's own."""
+    return bool(row.get("chosen", row["name"] == manifest["chosen"]))  # not in older bundles
 
 
 def _parity(evidence: Data) -> Table:
