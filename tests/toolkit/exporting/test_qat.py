@@ -1,7 +1,9 @@
 """Quantization-aware training simulates the exported graph and lowers its own loss."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -80,3 +82,38 @@ def test_the_stage_is_the_last_rung_and_synthetic_vectors_hold_no_photograph(
     assert {image["group"] for image in images} == {"noise", "extremes"}
     assert len(list((out / "golden").glob("*.png"))) == len(images) == 11
     assert ftkit("verify", out).exit_code == 0
+
+
+def test_sensitive_operators_follow_into_float_until_the_accuracy_holds(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: every candidate with fewer than eight operators in float answers one class only."""
+    made = ladder._Calibrated.int8
+
+    def wrecked(
+        self: object, core: onnx.ModelProto, *part: object, keep: Sequence[str] = ()
+    ) -> Any:
+        model = made(self, core, *part, keep=keep)  # type: ignore[arg-type]
+        if len(keep) < 8:
+            head = next(node for node in model.graph.node if "logits" in node.output)
+            head.output[0] = "real"
+            zeros = helper.make_node("Sub", ["real", "real"], ["logits"], name="wrecked")
+            model.graph.node.append(zeros)
+        return model
+
+    monkeypatch.setattr(ladder._Calibrated, "int8", wrecked)
+    monkeypatch.setattr(ladder, "_first_in_float", lambda *arguments: [])
+    asked = settings("export.max_accuracy_drop=0.4")
+    done = ftkit("export", run, "--out", tmp_path / "bundle", "--quick", *asked)
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["evidence"]["decision"]
+    assert [row["name"] for row in rows] == ["fp32", "int8", "int8, 4 float", "int8, 8 float"]
+    assert [row["verdict"] == "accepted" for row in rows] == [False, False, False, True]
+    assert len(rows[3]["kept"]) == 8
+    assert rows[3]["in_8_bits"] == rows[3]["heavy"] - 8
+
+
+def test_no_more_candidates_are_made_than_the_images_could_accept(bundle: Path) -> None:
+    rows = json.loads((bundle / "manifest.json").read_text())["evidence"]["decision"]
+    assert rows[1]["verdict"] != "accepted", "a dozen images settle no point"
+    assert len(rows) == 2

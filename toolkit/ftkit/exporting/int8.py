@@ -10,6 +10,7 @@ of the others follow, as a last resort.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,9 @@ class _Calibrated:
 def ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
     """Int8 candidates with more and more float operators, until one holds its accuracy.
 
-    Only the first when 8 bits are no faster. If none holds it, the quantization-aware one follows,
-    if requested. logits, labels: of the held-out images, by fp32.
+    Only the first when 8 bits are no faster, or when the images could not settle a candidate even
+    if it changed no answer. If none holds its accuracy, the quantization-aware one follows, if
+    requested. logits, labels: of the held-out images, by fp32.
     """
     ranges = _Calibrated(fp32.core, context)
     first = _first_in_float(fp32.core, ranges, context)
@@ -104,9 +106,20 @@ def ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> I
         reached = context.here or context.device
         if not count and reached and times([fp32, rung], context)[rung.name].ratio_low >= 1:
             return
+        if not _could_settle(fp32, context):
+            break
 
     if context.limits.qat_epochs:
         yield _trained(fp32, ranges, first, context, logits, labels)
+
+
+def _could_settle(fp32: Candidate, context: Context) -> bool:
+    """Whether the held-out images could accept a later candidate.
+
+    One that changes no answer is the best to hope for: rounding does not make a network better.
+    """
+    same = replace(fp32, looks=_looks(1, context))
+    return compared(fp32, same, context).verdict(context.limits.max_accuracy_drop) == "accepted"
 
 
 def _looks(number: int, context: Context) -> int:
