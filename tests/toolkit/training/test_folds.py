@@ -304,6 +304,24 @@ def test_a_stage_that_breaks_or_is_surely_worse_costs_a_fold_and_is_left_out(
     assert stages[1]["gain"][2] < 0 or stages[1]["folds"] == 0
 
 
+def test_a_stage_that_is_surely_better_is_trained_on_as_many_images_as_8_bits_need(
+    photos: Path, tmp_path: Path
+) -> None:
+    """A few folds settle the stage, but not what is decided on its answers later."""
+    plan = settings(
+        *SMALL, "stages.0.init=random", "stages.0.lr=1e-7", "stages.0.epochs=1", "stages.1.lr=3e-3"
+    )
+    folds = []
+    for limit in ("0.2", "0.01"):
+        changes = settings(f"export.max_accuracy_drop={limit}")
+        done = ftkit("train", photos, "--out", tmp_path / limit, *plan, *changes)
+        assert done.exit_code == 0, done.output
+        stage = open_run(tmp_path / limit).data["stages"][1]
+        assert stage["verdict"] == "better"
+        folds.append(stage["folds"])
+    assert folds[0] < folds[1] == 4
+
+
 def test_a_val_split_that_is_given_decides_and_patience_needs_one(
     photos: Path, tmp_path: Path
 ) -> None:

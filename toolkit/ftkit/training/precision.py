@@ -158,7 +158,7 @@ def release(net: nn.Module) -> None:
 def fastest(
     net: nn.Module, inputs: Tensors, others: Sequence[Way], compute: Compute, steps: int
 ) -> tuple[nn.Module, str]:
-    """Return the net or a faster way to run it, and a text for the log.
+    """Return the net or a faster way to run it, and a text for the log, "" where none was tried.
 
     inputs: a batch like those of every step. An alternative is tried if the remaining steps last
     long enough to repay its cost, and taken if it is measurably faster and its outputs agree with
@@ -209,7 +209,7 @@ def fastest(
                 buffer.copy_(held[name])
         net.zero_grad(set_to_none=True)
 
-    return best, ", ".join(said)
+    return best, ", ".join(said) if len(said) > 1 else ""
 
 
 def _made(way: Way, compute: Compute) -> nn.Module:
