@@ -20,8 +20,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ftkit_export.files import replacing
 from ftkit_export.runtime.errors import BundleError, FtkitError
+from ftkit_export.runtime.files import replacing
 from ftkit_export.runtime.verify import MANIFEST, SIGNATURE, check_files, read_manifest
 
 # The earliest date a zip can hold, for every file: two archives do not differ by dates

@@ -20,9 +20,9 @@ from typing import Any
 
 import ftkit_export
 from ftkit_export.bundle.archive import sign
-from ftkit_export.files import folder_beside
 from ftkit_export.proof.regression import Outcome
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import folder_beside
 from ftkit_export.runtime.verify import MANIFEST, MANIFEST_SCHEMA, SIGNATURE, sha256, with_digest
 
 WORST_FIRST: tuple[Outcome, ...] = ("failed", "inconclusive")

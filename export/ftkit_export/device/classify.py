@@ -2,6 +2,8 @@
 
 python device/classify.py IMAGE...                   class and probability of each image
 python device/classify.py --raw ROWS COLUMNS FILE... the same for raw frames in the model's input format
+python device/classify.py --watch FOLDER             of each image that appears there, once; until it is stopped
+python device/classify.py ... --keep DIR             also collect pictures worth labelling, and a log for `ftkit drift`
 python device/classify.py --self-check               replay the golden vectors, then time the model; exit 0 or 1
 python device/classify.py --bench > device.json      every variant's latency here, as `ftkit bench --json` writes it
 """
@@ -9,7 +11,9 @@ python device/classify.py --bench > device.json      every variant's latency her
 import argparse
 import dataclasses
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +21,26 @@ import numpy as np
 
 sys.dont_write_bytecode = True  # the bundle is sealed: no file may be added
 
-from ftkit_export.runtime.errors import FtkitError  # noqa: E402
+from ftkit_export.runtime.collect import Collector, stored_test  # noqa: E402
+from ftkit_export.runtime.errors import FtkitError, ImageError  # noqa: E402
 from ftkit_export.runtime.latency import Condition, measure  # noqa: E402
 from ftkit_export.runtime.measure import bench_model, find  # noqa: E402  # after the line above on purpose
-from ftkit_export.runtime.predict import Classifier, image_files  # noqa: E402
+from ftkit_export.runtime.predict import (  # noqa: E402
+    Classifier,
+    Prediction,
+    image_files,
+    read_reference,
+)
 from ftkit_export.runtime.session import PROVIDERS  # noqa: E402
 from ftkit_export.runtime.verify import verify  # noqa: E402
+from ftkit_export.runtime.watch import watch  # noqa: E402
 
 BUNDLE = Path(__file__).resolve().parents[1]
 
 
-def self_check(provider: str, threads: int) -> int:
-    """Print verify's results and the latency here; return 0 when all passed, else 1."""
+def self_check(provider: str, threads: int, keep: Path | None) -> int:
+    """Print verify's results, the latency here and the drift test's state in `keep`; return 0 when
+    the bundle passed, else 1."""
     result = verify(BUNDLE, provider)
     print(f"files        {result.files} unchanged")
 
@@ -52,9 +64,25 @@ def self_check(provider: str, threads: int) -> int:
         f"latency      p50 {latency.p50_ms:.1f} ms, p95 {latency.p95_ms:.1f} ms "
         f"({provider}, {latency.threads} threads{frames})"
     )
+    if keep:
+        print(f"drift        {_drift_state(keep)}")
     print("self-check passed" if result.passed else "self-check FAILED")
 
     return 0 if result.passed else 1
+
+
+def _drift_state(keep: Path) -> str:
+    """What the drift test says of the images logged in `keep`, as last saved there."""
+    reference = read_reference(BUNDLE)
+    if reference is None:
+        return "not watched: this bundle has no reference"
+    test = stored_test(keep, reference)
+    said = "; ".join(
+        f"{name} since image {alarm['since']}: {alarm['what']}"
+        for name, alarm in test.alarms.items()
+    )
+    nothing = "too few to say" if test.verdict == 3 else "none"
+    return f"{said or nothing}, in {test.images} images"
 
 
 def raw_frame(path: Path, rows: int, columns: int, channels: int) -> np.ndarray[Any, Any]:
@@ -65,6 +93,55 @@ def raw_frame(path: Path, rows: int, columns: int, channels: int) -> np.ndarray[
             f"{path}: expected {rows * columns * channels} bytes, found {data.size}. Check rows and columns"
         )
     return data.reshape(rows, columns, channels)
+
+
+def classify_all(options: argparse.Namespace) -> None:
+    """Classify the images given, or those that appear, and print a line for each."""
+    collector = None
+    if options.keep:
+        collector = Collector(
+            options.keep,
+            read_reference(BUNDLE),
+            control=options.control,
+            most=options.keep_most,
+            megabytes=options.keep_mb,
+        )
+    try:
+        classify = Classifier(
+            BUNDLE, provider=options.provider, threads=options.threads, keep=collector
+        )
+        for path in _paths(options):
+            try:
+                answer = _classified(classify, path, options.raw)
+            except ImageError as error:
+                if not options.watch:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            if options.json:
+                text = json.dumps({"image": str(path), **dataclasses.asdict(answer)})
+            else:
+                text = f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip()
+            print(text, flush=bool(options.watch))
+    finally:
+        if collector:
+            collector.close()
+
+
+def _classified(classify: Classifier, path: Path, raw: list[int] | None) -> Prediction:
+    if not raw:
+        return classify(path)
+    channels = 3 if classify.input_format in ("rgb", "bgr") else 1
+    return classify.frame(raw_frame(path, raw[0], raw[1], channels))
+
+
+def _paths(options: argparse.Namespace) -> Iterator[Path]:
+    """The images given; then those that appear, until a signal ends it."""
+    yield from map(Path, options.images) if options.raw else image_files(options.images)
+    if options.watch:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: sys.exit(0))
+        yield from watch(options.watch)
 
 
 def main() -> int:
@@ -83,16 +160,23 @@ def main() -> int:
     parser.add_argument(
         "--raw", nargs=2, type=int, metavar=("ROWS", "COLUMNS"), help="the files are raw frames"
     )
+    parser.add_argument("--watch", type=Path, metavar="FOLDER", help="classify what appears there")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="collect in this folder")
+    parser.add_argument(
+        "--control", type=float, default=0.01, help="share of all images to keep (0.01)"
+    )
+    parser.add_argument("--keep-most", type=int, default=2000, help="pictures at most (2000)")
+    parser.add_argument("--keep-mb", type=float, default=500, help="megabytes at most (500)")
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
-    if not (options.images or options.self_check or options.bench):
-        parser.error("give images, --self-check or --bench")
+    if not (options.images or options.watch or options.self_check or options.bench):
+        parser.error("give images, --watch, --self-check or --bench")
 
     try:
         if options.self_check:
-            return self_check(options.provider, options.threads)
+            return self_check(options.provider, options.threads, options.keep)
 
         if options.bench:
             threads = [options.threads] if options.threads else []
@@ -105,18 +189,7 @@ def main() -> int:
             )
             return 0
 
-        classify = Classifier(BUNDLE, provider=options.provider, threads=options.threads)
-        channels = 3 if classify.input_format in ("rgb", "bgr") else 1
-
-        for path in map(Path, options.images) if options.raw else image_files(options.images):
-            if options.raw:
-                answer = classify.frame(raw_frame(path, options.raw[0], options.raw[1], channels))
-            else:
-                answer = classify(path)
-            if options.json:
-                print(json.dumps({"image": str(path), **dataclasses.asdict(answer)}))
-            else:
-                print(f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip())
+        classify_all(options)
     except (FtkitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)

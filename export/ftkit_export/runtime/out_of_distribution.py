@@ -42,6 +42,10 @@ class OutOfDistribution:
 
         About 1 for in-distribution images.
         """
+        return self.score_along(embedding)[0]
+
+    def score_along(self, embedding: Array) -> tuple[Array, Array]:
+        """(N, D) -> scores (N,) float32, and coordinates (N, K) along the directions."""
         means = self.means.astype(np.float64)
         axes = self.directions.astype(np.float64).T
         unit = _unit(embedding)
@@ -52,7 +56,7 @@ class OutOfDistribution:
         )
         scores: Array = (squares.min(1) / unit.shape[1]).astype(np.float32)
 
-        return scores
+        return scores, along
 
     def to_text(self) -> str:
         """JSON for the model's metadata."""

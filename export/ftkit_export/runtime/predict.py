@@ -3,10 +3,13 @@
 classify = Classifier("bundle")
 answer = classify("photo.jpg")
 answer.label, answer.probability
+
+with Classifier("bundle", keep="collected") as classify: ...    # also collects what is worth labelling, and a log
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from ftkit_export.runtime.collect import Collector, Sighting
+from ftkit_export.runtime.drift import Reference
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.out_of_distribution import OutOfDistribution
 from ftkit_export.runtime.preprocess import (
@@ -26,6 +32,8 @@ from ftkit_export.runtime.preprocess import (
 )
 from ftkit_export.runtime.session import PROVIDERS, Session
 from ftkit_export.runtime.verify import read_manifest
+
+REFERENCE = "drift.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +61,21 @@ class Classifier:
     """Classifier loaded from a bundle folder or its model.onnx.
 
     A provider that cannot run the image form runs the bundle's core form, preprocessed with Pillow.
-    Raises BundleError when there is no model, its metadata has no labels or is damaged,
-    ProviderError as Session.
+    keep: a folder to collect pictures worth labelling and a log in, or a Collector. Raises
+    BundleError when there is no model, its metadata has no labels or is damaged, ProviderError as
+    Session, FtkitError when nothing can be collected there.
     """
 
-    def __init__(self, model: str | Path, *, provider: str = "cpu", threads: int = 0):
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        provider: str = "cpu",
+        threads: int = 0,
+        keep: str | Path | Collector | None = None,
+    ):
         path = Path(model)
+        bundle = path if path.is_dir() else path.parent
         if path.is_dir():
             core = provider in PROVIDERS and PROVIDERS[provider].form == "core"
             path = path / (_core_form(path) if core else "model.onnx")
@@ -102,6 +119,21 @@ class Classifier:
                 f"{path}: expected the metadata that ftkit writes, found it damaged ({reason}). Copy the file again"
             ) from None
 
+        self.collector = (
+            Collector(keep, read_reference(bundle)) if isinstance(keep, str | Path) else keep
+        )
+
+    def close(self) -> None:
+        """Write down what was collected; only needed with `keep`, and done at the end of `with`."""
+        if self.collector:
+            self.collector.close()
+
+    def __enter__(self) -> Classifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
         """Decode an image file (path or bytes) -> (H, W, 3) uint8 RGB, as in training."""
         return self.preprocess.decode(source)
@@ -109,6 +141,25 @@ class Classifier:
     def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
         return self._answer(to_frame(image, self.input_format))[0]
+
+    def sight(self, frame: np.ndarray[Any, Any]) -> tuple[Sighting, np.ndarray[Any, Any]]:
+        """What the model makes of a frame in its input format, and the probabilities (classes,)."""
+        probabilities, embedding = self._answer(frame)
+        best = int(probabilities.argmax())
+        score, coordinates = 0.0, np.zeros(0)
+        if self.familiar:
+            scores, along = self.familiar.score_along(embedding)
+            score, coordinates = float(scores[0]), along[0]
+
+        sighting = Sighting(
+            label=self.labels[best],
+            probability=float(probabilities[best]),
+            doubtful=bool(probabilities[best] < self.threshold),
+            foreign=bool(self.familiar and score > self.familiar.threshold),
+            score=score,
+            coordinates=coordinates,
+        )
+        return sighting, probabilities
 
     def _answer(
         self, frame: np.ndarray[Any, Any]
@@ -127,24 +178,62 @@ class Classifier:
         Raises ImageError for a bad file.
         """
         pixels = image if isinstance(image, np.ndarray) else self.decode(image)
-        return self.frame(to_frame(pixels, self.input_format))
+        return self._classify(to_frame(pixels, self.input_format), image)
 
     def frame(self, frame: np.ndarray[Any, Any]) -> Prediction:
         """Classify a camera frame in the model's input format (preprocess.to_frame)."""
-        probabilities, embedding = self._answer(frame)
-        best = int(probabilities.argmax())
+        return self._classify(frame, None)
+
+    def _classify(
+        self, frame: np.ndarray[Any, Any], source: str | Path | bytes | np.ndarray[Any, Any] | None
+    ) -> Prediction:
+        """source: where the frame came from, if it was no frame."""
+        sighting, probabilities = self.sight(frame)
+        if self.collector:
+            self.collector.offer(sighting, lambda: _picture(frame, source, self.input_format))
+
         named = {
             label: float(value) for label, value in zip(self.labels, probabilities, strict=True)
         }
-        score = self.familiar.score(embedding)[0] if self.familiar else 0.0
-
         return Prediction(
-            label=self.labels[best],
-            probability=float(probabilities[best]),
+            label=sighting.label,
+            probability=sighting.probability,
             probabilities=named,
-            doubtful=bool(probabilities[best] < self.threshold),
-            foreign=bool(self.familiar and score > self.familiar.threshold),
+            doubtful=sighting.doubtful,
+            foreign=sighting.foreign,
         )
+
+
+def read_reference(bundle: Path) -> Reference | None:
+    """The bundle's reference for the drift test; None for one without.
+
+    Raises BundleError for a damaged one.
+    """
+    path = bundle / REFERENCE
+    if not path.is_file():
+        return None
+    try:
+        return Reference.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise BundleError(
+            f"{path}: expected the reference of the drift test, found it damaged. Copy the bundle again"
+        ) from None
+
+
+def _picture(
+    frame: np.ndarray[Any, Any],
+    source: str | Path | bytes | np.ndarray[Any, Any] | None,
+    input_format: str,
+) -> tuple[bytes, str]:
+    """An image as a file's content and suffix: as it came, or a PNG of the frame."""
+    if isinstance(source, bytes):
+        kind = Image.open(io.BytesIO(source)).format or "png"
+        return source, f".{kind.lower()}"
+    if isinstance(source, str | Path):
+        return Path(source).read_bytes(), Path(source).suffix.lower()
+    content = io.BytesIO()
+    Image.fromarray(from_frame(frame, input_format)).save(content, "PNG", compress_level=1)
+    return content.getvalue(), ".png"
 
 
 def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

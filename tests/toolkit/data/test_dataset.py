@@ -13,8 +13,8 @@ from PIL import Image
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images, splits_csv
 from ftkit.exporting import evidence
-from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=16, resize=16)

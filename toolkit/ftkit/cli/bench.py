@@ -502,6 +502,6 @@ def write_json(path: Path | None, told: object) -> None:
     if path == Path("-"):
         click.echo(text, nl=False)
     elif path:
-        from ftkit_export.files import write_atomically
+        from ftkit_export.runtime.files import write_atomically
 
         write_atomically(path, text.encode())

@@ -11,7 +11,7 @@ import click
 
 from ftkit.cli.bench import JSON, KEY, write_json
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
-from ftkit_export.files import write_atomically
+from ftkit_export.runtime.files import write_atomically
 
 GROUP_BY = click.option(
     "--group-by",

@@ -20,6 +20,7 @@ import click
 from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
+from ftkit.cli.field import drift
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
@@ -523,7 +524,7 @@ def demo(out: Path) -> None:
     run_demo(out)
 
 
-for command in (search, audit_data, evaluate, bench, report, try_bundle, cache):
+for command in (search, drift, audit_data, evaluate, bench, report, try_bundle, cache):
     main.add_command(command)
 
 

@@ -27,9 +27,9 @@ from ftkit.data.audit import FEW, UNEVEN, Alike, Audit
 from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import SPLITS, Image, Images, as_csv, below
 from ftkit.utils import console
-from ftkit_export.files import folder_beside, write_atomically
 from ftkit_export.runtime.arrays import spread_evenly
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import folder_beside, write_atomically
 
 MOSTLY_KEPT = 0.7  # area of the median image that the crop keeps; below this, the crop is mentioned
 NAMED = 5  # files named per finding; --json names all

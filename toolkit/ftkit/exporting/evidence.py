@@ -1,6 +1,6 @@
 """Measure the finished files of an export, and judge its gates in one place.
 
-metrics, against = file_accuracy(folder, run, context, classes)
+metrics, against, sightings = file_accuracy(folder, run, context, classes)
 latency = latencies(paths, photograph, frame, providers, quick)
 gates = judge(limits, Measured(parity=..., chosen=..., ...))
 """
@@ -27,11 +27,12 @@ from ftkit_export.bundle.write import Gate
 from ftkit_export.conversion.graph import IR_VERSION, OPSET
 from ftkit_export.proof.decision import Paired, Row, paired
 from ftkit_export.proof.parity import Check, Parity
+from ftkit_export.runtime.collect import Sighting
 from ftkit_export.runtime.latency import Condition, Latency, Start, machine, measure
 from ftkit_export.runtime.latency import over_sizes as latency_over_sizes
 from ftkit_export.runtime.measure import QUICK_STARTS, STARTS, conditions, starts
 from ftkit_export.runtime.predict import Classifier
-from ftkit_export.runtime.preprocess import parse_frame
+from ftkit_export.runtime.preprocess import parse_frame, to_frame
 from ftkit_export.runtime.session import cores, form_of
 
 GATED = ("p95_ms", "size_mb", "memory_mb")  # budgets among the fields of recipe.Export
@@ -39,8 +40,9 @@ GATED = ("p95_ms", "size_mb", "memory_mb")  # budgets among the fields of recipe
 
 def file_accuracy(
     folder: Path, run: Run, context: Context, classes: Sequence[str]
-) -> tuple[Metrics, Paired]:
-    """Accuracy of the exported file on the test split, alone and paired with the framework.
+) -> tuple[Metrics, Paired, list[Sighting]]:
+    """Accuracy of the exported file on the test split, alone and paired with the framework, and
+    what the file makes of each image.
 
     Each test image is decoded from its file and classified as on a device. The framework's answers
     are those stored in the run.
@@ -48,13 +50,15 @@ def file_accuracy(
     classify = Classifier(folder)
     rows = context.canvases.rows("test")
     answers = []
+    sightings = []
     labels = context.canvases.labels[rows]
 
     with console.bar("accuracy of the file") as progress:
         for number, row in enumerate(rows, start=1):
-            answers.append(
-                classify.probabilities(classify.decode(context.canvases.images.images[row].path))
-            )
+            image = classify.decode(context.canvases.images.images[row].path)
+            sighting, probabilities = classify.sight(to_frame(image, classify.input_format))
+            answers.append(probabilities)
+            sightings.append(sighting)
             progress(number, len(rows))
 
     probabilities = np.stack(answers)
@@ -62,7 +66,7 @@ def file_accuracy(
     framework = np.array(run.data["answers"])
     against = paired(framework == labels, probabilities.argmax(1) == labels, groups)
 
-    return evaluate(probabilities, labels, classes, groups), against
+    return evaluate(probabilities, labels, classes, groups), against, sightings
 
 
 def out_of_order(folder: Path, classes: Sequence[str]) -> int:

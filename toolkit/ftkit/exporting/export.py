@@ -28,6 +28,7 @@ from ftkit.evaluation.metrics import Metrics
 from ftkit.exporting import evidence, variants, web
 from ftkit.exporting.budget_advice import budget_advice
 from ftkit.exporting.candidates import Context, HeldOutPart, calibration_rows, logits_of
+from ftkit.exporting.drift import write_reference
 from ftkit.recipe import Export
 from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.model_card import model_card
@@ -506,7 +507,8 @@ def _seal(
     """Judge the gates on the finished file; write report, model card and manifest."""
     run = job.run
     folder = job.folder
-    metrics, against = evidence.file_accuracy(folder, run, job.context, run.classes)
+    metrics, against, sightings = evidence.file_accuracy(folder, run, job.context, run.classes)
+    write_reference(folder, run, job.canvases, sightings)
     console.say(
         f"accuracy of the file on {metrics.images} held-out images: {metrics.accuracy:.4f} "
         f"(framework {run.data['metrics']['test']['accuracy']:.4f})"

@@ -24,8 +24,8 @@ from ftkit.report.pages import Table, render, where_judged
 from ftkit.utils.console import frames
 from ftkit_export.bundle.write import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
-from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
+from ftkit_export.runtime.files import write_atomically
 
 SIDE = 160  # pixels of a thumbnail
 LOW_RECALL = 0.5  # recall below which a class is marked

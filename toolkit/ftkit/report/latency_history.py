@@ -11,8 +11,8 @@ from markupsafe import Markup
 from ftkit.benchmark.history import Series
 from ftkit.report.charts import Point, over_time
 from ftkit.report.pages import render
-from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import write_atomically
 
 
 def plot(series: Series, lines: Sequence[Mapping[str, Any]]) -> Markup:

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ftkit.report.pages import Table, render
-from ftkit_export.files import write_atomically
+from ftkit_export.runtime.files import write_atomically
 
 WIDTH = 860
 HEIGHT = 420

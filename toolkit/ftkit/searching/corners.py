@@ -35,9 +35,9 @@ from ftkit.searching.front import Point
 from ftkit.searching.score import COARSE, Dropped, as_point, score, worth_going_on
 from ftkit.training.closed_form import default_folds
 from ftkit.utils import console
-from ftkit_export.files import write_atomically
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.preprocess import Preprocess, parse_frame
 from ftkit_export.runtime.targets import here
 

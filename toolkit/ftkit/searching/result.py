@@ -20,8 +20,8 @@ from ftkit.report.search_page import write_search
 from ftkit.searching.front import Choice, Point, non_dominated
 from ftkit.searching.score import Dropped
 from ftkit.utils import console
-from ftkit_export.files import write_atomically
 from ftkit_export.proof.decision import Paired
+from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.latency import machine
 
 FOUND = "search.json"

@@ -28,8 +28,8 @@ import torch
 
 from ftkit.training.run import METRICS
 from ftkit.utils.distributed import SOLO, Ranks
-from ftkit_export.files import write_atomically
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import write_atomically
 
 SAVE_EVERY = 20.0  # seconds
 SAVE_SHARE = 50  # or this many times the duration of the last save, so saving costs 2 % at most

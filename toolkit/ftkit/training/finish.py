@@ -40,9 +40,9 @@ from ftkit.training.stage import (
 from ftkit.training.validate import detached
 from ftkit.utils import console
 from ftkit.utils.cache_folder import LARGE, limit_bytes, trim
-from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.preprocess import MAX_PIXELS
 
 
@@ -196,6 +196,7 @@ def _write_folds(
         rows=held_out.rows,
         logits=held_out.logits,
         embedding=held_out.embedding.astype(np.float16),
+        foreign=held_out.foreign,
     )
     write_atomically(folder / OUT_OF_FOLD, content.getvalue())
     write_atomically(folder / FOLD_WEIGHTS, safetensors.torch.save(dict(weights)))

@@ -33,10 +33,10 @@ from ftkit.models.backbones import Backbone, build
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit.report.pages import Table, table_html
 from ftkit.utils.lock import LOCK, in_use
-from ftkit_export.files import write_atomically
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.verify import is_whole, with_digest
 

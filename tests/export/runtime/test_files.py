@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ftkit_export.files import folder_beside, replacing, write_atomically
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import folder_beside, replacing, write_atomically
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,241 @@
+"""Drift: has what the device sees moved from the images the model was made with?
+
+    test = DriftTest(Reference.from_json(text))
+    test.update(score, probability, label, coordinates)      # once an image
+    test.alarms, test.evidence
+
+Four things are watched: the out-of-distribution score, the confidence, how often each class is
+answered, and the directions of the embedding. Each is split into events that an image shows or does
+not ("the score is beyond that of 95 % of the held-out images"). The Reference has the highest rate
+at which images like the held-out ones show each event, as an upper confidence bound.
+
+Against each event the test bets at the odds of that rate. As long as the true rate is no higher,
+the stake is expected to shrink, so that by Ville's inequality it ever exceeds 100 times its start
+with a probability of 1 % at most: the test may be looked at any time. The stake moves from idle to
+the bets as time goes on, so that drift is found whenever it begins, in constant memory. The stake
+of a stream is the mean of its events'.
+
+Images of one object or one scene are not independent. Where the training images have groups, as
+many images as a group has count as one observation: the mean of each event over them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ftkit_export.runtime.arrays import Array
+
+STREAMS = ("score", "confidence", "classes", "embedding")
+ALARM = 100.0  # of each of the four: together they ever alarm without drift in 4 % of all devices
+LEAST = 200  # images, before "no drift" is said
+ODDS = (1.5, 2.5, 5.0, 15.0)  # what the bets take the event's odds to have become
+PATIENCE = 50  # observations; sets how early most of the stake is bet
+MOST = 1e60  # a stake is cut to this, so that it can be written down
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that an image shows or does not.
+
+    stream: one of STREAMS. value: "score", "confidence", "class NAME" (1 where it is the answer) or
+    "direction N". The event is that it is above the threshold, or below. rate: the highest share of
+    images that show it without drift.
+    """
+
+    stream: str
+    value: str
+    above: bool
+    threshold: float
+    rate: float
+
+    def __str__(self) -> str:
+        if self.stream == "classes":
+            return f"{self.value.removeprefix('class ')}, {'more' if self.above else 'less'} often"
+        return f"{self.value} {'above' if self.above else 'below'} {self.threshold:.3g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What is seen without drift. images, groups: that it was measured on; groups is None without
+    any. block: images that count as one observation."""
+
+    events: Sequence[Event]
+    classes: Sequence[str]
+    directions: int
+    images: int
+    groups: int | None
+    block: int
+
+    def to_json(self) -> str:
+        """For the bundle."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Reference:
+        """Inverse of to_json. Raises ValueError, KeyError or TypeError for other text."""
+        data = json.loads(text)
+        reference = Reference(**{**data, "events": [Event(**event) for event in data["events"]]})
+        values = set(reference.values)
+        if not (reference.block >= 1 and reference.events):
+            raise ValueError("a reference without events")
+        for event in reference.events:
+            if event.value not in values or event.stream not in STREAMS or not 0 < event.rate <= 1:
+                raise ValueError(f"the event {event}")
+        return reference
+
+    @property
+    def values(self) -> list[str]:
+        """Names of the values of an image, in the order of `DriftTest.update`."""
+        classes = [f"class {name}" for name in self.classes]
+        return [
+            "score",
+            "confidence",
+            *classes,
+            *(f"direction {k}" for k in range(self.directions)),
+        ]
+
+
+class DriftTest:
+    """The test, image by image; `state` is all it remembers.
+
+    evidence: by stream, how many times its start the stake has become. alarms: by stream, the
+    Alarm, kept once raised.
+    """
+
+    def __init__(self, reference: Reference, state: Mapping[str, Any] | None = None):
+        self.reference = reference
+        events = reference.events
+        values = reference.values
+        self._column = np.array([values.index(event.value) for event in events])
+        self._sign = np.array([1.0 if event.above else -1.0 for event in events])
+        self._threshold = self._sign * [event.threshold for event in events]
+        self._streams = {
+            name: np.array([event.stream == name for event in events]) for name in STREAMS
+        }
+
+        # A bet that multiplies the odds pays 1 + share * (shown - rate), which is never negative
+        rate = np.array([event.rate for event in events])[:, None]
+        odds = np.array(ODDS)[None]
+        expected = odds * rate / (1 - rate + odds * rate)
+        self._rate = rate
+        self._share = (expected - rate) / np.maximum(rate * (1 - rate), 1e-12)
+
+        count = len(events)
+        self.images = 0
+        self.observations = 0
+        self.alarms: dict[str, dict[str, Any]] = {}
+        self._waiting = 0
+        self._shown = np.zeros(count)
+        self._bets = np.full((count, len(ODDS)), 0.5 / len(ODDS))
+        self._idle = np.full(count, 0.5)
+        # Since when each event has been more frequent than its rate
+        self._sum = np.zeros(count)
+        self._since = np.zeros(count, int)
+        if state:
+            self._restore(state)
+
+    def values_of(self, score: float, probability: float, label: str, coordinates: Array) -> Array:
+        """An image's values, in the order of Reference.values."""
+        classes = self.reference.classes
+        answered = np.zeros(len(classes))
+        if label in classes:
+            answered[list(classes).index(label)] = 1.0
+        return np.concatenate([[score, probability], answered, coordinates])
+
+    def update(self, values: Array) -> list[str]:
+        """Take one image's values (`values_of`); return the streams that alarm from here on."""
+        self.images += 1
+        self._shown += self._sign * values[self._column] > self._threshold
+        self._waiting += 1
+        if self._waiting < self.reference.block:
+            return []
+
+        observed = self._shown[:, None] / self._waiting - self._rate
+        self._shown[:] = 0
+        self._waiting = 0
+        return self._observe(observed)
+
+    def _observe(self, above: Array) -> list[str]:
+        """above: (events, 1), by how much the observed share exceeds each rate."""
+        pays = 1 + self._share * above
+        self.observations += 1
+        moved = self._idle / (self.observations + PATIENCE)
+        self._idle -= moved
+        self._bets += moved[:, None] / len(ODDS)
+        self._bets *= pays
+        np.minimum(self._bets, MOST, out=self._bets)
+
+        self._sum = self._sum + np.log(np.maximum(pays[:, 1], 1e-12))
+        begun = self._sum <= 0
+        self._sum[begun] = 0.0
+        self._since[begun] = self.images
+
+        alarms = []
+        for name, stake in self.evidence.items():
+            if stake >= ALARM and name not in self.alarms:
+                stakes = np.where(self._streams[name], self._stakes, -1.0)
+                event = int(stakes.argmax())
+                self.alarms[name] = {
+                    "at": self.images,
+                    "since": int(self._since[event]),
+                    "event": event,
+                    "what": str(self.reference.events[event]),
+                }
+                alarms.append(name)
+        return alarms
+
+    @property
+    def _stakes(self) -> Array:
+        stakes: Array = self._idle + self._bets.sum(1)
+        return stakes
+
+    @property
+    def evidence(self) -> dict[str, float]:
+        """By stream: its stake, 1 at the start."""
+        stakes = self._stakes
+        return {
+            name: float(stakes[mask].mean()) if mask.any() else 0.0
+            for name, mask in self._streams.items()
+        }
+
+    @property
+    def verdict(self) -> int:
+        """1: drift. 3: too few images to say that there is none. 0: none found."""
+        if self.alarms:
+            return 1
+        return 3 if self.images < LEAST or self.observations < 2 else 0
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """All that the test remembers, for JSON."""
+        return {
+            "images": self.images,
+            "observations": self.observations,
+            "alarms": self.alarms,
+            "waiting": self._waiting,
+            "shown": self._shown.tolist(),
+            "bets": self._bets.tolist(),
+            "idle": self._idle.tolist(),
+            "sum": self._sum.tolist(),
+            "since": self._since.tolist(),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for a state of another reference."""
+        bets = np.array(state["bets"], float)
+        if bets.shape != self._bets.shape:
+            raise ValueError("the state of another bundle's test")
+        self.images = int(state["images"])
+        self.observations = int(state["observations"])
+        self.alarms = dict(state["alarms"])
+        self._waiting = int(state["waiting"])
+        self._shown = np.array(state["shown"], float)
+        self._bets = bets
+        self._idle = np.array(state["idle"], float)
+        self._sum = np.array(state["sum"], float)
+        self._since = np.array(state["since"], int)

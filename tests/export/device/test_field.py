@@ -1,0 +1,135 @@
+"""After shipping, end to end: a device collects, its log is tested for drift at home."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ftkit
+from PIL import Image
+
+from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.preprocess import decode
+from ftkit_export.runtime.verify import verify
+
+
+def _device(bundle: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(bundle / "device" / "classify.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def photographs(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs of the small run twice, in random order."""
+    folder = tmp_path_factory.mktemp("field") / "frames"
+    folder.mkdir()
+    paths = sorted(photos.glob("*/*.png")) * 2
+    for number, place in enumerate(np.random.default_rng(0).permutation(len(paths))):
+        shutil.copyfile(paths[place], folder / f"{number:03d}.png")
+    return folder
+
+
+def test_a_device_collects_and_its_log_shows_drift(
+    bundle: Path, photographs: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "collected"
+    told = _device(bundle, photographs, "--keep", kept, "--control", "0.2")
+    assert (told.returncode, told.stderr) == (0, "")
+    lines = [json.loads(line) for line in (kept / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == len(told.stdout.splitlines()) == 240
+    for line in lines:
+        assert not line["kept"] or (kept / line["kept"]).is_file()
+    remarks = {"foreign": "foreign", "doubtful": "doubtful", "": "control"}
+    for said, line in zip(told.stdout.splitlines(), lines, strict=True):
+        remark = said.split("  ")[3] if said.count("  ") == 3 else ""
+        assert line["kept"] is None or line["kept"].split("/")[0] == remarks[remark]
+    assert verify(bundle).passed, "nothing is written into the bundle"
+
+    alike = ftkit("drift", bundle, kept)
+    assert alike.exit_code == 0, alike.output
+    page = (kept / "drift.html").read_text()
+    assert "No drift found" in page
+
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for path in list(photographs.iterdir())[:120]:
+        with Image.open(path) as image:
+            image.point(lambda grey: grey // 3).save(dark / path.name)
+    told = _device(bundle, dark, "--keep", kept)
+    assert told.returncode == 0
+    assert "drift:" in told.stderr, "the device says so at once"
+
+    moved = ftkit("drift", bundle, kept, "--json", tmp_path / "drift.json")
+    assert moved.exit_code == 1, moved.output
+    found = json.loads((tmp_path / "drift.json").read_text())
+    assert found["images"] == 360
+    assert all(200 <= alarm["since"] <= 300 for alarm in found["alarms"]), "it began at 240"
+    for alarm in found["alarms"]:
+        assert all((kept / picture).is_file() for picture in alarm["pictures"])
+
+    check = _device(bundle, "--self-check", "--keep", kept)
+    assert check.returncode == 0
+    assert "since image" in check.stdout
+    few = tmp_path / "few"
+    _device(bundle, dark / sorted(dark.iterdir())[0].name, "--keep", few)
+    assert ftkit("drift", bundle, few).exit_code == 3
+
+
+def test_a_log_of_another_bundle_or_none_is_refused(bundle: Path, tmp_path: Path) -> None:
+    missing = ftkit("drift", bundle, tmp_path)
+    assert (missing.exit_code, "found none" in missing.stderr) == (2, True)
+    line = {
+        "time": 0,
+        "label": "cat",
+        "probability": 1,
+        "score": 1,
+        "coordinates": [0],
+        "kept": None,
+    }
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n{half")
+    other = ftkit("drift", bundle, tmp_path)
+    assert (other.exit_code, "one of another" in other.stderr) == (2, True)
+
+
+def test_a_watched_folder_is_classified_until_stopped(
+    bundle: Path, photographs: Path, tmp_path: Path
+) -> None:
+    incoming = tmp_path / "incoming"
+    incoming.mkdir()
+    first, second = sorted(photographs.iterdir())[:2]
+    shutil.copyfile(first, incoming / first.name)
+    (incoming / "broken.png").write_bytes(b"no image")
+    command = [sys.executable, str(bundle / "device" / "classify.py"), "--watch", str(incoming)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout
+        assert first.name in running.stdout.readline()
+        shutil.copyfile(second, incoming / second.name)
+        assert second.name in running.stdout.readline()
+        time.sleep(0.1)
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=30)
+    assert running.returncode == 0
+    assert "broken.png" in said, "one bad file does not end the watch"
+
+
+def test_frames_and_bytes_are_kept_as_pictures(
+    bundle: Path, photographs: Path, tmp_path: Path
+) -> None:
+    path = next(photographs.iterdir())
+    with Classifier(bundle, keep=tmp_path / "kept") as classify:
+        assert classify.collector
+        classify.collector._control = 1.0
+        pixels = classify.decode(path)
+        for image in (pixels, path.read_bytes(), path):
+            classify(image)
+        classify.frame(pixels)
+    kept = sorted((tmp_path / "kept").rglob("*.png"))
+    assert len(kept) == 4
+    assert all(decode(picture).shape == pixels.shape for picture in kept)

@@ -1,0 +1,124 @@
+"""The drift test alarms seldom without drift, soon with it, and remembers where it stood."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ftkit_export.proof.drift_reference import Seen, make_reference
+from ftkit_export.runtime.drift import DriftTest, Reference
+
+CLASSES = ["a", "b", "c"]
+
+
+def _drawn(random: np.random.Generator, count: int, shift: float = 0.0) -> list[np.ndarray]:
+    """Scores, probabilities, answers and coordinates."""
+    return [
+        random.gamma(9, (1 + shift) / 9, count),
+        random.beta(8, 1.5 + 3 * shift, count),
+        random.choice(3, count, p=[0.5, 0.3, 0.2]),
+        random.normal(0.1 * shift, 0.1, (count, 4)),
+    ]
+
+
+def _reference(random: np.random.Generator, groups: list[str] | None = None) -> Reference:
+    scores, probabilities, answers, coordinates = _drawn(random, 800)
+    names = groups or [""] * 800
+    seen = Seen(
+        scores=scores,
+        probabilities=probabilities,
+        answers=answers,
+        groups=names,
+        coordinates=coordinates,
+        coordinate_groups=names,
+    )
+    return make_reference(seen, CLASSES)
+
+
+def _fed(test: DriftTest, images: list[np.ndarray]) -> DriftTest:
+    for score, probability, answer, coordinates in zip(*images, strict=True):
+        test.update(test.values_of(score, probability, CLASSES[answer], coordinates))
+    return test
+
+
+def test_no_drift_is_no_alarm_and_drift_is_found_with_its_beginning() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        assert not _fed(DriftTest(_reference(random)), _drawn(random, 1500)).alarms
+
+    for _ in range(5):
+        test = _fed(DriftTest(_reference(random)), _drawn(random, 600))
+        assert test.verdict == 0
+        _fed(test, _drawn(random, 200, shift=0.4))
+        assert test.verdict == 1
+        alarm = test.alarms["score"]
+        assert 600 < alarm["at"] <= 800
+        assert 400 < alarm["since"] < 700
+
+
+def test_a_class_answered_more_often_alarms_as_that() -> None:
+    random = np.random.default_rng(1)
+    test = DriftTest(_reference(random))
+    images = _drawn(random, 300)
+    images[2] = random.choice(3, 300, p=[0.2, 0.2, 0.6])
+    _fed(test, images)
+    assert set(test.alarms) == {"classes"}
+    assert test.alarms["classes"]["what"] in ("c, more often", "a, less often")
+
+
+def test_what_is_written_down_goes_on_as_if_never_stopped() -> None:
+    random = np.random.default_rng(2)
+    reference = _reference(random)
+    first, second = _drawn(random, 300), _drawn(random, 300, shift=0.1)
+    through = _fed(_fed(DriftTest(reference), first), second)
+
+    stopped = _fed(DriftTest(reference), first)
+    state = json.loads(json.dumps(stopped.state))
+    again = DriftTest(Reference.from_json(reference.to_json()), state)
+    assert _fed(again, second).state == through.state
+
+    other = Reference.from_json(
+        json.dumps(
+            {
+                **json.loads(reference.to_json()),
+                "events": json.loads(reference.to_json())["events"][:-1],
+            }
+        )
+    )
+    with pytest.raises(ValueError, match="another bundle"):
+        DriftTest(other, state)
+
+
+def test_images_of_one_group_count_as_one() -> None:
+    """One module with another mix of answers is no drift where modules differ."""
+    random = np.random.default_rng(3)
+    groups = [f"module{number // 40}" for number in range(800)]
+    scores, probabilities, _, coordinates = _drawn(random, 800)
+    answers = np.repeat(random.choice(3, 20, p=[0.5, 0.3, 0.2]), 40)
+    seen = Seen(
+        scores=scores,
+        probabilities=probabilities,
+        answers=answers,
+        groups=groups,
+        coordinates=coordinates,
+        coordinate_groups=groups,
+    )
+    reference = make_reference(seen, CLASSES)
+    assert (reference.block, reference.groups) == (40, 20)
+
+    images = _drawn(random, 2000)
+    images[2] = np.repeat(random.choice(3, 50, p=[0.5, 0.3, 0.2]), 40)
+    assert not _fed(DriftTest(reference), images).alarms
+    assert DriftTest(reference).verdict == 3
+
+
+def test_a_damaged_reference_is_refused() -> None:
+    told = json.loads(_reference(np.random.default_rng(4)).to_json())
+    for change in (
+        {"block": 0},
+        {"events": []},
+        {"events": [{**told["events"][0], "rate": 0.0}]},
+        {"events": [{**told["events"][0], "value": "direction 9"}]},
+    ):
+        with pytest.raises(ValueError, match=r"event"):
+            Reference.from_json(json.dumps({**told, **change}))

@@ -1,0 +1,54 @@
+"""A file that appears in a watched folder is taken once."""
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.watch import watch
+
+
+def _looks(*steps: Callable[[], object]) -> Callable[[], object]:
+    """Each step happens between two looks; the last look ends the watch."""
+    waiting = iter([*steps, lambda: None])
+    return lambda: next(waiting, lambda: False)()
+
+
+def test_a_file_is_taken_once_when_it_no_longer_grows_also_after_a_restart(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    one.write_bytes(b"1")
+    (tmp_path / "notes.txt").write_text("")
+
+    def grow() -> None:
+        with two.open("ab") as file:
+            file.write(b"2")
+
+    taken = list(watch(tmp_path, _looks(grow, grow, grow, lambda: None)))
+    assert taken == [one, two]
+    assert list(watch(tmp_path, _looks())) == []
+
+    two.write_bytes(b"another")
+    os.utime(one, ns=(1, 1))  # another file of the same name
+    assert list(watch(tmp_path, _looks())) == [one, two]
+
+    one.unlink()
+    list(watch(tmp_path, _looks()))
+    assert "one.png" not in (tmp_path / ".taken").read_text(), "the ledger does not grow for ever"
+
+
+def test_a_file_that_ends_the_process_is_not_taken_again(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"1")
+    first = next(watch(tmp_path, _looks()))
+    assert [path.name for path in itertools.chain([first], watch(tmp_path, _looks()))] == [
+        "a.png",
+        "b.png",
+    ]
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FtkitError, match="expected a folder to watch"):
+        next(watch(tmp_path / "none"))

@@ -1,0 +1,1 @@
+"""After shipping: what devices have collected comes home."""

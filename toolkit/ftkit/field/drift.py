@@ -1,0 +1,226 @@
+"""Judge drift from what a device has collected.
+
+found = find_drift(Path("bundle"), Path("collected"))
+found.verdict        # 0 none, 1 drift, 3 too little to say
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.collect import logs, stored_test
+from ftkit_export.runtime.drift import STREAMS, DriftTest, Reference
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.predict import REFERENCE, read_reference
+
+COURSE = 60  # points of a course
+PICTURES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """A stream that has drifted. since: the image after which it began, as estimated, and its time;
+    at: the image at which it was sure. pictures: those kept since then that show it most."""
+
+    stream: str
+    what: str
+    since: int
+    since_time: str
+    at: int
+    pictures: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Day:
+    """What was seen on one day, local time. answers: share of each class."""
+
+    date: str
+    images: int
+    median_score: float
+    mean_probability: float
+    answers: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Verdict of the drift test on a log.
+
+    evidence: by stream, by how many times its stake has grown; course: the same after each of
+    `marks` images. forgotten: images that the device's test has seen, and the log no longer holds.
+    """
+
+    folder: Path
+    reference: Reference
+    verdict: int
+    images: int
+    first: str
+    last: str
+    evidence: Mapping[str, float]
+    alarms: Sequence[Alarm]
+    marks: Sequence[int]
+    course: Mapping[str, Sequence[float]]
+    days: Sequence[Day]
+    forgotten: int
+
+
+def find_drift(bundle: Path, collected: Path) -> Drift:
+    """Run the test over the log of `collected`, from its first line.
+
+    Raises FtkitError for a bundle without a reference, a folder without a log, or a log of another
+    bundle.
+    """
+    reference = read_reference(bundle)
+    if reference is None:
+        raise FtkitError(
+            f"{bundle}: expected the reference of the drift test ({REFERENCE}), found none. Export the run again"
+        )
+    lines = read_log(collected)
+    if not lines:
+        raise FtkitError(
+            f"{collected}: expected a log that `classify.py --keep` wrote, found none. Check the folder"
+        )
+
+    test = DriftTest(reference)
+    values = np.stack([_values(test, line, collected) for line in lines])
+    marks = np.unique(np.linspace(1, len(lines), min(COURSE, len(lines))).astype(int))
+    course: dict[str, list[float]] = {name: [] for name in STREAMS}
+    for number, row in enumerate(values, start=1):
+        test.update(row)
+        if number in marks:
+            for name, stake in test.evidence.items():
+                course[name].append(stake)
+
+    there = stored_test(collected, reference)
+    forgotten = max(0, there.images - len(lines))
+    alarms = [_alarm(test, name, values, lines) for name in test.alarms]
+    if forgotten:  # what was found before the log's first line still stands
+        alarms += [_earlier(there, name) for name in there.alarms if name not in test.alarms]
+
+    return Drift(
+        folder=collected,
+        reference=reference,
+        verdict=1 if alarms else test.verdict,
+        images=len(lines),
+        first=_time(lines[0]),
+        last=_time(lines[-1]),
+        evidence=test.evidence,
+        alarms=alarms,
+        marks=marks.tolist(),
+        course=course,
+        days=_days(lines),
+        forgotten=forgotten,
+    )
+
+
+def read_log(collected: Path) -> list[dict[str, Any]]:
+    """The lines of a log, oldest first; a last line cut short by a power cut is left out."""
+    lines = []
+    for path in logs(collected):
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+                float(line["time"]), float(line["score"]), float(line["probability"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            lines.append(line)
+    return lines
+
+
+def _values(test: DriftTest, line: Mapping[str, Any], collected: Path) -> Array:
+    coordinates = np.array(line["coordinates"], float)
+    if len(coordinates) != test.reference.directions or line["label"] not in test.reference.classes:
+        raise FtkitError(
+            f"{collected}: expected a log written with this bundle, found one of another. Try the bundle that the "
+            "device ran"
+        )
+    return test.values_of(line["score"], line["probability"], line["label"], coordinates)
+
+
+def _alarm(
+    test: DriftTest, stream: str, values: Array, lines: Sequence[Mapping[str, Any]]
+) -> Alarm:
+    alarm = test.alarms[stream]
+    since = alarm["since"]
+    event = test.reference.events[alarm["event"]]
+    shown = values[:, test.reference.values.index(event.value)] * (1 if event.above else -1)
+    kept = [number for number in range(since, len(lines)) if lines[number]["kept"]]
+    kept.sort(key=lambda number: -shown[number])
+    return Alarm(
+        stream=stream,
+        what=alarm["what"],
+        since=since,
+        since_time=_time(lines[min(since, len(lines) - 1)]),
+        at=alarm["at"],
+        pictures=[str(lines[number]["kept"]) for number in kept[:PICTURES]],
+    )
+
+
+def _earlier(test: DriftTest, stream: str) -> Alarm:
+    alarm = test.alarms[stream]
+    return Alarm(
+        stream=stream,
+        what=alarm["what"],
+        since=alarm["since"],
+        since_time="before the log's first line",
+        at=alarm["at"],
+        pictures=(),
+    )
+
+
+def _time(line: Mapping[str, Any]) -> str:
+    return datetime.fromtimestamp(line["time"]).strftime("%Y-%m-%d %H:%M")
+
+
+def _days(lines: Sequence[Mapping[str, Any]]) -> list[Day]:
+    by_date: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        by_date.setdefault(_time(line)[:10], []).append(line)
+
+    days = []
+    for date, seen in by_date.items():
+        names, counts = np.unique([line["label"] for line in seen], return_counts=True)
+        days.append(
+            Day(
+                date=date,
+                images=len(seen),
+                median_score=float(np.median([line["score"] for line in seen])),
+                mean_probability=float(np.mean([line["probability"] for line in seen])),
+                answers={
+                    str(name): count / len(seen)
+                    for name, count in zip(names, counts.tolist(), strict=True)
+                },
+            )
+        )
+    return days
+
+
+def as_text(found: Drift) -> str:
+    """The verdict as lines of at most 80 characters or so."""
+    on = f"{found.images} images, {found.first} to {found.last}"
+    lines = [f"drift: {on}"]
+    if found.forgotten:
+        lines.append(f"the log no longer holds {found.forgotten} images before them")
+    reference = found.reference
+    ground = f"{reference.images} held-out images"
+    if reference.groups is not None:
+        ground += f" in {reference.groups} groups; {reference.block} images count as one"
+    lines.append(f"without drift: {ground}")
+
+    alarms = {alarm.stream: alarm for alarm in found.alarms}
+    for name in STREAMS:
+        alarm = alarms.get(name)
+        said = f"{name:<11} {min(found.evidence[name], 1e9):>9.3g} times its stake"
+        if alarm:
+            said += f": drift since {alarm.since_time}\n{'':<11} {alarm.what}"
+            said += "".join(f"\n{'':<11} {found.folder / picture}" for picture in alarm.pictures)
+        lines.append(said)
+    lines.append({0: "no drift found", 1: "drift", 3: "too little to say"}[found.verdict])
+    return "\n".join(lines)
