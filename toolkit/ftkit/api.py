@@ -162,6 +162,7 @@ def export(run: Run | str | Path, options: ExportOptions) -> Exported:
             handoff=options.handoff,
             zipped=options.zipped,
             sign=Path(options.sign) if options.sign else None,
+            version=options.bundle_version,
             web=files,
         )
 

@@ -161,6 +161,7 @@ class ExportOptions:
     - runtime: onnxruntime-web's .tgz, for web.
     - zipped: also write BUNDLE.zip.
     - sign: an Ed25519 private key (PEM).
+    - bundle_version: counter that a device compares at an update; by default the time, in seconds.
     """
 
     out: str | Path | None = None
@@ -179,6 +180,7 @@ class ExportOptions:
     runtime: str | Path | None = None
     zipped: bool = False
     sign: str | Path | None = None
+    bundle_version: int | None = None
     quiet: bool = False
 
 

@@ -9,14 +9,17 @@ The signature is Ed25519 (RFC 8032) over manifest.json, which holds the hash of 
 
 from __future__ import annotations
 
+import errno
 import lzma
 import shutil
 import stat
+import subprocess
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import util
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,15 +92,23 @@ def opened(bundle: Path, key: Path | None = None) -> Iterator[Path]:
         return
 
     with tempfile.TemporaryDirectory() as scratch:
-        if key:
-            _check_signature_inside(bundle, key)
-        _unpack(bundle, Path(scratch))
-        manifests = [path.parent for path in Path(scratch).glob(f"**/{MANIFEST}")]
-        if len(manifests) != 1:
-            raise BundleError(
-                f"{bundle}: expected one bundle in it, found {len(manifests)}. Try `ftkit export --zip`"
-            )
-        yield manifests[0]
+        yield extracted(bundle, Path(scratch), key)
+
+
+def extracted(source: Path, into: Path, key: Path | None = None) -> Path:
+    """Unpack a zip into a folder, and return the bundle's folder in it.
+
+    key and errors: as in `opened`. The files' hashes are not checked.
+    """
+    if key:
+        _check_signature_inside(source, key)
+    _unpack(source, into)
+    manifests = [path.parent for path in into.glob(f"**/{MANIFEST}")]
+    if len(manifests) != 1:
+        raise BundleError(
+            f"{source}: expected one bundle in it, found {len(manifests)}. Try `ftkit export --zip`"
+        )
+    return manifests[0]
 
 
 @contextmanager
@@ -182,6 +193,8 @@ def _unpack(source: Path, folder: Path) -> None:
                 with archive.open(entry) as content, path.open("xb") as file:
                     _copy(content, file, entry.file_size, f"{source}: {entry.filename}")
     except BROKEN_ZIP as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # not the zip's fault
+            raise
         raise BundleError(
             f"{source}: expected a zipped bundle, found: {error}. Copy it again"
         ) from None
@@ -223,20 +236,47 @@ def check_signature(bundle: Path, key: Path) -> None:
 
 
 def _check(manifest: bytes, signature: bytes | None, key: Path, where: str) -> None:
-    public = _load(key, "load_pem_public_key", "Ed25519PublicKey", "public")
-    from cryptography.exceptions import InvalidSignature
-
     if signature is None:
         raise BundleError(
             f"{where}: expected a signature, found none. Ask for a bundle made with --sign"
         )
 
+    if not _signed_by(manifest, signature, key):
+        raise BundleError(
+            f"{where}: expected a signature by {key.name}, found another. Do not trust this bundle"
+        )
+
+
+def _signed_by(manifest: bytes, signature: bytes, key: Path) -> bool:
+    """By the package cryptography or, on a device without it, by OpenSSL 3's command."""
+    if util.find_spec("cryptography") is None and shutil.which("openssl"):
+        return _signed_by_openssl(manifest, signature, key)
+
+    public = _load(key, "load_pem_public_key", "Ed25519PublicKey", "public")
+    from cryptography.exceptions import InvalidSignature
+
     try:
         public.verify(signature, manifest)
     except InvalidSignature:
-        raise BundleError(
-            f"{where}: expected a signature by {key.name}, found another. Do not trust this bundle"
-        ) from None
+        return False
+    return True
+
+
+def _signed_by_openssl(manifest: bytes, signature: bytes, key: Path) -> bool:
+    def openssl(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
+
+    if (
+        "ED25519"
+        not in openssl("pkey", "-pubin", "-in", str(key), "-noout", "-text").stdout.upper()
+    ):
+        raise _bad_key(key, "public")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, content in (("manifest", manifest), ("signature", signature)):
+            (Path(scratch) / name).write_bytes(content)
+        files = ("-in", f"{scratch}/manifest", "-sigfile", f"{scratch}/signature")
+        done = openssl("pkeyutl", "-verify", "-pubin", "-inkey", str(key), "-rawin", *files)
+    return done.returncode == 0
 
 
 def require_key(key: Path) -> None:
@@ -263,12 +303,16 @@ def _load(key: Path, loader: str, kind: str, half: str) -> Any:
         if not isinstance(loaded, getattr(ed25519, kind)):
             raise ValueError
     except (OSError, ValueError, TypeError):
-        raise FtkitError(
-            f"{key}: expected an Ed25519 {half} key in PEM without a password, found none. "
-            "Try `openssl genpkey -algorithm ed25519 -out key.pem`"
-        ) from None
+        raise _bad_key(key, half) from None
 
     return loaded
+
+
+def _bad_key(key: Path, half: str) -> FtkitError:
+    return FtkitError(
+        f"{key}: expected an Ed25519 {half} key in PEM without a password, found none. "
+        "Try `openssl genpkey -algorithm ed25519 -out key.pem`"
+    )
 
 
 def add_evidence(bundle: Path, copy: Path, name: str, evidence: str) -> Path:

@@ -11,7 +11,6 @@ BUNDLE.inconclusive, never to BUNDLE.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ import ftkit_export
 from ftkit_export.bundle.archive import sign
 from ftkit_export.proof.regression import Outcome
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.files import folder_beside
+from ftkit_export.runtime.files import flush, folder_beside
 from ftkit_export.runtime.verify import MANIFEST, MANIFEST_SCHEMA, SIGNATURE, sha256, with_digest
 
 WORST_FIRST: tuple[Outcome, ...] = ("failed", "inconclusive")
@@ -104,16 +103,20 @@ def runtime_files() -> list[str]:
     return [
         "__init__.py",
         *(f"runtime/{path.name}" for path in sorted((PACKAGE / "runtime").glob("*.py"))),
+        *(f"bundle/{name}.py" for name in ("__init__", "archive", "update")),
     ]
 
 
 def add_runners(folder: Path) -> None:
-    """Copy the runners into device/: classify.py, the part of this package it imports, and cpp/."""
+    """Copy the runners into device/: classify.py, update.py, the part of this package that they
+    import, and cpp/."""
     package = folder / "device" / "ftkit_export"
-    (package / "runtime").mkdir(parents=True)
+    for part in ("runtime", "bundle"):
+        (package / part).mkdir(parents=True)
     for name in runtime_files():
         shutil.copyfile(PACKAGE / name, package / name)
-    shutil.copyfile(PACKAGE / "device" / "classify.py", folder / "device" / "classify.py")
+    for name in ("classify.py", "update.py"):
+        shutil.copyfile(PACKAGE / "device" / name, folder / "device" / name)
     shutil.copytree(PACKAGE / "device" / "cpp", folder / "device" / "cpp")
 
 
@@ -165,19 +168,3 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
     }
     text = json.dumps({"schema": MANIFEST_SCHEMA, **manifest, "files": files}, indent=1) + "\n"
     (folder / MANIFEST).write_bytes(with_digest(text))
-
-
-def flush(path: Path) -> None:
-    """fsync a file, or a folder's entries.
-
-    So a power cut after the rename leaves no empty files.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # a folder, on Windows
-        return
-
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

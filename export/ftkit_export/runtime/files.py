@@ -78,3 +78,19 @@ def _lives(process: int) -> bool:
     except OSError:  # another user's, or the system does not say
         return True
     return True
+
+
+def flush(path: Path) -> None:
+    """fsync a file, or a folder's entries.
+
+    So a power cut after the rename leaves no empty files.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder, on Windows
+        return
+
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

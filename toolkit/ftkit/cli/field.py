@@ -1,4 +1,4 @@
-"""Commands for what devices have collected: drift."""
+"""Commands for bundles that have shipped: drift, delta."""
 
 from __future__ import annotations
 
@@ -52,3 +52,28 @@ def drift(
         click.echo(as_text(found))
         click.echo(f"page: {page}")
     ctx.exit(found.verdict)
+
+
+@click.command(cls=Command, short_help="A zip of what differs between two bundles.")
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.zip",
+    help="[default: NEW.delta.zip]",
+)
+def delta(old: Path, new: Path, out: Path | None) -> None:
+    """Write a zip of NEW without the files that OLD has too.
+
+    A device that runs OLD installs it with `device/update.py`, which checks every file as always.
+    """
+    from ftkit_export.bundle.archive import unpacked
+    from ftkit_export.bundle.update import delta as write_delta
+
+    path = out or new.with_name(f"{new.name.removesuffix('.zip')}.delta.zip")
+    with unpacked(old) as before, unpacked(new) as after:
+        left_out = write_delta(before, after, path)
+    click.echo(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB; {left_out / 1e6:.1f} MB are on the device"
+    )

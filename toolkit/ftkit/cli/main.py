@@ -20,7 +20,7 @@ import click
 from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
-from ftkit.cli.field import drift
+from ftkit.cli.field import delta, drift
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
@@ -242,6 +242,12 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     "--web", is_flag=True, help="Also write a page that runs the file in a browser to device/web."
 )
 @RUNTIME
+@click.option(
+    "--bundle-version",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Counter: a device takes no older one. [default: the time]",
+)
 @click.option(
     "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
 )
@@ -524,7 +530,7 @@ def demo(out: Path) -> None:
     run_demo(out)
 
 
-for command in (search, drift, audit_data, evaluate, bench, report, try_bundle, cache):
+for command in (search, drift, delta, audit_data, evaluate, bench, report, try_bundle, cache):
     main.add_command(command)
 
 

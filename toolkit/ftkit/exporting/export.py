@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
@@ -86,6 +87,7 @@ class Extras:
     handoff: bool = False
     zipped: bool = False
     sign: Path | None = None
+    version: int | None = None
     web: Path | None = None
 
 
@@ -529,6 +531,7 @@ def _seal(
 
     manifest = {
         **evidence.manifest(run, job.context, made, found_evidence),
+        "version": int(time.time()) if job.extras.version is None else job.extras.version,
         "pipeline": _pipeline(job),
         "variants": {
             name: {

@@ -17,7 +17,7 @@ import numpy as np
 
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.collect import logs, stored_test
-from ftkit_export.runtime.drift import STREAMS, DriftTest, Reference
+from ftkit_export.runtime.drift import ALARM, STREAMS, DriftTest, Reference
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.predict import REFERENCE, read_reference
 
@@ -214,13 +214,14 @@ def as_text(found: Drift) -> str:
         ground += f" in {reference.groups} groups; {reference.block} images count as one"
     lines.append(f"without drift: {ground}")
 
+    lines.append(f"{'':<11} {'evidence':>9} of {ALARM:.0f} for an alarm")
     alarms = {alarm.stream: alarm for alarm in found.alarms}
     for name in STREAMS:
-        alarm = alarms.get(name)
-        said = f"{name:<11} {min(found.evidence[name], 1e9):>9.3g} times its stake"
-        if alarm:
-            said += f": drift since {alarm.since_time}\n{'':<11} {alarm.what}"
-            said += "".join(f"\n{'':<11} {found.folder / picture}" for picture in alarm.pictures)
+        said = f"{name:<11} {min(found.evidence[name], 1e9):>9.3g}"
+        if name in alarms:
+            alarm = alarms[name]
+            said += f"  {alarm.what}, since {alarm.since_time}"
+            said += "".join(f"\n{'':<23}{picture}" for picture in alarm.pictures)
         lines.append(said)
     lines.append({0: "no drift found", 1: "drift", 3: "too little to say"}[found.verdict])
     return "\n".join(lines)

@@ -1,0 +1,327 @@
+"""Install bundles on a device: checked, switched at once, and back again where one fails.
+
+    update(Path("new.zip"), Path("/opt/camera"), key=Path("pub.pem"))
+    rollback(Path("/opt/camera"))
+
+    /opt/camera/current      a link to the bundle that runs
+    /opt/camera/previous     a link to the one before
+    /opt/camera/versions/    both of them
+
+A new bundle must be signed, whole, no older, pass its self-check on this very device, and be no
+slower there than the one that runs. Only then is `current` replaced, in one atomic step: at any
+moment, also after a power cut, it is the old bundle or the new one. A zip may lack files that the
+running bundle has (`delta`): they are copied from it, and checked like all others.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit_export.bundle.archive import EPOCH, check_signature, extracted
+from ftkit_export.runtime.errors import BundleError, FtkitError
+from ftkit_export.runtime.files import flush, folder_beside, replacing
+from ftkit_export.runtime.latency import race
+from ftkit_export.runtime.verify import MANIFEST, SIGNATURE, check_files, read_manifest, sha256
+
+CURRENT = "current"
+PREVIOUS = "previous"
+VERSIONS = "versions"
+PROBATION = "probation.json"
+SLOWER = 0.1  # of the running bundle's time that a new one may take longer
+FRAMES = 100  # that a new bundle must answer before it is trusted
+SELF_CHECK_SECONDS = 600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """A finished update. version: the bundle's counter. ratio: its time relative to that of the
+    bundle before, with its 95 % bounds; None where none ran."""
+
+    folder: Path
+    version: int
+    replaced: Path | None
+    ratio: tuple[float, float, float] | None
+
+
+def update(
+    source: Path,
+    into: Path,
+    *,
+    key: Path | None,
+    allow_downgrade: bool = False,
+    slower: float = SLOWER,
+    threads: int = 1,
+) -> Update:
+    """Install the bundle in a zip or folder. key: the public key that must have signed it; None
+    takes any bundle.
+
+    slower: share of the running bundle's time that it may take longer. Raises BundleError for a
+    bundle that is not signed with the key, altered or incomplete; FtkitError for one that is older,
+    fails its self-check here, or is slower; also when the disk is full. What ran before still runs
+    then.
+    """
+    try:
+        (into / VERSIONS).mkdir(parents=True, exist_ok=True)
+        with _locked(into):
+            return _update(source, into, key, allow_downgrade, slower, threads)
+    except OSError as error:
+        raise FtkitError(
+            f"{into}: expected to install {source.name}, found: {error.strerror or error}. The bundle that ran still "
+            "runs. Free some disk, or check the path"
+        ) from None
+
+
+def _update(
+    source: Path,
+    into: Path,
+    key: Path | None,
+    allow_downgrade: bool,
+    slower: float,
+    threads: int,
+) -> Update:
+    running = current(into)
+    beside = folder_beside(into / VERSIONS / "incoming")
+    try:
+        new = _fetched(source, beside, running, key)
+        manifest = read_manifest(new)
+        check_files(new, manifest["files"])
+        _require_newer(source, manifest, running, allow_downgrade)
+        _self_check(source, new)
+        ratio = _require_as_fast(source, new, running, slower, threads)
+
+        folder = _place(into, manifest)
+        if not folder.exists():
+            for path in sorted(new.rglob("*"), reverse=True):
+                flush(path)
+            flush(new)
+            new.rename(folder)
+            flush(folder.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+    replaced = running if running and running != folder.resolve() else None
+    if replaced:
+        _point(into / PREVIOUS, replaced)
+        _write(into / PROBATION, {"version": folder.name, "frames": 0, "of": FRAMES})
+    _point(into / CURRENT, folder)
+    _forget(into)
+    return Update(folder=folder, version=version_of(manifest), replaced=replaced, ratio=ratio)
+
+
+def current(into: Path) -> Path | None:
+    """The bundle that runs; None before the first."""
+    link = into / CURRENT
+    return link.resolve() if link.exists() else None
+
+
+def version_of(manifest: dict[str, Any]) -> int:
+    """A bundle's version counter; 0 for bundles of before there was one."""
+    found = manifest.get("version", 0)
+    return found if isinstance(found, int) else 0
+
+
+def rollback(into: Path) -> Path:
+    """Make the bundle before the running one run again, and return it.
+
+    Raises FtkitError when there is none.
+    """
+    with _locked(into):
+        running = current(into)
+        link = into / PREVIOUS
+        if not link.exists():
+            raise FtkitError(
+                f"{into}: expected a bundle to go back to, found none. Try an update with --allow-downgrade"
+            )
+        before = link.resolve()
+        _point(into / CURRENT, before)
+        if running:
+            _point(link, running)
+        (into / PROBATION).unlink(missing_ok=True)
+        return before
+
+
+def _fetched(source: Path, beside: Path, running: Path | None, key: Path | None) -> Path:
+    """The new bundle, in a folder below `beside`, with what the running one has of it."""
+    new = beside / "bundle"
+    if source.is_dir():
+        if key:
+            check_signature(source, key)
+        shutil.copytree(source, new, symlinks=True)
+    else:
+        extracted(source, beside / "zip", key).rename(new)
+
+    files = read_manifest(new)["files"]
+    missing = {name: digest for name, digest in files.items() if not (new / name).exists()}
+    if missing and running:
+        there = {digest: name for name, digest in read_manifest(running)["files"].items()}
+        for name, digest in missing.items():
+            if digest in there:
+                (new / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(running / there[digest], new / name)
+    return new
+
+
+def _place(into: Path, manifest: dict[str, Any]) -> Path:
+    """The folder of this bundle: one that is there and whole, or a name that is free."""
+    name = f"{version_of(manifest)}-{manifest['digest'][:12]}"
+    number = 1
+    while True:
+        folder = into / VERSIONS / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists():
+            return folder
+        try:
+            check_files(folder, manifest["files"])
+            return folder
+        except (
+            BundleError
+        ):  # damaged since; it may be the one that runs, and stays until it does not
+            number += 1
+
+
+def _require_newer(
+    source: Path, manifest: dict[str, Any], running: Path | None, allow_downgrade: bool
+) -> None:
+    if running is None or allow_downgrade:
+        return
+    here = version_of(read_manifest(running))
+    if version_of(manifest) < here:
+        raise FtkitError(
+            f"{source}: expected version {here} or newer, which runs here, found {version_of(manifest)}. Try "
+            "--allow-downgrade"
+        )
+
+
+def _self_check(source: Path, new: Path) -> None:
+    """Run the bundle's own self-check, in a process of its own."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-B", str(new / "device" / "classify.py"), "--self-check"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=SELF_CHECK_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise FtkitError(
+            f"{source}: expected its self-check to end within {SELF_CHECK_SECONDS} s here, found it running. It is "
+            "not installed"
+        ) from None
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        raise FtkitError(
+            f"{source}: expected its self-check to pass on this device, found: {said}. It is not installed"
+        )
+
+
+def _require_as_fast(
+    source: Path, new: Path, running: Path | None, slower: float, threads: int
+) -> tuple[float, float, float] | None:
+    """Interleaved runs of both files on the new one's golden image."""
+    if running is None:
+        return None
+    models = [running / "model.onnx", new / "model.onnx"]
+    if sha256(models[0]) == sha256(models[1]):
+        return None
+    _, raced = race(models, new / "golden" / "00.png", threads=threads)
+    if raced.ratio_low > 1 + slower:
+        raise FtkitError(
+            f"{source}: expected at most {1 + slower:.2f} of the running bundle's time, found {raced.ratio:.2f} "
+            f"[{raced.ratio_low:.2f}, {raced.ratio_high:.2f}]. Try --slower {raced.ratio - 0.9:.1f}"
+        )
+    return raced.ratio, raced.ratio_low, raced.ratio_high
+
+
+def _point(link: Path, folder: Path) -> None:
+    """Make a link point to a folder below its own, atomically."""
+    beside = link.with_name(f".{link.name}.new")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(folder.relative_to(link.parent.resolve()), target_is_directory=True)
+    beside.replace(link)
+    flush(link.parent)
+
+
+def _write(path: Path, told: object) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(told))
+
+
+def _forget(into: Path) -> None:
+    """Remove all versions but the running one and the one before."""
+    kept = {link.resolve() for link in (into / CURRENT, into / PREVIOUS) if link.exists()}
+    for folder in (into / VERSIONS).iterdir():
+        if folder.resolve() not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(into: Path) -> Iterator[None]:
+    """One update at a time."""
+    with (into / ".lock").open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError:
+            raise FtkitError(
+                f"{into}: expected no other update at work, found one. Wait for it"
+            ) from None
+        yield
+
+
+def delta(old: Path, new: Path, out: Path) -> int:
+    """Write a zip of `new` without the files that `old` has too; return the bytes left out.
+
+    It can be installed where `old` runs. The manifest and signature are those of `new`.
+    """
+    before = set(read_manifest(old)["files"].values())
+    manifest = read_manifest(new)
+    check_files(new, manifest["files"])
+    sent = [name for name, digest in manifest["files"].items() if digest not in before]
+    names = [MANIFEST, *([SIGNATURE] if (new / SIGNATURE).is_file() else []), *sent]
+    try:
+        with (
+            replacing(out) as beside,
+            zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive,
+        ):
+            for name in sorted(names):
+                info = zipfile.ZipInfo(f"{new.name}/{name}", EPOCH)
+                info.compress_type = zipfile.ZIP_DEFLATED
+                info.external_attr = 0o644 << 16
+                archive.writestr(info, (new / name).read_bytes())
+    except OSError as error:
+        raise FtkitError(
+            f"{out}: expected to write a zip, found {error.strerror}. Free some disk"
+        ) from None
+    return sum((new / name).stat().st_size for name in manifest["files"] if name not in sent)
+
+
+def probation(into: Path) -> dict[str, Any] | None:
+    """What a new bundle has still to show: {"version", "frames", "of"}; None where it is trusted."""
+    try:
+        found: dict[str, Any] = json.loads((into / PROBATION).read_text())
+    except (OSError, ValueError):
+        return None
+    running = current(into)
+    return found if running and found.get("version") == running.name else None
+
+
+def answered(into: Path, frames: int) -> None:
+    """Note how many frames the new bundle has answered; the last ends its probation."""
+    found = probation(into)
+    if found is None:
+        return
+    if frames >= found["of"]:
+        (into / PROBATION).unlink(missing_ok=True)
+    else:
+        _write(into / PROBATION, {**found, "frames": frames})
