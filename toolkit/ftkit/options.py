@@ -70,7 +70,7 @@ class TrainOptions:
     - known: a resumed run keeps its own recipe and seed, whatever is given here.
     - deterministic: reproduce the same weights on a GPU too, at lower speed; a CPU always does,
       given the same number of threads.
-    - group_by, root: as in dataset.read_images.
+    - group_by, root, add: as in dataset.read_images.
     - allow_leakage: train even if train, val and test share images or groups, or identical files
       have two labels.
     - tensorboard: also write TensorBoard events to `out`/tensorboard.
@@ -88,6 +88,7 @@ class TrainOptions:
     deterministic: bool = False
     group_by: str = ""
     root: str | Path | None = None
+    add: str | Path | None = None
     allow_leakage: bool = False
     tensorboard: bool = False
     quiet: bool = False

@@ -1,14 +1,20 @@
-"""Commands for bundles that have shipped: drift, delta."""
+"""Commands for bundles that have shipped: drift, review, delta."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ftkit.cli.bench import JSON, KEY, write_json
 from ftkit.cli.options import Command
+
+if TYPE_CHECKING:
+    from ftkit.field.review import Picture
 
 
 @click.command(cls=Command, short_help="Has what a device sees moved from the training images?")
@@ -52,6 +58,65 @@ def drift(
         click.echo(as_text(found))
         click.echo(f"page: {page}")
     ctx.exit(found.verdict)
+
+
+@click.command(cls=Command, short_help="Order what a device collected for labelling.")
+@click.argument("collected", type=click.Path(path_type=Path))
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Its classes are offered on the page. [default: those in the log]",
+)
+@click.option("--serve", is_flag=True, help="Label on a local page, one key a class.")
+@click.option("--port", default=0, show_default="any free one", metavar="N")
+@click.option("--open/--no-open", "show", default=True, help="Open the page in a browser.")
+def review(collected: Path, bundle: Path | None, serve: bool, port: int, show: bool) -> None:
+    """Fold near duplicates of what is in COLLECTED, order the rest with the most informative first,
+    and write contact sheets and COLLECTED/review/review.csv, in which to fill in labels.
+
+    `ftkit train DATA --add COLLECTED/review/review.csv` then trains on them too.
+    """
+    from ftkit.field.review import ordered, read_labels, write_review
+
+    classes = _classes(bundle) if bundle else []
+    pictures = ordered(collected)
+    table = write_review(collected, pictures)
+    folded = sum(len(picture.alike) for picture in pictures)
+    click.echo(f"{len(pictures)} pictures to label, {folded} near duplicates folded")
+    click.echo(f"sheets: {table.parent}")
+    if serve:
+        _label(collected, pictures, classes, port, show)
+    click.echo(f"{len(read_labels(table))} labelled: {table}")
+    click.echo(f"next: ftkit train DATA --add {shlex.quote(str(table))}")
+
+
+def _label(
+    collected: Path, pictures: Sequence[Picture], classes: Sequence[str], port: int, show: bool
+) -> None:
+    """Serve the page until Ctrl-C."""
+    import threading
+    import webbrowser
+
+    from ftkit.field.label_page import labelling
+
+    offered = classes or sorted({picture.suggested for picture in pictures})
+    with labelling(collected, pictures, offered, port) as url:
+        click.echo(f"{url}  (Ctrl-C ends)")
+        if show:
+            webbrowser.open(url)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            click.echo("")
+
+
+def _classes(bundle: Path) -> list[str]:
+    from ftkit_export.bundle.archive import unpacked
+    from ftkit_export.runtime.verify import read_manifest
+
+    with unpacked(bundle) as folder:
+        return list(read_manifest(folder)["labels"])
 
 
 @click.command(cls=Command, short_help="A zip of what differs between two bundles.")

@@ -20,7 +20,7 @@ import click
 from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
-from ftkit.cli.field import delta, drift
+from ftkit.cli.field import delta, drift, review
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
@@ -127,6 +127,12 @@ PROVIDERS_OPTION = click.option(
 )
 @GROUP_BY
 @ROOT
+@click.option(
+    "--add",
+    type=click.Path(path_type=Path),
+    metavar="FILE.csv",
+    help="Further labelled images, such as `ftkit review` writes; the test split stays as it is.",
+)
 @MAX_PIXELS_OPTION
 @click.option("--allow-leakage", is_flag=True, help="Train even if `ftkit data` says NOT ok.")
 @click.option(
@@ -530,7 +536,18 @@ def demo(out: Path) -> None:
     run_demo(out)
 
 
-for command in (search, drift, delta, audit_data, evaluate, bench, report, try_bundle, cache):
+for command in (
+    search,
+    drift,
+    review,
+    delta,
+    audit_data,
+    evaluate,
+    bench,
+    report,
+    try_bundle,
+    cache,
+):
     main.add_command(command)
 
 

@@ -102,13 +102,16 @@ def read_images(
     root: str | Path | None = None,
     *,
     cut_val: bool = True,
+    add: str | Path | None = None,
 ) -> Images:
     """Read a class folder, a split folder or a CSV.
 
     group_by: a regular expression; its first capture group (or the whole match) in a file's path
     below `data` names the image's group. root: the folder that a CSV's paths are relative to, by
-    default its own. cut_val: whether to make a val split where none is given. Raises FtkitError
-    naming what is missing and what to try.
+    default its own. cut_val: whether to make a val split where none is given. add: a CSV of further
+    images, such as `ftkit review` writes; they are train unless it says otherwise, and the splits
+    of the others stay as they are without them. Raises FtkitError naming what is missing and what
+    to try.
     """
     root, rows = _rows(Path(data), Path(root) if root else None, group_by)
     classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
@@ -126,7 +129,43 @@ def read_images(
         ),
         key=lambda image: natural(image.path.as_posix()),
     )
-    return _with_splits(Images(root=root, classes=classes, images=tuple(images)), seed, cut_val)
+    read = Images(root=root, classes=classes, images=tuple(images))
+    split = _with_splits(read, seed, cut_val)
+    return split if add is None else _with_more(split, Path(add))
+
+
+def _with_more(images: Images, path: Path) -> Images:
+    """The data set with the labelled rows of a CSV; a class may be new."""
+    if not path.is_file():
+        raise FtkitError(
+            f"--add {path}: expected a CSV of further images, found none. Check the path"
+        )
+    rows = _from_csv(path, path.parent, labelled_only=True)
+    if not rows:
+        raise FtkitError(
+            f"--add {path}: expected labelled images, found none. Fill in the label column"
+        )
+
+    known = {_absolute(image.path) for image in images.images}
+    for place, _, _, _ in rows:
+        if _absolute(place) in known:
+            raise FtkitError(
+                f"--add {path}: expected further images, found {place.name}, which the data has. Remove that row"
+            )
+
+    labels = {*images.classes, *(label for _, label, _, _ in rows)}
+    classes = tuple(sorted(labels, key=natural))
+    index = {label: number for number, label in enumerate(classes)}
+    more = [
+        Image(path=place, label=index[label], split=split or "train", group=group)
+        for place, label, split, group in rows
+    ]
+    items = [
+        *(replace(image, label=index[images.classes[image.label]]) for image in images.images),
+        *more,
+    ]
+    ordered = sorted(items, key=lambda image: natural(image.path.as_posix()))
+    return replace(images, classes=classes, images=tuple(ordered))
 
 
 CsvRow = tuple[Path, str, str, str]  # path, label, split or "", group or ""
@@ -304,8 +343,11 @@ def _class_folders(root: Path) -> list[tuple[Path, str]]:
     ]
 
 
-def _from_csv(path: Path, folder: Path) -> list[CsvRow]:
-    """Read the rows of a CSV whose paths are relative to `folder`."""
+def _from_csv(path: Path, folder: Path, *, labelled_only: bool = False) -> list[CsvRow]:
+    """Read the rows of a CSV whose paths are relative to `folder`.
+
+    labelled_only: leave out rows without a label.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restkey=SURPLUS)
@@ -322,7 +364,11 @@ def _from_csv(path: Path, folder: Path) -> list[CsvRow]:
                 f"{path}: expected a column {column!r}, found {', '.join(columns) or 'none'}. Try path,label"
             )
 
-    return [_csv_row(folder, f"{path} line {number}", columns, line) for number, line in table]
+    return [
+        _csv_row(folder, f"{path} line {number}", columns, line)
+        for number, line in table
+        if not labelled_only or (line.get("label") or "").strip()
+    ]
 
 
 def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> CsvRow:

@@ -159,6 +159,7 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
             run.data["group_by"],
             None if data else run.data["root"],
             cut_val=not run.data["folds"],
+            add=run.data.get("add"),
         )
         canvases = build_canvases(images, run.preprocess, progress)
 

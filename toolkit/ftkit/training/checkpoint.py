@@ -40,7 +40,7 @@ class TrainState:
     """Progress of an unfinished run.
 
     - plan: what the run was started with (recipe, seed, data_fingerprint); never changes.
-    - source: the data's path and root as they were then.
+    - source: the data's path, root and added CSV as they were then.
     - stage, epoch, step: completed so far (epochs and steps count within the stage).
     - lr: the stage's peak learning rate.
     - best: val score (validate.Score) of the weights kept so far.
@@ -184,7 +184,7 @@ def plan_of(folder: Path) -> dict[str, Any]:
 def source_of(folder: Path) -> dict[str, Any]:
     """Where the data of an interrupted run was. Raises FtkitError if its state cannot be read."""
     data = _load(folder)
-    return {"data": ".", "root": None, **data.get("source", {})}
+    return {"data": ".", "root": None, "add": None, **data.get("source", {})}
 
 
 def _load(folder: Path) -> dict[str, Any]:

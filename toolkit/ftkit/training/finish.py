@@ -78,6 +78,7 @@ def write_run(
         "audit": prepared.audit,
         "data": str(Path(request.data).resolve()),
         "root": request.root and str(request.root.resolve()),
+        "add": request.add and str(request.add.resolve()),
         "max_pixels": os.environ.get(MAX_PIXELS),
         "data_fingerprint": canvases.fingerprint,
         "bad_files": [[str(path), why] for path, why in canvases.bad],

@@ -53,14 +53,19 @@ class Folds:
 
 
 def read_with_folds(
-    recipe: Recipe, data: str | Path, seed: int, group_by: str, root: Path | None
+    recipe: Recipe,
+    data: str | Path,
+    seed: int,
+    group_by: str,
+    root: Path | None,
+    add: Path | None = None,
 ) -> Images:
     """The images that a recipe trains on: without a val split, where folds take its place.
 
     With folds = "auto" a val split is cut where a class has one group, or a stage stops early. As
     dataset.read_images otherwise.
     """
-    read = partial(read_images, data, seed, group_by, root)
+    read = partial(read_images, data, seed, group_by, root, add=add)
     if not recipe.folds or (recipe.folds == "auto" and recipe.patient):
         return read()
 

@@ -66,6 +66,11 @@ class Request:
         return Path(self.options.root) if self.options.root else None
 
     @property
+    def add(self) -> Path | None:
+        """CSV of further images."""
+        return Path(self.options.add) if self.options.add else None
+
+    @property
     def plan(self) -> dict[str, Any]:
         """Recipe, seed and group_by as JSON data; a resumed run must have the same."""
         return {"recipe": resolve(self.recipe), "seed": self.seed, "group_by": self.group_by}
@@ -112,7 +117,9 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     Raises FtkitError for a typo, before the slow decoding.
     """
     recipe = request.recipe
-    images = read_with_folds(recipe, request.data, request.seed, request.group_by, request.root)
+    images = read_with_folds(
+        recipe, request.data, request.seed, request.group_by, request.root, request.add
+    )
     torch.manual_seed(request.seed)
     backbone = build(
         recipe.backbone,
@@ -275,6 +282,7 @@ def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.Tra
         source = {
             "data": str(Path(request.data).resolve()),
             "root": request.root and str(request.root.resolve()),
+            "add": request.add and str(request.add.resolve()),
         }
         run = checkpoint.TrainState(folder=request.out, plan=plan, source=source)
 

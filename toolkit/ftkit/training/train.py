@@ -123,7 +123,7 @@ def write_so_far(folder: Path, data: str | Path | None = None) -> Path:
         out=folder,
         seed=0,
         group_by="",
-        options=replace(options, root=None if data else source["root"]),
+        options=replace(options, root=None if data else source["root"], add=source["add"]),
         compute=precision.prepare(torch.device("cpu"), options.deterministic),
     )
     with Stop() as stop, ExitStack() as opened:
