@@ -4,6 +4,7 @@ python device/classify.py IMAGE...                   class and probability of ea
 python device/classify.py --raw ROWS COLUMNS FILE... the same for raw frames in the model's input format
 python device/classify.py --watch FOLDER             of each image that appears there, once; until it is stopped
 python device/classify.py ... --keep DIR             also collect pictures worth labelling, and a log for `ftkit drift`
+python device/classify.py ... --keep DIR --shadow B  ask bundle B too about every 10th, and note where it differs
 python device/classify.py --self-check               replay the golden vectors, then time the model; exit 0 or 1
 python device/classify.py --bench > device.json      every variant's latency here, as `ftkit bench --json` writes it
 """
@@ -29,9 +30,11 @@ from ftkit_export.runtime.predict import (  # noqa: E402
     Classifier,
     Prediction,
     image_files,
+    picture_of,
     read_reference,
 )
 from ftkit_export.runtime.session import PROVIDERS  # noqa: E402
+from ftkit_export.runtime.shadow import Shadow  # noqa: E402
 from ftkit_export.runtime.verify import verify  # noqa: E402
 from ftkit_export.runtime.watch import watch  # noqa: E402
 
@@ -110,6 +113,10 @@ def classify_all(options: argparse.Namespace) -> None:
         classify = Classifier(
             BUNDLE, provider=options.provider, threads=options.threads, keep=collector
         )
+        shadow = None
+        if options.shadow:
+            second = Classifier(options.shadow, provider=options.provider, threads=options.threads)
+            shadow = Shadow(second, options.keep, options.shadow_every)
         for path in _paths(options):
             try:
                 answer = _classified(classify, path, options.raw)
@@ -118,6 +125,8 @@ def classify_all(options: argparse.Namespace) -> None:
                     raise
                 print(f"error: {error}", file=sys.stderr)
                 continue
+            if shadow:
+                _compare(shadow, answer, path, options.raw)
             if options.json:
                 text = json.dumps({"image": str(path), **dataclasses.asdict(answer)})
             else:
@@ -133,6 +142,19 @@ def _classified(classify: Classifier, path: Path, raw: list[int] | None) -> Pred
         return classify(path)
     channels = 3 if classify.input_format in ("rgb", "bgr") else 1
     return classify.frame(raw_frame(path, raw[0], raw[1], channels))
+
+
+def _compare(shadow: Shadow, answer: Prediction, path: Path, raw: list[int] | None) -> None:
+    """Ask the second bundle about the same image, if it is its turn."""
+
+    def picture() -> tuple[bytes, str]:
+        if not raw:
+            return picture_of(None, path, shadow.second.input_format)
+        channels = 3 if shadow.second.input_format in ("rgb", "bgr") else 1
+        frame = raw_frame(path, raw[0], raw[1], channels)
+        return picture_of(frame, None, shadow.second.input_format)
+
+    shadow.offer(answer, lambda second: _classified(second, path, raw), picture)
 
 
 def _paths(options: argparse.Namespace) -> Iterator[Path]:
@@ -167,12 +189,16 @@ def main() -> int:
     )
     parser.add_argument("--keep-most", type=int, default=2000, help="pictures at most (2000)")
     parser.add_argument("--keep-mb", type=float, default=500, help="megabytes at most (500)")
+    parser.add_argument("--shadow", type=Path, metavar="BUNDLE", help="compare it; needs --keep")
+    parser.add_argument("--shadow-every", type=int, default=10, help="every Nth image (10)")
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
     if not (options.images or options.watch or options.self_check or options.bench):
         parser.error("give images, --watch, --self-check or --bench")
+    if options.shadow and (options.keep is None or options.shadow_every < 1):
+        parser.error("--shadow needs --keep, and --shadow-every of 1 or more")
 
     try:
         if options.self_check:

@@ -190,7 +190,7 @@ class Classifier:
         """source: where the frame came from, if it was no frame."""
         sighting, probabilities = self.sight(frame)
         if self.collector:
-            self.collector.offer(sighting, lambda: _picture(frame, source, self.input_format))
+            self.collector.offer(sighting, lambda: picture_of(frame, source, self.input_format))
 
         named = {
             label: float(value) for label, value in zip(self.labels, probabilities, strict=True)
@@ -220,17 +220,19 @@ def read_reference(bundle: Path) -> Reference | None:
         ) from None
 
 
-def _picture(
-    frame: np.ndarray[Any, Any],
+def picture_of(
+    frame: np.ndarray[Any, Any] | None,
     source: str | Path | bytes | np.ndarray[Any, Any] | None,
     input_format: str,
 ) -> tuple[bytes, str]:
-    """An image as a file's content and suffix: as it came, or a PNG of the frame."""
+    """An image as a file's content and suffix: as it came, or a PNG of the frame in input_format."""
     if isinstance(source, bytes):
         kind = Image.open(io.BytesIO(source)).format or "png"
         return source, f".{kind.lower()}"
     if isinstance(source, str | Path):
         return Path(source).read_bytes(), Path(source).suffix.lower()
+    if frame is None:
+        raise ValueError("neither a frame nor a source")
     content = io.BytesIO()
     Image.fromarray(from_frame(frame, input_format)).save(content, "PNG", compress_level=1)
     return content.getvalue(), ".png"

@@ -1,5 +1,6 @@
 """After shipping, end to end: a device collects, its log is tested for drift at home."""
 
+import csv
 import json
 import shutil
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from conftest import ftkit
 from PIL import Image
@@ -133,3 +135,41 @@ def test_frames_and_bytes_are_kept_as_pictures(
     kept = sorted((tmp_path / "kept").rglob("*.png"))
     assert len(kept) == 4
     assert all(decode(picture).shape == pixels.shape for picture in kept)
+
+
+def test_a_shadow_is_compared_and_its_labels_settle_which_is_better(
+    bundle: Path, photographs: Path, tmp_path: Path
+) -> None:
+    """The second bundle has two classes exchanged: it is worse wherever they differ."""
+    second = tmp_path / "second"
+    shutil.copytree(bundle, second)
+    model = onnx.load(second / "model.onnx")
+    labels = next(each for each in model.metadata_props if each.key == "labels")
+    names = json.loads(labels.value)
+    labels.value = json.dumps([names[1], names[0], *names[2:]])
+    onnx.save(model, second / "model.onnx")
+
+    kept = tmp_path / "kept"
+    told = _device(bundle, photographs, "--keep", kept, "--shadow", second, "--shadow-every", "2")
+    assert (told.returncode, told.stderr) == (0, "")
+    alone = _device(bundle, photographs)
+    assert told.stdout == alone.stdout, "the second's answers are not shown"
+
+    first = ftkit("shadow", kept)
+    assert first.exit_code == 3, first.output
+    table = kept / "shadow" / "shadow.csv"
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {frozenset((row["first"], row["second"])) for row in rows} == {frozenset(names[:2])}
+    for row in rows:
+        row["label"] = row["first"]
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    settled = ftkit("shadow", kept, "--json", tmp_path / "shadow.json")
+    assert settled.exit_code == 0, settled.output
+    found = json.loads((tmp_path / "shadow.json").read_text())
+    assert (found["verdict"], found["frames"]) == ("first", 120)
+    assert found["gain"][0] == pytest.approx(-found["differing"])
+    assert ftkit("shadow", tmp_path).exit_code == 2

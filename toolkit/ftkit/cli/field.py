@@ -1,4 +1,4 @@
-"""Commands for bundles that have shipped: drift, review, delta."""
+"""Commands for bundles that have shipped: drift, review, shadow, delta."""
 
 from __future__ import annotations
 
@@ -117,6 +117,25 @@ def _classes(bundle: Path) -> list[str]:
 
     with unpacked(bundle) as folder:
         return list(read_manifest(folder)["labels"])
+
+
+@click.command(cls=Command, short_help="Which of two bundles on a device is better?")
+@click.argument("collected", type=click.Path(path_type=Path))
+@JSON
+@click.pass_context
+def shadow(ctx: click.Context, /, collected: Path, as_json: Path | None) -> None:
+    """How often the bundle and the one that `classify.py --keep COLLECTED --shadow` ran beside it
+    differ, which pictures to label to tell which is better, and how many.
+
+    Exit code 0: settled, by the labels in COLLECTED/shadow/shadow.csv; 3: open.
+    """
+    from ftkit.field.shadow import as_text, compare
+
+    found = compare(collected)
+    write_json(as_json, {**dataclasses.asdict(found), "verdict": found.verdict})
+    if as_json != Path("-"):
+        click.echo(as_text(found))
+    ctx.exit(3 if found.verdict == "open" else 0)
 
 
 @click.command(cls=Command, short_help="A zip of what differs between two bundles.")

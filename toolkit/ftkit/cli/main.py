@@ -20,7 +20,7 @@ import click
 from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
-from ftkit.cli.field import delta, drift, review
+from ftkit.cli.field import delta, drift, review, shadow
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
@@ -540,6 +540,7 @@ for command in (
     search,
     drift,
     review,
+    shadow,
     delta,
     audit_data,
     evaluate,

@@ -1,0 +1,355 @@
+"""After shipping: drift found and falsely found, updates under kills and full disks, what collecting costs.
+
+    python bench/field.py --what drift         # 10 minutes, 2 cores; writes bench/README.md
+    python bench/field.py --what update        # 8 minutes; full disks need root (tmpfs)
+    python bench/field.py --what cost
+
+drift: a bundle trained on 60 % of the demo's photographs, random split; frames are drawn from the
+other 40 %, as they are or changed. 100 devices each: undrifted for 6,000 frames; changed from frame
+500 on. poly: a bundle that knows the mono-crystalline cells only, to which poly-crystalline come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tables
+from PIL import Image, ImageEnhance, ImageFilter
+from sklearn.datasets import load_sample_images
+
+from ftkit.cli.demo import write_elpv
+from ftkit_export.bundle import archive
+from ftkit_export.bundle.write import write_manifest
+from ftkit_export.runtime.collect import Collector, Sighting
+from ftkit_export.runtime.drift import DriftTest
+from ftkit_export.runtime.predict import Classifier, read_reference
+from ftkit_export.runtime.preprocess import to_frame
+from ftkit_export.runtime.verify import read_manifest, verify
+
+DEVICES = 100
+QUIET = 6000  # frames: 30 days of 200
+BEGINS = 500
+WITHIN = 200
+
+Change = Callable[[Image.Image], Image.Image]
+
+
+def _ftkit(*arguments: object) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "ftkit", *map(str, arguments)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def _bundle(place: Path, photos: Path, name: str) -> Path:
+    out = place / f"{name}-bundle"
+    _ftkit("train", photos, "--out", place / name, "--set", "augment.vflip=true")
+    subprocess.run(
+        [sys.executable, "-m", "ftkit", "export", place / name, "--out", out, "--quick"],
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    return next(path for path in (out, out.with_name(f"{out.name}.inconclusive")) if path.exists())
+
+
+def _tinted(image: Image.Image) -> Image.Image:
+    """As a camera with another white balance sees it."""
+    red, green, blue = image.convert("RGB").split()
+    red, blue = red.point(lambda v: int(v * 1.1)), blue.point(lambda v: int(v * 0.8))
+    return Image.merge("RGB", (red, green, blue))
+
+
+CHANGES: dict[str, Change] = {
+    "blur (Gaussian, 2 pixels)": lambda image: image.filter(ImageFilter.GaussianBlur(2)),
+    "a third darker": lambda image: ImageEnhance.Brightness(image).enhance(2 / 3),
+    "another camera's colour": _tinted,
+}
+
+
+def _seen(classify: Classifier, files: list[Path], change: Change | None) -> list[Sighting]:
+    found = []
+    for path in files:
+        with Image.open(path) as image:
+            shown = (change(image) if change else image).convert("RGB")
+        found.append(classify.sight(to_frame(np.asarray(shown), classify.input_format))[0])
+    return found
+
+
+def _patches() -> list[Image.Image]:
+    """Pictures of something else: patches of scikit-learn's two photographs."""
+    draw = random.Random(0)
+    patches = []
+    for picture in load_sample_images().images:
+        for _ in range(40):
+            top, left = draw.randrange(427 - 300), draw.randrange(640 - 300)
+            patches.append(Image.fromarray(picture[top : top + 300, left : left + 300]))
+    return patches
+
+
+def _values(test: DriftTest, sightings: list[Sighting]) -> np.ndarray:
+    return np.stack(
+        [
+            test.values_of(item.score, item.probability, item.label, item.coordinates)
+            for item in sightings
+        ]
+    )
+
+
+def _delays(
+    bundle: Path, before: np.ndarray, after: np.ndarray, share: float, devices: int
+) -> list[int | None]:
+    """Frames from the change to the alarm, for each device; None: not within 2,000. share: of the
+    frames that are from `after`."""
+    reference = read_reference(bundle)
+    assert reference
+    delays: list[int | None] = []
+    for number in range(devices):
+        draw = np.random.default_rng(number)
+        test = DriftTest(reference)
+        for row in before[draw.integers(len(before), size=BEGINS)]:
+            test.update(row)
+        delay = None
+        for frame in range(2000):
+            of = after if draw.random() < share else before
+            test.update(of[draw.integers(len(of))])
+            if test.alarms:
+                delay = frame + 1
+                break
+        delays.append(delay)
+    return delays
+
+
+def drift(place: Path) -> str:
+    """The table of false alarms and of delays."""
+    everything = place / "all"
+    write_elpv(everything, split=False)
+    draw = random.Random(0)
+    photos, held = place / "photos", []
+    for path in sorted(everything.rglob("*.png")):
+        if draw.random() < 0.4:
+            held.append(path)
+        else:
+            (photos / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, photos / path.parent.name / path.name)
+    bundle = _bundle(place, photos, "both")
+    classify = Classifier(bundle)
+    reference = read_reference(bundle)
+    assert reference
+    test = DriftTest(reference)
+    plain = _values(test, _seen(classify, held, None))
+
+    alarms = 0
+    frames = 0
+    begun = time.perf_counter()
+    for number in range(DEVICES):
+        picks = np.random.default_rng(1000 + number).integers(len(plain), size=QUIET)
+        test = DriftTest(reference)
+        for row in plain[picks]:
+            test.update(row)
+            frames += 1
+        alarms += bool(test.alarms)
+    microseconds = 1e6 * (time.perf_counter() - begun) / frames
+
+    lines = [
+        f"Reference: {reference.images} images out of fold, {len(reference.events)} events; {microseconds:.0f} "
+        "microseconds a frame.",
+        "",
+        f"| what comes, from frame {BEGINS} on | found within {WITHIN} frames | median delay | never in 2,000 |",
+        "|---|---|---|---|",
+        f"| nothing new, {QUIET} frames | {alarms} of {DEVICES} alarm | | |",
+    ]
+
+    def row(name: str, found: list[int | None]) -> None:
+        known = [delay for delay in found if delay is not None]
+        soon = sum(delay <= WITHIN for delay in known)
+        median = f"{statistics.median(known):.0f}" if known else ""
+        lines.append(f"| {name} | {soon} of {len(found)} | {median} | {len(found) - len(known)} |")
+
+    for name, change in CHANGES.items():
+        changed = _values(test, _seen(classify, held, change))
+        row(name, _delays(bundle, plain, changed, 1.0, DEVICES))
+    patches = [
+        classify.sight(to_frame(np.asarray(patch), classify.input_format))[0]
+        for patch in _patches()
+    ]
+    for share in (0.05, 0.1):
+        new = _delays(bundle, plain, _values(test, patches), share, DEVICES)
+        row(f"pictures of something else, {share:.0%}", new)
+
+    mono = place / "mono"
+    for path in photos.rglob("mono-*/*.png"):
+        (mono / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, mono / path.parent.name / path.name)
+    bundle = _bundle(place, mono, "mono-only")
+    classify = Classifier(bundle)
+    reference = read_reference(bundle)
+    assert reference
+    test = DriftTest(reference)
+    sides = [
+        _values(
+            test,
+            _seen(classify, [path for path in held if path.parent.name.startswith(kind)], None),
+        )
+        for kind in ("mono", "poly")
+    ]
+    for share in (0.05, 0.2, 1.0):
+        name = f"poly-crystalline cells to a bundle for mono, {share:.0%}"
+        row(name, _delays(bundle, *sides, share, DEVICES))
+    return "\n".join(lines)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from ftkit_export.bundle import update
+update._self_check = lambda *_: None
+update._require_as_fast = lambda *_: None
+print("begun", flush=True)
+update.update(Path(sys.argv[1]), Path(sys.argv[2]), key=Path(sys.argv[3]), allow_downgrade=True)
+"""
+
+
+def _versions(place: Path) -> tuple[list[Path], Path]:
+    """Two signed zips of a small bundle, and the public key."""
+    photos = place / "small"
+    write_elpv(place / "every", split=False)
+    for folder in (place / "every").iterdir():
+        for path in sorted(folder.glob("*.png"))[:30]:
+            (photos / folder.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, photos / folder.name / path.name)
+    bundle = _bundle(place, photos, "little")
+    key, public = place / "key.pem", place / "pub.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
+    subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True)
+    told = read_manifest(bundle)
+    kept = {name: told[name] for name in told if name not in ("schema", "files", "digest")}
+    zips = []
+    for version in (1, 2):
+        (bundle / "labels.txt").touch()
+        write_manifest(bundle, {**kept, "version": version})
+        archive.sign(bundle, key)
+        zips.append(place / f"{version}.zip")
+        archive.pack(bundle, zips[-1])
+    return zips, public
+
+
+def updates(place: Path, kills: int, disks: int) -> str:
+    """How many kills and full disks leave a bundle that verifies."""
+    zips, public = _versions(place)
+    device = place / "device"
+    command = [sys.executable, "-c", KILLED]
+
+    def install(into: Path, version: int) -> int:
+        call = [*command, zips[version - 1], into, public]
+        return subprocess.run(call, capture_output=True, check=False).returncode
+
+    assert install(device, 1) == 0
+    begun = time.perf_counter()
+    assert install(device, 2) == 0
+    lasts = time.perf_counter() - begun
+
+    whole = {1: 0, 2: 0}
+    draw = random.Random(0)
+    for number in range(kills):
+        wanted = 1 + number % 2
+        call = [*command, zips[wanted - 1], device, public]
+        with subprocess.Popen(call, stdout=subprocess.PIPE) as child:
+            assert child.stdout
+            child.stdout.readline()
+            time.sleep(draw.random() * lasts * 0.7)
+            child.kill()
+        assert verify(device / "current").passed
+        whole[int(read_manifest(device / "current")["version"])] += 1
+
+    small = place / "disk"
+    small.mkdir()
+    need = sum(path.stat().st_size for path in device.rglob("*") if path.is_file()) / 2e6
+    full = 0
+    for number in range(disks):
+        size = need * (1.05 + 0.9 * number / max(1, disks - 1))
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={int(size * 1e6)}", "tmpfs", small], check=True
+        )
+        try:
+            assert install(small, 1) == 0
+            code = install(small, 2)
+            assert verify(small / "current").passed
+            assert int(read_manifest(small / "current")["version"]) == (2 if code == 0 else 1)
+            full += code != 0
+        finally:
+            subprocess.run(["umount", small], check=True)
+    return "\n".join(
+        [
+            f"- {kills} kills at random moments of an update ({lasts:.1f} s without its checks of speed and answers): "
+            f"{sum(whole.values())} end on a bundle that verifies ({whole[1]} version 1, {whole[2]} version 2).",
+            f"- {disks} disks with room for 1.05 to 1.95 bundles of {need:.0f} MB: {full} were too small; all end on a "
+            "bundle that verifies, the old one where the new did not fit.",
+        ]
+    )
+
+
+def cost(place: Path) -> str:
+    """Time and memory with and without collecting, in turn."""
+    zips, _ = _versions(place)
+    with archive.opened(zips[0]) as bundle:
+        photographs = sorted((place / "small").rglob("*.png"))
+        classify = Classifier(bundle, threads=1)
+        images = [classify.decode(path) for path in photographs]
+        collector = Collector(place / "kept", read_reference(bundle))
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for number in range(40 * len(images)):
+            keeps = number % 2 == 0
+            classify.collector = collector if keeps else None
+            begun = time.perf_counter()
+            classify(images[number // 2 % len(images)])
+            times[keeps].append(1e3 * (time.perf_counter() - begun))
+        collector.close()
+        kept = [path for path in (place / "kept").rglob("*") if path.is_file()]
+    plain, collecting = (statistics.median(times[keeps]) for keeps in (False, True))
+    tail = [float(np.quantile(times[keeps], 0.95)) for keeps in (False, True)]
+    share = len([path for path in kept if path.parent.name in ("foreign", "doubtful", "control")])
+    more = f"{100 * (collecting / plain - 1):+.1f} %"
+    return (
+        f"- One thread, {len(times[True])} frames each, in turn: p50 {plain:.2f} ms without, {collecting:.2f} ms "
+        f"with `--keep` ({more}); p95 {tail[0]:.2f} and {tail[1]:.2f} ms. Every image is logged and tested for "
+        f"drift; {share} pictures were kept."
+    )
+
+
+def main() -> None:
+    """Run what is asked for, and write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--what", default="drift,update,cost")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--disks", type=int, default=20)
+    options = parser.parse_args()
+    wanted = options.what.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["FTKIT_CACHE"] = str(Path(scratch) / "cache")
+        for name, measured in (
+            ("drift", drift),
+            ("update", lambda place: updates(place, options.kills, options.disks)),
+            ("cost", cost),
+        ):
+            if name in wanted:
+                place = Path(scratch) / name
+                place.mkdir()
+                tables.write(f"field-{name}", measured(place), tables.README)
+
+
+if __name__ == "__main__":
+    main()
