@@ -17,13 +17,15 @@ from scipy import stats
 
 from ftkit_export.proof.intervals import PROVEN_SHARE, clopper_pearson, design, has_groups
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.drift import STREAMS, Event, Reference
+from ftkit_export.runtime.drift import FRAME, STREAMS, Event, Reference
 
 ERROR = 0.01  # of all rates of a stream together
 # Shares of the held-out images in the tails that are watched; 0: none of them
-SCORE_TAILS = (0.5, 0.2, 0.05, 0.01, 0.0)
-CONFIDENCE_TAILS = (0.5, 0.2, 0.05, 0.01)
-DIRECTION_TAILS = (0.2, 0.05)
+SCORE_TAILS = (0.2, 0.05, 0.01, 0.0)
+CONFIDENCE_TAILS = (0.2, 0.05, 0.01)
+DIRECTION_TAILS = (0.05, 0.0)
+# Marks of the event that all images shift: octiles
+OCTILES = tuple(number / 8 for number in range(1, 8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class Seen:
     """Held-out images as the model sees them: scores (N,), probabilities (N,) of the answers, and
     answers (N,) by class number; groups: one name an image.
 
-    coordinates (M, K), with groups of their own: of images that the shipped weights have not seen.
+    coordinates (M, K) and frames (M, 5), with groups of their own: of images that the shipped
+    weights have not seen.
     """
 
     scores: Array
@@ -39,7 +42,8 @@ class Seen:
     answers: Array
     groups: Sequence[str]
     coordinates: Array
-    coordinate_groups: Sequence[str]
+    frames: Array
+    test_groups: Sequence[str]
 
 
 def make_reference(seen: Seen, classes: Sequence[str]) -> Reference:
@@ -50,24 +54,27 @@ def make_reference(seen: Seen, classes: Sequence[str]) -> Reference:
     ]
     for number, name in enumerate(classes):
         answered = (seen.answers == number).astype(float)
-        tails += [("classes", f"class {name}", answered, above, 0.5) for above in (True, False)]
-    for number, column in enumerate(seen.coordinates.T):
+        tails += [("classes", f"class {name}", answered, above, (0.5,)) for above in (True, False)]
+    own = [("embedding", f"direction {number}") for number in range(seen.coordinates.shape[1])]
+    own += [("frame", name) for name in FRAME]
+    columns = np.concatenate([seen.coordinates, seen.frames], axis=1).T
+    for (stream, value), column in zip(own, columns, strict=True):
         for above in (True, False):
-            tails += _tails("embedding", f"direction {number}", column, above, DIRECTION_TAILS)
+            tails += _tails(stream, value, column, above, DIRECTION_TAILS)
 
     counts = {name: sum(tail[0] == name for tail in tails) for name in STREAMS}
     events = []
-    for stream, value, column, above, threshold in tails:
-        shown = column > threshold if above else column < threshold
-        groups = seen.coordinate_groups if stream == "embedding" else seen.groups
-        rate = _highest(shown, groups, 1 - ERROR / counts[stream])
+    for stream, value, column, above, marks in tails:
+        beyond = np.stack([column > mark if above else column < mark for mark in marks])
+        groups = seen.test_groups if stream in ("embedding", "frame") else seen.groups
+        rate = _highest(beyond.mean(0), groups, 1 - ERROR / counts[stream])
         if rate < 1:  # else nothing that happens would be too often
             events.append(
                 Event(
                     stream=stream,
                     value=value,
                     above=above,
-                    threshold=float(threshold),
+                    marks=[float(mark) for mark in marks],
                     rate=rate,
                 )
             )
@@ -85,22 +92,29 @@ def make_reference(seen: Seen, classes: Sequence[str]) -> Reference:
 
 def _tails(
     stream: str, value: str, column: Array, above: bool, shares: Sequence[float]
-) -> list[tuple[str, str, Array, bool, float]]:
-    """Events beyond each of these shares of the images."""
+) -> list[tuple[str, str, Array, bool, Sequence[float]]]:
+    """Events beyond each of these shares of the images, and the event that all shift."""
     quantiles = [1 - share if above else share for share in shares]
-    return [
-        (stream, value, column, above, threshold) for threshold in np.quantile(column, quantiles)
-    ]
+    marks = [[mark] for mark in np.quantile(column, quantiles)]
+    marks.append(np.unique(np.quantile(column, OCTILES)).tolist())
+    return [(stream, value, column, above, each) for each in marks]
 
 
 def _highest(shown: Array, groups: Sequence[str], level: float) -> float:
-    """Upper bound of the share of images that show an event, at confidence `level`."""
-    sample = design(shown.astype(float), groups, PROVEN_SHARE)
+    """Upper bound of the mean of an event over images, at confidence `level`. shown: (N,), 0 to 1.
+
+    Where images show it in part, its variance is smaller than that of a share with its mean, by
+    a factor that counts as so many more images.
+    """
+    sample = design(shown, groups, PROVEN_SHARE)
     if sample.df <= 0:
         return 1.0
+    mean = float(shown.mean())
     count = sample.images / sample.effect
     count *= (float(stats.norm.ppf(level)) / sample.quantile(level)) ** 2
-    return clopper_pearson(float(shown.mean()), count, level)[1]
+    if 0 < mean < 1:
+        count *= mean * (1 - mean) / max(float(shown.var()), 1e-12)
+    return clopper_pearson(mean, count, level)[1]
 
 
 def _group_size(groups: Sequence[str]) -> int:

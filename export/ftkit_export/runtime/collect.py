@@ -51,7 +51,8 @@ Picture = Callable[[], tuple[bytes, str]]  # the content of an image file, and i
 @dataclass(frozen=True, kw_only=True)
 class Sighting:
     """What the model made of an image. score: out-of-distribution score. coordinates (K,): of the
-    embedding, scaled to length 1, along the directions of the out-of-distribution statistics."""
+    embedding, scaled to length 1, along the directions of the out-of-distribution statistics. frame:
+    drift.frame_statistics."""
 
     label: str
     probability: float
@@ -59,6 +60,7 @@ class Sighting:
     foreign: bool
     score: float
     coordinates: Array
+    frame: Array
 
 
 class Collector:
@@ -128,7 +130,11 @@ class Collector:
 
         if self.drift and np.isfinite(sighting.coordinates).all():
             values = self.drift.values_of(
-                sighting.score, sighting.probability, sighting.label, sighting.coordinates
+                sighting.score,
+                sighting.probability,
+                sighting.label,
+                sighting.coordinates,
+                sighting.frame,
             )
             for stream in self.drift.update(values):
                 _say(f"drift: {stream}: {self.drift.alarms[stream]['what']}")
@@ -198,6 +204,7 @@ class Collector:
             "probability": round(sighting.probability, 5),
             "score": round(sighting.score, 4),
             "coordinates": [round(float(value), 5) for value in sighting.coordinates],
+            "frame": [round(float(value), 3) for value in sighting.frame],
             "kept": kept,
         }
         self._log.write(json.dumps(line, ensure_ascii=False) + "\n")

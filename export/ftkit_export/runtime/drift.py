@@ -1,12 +1,14 @@
 """Drift: has what the device sees moved from the images the model was made with?
 
     test = DriftTest(Reference.from_json(text))
-    test.update(score, probability, label, coordinates)      # once an image
+    test.update(test.values_of(score, probability, label, coordinates, frame_statistics(frame)))
     test.alarms, test.evidence
 
-Four things are watched: the out-of-distribution score, the confidence, how often each class is
-answered, and the directions of the embedding. Each is split into events that an image shows or does
-not ("the score is beyond that of 95 % of the held-out images"). The Reference has the highest rate
+Five things are watched: the out-of-distribution score, the confidence, how often each class is
+answered, the directions of the embedding, and the frames themselves (a darker or blurred picture
+may leave the answers as they are, and still be worth knowing). Each is split into events that an image shows, or
+shows in part: "the score is beyond that of 95 % of the held-out images"; "how many of seven such
+marks it is beyond", which tells when all images shift a little. The Reference has the highest rate
 at which images like the held-out ones show each event, as an upper confidence bound.
 
 Against each event the test bets at the odds of that rate. As long as the true rate is no higher,
@@ -30,33 +32,36 @@ import numpy as np
 
 from ftkit_export.runtime.arrays import Array
 
-STREAMS = ("score", "confidence", "classes", "embedding")
-ALARM = 100.0  # of each of the four: together they ever alarm without drift in 4 % of all devices
+STREAMS = ("score", "confidence", "classes", "embedding", "frame")
+ALARM = 100.0  # of each of the five: without drift, 5 % of all devices ever alarm
 LEAST = 200  # images, before "no drift" is said
 ODDS = (1.5, 2.5, 5.0, 15.0)  # what the bets take the event's odds to have become
-PATIENCE = 50  # observations; sets how early most of the stake is bet
+FRAME = ("brightness", "contrast", "sharpness", "red", "blue")
+SAMPLED = 96  # pixels a side that a frame's statistics are taken from, about
+PATIENCE = 1000  # observations; sets how early most of the stake is bet
 MOST = 1e60  # a stake is cut to this, so that it can be written down
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that an image shows or does not.
+    """Something that an image shows by 0 to 1: the share of `marks` that a value is above, or below.
 
-    stream: one of STREAMS. value: "score", "confidence", "class NAME" (1 where it is the answer) or
-    "direction N". The event is that it is above the threshold, or below. rate: the highest share of
-    images that show it without drift.
+    stream: one of STREAMS. value: "score", "confidence", "class NAME" (1 where it is the answer),
+    "direction N" or one of FRAME. rate: the highest mean over images without drift.
     """
 
     stream: str
     value: str
     above: bool
-    threshold: float
+    marks: Sequence[float]
     rate: float
 
     def __str__(self) -> str:
         if self.stream == "classes":
             return f"{self.value.removeprefix('class ')}, {'more' if self.above else 'less'} often"
-        return f"{self.value} {'above' if self.above else 'below'} {self.threshold:.3g}"
+        if len(self.marks) > 1:
+            return f"{self.value} {'higher' if self.above else 'lower'} on the whole"
+        return f"{self.value} {'above' if self.above else 'below'} {self.marks[0]:.3g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,8 @@ class Reference:
         if not (reference.block >= 1 and reference.events):
             raise ValueError("a reference without events")
         for event in reference.events:
-            if event.value not in values or event.stream not in STREAMS or not 0 < event.rate <= 1:
+            known = event.value in values and event.stream in STREAMS and len(event.marks)
+            if not known or not 0 < event.rate <= 1:
                 raise ValueError(f"the event {event}")
         return reference
 
@@ -92,12 +98,8 @@ class Reference:
     def values(self) -> list[str]:
         """Names of the values of an image, in the order of `DriftTest.update`."""
         classes = [f"class {name}" for name in self.classes]
-        return [
-            "score",
-            "confidence",
-            *classes,
-            *(f"direction {k}" for k in range(self.directions)),
-        ]
+        directions = [f"direction {number}" for number in range(self.directions)]
+        return ["score", "confidence", *classes, *directions, *FRAME]
 
 
 class DriftTest:
@@ -111,9 +113,12 @@ class DriftTest:
         self.reference = reference
         events = reference.events
         values = reference.values
-        self._column = np.array([values.index(event.value) for event in events])
-        self._sign = np.array([1.0 if event.above else -1.0 for event in events])
-        self._threshold = self._sign * [event.threshold for event in events]
+        marks = [len(event.marks) for event in events]
+        self._column = np.repeat([values.index(event.value) for event in events], marks)
+        self._sign = np.repeat([1.0 if event.above else -1.0 for event in events], marks)
+        self._mark = self._sign * np.concatenate([event.marks for event in events])
+        self._first = np.cumsum([0, *marks[:-1]])
+        self._marks = np.array(marks)
         self._streams = {
             name: np.array([event.stream == name for event in events]) for name in STREAMS
         }
@@ -139,18 +144,21 @@ class DriftTest:
         if state:
             self._restore(state)
 
-    def values_of(self, score: float, probability: float, label: str, coordinates: Array) -> Array:
-        """An image's values, in the order of Reference.values."""
+    def values_of(
+        self, score: float, probability: float, label: str, coordinates: Array, frame: Array
+    ) -> Array:
+        """An image's values, in the order of Reference.values. frame: its `frame_statistics`."""
         classes = self.reference.classes
         answered = np.zeros(len(classes))
         if label in classes:
             answered[list(classes).index(label)] = 1.0
-        return np.concatenate([[score, probability], answered, coordinates])
+        return np.concatenate([[score, probability], answered, coordinates, frame])
 
     def update(self, values: Array) -> list[str]:
         """Take one image's values (`values_of`); return the streams that alarm from here on."""
         self.images += 1
-        self._shown += self._sign * values[self._column] > self._threshold
+        beyond = self._sign * values[self._column] > self._mark
+        self._shown += np.add.reduceat(beyond, self._first, dtype=float) / self._marks
         self._waiting += 1
         if self._waiting < self.reference.block:
             return []
@@ -239,3 +247,29 @@ class DriftTest:
         self._idle = np.array(state["idle"], float)
         self._sum = np.array(state["sum"], float)
         self._since = np.array(state["since"], int)
+
+
+def frame_statistics(frame: Array, input_format: str) -> Array:
+    """Brightness, contrast, sharpness, and red and blue relative to green, of a frame (H, W, C) uint8
+    in the model's input format (preprocess.to_frame): (5,) float64, in grey levels.
+
+    Taken from some rows and columns, in tens of microseconds. Sharpness: the mean difference between
+    neighbours in a row, relative to the contrast. Formats without colour planes have no red and blue.
+    """
+    if input_format == "nv12":
+        frame = frame[: frame.shape[0] * 2 // 3]
+    rows = frame[:: max(1, frame.shape[0] // SAMPLED)]
+    step = max(1, frame.shape[1] // SAMPLED)
+    left = rows[:, :-1:step].astype(np.float32)
+    right = rows[:, 1::step].astype(np.float32)
+    columns = min(left.shape[1], right.shape[1])
+    if not columns:  # one pixel wide
+        return np.array([float(rows.mean()), 0.0, 0.0, 0.0, 0.0])
+    difference = float(np.abs(right[:, :columns] - left[:, :columns]).mean())
+    contrast = float(left.std())
+    means = left.mean((0, 1))
+    red = blue = 0.0
+    if len(means) == 3:
+        first, last = float(means[0] - means[1]), float(means[2] - means[1])
+        red, blue = (last, first) if input_format == "bgr" else (first, last)
+    return np.array([float(means.mean()), contrast, difference / (contrast + 1), red, blue])

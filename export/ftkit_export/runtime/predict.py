@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ftkit_export.runtime.collect import Collector, Sighting
-from ftkit_export.runtime.drift import Reference
+from ftkit_export.runtime.drift import Reference, frame_statistics
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.out_of_distribution import OutOfDistribution
 from ftkit_export.runtime.preprocess import (
@@ -158,6 +158,7 @@ class Classifier:
             foreign=bool(self.familiar and score > self.familiar.threshold),
             score=score,
             coordinates=coordinates,
+            frame=frame_statistics(frame, self.input_format),
         )
         return sighting, probabilities
 

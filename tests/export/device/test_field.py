@@ -91,6 +91,7 @@ def test_a_log_of_another_bundle_or_none_is_refused(bundle: Path, tmp_path: Path
         "probability": 1,
         "score": 1,
         "coordinates": [0],
+        "frame": [0],
         "kept": None,
     }
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n{half")

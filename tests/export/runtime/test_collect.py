@@ -19,6 +19,7 @@ def _sighting(**changes: object) -> Sighting:
         "foreign": False,
         "score": 1.0,
         "coordinates": np.zeros(2),
+        "frame": np.zeros(5),
     }
     return Sighting(**{**plain, **changes})
 
@@ -41,7 +42,7 @@ def test_each_reason_keeps_a_fair_sample_within_its_number(tmp_path: Path) -> No
         assert 1000 < np.mean(kept) < 2000, "neither the first nor the last alone"
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3000
     line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert set(line) == {"time", "label", "probability", "score", "coordinates", "kept"}
+    assert set(line) == {"time", "label", "probability", "score", "coordinates", "frame", "kept"}
 
 
 def test_bytes_are_bounded_and_the_oldest_control_goes_first(tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ def _drawn(random: np.random.Generator, count: int, shift: float = 0.0) -> list[
         random.beta(8, 1.5 + 3 * shift, count),
         random.choice(3, count, p=[0.5, 0.3, 0.2]),
         random.normal(0.1 * shift, 0.1, (count, 4)),
+        random.normal(100, 20, (count, 5)),
     ]
 
 
 def _reference(random: np.random.Generator, groups: list[str] | None = None) -> Reference:
-    scores, probabilities, answers, coordinates = _drawn(random, 800)
+    scores, probabilities, answers, coordinates, frames = _drawn(random, 800)
     names = groups or [""] * 800
     seen = Seen(
         scores=scores,
@@ -30,14 +31,15 @@ def _reference(random: np.random.Generator, groups: list[str] | None = None) -> 
         answers=answers,
         groups=names,
         coordinates=coordinates,
-        coordinate_groups=names,
+        frames=frames,
+        test_groups=names,
     )
     return make_reference(seen, CLASSES)
 
 
 def _fed(test: DriftTest, images: list[np.ndarray]) -> DriftTest:
-    for score, probability, answer, coordinates in zip(*images, strict=True):
-        test.update(test.values_of(score, probability, CLASSES[answer], coordinates))
+    for score, probability, answer, coordinates, frame in zip(*images, strict=True):
+        test.update(test.values_of(score, probability, CLASSES[answer], coordinates, frame))
     return test
 
 
@@ -93,7 +95,7 @@ def test_images_of_one_group_count_as_one() -> None:
     """One module with another mix of answers is no drift where modules differ."""
     random = np.random.default_rng(3)
     groups = [f"module{number // 40}" for number in range(800)]
-    scores, probabilities, _, coordinates = _drawn(random, 800)
+    scores, probabilities, _, coordinates, frames = _drawn(random, 800)
     answers = np.repeat(random.choice(3, 20, p=[0.5, 0.3, 0.2]), 40)
     seen = Seen(
         scores=scores,
@@ -101,7 +103,8 @@ def test_images_of_one_group_count_as_one() -> None:
         answers=answers,
         groups=groups,
         coordinates=coordinates,
-        coordinate_groups=groups,
+        frames=frames,
+        test_groups=groups,
     )
     reference = make_reference(seen, CLASSES)
     assert (reference.block, reference.groups) == (40, 20)

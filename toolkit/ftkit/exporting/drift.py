@@ -24,7 +24,8 @@ def write_reference(
 
     sightings: of the test images, by the file itself. Scores, confidence and classes are those of
     the folds' models on the images each has not seen, which are many more; without folds, and for
-    the embedding, whose directions are the shipped model's own, those of the test images.
+    the frames and the embedding, whose directions are the shipped model's own, those of the test
+    images.
     """
     test_groups = canvases.groups(canvases.rows("test"))
     classes = list(run.classes)
@@ -34,7 +35,8 @@ def write_reference(
         answers=np.array([classes.index(sighting.label) for sighting in sightings]),
         groups=test_groups,
         coordinates=np.stack([sighting.coordinates for sighting in sightings]),
-        coordinate_groups=test_groups,
+        frames=np.stack([sighting.frame for sighting in sightings]),
+        test_groups=test_groups,
     )
     path = run.folder / OUT_OF_FOLD
     if path.is_file():
@@ -47,6 +49,7 @@ def write_reference(
                     answers=probabilities.argmax(1),
                     groups=canvases.groups(stored["rows"]),
                     coordinates=seen.coordinates,
-                    coordinate_groups=test_groups,
+                    frames=seen.frames,
+                    test_groups=test_groups,
                 )
     (folder / REFERENCE).write_text(make_reference(seen, classes).to_json(), encoding="utf-8")

@@ -17,7 +17,7 @@ import numpy as np
 
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.collect import logs, stored_test
-from ftkit_export.runtime.drift import ALARM, STREAMS, DriftTest, Reference
+from ftkit_export.runtime.drift import ALARM, FRAME, STREAMS, DriftTest, Reference
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.predict import REFERENCE, read_reference
 
@@ -128,6 +128,7 @@ def read_log(collected: Path) -> list[dict[str, Any]]:
             try:
                 line = json.loads(text)
                 float(line["time"]), float(line["score"]), float(line["probability"])
+                line["label"], line["coordinates"], line["frame"], line["kept"]
             except (ValueError, KeyError, TypeError):
                 continue
             lines.append(line)
@@ -136,12 +137,14 @@ def read_log(collected: Path) -> list[dict[str, Any]]:
 
 def _values(test: DriftTest, line: Mapping[str, Any], collected: Path) -> Array:
     coordinates = np.array(line["coordinates"], float)
-    if len(coordinates) != test.reference.directions or line["label"] not in test.reference.classes:
+    frame = np.array(line["frame"], float)
+    known = line["label"] in test.reference.classes
+    if len(coordinates) != test.reference.directions or len(frame) != len(FRAME) or not known:
         raise FtkitError(
             f"{collected}: expected a log written with this bundle, found one of another. Try the bundle that the "
             "device ran"
         )
-    return test.values_of(line["score"], line["probability"], line["label"], coordinates)
+    return test.values_of(line["score"], line["probability"], line["label"], coordinates, frame)
 
 
 def _alarm(

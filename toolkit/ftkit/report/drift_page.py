@@ -11,7 +11,7 @@ from ftkit.report.charts import lines
 from ftkit.report.pages import Table, render
 from ftkit_export.runtime.files import write_atomically
 
-COLOURS = ("--one", "--two", "--good", "--faint")
+COLOURS = ("--one", "--two", "--good", "--faint", "--ink")
 
 
 def write_drift(out: Path, told: Mapping[str, Any]) -> None:
