@@ -77,6 +77,11 @@ def main() -> None:
     parser.add_argument("--digits", action="store_true")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--max-drop", type=float, default=0.01)
+    parser.add_argument(
+        "--p50-ms", type=float, help="budget; without one, large networks are trained"
+    )
+    parser.add_argument("--finalists", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=5.0, help="for each finalist")
     parser.add_argument("--keep", type=Path, help="folder to keep the search in")
     options = parser.parse_args()
 
@@ -91,10 +96,12 @@ def main() -> None:
             write_elpv(photos, split=False)
             plan = (*SETTINGS, *(GROUPS if options.group else ()))
 
-        ask = ("search", photos, "--max-drop", options.max_drop, *plan)
+        budget = ("--p50-ms", options.p50_ms) if options.p50_ms else ()
+        ask = ("search", photos, "--max-drop", options.max_drop, *budget, *plan)
         cold = _ftkit(*ask, "--finalists", 0, "--out", place / "quick")
         warm = _ftkit(*ask, "--finalists", 0, "--out", place / "again")
-        whole = _ftkit(*ask, "--out", place / "search")
+        finalists = ("--finalists", options.finalists, "--minutes", options.minutes)
+        whole = _ftkit(*ask, *finalists, "--out", place / "search")
         told = json.loads((place / "search" / "search.json").read_text())
         timed = {point["name"] for point in told["points"] if point["p50_ms"]}
         print(machine())

@@ -203,8 +203,8 @@ class Collector:
             "label": sighting.label,
             "probability": round(sighting.probability, 5),
             "score": round(sighting.score, 4),
-            "coordinates": [round(float(value), 5) for value in sighting.coordinates],
-            "frame": [round(float(value), 3) for value in sighting.frame],
+            "coordinates": sighting.coordinates.round(5).tolist(),
+            "frame": sighting.frame.round(3).tolist(),
             "kept": kept,
         }
         self._log.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -119,9 +119,10 @@ class DriftTest:
         self._mark = self._sign * np.concatenate([event.marks for event in events])
         self._first = np.cumsum([0, *marks[:-1]])
         self._marks = np.array(marks)
-        self._streams = {
-            name: np.array([event.stream == name for event in events]) for name in STREAMS
-        }
+        self._of = np.array([STREAMS.index(event.stream) for event in events])
+        members = (np.arange(len(STREAMS))[:, None] == self._of).astype(float)
+        self._means = members / np.maximum(members.sum(1, keepdims=True), 1)  # (streams, events)
+        self._places = {name: place for place, name in enumerate(reference.classes)}
 
         # A bet that multiplies the odds pays 1 + share * (shown - rate), which is never negative
         rate = np.array([event.rate for event in events])[:, None]
@@ -148,10 +149,9 @@ class DriftTest:
         self, score: float, probability: float, label: str, coordinates: Array, frame: Array
     ) -> Array:
         """An image's values, in the order of Reference.values. frame: its `frame_statistics`."""
-        classes = self.reference.classes
-        answered = np.zeros(len(classes))
-        if label in classes:
-            answered[list(classes).index(label)] = 1.0
+        answered = np.zeros(len(self._places))
+        if label in self._places:
+            answered[self._places[label]] = 1.0
         return np.concatenate([[score, probability], answered, coordinates, frame])
 
     def update(self, values: Array) -> list[str]:
@@ -184,10 +184,11 @@ class DriftTest:
         self._since[begun] = self.images
 
         alarms = []
-        for name, stake in self.evidence.items():
-            if stake >= ALARM and name not in self.alarms:
-                stakes = np.where(self._streams[name], self._stakes, -1.0)
-                event = int(stakes.argmax())
+        stakes = self._stakes
+        for stream in np.flatnonzero(self._means @ stakes >= ALARM):
+            name = STREAMS[stream]
+            if name not in self.alarms:
+                event = int(np.where(self._of == stream, stakes, -1.0).argmax())
                 self.alarms[name] = {
                     "at": self.images,
                     "since": int(self._since[event]),
@@ -205,11 +206,7 @@ class DriftTest:
     @property
     def evidence(self) -> dict[str, float]:
         """By stream: its stake, 1 at the start."""
-        stakes = self._stakes
-        return {
-            name: float(stakes[mask].mean()) if mask.any() else 0.0
-            for name, mask in self._streams.items()
-        }
+        return dict(zip(STREAMS, (self._means @ self._stakes).tolist(), strict=True))
 
     @property
     def verdict(self) -> int:
