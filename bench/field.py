@@ -328,7 +328,7 @@ def updates(place: Path, kills: int, disks: int) -> str:
             subprocess.run(["umount", small], check=True)
     return "\n".join(
         [
-            f"- {kills} kills at random moments of an update ({lasts:.1f} s, the checks of answers and speed left out): "
+            f"- {kills} kills at random moments of an update ({lasts:.1f} s, checks of answers and speed left out): "
             f"all end on a bundle that verifies, {old} on the old one, {new} on the new.",
             f"- {disks} disks with room for 1.05 to 1.95 bundles of {need:.0f} MB: {full} were too small; all end on a "
             "bundle that verifies, the old one where the new did not fit.",
