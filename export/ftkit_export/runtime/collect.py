@@ -96,6 +96,7 @@ class Collector:
         self._unsaved = 0
         self._last = 0
         self.drift: DriftTest | None = None
+        self._bundle = reference.name if reference else ""
 
         try:
             for reason in REASONS:
@@ -200,6 +201,7 @@ class Collector:
     def _write_line(self, sighting: Sighting, kept: str | None) -> None:
         line = {
             "time": round(time.time(), 3),
+            "bundle": self._bundle,
             "label": sighting.label,
             "probability": round(sighting.probability, 5),
             "score": round(sighting.score, 4),

@@ -23,6 +23,7 @@ many images as a group has count as one observation: the mean of each event over
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -93,6 +94,11 @@ class Reference:
             if not known or not 0 < event.rate <= 1:
                 raise ValueError(f"the event {event}")
         return reference
+
+    @property
+    def name(self) -> str:
+        """Tells this reference from every other, in a log."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     @property
     def values(self) -> list[str]:
@@ -219,6 +225,7 @@ class DriftTest:
     def state(self) -> dict[str, Any]:
         """All that the test remembers, for JSON."""
         return {
+            "reference": self.reference.name,
             "images": self.images,
             "observations": self.observations,
             "alarms": self.alarms,
@@ -233,7 +240,7 @@ class DriftTest:
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError for a state of another reference."""
         bets = np.array(state["bets"], float)
-        if bets.shape != self._bets.shape:
+        if state["reference"] != self.reference.name or bets.shape != self._bets.shape:
             raise ValueError("the state of another bundle's test")
         self.images = int(state["images"])
         self.observations = int(state["observations"])

@@ -87,6 +87,7 @@ def test_a_log_of_another_bundle_or_none_is_refused(bundle: Path, tmp_path: Path
     assert (missing.exit_code, "found none" in missing.stderr) == (2, True)
     line = {
         "time": 0,
+        "bundle": "another",
         "label": "cat",
         "probability": 1,
         "score": 1,

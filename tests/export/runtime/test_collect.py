@@ -42,7 +42,16 @@ def test_each_reason_keeps_a_fair_sample_within_its_number(tmp_path: Path) -> No
         assert 1000 < np.mean(kept) < 2000, "neither the first nor the last alone"
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3000
     line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert set(line) == {"time", "label", "probability", "score", "coordinates", "frame", "kept"}
+    assert set(line) == {
+        "time",
+        "bundle",
+        "label",
+        "probability",
+        "score",
+        "coordinates",
+        "frame",
+        "kept",
+    }
 
 
 def test_bytes_are_bounded_and_the_oldest_control_goes_first(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ def collected(elpv: list[tuple[Path, str]], tmp_path: Path) -> Path:
 
 def _line(kept: str, probability: float, coordinates: list[float]) -> str:
     told = {"label": "mono-ok", "probability": probability, "score": 1.0}
-    return json.dumps({"time": 0, "coordinates": coordinates, "frame": [0], "kept": kept, **told})
+    return json.dumps(
+        {"time": 0, "bundle": "", "coordinates": coordinates, "frame": [0], "kept": kept, **told}
+    )
 
 
 def test_duplicates_are_folded_and_both_corners_come_first(collected: Path) -> None:

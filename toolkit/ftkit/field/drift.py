@@ -17,7 +17,7 @@ import numpy as np
 
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.collect import logs, stored_test
-from ftkit_export.runtime.drift import ALARM, FRAME, STREAMS, DriftTest, Reference
+from ftkit_export.runtime.drift import ALARM, STREAMS, DriftTest, Reference
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.predict import REFERENCE, read_reference
 
@@ -53,8 +53,9 @@ class Day:
 class Drift:
     """Verdict of the drift test on a log.
 
-    evidence: by stream, by how many times its stake has grown; course: the same after each of
-    `marks` images. forgotten: images that the device's test has seen, and the log no longer holds.
+    evidence: by stream, the most that its stake has ever been, 1 at the start; course: the stake
+    after each of `marks` images. forgotten: images that the device's test has seen, and the log no longer holds;
+    others: images in the log that another bundle answered.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Drift:
     course: Mapping[str, Sequence[float]]
     days: Sequence[Day]
     forgotten: int
+    others: int
 
 
 def find_drift(bundle: Path, collected: Path) -> Drift:
@@ -82,18 +84,27 @@ def find_drift(bundle: Path, collected: Path) -> Drift:
         raise FtkitError(
             f"{bundle}: expected the reference of the drift test ({REFERENCE}), found none. Export the run again"
         )
-    lines = read_log(collected)
-    if not lines:
+    everything = read_log(collected)
+    if not everything:
         raise FtkitError(
             f"{collected}: expected a log that `classify.py --keep` wrote, found none. Check the folder"
         )
+    lines = [line for line in everything if line["bundle"] == reference.name]
+    if not lines:
+        raise FtkitError(
+            f"{collected}: expected a log written with this bundle, found one of another. Try the bundle that the "
+            "device ran"
+        )
 
     test = DriftTest(reference)
-    values = np.stack([_values(test, line, collected) for line in lines])
+    values = np.stack([_values(test, line) for line in lines])
     marks = np.unique(np.linspace(1, len(lines), min(COURSE, len(lines))).astype(int))
     course: dict[str, list[float]] = {name: [] for name in STREAMS}
+    highest = dict.fromkeys(STREAMS, 0.0)
     for number, row in enumerate(values, start=1):
         test.update(row)
+        for name, stake in test.evidence.items():
+            highest[name] = max(highest[name], stake)
         if number in marks:
             for name, stake in test.evidence.items():
                 course[name].append(stake)
@@ -111,12 +122,13 @@ def find_drift(bundle: Path, collected: Path) -> Drift:
         images=len(lines),
         first=_time(lines[0]),
         last=_time(lines[-1]),
-        evidence=test.evidence,
+        evidence=highest,
         alarms=alarms,
         marks=marks.tolist(),
         course=course,
         days=_days(lines),
         forgotten=forgotten,
+        others=len(everything) - len(lines),
     )
 
 
@@ -128,23 +140,21 @@ def read_log(collected: Path) -> list[dict[str, Any]]:
             try:
                 line = json.loads(text)
                 float(line["time"]), float(line["score"]), float(line["probability"])
-                line["label"], line["coordinates"], line["frame"], line["kept"]
+                line["bundle"], line["label"], line["coordinates"], line["frame"], line["kept"]
             except (ValueError, KeyError, TypeError):
                 continue
             lines.append(line)
     return lines
 
 
-def _values(test: DriftTest, line: Mapping[str, Any], collected: Path) -> Array:
-    coordinates = np.array(line["coordinates"], float)
-    frame = np.array(line["frame"], float)
-    known = line["label"] in test.reference.classes
-    if len(coordinates) != test.reference.directions or len(frame) != len(FRAME) or not known:
-        raise FtkitError(
-            f"{collected}: expected a log written with this bundle, found one of another. Try the bundle that the "
-            "device ran"
-        )
-    return test.values_of(line["score"], line["probability"], line["label"], coordinates, frame)
+def _values(test: DriftTest, line: Mapping[str, Any]) -> Array:
+    return test.values_of(
+        line["score"],
+        line["probability"],
+        line["label"],
+        np.array(line["coordinates"], float),
+        np.array(line["frame"], float),
+    )
 
 
 def _alarm(
@@ -211,13 +221,15 @@ def as_text(found: Drift) -> str:
     lines = [f"drift: {on}"]
     if found.forgotten:
         lines.append(f"the log no longer holds {found.forgotten} images before them")
+    if found.others:
+        lines.append(f"left out: {found.others} images that another bundle answered")
     reference = found.reference
     ground = f"{reference.images} held-out images"
     if reference.groups is not None:
         ground += f" in {reference.groups} groups; {reference.block} images count as one"
     lines.append(f"without drift: {ground}")
 
-    lines.append(f"{'':<11} {'evidence':>9} of {ALARM:.0f} for an alarm")
+    lines.append(f"{'':<11} {'evidence':>9} at most; an alarm at {ALARM:.0f}")
     alarms = {alarm.stream: alarm for alarm in found.alarms}
     for name in STREAMS:
         said = f"{name:<11} {min(found.evidence[name], 1e9):>9.3g}"
