@@ -21,7 +21,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ CURRENT = "current"
 PREVIOUS = "previous"
 VERSIONS = "versions"
 PROBATION = "probation.json"
+FAILED = "failed.json"
 SLOWER = 0.1  # of the running bundle's time that a new one may take longer
 FRAMES = 100  # that a new bundle must answer before it is trusted
 SELF_CHECK_SECONDS = 600
@@ -95,6 +96,11 @@ def _update(
         manifest = read_manifest(new)
         check_files(new, manifest["files"])
         _require_newer(source, manifest, running, allow_downgrade)
+        if manifest["digest"] in failed(into) and not allow_downgrade:
+            raise FtkitError(
+                f"{source}: expected a bundle that has not failed here, found one that was rolled back. Try "
+                "--allow-downgrade"
+            )
         _self_check(source, new)
         ratio = _require_as_fast(source, new, running, slower, threads)
 
@@ -129,10 +135,19 @@ def version_of(manifest: dict[str, Any]) -> int:
     return found if isinstance(found, int) else 0
 
 
-def rollback(into: Path) -> Path:
+def failed(into: Path) -> list[str]:
+    """Digests of the manifests of bundles that failed their probation here."""
+    try:
+        return [str(digest) for digest in json.loads((into / FAILED).read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def rollback(into: Path, *, bad: bool = False) -> Path:
     """Make the bundle before the running one run again, and return it.
 
-    Raises FtkitError when there is none.
+    bad: the running one has failed, and is not installed again. Raises FtkitError when there is none
+    before.
     """
     with _locked(into):
         running = current(into)
@@ -142,6 +157,10 @@ def rollback(into: Path) -> Path:
                 f"{into}: expected a bundle to go back to, found none. Try an update with --allow-downgrade"
             )
         before = link.resolve()
+        if bad and running:
+            with suppress(BundleError):  # damaged: then it cannot be installed again anyway
+                digest = read_manifest(running)["digest"]
+                _write(into / FAILED, [*failed(into), digest])
         _point(into / CURRENT, before)
         if running:
             _point(link, running)

@@ -60,7 +60,7 @@ class Runner:
                 continue
             if probation(self.into) and (code or self.alarmed):
                 why = "drift at once" if self.alarmed else f"exit code {code}"
-                back = rollback(self.into)
+                back = rollback(self.into, bad=True)
                 print(
                     f"update: {bundle.name} failed after {self.frames} images ({why}); back to {back.name}",
                     file=sys.stderr,

@@ -223,6 +223,8 @@ class Collector:
                     path.unlink()
                 else:
                     self._kept[reason][path.name] = path.stat().st_size
+                    if path.stem.isdecimal():  # the clock may have been set back since
+                        self._last = max(self._last, int(path.stem))
 
     def _save(self) -> None:
         self._unsaved = 0

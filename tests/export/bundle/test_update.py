@@ -215,7 +215,8 @@ def test_a_new_bundle_that_fails_its_first_frames_is_rolled_back(
     incoming = tmp_path / "incoming"
     incoming.mkdir()
     pictures = sorted(photos.glob("*/*.png"))
-    update.update(make(2, fail_later), device, key=keys[1], slower=0.5)
+    failing = make(2, fail_later)
+    update.update(failing, device, key=keys[1], slower=0.5)
     assert _version(device) == 2
     assert update.probation(device)
     with _runner(device, "--watch", incoming) as running:
@@ -225,6 +226,8 @@ def test_a_new_bundle_that_fails_its_first_frames_is_rolled_back(
         shutil.copyfile(pictures[1], incoming / "1.png")
         assert running.stdout
         assert "1.png" in running.stdout.readline()
+        with pytest.raises(FtkitError, match="was rolled back"):
+            update.update(failing, device, key=keys[1])
 
         update.update(make(3), device, key=keys[1], slower=0.5)  # the runner takes it up
         deadline = time.monotonic() + 60

@@ -33,7 +33,7 @@ def collected(elpv: list[tuple[Path, str]], tmp_path: Path) -> Path:
         lines.append(_line(path, 0.5 + 0.04 * number, corner))
     with Image.open(root / "doubtful" / "000.png") as image:
         ImageEnhance.Brightness(image).enhance(1.05).save(root / "doubtful" / "copy.png")
-    lines.append(_line("doubtful/copy.png", 0.55, [0.0, 0.0]))
+    lines.append(_line("doubtful/copy.png", 0.55, [0.0, 0.0, 0.0]))  # of another bundle
     lines.append(_line("doubtful/evicted.png", 0.1, [0.0, 0.0]))
     (root / "log.jsonl").write_text("\n".join(lines) + "\n")
     return root

@@ -72,7 +72,9 @@ def ordered(collected: Path) -> list[Picture]:
     doubt = np.array([_doubt(line) for line in lines])
     firsts = _folded(np.stack([thumb for _, thumb in found]), doubt)
     rows = list(firsts)
-    coordinates = np.stack([np.array(lines[row]["coordinates"], float) for row in rows])
+    # After an update, another bundle's pictures may have another number of directions
+    common = min(len(lines[row]["coordinates"]) for row in rows)
+    coordinates = np.array([lines[row]["coordinates"][:common] for row in rows], float)
     return [
         Picture(
             path=found[rows[place]][0],
