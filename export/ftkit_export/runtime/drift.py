@@ -219,7 +219,15 @@ class DriftTest:
         """1: drift. 3: too few images to say that there is none. 0: none found."""
         if self.alarms:
             return 1
-        return 3 if self.images < LEAST or self.observations < 2 else 0
+        return 0 if self.images >= LEAST and self._could_alarm else 3
+
+    @property
+    def _could_alarm(self) -> bool:
+        """Whether so many observations would have raised an alarm if every one had shown all that a
+        stream watches for; half of its events, as a value cannot be both too high and too low."""
+        logs = self.observations * np.log1p(self._share * (1 - self._rate))
+        most = (0.5 / len(ODDS) * np.exp(np.minimum(logs, 100.0))).sum(1)
+        return bool((0.5 * self._means @ most >= ALARM).any())
 
     @property
     def state(self) -> dict[str, Any]:
