@@ -89,7 +89,7 @@ def _update(
     slower: float,
     threads: int,
 ) -> Update:
-    running = current(into)
+    running = _whole(current(into))
     beside = folder_beside(into / VERSIONS / "incoming")
     try:
         new = _fetched(source, beside, running, key)
@@ -127,6 +127,17 @@ def current(into: Path) -> Path | None:
     """The bundle that runs; None before the first."""
     link = into / CURRENT
     return link.resolve() if link.exists() else None
+
+
+def _whole(bundle: Path | None) -> Path | None:
+    """The bundle, or None for one that was damaged since: it is neither a measure for the new one,
+    nor what to go back to."""
+    if bundle:
+        try:
+            check_files(bundle, read_manifest(bundle)["files"])
+        except BundleError:
+            return None
+    return bundle
 
 
 def version_of(manifest: dict[str, Any]) -> int:

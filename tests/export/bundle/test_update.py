@@ -129,6 +129,16 @@ def test_whatever_is_wrong_with_a_bundle_the_old_one_runs_on(
     assert _version(device) == 0
 
 
+def test_a_damaged_bundle_is_replaced_and_not_gone_back_to(
+    device: Path, make: Make, keys: tuple[Path, Path]
+) -> None:
+    (device / "current" / "model.onnx").write_bytes(b"")
+    update.update(make(1), device, key=keys[1])
+    assert _version(device) == 1
+    with pytest.raises(FtkitError, match="go back to"):
+        update.rollback(device)
+
+
 def test_a_delta_holds_what_differs_and_installs_where_the_old_one_runs(
     device: Path, make: Make, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
