@@ -72,6 +72,7 @@ def update(
     """
     try:
         (into / VERSIONS).mkdir(parents=True, exist_ok=True)
+        into = into.resolve()
         with _locked(into):
             return _update(source, into, key, allow_downgrade, slower, threads)
     except OSError as error:
@@ -116,7 +117,8 @@ def _update(
 
     replaced = running if running and running != folder.resolve() else None
     if replaced:
-        _point(into / PREVIOUS, replaced)
+        if probation(into) is None:  # else the one before it is the last that is proven
+            _point(into / PREVIOUS, replaced)
         _write(into / PROBATION, {"version": folder.name, "frames": 0, "of": FRAMES})
     _point(into / CURRENT, folder)
     _forget(into)
@@ -157,25 +159,27 @@ def failed(into: Path) -> list[str]:
 def rollback(into: Path, *, bad: bool = False) -> Path:
     """Make the bundle before the running one run again, and return it.
 
-    bad: the running one has failed, and is not installed again. Raises FtkitError when there is none
-    before.
+    bad: the running one has failed, and is not installed again, nor gone back to. Raises FtkitError
+    when there is none before.
     """
-    with _locked(into):
+    into = into.resolve()
+    with _locked(into, wait=bad):
         running = current(into)
         link = into / PREVIOUS
-        if not link.exists():
+        if not link.exists() or link.resolve() == running:
             raise FtkitError(
                 f"{into}: expected a bundle to go back to, found none. Try an update with --allow-downgrade"
             )
         before = link.resolve()
-        if bad and running:
-            with suppress(BundleError):  # damaged: then it cannot be installed again anyway
-                digest = read_manifest(running)["digest"]
-                _write(into / FAILED, [*failed(into), digest])
         _point(into / CURRENT, before)
-        if running:
+        if bad:
+            link.unlink()
+        elif running:
             _point(link, running)
         (into / PROBATION).unlink(missing_ok=True)
+        if bad and running:
+            with suppress(BundleError, OSError):  # the disk may be full: what runs matters more
+                _write(into / FAILED, [*failed(into), read_manifest(running)["digest"]])
         return before
 
 
@@ -183,9 +187,14 @@ def _fetched(source: Path, beside: Path, running: Path | None, key: Path | None)
     """The new bundle, in a folder below `beside`, with what the running one has of it."""
     new = beside / "bundle"
     if source.is_dir():
-        if key:
-            check_signature(source, key)
         shutil.copytree(source, new, symlinks=True)
+        for path in new.rglob("*"):
+            if path.is_symlink():
+                raise BundleError(
+                    f"{source}: expected plain files, found the link {path.name!r}. Do not trust it"
+                )
+        if key:
+            check_signature(new, key)
     else:
         extracted(source, beside / "zip", key).rename(new)
 
@@ -293,13 +302,13 @@ def _forget(into: Path) -> None:
 
 
 @contextmanager
-def _locked(into: Path) -> Iterator[None]:
-    """One update at a time."""
+def _locked(into: Path, wait: bool = False) -> Iterator[None]:
+    """One update at a time. wait: until another has ended."""
     with (into / ".lock").open("w") as file:
         try:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except ImportError:  # Windows
             pass
         except OSError:
@@ -325,7 +334,7 @@ def delta(old: Path, new: Path, out: Path) -> int:
             zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive,
         ):
             for name in sorted(names):
-                info = zipfile.ZipInfo(f"{new.name}/{name}", EPOCH)
+                info = zipfile.ZipInfo(f"{new.resolve().name}/{name}", EPOCH)
                 info.compress_type = zipfile.ZIP_DEFLATED
                 info.external_attr = 0o644 << 16
                 archive.writestr(info, (new / name).read_bytes())

@@ -200,6 +200,8 @@ def main() -> int:
     if options.shadow and (options.keep is None or options.shadow_every < 1):
         parser.error("--shadow needs --keep, and --shadow-every of 1 or more")
 
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         if options.self_check:
             return self_check(options.provider, options.threads, options.keep)

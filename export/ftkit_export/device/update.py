@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 refused, and what ran before still runs.
 """
 
 import argparse
+import contextlib
 import signal
 import subprocess
 import sys
@@ -60,7 +61,8 @@ class Runner:
                 continue
             if probation(self.into) and (code or self.alarmed):
                 why = "drift at once" if self.alarmed else f"exit code {code}"
-                back = rollback(self.into, bad=True)
+                # Exit code 2 may be the arguments' or the disk's fault: it may be tried again
+                back = rollback(self.into, bad=self.alarmed or code != 2)
                 print(
                     f"update: {bundle.name} failed after {self.frames} images ({why}); back to {back.name}",
                     file=sys.stderr,
@@ -81,7 +83,11 @@ class Runner:
         self.alarmed = False
         command = [sys.executable, "-u", "-B", str(bundle / "device" / "classify.py")]
         with subprocess.Popen(
-            [*command, *self.arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, *self.arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         ) as child:
             passing = [
                 threading.Thread(target=self._pass, args=(child.stdout, sys.stdout, bool(found))),
@@ -90,27 +96,28 @@ class Runner:
             for thread in passing:
                 thread.start()
 
-            switched = False
             while child.poll() is None:
-                switched = current(self.into) != bundle
                 failed = self.alarmed and probation(self.into) is not None
-                if self.stopped or switched or failed:
+                if self.stopped or failed or current(self.into) != bundle:
                     child.terminate()
                     break
                 time.sleep(LOOK_SECONDS)
             code = child.wait()
             for thread in passing:
                 thread.join()
-        return code, switched
+        return code, current(self.into) != bundle
 
     def _pass(self, source: Any, target: Any, counts: bool) -> None:
         for line in source:
-            print(line, end="", file=target, flush=True)
             if line.startswith("drift: "):
                 self.alarmed = True
+            # Whatever fails, the classifier's output must be read, or it would wait for ever
+            with contextlib.suppress(OSError, ValueError):
+                print(line, end="", file=target, flush=True)
             if counts:
                 self.frames += 1
-                answered(self.into, self.frames)
+                with contextlib.suppress(OSError):
+                    answered(self.into, self.frames)
 
 
 def main() -> int:

@@ -89,7 +89,7 @@ class Collector:
         self.stopped = ""
         self._control = control
         self._most = most
-        self._bytes = int(megabytes * 1e6)
+        self._bytes = int(min(megabytes, 1e9) * 1e6)
         self._random = random.Random(seed)
         self._seen = dict.fromkeys(REASONS, 0)
         self._kept: dict[str, dict[str, int]] = {reason: {} for reason in REASONS}
@@ -161,7 +161,8 @@ class Collector:
         if len(kept) >= room:
             if self._random.random() >= room / self._seen[reason]:
                 return ""
-            self._remove(reason, self._random.choice(list(kept)))
+            while len(kept) >= room:
+                self._remove(reason, self._random.choice(list(kept)))
 
         content, suffix = picture()
         while self._used + len(content) > self._bytes:
@@ -203,10 +204,10 @@ class Collector:
             "time": round(time.time(), 3),
             "bundle": self._bundle,
             "label": sighting.label,
-            "probability": round(sighting.probability, 5),
-            "score": round(sighting.score, 4),
-            "coordinates": sighting.coordinates.round(5).tolist(),
-            "frame": sighting.frame.round(3).tolist(),
+            "probability": round(sighting.probability, 9),
+            "score": round(sighting.score, 6),
+            "coordinates": sighting.coordinates.round(7).tolist(),
+            "frame": sighting.frame.round(6).tolist(),
             "kept": kept,
         }
         self._log.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -23,6 +23,7 @@ from pathlib import Path
 from ftkit_export.runtime.collect import LOG_BYTES, SPARE_BYTES
 from ftkit_export.runtime.files import replacing
 from ftkit_export.runtime.predict import Classifier, Prediction
+from ftkit_export.runtime.preprocess import SUFFIXES
 
 LOG = "shadow.jsonl"
 FOLDER = "shadow"
@@ -40,7 +41,9 @@ class Shadow:
         self._offered = 0
         self._random = random.Random(seed)
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        self._kept = sorted(path.name for path in (folder / FOLDER).iterdir())
+        self._kept = sorted(
+            path.name for path in (folder / FOLDER).iterdir() if path.suffix.lower() in SUFFIXES
+        )
         self._differing = len(self._kept)
 
     def offer(

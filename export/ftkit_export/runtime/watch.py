@@ -29,10 +29,12 @@ def watch(folder: Path, waits: Callable[[], object] | None = None) -> Iterator[P
     waits = waits or (lambda: time.sleep(POLL_SECONDS))
     try:
         taken = _read(folder)
-        with (folder / LEDGER).open("a", encoding="utf-8") as ledger:
+        with (folder / LEDGER).open("a", encoding="utf-8", errors="surrogateescape") as ledger:
             before: dict[str, str] = {}
             while True:
-                now = {name: stamp for name, stamp in _images(folder) if taken.get(name) != stamp}
+                there = dict(_images(folder))
+                taken = {name: stamp for name, stamp in taken.items() if name in there}
+                now = {name: stamp for name, stamp in there.items() if taken.get(name) != stamp}
                 for name, stamp in sorted(now.items()):
                     if before.get(name) == stamp:  # complete
                         taken[name] = stamp
@@ -55,7 +57,9 @@ def _images(folder: Path) -> Iterator[tuple[str, str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if name.startswith(".") or Path(name).suffix.lower() not in SUFFIXES:
+            if name.startswith(".") or (not name.isprintable() and "\n" in name):
+                continue
+            if Path(name).suffix.lower() not in SUFFIXES:
                 continue
             with contextlib.suppress(FileNotFoundError):  # gone since
                 found = entry.stat()
@@ -69,12 +73,13 @@ def _read(folder: Path) -> dict[str, str]:
     there = dict(_images(folder))
     taken = {}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text("utf-8", errors="surrogateescape").split("\n"):
             stamp, _, name = line.partition(" ")
             if name in there:
                 taken[name] = stamp
 
     beside = folder / f"{LEDGER}.tmp"
-    beside.write_text("".join(f"{stamp} {name}\n" for name, stamp in taken.items()), "utf-8")
+    text = "".join(f"{stamp} {name}\n" for name, stamp in taken.items())
+    beside.write_text(text, "utf-8", errors="surrogateescape")
     beside.replace(path)
     return taken

@@ -57,10 +57,16 @@ def short_races(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def device(make: Make, keys: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A device that runs version 1."""
-    update.update(make(1), tmp_path / "device", key=keys[1])
-    return tmp_path / "device"
+def device(
+    make: Make, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A device that runs version 1, as a relative path through a link."""
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to("place")
+    monkeypatch.chdir(tmp_path)
+    device = Path("link") / "device"
+    update.update(make(1), device, key=keys[1])
+    return device
 
 
 def _version(device: Path) -> int:
@@ -77,11 +83,17 @@ def test_a_newer_bundle_is_switched_to_and_back(
     assert _version(device) == done.version == 2
     assert done.ratio
     assert done.ratio[1] < 1.5
+    update.answered(device, update.FRAMES)
     update.update(make(3), device, key=keys[1], slower=0.5)
     assert len(list((device / "versions").iterdir())) == 2, "the last good one stays, no more"
 
     assert update.rollback(device).name.startswith("2-")
     assert _version(device) == 2
+    update.update(make(3), device, key=keys[1], slower=0.5)
+    update.update(make(4), device, key=keys[1], slower=0.5)  # while version 3 is on probation
+    assert update.rollback(device, bad=True).name.startswith("2-"), "the last proven one"
+    with pytest.raises(FtkitError, match="go back to"):
+        update.rollback(device)
     update.update(make(3), device, key=keys[1], slower=0.5)
     assert _version(device) == 3
 
@@ -109,7 +121,13 @@ def test_whatever_is_wrong_with_a_bundle_the_old_one_runs_on(
     other = tmp_path / "other.pem"
     subprocess.run(["openssl", "pkey", "-in", tmp_path / "k", "-pubout", "-out", other], check=True)
 
+    linked = tmp_path / "linked"
+    shutil.copytree(update.current(device), linked)
+    (linked / "labels.txt").unlink()
+    (linked / "labels.txt").symlink_to(tmp_path / "outside.txt")
+
     refused = {
+        "the link": (linked, keys[1], {}),
         "sha256": (altered, keys[1], {}),
         "inside it": (escaping, keys[1], {}),
         "zipped bundle": (cut, keys[1], {}),

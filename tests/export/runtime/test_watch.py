@@ -49,6 +49,14 @@ def test_a_file_that_ends_the_process_is_not_taken_again(tmp_path: Path) -> None
     ]
 
 
+def test_a_name_that_is_no_text_is_taken_once_too(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "two\nlines.png").write_bytes(b"1")
+    assert list(watch(tmp_path, _looks())) == [tmp_path / name]
+    assert list(watch(tmp_path, _looks())) == []
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FtkitError, match="expected a folder to watch"):
         next(watch(tmp_path / "none"))

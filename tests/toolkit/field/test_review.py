@@ -84,6 +84,16 @@ def test_labels_are_given_on_a_page_that_only_this_machine_reaches(collected: Pa
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(url + path)
 
+    given = table.read_text()
+    for spoilt in (
+        given.replace(",", ";").encode(),
+        given.replace("scratch", "kratzer ü").encode("cp1252"),
+    ):
+        table.write_bytes(spoilt)
+        with pytest.raises(FtkitError, match="Save it as"):
+            write_review(collected, pictures)
+        assert table.read_bytes() == spoilt, "labels are not overwritten"
+    table.write_text(given)
     write_review(collected, ordered(collected))  # again: labels stay
     with table.open(newline="") as file:
         labels = {row["path"]: row["label"] for row in csv.DictReader(file) if row["label"]}

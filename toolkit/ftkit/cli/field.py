@@ -69,7 +69,9 @@ def drift(
     help="Its classes are offered on the page. [default: those in the log]",
 )
 @click.option("--serve", is_flag=True, help="Label on a local page, one key a class.")
-@click.option("--port", default=0, show_default="any free one", metavar="N")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, show_default="any free one", metavar="N"
+)
 @click.option("--open/--no-open", "show", default=True, help="Open the page in a browser.")
 def review(collected: Path, bundle: Path | None, serve: bool, port: int, show: bool) -> None:
     """Fold near duplicates of what is in COLLECTED, order the rest with the most informative first,

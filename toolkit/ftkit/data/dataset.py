@@ -367,8 +367,13 @@ def _from_csv(path: Path, folder: Path, *, labelled_only: bool = False) -> list[
     return [
         _csv_row(folder, f"{path} line {number}", columns, line)
         for number, line in table
-        if not labelled_only or (line.get("label") or "").strip()
+        if not labelled_only or _label_of(line)
     ]
+
+
+def _label_of(line: Mapping[str, Any]) -> str:
+    found = next((text for name, text in line.items() if str(name).strip() == "label"), "")
+    return (found or "").strip()
 
 
 def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> CsvRow:

@@ -112,7 +112,7 @@ def find_drift(bundle: Path, collected: Path) -> Drift:
     there = stored_test(collected, reference)
     forgotten = max(0, there.images - len(lines))
     alarms = [_alarm(test, name, values, lines) for name in test.alarms]
-    if forgotten:  # what was found before the log's first line still stands
+    if there.alarms:  # what the device found stands
         alarms += [_earlier(there, name) for name in there.alarms if name not in test.alarms]
 
     return Drift(
@@ -182,7 +182,7 @@ def _earlier(test: DriftTest, stream: str) -> Alarm:
         stream=stream,
         what=alarm["what"],
         since=alarm["since"],
-        since_time="before the log's first line",
+        since_time="as the device found",
         at=alarm["at"],
         pictures=(),
     )

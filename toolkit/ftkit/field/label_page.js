@@ -5,6 +5,7 @@ const element = (id) => document.getElementById(id);
 let classes = [];
 let pictures = [];
 let at = 0;
+let busy = false; // a second key before the answer would label the same picture again
 
 function show() {
   const picture = pictures[at];
@@ -29,12 +30,15 @@ function show() {
 }
 
 async function give(label) {
+  if (busy) return;
+  busy = true;
   const number = at;
   const answer = await fetch("/label", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ number, label }),
   }).catch(() => null);
+  busy = false;
   if (!answer || !answer.ok) {
     element("wrong").textContent = "This label was not written. Is ftkit still running?";
     return;
@@ -62,7 +66,7 @@ element("other").onsubmit = (event) => {
   if (name) give(name);
 };
 document.onkeydown = (event) => {
-  if (event.target === element("name") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target === element("name") || event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   const place = KEYS.indexOf(event.key);
   if (event.key === "ArrowLeft") move(-1);
   else if (event.key === "ArrowRight") move(1);

@@ -144,12 +144,27 @@ def write_review(collected: Path, pictures: Sequence[Picture]) -> Path:
 
 
 def read_labels(table: Path) -> dict[str, str]:
-    """Labels given so far, by the path in the CSV."""
+    """Labels given so far, by the path in the CSV.
+
+    Raises FtkitError for a file that a spreadsheet wrote in another form, before it is overwritten.
+    """
     if not table.is_file():
         return {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    return {row["path"]: row["label"] for row in rows if row.get("path") and row.get("label")}
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+            columns = list(reader.fieldnames or ())
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise FtkitError(
+            f"{table}: expected a CSV in UTF-8, found {error}. Save it as that"
+        ) from None
+    if not {"path", "label"} <= set(columns):
+        raise FtkitError(
+            f"{table}: expected the columns path and label with commas between, found {', '.join(columns) or 'none'}. "
+            "Save it as a CSV with commas"
+        )
+    return {row["path"]: row["label"] for row in rows if row["path"] and row["label"]}
 
 
 def write_table(table: Path, pictures: Sequence[Picture], labels: dict[str, str]) -> None:

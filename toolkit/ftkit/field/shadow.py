@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ftkit.field.review import read_labels
 from ftkit_export.proof.decision import paired
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.errors import FtkitError
@@ -71,7 +72,7 @@ def compare(collected: Path) -> Comparison:
     low, high, _ = share_interval(differ)
     table = collected / FOLDER / TABLE
     kept = [line for line in lines if line["kept"] and (collected / line["kept"]).is_file()]
-    labels = _labels(table)
+    labels = read_labels(table)
     _write(table, kept, labels)
 
     labelled = [line for line in kept if labels.get(Path(line["kept"]).name)]
@@ -120,14 +121,6 @@ def _lines(collected: Path) -> list[dict[str, Any]]:
                     continue
                 lines.append(line)
     return lines
-
-
-def _labels(table: Path) -> dict[str, str]:
-    """Labels by file name."""
-    if not table.is_file():
-        return {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        return {row["path"]: row["label"] for row in csv.DictReader(file) if row.get("label")}
 
 
 def _write(table: Path, kept: Sequence[dict[str, Any]], labels: dict[str, str]) -> None:
