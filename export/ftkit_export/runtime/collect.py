@@ -9,9 +9,9 @@
     collected/state.json                        counts, and the drift test
 
 Kept are pictures of low confidence, those unlike the training images, and a random share of all.
-Their number and bytes are bounded: within each reason a picture that arrives has the same chance to
-be there at the end as any other (reservoir sampling, Vitter 1985); where all reasons together fill
-the space, the oldest control pictures go first.
+Their number and bytes are bounded. Where the number binds, a picture that arrives has the same chance
+to be there at the end as any other of its reason (reservoir sampling, Vitter 1985); where the bytes
+do, the oldest control pictures go first, and late ones are favoured.
 
 Whatever fails here, such as a full disk, ends the collecting, with one line on standard error, and
 never the classifying.
