@@ -67,6 +67,12 @@ def _bundle(place: Path, photos: Path, name: str) -> Path:
     return next(path for path in (out, out.with_name(f"{out.name}.inconclusive")) if path.exists())
 
 
+def _copy(path: Path, photos: Path) -> None:
+    """Copy a photograph into the folder of its class below `photos`."""
+    (photos / path.parent.name).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, photos / path.parent.name / path.name)
+
+
 def _tinted(image: Image.Image) -> Image.Image:
     """As a camera with another white balance sees it."""
     red, green, blue = image.convert("RGB").split()
@@ -169,8 +175,7 @@ def drift(place: Path) -> str:
         if draw.random() < 0.4:
             held.append(path)
         else:
-            (photos / path.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, photos / path.parent.name / path.name)
+            _copy(path, photos)
     bundle = _bundle(place, photos, "both")
     classify = Classifier(bundle)
     reference = read_reference(bundle)
@@ -215,8 +220,7 @@ def drift(place: Path) -> str:
 
     mono = place / "mono"
     for path in photos.rglob("mono-*/*.png"):
-        (mono / path.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, mono / path.parent.name / path.name)
+        _copy(path, mono)
     bundle = _bundle(place, mono, "mono-only")
     classify = Classifier(bundle)
     reference = read_reference(bundle)
@@ -252,8 +256,7 @@ def _versions(place: Path) -> tuple[list[Path], Path]:
     write_elpv(place / "every", split=False)
     for folder in (place / "every").iterdir():
         for path in sorted(folder.glob("*.png"))[:30]:
-            (photos / folder.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, photos / folder.name / path.name)
+            _copy(path, photos)
     bundle = _bundle(place, photos, "little")
     key, public = place / "key.pem", place / "pub.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)

@@ -266,6 +266,12 @@ def _signed_by_openssl(manifest: bytes, signature: bytes, key: Path) -> bool:
     def openssl(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
 
+    version = openssl("version").stdout
+    if not version.startswith("OpenSSL 3"):
+        raise FtkitError(
+            f"{key}: expected the package cryptography or OpenSSL 3 to check a signature, found {version.strip()}. Try "
+            "`pip install cryptography`"
+        )
     if (
         "ED25519"
         not in openssl("pkey", "-pubin", "-in", str(key), "-noout", "-text").stdout.upper()

@@ -240,15 +240,19 @@ def _require_newer(
 
 
 def _self_check(source: Path, new: Path) -> None:
-    """Run the bundle's own self-check, in a process of its own."""
+    """Run the bundle's own self-check, and start its update.py, which installs the next one."""
+    python = [sys.executable, "-B"]
     try:
-        done = subprocess.run(
-            [sys.executable, "-B", str(new / "device" / "classify.py"), "--self-check"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=SELF_CHECK_SECONDS,
-        )
+        for command in (("classify.py", "--self-check"), ("update.py", "--help")):
+            done = subprocess.run(
+                [*python, str(new / "device" / command[0]), command[1]],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=SELF_CHECK_SECONDS,
+            )
+            if done.returncode:
+                break
     except subprocess.TimeoutExpired:
         raise FtkitError(
             f"{source}: expected its self-check to end within {SELF_CHECK_SECONDS} s here, found it running. It is "

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ from ftkit_export.runtime.predict import (  # noqa: E402
 )
 from ftkit_export.runtime.session import PROVIDERS  # noqa: E402
 from ftkit_export.runtime.shadow import Shadow  # noqa: E402
-from ftkit_export.runtime.verify import verify  # noqa: E402
-from ftkit_export.runtime.watch import watch  # noqa: E402
+from ftkit_export.runtime.verify import sha256, verify  # noqa: E402
+from ftkit_export.runtime.watch import POLL_SECONDS, watch  # noqa: E402
 
 BUNDLE = Path(__file__).resolve().parents[1]
 
@@ -116,7 +117,10 @@ def classify_all(options: argparse.Namespace) -> None:
         shadow = None
         if options.shadow:
             second = Classifier(options.shadow, provider=options.provider, threads=options.threads)
-            shadow = Shadow(second, options.keep, options.shadow_every)
+            pair = " and ".join(
+                sha256(path)[:12] for path in (_file(BUNDLE), _file(options.shadow))
+            )
+            shadow = Shadow(second, pair, options.keep, options.shadow_every)
         for path in _paths(options):
             try:
                 answer = _classified(classify, path, options.raw)
@@ -144,6 +148,10 @@ def _classified(classify: Classifier, path: Path, raw: list[int] | None) -> Pred
     return classify.frame(raw_frame(path, raw[0], raw[1], channels))
 
 
+def _file(model: Path) -> Path:
+    return model / "model.onnx" if model.is_dir() else model
+
+
 def _compare(shadow: Shadow, answer: Prediction, path: Path, raw: list[int] | None) -> None:
     """Ask the second bundle about the same image, if it is its turn."""
 
@@ -161,9 +169,13 @@ def _paths(options: argparse.Namespace) -> Iterator[Path]:
     """The images given; then those that appear, until a signal ends it."""
     yield from map(Path, options.images) if options.raw else image_files(options.images)
     if options.watch:
+        stopped = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: sys.exit(0))
-        yield from watch(options.watch)
+            signal.signal(number, lambda *_: stopped.set())
+        for path in watch(options.watch, lambda: not stopped.wait(POLL_SECONDS)):
+            yield path
+            if stopped.is_set():  # not before the image at hand is answered
+                return
 
 
 def main() -> int:
@@ -199,6 +211,9 @@ def main() -> int:
         parser.error("give images, --watch, --self-check or --bench")
     if options.shadow and (options.keep is None or options.shadow_every < 1):
         parser.error("--shadow needs --keep, and --shadow-every of 1 or more")
+
+    if options.watch and options.raw:
+        parser.error("--watch takes image files, and --raw none. Give one of them")
 
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -9,9 +9,9 @@
     collected/state.json                        counts, and the drift test
 
 Kept are pictures of low confidence, those unlike the training images, and a random share of all.
-Their number and bytes are bounded. Where the number binds, a picture that arrives has the same chance
-to be there at the end as any other of its reason (reservoir sampling, Vitter 1985); where the bytes
-do, the oldest control pictures go first, and late ones are favoured.
+Their number and bytes are bounded: within each reason a picture that arrives has the same chance to
+be there at the end as any other (reservoir sampling, Vitter 1985); where bytes run out, the oldest
+control pictures go first.
 
 Whatever fails here, such as a full disk, ends the collecting, with one line on standard error, and
 never the classifying.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -105,6 +106,8 @@ class Collector:
             self._find_kept()
             state = _read_state(self.folder)
             self._log = (self.folder / LOG).open("a", encoding="utf-8")
+            if _is_torn(self.folder / LOG):
+                self._log.write("\n")
         except OSError as error:
             raise FtkitError(
                 f"{self.folder}: expected a folder to collect in, found: {error.strerror or error}. Try another --keep"
@@ -165,11 +168,8 @@ class Collector:
                 self._remove(reason, self._random.choice(list(kept)))
 
         content, suffix = picture()
-        while self._used + len(content) > self._bytes:
-            victim = self._victim(reason)
-            if victim is None:  # larger than all the space
-                return ""
-            self._remove(*victim)
+        if not self._make_room(reason, len(content)):
+            return ""
         if shutil.disk_usage(self.folder).free < SPARE_BYTES + len(content):
             self._stop(f"less than {SPARE_BYTES // 1_000_000} MB of disk are left")
             return ""
@@ -185,15 +185,30 @@ class Collector:
     def _used(self) -> int:
         return sum(sum(kept.values()) for kept in self._kept.values())
 
-    def _victim(self, reason: str) -> tuple[str, str] | None:
-        """The picture that makes room: the oldest control, or else a random one of the same reason,
-        or of another."""
-        if self._kept["control"]:
-            return "control", min(self._kept["control"])
-        for candidate in (reason, *REASONS):
-            if self._kept[candidate]:
-                return candidate, self._random.choice(list(self._kept[candidate]))
-        return None
+    def _make_room(self, reason: str, size: int) -> bool:
+        """Whether a picture of so many bytes is taken; others then make room for it.
+
+        The oldest control first; then a random one of the reason that has the most bytes. Where that
+        is the picture's own, it is taken with the chance that keeps the reason's sample fair.
+        """
+        if size > self._bytes:
+            return False
+        while self._used + size > self._bytes and self._kept["control"]:
+            self._remove("control", min(self._kept["control"]))
+        if self._used + size <= self._bytes:
+            return True
+        if reason == "control":
+            return False
+
+        largest = max(REASONS, key=lambda each: (sum(self._kept[each].values()), each == reason))
+        fair = len(self._kept[reason]) / self._seen[reason]
+        if largest == reason and self._random.random() >= fair:
+            return False
+        while self._used + size > self._bytes:
+            if not self._kept[largest]:  # then the other has less, and the picture is large
+                largest = next(each for each in REASONS if self._kept[each])
+            self._remove(largest, self._random.choice(list(self._kept[largest])))
+        return True
 
     def _remove(self, reason: str, name: str) -> None:
         (self.folder / reason / name).unlink(missing_ok=True)
@@ -269,6 +284,15 @@ def _lock(folder: Path) -> Any:
             f"{folder}: expected a folder that no other process collects in, found one in use. Try another --keep"
         ) from None
     return file
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a power cut left the last line without its end."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _rotate(folder: Path) -> None:

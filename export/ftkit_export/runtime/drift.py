@@ -34,7 +34,7 @@ import numpy as np
 from ftkit_export.runtime.arrays import Array
 
 STREAMS = ("score", "confidence", "classes", "embedding", "frame")
-ALARM = 100.0  # of each of the five: without drift, 5 % of all devices ever alarm
+ALARM = 100.0  # of each of the five: without drift, at most 5 % of all devices ever alarm
 LEAST = 200  # images, before "no drift" is said
 ODDS = (1.5, 2.5, 5.0, 15.0)  # what the bets take the event's odds to have become
 FRAME = ("brightness", "contrast", "sharpness", "red", "blue")
@@ -145,9 +145,9 @@ class DriftTest:
         self._shown = np.zeros(count)
         self._bets = np.full((count, len(ODDS)), 0.5 / len(ODDS))
         self._idle = np.full(count, 0.5)
-        # Since when each event has been more frequent than its rate
-        self._sum = np.zeros(count)
-        self._since = np.zeros(count, int)
+        # Since when each bet has been winning
+        self._sum = np.zeros((count, len(ODDS)))
+        self._since = np.zeros((count, len(ODDS)), int)
         if state:
             self._restore(state)
 
@@ -184,7 +184,7 @@ class DriftTest:
         self._bets *= pays
         np.minimum(self._bets, MOST, out=self._bets)
 
-        self._sum = self._sum + np.log(np.maximum(pays[:, 1], 1e-12))
+        self._sum = self._sum + np.log(np.maximum(pays, 1e-12))
         begun = self._sum <= 0
         self._sum[begun] = 0.0
         self._since[begun] = self.images
@@ -197,7 +197,7 @@ class DriftTest:
                 event = int(np.where(self._of == stream, stakes, -1.0).argmax())
                 self.alarms[name] = {
                     "at": self.images,
-                    "since": int(self._since[event]),
+                    "since": int(self._since[event, self._bets[event].argmax()]),
                     "event": event,
                     "what": str(self.reference.events[event]),
                 }

@@ -142,8 +142,13 @@ class Classifier:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
         return self._answer(to_frame(image, self.input_format))[0]
 
-    def sight(self, frame: np.ndarray[Any, Any]) -> tuple[Sighting, np.ndarray[Any, Any]]:
-        """What the model makes of a frame in its input format, and the probabilities (classes,)."""
+    def sight(
+        self, frame: np.ndarray[Any, Any], *, statistics: bool = True
+    ) -> tuple[Sighting, np.ndarray[Any, Any]]:
+        """What the model makes of a frame in its input format, and the probabilities (classes,).
+
+        statistics: of the frame itself, too; they take tens of microseconds.
+        """
         probabilities, embedding = self._answer(frame)
         best = int(probabilities.argmax())
         score, coordinates = 0.0, np.zeros(0)
@@ -158,7 +163,7 @@ class Classifier:
             foreign=bool(self.familiar and score > self.familiar.threshold),
             score=score,
             coordinates=coordinates,
-            frame=frame_statistics(frame, self.input_format),
+            frame=frame_statistics(frame, self.input_format) if statistics else np.zeros(0),
         )
         return sighting, probabilities
 
@@ -189,7 +194,7 @@ class Classifier:
         self, frame: np.ndarray[Any, Any], source: str | Path | bytes | np.ndarray[Any, Any] | None
     ) -> Prediction:
         """source: where the frame came from, if it was no frame."""
-        sighting, probabilities = self.sight(frame)
+        sighting, probabilities = self.sight(frame, statistics=self.collector is not None)
         if self.collector:
             self.collector.offer(sighting, lambda: picture_of(frame, source, self.input_format))
 

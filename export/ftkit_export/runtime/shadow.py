@@ -1,7 +1,7 @@
 """Run a second bundle beside the first on some frames, and note where they differ; its answers are never shown.
 
-    shadow = Shadow(Classifier("next"), Path("collected"), every=10)
-    shadow.offer(answer, path)                # after each answer of the first
+    shadow = Shadow(Classifier("next"), "first and next", Path("collected"), every=10)
+    shadow.offer(answer, answers, picture)    # after each answer of the first
 
     collected/shadow.jsonl      a line a frame compared: both answers
     collected/shadow/           pictures on which they differ, a fair sample
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ftkit_export.runtime.collect import LOG_BYTES, SPARE_BYTES
 from ftkit_export.runtime.files import replacing
@@ -31,10 +32,18 @@ MOST = 500  # pictures
 
 
 class Shadow:
-    """Compares each `every`-th answer with a second bundle's."""
+    """Compares each `every`-th answer with a second bundle's. pair: tells which two are compared."""
 
-    def __init__(self, second: Classifier, folder: Path, every: int = 10, seed: int | None = None):
+    def __init__(
+        self,
+        second: Classifier,
+        pair: str,
+        folder: Path,
+        every: int = 10,
+        seed: int | None = None,
+    ):
         self.second = second
+        self.pair = pair
         self.folder = folder
         self.every = every
         self.stopped = ""
@@ -44,7 +53,10 @@ class Shadow:
         self._kept = sorted(
             path.name for path in (folder / FOLDER).iterdir() if path.suffix.lower() in SUFFIXES
         )
-        self._differing = len(self._kept)
+        lines = [line for line in read_lines(folder) if line["pair"] == pair]
+        self._differing = max(
+            len(self._kept), sum(line["first"] != line["second"] for line in lines)
+        )
 
     def offer(
         self,
@@ -86,6 +98,7 @@ class Shadow:
     def _write(self, answer: Prediction, other: Prediction, kept: str | None) -> None:
         line = {
             "time": round(time.time(), 3),
+            "pair": self.pair,
             "first": answer.label,
             "first_probability": round(answer.probability, 5),
             "second": other.label,
@@ -97,3 +110,18 @@ class Shadow:
             path.replace(path.with_name("shadow.1.jsonl"))
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines logged in a folder, oldest first; those cut short by a power cut are left out."""
+    lines = []
+    for path in (folder / "shadow.1.jsonl", folder / LOG):
+        if path.is_file():
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    line = json.loads(text)
+                    line["pair"], line["first"], line["second"], line["kept"]
+                except (ValueError, KeyError, TypeError):
+                    continue
+                lines.append(line)
+    return lines

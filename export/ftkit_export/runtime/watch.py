@@ -57,7 +57,7 @@ def _images(folder: Path) -> Iterator[tuple[str, str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if name.startswith(".") or (not name.isprintable() and "\n" in name):
+            if name.startswith(".") or "\n" in name:  # the ledger has a line a name
                 continue
             if Path(name).suffix.lower() not in SUFFIXES:
                 continue

@@ -71,6 +71,17 @@ def test_bytes_are_bounded_and_the_oldest_control_goes_first(tmp_path: Path) -> 
     assert not collector.stopped, "a picture larger than all the space is left out, and only that"
 
 
+def test_a_sample_that_bytes_bound_is_fair_too(tmp_path: Path) -> None:
+    collector = Collector(tmp_path, control=0.0, megabytes=0.04, seed=0)
+    for number in range(2000):
+        content = number.to_bytes(1000)
+        collector.offer(_sighting(doubtful=True), lambda content=content: (content, ".png"))
+    collector.close()
+    kept = [int.from_bytes(path.read_bytes()) for path in (tmp_path / "doubtful").iterdir()]
+    assert len(kept) == 40
+    assert 700 < np.mean(kept) < 1300
+
+
 def test_a_restart_counts_on_and_clears_what_a_kill_left(tmp_path: Path) -> None:
     first = Collector(tmp_path, control=1.0, most=30, seed=0)
     with pytest.raises(FtkitError, match="in use"):

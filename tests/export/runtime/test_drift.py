@@ -23,13 +23,18 @@ def _drawn(random: np.random.Generator, count: int, shift: float = 0.0) -> list[
     ]
 
 
-def _reference(random: np.random.Generator, groups: list[str] | None = None) -> Reference:
-    scores, probabilities, answers, coordinates, frames = _drawn(random, 800)
+def _reference(
+    random: np.random.Generator,
+    groups: list[str] | None = None,
+    answers: np.ndarray | None = None,
+) -> Reference:
+    """Of 800 images; groups, answers: theirs instead of none, and of drawn ones."""
+    scores, probabilities, drawn, coordinates, frames = _drawn(random, 800)
     names = groups or [""] * 800
     seen = Seen(
         scores=scores,
         probabilities=probabilities,
-        answers=answers,
+        answers=drawn if answers is None else answers,
         groups=names,
         coordinates=coordinates,
         frames=frames,
@@ -96,18 +101,8 @@ def test_images_of_one_group_count_as_one() -> None:
     """One module with another mix of answers is no drift where modules differ."""
     random = np.random.default_rng(3)
     groups = [f"module{number // 40}" for number in range(800)]
-    scores, probabilities, _, coordinates, frames = _drawn(random, 800)
     answers = np.repeat(random.choice(3, 20, p=[0.5, 0.3, 0.2]), 40)
-    seen = Seen(
-        scores=scores,
-        probabilities=probabilities,
-        answers=answers,
-        groups=groups,
-        coordinates=coordinates,
-        frames=frames,
-        test_groups=groups,
-    )
-    reference = make_reference(seen, CLASSES)
+    reference = _reference(random, groups, answers)
     assert (reference.block, reference.groups) == (40, 20)
 
     images = _drawn(random, 2000)

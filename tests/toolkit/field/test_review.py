@@ -35,6 +35,8 @@ def collected(elpv: list[tuple[Path, str]], tmp_path: Path) -> Path:
         ImageEnhance.Brightness(image).enhance(1.05).save(root / "doubtful" / "copy.png")
     lines.append(_line("doubtful/copy.png", 0.55, [0.0, 0.0, 0.0]))  # of another bundle
     lines.append(_line("doubtful/evicted.png", 0.1, [0.0, 0.0]))
+    with Image.open(elpv[1500][0]) as image:
+        image.save(root / "control" / "unlogged.png")  # its line has rotated away
     (root / "log.jsonl").write_text("\n".join(lines) + "\n")
     return root
 
@@ -48,7 +50,7 @@ def _line(kept: str, probability: float, coordinates: list[float]) -> str:
 
 def test_duplicates_are_folded_and_both_corners_come_first(collected: Path) -> None:
     pictures = ordered(collected)
-    assert len(pictures) + sum(len(picture.alike) for picture in pictures) == 13
+    assert len(pictures) + sum(len(picture.alike) for picture in pictures) == 14
     assert pictures[0].path == "doubtful/000.png"
     assert "doubtful/copy.png" in pictures[0].alike
     assert int(Path(pictures[1].path).stem) % 2 == 1, "of the other corner"

@@ -102,7 +102,7 @@ def _label(
 
     from ftkit.field.label_page import labelling
 
-    offered = classes or sorted({picture.suggested for picture in pictures})
+    offered = classes or sorted({picture.suggested for picture in pictures if picture.suggested})
     with labelling(collected, pictures, offered, port) as url:
         click.echo(f"{url}  (Ctrl-C ends)")
         if show:

@@ -16,15 +16,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish
+from ftkit.utils.local_server import listening, names_this_machine
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.verify import read_manifest
@@ -167,7 +167,7 @@ class _Handler(SimpleHTTPRequestHandler):
         Requests that name another host than this machine get 403, links out of the served folders
         404.
         """
-        if self.headers.get("Host", "").split(":")[0] not in ("127.0.0.1", "localhost"):
+        if not names_this_machine(self.headers):
             self.send_error(403)
         elif self.path == "/":
             self.send_response(302)
@@ -226,21 +226,6 @@ def serving(bundle: Path, files: Path, port: int = 0) -> Iterator[str]:
         page = Path(name)
         add_page(bundle, files, page)
 
-        try:
-            server = ThreadingHTTPServer(
-                ("127.0.0.1", port), partial(_Handler, directory=str(bundle), page=page)
-            )
-        except OSError as error:
-            raise FtkitError(
-                f"--port {port}: expected a free port, found {error.strerror}. Try another"
-            ) from None
-
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/{PAGE}/"
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        handler = partial(_Handler, directory=str(bundle), page=page)
+        with listening(handler, port) as number:
+            yield f"http://127.0.0.1:{number}/{PAGE}/"

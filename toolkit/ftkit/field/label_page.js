@@ -14,8 +14,8 @@ function show() {
   element("picture").src = `/picture/${at}`;
   element("picture").alt = picture.path;
   const alike = picture.alike ? `, ${picture.alike} alike` : "";
-  element("said").textContent =
-    `${picture.why}${alike}; the model says ${picture.suggested} (${picture.probability.toFixed(2)})`;
+  const said = `the model says ${picture.suggested} (${picture.probability.toFixed(2)})`;
+  element("said").textContent = `${picture.why}${alike}; ${picture.suggested ? said : "no longer in the log"}`;
   element("classes").replaceChildren(
     ...classes.map((name, place) => {
       const button = document.createElement("button");

@@ -13,11 +13,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from ftkit.field.review import FOLDER, TABLE, Picture, read_labels, write_table
+from ftkit.utils.local_server import HOSTS, listening, names_this_machine
 from ftkit_export.runtime.errors import FtkitError
 
 PAGE = Path(__file__).parent / "label_page.html"
@@ -28,7 +29,6 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 LONGEST = 10_000  # bytes of a request
-LOCAL = ("127.0.0.1", "localhost")
 
 
 class _Labels:
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page, its script, its data, or a picture by its number."""
-        if not self._is_local():
+        if not names_this_machine(self.headers):
             self.send_error(403)
         elif self.path == "/":
             self._send(PAGE.read_bytes(), "text/html; charset=utf-8")
@@ -114,8 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         """A label: {"number": 0, "label": "ok"}."""
         length = self.headers.get("Content-Length", "")
         origin = self.headers.get("Origin", "")
-        own = origin in [f"http://{host}:{self.server.server_port}" for host in LOCAL]  # type: ignore[attr-defined]
-        if not self._is_local() or not own:
+        own = origin in [f"http://{host}:{self.server.server_port}" for host in HOSTS]  # type: ignore[attr-defined]
+        if not names_this_machine(self.headers) or not own:
             self.send_error(403)
             return
         if self.path != "/label" or not length.isdecimal() or int(length) > LONGEST:
@@ -131,9 +131,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(500, str(error)[:80])
             return
         self._send(b"{}", "application/json")
-
-    def _is_local(self) -> bool:
-        return self.headers.get("Host", "").split(":")[0] in LOCAL
 
     def _send(self, content: bytes, kind: str) -> None:
         self.send_response(200)
@@ -157,18 +154,5 @@ def labelling(
     Raises FtkitError when the port is taken.
     """
     labels = _Labels(collected, pictures, classes)
-    try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, labels=labels))
-    except OSError as error:
-        raise FtkitError(
-            f"--port {port}: expected a free port, found {error.strerror}. Try another"
-        ) from None
-
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with listening(partial(_Handler, labels=labels), port) as number:
+        yield f"http://127.0.0.1:{number}/"

@@ -26,6 +26,7 @@ import PIL.ImageFont
 from ftkit.data.audit import THUMB, near_duplicates
 from ftkit.field.drift import read_log
 from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.collect import REASONS
 from ftkit_export.runtime.errors import FtkitError, ImageError
 from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.preprocess import decode
@@ -41,8 +42,9 @@ LEAST_DOUBT = 0.25  # weight of a picture of which the model is sure
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A collected picture to label. path: below the collected folder. suggested: the model's answer.
-    alike: near duplicates folded into it."""
+    """A collected picture to label. path: below the collected folder. suggested: the model's answer,
+    "" where the log no longer has it; probability: of it. why: one of collect.REASONS. alike: paths
+    of near duplicates folded into it."""
 
     path: str
     suggested: str
@@ -57,12 +59,19 @@ def ordered(collected: Path) -> list[Picture]:
     Raises FtkitError when there is none.
     """
     logged = {line["kept"]: line for line in read_log(collected) if line["kept"]}
+    width = min((len(line["coordinates"]) for line in logged.values()), default=0)
     found: list[tuple[str, Array]] = []
-    for path in sorted(logged):
-        if (collected / path).is_file():
-            thumb = _thumbnail(collected / path)
-            if thumb is not None:
-                found.append((path, thumb))
+    for path in sorted(
+        path.relative_to(collected).as_posix()
+        for reason in REASONS
+        for path in (collected / reason).glob("[!.]*")
+    ):
+        thumb = _thumbnail(collected / path)
+        if thumb is not None:
+            found.append((path, thumb))
+            # The log holds fewer images than the folders: nothing is known then but why it was kept
+            unknown = {"kept": path, "label": "", "probability": 0.0, "coordinates": [0.0] * width}
+            logged.setdefault(path, unknown)
     if not found:
         raise FtkitError(
             f"{collected}: expected pictures that `classify.py --keep` collected, found none. Check the folder"
@@ -73,8 +82,7 @@ def ordered(collected: Path) -> list[Picture]:
     firsts = _folded(np.stack([thumb for _, thumb in found]), doubt)
     rows = list(firsts)
     # After an update, another bundle's pictures may have another number of directions
-    common = min(len(lines[row]["coordinates"]) for row in rows)
-    coordinates = np.array([lines[row]["coordinates"][:common] for row in rows], float)
+    coordinates = np.array([lines[row]["coordinates"][:width] for row in rows], float)
     return [
         Picture(
             path=found[rows[place]][0],
@@ -98,6 +106,8 @@ def _thumbnail(path: Path) -> Array | None:
 
 def _doubt(line: dict[str, Any]) -> float:
     """0 to 1: how little the answer can be trusted."""
+    if not line["label"]:  # not in the log
+        return {"foreign": 1.0, "doubtful": 0.5, "control": 0.0}[line["kept"].split("/")[0]]
     return 1.0 if line["kept"].startswith("foreign/") else 1 - float(line["probability"])
 
 
@@ -182,7 +192,7 @@ def write_table(table: Path, pictures: Sequence[Picture], labels: dict[str, str]
                 path,
                 labels.get(path, ""),
                 picture.suggested,
-                f"{picture.probability:.3f}",
+                f"{picture.probability:.3f}" if picture.suggested else "",
                 picture.why,
                 len(picture.alike),
             )
@@ -210,12 +220,8 @@ def _sheet(path: Path, collected: Path, pictures: Sequence[Picture], before: int
         if picture.alike:
             said += f", {len(picture.alike)} alike"
         draw.text((x, y + TILE), said, "black", font)
-        draw.text(
-            (x, y + TILE + 14),
-            f"{picture.suggested[:16]} {picture.probability:.2f}",
-            "dimgrey",
-            font,
-        )
+        answer = f"{picture.suggested[:16]} {picture.probability:.2f}" if picture.suggested else ""
+        draw.text((x, y + TILE + 14), answer, "dimgrey", font)
     content = io.BytesIO()
     sheet.save(content, "JPEG", quality=80)
     write_atomically(path, content.getvalue())

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,20 +25,22 @@ from ftkit_export.proof.decision import paired
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import write_atomically
-from ftkit_export.runtime.shadow import FOLDER, LOG
+from ftkit_export.runtime.shadow import FOLDER, read_lines
 
 TABLE = "shadow.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two bundles on the same frames. differing: share of them with different answers, with its 95 %
-    interval. kept: pictures of these; labelled: those with a label. gain: accuracy of the second
-    less that of the first over all frames, with its bounds; None without labels. needed: labels
-    that would settle which is better, as far as those given tell; None where it is not known.
+    """Two bundles on the same frames. others: frames logged of other pairs. differing: share of the
+    frames with different answers, with its 95 % interval. kept: pictures of these; labelled: those
+    with a label. gain: accuracy of the second less that of the first over all frames, with its
+    bounds; None without labels. needed: labels that would settle which is better, as far as those
+    given tell; None where it is not known.
     """
 
     frames: int
+    others: int
     differing: float
     low: float
     high: float
@@ -58,16 +59,18 @@ class Comparison:
 
 
 def compare(collected: Path) -> Comparison:
-    """Compare what `classify.py --shadow` logged, with the labels in shadow.csv, and write it anew.
+    """Compare what `classify.py --shadow` logged of the last two bundles compared, with the labels in
+    shadow.csv, and write that anew.
 
     Raises FtkitError where nothing was compared.
     """
-    lines = _lines(collected)
-    if not lines:
+    everything = read_lines(collected)
+    if not everything:
         raise FtkitError(
             f"{collected}: expected what `classify.py --keep --shadow` compared, found none. Check the folder"
         )
 
+    lines = [line for line in everything if line["pair"] == everything[-1]["pair"]]
     differ = np.array([line["first"] != line["second"] for line in lines])
     low, high, _ = share_interval(differ)
     table = collected / FOLDER / TABLE
@@ -81,6 +84,7 @@ def compare(collected: Path) -> Comparison:
         gain, needed = _gain(labelled, labels, int(differ.sum()), len(lines))
     return Comparison(
         frames=len(lines),
+        others=len(everything) - len(lines),
         differing=float(differ.mean()),
         low=low,
         high=high,
@@ -109,20 +113,6 @@ def _gain(
     return (-found.drop, -found.high, -found.low), needed
 
 
-def _lines(collected: Path) -> list[dict[str, Any]]:
-    lines = []
-    for path in (collected / "shadow.1.jsonl", collected / LOG):
-        if path.is_file():
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    line = json.loads(text)
-                    line["first"], line["second"], line["kept"]
-                except (ValueError, KeyError, TypeError):  # cut short by a power cut
-                    continue
-                lines.append(line)
-    return lines
-
-
 def _write(table: Path, kept: Sequence[dict[str, Any]], labels: dict[str, str]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -139,6 +129,8 @@ def as_text(found: Comparison) -> str:
         f"{found.frames} frames compared: {found.differing:.1%} differ [{found.low:.1%}, {found.high:.1%}]",
         f"to label: {found.table} ({found.labelled} of {found.kept} are)",
     ]
+    if found.others:
+        lines.append(f"left out: {found.others} frames on which other bundles were compared")
     if found.gain:
         gain, low, high = (100 * value for value in found.gain)
         lines.append(f"the second bundle: {gain:+.2f} points [{low:+.2f}, {high:+.2f}]")
