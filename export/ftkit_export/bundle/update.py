@@ -186,7 +186,10 @@ def rollback(into: Path, *, bad: bool = False) -> Path:
 def _fetched(source: Path, beside: Path, running: Path | None, key: Path | None) -> Path:
     """The new bundle, in a folder below `beside`, with what the running one has of it."""
     new = beside / "bundle"
+    if not source.exists():
+        raise FtkitError(f"{source}: expected a bundle, found nothing there. Check the path")
     if source.is_dir():
+        read_manifest(source)
         shutil.copytree(source, new, symlinks=True)
         for path in new.rglob("*"):
             if path.is_symlink():

@@ -45,6 +45,7 @@ class Runner:
         self.stopped = False
         self.frames = 0
         self.alarmed = False
+        self.ended = False  # by this program
 
     def run(self) -> int:
         """Until the classifier ends well, or a signal ends it."""
@@ -69,6 +70,8 @@ class Runner:
                     flush=True,
                 )
                 continue
+            if self.ended:
+                continue
             if not code:
                 return 0
             time.sleep(AGAIN_SECONDS)
@@ -80,7 +83,7 @@ class Runner:
         """Run a bundle's classifier; returns its exit code, and whether another bundle is current."""
         found = probation(self.into)
         self.frames = found["frames"] if found else 0
-        self.alarmed = False
+        self.alarmed = self.ended = False
         command = [sys.executable, "-u", "-B", str(bundle / "device" / "classify.py")]
         with subprocess.Popen(
             [*command, *self.arguments],
@@ -100,6 +103,7 @@ class Runner:
                 failed = self.alarmed and probation(self.into) is not None
                 if self.stopped or failed or current(self.into) != bundle:
                     child.terminate()
+                    self.ended = True
                     break
                 time.sleep(LOOK_SECONDS)
             code = child.wait()
