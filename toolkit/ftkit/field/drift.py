@@ -229,7 +229,7 @@ def as_text(found: Drift) -> str:
         ground += f" in {reference.groups} groups; {reference.block} images count as one"
     lines.append(f"without drift: {ground}")
 
-    lines.append(f"{'':<11} {'evidence':>9} at most; an alarm at {ALARM:.0f}")
+    lines.append(f"{'':<11} {'highest':>9} evidence; {ALARM:.0f} is an alarm")
     alarms = {alarm.stream: alarm for alarm in found.alarms}
     for name in STREAMS:
         said = f"{name:<11} {min(found.evidence[name], 1e9):>9.3g}"

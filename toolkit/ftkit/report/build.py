@@ -308,6 +308,7 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
             *_fold_chart(run),
         ],
         "folds": bool(run.get("folds")),
+        "left_out": not all(stage["kept"] for stage in run["stages"]),
         "start": _head_start(run),
         "stages": Table(head, rows),
         "how": run["stages"],
