@@ -5,6 +5,7 @@ python device/classify.py --raw ROWS COLUMNS FILE... the same for raw frames in 
 python device/classify.py --watch FOLDER             of each image that appears there, once; until it is stopped
 python device/classify.py ... --keep DIR             also collect pictures worth labelling, and a log for `ftkit drift`
 python device/classify.py ... --keep DIR --shadow B  ask bundle B too about every 10th, and note where it differs
+python device/classify.py --enroll CLASS --out NEW IMAGE...   a bundle NEW that also knows CLASS, from a few images
 python device/classify.py --self-check               replay the golden vectors, then time the model; exit 0 or 1
 python device/classify.py --bench > device.json      every variant's latency here, as `ftkit bench --json` writes it
 """
@@ -24,6 +25,7 @@ import numpy as np
 sys.dont_write_bytecode = True  # the bundle is sealed: no file may be added
 
 from ftkit_export.runtime.collect import Collector, stored_test  # noqa: E402
+from ftkit_export.runtime.enroll import MAX_DROP  # noqa: E402
 from ftkit_export.runtime.errors import FtkitError, ImageError  # noqa: E402
 from ftkit_export.runtime.latency import Condition, measure  # noqa: E402
 from ftkit_export.runtime.measure import bench_model, find  # noqa: E402  # after the line above on purpose
@@ -141,6 +143,23 @@ def classify_all(options: argparse.Namespace) -> None:
             collector.close()
 
 
+def enroll_class(options: argparse.Namespace) -> int:
+    """Write a bundle that knows one more class, and print what it costs; 0 passed, 1 failed, 3 open."""
+    from ftkit_export.bundle.enroll import enroll
+
+    enrolled = enroll(
+        BUNDLE,
+        options.enroll,
+        image_files(options.images),
+        options.out,
+        max_drop=options.max_drop,
+        key=options.sign,
+    )
+    print(enrolled.as_text())
+    print(f"bundle: {enrolled.folder}")
+    return {"passed": 0, "failed": 1, "inconclusive": 3}[enrolled.verdict]
+
+
 def _classified(classify: Classifier, path: Path, raw: list[int] | None) -> Prediction:
     if not raw:
         return classify(path)
@@ -203,6 +222,15 @@ def main() -> int:
     parser.add_argument("--keep-mb", type=float, default=500, help="megabytes at most (500)")
     parser.add_argument("--shadow", type=Path, metavar="BUNDLE", help="compare it; needs --keep")
     parser.add_argument("--shadow-every", type=int, default=10, help="every Nth image (10)")
+    parser.add_argument("--enroll", metavar="CLASS", help="add this class; needs --out")
+    parser.add_argument("--out", type=Path, metavar="NEW", help="the bundle to write")
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        default=MAX_DROP,
+        help="accuracy the old classes may lose to it (0.01)",
+    )
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="private key to sign NEW with")
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -212,12 +240,19 @@ def main() -> int:
     if options.shadow and (options.keep is None or options.shadow_every < 1):
         parser.error("--shadow needs --keep, and --shadow-every of 1 or more")
 
+    if (options.enroll is None) != (options.out is None) or (
+        options.enroll is not None and (not options.images or options.raw or options.watch)
+    ):
+        parser.error("--enroll takes image files and --out, and neither --raw nor --watch")
     if options.watch and options.raw:
         parser.error("--watch takes image files, and --raw none. Give one of them")
 
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        if options.enroll is not None:
+            return enroll_class(options)
+
         if options.self_check:
             return self_check(options.provider, options.threads, options.keep)
 

@@ -29,15 +29,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, Start, in_child, measure_start
+from ftkit_export.runtime.verify import Outcome
 
-Outcome = Literal["passed", "failed", "inconclusive"]
 # From one process: log ratios candidate / baseline, log ratios of the A/A control
 Sample = tuple[Array, Array]
 

@@ -53,7 +53,7 @@ Picture = Callable[[], tuple[bytes, str]]  # the content of an image file, and i
 class Sighting:
     """What the model made of an image. score: out-of-distribution score. coordinates (K,): of the
     embedding, scaled to length 1, along the directions of the out-of-distribution statistics. frame:
-    drift.frame_statistics."""
+    drift.frame_statistics. embedding (D,): as it came."""
 
     label: str
     probability: float
@@ -62,6 +62,7 @@ class Sighting:
     score: float
     coordinates: Array
     frame: Array
+    embedding: Array
 
 
 class Collector:

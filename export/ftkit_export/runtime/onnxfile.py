@@ -88,25 +88,25 @@ def shape_nodes(model: str | Path | bytes) -> set[str]:
     shapes: set[str] = set()
     constants: set[str] = {""}
 
-    for field, value in _fields(data):
+    for field, value in fields_of(data):
         if field != MODEL_FIELDS["graph"]:
             continue
 
-        entries = list(_fields(value))
+        entries = list(fields_of(value))
         for number, entry in entries:
             if number == 5:
-                tensor = dict(_fields(entry))
+                tensor = dict(fields_of(entry))
                 if tensor.get(2) in INTEGERS and 8 in tensor:
-                    constants.add(_text(tensor[8]))
+                    constants.add(text_of(tensor[8]))
 
         for number, entry in entries:
             if number != 1:
                 continue
 
             parts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
-            for inner, item in _fields(entry):
+            for inner, item in fields_of(entry):
                 if inner in parts:
-                    parts[inner].append(_text(item))
+                    parts[inner].append(text_of(item))
 
             inputs, outputs, name, (kind, *_) = parts[1], parts[2], parts[3], parts[4]
             if kind in ("Shape", "Size") or (
@@ -126,15 +126,15 @@ def _inspect(data: memoryview) -> Inspected:
     ir = 0
     opset = 0
     nodes = dict[str, int]()
-    for field, value in _fields(data):
+    for field, value in fields_of(data):
         if field == MODEL_FIELDS["ir"] and isinstance(value, int):
             ir = value
         elif field == MODEL_FIELDS["opset"] and isinstance(value, memoryview):
             domain = ""
             version = 0
-            for inner, item in _fields(value):
+            for inner, item in fields_of(value):
                 if inner == 1:
-                    domain = _text(item)
+                    domain = text_of(item)
                 elif inner == 2 and isinstance(item, int):
                     version = item
             _known(domain)
@@ -159,7 +159,7 @@ def _graph(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
             f"expected graphs nested at most {DEEPEST} deep, found more. Do not trust this file"
         )
 
-    for field, value in _fields(data):
+    for field, value in fields_of(data):
         if field == 1:
             _node(value, nodes, depth)
         elif field == 5:
@@ -169,9 +169,9 @@ def _graph(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
 
 
 def _node(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
-    for field, value in _fields(data):
+    for field, value in fields_of(data):
         if field == 4:
-            name = _text(value)
+            name = text_of(value)
             if name in EXTERNAL:
                 raise _RefusedError(
                     f"expected operators that compute, found {name}, which opens an engine or a file. "
@@ -179,9 +179,9 @@ def _node(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
                 )
             nodes[name] = nodes.get(name, 0) + 1
         elif field == 7:
-            _known(_text(value))
+            _known(text_of(value))
         elif field == 5:
-            for inner, item in _fields(value):
+            for inner, item in fields_of(value):
                 if inner in (5, 10):
                     _tensor(item)
                 elif inner in (22, 23):
@@ -192,17 +192,17 @@ def _node(data: memoryview | int, nodes: dict[str, int], depth: int) -> None:
 
 def _sparse(data: memoryview | int) -> None:
     """A sparse tensor: values and indices."""
-    for inner, item in _fields(data):
+    for inner, item in fields_of(data):
         if inner in (1, 2):
             _tensor(item)
 
 
 def _tensor(data: memoryview | int) -> None:
-    for field, value in _fields(data):
+    for field, value in fields_of(data):
         if field == 13 or (field == 14 and value != 0):
             named = ""
             if field == 13:
-                pair = {inner: _text(item) for inner, item in _fields(value)}
+                pair = {inner: text_of(item) for inner, item in fields_of(value)}
                 named = f" at {pair.get(2, '')!r}" if pair.get(1) == "location" else ""
             raise _RefusedError(
                 f"expected its weights inside the file, found them outside{named}. Do not trust it"
@@ -216,13 +216,13 @@ def _known(domain: str) -> None:
         )
 
 
-def _text(value: memoryview | int) -> str:
+def text_of(value: memoryview | int) -> str:
     if isinstance(value, int):
         raise ValueError
     return bytes(value).decode()
 
 
-def _fields(data: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
+def fields_of(data: memoryview | int) -> Iterator[tuple[int, memoryview | int]]:
     """Parse the protobuf wire format into (field number, bytes or integer).
 
     Raises ValueError for anything else.

@@ -18,7 +18,13 @@ import numpy as np
 
 from ftkit_export.runtime.arrays import Array
 
-DTYPES = {"means": np.float16, "directions": np.float16, "weights": np.float32}
+DTYPES = {
+    "means": np.float16,
+    "directions": np.float16,
+    "weights": np.float32,
+    "spreads": np.float32,
+}
+OPTIONAL = "spreads"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,8 @@ class OutOfDistribution:
 
     means (classes, D), directions (K, D): float16. rest: variance of all other directions. weights
     (K,) float32: 1 / rest - 1 / (the direction's own variance). threshold: the `kept` quantile of
-    the val images' scores.
+    the val images' scores. spreads (classes,) float32: by which a class's scores are divided; None:
+    1 for all, as only a class that was enrolled later has another.
     """
 
     means: Array
@@ -36,6 +43,7 @@ class OutOfDistribution:
     rest: float
     threshold: float
     kept: float
+    spreads: Array | None = None
 
     def score(self, embedding: Array) -> Array:
         """(N, D) -> (N,) float32: squared distance to the nearest class mean, divided by D.
@@ -48,19 +56,21 @@ class OutOfDistribution:
         """(N, D) -> scores (N,) float32, and coordinates (N, K) along the directions."""
         means = self.means.astype(np.float64)
         axes = self.directions.astype(np.float64).T
-        unit = _unit(embedding)
+        unit = unit_length(embedding)
         along = unit @ axes
         mean_along = means @ axes
         squares = _squares(unit, means, np.ones(unit.shape[1])) / self.rest - _squares(
             along, mean_along, self.weights
         )
+        if self.spreads is not None:
+            squares = squares / self.spreads
         scores: Array = (squares.min(1) / unit.shape[1]).astype(np.float32)
 
         return scores, along
 
     def to_text(self) -> str:
         """JSON for the model's metadata."""
-        arrays = {name: getattr(self, name) for name in ("means", "directions", "weights")}
+        arrays = {name: getattr(self, name) for name in DTYPES}
         packed = {
             name: {
                 "shape": list(value.shape),
@@ -68,6 +78,7 @@ class OutOfDistribution:
                 "base64": base64.b64encode(np.ascontiguousarray(value).tobytes()).decode(),
             }
             for name, value in arrays.items()
+            if value is not None
         }
         return json.dumps(
             {**packed, "rest": self.rest, "threshold": self.threshold, "kept": self.kept}
@@ -78,6 +89,8 @@ class OutOfDistribution:
         """Inverse of `to_text`. Raises ValueError or KeyError for other text."""
         data = json.loads(text)
         for name, dtype in DTYPES.items():
+            if name == OPTIONAL and name not in data:
+                continue
             item = data[name]
             data[name] = np.frombuffer(
                 base64.b64decode(item["base64"], validate=True), dtype
@@ -93,13 +106,17 @@ class OutOfDistribution:
         if (
             shapes != (2, 2, statistics.directions.shape[:1], statistics.directions.shape[1:])
             or not statistics.rest > 0
+            or (
+                statistics.spreads is not None
+                and statistics.spreads.shape != statistics.means.shape[:1]
+            )
         ):
             raise ValueError("out-of-domain statistics whose shapes do not match")
 
         return statistics
 
 
-def _unit(embedding: Array) -> Array:
+def unit_length(embedding: Array) -> Array:
     wide = embedding.astype(np.float64)
     unit: Array = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
     return unit
@@ -123,7 +140,7 @@ def fit(
 
     At most N / 4 directions, so small sets have fewer.
     """
-    unit = _unit(embedding)
+    unit = unit_length(embedding)
     present = np.unique(labels)
     means = np.stack([unit[labels == label].mean(0) for label in present])
     apart = unit - means[np.searchsorted(present, labels)]

@@ -164,6 +164,7 @@ class Classifier:
             score=score,
             coordinates=coordinates,
             frame=frame_statistics(frame, self.input_format) if statistics else np.zeros(0),
+            embedding=embedding[0],
         )
         return sighting, probabilities
 

@@ -14,7 +14,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,6 +30,8 @@ DIGEST_KEY = '"digest": '
 NO_DIGEST = "0" * 64
 SIGNATURE = "manifest.sig"  # signs the manifest, so not listed in it
 EVIDENCE = "evidence"  # added to a copy by other machines
+
+Outcome = Literal["passed", "failed", "inconclusive"]  # of a gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +281,13 @@ def _compare(
     )
 
 
+def _measured(gate: dict[str, Any]) -> str:
+    """A gate's value, and its range where it has one: the highest value decides."""
+    if gate.get("high") is None:
+        return str(gate["value"])
+    return f"{gate['value']:.4g} [{gate['low']:.4g} to {gate['high']:.4g}]"
+
+
 def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
     """Verify the hashes, golden vectors and sealed gates of `bundle` on `provider` of this machine.
 
@@ -304,7 +313,7 @@ def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
         ) from None
 
     failed = tuple(
-        f"{gate['name']}: {gate['value']} (limit {gate['limit']})"
+        f"{gate['name']}: {_measured(gate)} (limit {gate['limit']})"
         for gate in manifest["gates"]
         if not gate["passed"]
     )

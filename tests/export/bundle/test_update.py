@@ -16,7 +16,7 @@ import pytest
 from conftest import ftkit
 
 from ftkit_export.bundle import archive, update
-from ftkit_export.bundle.write import write_manifest
+from ftkit_export.bundle.seal import write_manifest
 from ftkit_export.runtime import latency
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.verify import read_manifest, verify

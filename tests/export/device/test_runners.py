@@ -14,6 +14,7 @@ import pytest
 from conftest import ftkit
 from PIL import Image
 
+from ftkit_export.bundle.enroll import enroll
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import to_frame
 from ftkit_export.runtime.session import Session
@@ -72,7 +73,7 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs("cmake", "g++", "apt-get")
-def test_the_cpp_runner(bundle: Path, photo: Path, sdk: Path, tmp_path: Path) -> None:
+def test_the_cpp_runner(bundle: Path, photos: Path, photo: Path, sdk: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "the bundle"))
     configured = run_(
         "cmake",
@@ -107,6 +108,13 @@ def test_the_cpp_runner(bundle: Path, photo: Path, sdk: Path, tmp_path: Path) ->
     ):
         found = run_(program, *bad)
         assert (found.returncode, said in found.stderr) == (2, True), found.stderr
+    more = enroll(bundle, "more", sorted((photos / "poly-ok").iterdir())[:8], tmp_path / "more")
+    check = run_(program, "--bundle", more.folder, "--self-check")
+    assert check.returncode == 0, check.stdout + check.stderr
+    assert (
+        Classifier(more.folder)(photo).label in run_(program, "--bundle", more.folder, photo).stdout
+    )
+
     golden = copy / "golden" / "raw" / "probabilities.f32"
     golden.write_bytes(np.roll(np.fromfile(golden, "<f4"), 1).tobytes())
     assert run_(program, "--self-check").returncode == 1

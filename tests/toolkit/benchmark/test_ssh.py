@@ -15,7 +15,7 @@ import pytest
 from conftest import ftkit, settings
 
 from ftkit.benchmark.ssh import Device
-from ftkit_export.bundle.write import write_manifest
+from ftkit_export.bundle.seal import write_manifest
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import machine
 from ftkit_export.runtime.targets import here

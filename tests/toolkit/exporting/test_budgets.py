@@ -16,7 +16,7 @@ from ftkit.benchmark.budgets import Budget, judge_budgets
 from ftkit.evaluation.metrics import evaluate
 from ftkit.exporting.evidence import Evidence, choose, judge_gates, would_meet
 from ftkit.recipe import load_recipe
-from ftkit_export.bundle.write import Gate, overall
+from ftkit_export.bundle.seal import Gate, overall
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.latency import Condition, Start, over_sizes
 from ftkit_export.runtime.preprocess import Preprocess, parse_frame

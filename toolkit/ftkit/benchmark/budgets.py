@@ -19,7 +19,6 @@ from ftkit.options import BenchOptions
 from ftkit.utils import console
 from ftkit_export.proof.regression import (
     Comparison,
-    Outcome,
     compare_latency,
     compare_sizes,
     compare_starts,
@@ -28,6 +27,7 @@ from ftkit_export.proof.regression import (
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.latency import Condition, Start, machine
 from ftkit_export.runtime.measure import bench_model, find, starts
+from ftkit_export.runtime.verify import Outcome
 
 BUDGETS = ("p50_ms", "p95_ms", "cold_ms", "memory_mb", "size_mb")
 

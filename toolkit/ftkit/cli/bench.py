@@ -19,7 +19,8 @@ from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit.data.dataset import Labelled
-    from ftkit_export.proof.regression import Comparison, Outcome
+    from ftkit_export.proof.regression import Comparison
+    from ftkit_export.runtime.verify import Outcome
 
 
 def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:

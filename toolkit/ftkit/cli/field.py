@@ -1,4 +1,4 @@
-"""Commands for bundles that have shipped: drift, review, shadow, delta."""
+"""Commands for bundles that have shipped: drift, review, enroll, shadow, delta."""
 
 from __future__ import annotations
 
@@ -119,6 +119,72 @@ def _classes(bundle: Path) -> list[str]:
 
     with unpacked(bundle) as folder:
         return list(read_manifest(folder)["labels"])
+
+
+@click.command(cls=Command, short_help="Add a class to a bundle, from a few images.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("name", metavar="CLASS")
+@click.argument("images", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.option("--out", type=click.Path(path_type=Path), metavar="NEW", required=True)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.01,
+    show_default=True,
+    metavar="D",
+    help="Accuracy that the old classes may lose to it.",
+)
+@click.option(
+    "--bundle-version",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Counter: a device takes no older one. [default: the time]",
+)
+@click.option(
+    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
+)
+@JSON
+@KEY
+@click.pass_context
+def enroll(
+    ctx: click.Context,
+    /,
+    bundle: Path,
+    name: str,
+    images: Path,
+    out: Path,
+    max_drop: float,
+    bundle_version: int | None,
+    sign: Path | None,
+    as_json: Path | None,
+    key: Path | None,
+) -> None:
+    """Write a bundle to NEW that also knows CLASS, from the images in FOLDER: 5 to 50 are meant.
+
+    Nothing is trained, and no old image is needed. Exit code 0: the old classes lose at most
+    --max-drop; 1: they lose more, and the bundle is in NEW.failed; 3: the images that the bundle
+    keeps cannot tell, and it is in NEW.inconclusive.
+    """
+    from ftkit_export.bundle.archive import unpacked
+    from ftkit_export.bundle.enroll import enroll as write_enrolled
+    from ftkit_export.runtime.predict import image_files
+
+    with unpacked(bundle, key) as folder:
+        found = write_enrolled(
+            folder,
+            name,
+            image_files([images]),
+            out,
+            max_drop=max_drop,
+            key=sign,
+            version=bundle_version,
+        )
+
+    write_json(as_json, {**dataclasses.asdict(found), "folder": str(found.folder)})
+    if as_json != Path("-"):
+        click.echo(found.as_text())
+        click.echo(f"bundle: {found.folder}")
+    ctx.exit({"passed": 0, "failed": 1, "inconclusive": 3}[found.verdict])
 
 
 @click.command(cls=Command, short_help="Which of two bundles on a device is better?")

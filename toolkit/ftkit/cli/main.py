@@ -20,7 +20,7 @@ import click
 from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
-from ftkit.cli.field import delta, drift, review, shadow
+from ftkit.cli.field import delta, drift, enroll, review, shadow
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
@@ -29,7 +29,7 @@ from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit.recipe import Recipe
-    from ftkit_export.bundle.write import Gate
+    from ftkit_export.bundle.seal import Gate
     from ftkit_export.runtime.verify import Verification
 
 
@@ -539,6 +539,7 @@ def demo(out: Path) -> None:
 for command in (
     search,
     drift,
+    enroll,
     review,
     shadow,
     delta,

@@ -1,6 +1,6 @@
 """Measure the finished files of an export, and judge its gates in one place.
 
-metrics, against, sightings = file_accuracy(folder, run, context, classes)
+on_test = file_accuracy(folder, run, context, classes)
 latency = latencies(paths, photograph, frame, providers, quick)
 gates = judge(limits, Measured(parity=..., chosen=..., ...))
 """
@@ -23,10 +23,11 @@ from ftkit.exporting.candidates import Context
 from ftkit.recipe import Export
 from ftkit.training.run import Run
 from ftkit.utils import console
-from ftkit_export.bundle.write import Gate
+from ftkit_export.bundle.seal import Gate
 from ftkit_export.conversion.graph import IR_VERSION, OPSET
 from ftkit_export.proof.decision import Paired, Row, paired
 from ftkit_export.proof.parity import Check, Parity
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.collect import Sighting
 from ftkit_export.runtime.latency import Condition, Latency, Start, machine, measure
 from ftkit_export.runtime.latency import over_sizes as latency_over_sizes
@@ -38,11 +39,19 @@ from ftkit_export.runtime.session import cores, form_of
 GATED = ("p95_ms", "size_mb", "memory_mb")  # budgets among the fields of recipe.Export
 
 
-def file_accuracy(
-    folder: Path, run: Run, context: Context, classes: Sequence[str]
-) -> tuple[Metrics, Paired, list[Sighting]]:
-    """Accuracy of the exported file on the test split, alone and paired with the framework, and
-    what the file makes of each image.
+@dataclass(frozen=True, kw_only=True)
+class OnTest:
+    """The exported file on the test split: its accuracy, alone and paired with the framework, and
+    what it makes of each image. probabilities: (N, classes) float32."""
+
+    metrics: Metrics
+    against: Paired
+    sightings: Sequence[Sighting]
+    probabilities: Array
+
+
+def file_accuracy(folder: Path, run: Run, context: Context, classes: Sequence[str]) -> OnTest:
+    """Run the exported file on the test split.
 
     Each test image is decoded from its file and classified as on a device. The framework's answers
     are those stored in the run.
@@ -66,7 +75,12 @@ def file_accuracy(
     framework = np.array(run.data["answers"])
     against = paired(framework == labels, probabilities.argmax(1) == labels, groups)
 
-    return evaluate(probabilities, labels, classes, groups), against, sightings
+    return OnTest(
+        metrics=evaluate(probabilities, labels, classes, groups),
+        against=against,
+        sightings=sightings,
+        probabilities=probabilities,
+    )
 
 
 def out_of_order(folder: Path, classes: Sequence[str]) -> int:

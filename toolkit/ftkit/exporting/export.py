@@ -30,6 +30,7 @@ from ftkit.exporting import evidence, variants, web
 from ftkit.exporting.budget_advice import budget_advice
 from ftkit.exporting.candidates import Context, HeldOutPart, calibration_rows, logits_of
 from ftkit.exporting.drift import write_reference
+from ftkit.exporting.enrollment import write_kept_sample
 from ftkit.recipe import Export
 from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.model_card import model_card
@@ -40,8 +41,9 @@ from ftkit.utils.console import short
 from ftkit.utils.distributed import bound_threads
 from ftkit.utils.malloc import keep_freed_memory
 from ftkit_export.bundle import archive, handoff
-from ftkit_export.bundle import write as bundles
-from ftkit_export.bundle.write import Gate
+from ftkit_export.bundle import seal as bundles
+from ftkit_export.bundle.seal import Gate
+from ftkit_export.bundle.write import add_runners
 from ftkit_export.conversion import plain_c
 from ftkit_export.conversion.class_activation import FILE as EXPLAIN
 from ftkit_export.conversion.class_activation import Explainer, with_features
@@ -56,7 +58,6 @@ from ftkit_export.proof.parity import (
     last_values,
     measure_parity,
 )
-from ftkit_export.proof.regression import Outcome
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Latency
@@ -64,7 +65,7 @@ from ftkit_export.runtime.measure import read_bench
 from ftkit_export.runtime.preprocess import Preprocess, allowing
 from ftkit_export.runtime.session import PROVIDERS, form_of, require_provider
 from ftkit_export.runtime.targets import TARGETS, unshippable
-from ftkit_export.runtime.verify import sha256
+from ftkit_export.runtime.verify import Outcome, sha256
 
 PARITY_IMAGES = 256  # held-out images in the parity check; float64 runs on the first 64
 DECODED_BYTES = 500_000_000
@@ -494,7 +495,7 @@ def _finish_files(job: Job, chosen: Row, paths: Forms) -> Forms:
         for licence in job.canvases.images.root.glob("LICEN[CS]E*"):  # travels with the images
             shutil.copyfile(licence, folder / "golden" / licence.name)
 
-    bundles.add_runners(folder)
+    add_runners(folder)
     _add_extras(folder, job.core.model, job.context, job.run.classes, job.extras)
     return {**paths, chosen.name: (folder / "model.onnx", paths[chosen.name][1])}
 
@@ -510,8 +511,14 @@ def _seal(
     """Judge the gates on the finished file; write report, model card and manifest."""
     run = job.run
     folder = job.folder
-    metrics, against, sightings = evidence.file_accuracy(folder, run, job.context, run.classes)
-    write_reference(folder, run, job.canvases, sightings)
+    on_test = evidence.file_accuracy(folder, run, job.context, run.classes)
+    metrics = on_test.metrics
+    write_reference(folder, run, job.canvases, on_test.sightings)
+    if job.limits.golden == "images":
+        rows = job.canvases.rows("test")
+        labels = job.canvases.labels[rows]
+        write_kept_sample(folder, on_test, labels, job.canvases.groups(rows))
+
     console.say(
         f"accuracy of the file on {metrics.images} held-out images: {metrics.accuracy:.4f} "
         f"(framework {run.data['metrics']['test']['accuracy']:.4f})"
@@ -520,7 +527,7 @@ def _seal(
         parity=parity,
         chosen=measured.chosen,
         metrics=metrics,
-        against=against,
+        against=on_test.against,
         out_of_order=evidence.out_of_order(folder, run.classes),
         budgets=measured.budgets,
         unproven=measured.unproven,

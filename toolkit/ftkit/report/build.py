@@ -22,7 +22,7 @@ from ftkit.report import charts
 from ftkit.report.export_sections import Data, export_sections
 from ftkit.report.pages import Table, render, where_judged
 from ftkit.utils.console import frames
-from ftkit_export.bundle.write import overall
+from ftkit_export.bundle.seal import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.files import write_atomically

@@ -1,0 +1,89 @@
+"""What a new class costs the old ones is bounded as promised, whatever the images are like."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from ftkit_export.proof.intervals import clopper_pearson
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.enroll import FILE, KeptSample, fit_class, upper_bound
+from ftkit_export.runtime.errors import BundleError
+from ftkit_export.runtime.out_of_distribution import fit, unit_length
+
+WIDTH = 24
+LIMIT = 0.03
+
+
+def _drawn(draw: np.random.Generator, centres: Array, labels: Array) -> Array:
+    """Embeddings around their class's centre, with tails heavier than a normal's."""
+    return centres[labels] + draw.standard_t(4, (len(labels), centres.shape[1]))
+
+
+def test_the_bound_is_that_of_clopper_and_pearson() -> None:
+    for hits, count in ((0, 300), (3, 300), (17, 20), (20, 20)):
+        _, high = clopper_pearson(hits / count, count, 0.95)
+        assert upper_bound(hits, count, 0.95) == pytest.approx(high, abs=1e-9)
+
+
+def test_the_old_classes_lose_more_than_the_limit_in_five_of_a_hundred_enrolments_at_most() -> None:
+    trials = 100
+    beyond = 0
+    recalls = []
+    for trial in range(trials):
+        draw = np.random.default_rng(trial)
+        centres = 5 + 1.6 * draw.standard_normal((4, WIDTH))
+        train = draw.integers(3, size=600)
+        kept = draw.integers(3, size=400)
+        fresh = draw.integers(3, size=4000)
+
+        embedding = _drawn(draw, centres, train)
+        held = _drawn(draw, centres, kept)
+        statistics = fit(embedding, train, held)
+
+        def answers(values: Array) -> Array:
+            apart = ((values[:, None] - centres[:3]) ** 2).sum(2)  # noqa: B023  # called in this turn only
+            return np.asarray(softmax(-apart / 2, axis=1))
+
+        sample = KeptSample(
+            embedding=unit_length(held),
+            labels=kept,
+            probabilities=answers(held),
+            independent=len(kept),
+            clusters=None,
+        )
+        new = _drawn(draw, centres, np.full(15, 3))
+        found = fit_class(statistics, sample, new, answers(new), LIMIT)
+
+        values = _drawn(draw, centres, fresh)
+        odds = (unit_length(values) @ found.weights.T + found.bias).min(1)
+        right = answers(values).argmax(1) == fresh
+        lost = right & (odds > np.log(answers(values).max(1)))
+        beyond += lost.mean() > LIMIT
+        assert found.drop_high <= LIMIT
+        recalls.append(found.recognised.mean())
+
+    assert beyond <= 10  # 5 % of 100, and what chance adds to it in 97 of 100 cases
+    assert np.mean(recalls) > 0.5
+
+
+def test_a_sample_comes_back_as_it_was_written_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    sample = KeptSample(
+        embedding=unit_length(np.maximum(draw.standard_normal((9, WIDTH)), 0)),
+        labels=np.arange(9) % 3,
+        probabilities=softmax(draw.standard_normal((9, 3)), axis=1),
+        independent=4.5,
+        clusters=2,
+    )
+    path = tmp_path / FILE
+    path.write_bytes(sample.as_bytes())
+    again = KeptSample.read(path)
+    assert np.abs(again.embedding - sample.embedding).max() < 0.005
+    assert np.array_equal(again.right, sample.right)
+    assert (again.independent, again.clusters) == (4.5, 2)
+
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(BundleError, match="damaged"):
+        KeptSample.read(path)
