@@ -19,7 +19,7 @@ test: $(STAMP)
 	        apt-get install -y -q --no-install-recommends $(PACKAGES); } \
 	        || echo "note: without $$tool, some tests of pages, of runners or of ssh are skipped"; \
 	done
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

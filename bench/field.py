@@ -1,22 +1,31 @@
 """After shipping: drift found and falsely found, updates under kills and full disks, what collecting costs.
 
     python bench/field.py --what drift         # 10 minutes, 2 cores; writes bench/README.md
+    python bench/field.py --what groups        # 5 minutes: drift where the images come in groups
     python bench/field.py --what update        # 8 minutes; full disks need root (tmpfs)
-    python bench/field.py --what cost
+    python bench/field.py --what cost          # --onnxruntime DIR, for C++ too: a release of ONNX Runtime
     python bench/field.py --what enroll        # 15 minutes
+    python bench/field.py --what review        # 5 minutes
 
 drift: a bundle trained on 60 % of the demo's photographs, random split; frames are drawn from the
 other 40 %, as they are or changed. 100 devices each: undrifted for 6,000 frames; changed from frame
 500 on. The level: as many times a reference is made from a sample of those photographs, and frames
 are drawn from the same ones. poly: a bundle that knows the mono-crystalline cells only, to which
-poly-crystalline ones come. enroll: bundles that know all classes but one, which is enrolled from few
-images, five times each; a quarter of the old images and half of the new are kept for judging. Beside it the head
-is trained again in closed form, on the same images and all of the old ones.
+poly-crystalline ones come.
+
+enroll: bundles that know all classes but one, which is enrolled from few images, five times each; a
+quarter of the old images and half of the new are kept for judging. Beside it the head is trained
+again in closed form, on the same images and all of the old ones.
+
+review: a bundle that tells intact from defective mono-crystalline cells sees poly-crystalline ones;
+some are labelled, in the order of `ftkit review` or at random, and the head is trained again in
+closed form with them.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import shutil
@@ -35,6 +44,7 @@ from search import write_digits
 from sklearn.datasets import load_sample_images
 
 from ftkit.cli.demo import write_elpv
+from ftkit.field.review import ordered
 from ftkit.training.closed_form import default_folds, fit_head
 from ftkit_export.bundle import archive
 from ftkit_export.bundle.enroll import enroll
@@ -51,6 +61,7 @@ QUIET = 6000  # frames: 30 days of 200
 BEGINS = 500
 WITHIN = 200
 ENROLL_LIMIT = 0.02
+LABELS = (10, 20, 40, 80, 160)
 SMALL = ("--set", "preprocess.size=128", "--set", "preprocess.resize=128", "--folds", "0")
 
 Change = Callable[[Image.Image], Image.Image]
@@ -61,6 +72,78 @@ def _ftkit(*arguments: object) -> None:
         [sys.executable, "-m", "ftkit", *map(str, arguments)],
         check=True,
         stdout=subprocess.DEVNULL,
+    )
+
+
+def _held_out_modules(
+    classify: Classifier, held: list[Path], test: DriftTest, change: Change | None
+) -> list[np.ndarray]:
+    """The values of every held-out module's photographs."""
+    modules = sorted({path.name.split("-")[0] for path in held})
+    return [
+        _values(
+            test,
+            _seen(classify, [path for path in held if path.name.startswith(f"{name}-")], change),
+        )
+        for name in modules
+    ]
+
+
+def _stream(modules: list[np.ndarray], frames: int, draw: np.random.Generator) -> np.ndarray:
+    """Frames as a device on a line sees them: module after module, each in random order."""
+    parts: list[np.ndarray] = []
+    while sum(map(len, parts)) < frames:
+        parts.append(draw.permutation(modules[draw.integers(len(modules))]))
+    return np.concatenate(parts)[:frames]
+
+
+def groups(place: Path) -> str:
+    """False alarms and delays where frames come module by module."""
+    everything = place / "all"
+    write_elpv(everything, split=False)
+    files = sorted(everything.rglob("*.png"))
+    names = sorted({path.name.split("-")[0] for path in files})
+    random.Random(0).shuffle(names)
+    away = set(names[: int(0.4 * len(names))])
+    held = [path for path in files if path.name.split("-")[0] in away]
+    photos = place / "photos"
+    for path in files:
+        if path not in held:
+            _copy(path, photos)
+    small = ("--set", "preprocess.size=128", "--set", "preprocess.resize=128")
+    bundle = _bundle(place, photos, "grouped", *small, "--group-by", "module[0-9]+")
+    classify = Classifier(bundle)
+    reference = read_reference(bundle)
+    assert reference
+    test = DriftTest(reference)
+    plain = _held_out_modules(classify, held, test, None)
+    dark = _held_out_modules(classify, held, test, CHANGES["a third darker"])
+
+    alarms = 0
+    delays: list[float] = []
+    for number in range(DEVICES):
+        draw = np.random.default_rng(number)
+        test = DriftTest(reference)
+        for row in _stream(plain, QUIET, draw):
+            test.update(row)
+        alarms += bool(test.alarms)
+
+        test = DriftTest(reference)
+        for row in _stream(plain, BEGINS, draw):
+            test.update(row)
+        delay = math.inf
+        for frame, row in enumerate(_stream(dark, 10 * QUIET, draw), start=1):
+            test.update(row)
+            if test.alarms:
+                delay = frame
+                break
+        delays.append(delay)
+    return (
+        f"- {len(away)} held-out modules of {len(names)}, {len(held)} photographs; the reference is of "
+        f"{reference.images} images in {reference.groups} groups, and {reference.block} images count as one.\n"
+        f"- Nothing changed, {QUIET} frames: {alarms} of {DEVICES} devices alarm.\n"
+        f"- A third darker from frame {BEGINS} on: found after a median of {statistics.median(delays):.0f} frames, "
+        f"on {sum(delay < math.inf for delay in delays)} of {DEVICES} devices."
     )
 
 
@@ -347,7 +430,41 @@ def updates(place: Path, kills: int, disks: int) -> str:
     )
 
 
-def cost(place: Path) -> str:
+def _frame_ms(command: list[object], photographs: list[Path]) -> tuple[float, float]:
+    """(milliseconds an image, peak memory in MB) of a runner's process over all photographs."""
+    begun = time.perf_counter()
+    child = subprocess.Popen(
+        [*map(str, command), *map(str, photographs)], stdout=subprocess.DEVNULL
+    )
+    _, status, used = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - begun
+    child.returncode = status
+    assert status == 0
+    return 1e3 * seconds / len(photographs), used.ru_maxrss / 1024
+
+
+def _runner_cost(name: str, command: list[object], photographs: list[Path], place: Path) -> str:
+    """A line on a runner as a process of its own, with and without collecting in turn."""
+    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for number in range(20):
+        keeps = number % 2 == 0
+        collects = ["--keep", place / f"{name}-kept"] if keeps else []
+        found[keeps].append(_frame_ms([*command, *collects], photographs))
+    (plain, memory), (collecting, more_memory) = (
+        np.median(np.array(found[keeps]), axis=0) for keeps in (False, True)
+    )
+    disk = sum(
+        path.stat().st_size for path in (place / f"{name}-kept").rglob("*") if path.is_file()
+    )
+    seen = 10 * len(photographs)
+    return (
+        f"- {name}, processes of {len(photographs)} images in turn: {plain:.2f} ms an image without, {collecting:.2f} ms "
+        f"with ({100 * (collecting / plain - 1):+.1f} %); peak memory {memory:.0f} and {more_memory:.0f} MB; "
+        f"{disk / 1e6:.1f} MB of disk after {seen} images."
+    )
+
+
+def cost(place: Path, onnxruntime: Path | None) -> str:
     """Time and memory with and without collecting, in turn."""
     zips, _ = _versions(place)
     with archive.opened(zips[0]) as bundle:
@@ -364,6 +481,24 @@ def cost(place: Path) -> str:
             times[keeps].append(1e3 * (time.perf_counter() - begun))
         collector.close()
         kept = [path for path in (place / "kept").rglob("*") if path.is_file()]
+
+        (place / "frames").mkdir()
+        frames = []
+        for number, image in enumerate(images):
+            frames.append(place / "frames" / f"{number}.ppm")
+            Image.fromarray(image).save(frames[-1])
+        python: list[object] = [sys.executable, bundle / "device" / "classify.py", "--threads", 1]
+        runners = [_runner_cost("Python", python, frames, place)]
+        if onnxruntime:
+            build = place / "build"
+            source = bundle / "device" / "cpp"
+            for step in (
+                ["-S", source, "-B", build, f"-DONNXRUNTIME_ROOT={onnxruntime}"],
+                ["--build", build],
+            ):
+                subprocess.run(["cmake", *map(str, step)], check=True, stdout=subprocess.DEVNULL)
+            program: list[object] = [build / "classify", "--bundle", bundle]
+            runners.append(_runner_cost("C++", program, frames, place))
     plain, collecting = (statistics.median(times[keeps]) for keeps in (False, True))
     tail = [float(np.quantile(times[keeps], 0.95)) for keeps in (False, True)]
     share = len([path for path in kept if path.parent.name in ("foreign", "doubtful", "control")])
@@ -371,7 +506,7 @@ def cost(place: Path) -> str:
     return (
         f"- One thread, {len(times[True])} frames each, in turn: p50 {plain:.2f} ms without, {collecting:.2f} ms "
         f"with `--keep` ({more}); p95 {tail[0]:.2f} and {tail[1]:.2f} ms. Every image is logged and tested for "
-        f"drift; {share} pictures were kept."
+        f"drift; {share} pictures were kept.\n" + "\n".join(runners)
     )
 
 
@@ -480,12 +615,99 @@ def enrolments(place: Path) -> str:
     return "\n".join(lines)
 
 
+def _head(embedding: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    head = fit_head(embedding, labels, default_folds(labels, [""] * len(labels)), 2)
+    return head.weight, head.bias
+
+
+def _first_as_good(accuracies: list[float], wanted: float) -> int | None:
+    """Labels from which on the accuracy is never below `wanted`."""
+    below = [count for count, value in zip(LABELS, accuracies, strict=True) if value < wanted]
+    later = [count for count in LABELS if count > max(below, default=-1)]
+    return later[0] if later else None
+
+
+def reviews(place: Path) -> str:
+    """Labels that it takes to recover from poly-crystalline cells, by the order they are labelled in."""
+    cells = place / "cells"
+    write_elpv(cells, split=False)
+    known = place / "known"
+    for path in cells.rglob("mono-*/*.png"):
+        folder = known / path.parent.name.removeprefix("mono-")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / path.name)
+    bundle = _bundle(place, known, "known", *SMALL)
+    classify = Classifier(bundle, threads=1)
+
+    def looked_at(files: list[Path]) -> tuple[list[Sighting], np.ndarray, np.ndarray]:
+        seen = [
+            classify.sight(to_frame(classify.decode(path), classify.input_format))[0]
+            for path in files
+        ]
+        labels = np.array(
+            [classify.labels.index(path.parent.name.split("-")[-1]) for path in files]
+        )
+        return seen, np.stack([sighting.embedding for sighting in seen]), labels
+
+    _, old, old_labels = looked_at(sorted(known.rglob("*.png")))
+    files = sorted(cells.rglob("poly-*/*.png"))
+    sightings, embedding, labels = looked_at(files)
+
+    curves: dict[str, list[list[float]]] = {"review": [], "random": []}
+    needed: dict[str, list[int | None]] = {"review": [], "random": []}
+    whole = []
+    for seed in range(10):
+        order = np.random.default_rng(seed).permutation(len(files))
+        stream, judged = order[: len(order) // 2], order[len(order) // 2 :]
+
+        collected = place / f"collected-{seed}"
+        content = {files[row].read_bytes(): int(row) for row in stream}
+        collector = Collector(collected, read_reference(bundle), seed=seed)
+        for row in stream:
+            collector.offer(sightings[row], lambda row=row: (files[row].read_bytes(), ".png"))
+        collector.close()
+        by_review = [
+            content[(collected / picture.path).read_bytes()] for picture in ordered(collected)
+        ]
+
+        def accuracy(rows: list[int], judged: np.ndarray = judged) -> float:
+            weight, bias = _head(
+                np.vstack([old, embedding[rows]]), np.concatenate([old_labels, labels[rows]])
+            )
+            return float(((embedding[judged] @ weight.T + bias).argmax(1) == labels[judged]).mean())
+
+        whole.append((accuracy([]), accuracy(list(stream))))
+        for name, rows in (("review", by_review), ("random", [int(row) for row in stream])):
+            curve = [accuracy(rows[:count]) for count in LABELS]
+            curves[name].append(curve)
+            needed[name].append(_first_as_good(curve, sum(whole[-1]) / 2))
+        shutil.rmtree(collected)
+
+    before, after = np.array(whole).mean(0)
+    judged_on = len(files) - len(files) // 2
+    lines = [
+        f"Accuracy on {judged_on} poly-crystalline cells that are not labelled, means of ten seeds: "
+        f"{before:.3f} before, {after:.3f} with all {len(files) // 2} of the stream labelled.",
+        "",
+        f"| order | {' | '.join(f'{count} labels' for count in LABELS)} | labels for half of the gain |",
+        f"|---|{'---|' * len(LABELS)}---|",
+    ]
+    for name, curve in curves.items():
+        means = " | ".join(f"{value:.3f}" for value in np.array(curve).mean(0))
+        counts = sorted(math.inf if count is None else count for count in needed[name])
+        lines.append(
+            f"| {name} | {means} | median {statistics.median(counts):.0f}, {counts[0]} to {counts[-1]} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run what is asked for, and write the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", default="drift,update,cost,enroll")
+    parser.add_argument("--what", default="drift,groups,update,cost,enroll,review")
+    parser.add_argument("--onnxruntime", type=Path)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--disks", type=int, default=20)
     options = parser.parse_args()
@@ -494,9 +716,11 @@ def main() -> None:
         os.environ["FTKIT_CACHE"] = str(Path(scratch) / "cache")
         for name, measured in (
             ("drift", drift),
+            ("groups", groups),
             ("update", lambda place: updates(place, options.kills, options.disks)),
-            ("cost", cost),
+            ("cost", lambda place: cost(place, options.onnxruntime)),
             ("enroll", enrolments),
+            ("review", reviews),
         ):
             if name in wanted:
                 place = Path(scratch) / name

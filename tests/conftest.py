@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from elpv_dataset import __file__ as elpv_file
+from filelock import FileLock
 from torch import nn
 
 from ftkit.cli.demo import NOTICE
@@ -127,46 +128,77 @@ def elpv() -> list[tuple[Path, str]]:
     ]
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of the processes which run the tests makes, and all of them read."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    made = root / f"{name}.made"
+    with FileLock(root / f"{name}.lock"):
+        if not made.exists():
+            (root / name).mkdir()
+            make(root / name)
+            made.touch()
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def photos(elpv: list[tuple[Path, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class folder of 4 x 30 photographs, in a path with a space."""
-    root = tmp_path_factory.mktemp("my photos") / "solar cells"
-    for label in sorted({label for _, label in elpv}):
-        folder = root / label
-        folder.mkdir(parents=True)
-        for path in [path for path, its in elpv if its == label][:PER_CLASS]:
-            (folder / path.name).write_bytes(path.read_bytes())
-    (root / "LICENSE.txt").write_text(NOTICE)
-    return root
+
+    def make(place: Path) -> None:
+        root = place / "solar cells"
+        for label in sorted({label for _, label in elpv}):
+            folder = root / label
+            folder.mkdir(parents=True)
+            for path in [path for path, its in elpv if its == label][:PER_CLASS]:
+                (folder / path.name).write_bytes(path.read_bytes())
+        (root / "LICENSE.txt").write_text(NOTICE)
+
+    return shared(tmp_path_factory, "my photos", make) / "solar cells"
 
 
 @pytest.fixture(scope="session")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the default recipe at 96 pixels."""
-    out = tmp_path_factory.mktemp("runs") / "small run"
-    result = ftkit("train", photos, "--out", out, *settings(*TINY))
-    assert result.exit_code == 0, result.output
-    (out / "trace.txt").write_text(result.stdout)
-    return out
+
+    def make(place: Path) -> None:
+        out = place / "small run"
+        result = ftkit("train", photos, "--out", out, *settings(*TINY))
+        assert result.exit_code == 0, result.output
+        (out / "trace.txt").write_text(result.stdout)
+
+    return shared(tmp_path_factory, "runs", make) / "small run"
 
 
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An Ed25519 key pair in PEM: private, public."""
-    folder, private = tmp_path_factory.mktemp("keys"), Ed25519PrivateKey.generate()
-    pem = serialization.Encoding.PEM
-    plain, info = serialization.NoEncryption(), serialization.PublicFormat.SubjectPublicKeyInfo
-    (folder / "key.pem").write_bytes(
-        private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
-    )
-    (folder / "pub.pem").write_bytes(private.public_key().public_bytes(pem, info))
+
+    def make(folder: Path) -> None:
+        private = Ed25519PrivateKey.generate()
+        pem = serialization.Encoding.PEM
+        plain, info = serialization.NoEncryption(), serialization.PublicFormat.SubjectPublicKeyInfo
+        (folder / "key.pem").write_bytes(
+            private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+        )
+        (folder / "pub.pem").write_bytes(private.public_key().public_bytes(pem, info))
+
+    folder = shared(tmp_path_factory, "keys", make)
     return folder / "key.pem", folder / "pub.pem"
 
 
 @pytest.fixture(scope="session")
-def bundle(run: Path, keys: tuple[Path, Path]) -> Path:
+def bundle(run: Path, keys: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's bundle, with every optional part of an export."""
-    out = run.parent / "small bundle"
+    return (
+        shared(tmp_path_factory, "bundles", lambda place: _export_all(run, place, keys[0]))
+        / "small bundle"
+    )
+
+
+def _export_all(run: Path, place: Path, key: Path) -> None:
+    out = place / "small bundle"
     result = ftkit(
         "export",
         run,
@@ -178,8 +210,7 @@ def bundle(run: Path, keys: tuple[Path, Path]) -> Path:
         "--handoff",
         "--zip",
         "--sign",
-        keys[0],
+        key,
     )
     assert result.exit_code == 0, result.output
-    (out.parent / "export.txt").write_text(result.stdout)
-    return out
+    (place / "export.txt").write_text(result.stdout)

@@ -109,7 +109,7 @@ class SearchOptions:
       within `minutes`; 0: none.
     - frame: size of the image that is timed, "640x480"; by default that of a training image.
     - on: user@host (ssh), where candidates are timed.
-    - seed, group_by, root: as for training.
+    - seed, group_by, root, add: as for training.
     """
 
     out: str | Path | None = None
@@ -129,6 +129,7 @@ class SearchOptions:
     seed: int = 0
     group_by: str = ""
     root: str | Path | None = None
+    add: str | Path | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:

@@ -108,6 +108,7 @@ def test_the_cpp_runner(bundle: Path, photos: Path, photo: Path, sdk: Path, tmp_
     ):
         found = run_(program, *bad)
         assert (found.returncode, said in found.stderr) == (2, True), found.stderr
+    _collects_as_python_does(program, bundle, photos, tmp_path)
     more = enroll(bundle, "more", sorted((photos / "poly-ok").iterdir())[:8], tmp_path / "more")
     check = run_(program, "--bundle", more.folder, "--self-check")
     assert check.returncode == 0, check.stdout + check.stderr
@@ -118,6 +119,48 @@ def test_the_cpp_runner(bundle: Path, photos: Path, photo: Path, sdk: Path, tmp_
     golden = copy / "golden" / "raw" / "probabilities.f32"
     golden.write_bytes(np.roll(np.fromfile(golden, "<f4"), 1).tobytes())
     assert run_(program, "--self-check").returncode == 1
+
+
+def _collects_as_python_does(program: Path, bundle: Path, photos: Path, tmp_path: Path) -> None:
+    """The C++ runner's log and pictures, beside those of Classifier(keep=...) on the same images."""
+    frames = []
+    for number, path in enumerate(sorted(photos.rglob("*.png"))[::4]):
+        frames.append(tmp_path / f"{number:02d}.ppm")
+        with Image.open(path) as image:
+            image.convert("RGB").save(frames[-1])
+    done = run_(program, "--keep", tmp_path / "cpp", *frames)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Classifier(bundle, keep=tmp_path / "python") as classify:
+        for frame in frames:
+            classify(frame)
+
+    logged = [
+        [json.loads(line) for line in (tmp_path / runner / "log.jsonl").read_text().splitlines()]
+        for runner in ("cpp", "python")
+    ]
+    assert len(logged[0]) == len(frames)
+    for line, own in zip(*logged, strict=True):
+        assert (line["label"], line["bundle"]) == (own["label"], own["bundle"])
+        for name in ("probability", "score", "coordinates", "frame"):
+            assert line[name] == pytest.approx(own[name], abs=1e-3), name
+        reasons = {(each["kept"] or "control").split("/")[0] for each in (line, own)}
+        assert len(reasons) == 1, "doubtful and foreign are the same; control is drawn"
+        if line["kept"]:
+            with Image.open(tmp_path / "cpp" / line["kept"]) as kept:
+                assert kept.size == (300, 300)
+
+    bounds = ["--keep", tmp_path / "few", "--control", 1, "--keep-most", 6]
+    assert run_(program, *bounds, *frames).returncode == 0
+    assert run_(program, *bounds, *frames).returncode == 0
+    assert len(list((tmp_path / "few").glob("*/*.ppm"))) <= 6
+    seen = json.loads((tmp_path / "few" / "state.json").read_text())["seen"]
+    assert sum(seen.values()) == 2 * len(frames), "counts go on over restarts"
+
+    (tmp_path / "blocked" / "log.jsonl").mkdir(parents=True)
+    done = run_(program, "--keep", tmp_path / "blocked", *frames)
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, len(frames))
+    assert done.stderr.count("collecting stops, classifying goes on") == 1
+    assert run_(program, "--keep", frames[0], *frames).returncode == 2
 
 
 @needs("make", "cc")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from conftest import SMALL, ftkit, settings
+from conftest import PER_CLASS, SMALL, ftkit, settings
 
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
@@ -115,6 +115,25 @@ def test_a_second_search_computes_no_features_and_budgets_may_fail(
     done = ftkit("export", tmp_path / "again")
     assert done.exit_code == 2
     assert "found one without finalists" in done.output
+
+
+def test_added_images_are_searched_too(
+    searched: tuple[Path, str], photos: Path, elpv: list[tuple[Path, str]], tmp_path: Path
+) -> None:
+    more = [path for path, label in elpv if label == "mono-ok"][PER_CLASS : PER_CLASS + 9]
+    table = tmp_path / "more.csv"
+    table.write_text("\n".join(["path,label", *(f"{path},mono-ok" for path in more)]))
+    out = tmp_path / "again"
+    quick = ("--timed", 1, "--finalists", 0, "--sizes", 64, "--add", table)
+    done = ftkit("search", photos, "--out", out, "--backbones", "efficientnet_lite0", *quick)
+    assert done.exit_code == 0, done.output
+    before, after = (
+        json.loads((folder / "search.json").read_text())["images"] for folder in (searched[0], out)
+    )
+    assert after == before + 9
+
+    audit = ftkit("data", photos, "--add", table, "--json", "-")
+    assert json.loads(audit.stdout)["counts"]["mono-ok"]["train"] == 26 + 9, audit.stdout
 
 
 def test_what_was_found_stands_when_a_finalist_is_interrupted(

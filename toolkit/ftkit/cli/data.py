@@ -29,6 +29,14 @@ ROOT = click.option(
 )
 
 
+ADD = click.option(
+    "--add",
+    type=click.Path(path_type=Path),
+    metavar="FILE.csv",
+    help="Further labelled images, such as `ftkit review` writes; the test split stays as it is.",
+)
+
+
 RUNTIME = click.option(
     "--runtime",
     type=click.Path(path_type=Path),
@@ -41,6 +49,7 @@ RUNTIME = click.option(
 @click.argument("folder", metavar="DATA", type=click.Path(path_type=Path))
 @GROUP_BY
 @ROOT
+@ADD
 @MAX_PIXELS_OPTION
 @click.option(
     "--recipe",
@@ -66,6 +75,7 @@ def audit_data(
     folder: Path,
     group_by: str,
     root: Path | None,
+    add: Path | None,
     recipe: str,
     sheets: Path | None,
     fix: Path | None,
@@ -85,7 +95,7 @@ def audit_data(
     from ftkit.utils import console
 
     plan = load_recipe(recipe)
-    images = read_with_folds(plan, folder, 0, group_by, root)
+    images = read_with_folds(plan, folder, 0, group_by, root, add)
 
     if fix:
         clean.require_new(fix, images)

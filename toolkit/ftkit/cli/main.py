@@ -19,7 +19,7 @@ import click
 
 from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
-from ftkit.cli.data import GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
+from ftkit.cli.data import ADD, GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
 from ftkit.cli.field import delta, drift, enroll, review, shadow
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit.cli.search import search
@@ -127,12 +127,7 @@ PROVIDERS_OPTION = click.option(
 )
 @GROUP_BY
 @ROOT
-@click.option(
-    "--add",
-    type=click.Path(path_type=Path),
-    metavar="FILE.csv",
-    help="Further labelled images, such as `ftkit review` writes; the test split stays as it is.",
-)
+@ADD
 @MAX_PIXELS_OPTION
 @click.option("--allow-leakage", is_flag=True, help="Train even if `ftkit data` says NOT ok.")
 @click.option(

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ftkit import api
-from ftkit.cli.data import GROUP_BY, ROOT
+from ftkit.cli.data import ADD, GROUP_BY, ROOT
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit_export.runtime.errors import FtkitError
 
@@ -90,6 +90,7 @@ from ftkit_export.runtime.errors import FtkitError
 @click.option("--seed", default=0, show_default=True)
 @GROUP_BY
 @ROOT
+@ADD
 @MAX_PIXELS_OPTION
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")

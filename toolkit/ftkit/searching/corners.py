@@ -104,7 +104,14 @@ def prepared(data: Path, options: SearchOptions, device: Device | None) -> Searc
         raise FtkitError(
             "search: expected a backbone whose weights are here, found none. Try --backbones NAME"
         )
-    images = read_images(data, options.seed, options.group_by, options.root, cut_val=False)
+    images = read_images(
+        data,
+        options.seed,
+        options.group_by,
+        options.root,
+        cut_val=False,
+        add=Path(options.add) if options.add else None,
+    )
     if held := len(images.of("val")):
         raise FtkitError(
             f"{data}: expected no val split, whose place folds take in a search, found {held} images of it. Make them "

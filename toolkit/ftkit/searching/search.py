@@ -123,6 +123,7 @@ def _finalists(task: Search, folder: Path, timed: Sequence[Point], choice: Choic
                 seed=task.options.seed,
                 group_by=task.options.group_by,
                 root=task.options.root,
+                add=task.options.add,
                 minutes=task.options.minutes,
                 resume=True,
                 quiet=task.options.quiet,

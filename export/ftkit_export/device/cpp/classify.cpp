@@ -2,9 +2,10 @@
 //
 //   classify IMAGE.ppm...                 class and probability of each image (binary PPM, any size)
 //   classify --raw ROWS COLUMNS FILE...   the same of raw frames, in the format the model was exported for
+//   classify ... --keep DIR               also collect pictures worth labelling, and a log for `ftkit drift`
 //   classify --self-check                 replay the golden frames, time the model; exit 0 or 1
 //
-// --bundle DIR: where model.onnx is (default: two folders above this source). Exit codes: 0 done, 1 a check failed,
+// --control SHARE, --keep-most N, --keep-mb N: bounds of --keep (0.01, 2000, 500). --bundle DIR: where model.onnx is (default: two folders above this source). Exit codes: 0 done, 1 a check failed,
 // 2 bad input. The model holds all preprocessing: a frame goes in as bytes.
 #include <onnxruntime_cxx_api.h>
 
@@ -15,9 +16,12 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "collect.hpp"
 
 namespace fs = std::filesystem;
 
@@ -68,15 +72,21 @@ class Model {
     for (std::string line; std::getline(names, line);) labels.push_back(line);
     threshold = std::stod(metadata("abstain_threshold", "0"));
     format = metadata("input_format", "rgb");
+    familiar = Familiar(metadata("out_of_domain", ""));
   }
 
-  std::vector<float> run(Frame& frame) {
+  // embedding: filled where it is asked for.
+  std::vector<float> run(Frame& frame, std::vector<float>* embedding = nullptr) {
     const int64_t shape[] = {1, frame.rows, frame.columns, frame.channels};
     auto input = Ort::Value::CreateTensor<uint8_t>(memory_, frame.bytes.data(), frame.bytes.size(), shape, 4);
-    const char *in[] = {"image"}, *out[] = {"probabilities"};
-    auto found = session_.Run(Ort::RunOptions{nullptr}, in, &input, 1, out, 1);
-    const float* values = found[0].GetTensorData<float>();
-    return {values, values + found[0].GetTensorTypeAndShapeInfo().GetElementCount()};
+    const char *in[] = {"image"}, *out[] = {"probabilities", "embedding"};
+    auto found = session_.Run(Ort::RunOptions{nullptr}, in, &input, 1, out, embedding ? 2 : 1);
+    auto values = [&](size_t output) {
+      const float* first = found[output].GetTensorData<float>();
+      return std::vector<float>(first, first + found[output].GetTensorTypeAndShapeInfo().GetElementCount());
+    };
+    if (embedding) *embedding = values(1);
+    return values(0);
   }
 
  private:
@@ -101,13 +111,38 @@ class Model {
   std::vector<std::string> labels;
   double threshold = 0;
   std::string format;
+  Familiar familiar{""};
 };
 
-static void print_answer(const std::string& name, Model& model, Frame frame) {
-  const auto found = model.run(frame);
+static void print_answer(const std::string& name, Model& model, Frame frame, Collector* collector) {
+  std::vector<float> embedding;
+  const auto found = model.run(frame, &embedding);
   const size_t best = std::max_element(found.begin(), found.end()) - found.begin();
-  std::printf("%s  %s  %.3f%s\n", name.c_str(), model.labels.at(best).c_str(), found[best],
-              found[best] < model.threshold ? "  doubtful" : "");
+  Sighting sighting;
+  sighting.label = model.labels.at(best);
+  sighting.probability = found[best];
+  sighting.doubtful = found[best] < model.threshold;
+  if (model.familiar.known()) {
+    sighting.score = model.familiar.score(embedding.data(), embedding.size(), sighting.coordinates);
+    sighting.foreign = sighting.score > model.familiar.threshold();
+  }
+  std::printf("%s  %s  %.3f%s\n", name.c_str(), sighting.label.c_str(), found[best],
+              sighting.foreign ? "  foreign" : sighting.doubtful ? "  doubtful" : "");
+  if (!collector) return;
+  sighting.frame = frame_statistics(frame.bytes.data(), frame.rows, frame.columns, frame.channels, model.format);
+  collector->offer(sighting, [&] {
+    const std::string suffix = model.format == "grey" ? ".pgm" : ".ppm";
+    return std::make_pair(as_picture(frame.bytes.data(), frame.rows, frame.columns, frame.channels, model.format), suffix);
+  });
+}
+
+// The name of the drift test's reference in a log: the first digits of its hash, which the manifest holds.
+static std::string reference_name(const fs::path& bundle) {
+  std::ifstream file(bundle / "manifest.json");
+  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  const std::string key = "\"drift.json\": \"";
+  const size_t at = text.find(key);
+  return at == std::string::npos ? "" : text.substr(at + key.size(), 12);
 }
 
 static int self_check(Model& model, const fs::path& bundle) {
@@ -157,22 +192,32 @@ int main(int count, char** arguments) {
   std::vector<std::string> files;
   bool check = false;
   int64_t rows = 0, columns = 0;
+  fs::path keep;
+  CollectOptions options;
   try {
     for (int i = 1; i < count; ++i) {
       const std::string word = arguments[i];
       if (word == "--bundle" && i + 1 < count) bundle = arguments[++i];
       else if (word == "--self-check") check = true;
+      else if (word == "--keep" && i + 1 < count) keep = arguments[++i];
+      else if (word == "--control" && i + 1 < count) options.control = std::stod(arguments[++i]);
+      else if (word == "--keep-most" && i + 1 < count) options.most = std::stoull(arguments[++i]);
+      else if (word == "--keep-mb" && i + 1 < count) options.bytes = uint64_t(1e6 * std::stod(arguments[++i]));
       else if (word == "--raw" && i + 2 < count) { rows = std::stoll(arguments[++i]); columns = std::stoll(arguments[++i]); }
-      else if (word.rfind("--", 0) == 0) throw std::runtime_error(word + ": expected --bundle, --raw or --self-check");
+      else if (word.rfind("--", 0) == 0) throw std::runtime_error(word + ": expected --bundle, --raw, --keep or --self-check");
       else files.push_back(word);
     }
+    if (!(options.control >= 0 && options.control <= 1) || options.most < 3 || !options.bytes)
+      throw std::runtime_error("expected a control share of 0 to 1, 3 pictures or more, and some space, found others. Check the options");
     if (files.empty() && !check) throw std::runtime_error("expected images or --self-check, found neither");
     Model model(bundle);
     if (check) return self_check(model, bundle);
     if (!rows && model.format != "rgb")
       throw std::runtime_error("expected raw " + model.format + " frames, found images. Try --raw ROWS COLUMNS FILE");
+    std::unique_ptr<Collector> collector;
+    if (!keep.empty()) collector = std::make_unique<Collector>(keep, options, reference_name(bundle));
     for (const auto& file : files)
-      print_answer(file, model, rows ? read_raw(file, rows, columns, model.channels) : read_ppm(file));
+      print_answer(file, model, rows ? read_raw(file, rows, columns, model.channels) : read_ppm(file), collector.get());
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 2;
