@@ -458,8 +458,8 @@ def _runner_cost(name: str, command: list[object], photographs: list[Path], plac
     )
     seen = 10 * len(photographs)
     return (
-        f"- {name}, processes of {len(photographs)} images in turn: {plain:.2f} ms an image without, {collecting:.2f} ms "
-        f"with ({100 * (collecting / plain - 1):+.1f} %); peak memory {memory:.0f} and {more_memory:.0f} MB; "
+        f"- {name}, processes of {len(photographs)} images in turn: {plain:.2f} ms an image without, "
+        f"{collecting:.2f} ms with ({100 * (collecting / plain - 1):+.1f} %); peak memory {memory:.0f} and {more_memory:.0f} MB; "
         f"{disk / 1e6:.1f} MB of disk after {seen} images."
     )
 
