@@ -457,9 +457,10 @@ def _runner_cost(name: str, command: list[object], photographs: list[Path], plac
         path.stat().st_size for path in (place / f"{name}-kept").rglob("*") if path.is_file()
     )
     seen = 10 * len(photographs)
+    more = 100 * (collecting / plain - 1)
     return (
         f"- {name}, processes of {len(photographs)} images in turn: {plain:.2f} ms an image without, "
-        f"{collecting:.2f} ms with ({100 * (collecting / plain - 1):+.1f} %); peak memory {memory:.0f} and {more_memory:.0f} MB; "
+        f"{collecting:.2f} ms with ({more:+.1f} %); peak memory {memory:.0f} and {more_memory:.0f} MB; "
         f"{disk / 1e6:.1f} MB of disk after {seen} images."
     )
 
