@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from typing import Any
 # Set before any ftkit import, so that tests never touch the user's cache.
 os.environ["FTKIT_CACHE"] = tempfile.mkdtemp(prefix="ftkit-test-cache-")
 
+import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
@@ -26,7 +29,7 @@ from torch import nn
 
 from ftkit.cli.demo import NOTICE
 from ftkit.cli.main import main
-from ftkit.exporting import export
+from ftkit.exporting import export, int8
 from ftkit.models.weights import fingerprint
 from ftkit_export.runtime.verify import with_digest
 
@@ -97,7 +100,7 @@ def steps_done(out: Path) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def converted_once() -> Iterator[None]:
-    """Convert the shared run and build its float64 reference once for all exports."""
+    """Convert and quantize the shared run, and build its float64 reference, once for all exports."""
 
     def once(make: Callable[..., Any]) -> Callable[..., Any]:
         made: dict[str, Any] = {}
@@ -110,9 +113,23 @@ def converted_once() -> Iterator[None]:
 
         return again
 
+    quantized: dict[str, onnx.ModelProto] = {}
+    quantize = int8.int8
+
+    def quantized_once(core: onnx.ModelProto, ranges: Any, *rest: Any, **more: Any) -> Any:
+        told = hashlib.sha256(core.SerializeToString(deterministic=True))
+        told.update(repr(sorted((name, vars(each)) for name, each in ranges.items())).encode())
+        for value in (*rest, *more.values()):
+            told.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+        key = told.hexdigest() + repr(list(more))
+        if key not in quantized:
+            quantized[key] = quantize(core, ranges, *rest, **more)
+        return copy.deepcopy(quantized[key])
+
     with pytest.MonkeyPatch.context() as patch:
         for name in ("export_core", "Reference"):
             patch.setattr(export, name, once(getattr(export, name)))
+        patch.setattr(int8, "int8", quantized_once)
         yield
 
 

@@ -103,7 +103,7 @@ class SearchOptions:
     - recipe: its stages train the finalists; settings: overrides of its fields.
     - backbones: by default those whose weights are installed. sizes: of the input in pixels, by
       default from 96 to the backbone's own and one above.
-    - p50_ms, p95_ms, size_mb: budgets of the whole file, on one thread.
+    - p50_ms, p95_ms, size_mb, memory_mb: budgets of the whole file, on one thread.
     - max_drop: accuracy that may be lost against the most accurate network, as a share.
     - timed: at most so many candidates are timed. finalists: at most so many are trained, each
       within `minutes`; 0: none.
@@ -120,6 +120,7 @@ class SearchOptions:
     p50_ms: float | None = None
     p95_ms: float | None = None
     size_mb: float | None = None
+    memory_mb: float | None = None
     max_drop: float = 0.01
     timed: int = 16
     finalists: int = 3

@@ -20,6 +20,7 @@ def _sighting(**changes: object) -> Sighting:
         "score": 1.0,
         "coordinates": np.zeros(2),
         "frame": np.zeros(5),
+        "embedding": np.zeros(8),
     }
     return Sighting(**{**plain, **changes})
 

@@ -1,6 +1,7 @@
 """`ftkit bench`, its history and the pytest plugin, on the shared bundle."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -268,7 +269,11 @@ def test_forgets_to_measure(latency):
 
 def _pytest(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, words)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # A worker's child is none: pytest-benchmark measures nothing in one
+    alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}
+    return subprocess.run(
+        command, cwd=folder, env=alone, capture_output=True, text=True, check=False
+    )
 
 
 def test_the_plugin_fails_what_misses_its_budget_and_what_measures_nothing(

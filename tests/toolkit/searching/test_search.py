@@ -106,12 +106,14 @@ def test_a_second_search_computes_no_features_and_budgets_may_fail(
         raise AssertionError("features were computed again")
 
     monkeypatch.setattr("ftkit.searching.features.runner", computed)
-    quick = ("--timed", 2, "--finalists", 0, "--p95-ms", 0.001)
+    quick = ("--timed", 2, "--finalists", 0, "--p95-ms", 0.001, "--memory-mb", 1)
     done = _search(photos, tmp_path / "again", *quick)
     assert done.exit_code == 1, done.output
     assert "nothing meets the budgets" in done.output
     told = json.loads((tmp_path / "again" / "search.json").read_text())
     assert told["pick"]["missed"]["p95_ms"] > 1
+    assert told["pick"]["missed"]["memory_mb"] > 20, "a process alone takes more"
+    assert told["pick"]["cold_ms"] > told["pick"]["p50_ms"]
     done = ftkit("export", tmp_path / "again")
     assert done.exit_code == 2
     assert "found one without finalists" in done.output

@@ -102,6 +102,9 @@ def run_demo(out: Path) -> None:
         f"device  python {shlex.quote(str(bundle / 'device' / 'classify.py'))} --self-check"
     )
     console.say(f"try it  ftkit try {shlex.quote(str(bundle))}")
+    console.say(
+        f"faster  ftkit search {shlex.quote(str(data))}  (a smaller network that loses as little)"
+    )
     console.say(f"done in {console.clock(time.perf_counter() - started)}")
 
 

@@ -38,6 +38,12 @@ from ftkit_export.runtime.errors import FtkitError
     "--size-mb", type=click.FloatRange(0, min_open=True), metavar="MB", help="Budget: the file."
 )
 @click.option(
+    "--memory-mb",
+    type=click.FloatRange(0, min_open=True),
+    metavar="MB",
+    help="Budget: peak memory of a process that runs it.",
+)
+@click.option(
     "--max-drop",
     type=click.FloatRange(0, 1),
     default=0.01,

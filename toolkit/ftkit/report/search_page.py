@@ -62,11 +62,22 @@ def _table(points: Sequence[Mapping[str, Any]]) -> Table:
             f"{point['low']:.3f} to {point['high']:.3f}",
             "" if point["p50_ms"] is None else f"{point['p50_ms']:.2f}",
             "" if point["size_bytes"] is None else f"{point['size_bytes'] / 1e6:.2f}",
+            "" if point["peak_rss_bytes"] is None else f"{point['peak_rss_bytes'] / 1e6:.0f}",
+            "" if point["cold_ms"] is None else f"{point['cold_ms']:.0f}",
             f"{point['multiplications'] / 1e6:.0f}",
         )
         for point in points
     ]
-    head = ("network", "out of fold", "95 %", "p50 ms", "MB", "million multiplications")
+    head = (
+        "network",
+        "out of fold",
+        "95 %",
+        "p50 ms",
+        "MB",
+        "memory, MB",
+        "first answer, ms",
+        "million multiplications",
+    )
     return Table(head, rows)
 
 

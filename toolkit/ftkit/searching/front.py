@@ -26,8 +26,9 @@ class Point:
 
     right: whether each image was answered correctly by a model that had not seen it, (n,) bool.
     low, high: 95 % interval of the accuracy. p50_ms, p95_ms: of the whole file, one thread; None: not
-    timed. size_bytes: of that file. trained: whether by stages, or a head in closed form. run: of a
-    trained one, its folder in the search.
+    timed. size_bytes: of that file. peak_rss_bytes, cold_ms: of one process that opens and runs it,
+    the latter from a running interpreter to the first answer. trained: whether by stages, or a head in
+    closed form. run: of a trained one, its folder in the search.
     """
 
     candidate: Candidate
@@ -39,6 +40,8 @@ class Point:
     p50_ms: float | None = None
     p95_ms: float | None = None
     size_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    cold_ms: float | None = None
     trained: bool = False
     run: str = ""
 
@@ -79,11 +82,12 @@ def non_dominated(points: Sequence[Point]) -> list[Point]:
 
 
 def over(point: Point, budgets: Mapping[str, float]) -> dict[str, float]:
-    """Budgets (p50_ms, p95_ms, size_mb) that a point exceeds, and by what factor."""
+    """Budgets (p50_ms, p95_ms, size_mb, memory_mb) that a point exceeds, and by what factor."""
     figures = {
         "p50_ms": point.p50_ms,
         "p95_ms": point.p95_ms,
         "size_mb": point.size_bytes and point.size_bytes / 1e6,
+        "memory_mb": point.peak_rss_bytes and point.peak_rss_bytes / 1e6,
     }
     factors = {
         name: (figures[name] or math.inf) / limit for name, limit in budgets.items() if limit

@@ -48,7 +48,7 @@ class Found:
 
 def budgets_of(options: SearchOptions) -> dict[str, float]:
     """Budgets that were asked for: name -> limit, in ms and MB."""
-    limits = {"p50_ms": options.p50_ms, "p95_ms": options.p95_ms, "size_mb": options.size_mb}
+    limits = {name: getattr(options, name) for name in ("p50_ms", "p95_ms", "size_mb", "memory_mb")}
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
@@ -103,6 +103,8 @@ def _point(point: Point) -> dict[str, Any]:
         "p50_ms": point.p50_ms,
         "p95_ms": point.p95_ms,
         "size_bytes": point.size_bytes,
+        "peak_rss_bytes": point.peak_rss_bytes,
+        "cold_ms": point.cold_ms,
     }
 
 

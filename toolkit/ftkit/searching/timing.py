@@ -29,7 +29,7 @@ from ftkit_export.conversion.convert import quiet, write
 from ftkit_export.conversion.graph import IR_VERSION, OPSET, image_form
 from ftkit_export.conversion.quantize import calibrate, heavy_nodes, int8
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.latency import Raced, race
+from ftkit_export.runtime.latency import Condition, Raced, Start, measure_start, race
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.targets import TARGETS
 
@@ -76,6 +76,7 @@ def timed_points(points: Sequence[Point], job: Timing) -> list[Point]:
             progress(number + 1, 2 * len(points))
 
         times = _raced(list(files.values()), job, progress)
+        started = {path: _started(path, job) for path in files.values()}
         for (number, precision), path in files.items():
             found.append(
                 replace(
@@ -84,6 +85,8 @@ def timed_points(points: Sequence[Point], job: Timing) -> list[Point]:
                     p50_ms=times[path].p50_ms,
                     p95_ms=times[path].p95_ms,
                     size_bytes=path.stat().st_size,
+                    peak_rss_bytes=started[path].peak_rss_bytes,
+                    cold_ms=started[path].cold_ms,
                 )
             )
     return found
@@ -113,6 +116,18 @@ def _raced(
             )
         progress(len(files) + start, 2 * len(files))
     return found
+
+
+def _started(path: Path, job: Timing) -> Start:
+    """One process that opens the file and runs it, for memory and the time to the first answer."""
+    provider = TARGETS[job.target].provider
+    if job.device:
+        (start,) = job.device.starts(
+            path, job.photograph, provider=provider, frame=job.frame, count=1
+        )
+        return start
+    condition = Condition(model=str(path), provider=provider, threads=1, frame=job.frame)
+    return measure_start(condition, job.photograph, steady=False)
 
 
 def _forms(
