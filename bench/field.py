@@ -525,7 +525,7 @@ def _held_back(place: Path, photos: Path, held: str) -> list[str]:
             pool.append(path)
         else:
             _copy(path, known)
-    bundle = _bundle(place, known, "known", *SMALL)
+    bundle = _bundle(place, known, "first", *SMALL)
 
     classify = Classifier(bundle)
     classes = [*classify.labels, held]
@@ -637,7 +637,7 @@ def reviews(place: Path) -> str:
         folder = known / path.parent.name.removeprefix("mono-")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / path.name)
-    bundle = _bundle(place, known, "known", *SMALL)
+    bundle = _bundle(place, known, "first", *SMALL)
     classify = Classifier(bundle, threads=1)
 
     def looked_at(files: list[Path]) -> tuple[list[Sighting], np.ndarray, np.ndarray]:
