@@ -36,7 +36,7 @@ import numpy as np
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.drift import DriftTest, Reference
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.files import replacing
+from ftkit_export.runtime.files import is_full, replacing
 
 REASONS = ("foreign", "doubtful", "control")
 LOG = "log.jsonl"
@@ -69,7 +69,8 @@ class Collector:
     """Keeps pictures and the log in one folder, which one process at a time may use.
 
     control: share of all images that is kept. most, megabytes: of all pictures together. seed: of
-    the random choices. Raises FtkitError when the folder cannot be used, or is in use.
+    the random choices. On a full disk nothing is collected, and `stopped` says so. Raises FtkitError
+    when the folder cannot be used otherwise, or is in use.
     """
 
     def __init__(
@@ -110,6 +111,9 @@ class Collector:
             if _is_torn(self.folder / LOG):
                 self._log.write("\n")
         except OSError as error:
+            if is_full(error):  # the classifier must start all the same
+                self._stop(error.strerror or "the disk is full")
+                return
             raise FtkitError(
                 f"{self.folder}: expected a folder to collect in, found: {error.strerror or error}. Try another --keep"
             ) from None

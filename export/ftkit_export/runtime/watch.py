@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import is_full, replacing
 from ftkit_export.runtime.preprocess import SUFFIXES
 
 LEDGER = ".taken"  # in the folder watched
@@ -22,34 +24,84 @@ def watch(folder: Path, waits: Callable[[], object] | None = None) -> Iterator[P
     """Yield each image file of `folder`, also those there already, once it no longer grows.
 
     A file is noted as taken before it is yielded, so that one that stops the process is not taken
-    again after a restart. A file of the same name with another size or time is another file. waits:
-    called between two looks; by default it sleeps, for ever in turn. Raises FtkitError when the
-    folder cannot be read or written.
+    again after a restart, unless the disk is full. A file of the same name with another size or time
+    is another file. waits: called between two looks; by default it sleeps, for ever in turn. Raises
+    FtkitError when the folder cannot be read or written.
     """
     waits = waits or (lambda: time.sleep(POLL_SECONDS))
     try:
-        taken = _read(folder)
-        with (folder / LEDGER).open("a", encoding="utf-8", errors="surrogateescape") as ledger:
-            before: dict[str, str] = {}
-            while True:
-                there = dict(_images(folder))
-                taken = {name: stamp for name, stamp in taken.items() if name in there}
-                now = {name: stamp for name, stamp in there.items() if taken.get(name) != stamp}
-                for name, stamp in sorted(now.items()):
-                    if before.get(name) == stamp:  # complete
-                        taken[name] = stamp
-                        ledger.write(f"{stamp} {name}\n")
-                        ledger.flush()
-                        os.fsync(ledger.fileno())
-                        yield folder / name
-                before = now
-                if waits() is False:
-                    return
+        ledger = _Ledger(folder)
+        before: dict[str, str] = {}
+        while True:
+            there = dict(_images(folder))
+            ledger.forget_others(there)
+            now = {name: stamp for name, stamp in there.items() if ledger.taken.get(name) != stamp}
+            for name, stamp in sorted(now.items()):
+                if before.get(name) == stamp:  # complete
+                    ledger.note(name, stamp)
+                    yield folder / name
+            before = now
+            if waits() is False:
+                return
     except OSError as error:
         raise FtkitError(
             f"{folder}: expected a folder to watch, and to note in what was taken, found: "
             f"{error.strerror or error}. Check the path"
         ) from None
+
+
+class _Ledger:
+    """What was taken, also before a restart: a line a file.
+
+    On a full disk it is known to this process alone, and one line on standard error says so.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._full = False
+        self.taken = _read(folder)
+        try:
+            self._rewrite()  # without files that are gone
+        except OSError as error:
+            self._is_full(error)
+
+    def forget_others(self, there: dict[str, str]) -> None:
+        """Forget files that are not there any more."""
+        self.taken = {name: stamp for name, stamp in self.taken.items() if name in there}
+
+    def note(self, name: str, stamp: str) -> None:
+        """Note a file as taken, on the disk before it is acted upon."""
+        self.taken[name] = stamp
+        try:
+            if self._full:
+                self._rewrite()
+                self._full = False
+                return
+            with (self._folder / LEDGER).open(
+                "a", encoding="utf-8", errors="surrogateescape"
+            ) as file:
+                file.write(f"{stamp} {name}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self._is_full(error)
+
+    def _rewrite(self) -> None:
+        with replacing(self._folder / LEDGER) as beside:
+            text = "".join(f"{stamp} {name}\n" for name, stamp in self.taken.items())
+            beside.write_text(text, "utf-8", errors="surrogateescape")
+
+    def _is_full(self, error: OSError) -> None:
+        """Go on without the disk. Raises any other error."""
+        if not is_full(error):
+            raise error
+        if not self._full:
+            with contextlib.suppress(OSError):
+                print(
+                    f"{self._folder}: what is taken cannot be noted ({error.strerror}); a restart takes it again",
+                    file=sys.stderr,
+                )
+        self._full = True
 
 
 def _images(folder: Path) -> Iterator[tuple[str, str]]:
@@ -68,7 +120,7 @@ def _images(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read(folder: Path) -> dict[str, str]:
-    """What was taken before; the ledger is rewritten without files that are gone."""
+    """What was taken before, of the files that are still there."""
     path = folder / LEDGER
     there = dict(_images(folder))
     taken = {}
@@ -77,9 +129,4 @@ def _read(folder: Path) -> dict[str, str]:
             stamp, _, name = line.partition(" ")
             if name in there:
                 taken[name] = stamp
-
-    beside = folder / f"{LEDGER}.tmp"
-    text = "".join(f"{stamp} {name}\n" for name, stamp in taken.items())
-    beside.write_text(text, "utf-8", errors="surrogateescape")
-    beside.replace(path)
     return taken

@@ -1,12 +1,15 @@
 """A file that appears in a watched folder is taken once."""
 
+import contextlib
 import itertools
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ftkit_export.runtime.collect import Collector
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.watch import watch
 
@@ -60,3 +63,37 @@ def test_a_name_that_is_no_text_is_taken_once_too(tmp_path: Path) -> None:
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FtkitError, match="expected a folder to watch"):
         next(watch(tmp_path / "none"))
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own without room for another file or byte: needs root."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=3", "tmpfs", place]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        (place / "a.png").write_bytes(b"1")
+        # The third inode, after the folder's
+        with contextlib.suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_on_a_full_disk_images_are_taken_and_nothing_is_collected(
+    full_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def more() -> None:
+        (full_disk / "a.png").rename(full_disk / "b.png")
+
+    taken = watch(full_disk, _looks(lambda: None, lambda: None, more, lambda: None, lambda: None))
+    assert [path.name for path in taken] == ["a.png", "b.png"], "each once"
+    assert capsys.readouterr().err.count("cannot be noted") == 1
+
+    collector = Collector(full_disk / "collected")
+    assert "No space left" in collector.stopped
+    collector.close()

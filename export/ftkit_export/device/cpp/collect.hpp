@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -230,9 +231,17 @@ class Collector {
     try {
       for (const auto& reason : kReasons) fs::create_directories(folder_ / reason);
     } catch (const fs::filesystem_error& error) {
+      if (error.code() == std::errc::no_space_on_device) {  // the classifier must start all the same
+        stop(error.code().message().c_str());
+        return;
+      }
       throw std::runtime_error(folder_.string() + ": expected a folder to collect in, found: " + error.code().message() + ". Try another --keep");
     }
     lock_ = ::open((folder_ / ".lock").c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644);
+    if (lock_ < 0 && errno == ENOSPC) {
+      stop(std::strerror(errno));
+      return;
+    }
     if (lock_ < 0 || ::flock(lock_, LOCK_EX | LOCK_NB) != 0)
       throw std::runtime_error(folder_.string() + ": expected a folder that no other process collects in, found one in use. Try another --keep");
     for (const auto& reason : kReasons)
