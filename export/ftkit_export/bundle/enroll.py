@@ -59,6 +59,7 @@ GOLDEN = 4  # images of the new class among the golden ones
 LEFT_OUT = ("device/c", "device/ort", "handoff", "explain.onnx", REFERENCE, EVIDENCE)
 TRAINED_ON = "trained_on.txt"
 DIGEST = 32  # hexadecimal digits, as in TRAINED_ON
+HALF = 0.5
 ROUNDING = 2e-6  # of a probability, in float32
 RESIZED = 0.05  # of a probability: most that another resizer may move it, as at export
 SAME_ANSWER = 1e-3  # between the old file's answer and the new file's, for the old classes
@@ -115,6 +116,11 @@ class Enrolled:
             f"{100 * self.drop_high:.1f}], limit {100 * self.max_drop:.1f}, on {ground}; "
             f"{self.golden_changed} of {self.golden} golden photographs answered otherwise",
         ]
+        if share < HALF:
+            lines.append(
+                f"most images of {self.name} would be answered with an old class: to this network it looks like one. "
+                "Train on them instead"
+            )
         if self.duplicates:
             lines.append(f"{self.duplicates} images are copies of others, and do not count")
         if not self.settled:

@@ -152,15 +152,19 @@ def fit_class(
     old = (sample.embedding @ weights.T + bias).min(1)
     scale, offset = _platt(old, apart, len(sample.probabilities[0]))
 
+    # By how much each image is the new class's rather than an old one's
     right = sample.right
-    margins = np.sort((scale * old + offset - _log(sample.probabilities.max(1)))[right])[::-1]
+    margins = scale * old + offset - _log(sample.probabilities.max(1))
+    own_margins = scale * apart + offset - _log(probabilities.max(1))
     allowed, settled = _allowed(sample, max_drop)
-    if allowed < len(margins):
-        offset -= max(0.0, float(margins[allowed]) + ON_LIMIT)
+    lower = _worth_it(margins[right], len(right), own_margins, sample.probabilities.shape[1])
+    if allowed < right.sum():
+        lower = max(lower, float(np.sort(margins[right])[::-1][allowed]) + ON_LIMIT)
 
-    lost = right & (scale * old + offset > _log(sample.probabilities.max(1)))
+    offset -= lower
+    lost = right & (margins > lower)
     log_odds = scale * apart + offset
-    recognised = log_odds > _log(probabilities.max(1))
+    recognised = own_margins > lower
     two_sided = (1 + LEVEL) / 2
     hits = int(recognised.sum())
     return NewClass(
@@ -258,6 +262,17 @@ def _platt(old: Array, new: Array, classes: int) -> tuple[float, float]:
         step = np.linalg.solve(curve + 1e-9 * np.eye(2), slope)
         found = found - step * min(1.0, 2 / max(1e-12, float(np.abs(step).max())))
     return max(float(found[0]), 1e-6) / spread, float(found[1])
+
+
+def _worth_it(old: Array, images: int, new: Array, classes: int) -> float:
+    """By how much to lower the offset, so that the class brings more right answers than it costs.
+
+    0 where it does as it is; else by what is best. old: margins of the kept images that are answered
+    correctly, of `images`; new: those of the new class, which counts as much as an average old one.
+    """
+    lowers = np.concatenate([[0.0], old[old > 0] + ON_LIMIT])
+    gains = [(new > lower).mean() / classes - (old > lower).sum() / images for lower in lowers]
+    return 0.0 if gains[0] > 0 else float(lowers[int(np.argmax(gains))])
 
 
 def _allowed(sample: KeptSample, max_drop: float) -> tuple[int, bool]:
