@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import ftkit_export
 from ftkit_export.bundle.archive import require_key
 from ftkit_export.bundle.seal import Gate, begin_bundle, overall, seal
 from ftkit_export.runtime.arrays import Array, spread_evenly
@@ -184,6 +185,7 @@ def enroll(
     folder = begin_bundle(out)
     try:
         left_out = _copy(bundle, folder)
+        _renew_runners(folder)
         _extend_models(folder, manifest, name, new)
         _extend_sample(folder, sample, new, embedding, probabilities)
         picked = spread_evenly(np.arange(len(frames)), GOLDEN)
@@ -252,6 +254,22 @@ def _copy(bundle: Path, folder: Path) -> tuple[str, ...]:
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / place)
     return left_out
+
+
+def _renew_runners(folder: Path) -> None:
+    """Replace the runners by this package's: an older bundle's do not know what is enrolled.
+
+    On a device the bundle's own are running.
+    """
+    package = Path(ftkit_export.__file__).parent
+    if not (package / "device").is_dir():
+        return
+    from ftkit_export.bundle.write import add_runners
+
+    device = folder / "device"
+    for name in ("ftkit_export", "cpp"):
+        shutil.rmtree(device / name, ignore_errors=True)
+    add_runners(folder)
 
 
 def _extend_models(folder: Path, manifest: dict[str, Any], name: str, new: NewClass) -> None:

@@ -152,6 +152,23 @@ def test_where_the_kept_images_cannot_tell_it_is_open(
     assert read_manifest(tmp_path / "next.inconclusive")["verdict"] == "inconclusive"
 
 
+def test_an_older_bundles_runners_are_renewed(bundle: Path, temple: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(bundle, older)
+    gone = "device/ftkit_export/runtime/enroll.py"
+    (older / gone).unlink()
+    files = read_manifest(bundle)["files"]
+    kept = {name: digest for name, digest in files.items() if name != gone}
+    rewrite(older / "manifest.json", {"files": kept})
+
+    found = enroll(older, "temple", sorted(temple.iterdir()), tmp_path / "next", max_drop=LIMIT)
+    script = found.folder / "device" / "classify.py"
+    done = subprocess.run(
+        [sys.executable, script, "--self-check"], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_cannot_be_enrolled_is_refused_and_nothing_is_written(
     bundle: Path, temple: Path, tmp_path: Path
 ) -> None:
