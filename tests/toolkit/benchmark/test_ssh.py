@@ -169,3 +169,27 @@ def test_a_host_that_could_be_an_option_is_refused() -> None:
     for where in ("-oProxyCommand=touch x", "a b", "$(id)", ""):
         with pytest.raises(FtkitError, match="expected USER@HOST"), Device.reached(where):
             pass
+
+
+@needs_sshd
+def test_a_search_times_its_candidates_on_the_device(
+    device: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setattr("ftkit.benchmark.ssh.MAKE_FOLDER", f"mktemp -d -p {there}")
+    # What is timed here would be found out
+    monkeypatch.delattr("ftkit.searching.timing.race")
+    monkeypatch.delattr("ftkit.searching.timing.measure_start")
+    out = tmp_path / "search"
+    small = ("--sizes", 64, "--backbones", "efficientnet_lite0", "--timed", 2, "--finalists", 0)
+    done = ftkit("search", photos, "--on", device, "--out", out, *small)
+    assert done.exit_code == 0, done.output
+    timed = [
+        point
+        for point in json.loads((out / "search.json").read_text())["points"]
+        if point["p50_ms"]
+    ]
+    assert {point["precision"] for point in timed} == {"fp32", "int8"}
+    assert all(point["peak_rss_bytes"] > 1e7 and point["cold_ms"] > 0 for point in timed)
+    assert list(there.iterdir()) == [], "nothing is left there"
