@@ -1,5 +1,6 @@
 """A device takes only bundles that are proven on it, and is never without one."""
 
+import functools
 import itertools
 import json
 import random
@@ -19,7 +20,7 @@ from ftkit_export.bundle import archive, update
 from ftkit_export.bundle.seal import write_manifest
 from ftkit_export.runtime import latency
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.verify import read_manifest, verify
+from ftkit_export.runtime.verify import check_files, read_manifest
 
 Make = Callable[..., Path]
 
@@ -30,6 +31,7 @@ def make(bundle: Path, keys: tuple[Path, Path], tmp_path_factory: pytest.TempPat
     root = tmp_path_factory.mktemp("versions")
     numbers = itertools.count()
 
+    @functools.cache
     def made(version: int, change: Callable[[Path], None] | None = None, sign: bool = True) -> Path:
         folder = root / f"bundle-{next(numbers)}"
         shutil.copytree(bundle, folder)
@@ -56,24 +58,33 @@ def short_races(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "PROCESSES", 2)
 
 
-@pytest.fixture
-def device(
-    make: Make, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def installed(
+    make: Make, keys: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
+    """Version 1, installed."""
+    device = tmp_path_factory.mktemp("installed") / "device"
+    update.update(make(1), device, key=keys[1])
+    return device
+
+
+@pytest.fixture
+def device(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A device that runs version 1, as a relative path through a link."""
     (tmp_path / "place").mkdir()
     (tmp_path / "link").symlink_to("place")
     monkeypatch.chdir(tmp_path)
     device = Path("link") / "device"
-    update.update(make(1), device, key=keys[1])
+    shutil.copytree(installed, device, symlinks=True)
     return device
 
 
 def _version(device: Path) -> int:
     running = update.current(device)
     assert running
-    assert verify(running).passed
-    return int(read_manifest(running)["version"])
+    manifest = read_manifest(running)
+    check_files(running, manifest["files"])
+    return int(manifest["version"])
 
 
 def test_a_newer_bundle_is_switched_to_and_back(
