@@ -153,6 +153,7 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
     made = root / f"{name}.made"
     with FileLock(root / f"{name}.lock"):
         if not made.exists():
+            shutil.rmtree(root / name, ignore_errors=True)  # of one that failed
             (root / name).mkdir()
             make(root / name)
             made.touch()

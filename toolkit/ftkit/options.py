@@ -108,7 +108,8 @@ class SearchOptions:
     - timed: at most so many candidates are timed. finalists: at most so many are trained, each
       within `minutes`; 0: none.
     - frame: size of the image that is timed, "640x480"; by default that of a training image.
-    - on: user@host (ssh), where candidates are timed.
+    - on: user@host (ssh), where candidates are timed. target: the processor they are for, if it is
+      not this machine's: a folder is then left to time them there, and latency is what it printed.
     - seed, group_by, root, add: as for training.
     """
 
@@ -127,6 +128,8 @@ class SearchOptions:
     minutes: float | None = None
     frame: str | None = None
     on: str | None = None
+    target: str = "auto"
+    latency: str | Path | None = None
     seed: int = 0
     group_by: str = ""
     root: str | Path | None = None

@@ -12,10 +12,13 @@ out. Numpy and ONNX Runtime suffice, so this runs on a device too.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
 import time
+import unicodedata
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,10 +63,17 @@ GOLDEN = 4  # images of the new class among the golden ones
 LEFT_OUT = ("device/c", "device/ort", "handoff", "explain.onnx", REFERENCE, EVIDENCE)
 TRAINED_ON = "trained_on.txt"
 DIGEST = 32  # hexadecimal digits, as in TRAINED_ON
+GOLDEN_PIXELS = (
+    4_000_000  # of an image of the new class; a larger one is kept as the network sees it
+)
 HALF = 0.5
 ROUNDING = 2e-6  # of a probability, in float32
 RESIZED = 0.05  # of a probability: most that another resizer may move it, as at export
-SAME_ANSWER = 1e-3  # between the old file's answer and the new file's, for the old classes
+SAME = 1e-4  # between the new file's answer and the old file's with the class added in float64
+COUNTER = 1_000_000_000  # a smaller version is a counter, a larger one a time
+AS_EXPORTED = "as_exported"  # in golden.json: an image's tolerance before anything was enrolled
+FORBIDDEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode categories: control characters, line ends
+BIDIRECTIONAL = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 CARD = "MODEL_CARD.md"
 REPORT = "report.html"
 
@@ -73,11 +83,14 @@ class Enrolled:
     """Result of an enrolment, also in the manifest.
 
     images: different ones of the new class; recognised: of them, each scored by the others, as a
-    share with its two-sided 95 % interval. kept: held-out images of the old classes; lost: of them,
-    answered correctly before and as the new class now; drop_low, drop_high: bounds of that loss of
-    accuracy, each at 95 %. clusters: groups of the kept images, None where they have none. settled:
-    whether the kept images could bound a loss as small as max_drop. golden_changed: golden
-    photographs of old classes with another answer.
+    share with its two-sided 95 % interval. kept: held-out images of the classes that were trained on;
+    lost: of them, answered correctly before anything was enrolled, and no longer; drop_low,
+    drop_high: bounds of that loss of accuracy, each at 95 %. clusters: groups of the kept images,
+    None where they have none. worst: the old class that loses the largest share, with the images
+    lost and kept; unseen: old classes of which no image was kept. settled: whether the kept images
+    could bound a loss as small as max_drop. golden_changed: golden photographs of old classes with
+    another answer. open: gates that have not passed. unsigned: whether the old bundle's signature
+    was not renewed.
     """
 
     name: str
@@ -98,6 +111,10 @@ class Enrolled:
     golden: int
     golden_changed: int
     left_out: tuple[str, ...]
+    worst: tuple[str, int, int]
+    unseen: tuple[str, ...]
+    open: tuple[str, ...]
+    unsigned: bool
 
     @property
     def passed(self) -> bool:
@@ -117,6 +134,10 @@ class Enrolled:
             f"{100 * self.drop_high:.1f}], limit {100 * self.max_drop:.1f}, on {ground}; "
             f"{self.golden_changed} of {self.golden} golden photographs answered otherwise",
         ]
+        if self.worst[1]:
+            lines.append(f"most of them {self.worst[0]}: {self.worst[1]} of {self.worst[2]} images")
+        if self.unseen:
+            lines.append(f"no held-out image, so nothing is known, of {', '.join(self.unseen)}")
         if share < HALF:
             lines.append(
                 f"most images of {self.name} would be answered with an old class: to this network it looks like one. "
@@ -124,11 +145,16 @@ class Enrolled:
             )
         if self.duplicates:
             lines.append(f"{self.duplicates} images are copies of others, and do not count")
-        if not self.settled:
+        if not self.settled and self.drop_high < 0.9:
             lines.append(
                 f"{ground} cannot settle {100 * self.max_drop:.1f} points. They can settle "
                 f"{100 * self.drop_high:.1f}, if you accept that: --max-drop {self.drop_high + 5e-4:.3f}"
             )
+        elif not self.settled:
+            lines.append(f"{ground} can settle nothing: too few, or in too few groups")
+        lines += [f"not passed: {gate}" for gate in self.open]
+        if self.unsigned:
+            lines.append("not signed, as the old bundle was: --sign KEY")
         if self.left_out:
             lines.append(f"left out, as made for the old classes: {', '.join(self.left_out)}")
         return "\n".join(lines)
@@ -151,30 +177,61 @@ def enroll(
     BundleError for a bundle that is altered or keeps no sample, FtkitError for a name that is taken,
     too few images, or an `out` that is there.
     """
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest["files"])
-    _require_new(bundle, name, manifest["labels"])
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise FtkitError(
+            f"{out}: expected a place outside the bundle, which is sealed, found one inside. Try ../{out.name}"
+        )
     if not 0 < max_drop < 1:
         raise FtkitError(
             f"--max-drop: expected a share between 0 and 1, found {max_drop}. Try 0.01"
         )
     if key:
         require_key(key)
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest["files"])
+    try:
+        return _enroll(bundle, manifest, name, images, out, max_drop, key, version)
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise BundleError(
+            f"{bundle}: expected labels, golden vectors and a kept sample that fit each other, found others "
+            f"({type(error).__name__}: {error}). Do not trust this bundle"
+        ) from None
+
+
+def _enroll(
+    bundle: Path,
+    manifest: dict[str, Any],
+    name: str,
+    images: Sequence[Path],
+    out: Path,
+    max_drop: float,
+    key: Path | None,
+    version: int | None,
+) -> Enrolled:
+    _require_new(bundle, name, manifest["labels"])
     sample = KeptSample.read(bundle / FILE)
     classify = Classifier(bundle)
     if classify.familiar is None:
         raise BundleError(
             f"{bundle}: expected out-of-distribution statistics, found none. Export the run again"
         )
+    if sample.embedding.shape[1] != classify.familiar.means.shape[1]:
+        raise ValueError("a kept sample of another network")
 
     different = list({sha256(path): path for path in images}.values())
     if len(different) < FEWEST:
         raise FtkitError(
             f"{name}: expected {FEWEST} different images or more, found {len(different)}. Add some"
         )
-    frames = [to_frame(classify.decode(path), classify.input_format) for path in different]
-    seen = [classify.sight(frame, statistics=False) for frame in frames]
-    embedding = np.stack([sighting.embedding for sighting, _ in seen])
+    seen = [_sight(classify, path) for path in different]
+    embedding = np.stack([each for each, _ in seen])
     probabilities = np.stack([answers for _, answers in seen])
     if not np.isfinite(embedding).all():
         raise BundleError(
@@ -188,15 +245,18 @@ def enroll(
         _renew_runners(folder)
         _extend_models(folder, manifest, name, new)
         _extend_sample(folder, sample, new, embedding, probabilities)
-        picked = spread_evenly(np.arange(len(frames)), GOLDEN)
-        added = [from_frame(frames[row], classify.input_format) for row in picked]
-        golden, changed = _extend_golden(folder, manifest, new, added)
+        added = [
+            _golden_image(classify, different[row])
+            for row in spread_evenly(np.arange(len(different)), GOLDEN)
+        ]
+        golden, changed = _extend_golden(bundle, folder, manifest, new, added)
         with (folder / TRAINED_ON).open("a") as file:
             file.writelines(f"{sha256(path)[:DIGEST]}\n" for path in different)
 
+        lost = new.lost[: sample.exported]
         gate = Gate(
             name=f"accuracy lost by the old classes to {name}, 95 % bounds",
-            value=float(new.lost.mean()),
+            value=float(lost.mean()),
             limit=max_drop,
             low=new.drop_low,
             high=new.drop_high,
@@ -211,9 +271,9 @@ def enroll(
             recognised=int(new.recognised.sum()),
             recall_low=new.recall_low,
             recall_high=new.recall_high,
-            kept=len(new.lost),
+            kept=len(lost),
             clusters=sample.clusters,
-            lost=int(new.lost.sum()),
+            lost=int(lost.sum()),
             drop_low=new.drop_low,
             drop_high=new.drop_high,
             max_drop=max_drop,
@@ -221,6 +281,12 @@ def enroll(
             golden=golden,
             golden_changed=changed,
             left_out=left_out,
+            worst=_worst(manifest["labels"], sample.labels, new.lost),
+            unseen=tuple(
+                label for row, label in enumerate(manifest["labels"]) if row not in sample.labels
+            ),
+            open=tuple(str(each) for each in gates if not each.passed),
+            unsigned=key is None and (bundle / SIGNATURE).is_file(),
         )
         told = _told(manifest, enrolled, version)
         _describe(folder, enrolled)
@@ -231,14 +297,43 @@ def enroll(
     return Enrolled(**{**enrolled.__dict__, "folder": final})
 
 
+def _sight(classify: Classifier, path: Path) -> tuple[Array, Array]:
+    """(embedding, probabilities) of an image file."""
+    frame = to_frame(classify.decode(path), classify.input_format)
+    sighting, probabilities = classify.sight(frame, statistics=False)
+    return sighting.embedding, probabilities
+
+
+def _golden_image(classify: Classifier, path: Path) -> Array:
+    """An image as the device sees it, (H, W, 3) uint8, and a large one as the network does."""
+    frame = to_frame(classify.decode(path), classify.input_format)
+    image = from_frame(frame, classify.input_format)
+    if image.shape[0] * image.shape[1] <= GOLDEN_PIXELS:
+        return image
+    return classify.preprocess.canvas(image)
+
+
+def _worst(names: Sequence[str], labels: Array, lost: Array) -> tuple[str, int, int]:
+    """The class that loses the largest share of its kept images: (name, lost, kept)."""
+    counts = [
+        (name, int(lost[labels == row].sum()), int((labels == row).sum()))
+        for row, name in enumerate(names)
+    ]
+    return max(counts, key=lambda each: each[1] / max(1, each[2]))
+
+
 def _require_new(bundle: Path, name: str, labels: Sequence[str]) -> None:
     if name in labels:
         raise FtkitError(
             f"{bundle}: expected a class that it does not know, found {name!r}, which it does. Try another name"
         )
-    if not name.strip() or any(ord(letter) < 32 or letter in "\x7f\u2028\u2029" for letter in name):
+    if not name.strip() or any(
+        unicodedata.category(letter) in FORBIDDEN
+        or unicodedata.bidirectional(letter) in BIDIRECTIONAL
+        for letter in name
+    ):
         raise FtkitError(
-            f"class: expected a name of one line, found {name!r}. Try one like scratch"
+            f"class: expected a name of one line, found {name!a}. Try one like scratch"
         )
 
 
@@ -302,8 +397,10 @@ def _extend_sample(
         embedding=np.vstack([known, unit_length(embedding)[rows]]).astype(np.float32),
         labels=np.concatenate([sample.labels, np.full(len(rows), old.shape[1] - 1)]),
         probabilities=np.vstack([old, own[rows]]),
-        independent=sample.independent + len(rows),
-        clusters=sample.clusters and sample.clusters + len(rows),
+        right=np.concatenate([sample.right, new.recognised[rows]]),
+        exported=sample.exported,
+        independent=sample.independent,
+        clusters=sample.clusters,
     )
     (folder / FILE).write_bytes(extended.as_bytes())
 
@@ -316,15 +413,23 @@ def _joined(probabilities: Array, log_odds: Array) -> Array:
 
 
 def _extend_golden(
-    folder: Path, manifest: dict[str, Any], new: NewClass, added: Sequence[Array]
+    bundle: Path,
+    folder: Path,
+    manifest: dict[str, Any],
+    new: NewClass,
+    added: Sequence[Array],
 ) -> tuple[int, int]:
     """Compute the golden vectors anew, and add images (H, W, 3) uint8 of the new class.
 
     Returns how many golden photographs of old classes there are, and how many of them are answered
-    otherwise.
+    otherwise. Raises BundleError where a new file does not answer as the old one, with the class added
+    in float64.
     """
     place = folder / "golden"
     entries = json.loads((place / "golden.json").read_text())["images"]
+    for entry in entries:
+        if f"golden/{entry['file']}" not in manifest["files"]:
+            raise ValueError(f"the golden image {entry['file']!r}")
     with np.load(place / "expected.npz", allow_pickle=False) as stored:
         expected = {name: stored[name].astype(np.float64) for name in stored.files}
 
@@ -336,47 +441,53 @@ def _extend_golden(
         entries.append({"file": name, "group": "enrolled"})
 
     temperature = float(manifest["temperature"])
-    answers = {
-        name: _answers(folder, manifest, forms, entries)
-        for name, forms in manifest["variants"].items()
-    }
-    _require_same(answers, expected, old)
+    written = {**_with_new(expected, new, temperature)}
+    resizers = np.zeros(old)
+    for name, forms in manifest["variants"].items():
+        before = _answers(bundle, place, manifest, forms, entries)
+        after = _answers(folder, place, manifest, forms, entries)
+        wanted = _require_same(name, before, after, new, temperature)
+        if name == "fp32":
+            by_core = softmax(wanted.logits / temperature)
+            resizers = np.abs(by_core - wanted.probabilities).max(1)[:old]
+            written["logits"] = np.vstack([written["logits"], wanted.logits[old:]])
+            own = wanted.probabilities[old:]
+            written["probabilities"] = np.vstack([written["probabilities"], own])
+            written["embedding"] = np.vstack([expected["embedding"], before.by_core[old:]])
+        else:  # judged against its own outputs, as when it was exported
+            written[f"{name}/logits"] = after.logits
+            written[f"{name}/probabilities"] = after.probabilities
 
-    by_core, by_image, embedding = answers["fp32"]
-    resizers = np.abs(softmax(by_core / temperature) - by_image).max(1)[:old]
     _widen(entries[:old], expected, new, temperature, resizers)
     for entry in entries[old:]:
         entry["tolerance"] = entries[photographs[0] if photographs else 0]["tolerance"]
-
-    written = {
-        **_with_new(expected, new, temperature),
-        "embedding": np.vstack([expected["embedding"], embedding[old:]]),
-    }
-    for name, (logits, probabilities, _) in answers.items():
-        for form, values in (("logits", logits), ("probabilities", probabilities)):
-            if name == "fp32":
-                written[form] = np.vstack([written[form], values[old:]])
-            else:  # judged against its own outputs, as when it was exported
-                written[f"{name}/{form}"] = values
-
     np.savez(place / "expected.npz", **written)  # type: ignore[arg-type]  # numpy's stub mistakes ** for a flag
     (place / "golden.json").write_text(json.dumps({"images": entries}, indent=1) + "\n")
     _extend_flat(folder, manifest, written, entries)
 
-    before = expected["probabilities"].argmax(1)
-    after = written["probabilities"].argmax(1)
-    return len(photographs), sum(int(after[row] != before[row]) for row in photographs)
+    answered = written["probabilities"].argmax(1)
+    known = expected["probabilities"].argmax(1)
+    return len(photographs), sum(int(answered[row] != known[row]) for row in photographs)
+
+
+def _log_odds(embedding: Array, new: NewClass) -> Array:
+    """(n, D) -> (n,) float64: the new class against the nearest old one."""
+    odds: Array = (unit_length(embedding) @ new.weights.T + new.bias).min(1)
+    return odds
+
+
+def _logits_with(logits: Array, log_odds: Array, temperature: float) -> Array:
+    """(n, old classes) and (n,) -> (n, old classes + 1), in float64."""
+    largest = logits.max(1)
+    total = np.log(np.exp((logits - largest[:, None]) / temperature).sum(1))
+    return np.hstack([logits, (largest + temperature * (total + log_odds))[:, None]])
 
 
 def _with_new(expected: dict[str, Array], new: NewClass, temperature: float) -> dict[str, Array]:
     """The framework's logits and probabilities (n, old classes), with the new class in float64."""
-    log_odds = (unit_length(expected["embedding"]) @ new.weights.T + new.bias).min(1)
-    logits = expected["logits"]
-    largest = logits.max(1)
-    total = np.log(np.exp((logits - largest[:, None]) / temperature).sum(1))
-    logit = largest + temperature * (total + log_odds)
+    log_odds = _log_odds(expected["embedding"], new)
     return {
-        "logits": np.hstack([logits, logit[:, None]]),
+        "logits": _logits_with(expected["logits"], log_odds, temperature),
         "probabilities": _joined(expected["probabilities"], log_odds),
     }
 
@@ -388,64 +499,94 @@ def _widen(
     temperature: float,
     resizers: Array,
 ) -> None:
-    """Widen the tolerances by what the new class adds to an image's rounding.
+    """Widen the tolerances of the export by what the new class adds to an image's rounding.
 
     The new logit is a sum of many terms, taken to be as wrong, relative to the largest value, as the
-    old logits may be. resizers (n,): what another resizer moves a probability by; twice that is
-    allowed, as at export.
+    old logits may be. resizers (n,): what another resizer moves a probability by, in the old files
+    with the class added in float64; twice that is allowed, as at export. A further class widens no
+    more than it needs itself.
     """
     terms = unit_length(expected["embedding"])[:, None] * new.weights  # (n, old classes, D)
     sums = temperature * np.sqrt((terms**2).sum(2)).max(1)
     largest = np.abs(expected["logits"]).max(1)
     for row, entry in enumerate(entries):
+        exported = entry.setdefault(AS_EXPORTED, copy.deepcopy(entry["tolerance"]))
         for variant, limits in entry["tolerance"].items():
-            for limit in limits.values():
-                logits = limit["logits"] * max(1.0, float(sums[row] / largest[row]))
-                limit["probabilities"] += (logits - limit["logits"]) / temperature + ROUNDING
+            for provider, limit in limits.items():
+                own = exported[variant][provider]
+                logits = own["logits"] * max(1.0, float(sums[row] / largest[row]))
+                probabilities = own["probabilities"] + ROUNDING
+                probabilities += (logits - own["logits"]) / temperature
                 if variant == "fp32":
-                    limit["probabilities"] += 2 * min(float(resizers[row]), RESIZED)
-                limit["logits"] = logits
+                    probabilities += 2 * min(float(resizers[row]), RESIZED)
+                limit["logits"] = max(limit["logits"], logits)
+                limit["probabilities"] = max(limit["probabilities"], probabilities)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answers:
+    """A variant's outputs for images, (n, ...) float64: of the core form on Pillow's pixels, with its
+    embedding, and of the image form, with its own."""
+
+    logits: Array
+    by_core: Array
+    probabilities: Array
+    by_image: Array
 
 
 def _answers(
-    folder: Path,
+    bundle: Path,
+    place: Path,
     manifest: dict[str, Any],
     forms: dict[str, str],
     entries: Sequence[dict[str, Any]],
-) -> tuple[Array, Array, Array]:
-    """The file's logits, probabilities and embedding for every golden image, (n, ...) float64."""
+) -> _Answers:
+    """What the variant of `bundle` answers to the golden images in the folder `place`."""
     preprocess = Preprocess(**manifest["preprocess"])
-    image_form = Session(folder / forms["file"])
-    core = Session(folder / forms["core"])
-    rows: list[tuple[Array, Array, Array]] = []
+    image_form = Session(bundle / forms["file"])
+    core = Session(bundle / forms["core"])
+    rows: list[tuple[Array, ...]] = []
     for entry in entries:
-        with Image.open(folder / "golden" / entry["file"]) as image:
+        with Image.open(place / entry["file"]) as image:
             frame = to_frame(np.asarray(image.convert("RGB")), manifest["input_format"])
         canvas = preprocess.canvas(from_frame(frame, manifest["input_format"]))
-        logits, embedding = core.run(preprocess.pixels(canvas[None]))
-        rows.append((logits[0], image_form.run(frame[None])[0][0], embedding[0]))
-    logits, probabilities, embedding = (
-        np.stack([row[part] for row in rows]).astype(np.float64) for part in range(3)
+        pixels = preprocess.pixels(canvas[None])
+        rows.append(
+            (
+                *(each[0] for each in core.run(pixels)),
+                *(each[0] for each in image_form.run(frame[None])),
+            )
+        )
+    logits, by_core, probabilities, by_image = (
+        np.stack([row[part] for row in rows]).astype(np.float64) for part in range(4)
     )
-    return logits, probabilities, embedding
+    return _Answers(logits=logits, by_core=by_core, probabilities=probabilities, by_image=by_image)
 
 
 def _require_same(
-    answers: dict[str, tuple[Array, Array, Array]], expected: dict[str, Array], old: int
-) -> None:
-    """Raise BundleError where the new files do not give the old classes the old answers."""
-    for name, (_, probabilities, _) in answers.items():
-        kept = probabilities[:old, :-1] / np.maximum(1 - probabilities[:old, -1:], 1e-12)
-        certain = probabilities[:old, -1] < 0.99  # else little is left to divide by
-        known = expected["probabilities" if name == "fp32" else f"{name}/probabilities"]
-        apart = np.abs(kept - known)[certain]
-        # fp32's are the framework's, on Pillow's pixels
-        limit = 0.1 if name == "fp32" else SAME_ANSWER
-        if apart.size and apart.max() > limit:
-            raise BundleError(
-                f"{name}: expected the old answers from the new file, found {apart.max():.2g} between them. "
-                "Verify the bundle on this machine first"
-            )
+    name: str, before: _Answers, after: _Answers, new: NewClass, temperature: float
+) -> _Answers:
+    """The old file's answers with the class added in float64.
+
+    Raises BundleError where the new file does not give them.
+    """
+    wanted = _Answers(
+        logits=_logits_with(before.logits, _log_odds(before.by_core, new), temperature),
+        by_core=before.by_core,
+        probabilities=_joined(before.probabilities, _log_odds(before.by_image, new)),
+        by_image=before.by_image,
+    )
+    size = max(1.0, float(np.abs(wanted.logits).max()))
+    apart = max(
+        float(np.abs(after.probabilities - wanted.probabilities).max()),
+        float(np.abs(after.logits - wanted.logits).max()) / size,
+    )
+    if not apart <= SAME:
+        raise BundleError(
+            f"{name}: expected the old answers with the class added, found a file {apart:.2g} away from them. "
+            "Do not use it, and report this"
+        )
+    return wanted
 
 
 def _extend_flat(
@@ -496,9 +637,15 @@ def _told(manifest: dict[str, Any], enrolled: Enrolled, version: int | None) -> 
     return {
         **{key: value for key, value in manifest.items() if key not in own},
         "labels": [*manifest["labels"], enrolled.name],
-        "version": int(time.time()) if version is None else version,
+        "version": _next_version(manifest) if version is None else version,
         "enrolled": [*manifest.get("enrolled", []), entry],
     }
+
+
+def _next_version(manifest: dict[str, Any]) -> int:
+    """One more than a counter; the time, but never less than one more, of a version that is a time."""
+    base = int(manifest.get("version", 0))
+    return base + 1 if 0 < base < COUNTER else max(base + 1, int(time.time()))
 
 
 def _describe(folder: Path, enrolled: Enrolled) -> None:

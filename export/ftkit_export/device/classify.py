@@ -5,7 +5,7 @@ python device/classify.py --raw ROWS COLUMNS FILE... the same for raw frames in 
 python device/classify.py --watch FOLDER             of each image that appears there, once; until it is stopped
 python device/classify.py ... --keep DIR             also collect pictures worth labelling, and a log for `ftkit drift`
 python device/classify.py ... --keep DIR --shadow B  ask bundle B too about every 10th, and note where it differs
-python device/classify.py --enroll CLASS --out NEW IMAGE...   a bundle NEW that also knows CLASS, from a few images
+python device/classify.py --enroll CLASS --out ../NEW IMAGE...   a bundle that also knows CLASS, from a few images
 python device/classify.py --self-check               replay the golden vectors, then time the model; exit 0 or 1
 python device/classify.py --bench > device.json      every variant's latency here, as `ftkit bench --json` writes it
 """
@@ -154,6 +154,7 @@ def enroll_class(options: argparse.Namespace) -> int:
         options.out,
         max_drop=options.max_drop,
         key=options.sign,
+        version=options.bundle_version,
     )
     print(enrolled.as_text())
     print(f"bundle: {enrolled.folder}")
@@ -231,6 +232,9 @@ def main() -> int:
         help="accuracy the old classes may lose to it (0.01)",
     )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="private key to sign NEW with")
+    parser.add_argument(
+        "--bundle-version", type=int, metavar="N", help="of NEW (one more, or the time)"
+    )
     parser.add_argument("--provider", default="cpu", choices=list(PROVIDERS))
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")

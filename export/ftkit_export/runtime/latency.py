@@ -19,7 +19,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ftkit_export.runtime.errors import FtkitError
 
 ROUNDS = 20  # of a race, in each of its processes
 PROCESSES = 6
+AT_ONCE = 12  # models in one race: its processes hold all of them in memory
 STUDENT_T = 2.571  # 0.975 quantile at PROCESSES - 1 degrees of freedom
 RACE_SECONDS = 20.0  # limit for one process of a race
 # glibc's default; setting it stops glibc from raising it while the process runs
@@ -224,6 +225,33 @@ def race(
         )
 
     return compared(tables)
+
+
+def race_in_parts(
+    models: Sequence[Path],
+    image: Path,
+    *,
+    provider: str = "cpu",
+    frame: str = "",
+    run: Callable[..., list[Raced]] = race,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> dict[Path, Raced]:
+    """Race many models, AT_ONCE at a time, each time with the first model as the common measure.
+
+    Times of a race are scaled so that the first model takes as long as in the first race. run: races
+    some of them; by default on this machine.
+    """
+    first = models[0]
+    found: dict[Path, Raced] = {}
+    for start in range(1, max(2, len(models)), AT_ONCE - 1):
+        entrants = [first, *models[start : start + AT_ONCE - 1]]
+        raced = run(entrants, image, provider=provider, frame=frame)
+        scale = found[first].p50_ms / raced[0].p50_ms if first in found else 1.0
+        for path, item in zip(entrants, raced, strict=True):
+            scaled = replace(item, p50_ms=item.p50_ms * scale, p95_ms=item.p95_ms * scale)
+            found.setdefault(path, scaled)
+        progress(start, len(models))
+    return found
 
 
 def compared(tables: Sequence[Sequence[Sequence[float]]]) -> list[Raced]:

@@ -109,11 +109,11 @@ def _images(folder: Path) -> Iterator[tuple[str, str]]:
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name
-            if name.startswith(".") or "\n" in name:  # the ledger has a line a name
+            if name.startswith(".") or "\n" in name or "\r" in name:  # the ledger has a line a name
                 continue
             if Path(name).suffix.lower() not in SUFFIXES:
                 continue
-            with contextlib.suppress(FileNotFoundError):  # gone since
+            with contextlib.suppress(OSError):  # gone since, or a link to itself
                 found = entry.stat()
                 if entry.is_file():
                     yield name, f"{found.st_size}-{found.st_mtime_ns}"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,9 +15,11 @@ from conftest import ftkit, rewrite
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from ftkit_export.bundle import enroll as enroll_module
 from ftkit_export.bundle.archive import check_signature
 from ftkit_export.bundle.enroll import enroll
-from ftkit_export.runtime.enroll import FILE
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.enroll import FILE, KeptSample
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.verify import read_manifest, verify
@@ -106,7 +109,7 @@ def test_another_class_can_follow_on_a_device_without_onnx_scipy_or_torch(
         f"import runpy, sys; sys.modules.update(dict.fromkeys({hidden!r})); sys.argv = sys.argv[1:]; "
         f"sys.path.insert(0, {str(script.parent)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    command = [sys.executable, "-c", run, script, "--enroll", "flower", "--max-drop", "0.2"]
+    command = [sys.executable, "-c", run, script, "--enroll", "flower", "--max-drop", str(LIMIT)]
     out = tmp_path / "both"
     done = subprocess.run(
         [*command, "--out", out, flower], capture_output=True, text=True, check=False
@@ -152,6 +155,34 @@ def test_where_the_kept_images_cannot_tell_it_is_open(
     assert read_manifest(tmp_path / "next.inconclusive")["verdict"] == "inconclusive"
 
 
+def test_what_several_enrolments_cost_together_is_bounded(
+    bundle: Path, enrolled: Path, photos: Path, tmp_path: Path
+) -> None:
+    """A name for half of an old class, and again: their images are no evidence for the old ones."""
+    images = sorted((photos / "mono-ok").iterdir())
+    second = enroll(enrolled, "twin", images[:12], tmp_path / "second", max_drop=LIMIT)
+    third = enroll(second.folder, "triplet", images[12:24], tmp_path / "third", max_drop=LIMIT)
+    kept = KeptSample.read(bundle / FILE)
+    for found in (second, third):
+        assert found.kept == kept.exported == len(kept.labels)
+        assert found.drop_high <= LIMIT
+    assert third.lost >= second.lost, "against the answers before the first one"
+
+
+def test_a_file_that_does_not_compute_what_was_fitted_is_not_shipped(
+    bundle: Path, temple: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = enroll_module.with_class
+
+    def shifted(model: bytes, weights: Array, bias: Array, *rest: Any) -> bytes:
+        return real(model, weights, bias + np.float32(0.05), *rest)
+
+    monkeypatch.setattr(enroll_module, "with_class", shifted)
+    with pytest.raises(FtkitError, match="expected the old answers with the class added"):
+        enroll(bundle, "temple", sorted(temple.iterdir()), tmp_path / "out", max_drop=LIMIT)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_an_older_bundles_runners_are_renewed(bundle: Path, temple: Path, tmp_path: Path) -> None:
     older = tmp_path / "older"
     shutil.copytree(bundle, older)
@@ -195,6 +226,7 @@ def test_what_cannot_be_enrolled_is_refused_and_nothing_is_written(
     cases = [
         (bundle, "mono-ok", images, "does not know"),
         (bundle, "two\nlines", images, "one line"),
+        (bundle, "not \udcff text", images, "one line"),
         (bundle, "temple", sorted(copies.iterdir()), "found 1"),
         (bundle, "temple", images[:4], "found 4"),
         (
@@ -209,4 +241,6 @@ def test_what_cannot_be_enrolled_is_refused_and_nothing_is_written(
         with pytest.raises(FtkitError, match=said):
             enroll(where, name, files, tmp_path / "out", max_drop=LIMIT)
     assert not list(tmp_path.glob("*out*"))
+    with pytest.raises(FtkitError, match="outside the bundle"):
+        enroll(bundle, "temple", images, bundle / "next", max_drop=LIMIT)
     assert ftkit("enroll", bundle, "mono-ok", temple, "--out", tmp_path / "out").exit_code == 2

@@ -1,5 +1,6 @@
 """What a new class costs the old ones is bounded as promised, whatever the images are like."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ def test_the_old_classes_lose_more_than_the_limit_in_five_of_a_hundred_enrolment
             embedding=unit_length(held),
             labels=kept,
             probabilities=answers(held),
+            right=answers(held).argmax(1) == kept,
+            exported=len(kept),
             independent=len(kept),
             clusters=None,
         )
@@ -74,6 +77,8 @@ def test_a_sample_comes_back_as_it_was_written_and_a_damaged_one_is_named(tmp_pa
         embedding=unit_length(np.maximum(draw.standard_normal((9, WIDTH)), 0)),
         labels=np.arange(9) % 3,
         probabilities=softmax(draw.standard_normal((9, 3)), axis=1),
+        right=np.arange(9) < 5,
+        exported=7,
         independent=4.5,
         clusters=2,
     )
@@ -82,7 +87,13 @@ def test_a_sample_comes_back_as_it_was_written_and_a_damaged_one_is_named(tmp_pa
     again = KeptSample.read(path)
     assert np.abs(again.embedding - sample.embedding).max() < 0.005
     assert np.array_equal(again.right, sample.right)
-    assert (again.independent, again.clusters) == (4.5, 2)
+    assert (again.independent, again.clusters, again.exported) == (4.5, 2, 7)
+
+    for spoilt in ({"independent": np.nan}, {"exported": 10}, {"labels": np.full(9, 3)}):
+        path.write_bytes(replace(sample, **spoilt).as_bytes())
+        with pytest.raises(BundleError, match="damaged"):
+            KeptSample.read(path)
+    path.write_bytes(sample.as_bytes())
 
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(BundleError, match="damaged"):

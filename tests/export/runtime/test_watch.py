@@ -56,6 +56,8 @@ def test_a_name_that_is_no_text_is_taken_once_too(tmp_path: Path) -> None:
     name = os.fsdecode(b"\xff.png")
     (tmp_path / name).write_bytes(b"1")
     (tmp_path / "two\nlines.png").write_bytes(b"1")
+    (tmp_path / "two\rlines.png").write_bytes(b"1")
+    (tmp_path / "itself.png").symlink_to("itself.png")
     assert list(watch(tmp_path, _looks())) == [tmp_path / name]
     assert list(watch(tmp_path, _looks())) == []
 

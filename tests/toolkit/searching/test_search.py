@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from ftkit.searching.corners import near_front
 from ftkit.searching.features import features
 from ftkit.searching.score import as_point
 from ftkit.training.run import open_run
+from ftkit_export.runtime.targets import here
 
 CHANGES = [change for change in SMALL if not change.startswith("preprocess")]
 
@@ -136,6 +139,44 @@ def test_added_images_are_searched_too(
 
     audit = ftkit("data", photos, "--add", table, "--json", "-")
     assert json.loads(audit.stdout)["counts"]["mono-ok"]["train"] == 26 + 9, audit.stdout
+
+
+def test_a_device_that_cannot_be_reached_times_a_folder(
+    searched: tuple[Path, str], photos: Path, tmp_path: Path
+) -> None:
+    other = "x86" if here() == "arm64" else "arm64"
+    out = tmp_path / "far"
+    ask = (photos, out, "--timed", 2, "--finalists", 0, "--target", other)
+    done = _search(*ask)
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "search.json").read_text())
+    assert told["target"] == other
+    assert not any(point["p50_ms"] for point in told["points"])
+    assert told["pick"]["size_bytes"] > 0
+    assert "million" in (out / "report.html").read_text()
+
+    script = out / "to-time" / "time_candidates.py"
+    hidden = ("torch", "onnx", "scipy", "click")
+    run = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({hidden!r})); "
+        f"sys.path.insert(0, {str(script.parent)!r}); runpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    printed = subprocess.run([sys.executable, "-c", run], capture_output=True, check=True).stdout
+    times = tmp_path / "times.json"
+    times.write_bytes(printed)
+    wrong = _search(*ask, "--latency", times)
+    assert (wrong.exit_code, f"found times of {here()}" in wrong.output) == (2, True), wrong.output
+
+    there = json.loads(printed)
+    times.write_text(json.dumps({**there, "target": other}))  # as the device itself prints it
+    done = _search(*ask, "--latency", times, "--p50-ms", 1000)
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "search.json").read_text())
+    timed = {point["name"]: point["p50_ms"] for point in told["points"] if point["p50_ms"]}
+    assert timed == {name: each["p50_ms"] for name, each in there["times"].items()}
+
+    for wrong in (("--p50-ms", 5), ("--latency", tmp_path / "none.json")):
+        assert _search(*ask, *wrong).exit_code == 2
 
 
 def test_what_was_found_stands_when_a_finalist_is_interrupted(

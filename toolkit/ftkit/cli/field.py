@@ -138,7 +138,7 @@ def _classes(bundle: Path) -> list[str]:
     "--bundle-version",
     type=click.IntRange(0),
     metavar="N",
-    help="Counter: a device takes no older one. [default: the time]",
+    help="Counter: a device takes no older one. [default: one more, or the time]",
 )
 @click.option(
     "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
@@ -162,8 +162,8 @@ def enroll(
     """Write a bundle to NEW that also knows CLASS, from the images in FOLDER: 5 to 50 are meant.
 
     Nothing is trained, and no old image is needed. Exit code 0: the old classes lose at most
-    --max-drop; 1: they lose more, and the bundle is in NEW.failed; 3: the images that the bundle
-    keeps cannot tell, and it is in NEW.inconclusive.
+    --max-drop, and every gate of BUNDLE had passed; 3: the images that BUNDLE keeps cannot tell, or a
+    gate was open, and NEW.inconclusive is written; 1: a gate had failed, and it is NEW.failed.
     """
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.bundle.enroll import enroll as write_enrolled

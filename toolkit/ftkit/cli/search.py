@@ -93,6 +93,19 @@ from ftkit_export.runtime.errors import FtkitError
     "--frame", metavar="WxH", help="Size of the timed image. [default: that of a training image]"
 )
 @click.option("--on", metavar="USER@HOST", help="Time candidates there, over ssh.")
+@click.option(
+    "--target",
+    type=click.Choice(["auto", "x86-vnni", "x86", "arm64"]),
+    default="auto",
+    show_default=True,
+    help="Processor to search for. One that is not here: SEARCH/to-time times them there.",
+)
+@click.option(
+    "--latency",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Times from there: what SEARCH/to-time printed.",
+)
 @click.option("--seed", default=0, show_default=True)
 @GROUP_BY
 @ROOT

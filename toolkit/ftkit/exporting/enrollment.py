@@ -38,7 +38,9 @@ def write_kept_sample(folder: Path, on_test: OnTest, labels: Array, groups: Sequ
         embedding=unit_length(embedding).astype(np.float32),
         labels=labels[rows],
         probabilities=probabilities,
-        independent=len(rows) / sample.effect * narrowing,
+        right=~wrong,
+        exported=len(rows),
+        independent=min(len(rows), len(rows) / sample.effect * narrowing),
         clusters=sample.clusters,
     )
     (folder / FILE).write_bytes(kept.as_bytes())

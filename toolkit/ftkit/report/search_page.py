@@ -26,6 +26,8 @@ MARKS = ("circle", "square", "diamond", "triangle")
 def write_search(out: Path, told: Mapping[str, Any]) -> None:
     """Write the page. told: the data of search.json."""
     timed = [point for point in told["points"] if point["p50_ms"] is not None]
+    # Where nothing was timed: those of which there is a file
+    timed = timed or [point for point in told["points"] if point["size_bytes"] is not None]
     ordered = sorted(told["points"], key=lambda point: -point["accuracy"])
     page = render(
         "search.html",
@@ -82,15 +84,17 @@ def _table(points: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> Markup:
-    """Accuracy with its interval over p50 (log scale); a mark per backbone; filled: int8.
+    """Accuracy with its interval over p50 (log scale); a mark per backbone; filled: int8. Over
+    multiplications where nothing was timed.
 
     The front is a line, the pick is named, a budget in ms is a dashed line.
     """
-    times = [point["p50_ms"] for point in points]
+    costs = [_cost(point) for point in points]
+    what = "latency (one thread)" if points[0]["p50_ms"] is not None else "multiplications"
     limits = {name: limit for name, limit in budgets.items() if name.endswith("_ms")}
     xs = (
-        math.log(min([*times, *limits.values()]) * 0.9),
-        math.log(max([*times, *limits.values()]) * 1.1),
+        math.log(min([*costs, *limits.values()]) * 0.9),
+        math.log(max([*costs, *limits.values()]) * 1.1),
     )
     accuracies = [point["accuracy"] for point in points]
     ys = max(0.0, min(accuracies) - 0.03), min(1.0, max(accuracies) + 0.03)
@@ -102,7 +106,8 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         bounded = float(min(max(value, ys[0]), ys[1]))
         return float(TOP + (HEIGHT - TOP - BOTTOM) * (ys[1] - bounded) / (ys[1] - ys[0]))
 
-    parts = [_grid(x, y, xs, ys)]
+    unit = "p50, ms" if what.startswith("latency") else "millions"
+    parts = [_grid(x, y, xs, ys, unit)]
     for name, limit in limits.items():
         parts.append(
             f'<line x1="{x(limit):.1f}" x2="{x(limit):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
@@ -110,18 +115,18 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
             f"{name[:3]} budget {limit:g} ms</text>"
         )
 
-    front = sorted((point for point in points if point["front"]), key=lambda p: p["p50_ms"])
-    line = " ".join(f"{x(p['p50_ms']):.1f},{y(p['accuracy']):.1f}" for p in front)
+    front = sorted((point for point in points if point["front"]), key=_cost)
+    line = " ".join(f"{x(_cost(p)):.1f},{y(p['accuracy']):.1f}" for p in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="var(--one)" stroke-width="1.5"/>')
 
     backbones = list(dict.fromkeys(point["backbone"] for point in points))
     for point in points:
         mark = MARKS[backbones.index(point["backbone"]) % len(MARKS)]
-        parts.append(_mark(point, mark, x(point["p50_ms"]), y))
+        parts.append(_mark(point, mark, x(_cost(point)), y))
 
     pick = next((point for point in points if point["pick"]), None)
     if pick:
-        at = x(pick["p50_ms"])
+        at = x(_cost(pick))
         anchor = "end" if at > WIDTH / 2 else "start"
         parts.append(
             f'<text class="strong" x="{at + (-9 if anchor == "end" else 9):.1f}" y="{y(pick["accuracy"]) - 9:.1f}" '
@@ -132,14 +137,20 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         f"{escape(name)} a {MARKS[i % len(MARKS)]}" for i, name in enumerate(backbones)
     )
     caption = f"filled: int8, open: fp32; {shapes}; the line: the front"
-    title = "Accuracy out of fold over latency (one thread)"
+    title = f"Accuracy out of fold over {what}"
     return Markup(
         f'<figure><figcaption>{title}: {caption}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'role="img" aria-label="{title}">{"".join(parts)}</svg></figure>'
     )
 
 
-def _grid(x: Scale, y: Scale, xs: tuple[float, float], ys: tuple[float, float]) -> str:
+def _cost(point: Mapping[str, Any]) -> float:
+    """p50 in ms or, where it was not timed, millions of multiplications."""
+    timed = point["p50_ms"]
+    return float(point["multiplications"] / 1e6 if timed is None else timed)
+
+
+def _grid(x: Scale, y: Scale, xs: tuple[float, float], ys: tuple[float, float], unit: str) -> str:
     """Grid lines with their values. xs: bounds of log(ms); ys: of the accuracy."""
     parts = []
     step = 0.02 if ys[1] - ys[0] < 0.2 else 0.05
@@ -161,7 +172,7 @@ def _grid(x: Scale, y: Scale, xs: tuple[float, float], ys: tuple[float, float]) 
                     f'text-anchor="middle">{time:g}</text>'
                 )
     parts.append(
-        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">p50, ms (log scale)</text>'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{unit} (log scale)</text>'
     )
     return "".join(parts)
 
@@ -183,7 +194,7 @@ def _mark(point: Mapping[str, Any], mark: str, at: float, y: Scale) -> str:
     else:
         outline = " ".join(f"{at + size * a:.1f},{up + size * b:.1f}" for a, b in corners[mark])
         shape = f'<polygon points="{outline}" {style}/>'
-    told = f"{point['name']}: {point['accuracy']:.3f}, {point['p50_ms']:.2f} ms"
+    told = f"{point['name']}: {point['accuracy']:.3f}, {_cost(point):.2f}"
     interval = (
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(point["low"]):.1f}" y2="{y(point["high"]):.1f}" '
         f'stroke="{colour}" stroke-width="1" opacity="0.5"/>'

@@ -124,9 +124,34 @@ def prepared(data: Path, options: SearchOptions, device: Device | None) -> Searc
         data=data,
         images=images,
         backbones=backbones,
-        target=device.target if device else here(),
+        target=_target(options, device),
         device=device,
     )
+
+
+def _target(options: SearchOptions, device: Device | None) -> str:
+    """The processor to search for. Raises FtkitError where options contradict each other, or a budget
+    asks for times that cannot be had."""
+    if device:
+        if options.target not in ("auto", device.target) or options.latency:
+            raise FtkitError(
+                f"--on: expected neither --latency nor another --target than its own, {device.target}, found one. "
+                "Leave it out"
+            )
+        return device.target
+    target = here() if options.target == "auto" else options.target
+    if target == here() and options.latency:
+        raise FtkitError(
+            f"--latency: expected a --target that is not here, found {target}, on which this machine times itself. "
+            "Leave it out"
+        )
+    timed = [name for name in ("p50_ms", "p95_ms", "memory_mb") if getattr(options, name)]
+    if target != here() and timed and not options.latency:
+        raise FtkitError(
+            f"{timed[0]}: expected times measured on {target}, found none. Search without it, time SEARCH/to-time "
+            "there, and give --latency"
+        )
+    return target
 
 
 def _installed(name: str) -> bool:

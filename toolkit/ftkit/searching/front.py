@@ -46,6 +46,12 @@ class Point:
     run: str = ""
 
     @property
+    def cost(self) -> float:
+        """By which points are compared: p50 in ms or, where it was not timed, millions of
+        multiplications."""
+        return self.candidate.multiplications / 1e6 if self.p50_ms is None else self.p50_ms
+
+    @property
     def name(self) -> str:
         """For people."""
         kind = f"{self.candidate.name}, {self.precision}"
@@ -69,16 +75,22 @@ class Choice:
 
 
 def non_dominated(points: Sequence[Point]) -> list[Point]:
-    """The front, fastest first: no other timed point is as fast and as accurate."""
-    timed = sorted(
-        (point for point in points if point.p50_ms is not None),
-        key=lambda point: (point.p50_ms, -point.accuracy),
-    )
+    """The front, fastest first: no other timed point is as fast and as accurate.
+
+    Where none was timed, by multiplications.
+    """
+    timed = sorted(_comparable(points), key=lambda point: (point.cost, -point.accuracy))
     front: list[Point] = []
     for point in timed:
         if not front or point.accuracy > front[-1].accuracy:
             front.append(point)
     return front
+
+
+def _comparable(points: Sequence[Point]) -> list[Point]:
+    """Those that were timed; where none was, those of which there is a file."""
+    timed = [point for point in points if point.p50_ms is not None]
+    return timed or [point for point in points if point.size_bytes is not None]
 
 
 def over(point: Point, budgets: Mapping[str, float]) -> dict[str, float]:
@@ -104,8 +116,7 @@ def pick(
     meeting = non_dominated([point for point in points if not over(point, budgets)])
     looks = max(1, len({*front, *meeting}) - 1)
     if not meeting:
-        timed = [point for point in points if point.p50_ms is not None]
-        nearest = min(timed, key=lambda point: max(over(point, budgets).values()))
+        nearest = min(_comparable(points), key=lambda point: max(over(point, budgets).values()))
         return Choice(
             point=nearest,
             best=best,

@@ -30,7 +30,8 @@ RECIPE = "recipe.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The result of a search. points: trained, timed and other ones; scored: number of candidates."""
+    """The result of a search. points: trained, timed and other ones; scored: number of candidates.
+    target: the processor that they are for."""
 
     folder: Path
     points: Sequence[Point]
@@ -39,6 +40,7 @@ class Found:
     options: SearchOptions
     scored: int
     seconds: float
+    target: str
 
     @property
     def front(self) -> list[Point]:
@@ -67,6 +69,7 @@ def as_json(found: Found) -> dict[str, Any]:
     choice = found.choice
     return {
         "machine": machine(),
+        "target": found.target,
         "seconds": round(found.seconds, 1),
         "scored": found.scored,
         "images": len(choice.point.right),
@@ -111,18 +114,24 @@ def _point(point: Point) -> dict[str, Any]:
 def as_text(found: Found) -> str:
     """The front and the pick, within 80 columns."""
     choice = found.choice
-    lines = [("front", "oof", "[95 %]", "p50 ms", "MB")]
+    cost = "million mult." if choice.point.p50_ms is None else "p50 ms"
+    lines = [("front", "oof", "[95 %]", cost, "MB")]
     for point in found.front:
         lines.append(
             (
                 ("* " if point is choice.point else "  ") + point.name.replace(", trained", " +"),
                 f"{point.accuracy:.3f}",
                 f"[{point.low:.3f}, {point.high:.3f}]",
-                f"{point.p50_ms:.2f}",
+                f"{point.cost:.2f}",
                 f"{(point.size_bytes or 0) / 1e6:.2f}",
             )
         )
     told = [console.table(lines), *_verdict(choice, found.options)]
+    if choice.point.p50_ms is None:
+        told.append(
+            f"not timed: {found.target} is not here. On it: python time_candidates.py > times.json\n"
+            f"in {found.folder / 'to-time'}; then this search again with --latency times.json"
+        )
     if any(point.trained for point in found.front):
         told.insert(1, "+ trained in stages; the others: a linear head")
     return "\n".join(told)
@@ -144,10 +153,15 @@ def _verdict(choice: Choice, options: SearchOptions) -> list[str]:
         )
     for point, compared in choice.open[:3]:
         told.append(
-            f"faster, not settled at {100 * options.max_drop:g}: {point.name}, {point.p50_ms:.2f} ms, a drop of "
+            f"faster, not settled at {100 * options.max_drop:g}: {point.name}, {_cost(point)}, a drop of "
             f"{_points(compared)}; --max-drop {math.ceil(1000 * compared.high) / 1000:g} accepts it"
         )
     return _wrapped(told)
+
+
+def _cost(point: Point) -> str:
+    unit = "million multiplications" if point.p50_ms is None else "ms"
+    return f"{point.cost:.2f} {unit}"
 
 
 def _points(compared: Paired) -> str:

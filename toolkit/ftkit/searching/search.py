@@ -10,6 +10,8 @@ best are trained in stages, and chosen among. The test split is never read.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,15 +26,17 @@ from ftkit.searching.candidates import Candidate
 from ftkit.searching.corners import Search, near_front, prepared, scored
 from ftkit.searching.front import Choice, Point, pick
 from ftkit.searching.result import Found, budgets_of, write
-from ftkit.searching.timing import Timing, timed_points
+from ftkit.searching.timing import Timing, read_times, timed_points
 from ftkit.training.run import OUT_OF_FOLD, is_finished
 from ftkit.training.train import train
 from ftkit.utils import console
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.targets import here
 
 CALIBRATION = 16  # images for the ranges of 8-bit candidates, of which only the time is asked
+TO_TIME = "to-time"  # in the search's folder: for a device that cannot be reached
 FINALIST_FOLDS = 4  # to the last one, so that all are judged on the same images
 
 
@@ -48,7 +52,8 @@ def search(data: str | Path, options: SearchOptions) -> Found:
         task = prepared(Path(data), options, device)
         points, dropped = scored(task)
         console.say(f"{len(points)} candidates scored; {len(dropped)} corners left early")
-        timed = timed_points(near_front(points, options.timed), _timing(task))
+        near = near_front(points, options.timed)
+        timed = timed_points(near, _timing(task, folder, near))
 
     seen = {point.candidate for point in timed}
     untimed = [point for point in points if point.candidate not in seen]
@@ -64,6 +69,7 @@ def search(data: str | Path, options: SearchOptions) -> Found:
             options=options,
             scored=len(points),
             seconds=time.perf_counter() - begun,
+            target=task.target,
         )
         chosen = found.choice.point.candidate
         write(found, chosen.recipe(task.plan, task.preprocess(chosen.backbone, chosen.size)))
@@ -74,7 +80,7 @@ def search(data: str | Path, options: SearchOptions) -> Found:
     return told() if trained else found
 
 
-def _timing(task: Search) -> Timing:
+def _timing(task: Search, folder: Path, near: Sequence[Point]) -> Timing:
     corner = task.corners[0]
     sample = task.canvases(*corner)
     rows = spread_evenly(sample.rows("train"), CALIBRATION)
@@ -84,6 +90,10 @@ def _timing(task: Search) -> Timing:
         canvases = np.stack([preprocess.canvas(preprocess.decode(path)) for path in paths])
         return preprocess.pixels(canvases)
 
+    elsewhere = not task.device and task.target != here()
+    names = sorted(point.candidate.name for point in near)
+    digest = hashlib.sha256(json.dumps([task.target, names]).encode()).hexdigest()[:12]
+    given = task.options.latency
     return Timing(
         target=task.target,
         photograph=paths[0],
@@ -93,6 +103,9 @@ def _timing(task: Search) -> Timing:
         preprocess=task.preprocess,
         pixels=pixels,
         device=task.device,
+        for_device=folder / TO_TIME if elsewhere else None,
+        brought=read_times(Path(given), task.target, digest) if given else {},
+        digest=digest,
     )
 
 

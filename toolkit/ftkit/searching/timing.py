@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,16 +27,19 @@ from ftkit.models.inference import WithEmbedding
 from ftkit.searching.candidates import Candidate
 from ftkit.searching.front import Point
 from ftkit.utils import console
+from ftkit_export.bundle.write import PACKAGE, runtime_files
 from ftkit_export.conversion.convert import quiet, write
 from ftkit_export.conversion.graph import IR_VERSION, OPSET, image_form
 from ftkit_export.conversion.quantize import calibrate, heavy_nodes, int8
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.latency import Condition, Raced, Start, measure_start, race
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.files import folder_beside
+from ftkit_export.runtime.latency import Condition, Start, measure_start, race, race_in_parts
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.targets import TARGETS
 
 FIRST_IN_FLOAT = 3  # operators: the fastest on lite0; an export measures it anew
-AT_ONCE = 12  # files in one race: their processes hold all of them in memory
+SCRIPT = "time_candidates.py"
 
 
 @dataclass(frozen=True)
@@ -53,69 +58,119 @@ class Timing:
     preprocess: Callable[[str, int], Preprocess]
     pixels: Callable[[Preprocess], Array]
     device: Device | None = None
+    for_device: Path | None = None
+    brought: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    digest: str = ""
 
 
 def timed_points(points: Sequence[Point], job: Timing) -> list[Point]:
     """Each point twice, in fp32 and in int8 (where the target has it), with its times and size.
 
-    int8 has fp32's answers here: a candidate's own are judged when it is trained and exported.
+    int8 has fp32's answers here: a candidate's own are judged when it is trained and exported. Where
+    the target is not at hand, the times are those that were brought (`brought`), and None for
+    files of which none were; the files then stay in the folder `for_device`, ready to be timed there.
     """
     precisions = ["fp32", *(["int8"] if "int8" in TARGETS[job.target].variants else [])]
-    found: list[Point] = []
     with tempfile.TemporaryDirectory() as scratch, console.bar("timing candidates") as progress:
         folder = Path(scratch)
-        files: dict[tuple[int, str], Path] = {}
+        files: dict[str, Path] = {}
+        made: list[Point] = []
         for number, point in enumerate(points):
             candidate = point.candidate
             preprocess = job.preprocess(candidate.backbone, candidate.size)
             # By which the timing knows what to feed
             metadata = {"preprocess": json.dumps(asdict(preprocess))}
             for precision, form in _forms(candidate, preprocess, precisions, job).items():
-                files[number, precision] = folder / f"{number}-{precision}.onnx"
-                write(form, files[number, precision], metadata)
+                made.append(replace(point, precision=precision))
+                path = folder / f"{number}-{precision}.onnx"
+                files[made[-1].name] = path
+                write(form, path, metadata)
+                made[-1] = replace(made[-1], size_bytes=path.stat().st_size)
             progress(number + 1, 2 * len(points))
 
-        times = _raced(list(files.values()), job, progress)
-        started = {path: _started(path, job) for path in files.values()}
-        for (number, precision), path in files.items():
-            found.append(
-                replace(
-                    points[number],
-                    precision=precision,
-                    p50_ms=times[path].p50_ms,
-                    p95_ms=times[path].p95_ms,
-                    size_bytes=path.stat().st_size,
-                    peak_rss_bytes=started[path].peak_rss_bytes,
-                    cold_ms=started[path].cold_ms,
-                )
-            )
-    return found
-
-
-def _raced(
-    files: Sequence[Path], job: Timing, progress: Callable[[int, int], None]
-) -> Mapping[Path, Raced]:
-    """Times of every file: in races of a few, each with the first file as the common measure.
-
-    Times of a race are scaled so that the first file takes as long as in the first race.
-    """
-    first = files[0]
-    found: dict[Path, Raced] = {}
-    for start in range(1, max(2, len(files)), AT_ONCE - 1):
-        entrants = [first, *files[start : start + AT_ONCE - 1]]
-        provider = TARGETS[job.target].provider
-        if job.device:
-            raced = job.device.race(entrants, job.photograph, provider=provider, frame=job.frame)
+        if job.for_device:
+            _leave_for_device(job.for_device, files, job)
+            times = job.brought
         else:
-            raced = race(entrants, job.photograph, provider=provider, frame=job.frame)
+            times = _times(files, job, progress)
+    return [replace(point, **times.get(point.name, {})) for point in made]
 
-        scale = found[first].p50_ms / raced[0].p50_ms if first in found else 1.0
-        for path, item in zip(entrants, raced, strict=True):
-            found.setdefault(
-                path, replace(item, p50_ms=item.p50_ms * scale, p95_ms=item.p95_ms * scale)
-            )
-        progress(len(files) + start, 2 * len(files))
+
+def _times(
+    files: Mapping[str, Path], job: Timing, progress: Callable[[int, int], None]
+) -> dict[str, dict[str, Any]]:
+    """Times and memory of every file, here or over ssh."""
+    count = len(files)
+    raced = race_in_parts(
+        list(files.values()),
+        job.photograph,
+        provider=TARGETS[job.target].provider,
+        frame=job.frame,
+        run=job.device.race if job.device else race,
+        progress=lambda done, _: progress(count + done, 2 * count),
+    )
+    found = {}
+    for name, path in files.items():
+        start = _started(path, job)
+        found[name] = {
+            "p50_ms": raced[path].p50_ms,
+            "p95_ms": raced[path].p95_ms,
+            "peak_rss_bytes": start.peak_rss_bytes,
+            "cold_ms": start.cold_ms,
+        }
     return found
+
+
+def _leave_for_device(folder: Path, files: Mapping[str, Path], job: Timing) -> None:
+    """Write a folder that times the files on a device: they, one image, and the script."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder_beside(folder)
+    for path in files.values():
+        shutil.copyfile(path, beside / path.name)
+    image = f"image{job.photograph.suffix}"
+    shutil.copyfile(job.photograph, beside / image)
+    for name in runtime_files():
+        (beside / "ftkit_export" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PACKAGE / name, beside / "ftkit_export" / name)
+    shutil.copyfile(PACKAGE / "device" / SCRIPT, beside / SCRIPT)
+    told = {
+        "target": job.target,
+        "frame": job.frame,
+        "image": image,
+        "files": {name: path.name for name, path in files.items()},
+        "search": job.digest,
+    }
+    (beside / "candidates.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.chmod(0o755)
+    beside.rename(folder)
+
+
+def read_times(path: Path, target: str, digest: str) -> dict[str, dict[str, Any]]:
+    """What the script printed on the device, by the name of a point.
+
+    Raises FtkitError for anything else, for times of another target, and for those of another
+    search.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        fields = ("p50_ms", "p95_ms", "peak_rss_bytes", "cold_ms")
+        times = {
+            name: {field: float(each[field]) for field in fields}
+            for name, each in told["times"].items()
+        }
+        where = (told["target"], told["search"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise FtkitError(
+            f"{path}: expected what `python {SCRIPT}` prints, found something else. Run it on the device and keep its "
+            "output"
+        ) from None
+    if where != (target, digest):
+        what = f"times of {told['target']}" if where[0] != target else "those of another search"
+        raise FtkitError(
+            f"{path}: expected times of this search on {target}, found {what}. Time the folder that this search left"
+        )
+    return times
 
 
 def _started(path: Path, job: Timing) -> Start:

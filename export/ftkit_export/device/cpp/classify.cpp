@@ -37,8 +37,10 @@ static std::vector<uint8_t> read_bytes(const fs::path& path) {
 }
 
 static Frame read_raw(const fs::path& path, int64_t rows, int64_t columns, int64_t channels) {
+  if (rows < 1 || columns < 1 || rows > 65535 || columns > 65535)
+    throw std::runtime_error(path.string() + ": expected 1 to 65535 rows and columns, found others. Check them");
   Frame frame{rows, columns, channels, read_bytes(path)};
-  if (rows < 1 || columns < 1 || rows > 65535 || columns > 65535 || frame.bytes.size() != size_t(rows * columns * channels))
+  if (frame.bytes.size() != size_t(rows * columns * channels))
     throw std::runtime_error(path.string() + ": expected " + std::to_string(rows * columns * channels) +
                              " bytes, found " + std::to_string(frame.bytes.size()) + ". Check rows and columns");
   return frame;
@@ -190,10 +192,11 @@ static int self_check(Model& model, const fs::path& bundle) {
 int main(int count, char** arguments) {
   fs::path bundle = fs::path(__FILE__).parent_path().parent_path().parent_path();
   std::vector<std::string> files;
-  bool check = false;
+  bool check = false, raw = false;
   int64_t rows = 0, columns = 0;
   fs::path keep;
   CollectOptions options;
+  double megabytes = 500;
   try {
     for (int i = 1; i < count; ++i) {
       const std::string word = arguments[i];
@@ -202,22 +205,26 @@ int main(int count, char** arguments) {
       else if (word == "--keep" && i + 1 < count) keep = arguments[++i];
       else if (word == "--control" && i + 1 < count) options.control = std::stod(arguments[++i]);
       else if (word == "--keep-most" && i + 1 < count) options.most = std::stoull(arguments[++i]);
-      else if (word == "--keep-mb" && i + 1 < count) options.bytes = uint64_t(1e6 * std::stod(arguments[++i]));
-      else if (word == "--raw" && i + 2 < count) { rows = std::stoll(arguments[++i]); columns = std::stoll(arguments[++i]); }
+      else if (word == "--keep-mb" && i + 1 < count) megabytes = std::stod(arguments[++i]);
+      else if (word == "--raw" && i + 2 < count) { raw = true; rows = std::stoll(arguments[++i]); columns = std::stoll(arguments[++i]); }
       else if (word.rfind("--", 0) == 0) throw std::runtime_error(word + ": expected --bundle, --raw, --keep or --self-check");
       else files.push_back(word);
     }
-    if (!(options.control >= 0 && options.control <= 1) || options.most < 3 || !options.bytes)
+    if (!(options.control >= 0 && options.control <= 1) || options.most < 3 || !(megabytes > 0))
       throw std::runtime_error("expected a control share of 0 to 1, 3 pictures or more, and some space, found others. Check the options");
+    options.bytes = uint64_t(1e6 * std::min(megabytes, 1e9));
     if (files.empty() && !check) throw std::runtime_error("expected images or --self-check, found neither");
     Model model(bundle);
     if (check) return self_check(model, bundle);
-    if (!rows && model.format != "rgb")
+    if (!raw && model.format != "rgb")
       throw std::runtime_error("expected raw " + model.format + " frames, found images. Try --raw ROWS COLUMNS FILE");
     std::unique_ptr<Collector> collector;
     if (!keep.empty()) collector = std::make_unique<Collector>(keep, options, reference_name(bundle));
     for (const auto& file : files)
-      print_answer(file, model, rows ? read_raw(file, rows, columns, model.channels) : read_ppm(file), collector.get());
+      print_answer(file, model, raw ? read_raw(file, rows, columns, model.channels) : read_ppm(file), collector.get());
+  } catch (const std::logic_error&) {  // from std::stod and the like
+    std::fprintf(stderr, "error: expected numbers after an option, found something else. Check the options\n");
+    return 2;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "error: %s\n", error.what());
     return 2;

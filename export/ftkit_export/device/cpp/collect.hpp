@@ -52,13 +52,13 @@ class Familiar {
   explicit Familiar(const std::string& text) {
     if (text.empty()) return;
     means_ = halves(text, "means", classes_, width_);
-    size_t width = 0, one = 0;
+    size_t width = 0;
     directions_ = halves(text, "directions", axes_, width);
-    weights_ = floats(text, "weights", axes_, one);
-    spreads_ = text.find("\"spreads\"") == std::string::npos ? std::vector<double>(classes_, 1.0) : floats(text, "spreads", classes_, one);
+    weights_ = floats(text, "weights");
+    spreads_ = text.find("\"spreads\"") == std::string::npos ? std::vector<double>(classes_, 1.0) : floats(text, "spreads");
     rest_ = number(text, "rest");
     threshold_ = number(text, "threshold");
-    if (!classes_ || width != width_ || weights_.size() != axes_ || spreads_.size() != classes_ || !(rest_ > 0))
+    if (!classes_ || !width_ || width != width_ || weights_.size() != axes_ || spreads_.size() != classes_ || !(rest_ > 0))
       throw std::runtime_error("out-of-distribution statistics: expected shapes that match, found others. Copy the bundle again");
   }
 
@@ -139,10 +139,11 @@ class Familiar {
                                             : std::ldexp(1024 + fraction, exponent - 25);
       values.push_back(half >> 15 ? -value : value);
     }
-    if (values.size() != rows * columns) throw std::runtime_error("out-of-distribution statistics: expected all values, found some");
+    if (rows > kMost || columns > kMost || values.size() != rows * columns) throw std::runtime_error("out-of-distribution statistics: expected all values, found some");
     return values;
   }
-  static std::vector<double> floats(const std::string& text, const std::string& name, size_t& rows, size_t& columns) {
+  static std::vector<double> floats(const std::string& text, const std::string& name) {
+    size_t rows = 0, columns = 0;
     const auto bytes = packed(text, name, rows, columns);
     std::vector<double> values;
     for (size_t i = 0; i + 3 < bytes.size(); i += 4) {
@@ -153,6 +154,7 @@ class Familiar {
     return values;
   }
 
+  static constexpr size_t kMost = 1 << 24;  // of either side of an array
   size_t classes_ = 0, width_ = 0, axes_ = 0;
   std::vector<double> means_, directions_, weights_, spreads_;
   double rest_ = 1, threshold_ = 0;
@@ -346,13 +348,13 @@ class Collector {
       written = part > 0;
       at += written ? size_t(part) : 0;
     }
-    const std::string why = std::strerror(errno);
     written = written && ::fsync(file) == 0;
+    const int why = errno;
     if (file >= 0) ::close(file);
     if (!written) {
       std::error_code ignored;
       fs::remove(beside, ignored);
-      throw std::runtime_error(path.string() + ": " + why);
+      throw std::runtime_error(path.string() + ": " + std::strerror(why));
     }
     fs::rename(beside, path);
   }
@@ -366,10 +368,11 @@ class Collector {
                        ", \"kept\": " + (kept.empty() ? "null" : quoted(kept)) + "}\n";
     const fs::path log = folder_ / "log.jsonl";
     const int file = ::open(log.c_str(), O_CREAT | O_APPEND | O_WRONLY | O_CLOEXEC, 0644);
+    errno = ENOSPC;  // what a write that is cut short means
     const bool whole = file >= 0 && ::write(file, line.data(), line.size()) == ssize_t(line.size());
-    const std::string why = std::strerror(errno);
+    const int why = errno;
     if (file >= 0) ::close(file);
-    if (!whole) throw std::runtime_error(log.string() + ": " + why);
+    if (!whole) throw std::runtime_error(log.string() + ": " + std::strerror(why));
     if (fs::file_size(log) <= kLogBytes) return;
     for (int number = kLogs - 1; number > 0; --number) {
       const fs::path newer = number > 1 ? folder_ / ("log." + std::to_string(number - 1) + ".jsonl") : log;
@@ -409,6 +412,7 @@ class Collector {
   static std::string text(const char* format, double value) {
     char made[64];
     std::snprintf(made, sizeof made, format, std::isfinite(value) ? value : 0.0);
+    std::replace(made, made + std::strlen(made), ',', '.');  // a host program may have set another locale
     return made;
   }
   static std::string list(const char* format, const double* values, size_t count) {
@@ -419,6 +423,12 @@ class Collector {
   static std::string quoted(const std::string& plain) {
     std::string made = "\"";
     for (const char letter : plain) {
+      if (static_cast<unsigned char>(letter) < 32) {
+        char code[8];
+        std::snprintf(code, sizeof code, "\\u%04x", letter);
+        made += code;
+        continue;
+      }
       if (letter == '"' || letter == '\\') made += '\\';
       made += letter;
     }
