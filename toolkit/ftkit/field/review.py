@@ -3,14 +3,17 @@
 pictures = ordered(Path("collected"))
 write_review(Path("collected"), pictures)      # collected/review/review.csv and contact sheets
 
-Near duplicates are folded: one of each set is to be labelled. The next picture is the one of which
-the model is least sure and which lies farthest from those before it, along the embedding's
-directions (greedy k-centre, Sener and Savarese 2018, weighted by doubt).
+Near duplicates are folded: one of each set is to be labelled. The next picture is the one that is
+most like those of which the model is unsure, and which none before it is like, along the embedding's
+directions (facility location, weighted by doubt). Not the farthest from those before it, as k-centre
+would take: outliers teach little, and labelling them was worse than labelling at random
+(bench/README.md).
 """
 
 from __future__ import annotations
 
 import csv
+import heapq
 import io
 import math
 from collections.abc import Sequence
@@ -37,6 +40,7 @@ COLUMNS = ("path", "label", "suggested", "probability", "why", "alike")
 ACROSS = 8
 DOWN = 6
 TILE = 150
+SHARPNESS = 3.0  # of similarity, in median distances; 9 does as well
 LEAST_DOUBT = 0.25  # weight of a picture of which the model is sure
 
 
@@ -125,18 +129,33 @@ def _folded(thumbs: Array, doubt: Array) -> dict[int, list[int]]:
 
 
 def _informative_first(coordinates: Array, doubt: Array) -> list[int]:
-    """Order by distance from those before, weighted by doubt; the most doubtful comes first."""
+    """Order of the rows (n, K): next is the one that stands for most of what none before stands for.
+
+    Greedy facility location (Nemhauser et al. 1978): a row stands for another by their similarity,
+    exp(-SHARPNESS distance / median distance), and every row counts by how doubtful it is.
+    """
     scaled = coordinates / np.maximum(coordinates.std(0), 1e-9)
+    squares = (scaled**2).sum(1)
+    distance = np.sqrt(np.maximum(squares[:, None] + squares - 2 * scaled @ scaled.T, 0))
+    similar = np.exp(-SHARPNESS * distance / max(float(np.median(distance)), 1e-9))
     weight = LEAST_DOUBT + doubt
-    order = [int(doubt.argmax())]
-    distance = np.linalg.norm(scaled - scaled[order[0]], axis=1)
-    left = np.ones(len(doubt), bool)
-    left[order[0]] = False
-    while left.any():
-        place = int(np.where(left, weight * (distance + 1e-9), -1.0).argmax())
-        order.append(place)
-        left[place] = False
-        distance = np.minimum(distance, np.linalg.norm(scaled - scaled[place], axis=1))
+    covered = np.zeros(len(doubt))
+
+    def gain(row: int) -> float:
+        return float(weight @ np.maximum(similar[row] - covered, 0))
+
+    # A gain only falls as others are chosen, so one that is still the largest is (Minoux 1978)
+    waiting = [(-gain(row), row) for row in range(len(doubt))]
+    heapq.heapify(waiting)
+    order: list[int] = []
+    while waiting:
+        _, row = heapq.heappop(waiting)
+        now = -gain(row)
+        if waiting and now > waiting[0][0]:
+            heapq.heappush(waiting, (now, row))
+            continue
+        order.append(row)
+        covered = np.maximum(covered, similar[row])
     return order
 
 
