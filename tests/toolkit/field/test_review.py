@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance
 
 from ftkit.data.dataset import read_images
 from ftkit.field.label_page import labelling
-from ftkit.field.review import ordered, write_review
+from ftkit.field.review import _informative_first, ordered, write_review
 from ftkit.training.run import open_run
 from ftkit_export.runtime.errors import FtkitError
 
@@ -46,6 +46,17 @@ def _line(kept: str, probability: float, coordinates: list[float]) -> str:
     return json.dumps(
         {"time": 0, "bundle": "", "coordinates": coordinates, "frame": [0], "kept": kept, **told}
     )
+
+
+def test_what_stands_for_many_comes_before_an_outlier() -> None:
+    draw = np.random.default_rng(0)
+    middles = np.repeat([[0.0, 0.0], [4.0, 0.0]], 20, axis=0)
+    coordinates = np.vstack([middles + 0.3 * draw.standard_normal((40, 2)), [[2.0, 30.0]]])
+    order = _informative_first(coordinates, np.ones(41))
+    assert sorted(order) == list(range(41))
+    assert {row // 20 for row in order[:2]} == {0, 1}, "one of each crowd, not the outlier"
+    unsure = np.where(np.arange(41) < 20, 0.0, 1.0)
+    assert _informative_first(coordinates, unsure)[0] // 20 == 1
 
 
 def test_duplicates_are_folded_and_both_corners_come_first(collected: Path) -> None:
