@@ -187,6 +187,11 @@ class Collector:
         return name
 
     @property
+    def kept(self) -> int:
+        """Number of pictures that are there."""
+        return sum(map(len, self._kept.values()))
+
+    @property
     def _used(self) -> int:
         return sum(sum(kept.values()) for kept in self._kept.values())
 
