@@ -283,11 +283,11 @@ def frame_statistics(frame: Array, input_format: str) -> Array:
     here = left.astype(np.float32).reshape(-1, frame.shape[2])  # (pixels, channels)
     means = np.ones(len(here), np.float32) @ here / len(here)
     flat = here.ravel()
-    variance = float(flat @ flat) / flat.size - float(means.mean()) ** 2
-    contrast = math.sqrt(max(0.0, variance))
     apart = right.astype(np.float32).ravel()
     apart -= flat
     difference = float(np.abs(apart, out=apart).sum()) / flat.size
+    flat -= means.mean()  # or the squares' sum is too coarse in float32
+    contrast = math.sqrt(float(flat @ flat) / flat.size)
     red = blue = 0.0
     if len(means) == 3:
         first, last = float(means[0] - means[1]), float(means[2] - means[1])
