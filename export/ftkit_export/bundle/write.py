@@ -21,7 +21,10 @@ def runtime_files() -> list[str]:
     return [
         "__init__.py",
         *(f"runtime/{path.name}" for path in sorted((PACKAGE / "runtime").glob("*.py"))),
-        *(f"bundle/{name}.py" for name in ("__init__", "archive", "enroll", "seal", "update")),
+        *(
+            f"bundle/{name}.py"
+            for name in ("__init__", "archive", "enroll", "enrolled_golden", "seal", "update")
+        ),
     ]
 
 

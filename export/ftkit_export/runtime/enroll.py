@@ -153,6 +153,18 @@ class NewClass:
     log_odds: Array
     settled: bool
 
+    def log_odds_of(self, embedding: Array) -> Array:
+        """(n, D) -> (n,) float64: the new class against the nearest old one."""
+        odds: Array = (unit_length(embedding) @ self.weights.T + self.bias).min(1)
+        return odds
+
+
+def joined(probabilities: Array, log_odds: Array) -> Array:
+    """(n, old classes) and the new class's log-odds (n,) -> (n, old classes + 1)."""
+    share = 1 / (1 + np.exp(-np.clip(log_odds, -700, 700)))[:, None]
+    whole: Array = np.hstack([probabilities * (1 - share), share])
+    return whole
+
 
 def fit_class(
     statistics: OutOfDistribution,

@@ -80,7 +80,7 @@ def _with_operators(
     if "embedding" not in named:
         raise ValueError
 
-    classes, width = weights.shape
+    classes = len(weights)
     prefix = f"class{classes}/"  # another enrolment has another number of classes
     before = f"{prefix}{first}"
     written: list[Field] = []
@@ -108,7 +108,7 @@ def _with_operators(
         "weights": np.ascontiguousarray(weights.T.astype(np.float32)),  # (D, classes)
         "bias": bias.astype(np.float32),
     }
-    if weights.T.shape != (width, classes) or bias.shape != (classes,):
+    if bias.shape != (classes,):
         raise ValueError
 
     if first == "probabilities":
@@ -140,8 +140,8 @@ def _with_operators(
 
 
 def tensor(name: str, value: Array) -> bytes:
-    """A TensorProto of float32, int64 or uint8."""
-    types = {np.dtype(np.float32): FLOAT, np.dtype(np.int64): INT64, np.dtype(np.uint8): 2}
+    """A TensorProto of float32 or int64."""
+    types = {np.dtype(np.float32): FLOAT, np.dtype(np.int64): INT64}
     little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
     dimensions: list[Field] = [(1, size) for size in value.shape]
     return _message(

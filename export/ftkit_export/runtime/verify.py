@@ -31,6 +31,9 @@ NO_DIGEST = "0" * 64
 SIGNATURE = "manifest.sig"  # signs the manifest, so not listed in it
 EVIDENCE = "evidence"  # added to a copy by other machines
 
+# Raised where a manifest or golden vectors, with hashes that match, do not fit each other
+MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError, zipfile.BadZipFile)
+
 Outcome = Literal["passed", "failed", "inconclusive"]  # of a gate
 
 
@@ -299,14 +302,7 @@ def verify(bundle: str | Path, provider: str = "cpu") -> Verification:
 
     try:
         checks, placement = replay_golden(folder, manifest, provider)
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:
+    except MALFORMED as error:
         raise BundleError(
             f"{folder}: expected golden vectors that fit its manifest, found others ({error}). "
             "Do not trust this bundle"

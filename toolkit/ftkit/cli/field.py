@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ftkit.cli.bench import JSON, KEY, write_json
-from ftkit.cli.options import Command
+from ftkit.cli.options import SIGN, Command
 
 if TYPE_CHECKING:
     from ftkit.field.review import Picture
@@ -140,9 +140,7 @@ def _classes(bundle: Path) -> list[str]:
     metavar="N",
     help="Counter: a device takes no older one. [default: one more, or the time]",
 )
-@click.option(
-    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
-)
+@SIGN
 @JSON
 @KEY
 @click.pass_context

@@ -21,7 +21,7 @@ from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import ADD, GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
 from ftkit.cli.field import delta, drift, enroll, review, shadow
-from ftkit.cli.options import MAX_PIXELS_OPTION, Command
+from ftkit.cli.options import MAX_PIXELS_OPTION, SIGN, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
 from ftkit.utils.errors import ToldElsewhereError
@@ -249,9 +249,7 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     metavar="N",
     help="Counter: a device takes no older one. [default: the time]",
 )
-@click.option(
-    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
-)
+@SIGN
 @MAX_PIXELS_OPTION
 @click.option("-q", "--quiet", is_flag=True, help="Print gates, warnings and errors only.")
 def export(run: Path, providers: str, **options: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from pathlib import Path
 
 import click
 
@@ -88,4 +89,8 @@ MAX_PIXELS_OPTION = click.option(
     expose_value=False,
     callback=_allow,
     help="Largest image to decode. [default: Pillow's limit, 89 million]",
+)
+
+SIGN = click.option(
+    "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
 )
