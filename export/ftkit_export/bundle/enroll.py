@@ -84,7 +84,7 @@ class Enrolled:
     None where they have none. worst: the old class that loses the largest share, with the images
     lost and kept; unseen: old classes of which no image was kept. settled: whether the kept images
     could bound a loss as small as max_drop. golden_changed: golden photographs of old classes with
-    another answer. open: gates that have not passed. unsigned: whether the old bundle's signature
+    another answer. open: gates of the old bundle that have not passed. unsigned: whether the old bundle's signature
     was not renewed.
     """
 
@@ -147,7 +147,7 @@ class Enrolled:
             )
         elif not self.settled:
             lines.append(f"{ground} can settle nothing: too few, or in too few groups")
-        lines += [f"not passed: {gate}" for gate in self.open]
+        lines += [f"the old bundle had not passed: {gate}" for gate in self.open]
         if self.unsigned:
             lines.append("not signed, as the old bundle was: --sign KEY")
         if self.left_out:
@@ -262,7 +262,7 @@ def _enroll(
             left_out=left_out,
             worst=judged.worst,
             unseen=judged.unseen,
-            open=tuple(str(each) for each in gates if not each.passed),
+            open=tuple(str(each) for each in gates[:-1] if not each.passed),
             unsigned=key is None and (bundle / SIGNATURE).is_file(),
         )
         told = _told(manifest, enrolled, version)
