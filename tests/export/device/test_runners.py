@@ -65,7 +65,7 @@ def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fetched = run_("apt-get", *options, "download", "libonnxruntime-dev", cwd=root)
     if not list(root.glob("*.deb")):
         pytest.skip(f"ONNX Runtime's headers are not to be had: {fetched.stderr[-200:]}")
-    run_("dpkg", "-x", next(root.glob("*.deb")), root)
+    run_("dpkg", "-x", min(root.glob("*.deb")), root)
     library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
     for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
         (root / "lib" / name).symlink_to(library)

@@ -146,7 +146,7 @@ def test_labelled_pictures_are_trained_on_and_the_test_split_stays(
     assert done.exit_code in (0, 1), done.output
 
     twice = tmp_path / "twice.csv"
-    path = next(photos.glob("*/*.png"))
+    path = min(photos.glob("*/*.png"))
     twice.write_text(f"path,label\n{path},mono-ok\n")
     done = ftkit("train", photos, "--add", twice, "--out", tmp_path / "other")
     assert (done.exit_code, "which the data has" in done.stderr) == (2, True)

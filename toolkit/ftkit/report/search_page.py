@@ -40,7 +40,7 @@ def write_search(out: Path, told: Mapping[str, Any]) -> None:
             [(each["backbone"], each["size"], each["reason"]) for each in told["dropped"]],
         ),
         open=Table(
-            ("faster", "p50 ms", "drop, points", "95 % bounds", "accepted at"),
+            ("network", "p50 ms", "drop, points", "95 % bounds", "accepted at"),
             [
                 (
                     each["name"],
@@ -106,7 +106,7 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         bounded = float(min(max(value, ys[0]), ys[1]))
         return float(TOP + (HEIGHT - TOP - BOTTOM) * (ys[1] - bounded) / (ys[1] - ys[0]))
 
-    unit = "p50, ms" if what.startswith("latency") else "millions"
+    unit = "p50, ms" if what.startswith("latency") else "million multiplications"
     parts = [_grid(x, y, xs, ys, unit)]
     for name, limit in limits.items():
         parts.append(

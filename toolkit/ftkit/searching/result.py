@@ -152,8 +152,9 @@ def _verdict(choice: Choice, options: SearchOptions) -> list[str]:
             f"against the most accurate, {choice.best.name}: a drop of {_points(choice.against)} points"
         )
     for point, compared in choice.open[:3]:
+        better = "smaller" if point.p50_ms is None else "faster"
         told.append(
-            f"faster, not settled at {100 * options.max_drop:g}: {point.name}, {_cost(point)}, a drop of "
+            f"{better}, not settled at {100 * options.max_drop:g}: {point.name}, {_cost(point)}, a drop of "
             f"{_points(compared)}; --max-drop {math.ceil(1000 * compared.high) / 1000:g} accepts it"
         )
     return _wrapped(told)
