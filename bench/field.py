@@ -250,8 +250,9 @@ def _sampled(sightings: list[Sighting], like: Reference, seed: int) -> Reference
         answers=np.array([list(like.classes).index(item.label) for item in drawn]),
         groups=[""] * len(drawn),
         coordinates=np.stack([item.coordinates for item in few]),
-        frames=np.stack([item.frame for item in few]),
         test_groups=[""] * len(few),
+        frames=np.stack([item.frame for item in few]),
+        frame_groups=[""] * len(few),
     )
     return make_reference(seen, like.classes)
 

@@ -3,7 +3,8 @@
     ftkit train photos --out RUN
     python bench/int8.py steps RUN [RUN ...]     # 2 minutes each on 2 cores
     python bench/int8.py operators RUN           # SQNR of every operator's output, step by step
-    python bench/int8.py heads photos            # heads on a frozen lite0; 2 minutes
+    python bench/int8.py heads photos            # heads on a frozen lite0; 2 minutes a seed
+    python bench/int8.py heads photos --group-by 'module[0-9]+' --seeds 3
 
 Steps: answers of held-out images (out of fold, of a run with folds), paired with fp32's, at one look;
 time of the core form and of the whole file against fp32's, one thread, interleaved over processes.
@@ -186,10 +187,10 @@ def _outputs(model: onnx.ModelProto, names: Sequence[str], pixels: Array) -> lis
     return Session(probed.SerializeToString(), optimised=False).run(pixels)
 
 
-def heads(data: str) -> None:
+def heads(data: str, seed: int, group_by: str) -> None:
     """Heads on a frozen lite0: trained on its float activations, or on its 8-bit ones."""
     backbone = build("efficientnet_lite0", 1000)
-    images = read_images(data, 0, cut_val=False)
+    images = read_images(data, seed, group_by, cut_val=False)
     canvases = build_canvases(images, backbone.preprocess)
     rows = canvases.rows("train")
     labels = canvases.labels[rows]
@@ -223,7 +224,7 @@ def heads(data: str) -> None:
     masks = default_folds(labels, groups)
     float_head = fit_head(float_embedding, labels, masks, classes)
     right = float_head.logits.argmax(1) == labels
-    print(f"float: {right.mean():.4f} of {len(rows)} out of fold")
+    print(f"{data}, seed {seed}: float {right.mean():.4f} of {len(rows)} out of fold")
     print("| body | SQNR of the embedding, dB | head trained on | drop, points [one-sided 95 %] |")
     print("|---|---|---|---|")
     for name, form in forms.items():
@@ -255,10 +256,16 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("steps", "operators", "heads"))
     parser.add_argument("folders", nargs="+")
+    parser.add_argument("--group-by", default="", help="for heads: groups in file names")
+    parser.add_argument("--seeds", type=int, default=1, help="for heads: test splits")
     options = parser.parse_args()
     print(machine())
     for folder in options.folders:
-        {"steps": steps, "operators": operators, "heads": heads}[options.what](folder)
+        if options.what == "heads":
+            for seed in range(options.seeds):
+                heads(folder, seed, options.group_by)
+        else:
+            {"steps": steps, "operators": operators}[options.what](folder)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tables
@@ -63,87 +64,97 @@ def _best(run: Path) -> float:
     return max(float(epoch["images_per_s"]) for epoch in epochs[1:])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where and on what processes train: a folder for their runs, photographs, device, environment."""
+
+    scratch: Path
+    data: Path
+    device: str
+    environment: Mapping[str, str]
+
+    def command(self, name: str, batch: int) -> list[str]:
+        """Arguments of Python for a run of this name, with `batch` images a step."""
+        recipe = self.scratch / f"full-{batch}.py"
+        recipe.write_text(
+            "from ftkit.recipe import Recipe, Stage\nrecipe = Recipe(name='full', backbone="
+            "'efficientnet_lite0', weights='none', stages=(Stage(train='all', epochs=3, lr=1e-4, "
+            f"batch_size={batch}, cache='off'),))\n"
+        )
+        table = _subset(self.data, batch * (40 if self.device == "cuda" else 5))
+        plan = ["--recipe", str(recipe), "--device", self.device, "--out", str(self.scratch / name)]
+        return ["-m", "ftkit", "train", str(table), *plan]
+
+    def together(self, count: int, each: int) -> float:
+        """Images/s of `count` processes that train one model."""
+        command = self.command(f"run-{count}", each * count)
+        subprocess.run([*_torchrun(count), *command], check=True, env=self.environment)
+        return _best(self.scratch / f"run-{count}")
+
+    def apart(self, count: int, each: int) -> float:
+        """Images/s in all of `count` processes that train a model each, at once."""
+        names = [f"apart-{count}-{number}" for number in range(count)]
+        running = [
+            subprocess.Popen(
+                [sys.executable, *self.command(name, each)],
+                env={**self.environment, "CUDA_VISIBLE_DEVICES": str(number)},
+            )
+            for number, name in enumerate(names)
+        ]
+        codes = [process.wait() for process in running]
+        assert not any(codes)
+        return sum(_best(self.scratch / name) for name in names)
+
+    def all_reduce(self, count: int, parameters: int) -> list[str]:
+        """Time of an all-reduce of so many gradients, and of a flag."""
+        script = self.scratch / "reduce.py"
+        script.write_text(REDUCE)
+        done = subprocess.run(
+            [*_torchrun(count), str(script), self.device, str(parameters)],
+            check=True,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return [f"{float(word):.2f} ms" for word in done.stdout.split()[-2:]]
+
+
+def _torchrun(count: int) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(count)]
+
+
 def scaling(scratch: Path, processes: Sequence[int], device: str, each: int) -> str:
     """Full fine-tuning of lite0 with `each` images per process and step.
 
     Measured for processes that train together, for as many independent ones, and for an all-reduce
     of the gradients.
     """
-    data = many_photographs(scratch / "scaling", 1)
+    setting = Setting(
+        scratch=scratch,
+        data=many_photographs(scratch / "scaling", 1),
+        device=device,
+        environment={
+            **os.environ,
+            "FTKIT_CACHE": str(scratch / "cache"),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
     sized = sum(p.numel() for p in build("efficientnet_lite0", 4, "none").model.parameters())
-    (scratch / "reduce.py").write_text(REDUCE)
     lines = [
         "| processes | images/s in all | of one, times N | of N apart | all-reduce of the gradients | of a flag |",
         "|---|---|---|---|---|---|",
     ]
-    environment, alone = (
-        {**os.environ, "FTKIT_CACHE": str(scratch / "cache"), "OMP_NUM_THREADS": "1"},
-        0.0,
-    )
-
-    def command(name: str, batch: int, place: str) -> list[str]:
-        recipe = scratch / f"full-{batch}.py"
-        recipe.write_text(
-            "from ftkit.recipe import Recipe, Stage\nrecipe = Recipe(name='full', backbone="
-            "'efficientnet_lite0', weights='none', stages=(Stage(train='all', epochs=3, lr=1e-4, "
-            f"batch_size={batch}, cache='off'),))\n"
-        )
-        table = _subset(data, batch * (40 if device == "cuda" else 5))
-
-        return [
-            "-m",
-            "ftkit",
-            "train",
-            str(table),
-            "--recipe",
-            str(recipe),
-            "--out",
-            str(scratch / name),
-            "--device",
-            place,
-        ]
-
+    alone = 0.0
     for count in processes:
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(count),
-        ]
-
-        subprocess.run(
-            [*start, *command(f"run-{count}", each * count, device)], check=True, env=environment
-        )
-        speed, spent = _best(scratch / f"run-{count}"), ["", ""]
-        alone, apart = alone or speed / count, speed
-
-        if count > 1:
-            running = [
-                subprocess.Popen(
-                    [sys.executable, *command(f"apart-{count}-{number}", each, device)],
-                    env={**environment, "CUDA_VISIBLE_DEVICES": str(number)},
-                )
-                for number in range(count)
-            ]
-
-            assert not any(process.wait() for process in running)
-            apart = sum(_best(scratch / f"apart-{count}-{number}") for number in range(count))
-            done = subprocess.run(
-                [*start, str(scratch / "reduce.py"), device, str(sized)],
-                check=True,
-                env=environment,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            spent = [f"{float(word):.2f} ms" for word in done.stdout.split()[-2:]]
-
+        speed = setting.together(count, each)
+        alone = alone or speed / count
+        apart = setting.apart(count, each) if count > 1 else speed
+        spent = setting.all_reduce(count, sized) if count > 1 else ["", ""]
         lines.append(
-            f"| {count} | {speed:.1f} | {speed / (alone * count):.0%} | {speed / apart:.0%} | {spent[0]} | "
-            f"{spent[1]} |"
+            f"| {count} | {speed:.1f} | {speed / (alone * count):.0%} | {speed / apart:.0%} "
+            f"| {spent[0]} | {spent[1]} |"
         )
-
     return "\n".join(lines)
 
 

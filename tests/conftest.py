@@ -24,6 +24,7 @@ os.environ["FTKIT_CACHE"] = tempfile.mkdtemp(prefix="ftkit-test-cache-")
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -147,6 +148,14 @@ def elpv() -> list[tuple[Path, str]]:
         for name, share, kind in rows
         if float(share) in (0.0, 1.0)
     ]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """What a test makes of torch's threads ends with it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -20,9 +20,9 @@ from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.checkpoint import Stopped
 from ftkit.training.optimizer import StepState, make_optimizer
 from ftkit.training.precision import fastest, prepare, ways
-from ftkit.training.stage import Work
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.step import fresh_gradients
+from ftkit.training.work import Work
 from ftkit_export.runtime.latency import Condition, measure
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.session import Session

@@ -33,8 +33,8 @@ class Seen:
     """Held-out images as the model sees them: scores (N,), probabilities (N,) of the answers, and
     answers (N,) by class number; groups: one name an image.
 
-    coordinates (M, K) and frames (M, 5), with groups of their own: of images that the shipped
-    weights have not seen.
+    coordinates (M, K), of images that the shipped weights have not seen, and frames (F, 5), of any
+    images, have groups of their own.
     """
 
     scores: Array
@@ -42,8 +42,9 @@ class Seen:
     answers: Array
     groups: Sequence[str]
     coordinates: Array
-    frames: Array
     test_groups: Sequence[str]
+    frames: Array
+    frame_groups: Sequence[str]
 
 
 def make_reference(seen: Seen, classes: Sequence[str]) -> Reference:
@@ -55,18 +56,21 @@ def make_reference(seen: Seen, classes: Sequence[str]) -> Reference:
     for number, name in enumerate(classes):
         answered = (seen.answers == number).astype(float)
         tails += [("classes", f"class {name}", answered, above, (0.5,)) for above in (True, False)]
-    own = [("embedding", f"direction {number}") for number in range(seen.coordinates.shape[1])]
-    own += [("frame", name) for name in FRAME]
-    columns = np.concatenate([seen.coordinates, seen.frames], axis=1).T
-    for (stream, value), column in zip(own, columns, strict=True):
-        for above in (True, False):
-            tails += _tails(stream, value, column, above, DIRECTION_TAILS)
+    directions = [f"direction {number}" for number in range(seen.coordinates.shape[1])]
+    for stream, names, values in (
+        ("embedding", directions, seen.coordinates),
+        ("frame", FRAME, seen.frames),
+    ):
+        for value, column in zip(names, values.T, strict=True):
+            for above in (True, False):
+                tails += _tails(stream, value, column, above, DIRECTION_TAILS)
 
+    of_stream = {"embedding": seen.test_groups, "frame": seen.frame_groups}
     counts = {name: sum(tail[0] == name for tail in tails) for name in STREAMS}
     events = []
     for stream, value, column, above, marks in tails:
         beyond = np.stack([column > mark if above else column < mark for mark in marks])
-        groups = seen.test_groups if stream in ("embedding", "frame") else seen.groups
+        groups = of_stream.get(stream, seen.groups)
         rate = _highest(beyond.mean(0), groups, 1 - ERROR / counts[stream])
         if rate < 1:  # else nothing that happens would be too often
             events.append(

@@ -37,8 +37,9 @@ def _reference(
         answers=drawn if answers is None else answers,
         groups=names,
         coordinates=coordinates,
-        frames=frames,
         test_groups=names,
+        frames=frames,
+        frame_groups=names,
     )
     return make_reference(seen, CLASSES)
 

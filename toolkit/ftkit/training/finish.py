@@ -34,10 +34,8 @@ from ftkit.training.run import (
     finish,
     read_metrics,
 )
-from ftkit.training.stage import (
-    Work,
-)
 from ftkit.training.validate import detached
+from ftkit.training.work import Work
 from ftkit.utils import console
 from ftkit.utils.cache_folder import LARGE, limit_bytes, trim
 from ftkit_export.proof.intervals import ground

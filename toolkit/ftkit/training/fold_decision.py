@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ftkit.training.checkpoint import TrainState
-from ftkit.training.stage import Work
+from ftkit.training.work import Work
 from ftkit.utils import console
 from ftkit_export.proof.decision import Paired, paired, what_would_settle
 from ftkit_export.runtime.arrays import Array

@@ -18,22 +18,15 @@ import torch
 
 from ftkit.models.freezing import set_mode
 from ftkit.training.checkpoint import seeded
+from ftkit.training.epochs import StageTraining, TrainingPart, check_frozen
 from ftkit.training.fold_decision import OutOfFold, StageDecision, out_of_fold
 from ftkit.training.folds import Folds, make_folds
 from ftkit.training.head_start import as_weights, fit_heads, start_head
 from ftkit.training.loader import Loader
 from ftkit.training.precision import release
-from ftkit.training.stage import (
-    StageResult,
-    StageTraining,
-    TrainingPart,
-    Work,
-    check_frozen,
-    compare_circumstances,
-    remember_pristine,
-    say_head_start,
-)
+from ftkit.training.stage import remember_pristine, say_head_start
 from ftkit.training.validate import DRIFT_IMAGES, Held, Validation, detached
+from ftkit.training.work import StageResult, Work, compare_circumstances
 from ftkit.utils import console
 from ftkit_export.runtime.errors import FtkitError
 

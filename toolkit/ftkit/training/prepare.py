@@ -32,14 +32,11 @@ from ftkit.training.precision import Compute
 from ftkit.training.run import (
     create,
 )
-from ftkit.training.stage import (
-    Work,
-    compare_circumstances,
-    look_first,
-)
+from ftkit.training.stage import look_first
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.tensorboard import Log, nowhere
 from ftkit.training.tensorboard import tensorboard as log_events
+from ftkit.training.work import Work, compare_circumstances
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks
 from ftkit.utils.lock import locked
