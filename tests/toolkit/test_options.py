@@ -7,7 +7,7 @@ import pytest
 
 import ftkit
 from ftkit.cli.main import main
-from ftkit.options import BenchOptions, ExportOptions, TrainOptions, by_keyword
+from ftkit.options import BenchOptions, ExportOptions, SearchOptions, TrainOptions, by_keyword
 
 
 def test_a_function_takes_the_fields_of_its_options_by_keyword() -> None:
@@ -29,6 +29,7 @@ def test_a_function_takes_the_fields_of_its_options_by_keyword() -> None:
     [
         ("train", TrainOptions, {"data", "gpus", "help"}),
         ("export", ExportOptions, {"run", "help"}),
+        ("search", SearchOptions, {"data", "gpus", "as_json", "help"}),
     ],
 )
 def test_a_command_has_an_option_for_every_field(

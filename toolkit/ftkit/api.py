@@ -85,7 +85,8 @@ def search(data: str | Path, options: SearchOptions) -> Found:
     """Find the network that fits: backbone, input size, depth and precision, on your images and time.
 
     Returns the candidates, the front and the pick, which `train` takes as recipe=FOLDER. The fields
-    of SearchOptions are keyword arguments. Raises FtkitError for bad data, options or weights.
+    of SearchOptions are keyword arguments. Raises FtkitError for bad data, options or weights. Under
+    torchrun only the first rank returns; the others exit.
     """
     from ftkit.utils import console
 
@@ -93,7 +94,10 @@ def search(data: str | Path, options: SearchOptions) -> Found:
 
     from ftkit.searching.search import search as run_search
 
-    return run_search(data, options)
+    found = run_search(data, options)
+    if found is None:
+        sys.exit(0)
+    return found
 
 
 def _opened(folder: Path, data: str | Path | None) -> Run:

@@ -110,6 +110,7 @@ class SearchOptions:
     - frame: size of the image that is timed, "640x480"; by default that of a training image.
     - on: user@host (ssh), where candidates are timed. target: the processor they are for, if it is
       not this machine's: a folder is then left to time them there, and latency is what it printed.
+    - device: auto, cpu or cuda, where features are computed and finalists trained.
     - seed, group_by, root, add: as for training.
     """
 
@@ -130,6 +131,7 @@ class SearchOptions:
     on: str | None = None
     target: str = "auto"
     latency: str | Path | None = None
+    device: str = "auto"
     seed: int = 0
     group_by: str = ""
     root: str | Path | None = None

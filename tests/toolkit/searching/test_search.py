@@ -1,6 +1,7 @@
 """A small search on photographs, from the command line to a trained and exported pick."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ftkit.searching.score import as_point
 from ftkit.training.run import open_run
 from ftkit_export.runtime.targets import here
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 CHANGES = [change for change in SMALL if not change.startswith("preprocess")]
 
 
@@ -89,6 +91,57 @@ def test_the_pick_a_cut_network_goes_the_whole_way(
     photograph = min(photos.rglob("*.png"))
     shown = ftkit("predict", bundle, photograph, "--explain", "--out", tmp_path / "why")
     assert shown.exit_code == (0 if told["pick"]["pooling"] == "mean" else 2), shown.output
+
+
+def test_ranks_share_the_passes_and_find_what_one_finds(
+    searched: tuple[Path, str], photos: Path, tmp_path: Path
+) -> None:
+    """And train the finalist together."""
+    alone, _ = searched
+    out = tmp_path / "together"
+    ask = ("search", photos, "--out", out, "--sizes", "64,96", "--backbones", "efficientnet_lite0")
+    script = tmp_path / "noting.py"
+    script.write_text(
+        "import os, sys; from ftkit.searching import features as f; from ftkit.cli.main import main\n"
+        "run = f.runner\n"
+        "def noted(*given): open(sys.argv[1] + os.environ['RANK'], 'a').write('x'); return run(*given)\n"
+        "f.runner = noted\n"
+        "main(sys.argv[2:])"
+    )
+    done = subprocess.run(
+        [
+            *TORCHRUN,
+            str(script),
+            str(tmp_path / "passes-"),
+            *map(str, ask),
+            *("--timed", "3", "--finalists", "1"),
+            *settings(*CHANGES),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FTKIT_CACHE": str(tmp_path / "cache")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("candidates scored") == 1, "one rank speaks"
+    passes = [len((tmp_path / f"passes-{rank}").read_text()) for rank in (0, 1)]
+    assert passes == [2, 2], "of two sizes, one each: a third of the images, and the rest"
+
+    one, two = (json.loads((place / "search.json").read_text()) for place in (alone, out))
+    scores = [
+        {
+            point["name"]: point["accuracy"]
+            for point in told["points"]
+            if point["precision"] == "fp32" and not point["trained"]
+        }
+        for told in (one, two)
+    ]
+    assert scores[1] == pytest.approx(scores[0], abs=0.02)
+    run = out / two["pick"]["run"]
+    assert two["pick"]["trained"]
+    assert (run / "run.json").is_file()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert len(last["images_per_s_by_rank"]) == 2
 
 
 def test_a_searchs_folder_is_a_recipe(searched: tuple[Path, str]) -> None:

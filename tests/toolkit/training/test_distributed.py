@@ -280,11 +280,12 @@ def test_a_part_of_a_batch_is_that_part_of_the_whole(photos: Path, cache: str) -
 def test_gpus_that_are_not_there_are_named(photos: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    for more, what in (
-        (["--gpus", "2"], "--device cuda: expected a GPU torch can use, found none"),
-        (["--gpus", "2", "--device", "cpu"], "--gpus: expected --device cuda, found cpu"),
+    for command, more, what in (
+        ("train", ["--gpus", "2"], "--device cuda: expected a GPU torch can use, found none"),
+        ("train", ["--gpus", "2", "--device", "cpu"], "--gpus: expected --device cuda, found cpu"),
+        ("search", ["--gpus", "2"], "--device cuda: expected a GPU torch can use, found none"),
     ):
-        result = ftkit("train", photos, "--out", tmp_path / "run", *more)
+        result = ftkit(command, photos, "--out", tmp_path / "run", *more)
         assert (result.exit_code, result.stderr.count("error:"), what in result.stderr) == (
             2,
             1,

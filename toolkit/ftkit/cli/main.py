@@ -21,6 +21,7 @@ from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
 from ftkit.cli.data import ADD, GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
 from ftkit.cli.field import delta, drift, enroll, review, shadow
+from ftkit.cli.gpus import DEVICE, GPUS, launch_again, require_gpus
 from ftkit.cli.options import MAX_PIXELS_OPTION, SIGN, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
@@ -111,15 +112,8 @@ PROVIDERS_OPTION = click.option(
     metavar="N",
     help="End with what stands after N minutes.",
 )
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])
-)
-@click.option(
-    "--gpus",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Train on N GPUs of this machine, as torchrun does.",
-)
+@DEVICE
+@GPUS
 @click.option("--seed", default=0, show_default=True)
 @click.option("--deterministic", is_flag=True, help="Reproducible weights on a GPU too; slower.")
 @click.option(
@@ -157,39 +151,19 @@ def _launched(ctx: click.Context, gpus: int) -> int:
     """Run the same command with one process per GPU; return the exit code."""
     from ftkit.recipe import load_recipe
     from ftkit.training.run import claim
-    from ftkit.utils.distributed import launch, pick_device
 
-    if ctx.params["device"] == "cpu":
-        raise FtkitError(
-            "--gpus: expected --device cuda, found cpu. For processes on a CPU, try torchrun -m ftkit train"
-        )
+    require_gpus(ctx, gpus)
+    if ctx.params["out"]:
+        return launch_again(ctx, gpus)
+    if ctx.params["resume"]:
+        raise FtkitError("--resume: expected the run to go on with, found no --out. Try --out RUN")
 
-    pick_device("cuda", gpus - 1)
-    arguments = ["train", str(ctx.params["data"]), "--device", "cuda"]
-
-    for option in ctx.command.params:
-        given = (
-            ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
-        )
-        if not given or option.name in ("data", "device", "gpus"):
-            continue
-        value = ctx.params[option.name or ""]
-        for item in value if isinstance(value, tuple) else [value]:
-            arguments += [option.opts[0]] if item is True else [option.opts[0], str(item)]
-
-    if "--out" not in arguments:
-        if ctx.params["resume"]:
-            raise FtkitError(
-                "--resume: expected the run to go on with, found no --out. Try --out RUN"
-            )
-        folder = claim(Path("runs") / load_recipe(ctx.params["recipe"]).name)
-        try:
-            return launch(gpus, [*arguments, "--out", str(folder)])
-        finally:
-            with suppress(OSError):
-                folder.rmdir()  # succeeds only if no run was started
-
-    return launch(gpus, arguments)
+    folder = claim(Path("runs") / load_recipe(ctx.params["recipe"]).name)
+    try:
+        return launch_again(ctx, gpus, ["--out", str(folder)])
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # succeeds only if no run was started
 
 
 @main.command(short_help="Export a run to ONNX, prove the file, seal a bundle.")

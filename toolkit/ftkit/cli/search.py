@@ -11,6 +11,7 @@ import click
 
 from ftkit import api
 from ftkit.cli.data import ADD, GROUP_BY, ROOT
+from ftkit.cli.gpus import DEVICE, GPUS, launch_again, require_gpus
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit_export.runtime.errors import FtkitError
 
@@ -106,6 +107,8 @@ from ftkit_export.runtime.errors import FtkitError
     metavar="FILE",
     help="Times from there: what SEARCH/to-time printed.",
 )
+@DEVICE
+@GPUS
 @click.option("--seed", default=0, show_default=True)
 @GROUP_BY
 @ROOT
@@ -120,6 +123,7 @@ def search(
     data: Path,
     backbones: str | None,
     sizes: str | None,
+    gpus: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -127,6 +131,10 @@ def search(
 
     Exit code 1: nothing meets the budgets; the nearest is named.
     """
+    if gpus:
+        require_gpus(ctx, gpus)
+        ctx.exit(launch_again(ctx, gpus))
+
     options["backbones"] = [name.strip() for name in backbones.split(",")] if backbones else ()
     options["sizes"] = _whole_numbers(sizes) if sizes else ()
     options["quiet"] = options["quiet"] or as_json

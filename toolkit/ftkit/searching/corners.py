@@ -15,11 +15,13 @@ import io
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases, build_canvases
@@ -30,11 +32,12 @@ from ftkit.options import SearchOptions
 from ftkit.overrides import override
 from ftkit.recipe import Recipe, load_recipe, resolve
 from ftkit.searching.candidates import Candidate, UnfitSizeError, backbone_of, candidates, sizes_of
-from ftkit.searching.features import entry, features
+from ftkit.searching.features import CPU, entry, features
 from ftkit.searching.front import Point
 from ftkit.searching.score import COARSE, Dropped, as_point, score, worth_going_on
 from ftkit.training.closed_form import default_folds
 from ftkit.utils import console
+from ftkit.utils.distributed import SOLO, Ranks, share_of_cores
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import write_atomically
@@ -49,7 +52,8 @@ Corner = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """The inputs of a search, read once."""
+    """The inputs of a search, read once. device: where files are timed, if not here. place: where
+    features are computed."""
 
     options: SearchOptions
     plan: Recipe
@@ -58,6 +62,8 @@ class Search:
     backbones: Mapping[str, Backbone]
     target: str
     device: Device | None
+    place: torch.device = CPU
+    ranks: Ranks = SOLO
     decoded: dict[Preprocess, Canvases] = field(default_factory=dict)
 
     def preprocess(self, backbone: str, size: int) -> Preprocess:
@@ -82,10 +88,11 @@ class Search:
         return hashlib.sha256(f"{asked}\n{images}".encode()).hexdigest()[:8]
 
     def canvases(self, backbone: str, size: int) -> Canvases:
-        """The images for a corner, decoded once for all backbones with the same preprocessing."""
+        """The images for a corner, decoded once for all backbones with the same preprocessing.
+        Collective, the first time."""
         wanted = self.preprocess(backbone, size)
         if wanted not in self.decoded:
-            self.decoded[wanted] = build_canvases(self.images, wanted)
+            self.decoded[wanted] = build_canvases(self.images, wanted, ranks=self.ranks)
         return self.decoded[wanted]
 
     @property
@@ -94,7 +101,13 @@ class Search:
         return training_rows(self.canvases(*self.corners[0]))[2]
 
 
-def prepared(data: Path, options: SearchOptions, device: Device | None) -> Search:
+def prepared(
+    data: Path,
+    options: SearchOptions,
+    device: Device | None,
+    place: torch.device = CPU,
+    ranks: Ranks = SOLO,
+) -> Search:
     """Read the images and build the backbones. Raises FtkitError for bad data, options or weights."""
     if options.frame is not None:
         parse_frame(options.frame)
@@ -126,6 +139,8 @@ def prepared(data: Path, options: SearchOptions, device: Device | None) -> Searc
         backbones=backbones,
         target=_target(options, device),
         device=device,
+        place=place,
+        ranks=ranks,
     )
 
 
@@ -170,6 +185,7 @@ def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
     Raises FtkitError where no backbone takes any of the input sizes, or folds cannot be made.
     """
     corners = task.corners
+    _share(task, corners, part=True)
     first = {}
     unfit = []
     for number, corner in enumerate(corners, start=1):
@@ -193,6 +209,7 @@ def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
         for corner in corners
         if corner not in {(each.backbone, each.size) for each in dropped}
     ]
+    _share(task, going_on, part=False)
     found: list[Point] = []
     for number, corner in enumerate(going_on, start=1):
         points = _corner(task, corner, f"all images {number}/{len(going_on)}", part=False)
@@ -202,6 +219,22 @@ def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
         )
         found += points
     return found, dropped
+
+
+def _share(task: Search, corners: Sequence[Corner], *, part: bool) -> None:
+    """With several ranks, each computes some corners; all then find them in the cache."""
+    ranks = task.ranks
+    if ranks.world == 1:
+        return
+    for corner in corners:
+        task.canvases(*corner)
+
+    def compute() -> None:
+        for corner in corners[ranks.rank :: ranks.world]:
+            with suppress(UnfitSizeError):  # told when it is read
+                _corner(task, corner, f"rank {ranks.rank}", part=part)
+
+    ranks.together(compute)
 
 
 def _third(canvases: Canvases) -> Array:
@@ -238,15 +271,26 @@ def _corner(task: Search, corner: Corner, label: str, *, part: bool) -> list[Poi
         )
 
     with console.bar(f"{label}: {name} at {size} px") as progress:
-        place = entry(backbone, canvases, preprocess, asked)
+        place = entry(backbone, canvases, preprocess, asked, task.place)
         known = place / f"answers-{_digest(labels, masks)}.npz"
         if (points := _answered(known, space, groups)) is not None:
             return points
 
-        values = features(backbone, canvases, preprocess, rows[picked], progress)
+        def computed(some: Array) -> dict[str, Array]:
+            return features(
+                backbone,
+                canvases,
+                preprocess,
+                some,
+                progress,
+                device=task.place,
+                threads=share_of_cores(task.ranks),
+            )
+
+        values = computed(rows[picked])
         others = np.setdiff1d(np.arange(len(rows)), picked)
         if not part and len(others):
-            rest = features(backbone, canvases, preprocess, rows[others], progress)
+            rest = computed(rows[others])
             order = np.argsort(np.concatenate([picked, others]))
             values = {key: np.concatenate([values[key], rest[key]])[order] for key in values}
         points = score(space, values, labels, masks, groups, len(task.images.classes))

@@ -28,6 +28,8 @@ from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 
 WHOLE = ""
+CPU = torch.device("cpu")
+GPU_BATCH = 128
 VERSIONS = (torch.__version__, timm.__version__, onnxruntime.__version__)
 
 
@@ -72,27 +74,36 @@ def features(
     preprocess: Preprocess,
     rows: Array,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    device: torch.device = CPU,
+    threads: int = 0,
 ) -> dict[str, Array]:
     """Features of these rows at every depth, block name -> (n, features) float32.
 
-    preprocess: of the input size wanted. Rows that an earlier search computed are read.
+    preprocess: of the input size wanted. Rows that an earlier search computed are read. threads: on
+    a CPU, 0 = all cores.
     """
     names = blocks(backbone)
-    place = entry(backbone, canvases, preprocess, rows)
+    place = entry(backbone, canvases, preprocess, rows, device)
     if found := _read(place, [*names, WHOLE], len(rows)):
         place.touch()
         return found
 
-    net = _AllDepths(backbone, names, preprocess.size)
-    example = torch.from_numpy(preprocess.pixels(canvases.array(rows[:PREFIX_BATCH])))
-    run, _ = runner(net, example)
+    batch = PREFIX_BATCH if device.type == "cpu" else GPU_BATCH
+
+    def pixels(start: int) -> torch.Tensor:
+        canvas = canvases.array(rows[start : start + batch])
+        return torch.from_numpy(preprocess.pixels(canvas)).to(device)
+
+    net = _AllDepths(backbone, names, preprocess.size).to(device)
+    run, _ = runner(net, pixels(0), threads)
     parts: list[list[Array]] = []
-    for start in range(0, len(rows), PREFIX_BATCH):
-        pixels = preprocess.pixels(canvases.array(rows[start : start + PREFIX_BATCH]))
-        parts.append(run(torch.from_numpy(pixels)))
-        progress(min(start + PREFIX_BATCH, len(rows)), len(rows))
+    for start in range(0, len(rows), batch):
+        parts.append(run(pixels(start)))
+        progress(min(start + batch, len(rows)), len(rows))
     for hook in net.hooks:
         hook.remove()
+    net.cpu()
 
     whole = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     made = dict(zip([*names, WHOLE], whole, strict=True))
@@ -100,12 +111,19 @@ def features(
     return made
 
 
-def entry(backbone: Backbone, canvases: Canvases, preprocess: Preprocess, rows: Array) -> Path:
-    """Folder of a cache entry: its key holds the weights, the images, the preprocessing, the versions."""
+def entry(
+    backbone: Backbone,
+    canvases: Canvases,
+    preprocess: Preprocess,
+    rows: Array,
+    device: torch.device = CPU,
+) -> Path:
+    """Folder of a cache entry: its key holds the weights, the images, the preprocessing, the versions,
+    and the kind of device, which rounds in its own way."""
     digest = hashlib.sha256(fingerprint(backbone.model).encode())
     for row in rows:
         digest.update(canvases.digests[row].encode())
-    digest.update(repr((backbone.name, asdict(preprocess), VERSIONS)).encode())
+    digest.update(repr((backbone.name, asdict(preprocess), VERSIONS, device.type)).encode())
     return cache_folder() / "features" / digest.hexdigest()[:32]
 
 

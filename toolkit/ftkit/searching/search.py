@@ -14,22 +14,23 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from ftkit.benchmark.ssh import Device
 from ftkit.options import SearchOptions, TrainOptions
-from ftkit.searching.candidates import Candidate
 from ftkit.searching.corners import Search, near_front, prepared, scored
-from ftkit.searching.front import Choice, Point, pick
+from ftkit.searching.front import Point, pick
 from ftkit.searching.result import Found, budgets_of, write
+from ftkit.searching.score import Dropped
 from ftkit.searching.timing import Timing, read_times, timed_points
-from ftkit.training.run import OUT_OF_FOLD, is_finished
+from ftkit.training.run import OUT_OF_FOLD
 from ftkit.training.train import train
 from ftkit.utils import console
+from ftkit.utils.distributed import Ranks, joined
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.preprocess import Preprocess
@@ -40,44 +41,75 @@ TO_TIME = "to-time"  # in the search's folder: for a device that cannot be reach
 FINALIST_FOLDS = 4  # to the last one, so that all are judged on the same images
 
 
-def search(data: str | Path, options: SearchOptions) -> Found:
+def search(data: str | Path, options: SearchOptions) -> Found | None:
     """Search for the network that fits; write the folder options.out.
 
-    What is known before the finalists are trained is written, too. Raises FtkitError for bad data
-    or options, or where no backbone's weights are here.
+    What is known before the finalists are trained is written, too. Under torchrun the ranks share
+    the passes over the images and train each finalist together; only the first one returns what was
+    found. Raises FtkitError for bad data or options, or where no backbone's weights are here.
     """
     begun = time.perf_counter()
     folder = Path(options.out) if options.out else Path("search")
-    with Device.reached(options.on) if options.on else nullcontext() as device:
-        task = prepared(Path(data), options, device)
-        points, dropped = scored(task)
-        console.say(f"{len(points)} candidates scored; {len(dropped)} corners left early")
-        near = near_front(points, options.timed)
-        timed = timed_points(near, _timing(task, folder, near))
+    with joined(options.device) as (place, ranks):
+        with _reached(options, ranks) as device:
+            task = prepared(Path(data), options, device, place, ranks)
+            points, dropped = scored(task)
+            console.say(f"{len(points)} candidates scored; {len(dropped)} corners left early")
+            known = Standing(task=task, folder=folder, points=points, dropped=dropped, begun=begun)
+            wanted = ranks.first(known.time_and_choose)
 
-    seen = {point.candidate for point in timed}
-    untimed = [point for point in points if point.candidate not in seen]
-    trained: list[Point] = []
+        _train_finalists(known, wanted)
+        return known.told() if ranks.main else None
 
-    def told() -> Found:
+
+def _reached(options: SearchOptions, ranks: Ranks) -> AbstractContextManager[Device | None]:
+    """The device that candidates are timed on, if it is not this one; only for the first rank."""
+    return Device.reached(options.on) if options.on and ranks.main else nullcontext()
+
+
+@dataclass
+class Standing:
+    """What is known so far. timed, trained: points of the first rank, which alone times and chooses."""
+
+    task: Search
+    folder: Path
+    points: Sequence[Point]
+    dropped: Sequence[Dropped]
+    begun: float
+    timed: Sequence[Point] = ()
+    trained: list[Point] = field(default_factory=list)
+
+    def time_and_choose(self) -> list[str]:
+        """Time what is near the front; write what that says. The names of the finalists."""
+        near = near_front(self.points, self.task.options.timed)
+        self.timed = timed_points(near, _timing(self.task, self.folder, near))
+        choice = self.told().choice
+        names: list[str] = []
+        for point in (choice.point, choice.best, *(each for each, _ in reversed(choice.open))):
+            if point.candidate.name not in names:
+                names.append(point.candidate.name)
+        return names[: self.task.options.finalists]
+
+    def told(self) -> Found:
         """Choose among the finalists, or before there are any, among all that were timed; write it."""
+        task = self.task
+        options = task.options
+        seen = {point.candidate for point in self.timed}
+        untimed = [point for point in self.points if point.candidate not in seen]
+        among = self.trained or self.timed
         found = Found(
-            folder=folder,
-            points=[*trained, *timed, *untimed],
-            dropped=dropped,
-            choice=pick(trained or timed, budgets_of(options), options.max_drop, task.groups),
+            folder=self.folder,
+            points=[*self.trained, *self.timed, *untimed],
+            dropped=self.dropped,
+            choice=pick(among, budgets_of(options), options.max_drop, task.groups),
             options=options,
-            scored=len(points),
-            seconds=time.perf_counter() - begun,
+            scored=len(self.points),
+            seconds=time.perf_counter() - self.begun,
             target=task.target,
         )
         chosen = found.choice.point.candidate
         write(found, chosen.recipe(task.plan, task.preprocess(chosen.backbone, chosen.size)))
         return found
-
-    found = told()
-    trained += _finalists(task, folder, timed, found.choice)
-    return told() if trained else found
 
 
 def _timing(task: Search, folder: Path, near: Sequence[Point]) -> Timing:
@@ -115,39 +147,38 @@ def _size_of(path: Path, preprocess: Preprocess) -> str:
     return f"{width}x{height}"
 
 
-def _finalists(task: Search, folder: Path, timed: Sequence[Point], choice: Choice) -> list[Point]:
+def _train_finalists(known: Standing, names: Sequence[str]) -> None:
     """The pick, the most accurate, and what may be as good and faster: trained in stages.
 
     Each in a folder named by its recipe, the images and the seed: another search trains its own.
     """
-    wanted: list[Candidate] = []
-    for point in (choice.point, choice.best, *(each for each, _ in reversed(choice.open))):
-        if point.candidate not in wanted:
-            wanted.append(point.candidate)
-
-    points = []
-    for number, candidate in enumerate(wanted[: task.options.finalists], start=1):
+    task = known.task
+    candidates = {point.candidate.name: point.candidate for point in known.points}
+    for number, name in enumerate(names, start=1):
+        candidate = candidates[name]
         preprocess = task.preprocess(candidate.backbone, candidate.size)
         plan = replace(candidate.recipe(task.plan, preprocess), folds=FINALIST_FOLDS)
-        run = folder / f"finalist-{task.digest(plan)}"
+        run = known.folder / f"finalist-{task.digest(plan)}"
         console.say(f"\nfinalist {number}: {candidate.name}")
-        if not is_finished(run):
-            options = TrainOptions(
-                seed=task.options.seed,
-                group_by=task.options.group_by,
-                root=task.options.root,
-                add=task.options.add,
-                minutes=task.options.minutes,
-                resume=True,
-                quiet=task.options.quiet,
-            )
-            train(plan, task.data, run, options)
+        options = TrainOptions(
+            seed=task.options.seed,
+            device=task.options.device,
+            group_by=task.options.group_by,
+            root=task.options.root,
+            add=task.options.add,
+            minutes=task.options.minutes,
+            resume=True,
+            quiet=task.options.quiet,
+        )
+        train(plan, task.data, run, options)
+        if not task.ranks.main:
+            continue
         right = _right_of(task, run)
         if right is None:
             console.warn(f"finalist {number}: not all images were answered in time; it is left out")
             continue
         low, high, _ = share_interval(right, task.groups)
-        points += [
+        known.trained += [
             replace(
                 point,
                 right=right,
@@ -157,10 +188,9 @@ def _finalists(task: Search, folder: Path, timed: Sequence[Point], choice: Choic
                 trained=True,
                 run=run.name,
             )
-            for point in timed
+            for point in known.timed
             if point.candidate == candidate
         ]
-    return points
 
 
 def _right_of(task: Search, folder: Path) -> Array | None:

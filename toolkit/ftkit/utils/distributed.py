@@ -156,8 +156,8 @@ SOLO = Ranks()
 def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     """This process's device ("auto", "cpu" or "cuda") and its rank under torchrun, if any.
 
-    Raises FtkitError if CUDA is requested but absent, if there are fewer GPUs than processes on
-    this machine, and if another rank is lost inside the block.
+    Inside another such block, the same again. Raises FtkitError if CUDA is requested but absent, if
+    there are fewer GPUs than processes on this machine, and if another rank is lost inside the block.
     """
     ranks = _placed()
     device = pick_device(name, ranks.local)
@@ -165,6 +165,9 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     if ranks.world == 1:
         bound_threads()
         yield device, SOLO
+        return
+    if dist.is_initialized():
+        yield device, ranks
         return
 
     console.mute(not ranks.main)
