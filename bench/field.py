@@ -51,7 +51,7 @@ from ftkit_export.bundle.enroll import enroll
 from ftkit_export.bundle.seal import write_manifest
 from ftkit_export.proof.drift_reference import Seen, make_reference
 from ftkit_export.runtime.collect import Collector, Sighting
-from ftkit_export.runtime.drift import DriftTest, Reference
+from ftkit_export.runtime.drift import FRAME, DriftTest, Reference
 from ftkit_export.runtime.predict import Classifier, read_reference
 from ftkit_export.runtime.preprocess import to_frame
 from ftkit_export.runtime.verify import read_manifest, verify
@@ -97,6 +97,30 @@ def _stream(modules: list[np.ndarray], frames: int, draw: np.random.Generator) -
     return np.concatenate(parts)[:frames]
 
 
+def _of_drawn_modules(
+    modules: list[np.ndarray], like: Reference, test_groups: int, draw: np.random.Generator
+) -> Reference:
+    """A reference of as many modules, drawn from these; some of them are its test split."""
+    assert like.groups
+    drawn = [modules[draw.integers(len(modules))] for _ in range(like.groups)]
+    rows = np.concatenate(drawn)
+    names = [str(number) for number, module in enumerate(drawn) for _ in module]
+    few = [number < test_groups for number, module in enumerate(drawn) for _ in module]
+    classes = len(like.classes)
+    frames = len(FRAME)
+    seen = Seen(
+        scores=rows[:, 0],
+        probabilities=rows[:, 1],
+        answers=rows[:, 2 : 2 + classes].argmax(1),
+        groups=names,
+        coordinates=rows[few, 2 + classes : -frames],
+        test_groups=[name for name, picked in zip(names, few, strict=True) if picked],
+        frames=rows[:, -frames:],
+        frame_groups=names,
+    )
+    return make_reference(seen, like.classes)
+
+
 def groups(place: Path) -> str:
     """False alarms and delays where frames come module by module."""
     everything = place / "all"
@@ -120,8 +144,16 @@ def groups(place: Path) -> str:
     dark = _held_out_modules(classify, held, test, CHANGES["a third darker"])
 
     alarms = 0
+    level = 0
     delays: list[float] = []
+    test_modules = max(2, len(names) * 15 // 100)
     for number in range(DEVICES):
+        draw = np.random.default_rng(number)
+        test = DriftTest(_of_drawn_modules(plain, reference, test_modules, draw))
+        for row in _stream(plain, QUIET, draw):
+            test.update(row)
+        level += bool(test.alarms)
+
         draw = np.random.default_rng(number)
         test = DriftTest(reference)
         for row in _stream(plain, QUIET, draw):
@@ -141,7 +173,10 @@ def groups(place: Path) -> str:
     return (
         f"- {len(away)} held-out modules of {len(names)}, {len(held)} photographs; the reference is of "
         f"{reference.images} images in {reference.groups} groups, and {reference.block} images count as one.\n"
-        f"- Nothing changed, {QUIET} frames: {alarms} of {DEVICES} devices alarm.\n"
+        f"- Nothing changed, {QUIET} frames, the reference of as many modules drawn from the same {len(away)}: "
+        f"{level} of {DEVICES} devices alarm.\n"
+        f"- Nothing changed, {QUIET} frames, this bundle and its {len(away)} held-out modules, which come again and "
+        f"again: {alarms} of {DEVICES} devices alarm.\n"
         f"- A third darker from frame {BEGINS} on: found after a median of {statistics.median(delays):.0f} frames, "
         f"on {sum(delay < math.inf for delay in delays)} of {DEVICES} devices."
     )
