@@ -53,6 +53,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="the first seed, to go on with")
     parser.add_argument("--group", action="store_true")
     parser.add_argument("--digits", action="store_true")
     options = parser.parse_args()
@@ -70,7 +71,7 @@ def main() -> None:
         else:
             write_elpv(place / "photos", split=False)
             plan = (*SETTINGS, *SMALL, *(GROUPS if options.group else ()))
-        for seed in range(options.seeds):
+        for seed in range(options.first, options.first + options.seeds):
             row = []
             for folds in ("0", "auto"):
                 run = place / f"{seed}-{folds}"
