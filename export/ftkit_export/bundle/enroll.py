@@ -77,21 +77,22 @@ REPORT = "report.html"
 class Enrolled:
     """Result of an enrolment, also in the manifest.
 
-    images: different ones of the new class; recognised: of them, each scored by the others, as a
-    share with its two-sided 95 % interval. kept: held-out images of the classes that were trained on;
-    lost: of them, answered correctly before anything was enrolled, and no longer; drop_low,
-    drop_high: bounds of that loss of accuracy, each at 95 %. clusters: groups of the kept images,
-    None where they have none. worst: the old class that loses the largest share, with the images
-    lost and kept; unseen: old classes of which no image was kept. settled: whether the kept images
-    could bound a loss as small as max_drop. golden_changed: golden photographs of old classes with
-    another answer. open: gates of the old bundle that have not passed. unsigned: whether the old bundle's signature
-    was not renewed.
+    images: different ones of the new class, in so many groups (None: each on its own); recognised: of
+    them, each scored by those of other groups, as a share with its two-sided 95 % interval. kept:
+    held-out images of the classes that were trained on; lost: of them, answered correctly before
+    anything was enrolled, and no longer; drop_low, drop_high: bounds of that loss of accuracy, each at
+    95 %. clusters: groups of the kept images, None where they have none. worst: the old class that
+    loses the largest share, with the images lost and kept; unseen: old classes of which no image was
+    kept. settled: whether the kept images could bound a loss as small as max_drop. golden_changed:
+    golden photographs of old classes with another answer. open: gates of the old bundle that have not
+    passed. unsigned: whether the old bundle's signature was not renewed.
     """
 
     name: str
     folder: Path
     verdict: Outcome
     images: int
+    groups: int | None
     duplicates: int
     recognised: int
     recall_low: float
@@ -122,8 +123,9 @@ class Enrolled:
         ground = f"{self.kept} held-out images"
         if self.clusters:
             ground += f" in {self.clusters} groups"
+        by = f"those of the other {self.groups - 1} groups" if self.groups else "the others"
         lines = [
-            f"{self.name}: {self.recognised} of {self.images} images recognised, each by the others: "
+            f"{self.name}: {self.recognised} of {self.images} images recognised, each by {by}: "
             f"{share:.2f} [{self.recall_low:.2f}, {self.recall_high:.2f}]",
             f"old classes: {100 * self.lost / self.kept:.1f} points lost [{100 * self.drop_low:.1f}, "
             f"{100 * self.drop_high:.1f}], limit {100 * self.max_drop:.1f}, on {ground}; "
@@ -164,13 +166,15 @@ def enroll(
     max_drop: float = MAX_DROP,
     key: Path | None = None,
     version: int | None = None,
+    group_by: str = "",
 ) -> Enrolled:
     """Write a bundle to `out` that also knows the class `name`, judged and sealed.
 
     images: files of the new class. max_drop: accuracy that the old classes may lose, in 0..1. key:
-    an Ed25519 private key to sign with. version: of the new bundle, by default the time. Raises
-    BundleError for a bundle that is altered or keeps no sample, FtkitError for a name that is taken,
-    too few images, or an `out` that is there.
+    an Ed25519 private key to sign with. version: of the new bundle, by default the time. group_by: a
+    regular expression; what it finds in a path (its first capture group, or the whole match) names
+    the image's group. Raises BundleError for a bundle that is altered or keeps no sample, FtkitError
+    for a name that is taken, too few images or groups, or an `out` that is there.
     """
     if out.resolve().is_relative_to(bundle.resolve()):
         raise FtkitError(
@@ -185,7 +189,7 @@ def enroll(
     manifest = read_manifest(bundle)
     check_files(bundle, manifest["files"])
     try:
-        return _enroll(bundle, manifest, name, images, out, max_drop, key, version)
+        return _enroll(bundle, manifest, name, images, out, max_drop, key, version, group_by)
     except MALFORMED as error:
         raise BundleError(
             f"{bundle}: expected labels, golden vectors and a kept sample that fit each other, found others "
@@ -202,6 +206,7 @@ def _enroll(
     max_drop: float,
     key: Path | None,
     version: int | None,
+    group_by: str,
 ) -> Enrolled:
     _require_new(bundle, name, manifest["labels"])
     sample = KeptSample.read(bundle / FILE)
@@ -218,6 +223,7 @@ def _enroll(
         raise FtkitError(
             f"{name}: expected {FEWEST} different images or more, found {len(different)}. Add some"
         )
+    groups = _groups(different, group_by) if group_by else None
     seen = [_sight(classify, path) for path in different]
     embedding = np.stack([each for each, _ in seen])
     probabilities = np.stack([answers for _, answers in seen])
@@ -225,7 +231,7 @@ def _enroll(
         raise BundleError(
             f"{bundle}: expected numbers, found an embedding without. Export it again"
         )
-    new = fit_class(classify.familiar, sample, embedding, probabilities, max_drop)
+    new = fit_class(classify.familiar, sample, embedding, probabilities, max_drop, groups)
 
     folder = begin_bundle(out)
     try:
@@ -246,6 +252,7 @@ def _enroll(
             folder=out,
             verdict=overall(each.verdict for each in gates),
             images=len(different),
+            groups=None if groups is None else int(groups.max()) + 1,
             duplicates=len(images) - len(different),
             recognised=int(new.recognised.sum()),
             recall_low=new.recall_low,
@@ -304,6 +311,34 @@ def _judged(
         worst=max(counts, key=lambda each: each[1] / max(1, each[2])),
         unseen=tuple(label for label, _, kept in counts if not kept),
     )
+
+
+def _groups(paths: Sequence[Path], group_by: str) -> Array:
+    """Number of each image's group, (n,); one that the expression does not match is on its own."""
+    try:
+        pattern = re.compile(group_by)
+    except re.error as error:
+        raise FtkitError(
+            f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
+        ) from None
+    matches = [pattern.search(path.as_posix()) for path in paths]
+    if not any(matches):
+        raise FtkitError(
+            f"--group-by {group_by}: expected it to match paths such as {paths[0].as_posix()}, found no match. Try "
+            "'([^/]+)_[0-9]+'"
+        )
+    names = [
+        match[1 if pattern.groups else 0] if match else f"\0{row}"
+        for row, match in enumerate(matches)
+    ]
+    found, numbers = np.unique(names, return_inverse=True)
+    if len(found) < 2:
+        raise FtkitError(
+            f"--group-by {group_by}: expected images of two groups or more, found one ({found[0]}). Add images of "
+            "another"
+        )
+    groups: Array = numbers
+    return groups
 
 
 def _sight(classify: Classifier, path: Path) -> tuple[Array, Array]:

@@ -155,6 +155,7 @@ def enroll_class(options: argparse.Namespace) -> int:
         max_drop=options.max_drop,
         key=options.sign,
         version=options.bundle_version,
+        group_by=options.group_by,
     )
     print(enrolled.as_text())
     print(f"bundle: {enrolled.folder}")
@@ -230,6 +231,9 @@ def main() -> int:
         type=float,
         default=MAX_DROP,
         help="accuracy the old classes may lose to it (0.01)",
+    )
+    parser.add_argument(
+        "--group-by", default="", metavar="REGEX", help="groups in the paths of the new images"
     )
     parser.add_argument("--sign", type=Path, metavar="KEY", help="private key to sign NEW with")
     parser.add_argument(

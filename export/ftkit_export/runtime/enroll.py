@@ -134,7 +134,7 @@ class NewClass:
 
     weights (old classes, D), bias (old classes,): float32, of the embedding scaled to length 1.
     statistics: with the new class's mean. recognised (n,) bool: each new image, scored by the mean of
-    the others; recall_low, recall_high: two-sided 95 %. lost (M,) bool: images of the kept sample
+    the images of other groups; recall_low, recall_high: two-sided 95 %. lost (M,) bool: images of the kept sample
     that were right before anything was enrolled, and are no longer; drop_low, drop_high: of their
     share among the test images, each one-sided 95 %.
     log_odds (n,): of each new image, by the others. settled: whether the sample can bound a loss
@@ -172,16 +172,23 @@ def fit_class(
     embedding: Array,
     probabilities: Array,
     max_drop: float,
+    groups: Array | None = None,
 ) -> NewClass:
     """Fit a new class to the embeddings (n, D) of its images.
 
     probabilities (n, old classes): what the file says of them now. max_drop: accuracy that the old
-    classes may lose, in 0..1.
+    classes may lose, in 0..1. groups (n,): numbers from 0; images of one group show one thing, and
+    count as one. None: every image is on its own. There must be two groups.
     """
     images = unit_length(embedding)
-    whole = images.sum(0)
     count = len(images)
-    others = (whole - images) / (count - 1)  # (n, D): the mean without each
+    groups = np.arange(count) if groups is None else groups
+    sizes = np.bincount(groups)
+    whole = images.sum(0)
+    of_groups = np.zeros((len(sizes), images.shape[1]))
+    np.add.at(of_groups, groups, images)
+    # (n, D): the mean without each image's group
+    others = (whole - of_groups[groups]) / (count - sizes[groups])[:, None]
     discriminant = _Discriminant(statistics)
     apart = discriminant.scores(images, others)
     weights, bias = discriminant.line(whole / count)
@@ -206,21 +213,29 @@ def fit_class(
     drop_low, drop_high = _drop_bounds(int((lost & judged).sum()), sample)
     log_odds = scale * apart + offset
     recognised = own_margins > lower
-    two_sided = (1 + LEVEL) / 2
-    hits = int(recognised.sum())
+    low, high = _recall_bounds(recognised, groups)
     return NewClass(
         weights=(scale * weights).astype(np.float32),
         bias=(scale * bias + offset).astype(np.float32),
         statistics=_with_mean(statistics, images, others),
         recognised=recognised,
-        recall_low=1 - upper_bound(count - hits, count, two_sided),
-        recall_high=upper_bound(hits, count, two_sided),
+        recall_low=low,
+        recall_high=high,
         lost=lost,
         drop_low=drop_low,
         drop_high=drop_high,
         log_odds=log_odds,
         settled=settled,
     )
+
+
+def _recall_bounds(recognised: Array, groups: Array) -> tuple[float, float]:
+    """Two-sided 95 % interval of the share of images recognised, a group counting as one of them."""
+    count = len(np.unique(groups))
+    hits = float(recognised.mean()) * count
+    level = (1 + LEVEL) / 2
+    low = 1 - upper_bound(count - math.floor(hits + 1e-9), count, level)
+    return low, upper_bound(math.ceil(hits - 1e-9), count, level)
 
 
 def _with_mean(statistics: OutOfDistribution, images: Array, others: Array) -> OutOfDistribution:

@@ -15,8 +15,10 @@ from conftest import PER_CLASS, SMALL, ftkit, settings
 
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
+from ftkit.models.backbones import build
+from ftkit.models.inference import WithEmbedding
 from ftkit.recipe import load_recipe
-from ftkit.searching.candidates import Candidate, backbone_of
+from ftkit.searching.candidates import Candidate, backbone_of, candidates
 from ftkit.searching.corners import near_front
 from ftkit.searching.features import features
 from ftkit.searching.score import as_point
@@ -45,7 +47,7 @@ def test_all_depths_are_scored_the_near_ones_timed_and_the_best_trained(
 ) -> None:
     out, printed = searched
     told = json.loads((out / "search.json").read_text())
-    assert told["scored"] == 30
+    assert told["scored"] == 36
     timed = [point for point in told["points"] if point["p50_ms"]]
     assert {point["precision"] for point in timed} == {"fp32", "int8"}
     assert len({point["name"] for point in timed if not point["trained"]}) == 6
@@ -243,7 +245,7 @@ def test_what_was_found_stands_when_a_finalist_is_interrupted(
         done = _search(photos, tmp_path, "--timed", 2, "--finalists", 1)
     assert done.exit_code == 130, done.output
     told = json.loads((tmp_path / "search.json").read_text())
-    assert told["scored"] == 30
+    assert told["scored"] == 36
     assert told["pick"]["p50_ms"] > 0
     assert not told["pick"]["trained"]
 
@@ -266,6 +268,16 @@ def test_features_are_those_of_the_network(photos: Path) -> None:
         expected = torch.cat([value.mean((2, 3)), value.amax((2, 3))], 1).numpy()
         np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(found[name], again[name])
+
+    together = [each for each in candidates(backbone, 64) if "+" in each.cut]
+    assert [each.cut.count("+") for each in together] == [1, 2, 2]
+    cut = together[1].cut
+    shorter = build("efficientnet_lite0", 2, cut=cut, pooling=together[1].pooling)
+    pixels = torch.from_numpy(preprocess.pixels(canvases.array(rows)))
+    with torch.inference_mode():
+        _, embedding = WithEmbedding(shorter)(pixels)
+    expected = np.concatenate([found[name] for name in cut.split("+")], axis=1)
+    np.testing.assert_allclose(embedding, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_network_of_one_input_size_and_a_val_split_are_told(photos: Path, tmp_path: Path) -> None:

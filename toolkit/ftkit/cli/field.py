@@ -135,6 +135,12 @@ def _classes(bundle: Path) -> list[str]:
     help="Accuracy that the old classes may lose to it.",
 )
 @click.option(
+    "--group-by",
+    default="",
+    metavar="REGEX",
+    help="Images of one object: what it finds in a path is their group.",
+)
+@click.option(
     "--bundle-version",
     type=click.IntRange(0),
     metavar="N",
@@ -152,6 +158,7 @@ def enroll(
     images: Path,
     out: Path,
     max_drop: float,
+    group_by: str,
     bundle_version: int | None,
     sign: Path | None,
     as_json: Path | None,
@@ -176,6 +183,7 @@ def enroll(
             max_drop=max_drop,
             key=sign,
             version=bundle_version,
+            group_by=group_by,
         )
 
     write_json(as_json, {**dataclasses.asdict(found), "folder": str(found.folder)})

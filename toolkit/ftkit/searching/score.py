@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ftkit.searching.candidates import Candidate
 from ftkit.searching.front import Point
 from ftkit.training.closed_form import STRENGTHS, fit_head
@@ -37,9 +39,10 @@ def score(
     """
     points = []
     for candidate in space:
-        values = features[candidate.cut]
+        parts = [features[name] for name in candidate.cut.split("+")]
         if candidate.cut and candidate.pooling == "mean":
-            values = values[:, : values.shape[1] // 2]
+            parts = [values[:, : values.shape[1] // 2] for values in parts]
+        values = np.concatenate(parts, axis=1)
         head = fit_head(values, labels, masks, classes, strengths=COARSE)
         points.append(as_point(candidate, head.logits.argmax(1) == labels, groups))
     return points
