@@ -110,11 +110,14 @@ def test_another_class_can_follow_on_a_device_without_onnx_scipy_or_torch(
         f"sys.path.insert(0, {str(script.parent)!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [sys.executable, "-c", run, script, "--enroll", "flower", "--max-drop", str(LIMIT)]
+    command += ["--group-by", "0([0-4])[.]png"]  # the seven others are on their own
     out = tmp_path / "both"
     done = subprocess.run(
         [*command, "--out", out, flower], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    told = read_manifest(out)["enrolled"]
+    assert [each["groups"] for each in told] == [None, 12]
 
     assert verify(out).passed
     classify = Classifier(out)
@@ -144,6 +147,20 @@ def test_a_new_name_for_an_old_class_cannot_take_it_over(
     )
     assert found.lost / found.kept <= LIMIT
     assert found.drop_high <= LIMIT
+
+
+def test_images_of_a_group_are_judged_by_those_of_others(
+    bundle: Path, temple: Path, tmp_path: Path
+) -> None:
+    flower = _patches(tmp_path / "flower", 1, 4)
+    mixed = [*sorted(flower.iterdir()), *sorted(temple.iterdir())[:4]]
+    alone, grouped = (
+        enroll(bundle, "sight", mixed, tmp_path / name, max_drop=LIMIT, group_by=group_by)
+        for name, group_by in (("alone", ""), ("grouped", "flower|temple"))
+    )
+    assert (alone.groups, grouped.groups) == (None, 2)
+    assert grouped.recognised <= alone.recognised
+    assert grouped.recall_low < alone.recall_low - 0.3, "two groups say less than eight images"
 
 
 def test_where_the_kept_images_cannot_tell_it_is_open(
@@ -241,6 +258,9 @@ def test_what_cannot_be_enrolled_is_refused_and_nothing_is_written(
         with pytest.raises(FtkitError, match=said):
             enroll(where, name, files, tmp_path / "out", max_drop=LIMIT)
     assert not list(tmp_path.glob("*out*"))
+    for group_by, said in (("(", "regular"), ("part", "no match"), ("temple", "two groups")):
+        with pytest.raises(FtkitError, match=said):
+            enroll(bundle, "temple", images, tmp_path / "out", max_drop=LIMIT, group_by=group_by)
     with pytest.raises(FtkitError, match="outside the bundle"):
         enroll(bundle, "temple", images, bundle / "next", max_drop=LIMIT)
     assert ftkit("enroll", bundle, "mono-ok", temple, "--out", tmp_path / "out").exit_code == 2
