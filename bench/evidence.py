@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--group", action="store_true")
     parser.add_argument("--digits", action="store_true")
     options = parser.parse_args()
+    if options.digits and options.group:
+        parser.error("digits have no groups: give one of --digits and --group")
     gains = []
     print(
         "| seed | val split: test | seconds | folds: test | seconds | stages | int8 | images | drop | time | size |"
@@ -96,6 +98,8 @@ def main() -> None:
                 flush=True,
             )
 
+    if len(gains) < 2:
+        return
     error = np.std(gains, ddof=1) / np.sqrt(len(gains))
     half = stats.t.ppf(0.975, len(gains) - 1) * error
     print(

@@ -44,6 +44,7 @@ from search import write_digits
 from sklearn.datasets import load_sample_images
 
 from ftkit.cli.demo import write_elpv
+from ftkit.exporting.drift import MORE_FRAMES
 from ftkit.field.review import ordered
 from ftkit.training.closed_form import default_folds, fit_head
 from ftkit_export.bundle import archive
@@ -286,8 +287,8 @@ def _sampled(sightings: list[Sighting], like: Reference, seed: int) -> Reference
         groups=[""] * len(drawn),
         coordinates=np.stack([item.coordinates for item in few]),
         test_groups=[""] * len(few),
-        frames=np.stack([item.frame for item in few]),
-        frame_groups=[""] * len(few),
+        frames=np.stack([item.frame for item in (*few, *drawn[len(few) :][:MORE_FRAMES])]),
+        frame_groups=[""] * min(len(drawn), len(few) + MORE_FRAMES),
     )
     return make_reference(seen, like.classes)
 

@@ -4,7 +4,9 @@
 
 Each rate is an upper confidence bound, so that images like the held-out ones exceed none of them,
 with a confidence of 99 % for all events of a stream together; cluster-robust where images have
-groups. The fewer images or groups, the higher the rates, and the more drift it takes to be found.
+groups. The fewer images or groups, the higher the rates, and the more drift it takes to be found. The
+frames' own figures do not depend on the model, so that training images count as well, as far as the
+test images do not contradict them.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ class Seen:
     """Held-out images as the model sees them: scores (N,), probabilities (N,) of the answers, and
     answers (N,) by class number; groups: one name an image.
 
-    coordinates (M, K), of images that the shipped weights have not seen, and frames (F, 5), of any
-    images, have groups of their own.
+    coordinates (M, K), of test images, which the shipped weights have not seen, and frames (F, 5), of
+    the same test images first and then of others, have groups of their own.
     """
 
     scores: Array
@@ -71,7 +73,12 @@ def make_reference(seen: Seen, classes: Sequence[str]) -> Reference:
     for stream, value, column, above, marks in tails:
         beyond = np.stack([column > mark if above else column < mark for mark in marks])
         groups = of_stream.get(stream, seen.groups)
-        rate = _highest(beyond.mean(0), groups, 1 - ERROR / counts[stream])
+        shown = beyond.mean(0)
+        level = 1 - ERROR / counts[stream]
+        rate = _highest(shown, groups, level)
+        if stream == "frame" and len(own := shown[: len(seen.coordinates)]):
+            # Training images that the device will not see are no evidence against the test images
+            rate = rate if own.mean() <= rate else _highest(own, seen.test_groups, level)
         if rate < 1:  # else nothing that happens would be too often
             events.append(
                 Event(

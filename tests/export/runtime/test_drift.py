@@ -115,6 +115,41 @@ def test_images_of_one_group_count_as_one() -> None:
     assert _fed(DriftTest(reference), images).verdict == 0
 
 
+def _with_frames(random: np.random.Generator, test: np.ndarray, others: np.ndarray) -> Reference:
+    """Of 200 test images and others, which have only frames, in 10 and 40 groups."""
+    scores, probabilities, answers, coordinates, _ = _drawn(random, 200)
+    groups = [f"test{row // 20}" for row in range(200)]
+    seen = Seen(
+        scores=scores,
+        probabilities=probabilities,
+        answers=answers,
+        groups=groups,
+        coordinates=coordinates,
+        test_groups=groups,
+        frames=np.concatenate([test, others]),
+        frame_groups=groups + [f"other{row // 20}" for row in range(len(others))],
+    )
+    return make_reference(seen, CLASSES)
+
+
+def test_frames_of_other_images_count_where_the_test_images_do_not_contradict_them() -> None:
+    random = np.random.default_rng(5)
+    test, others, later = (random.normal(100, 20, (count, 5)) for count in (200, 800, 1500))
+    with_others = _with_frames(random, test, others)
+    alone = _with_frames(random, test, others[:0])
+    images = _drawn(random, 1500)
+    images[-1] = later
+    assert not _fed(DriftTest(with_others), images).alarms
+
+    images[-1] = later - 40  # darker by two standard deviations
+    found = [_fed(DriftTest(each), images).alarms for each in (with_others, alone)]
+    assert "frame" in found[0]
+    assert found[0]["frame"]["at"] < found[1]["frame"]["at"], "and sooner for it"
+
+    darker = _with_frames(random, test - 40, others)  # a test split of another camera
+    assert not _fed(DriftTest(darker), images).alarms
+
+
 def test_a_damaged_reference_is_refused() -> None:
     told = json.loads(_reference(np.random.default_rng(4)).to_json())
     for change in (

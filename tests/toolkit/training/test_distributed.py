@@ -25,7 +25,7 @@ from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit.utils import distributed
 from ftkit.utils.distributed import FRESH_STORE, Ranks
-from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
 
 # SGD: Adam would turn gradient noise where the true gradient is zero
 # (a bias before a BatchNorm) into steps.
@@ -301,6 +301,7 @@ def test_every_process_gets_the_very_command(
     started: list[object] = []
     monkeypatch.setattr(distributed, "pick_device", lambda *_: None)
     monkeypatch.setattr(distributed, "launch", lambda *given: started.append(given) or 7)
+    monkeypatch.setenv(MAX_PIXELS, "1")  # so that it is as before in the end
     said = [
         "--recipe",
         "gentle",
@@ -311,6 +312,8 @@ def test_every_process_gets_the_very_command(
         "--seed",
         "3",
         "--deterministic",
+        "--max-pixels",  # by the environment
+        "50000000",
     ]
     result = ftkit(
         "train", tmp_path / "my photos", "--gpus", "4", "--out", tmp_path / "a run", *said
@@ -332,6 +335,7 @@ def test_every_process_gets_the_very_command(
         "out": tmp_path / "a run",
     }
     assert {name: again[name] for name in expected} == expected
+    assert os.environ[MAX_PIXELS] == "50000000"
 
 
 def test_ranks_that_cannot_meet_say_so(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,8 @@ def launch_again(ctx: click.Context, gpus: int, more: Sequence[str] = ()) -> int
         given = (
             ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
         )
-        if not given or option.name in ("data", "device", "gpus"):
+        known = option.name in ctx.params  # others act while they are parsed, by the environment
+        if not (given and known) or option.name in ("data", "device", "gpus"):
             continue
         value = ctx.params[option.name or ""]
         for item in value if isinstance(value, tuple) else [value]:

@@ -48,7 +48,7 @@ class _Group(click.Group):
         except FtkitError as error:
             if os.environ.get("FTKIT_DEBUG") == "1":
                 raise
-            if not isinstance(error, ToldElsewhereError):
+            if str(error) and not isinstance(error, ToldElsewhereError):
                 click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stopped:

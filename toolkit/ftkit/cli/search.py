@@ -131,12 +131,12 @@ def search(
 
     Exit code 1: nothing meets the budgets; the nearest is named.
     """
+    options["backbones"] = [name.strip() for name in backbones.split(",")] if backbones else ()
+    options["sizes"] = _whole_numbers(sizes) if sizes else ()
     if gpus:
         require_gpus(ctx, gpus)
         ctx.exit(launch_again(ctx, gpus))
 
-    options["backbones"] = [name.strip() for name in backbones.split(",")] if backbones else ()
-    options["sizes"] = _whole_numbers(sizes) if sizes else ()
     options["quiet"] = options["quiet"] or as_json
     found = api.search(data, **options)
 

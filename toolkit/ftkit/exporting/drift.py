@@ -1,6 +1,6 @@
 """Put the reference of the drift test into a bundle.
 
-write_reference(folder, run, canvases, sightings, input_format)
+write_reference(folder, run, canvases, sightings, "rgb", "640x480")
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ftkit_export.runtime.arrays import spread_evenly
 from ftkit_export.runtime.collect import Sighting
 from ftkit_export.runtime.drift import frame_statistics
 from ftkit_export.runtime.predict import REFERENCE, softmax
-from ftkit_export.runtime.preprocess import to_frame
+from ftkit_export.runtime.preprocess import parse_frame, to_frame
 
-MORE_FRAMES = 500  # beside the test images'; decoding them takes seconds
+MORE_FRAMES = 500  # beside the test images'
+PIXELS = 1_000_000_000  # of them together: half a minute of decoding
 
 
 def write_reference(
@@ -30,17 +31,22 @@ def write_reference(
     canvases: Canvases,
     sightings: Sequence[Sighting],
     input_format: str,
+    frame: str,
 ) -> None:
     """Write drift.json into the bundle in `folder`.
 
     sightings: of the test images, by the file itself. Scores, confidence and classes are those of
     the folds' models on the images each has not seen, which are many more; without folds, and for
     the embedding, whose directions are the shipped model's own, those of the test images. Frames do
-    not depend on the model: those of other images count, too.
+    not depend on the model: those of some other images follow those of the test images. frame: the
+    size of most, which bounds how many are decoded.
     """
     test = canvases.rows("test")
     test_groups = canvases.groups(test)
-    others = spread_evenly(np.setdiff1d(np.arange(len(canvases.labels)), test), MORE_FRAMES)
+    width, height = parse_frame(frame)
+    count = min(MORE_FRAMES, PIXELS // (width * height))
+    others = np.setdiff1d(np.arange(len(canvases.labels)), test)
+    others = spread_evenly(others, count) if count else others[:0]
     frames = [sighting.frame for sighting in sightings]
     with console.bar("frames of the drift reference") as progress:
         for number, row in enumerate(others, start=1):

@@ -1,6 +1,6 @@
 """Score every corner of the space: a backbone at an input size, at all its depths.
 
-    task = prepared("photos", options, device)
+    task = prepared("photos", options, None)
     points, dropped = scored(task)
     near_front(points, 16)                 # those worth timing
 
@@ -16,7 +16,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,8 +52,8 @@ Corner = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """The inputs of a search, read once. device: where files are timed, if not here. place: where
-    features are computed."""
+    """The inputs of a search, read once. remote: where files are timed, if not here; known to the
+    first rank. device: where features are computed."""
 
     options: SearchOptions
     plan: Recipe
@@ -61,8 +61,8 @@ class Search:
     images: Images
     backbones: Mapping[str, Backbone]
     target: str
-    device: Device | None
-    place: torch.device = CPU
+    remote: Device | None
+    device: torch.device = CPU
     ranks: Ranks = SOLO
     decoded: dict[Preprocess, Canvases] = field(default_factory=dict)
 
@@ -104,8 +104,8 @@ class Search:
 def prepared(
     data: Path,
     options: SearchOptions,
-    device: Device | None,
-    place: torch.device = CPU,
+    remote: Device | None,
+    device: torch.device = CPU,
     ranks: Ranks = SOLO,
 ) -> Search:
     """Read the images and build the backbones. Raises FtkitError for bad data, options or weights."""
@@ -137,23 +137,23 @@ def prepared(
         data=data,
         images=images,
         backbones=backbones,
-        target=_target(options, device),
+        target=ranks.first(lambda: _target(options, remote)),
+        remote=remote,
         device=device,
-        place=place,
         ranks=ranks,
     )
 
 
-def _target(options: SearchOptions, device: Device | None) -> str:
+def _target(options: SearchOptions, remote: Device | None) -> str:
     """The processor to search for. Raises FtkitError where options contradict each other, or a budget
     asks for times that cannot be had."""
-    if device:
-        if options.target not in ("auto", device.target) or options.latency:
+    if remote:
+        if options.target not in ("auto", remote.target) or options.latency:
             raise FtkitError(
-                f"--on: expected neither --latency nor another --target than its own, {device.target}, found one. "
+                f"--on: expected neither --latency nor another --target than its own, {remote.target}, found one. "
                 "Leave it out"
             )
-        return device.target
+        return remote.target
     target = here() if options.target == "auto" else options.target
     if target == here() and options.latency:
         raise FtkitError(
@@ -200,7 +200,10 @@ def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
 
     groups = task.groups
     picked = _third(task.canvases(*corners[0]))
-    dropped = [*unfit, *worth_going_on(first, [groups[place] for place in picked])]
+    beaten = worth_going_on(first, [groups[place] for place in picked])
+    # Another machine may round otherwise
+    left = task.ranks.first(lambda: [astuple(each) for each in (*unfit, *beaten)])
+    dropped = [Dropped(*each) for each in left]
     for each in dropped:
         console.say(f"left: {each.backbone} at {each.size} px: {each.reason}")
 
@@ -222,17 +225,20 @@ def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
 
 
 def _share(task: Search, corners: Sequence[Corner], *, part: bool) -> None:
-    """With several ranks, each computes some corners; all then find them in the cache."""
+    """With several ranks on a machine, each computes some corners, large and small ones; all then
+    find them in the machine's cache."""
     ranks = task.ranks
     if ranks.world == 1:
         return
     for corner in corners:
         task.canvases(*corner)
+    dealt = sorted(corners, key=lambda corner: -corner[1])[ranks.local :: ranks.local_world]
 
     def compute() -> None:
-        for corner in corners[ranks.rank :: ranks.world]:
+        for number, corner in enumerate(dealt, start=1):
+            label = f"this rank's {number}/{len(dealt)}"
             with suppress(UnfitSizeError):  # told when it is read
-                _corner(task, corner, f"rank {ranks.rank}", part=part)
+                _corner(task, corner, label, part=part)
 
     ranks.together(compute)
 
@@ -271,7 +277,7 @@ def _corner(task: Search, corner: Corner, label: str, *, part: bool) -> list[Poi
         )
 
     with console.bar(f"{label}: {name} at {size} px") as progress:
-        place = entry(backbone, canvases, preprocess, asked, task.place)
+        place = entry(backbone, canvases, preprocess, asked, task.device)
         known = place / f"answers-{_digest(labels, masks)}.npz"
         if (points := _answered(known, space, groups)) is not None:
             return points
@@ -283,7 +289,7 @@ def _corner(task: Search, corner: Corner, label: str, *, part: bool) -> list[Poi
                 preprocess,
                 some,
                 progress,
-                device=task.place,
+                device=task.device,
                 threads=share_of_cores(task.ranks),
             )
 

@@ -25,6 +25,7 @@ from ftkit.models.inference import PREFIX_BATCH, runner
 from ftkit.models.weights import fingerprint
 from ftkit.utils.cache_folder import cache_folder, publish, unpublished
 from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 
 WHOLE = ""
@@ -96,14 +97,21 @@ def features(
         return torch.from_numpy(preprocess.pixels(canvas)).to(device)
 
     net = _AllDepths(backbone, names, preprocess.size).to(device)
-    run, _ = runner(net, pixels(0), threads)
     parts: list[list[Array]] = []
-    for start in range(0, len(rows), batch):
-        parts.append(run(pixels(start)))
-        progress(min(start + batch, len(rows)), len(rows))
-    for hook in net.hooks:
-        hook.remove()
-    net.cpu()
+    try:
+        run, _ = runner(net, pixels(0), threads)
+        for start in range(0, len(rows), batch):
+            parts.append(run(pixels(start)))
+            progress(min(start + batch, len(rows)), len(rows))
+    except torch.OutOfMemoryError:
+        raise FtkitError(
+            f"{backbone.name} at {preprocess.size} px: expected GPU memory for {batch} images, found too little. "
+            "Try smaller --sizes, or --device cpu"
+        ) from None
+    finally:
+        for hook in net.hooks:
+            hook.remove()
+        net.cpu()
 
     whole = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     made = dict(zip([*names, WHOLE], whole, strict=True))
@@ -118,12 +126,14 @@ def entry(
     rows: Array,
     device: torch.device = CPU,
 ) -> Path:
-    """Folder of a cache entry: its key holds the weights, the images, the preprocessing, the versions,
-    and the kind of device, which rounds in its own way."""
+    """Folder of a cache entry: its key holds the weights, the images, the preprocessing, the versions
+    and, if it is no CPU, the kind of device, which rounds in its own way."""
     digest = hashlib.sha256(fingerprint(backbone.model).encode())
     for row in rows:
         digest.update(canvases.digests[row].encode())
-    digest.update(repr((backbone.name, asdict(preprocess), VERSIONS, device.type)).encode())
+    digest.update(repr((backbone.name, asdict(preprocess), VERSIONS)).encode())
+    if device.type != "cpu":
+        digest.update(device.type.encode())
     return cache_folder() / "features" / digest.hexdigest()[:32]
 
 

@@ -31,6 +31,7 @@ from ftkit.training.run import OUT_OF_FOLD
 from ftkit.training.train import train
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks, joined
+from ftkit_export.conversion.convert import exact_float32
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.preprocess import Preprocess
@@ -50,9 +51,11 @@ def search(data: str | Path, options: SearchOptions) -> Found | None:
     """
     begun = time.perf_counter()
     folder = Path(options.out) if options.out else Path("search")
-    with joined(options.device) as (place, ranks):
-        with _reached(options, ranks) as device:
-            task = prepared(Path(data), options, device, place, ranks)
+    with joined(options.device) as (device, ranks):
+        if device.type == "cuda":
+            exact_float32()
+        with _reached(options, ranks) as remote:
+            task = ranks.together(lambda: prepared(Path(data), options, remote, device, ranks))
             points, dropped = scored(task)
             console.say(f"{len(points)} candidates scored; {len(dropped)} corners left early")
             known = Standing(task=task, folder=folder, points=points, dropped=dropped, begun=begun)
@@ -69,7 +72,7 @@ def _reached(options: SearchOptions, ranks: Ranks) -> AbstractContextManager[Dev
 
 @dataclass
 class Standing:
-    """What is known so far. timed, trained: points of the first rank, which alone times and chooses."""
+    """What is known so far. timed, trained: filled on the first rank only, which times and chooses."""
 
     task: Search
     folder: Path
@@ -122,7 +125,7 @@ def _timing(task: Search, folder: Path, near: Sequence[Point]) -> Timing:
         canvases = np.stack([preprocess.canvas(preprocess.decode(path)) for path in paths])
         return preprocess.pixels(canvases)
 
-    elsewhere = not task.device and task.target != here()
+    elsewhere = not task.remote and task.target != here()
     names = sorted(point.candidate.name for point in near)
     digest = hashlib.sha256(json.dumps([task.target, names]).encode()).hexdigest()[:12]
     given = task.options.latency
@@ -134,7 +137,7 @@ def _timing(task: Search, folder: Path, near: Sequence[Point]) -> Timing:
         weights=task.plan.weights,
         preprocess=task.preprocess,
         pixels=pixels,
-        device=task.device,
+        device=task.remote,
         for_device=folder / TO_TIME if elsewhere else None,
         brought=read_times(Path(given), task.target, digest) if given else {},
         digest=digest,

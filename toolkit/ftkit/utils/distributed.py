@@ -108,10 +108,10 @@ class Ranks:
             return make()
 
         made = None
-        failure = None
+        failure: FtkitError | OSError | None = None
         try:
             made = make()
-        except FtkitError as error:
+        except (FtkitError, OSError) as error:
             failure = error
 
         failed = [rank for rank, wrong in enumerate(self.gather(failure is not None)) if wrong]
@@ -150,15 +150,18 @@ class Ranks:
 
 
 SOLO = Ranks()
+_inside = False  # a block of `joined`
 
 
 @contextmanager
 def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     """This process's device ("auto", "cpu" or "cuda") and its rank under torchrun, if any.
 
-    Inside another such block, the same again. Raises FtkitError if CUDA is requested but absent, if
-    there are fewer GPUs than processes on this machine, and if another rank is lost inside the block.
+    Inside another such block: the same, without joining anew. Raises FtkitError if CUDA is requested
+    but absent, if there are fewer GPUs than processes on this machine, and if another rank is lost
+    inside the block.
     """
+    global _inside
     ranks = _placed()
     device = pick_device(name, ranks.local)
 
@@ -166,7 +169,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         bound_threads()
         yield device, SOLO
         return
-    if dist.is_initialized():
+    if _inside:
         yield device, ranks
         return
 
@@ -188,6 +191,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
             f"{str(error).splitlines()[0]}. {cure}"
         ) from None
 
+    _inside = True
     try:
         yield device, ranks
         dist.destroy_process_group()
@@ -205,10 +209,11 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         said = re.sub(r"^\[[^\]]*\] *", "", said).split(". ")[0][:70]
         _tell(
             f"rank {ranks.rank}: expected every rank to answer, found one gone ({said}). What was saved is kept: try "
-            "the same command with --resume, on as many GPUs as there are"
+            "the same command, a training with --resume, on as many GPUs as there are"
         )
         raise ToldElsewhereError from None
     finally:  # after a failure the group is not destroyed: NCCL would wait for lost ranks
+        _inside = False
         console.mute(False)
 
 
@@ -442,7 +447,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         by = signal.Signals(-failure.exitcode).name
         raise FtkitError(
             f"rank {rank}: expected it to finish, found it killed by {by}. What was saved is kept: try "
-            "the same command with --resume"
+            "the same command, a training with --resume"
         ) from None
 
     return 0
