@@ -3,8 +3,8 @@
     ftkit train photos            (or: python -m ftkit_recipes.lite0 photos)
 
 Measured on ELPV, four classes, stratified random 70/30 split, with --set augment.vflip=true --folds 0,
-on a 2-core machine without a GPU: test accuracy 0.903 (seed 0), 74 s with an empty cache. With folds,
-split by module: 0.851, 3:24. bench/README.md has more.
+on a 2-core machine without a GPU: test accuracy 0.899 (mean of three seeds), 74 to 134 s with an empty
+cache. With folds, split by module: 0.851, 3:24. bench/README.md has more.
 """
 
 from ftkit.recipe import Augment, Recipe, Stage
