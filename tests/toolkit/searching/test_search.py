@@ -116,8 +116,8 @@ def test_ranks_share_the_passes_and_find_what_one_finds(
             str(script),
             str(tmp_path / "passes-"),
             *map(str, ask),
-            *("--timed", "3", "--finalists", "1"),
-            *settings(*CHANGES),
+            *("--timed", "1", "--finalists", "1"),
+            *settings(*CHANGES, "stages.1.epochs=1"),
         ],
         capture_output=True,
         text=True,
@@ -142,8 +142,7 @@ def test_ranks_share_the_passes_and_find_what_one_finds(
     run = out / two["pick"]["run"]
     assert two["pick"]["trained"]
     assert (run / "run.json").is_file()
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert len(last["images_per_s_by_rank"]) == 2
+    assert "2 ranks, 2 on this machine" in done.stdout, "the finalist was trained by both"
 
 
 def test_a_searchs_folder_is_a_recipe(searched: tuple[Path, str]) -> None:

@@ -18,7 +18,7 @@ from ftkit.data.dataset import read_images
 from ftkit.models.backbones import build
 from ftkit.models.freezing import trainable
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.training import lr_search, stage
+from ftkit.training import lr_search, work
 from ftkit.training.distillation import Teacher
 from ftkit.training.loader import Fetched, Loader, ahead
 from ftkit.training.optimizer import (
@@ -222,13 +222,13 @@ def test_patience_ends_a_stage_with_its_best_epoch(photos: Path, tmp_path: Path)
 def test_something_frozen_that_moves_aborts_the_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = stage.validate
+    real = work.validate
 
     def meddling(backbone, *rest, **more):  # type: ignore[no-untyped-def]
         backbone.model.bn1.running_mean.add_(1e-7)
         return real(backbone, *rest, **more)
 
-    monkeypatch.setattr(stage, "validate", meddling)
+    monkeypatch.setattr(work, "validate", meddling)
     result = ftkit("train", photos, "--out", tmp_path / "run", *settings(*TINY))
     assert (
         result.exit_code,
@@ -398,13 +398,13 @@ def test_a_recipe_competes_on_balanced_accuracy_where_any_stage_balances(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    real = stage.validate
+    real = work.validate
 
     def spied(*rest: Any, balanced: bool, **more: Any) -> Any:
         asked.append(balanced)
         return real(*rest, balanced=balanced, **more)
 
-    monkeypatch.setattr(stage, "validate", spied)
+    monkeypatch.setattr(work, "validate", spied)
     for change, expected in (("stages.0.balance=loss", True), ("stages.0.balance=none", False)):
         asked.clear()
         result = ftkit(
