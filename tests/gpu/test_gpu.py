@@ -116,7 +116,7 @@ def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
         fetched = loader.fetch(
             np.arange(number, number + 16), torch.Generator().manual_seed(number), slice(0, 16)
         )
-        tally, _, _ = fresh_gradients(net, loader, loader.prepare(fetched), moving, None, 16)
+        tally, _, _ = fresh_gradients(net, loader.net, loader.prepare(fetched), moving, None, 16)
         moving.step(number + 1, tally)
 
     for number in range(3):

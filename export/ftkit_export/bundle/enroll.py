@@ -13,6 +13,7 @@ out. Numpy and ONNX Runtime suffice, so this runs on a device too.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -40,6 +41,7 @@ from ftkit_export.runtime.enroll import (
     joined,
 )
 from ftkit_export.runtime.errors import BundleError, FtkitError
+from ftkit_export.runtime.groups import group_names
 from ftkit_export.runtime.onnx_edit import with_class
 from ftkit_export.runtime.out_of_distribution import unit_length
 from ftkit_export.runtime.predict import REFERENCE, Classifier
@@ -171,10 +173,10 @@ def enroll(
     """Write a bundle to `out` that also knows the class `name`, judged and sealed.
 
     images: files of the new class. max_drop: accuracy that the old classes may lose, in 0..1. key:
-    an Ed25519 private key to sign with. version: of the new bundle, by default the time. group_by: a
-    regular expression; what it finds in a path (its first capture group, or the whole match) names
-    the image's group. Raises BundleError for a bundle that is altered or keeps no sample, FtkitError
-    for a name that is taken, too few images or groups, or an `out` that is there.
+    an Ed25519 private key to sign with. version: of the new bundle, by default the time. group_by: as
+    in runtime.groups, for paths below the folder that holds all images. Raises BundleError for a
+    bundle that is altered or keeps no sample, FtkitError for a name that is taken, too few images or
+    groups, or an `out` that is there.
     """
     if out.resolve().is_relative_to(bundle.resolve()):
         raise FtkitError(
@@ -314,23 +316,11 @@ def _judged(
 
 
 def _groups(paths: Sequence[Path], group_by: str) -> Array:
-    """Number of each image's group, (n,); one that the expression does not match is on its own."""
-    try:
-        pattern = re.compile(group_by)
-    except re.error as error:
-        raise FtkitError(
-            f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
-        ) from None
-    matches = [pattern.search(path.as_posix()) for path in paths]
-    if not any(matches):
-        raise FtkitError(
-            f"--group-by {group_by}: expected it to match paths such as {paths[0].as_posix()}, found no match. Try "
-            "'([^/]+)_[0-9]+'"
-        )
-    names = [
-        match[1 if pattern.groups else 0] if match else f"\0{row}"
-        for row, match in enumerate(matches)
-    ]
+    """Number of each image's group, (n,), by its path below the folder that holds all of them; one that
+    the expression does not match is on its own."""
+    folder = os.path.commonpath([path.resolve().parent for path in paths])
+    below = [path.resolve().relative_to(folder).as_posix() for path in paths]
+    names = [name or f"\0{row}" for row, name in enumerate(group_names(below, group_by))]
     found, numbers = np.unique(names, return_inverse=True)
     if len(found) < 2:
         raise FtkitError(

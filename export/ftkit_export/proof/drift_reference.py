@@ -76,9 +76,11 @@ def make_reference(seen: Seen, classes: Sequence[str]) -> Reference:
         shown = beyond.mean(0)
         level = 1 - ERROR / counts[stream]
         rate = _highest(shown, groups, level)
-        if stream == "frame" and len(own := shown[: len(seen.coordinates)]):
-            # Training images that the device will not see are no evidence against the test images
-            rate = rate if own.mean() <= rate else _highest(own, seen.test_groups, level)
+        if stream == "frame":
+            # Training images are no evidence against a test split that another camera took
+            of_test = shown[: len(seen.test_groups)]
+            if of_test.mean() > rate:
+                rate = _highest(of_test, seen.test_groups, level)
         if rate < 1:  # else nothing that happens would be too often
             events.append(
                 Event(

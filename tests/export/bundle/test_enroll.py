@@ -258,7 +258,7 @@ def test_what_cannot_be_enrolled_is_refused_and_nothing_is_written(
         with pytest.raises(FtkitError, match=said):
             enroll(where, name, files, tmp_path / "out", max_drop=LIMIT)
     assert not list(tmp_path.glob("*out*"))
-    for group_by, said in (("(", "regular"), ("part", "no match"), ("temple", "two groups")):
+    for group_by, said in (("(", "regular"), ("temple", "no match"), ("png", "two groups")):
         with pytest.raises(FtkitError, match=said):
             enroll(bundle, "temple", images, tmp_path / "out", max_drop=LIMIT, group_by=group_by)
     with pytest.raises(FtkitError, match="outside the bundle"):

@@ -20,7 +20,7 @@ from ftkit.models.freezing import trainable
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import lr_search, work
 from ftkit.training.distillation import Teacher
-from ftkit.training.loader import Fetched, Loader, ahead
+from ftkit.training.loader import ahead
 from ftkit.training.optimizer import (
     Batch,
     StepState,
@@ -34,7 +34,6 @@ from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.step import fresh_gradients
 from ftkit.training.validate import Held, Validation, validate
 from ftkit.utils.distributed import SOLO
-from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=64, resize=64)
@@ -100,29 +99,6 @@ def test_a_teacher_pulls_towards_its_own_answers() -> None:
     assert float(soft[0, 0]) < 0 < float(soft[0, 2])
 
 
-class _InMemory(Loader):
-    """Loader with val pixels in memory and no training data."""
-
-    def __init__(self, net: nn.Module, pixels: torch.Tensor):
-        device = torch.device("cpu")
-        super().__init__(
-            net=net, eval_net=net, labels=torch.zeros(0), device=device, how="", kind="live"
-        )
-        self.pixels = pixels
-
-    def fetch(self, positions: Array, generator: torch.Generator, part: slice) -> Fetched:
-        raise NotImplementedError
-
-    def prepare(self, fetched: Fetched) -> Batch:
-        raise NotImplementedError
-
-    def seen(self, positions: Array) -> tuple[torch.Tensor, ...]:
-        raise NotImplementedError
-
-    def val(self, positions: Array) -> tuple[torch.Tensor, ...]:
-        return (self.pixels[positions],)
-
-
 class _Small(nn.Module):
     """Raises out-of-memory above `limit` images per call, as a GPU would."""
 
@@ -149,10 +125,9 @@ def test_out_of_memory_halves_the_step_and_the_gradients_stay(
     gradients(net, batch, moving, None, 20)
     whole = net.linear.weight.grad.clone()  # type: ignore[union-attr]
     net.limit = 6
-    loader = _InMemory(net, torch.zeros(0))
     # Module used so far; it is dropped, because it accepts only whole batches
     captured = nn.Sequential(net)
-    _, left, micro = fresh_gradients(captured, loader, batch, moving, None, 20)
+    _, left, micro = fresh_gradients(captured, net, batch, moving, None, 20)
     assert (micro, left) == (5, net)
     assert "in steps of 5 images that add up" in capsys.readouterr().out
     assert torch.allclose(net.linear.weight.grad, whole, atol=1e-6)  # type: ignore[arg-type]
@@ -362,7 +337,7 @@ def test_stages_that_balance_their_classes_compete_on_balanced_accuracy() -> Non
     backbone = build("resnet18", 2, "none")
     labels, pixels = torch.tensor([0] * 18 + [1] * 2), torch.zeros(20, 3, 32, 32)
     pixels[18:], pixels[:4] = 1.0, 1.0  # the rare class is bright, and so are four of the others
-    loader = _InMemory(backbone.model, pixels)
+    held = Held(lambda positions: (pixels[positions],), labels)
     head = backbone.model.fc
 
     def judged(balanced: bool, sees_brightness: bool) -> Validation:
@@ -380,7 +355,7 @@ def test_stages_that_balance_their_classes_compete_on_balanced_accuracy() -> Non
             head.bias.copy_(
                 torch.tensor([middle, -middle]) if sees_brightness else torch.tensor([1.0, 0.0])
             )
-        return validate(backbone, loader, Held(loader.val, labels), {}, SOLO, balanced=balanced)
+        return validate(backbone, backbone.model, held, {}, SOLO, balanced=balanced)
 
     seeing, blind = judged(False, True), judged(False, False)
     assert (round(seeing.accuracy, 3), round(blind.accuracy, 3)) == (0.8, 0.9)

@@ -28,6 +28,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.groups import group_names
 from ftkit_export.runtime.preprocess import SUFFIXES
 
 SPLITS = ("train", "val", "test")
@@ -275,21 +276,7 @@ def _relative(root: Path, path: Path) -> str:
 
 
 def _grouped(root: Path, rows: Sequence[CsvRow], group_by: str) -> list[CsvRow]:
-    try:
-        pattern = re.compile(group_by)
-    except re.error as error:
-        raise FtkitError(
-            f"--group-by {group_by}: expected a regular expression, found {error}. Try '([^/]+)_[0-9]+'"
-        ) from None
-
-    matches = [pattern.search(_relative(root, path)) for path, _, _, _ in rows]
-    if not any(matches):
-        raise FtkitError(
-            f"--group-by {group_by}: expected it to match paths such as {_relative(root, rows[0][0])}, "
-            "found no match. Try '([^/]+)_[0-9]+'"
-        )
-
-    names = [match and (match[1] if pattern.groups else match[0]) for match in matches]
+    names = group_names([_relative(root, path) for path, _, _, _ in rows], group_by)
     return [
         (path, label, split, name or group)
         for (path, label, split, group), name in zip(rows, names, strict=True)

@@ -1,6 +1,6 @@
 """Put the reference of the drift test into a bundle.
 
-write_reference(folder, run, canvases, sightings, "rgb", "640x480")
+write_reference(folder, run, canvases, sightings, "rgb")
 """
 
 from __future__ import annotations
@@ -31,22 +31,19 @@ def write_reference(
     canvases: Canvases,
     sightings: Sequence[Sighting],
     input_format: str,
-    frame: str,
 ) -> None:
     """Write drift.json into the bundle in `folder`.
 
     sightings: of the test images, by the file itself. Scores, confidence and classes are those of
     the folds' models on the images each has not seen, which are many more; without folds, and for
     the embedding, whose directions are the shipped model's own, those of the test images. Frames do
-    not depend on the model: those of some other images follow those of the test images. frame: the
-    size of most, which bounds how many are decoded.
+    not depend on the model: those of some other images follow those of the test images.
     """
     test = canvases.rows("test")
     test_groups = canvases.groups(test)
-    width, height = parse_frame(frame)
-    count = min(MORE_FRAMES, PIXELS // (width * height))
+    width, height = parse_frame(run.data["audit"]["frame"])
     others = np.setdiff1d(np.arange(len(canvases.labels)), test)
-    others = spread_evenly(others, count) if count else others[:0]
+    others = spread_evenly(others, min(MORE_FRAMES, PIXELS // (width * height)))
     frames = [sighting.frame for sighting in sightings]
     with console.bar("frames of the drift reference") as progress:
         for number, row in enumerate(others, start=1):

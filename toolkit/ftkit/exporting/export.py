@@ -513,14 +513,7 @@ def _seal(
     folder = job.folder
     on_test = evidence.file_accuracy(folder, run, job.context, run.classes)
     metrics = on_test.metrics
-    write_reference(
-        folder,
-        run,
-        job.canvases,
-        on_test.sightings,
-        job.limits.input_format,
-        run.data["audit"]["frame"],
-    )
+    write_reference(folder, run, job.canvases, on_test.sightings, job.limits.input_format)
     if job.limits.golden == "images":
         rows = job.canvases.rows("test")
         labels = job.canvases.labels[rows]

@@ -62,7 +62,9 @@ def search(data: str | Path, options: SearchOptions) -> Found | None:
             wanted = ranks.first(known.time_and_choose)
 
         _train_finalists(known, wanted)
-        return known.told() if ranks.main else None
+        if known.trained:
+            known.tell()
+        return known.found
 
 
 def _reached(options: SearchOptions, ranks: Ranks) -> AbstractContextManager[Device | None]:
@@ -72,7 +74,8 @@ def _reached(options: SearchOptions, ranks: Ranks) -> AbstractContextManager[Dev
 
 @dataclass
 class Standing:
-    """What is known so far. timed, trained: filled on the first rank only, which times and chooses."""
+    """What is known so far. timed, trained, found: filled on the first rank only, which times and
+    chooses."""
 
     task: Search
     folder: Path
@@ -81,19 +84,20 @@ class Standing:
     begun: float
     timed: Sequence[Point] = ()
     trained: list[Point] = field(default_factory=list)
+    found: Found | None = None
 
     def time_and_choose(self) -> list[str]:
         """Time what is near the front; write what that says. The names of the finalists."""
         near = near_front(self.points, self.task.options.timed)
         self.timed = timed_points(near, _timing(self.task, self.folder, near))
-        choice = self.told().choice
+        choice = self.tell().choice
         names: list[str] = []
         for point in (choice.point, choice.best, *(each for each, _ in reversed(choice.open))):
             if point.candidate.name not in names:
                 names.append(point.candidate.name)
         return names[: self.task.options.finalists]
 
-    def told(self) -> Found:
+    def tell(self) -> Found:
         """Choose among the finalists, or before there are any, among all that were timed; write it."""
         task = self.task
         options = task.options
@@ -112,6 +116,7 @@ class Standing:
         )
         chosen = found.choice.point.candidate
         write(found, chosen.recipe(task.plan, task.preprocess(chosen.backbone, chosen.size)))
+        self.found = found
         return found
 
 

@@ -191,7 +191,7 @@ class StageTraining:
         with self._together:
             tally, self.net, self._micro = fresh_gradients(
                 self.net,
-                self.loader,
+                self.loader.net,
                 self.loader.prepare(fetched),
                 self.moving,
                 self._class_weights,

@@ -1,7 +1,7 @@
 """How a stage's net runs each step: fastest way, all ranks, smaller parts when out of memory.
 
 net, together = run_as(loader, stage, compute, ranks, images, example, steps)
-with together: tally, net, micro = fresh_gradients(net, loader, batch, moving, weights, micro)
+with together: tally, net, micro = fresh_gradients(net, loader.net, batch, moving, weights, micro)
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def run_as(
 
 def fresh_gradients(
     net: nn.Module,
-    loader: Loader,
+    plain: nn.Module,
     batch: Batch,
     moving: StepState,
     weights: torch.Tensor | None,
@@ -80,8 +80,8 @@ def fresh_gradients(
 ) -> tuple[torch.Tensor, nn.Module, int]:
     """Compute one batch's gradients from zero; out of memory, accumulate them over halves.
 
-    Returns the tally, and the net and micro-batch size that fitted. A captured graph takes only
-    whole batches, so halves use the plain net.
+    Returns the tally, and the net and micro-batch size that fitted. plain: the net without what makes
+    it faster; a captured graph takes only whole batches, so halves use that.
     """
     while True:
         moving.optimizer.zero_grad()
@@ -100,7 +100,7 @@ def fresh_gradients(
                 ) from None
 
             release(net)
-            net = loader.net
+            net = plain
             micro = (min(micro, len(batch.targets)) + 1) // 2
             torch.cuda.empty_cache()
             console.say(

@@ -1,6 +1,6 @@
 """Score of a stage on the val split, and embeddings to measure how far its features moved.
 
-result = validate(backbone, loader, Held(loader.val, labels), weights, ranks, balanced=False)
+result = validate(backbone, loader.eval_net, Held(loader.val, labels), weights, ranks, balanced=False)
 result.score > best_score
 """
 
@@ -16,7 +16,6 @@ from torch import nn
 
 from ftkit.models.backbones import Backbone, features
 from ftkit.models.inference import Tensors
-from ftkit.training.loader import Loader
 from ftkit.utils.distributed import Ranks
 from ftkit_export.runtime.arrays import Array
 
@@ -36,7 +35,7 @@ def detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class Held:
     """Images that a training does not see and is judged on: the val split, or a fold.
 
-    read: positions (n,) -> inputs of the loader's eval_net. labels: (N,), on the device.
+    read: positions (n,) -> inputs of the net that evaluates. labels: (N,), on the device.
     """
 
     read: Callable[[Array], Tensors]
@@ -56,7 +55,7 @@ class Validation:
 @torch.inference_mode()
 def validate(
     backbone: Backbone,
-    loader: Loader,
+    net: nn.Module,
     held: Held,
     weights: dict[str, torch.Tensor],
     ranks: Ranks,
@@ -66,9 +65,10 @@ def validate(
 ) -> Validation:
     """Evaluate these weights on held-out images; the model is left as it was.
 
-    balanced: score by balanced accuracy, the mean recall of the classes, which stages that balance
-    their classes train for at the possible expense of plain accuracy. Each rank computes some of
-    the batches and leaves zeros elsewhere; their sum gives every rank the exact logits.
+    net: takes the images' inputs, and shares the model's parameters. balanced: score by balanced
+    accuracy, the mean recall of the classes, which stages that balance their classes train for at the
+    possible expense of plain accuracy. Each rank computes some of the batches and leaves zeros
+    elsewhere; their sum gives every rank the exact logits.
     """
     labels = held.labels
     model = backbone.model
@@ -82,9 +82,7 @@ def validate(
 
     for start in range(0, len(labels), EVAL_BATCH)[ranks.rank :: ranks.world]:
         place = slice(start, min(start + EVAL_BATCH, len(labels)))
-        embedding, answer = features(
-            loader.eval_net, head, held.read(np.arange(place.start, place.stop))
-        )
+        embedding, answer = features(net, head, held.read(np.arange(place.start, place.stop)))
         whole[place] = answer.float()
         kept[place] = embedding[: max(0, len(kept) - start)]
 

@@ -102,7 +102,7 @@ class Work:
         """Evaluate weights on held-out images; {}: the model as it is."""
         return validate(
             self.backbone,
-            loader,
+            loader.eval_net,
             held,
             weights,
             self.ranks,
