@@ -174,7 +174,7 @@ def bars(
         at = 10 + (WIDTH - 20) * min(max(place, 0.0), 1.0)
         side = "end" if place > 0.6 else "start"
         parts.append(
-            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="2" y2="{height - BOTTOM}" stroke="var(--two)" '
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{2 + 14 * i}" y2="{height - BOTTOM}" stroke="var(--two)" '
             f'stroke-dasharray="4 3"/><text x="{at + (4 if side == "start" else -4):.1f}" y="{11 + 14 * i}" '
             f'text-anchor="{side}">{escape(name)}</text>'
         )
