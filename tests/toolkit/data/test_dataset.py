@@ -164,6 +164,12 @@ def _one_class(root: Path) -> Path:
     return _folder(root, only=5)
 
 
+def _twins(root: Path) -> Path:
+    """Two classes of one name: macOS decomposes accents, Linux and Windows do not."""
+    names = {"caf\u00e9": 5, "cafe\u0301": 5}
+    return _folder(root, **names)
+
+
 def _one_image(root: Path) -> Path:
     return _folder(root, a=1, b=1)
 
@@ -183,6 +189,7 @@ def _csv(text: str) -> "object":
         (_missing, "found nothing there"),
         (_empty, "found none. Try a folder a class"),
         (_one_class, "expected at least two classes, found one (only)"),
+        (_twins, "expected class names that differ, found 'caf\\xe9' and 'cafe\\u0301'"),
         (_one_image, "expected enough images for a test split"),
         (_csv("path,label\na.png,x\ngone.png,y\n"), "set.csv line 3: expected an image at"),
         (_csv("file,label\na.png,x\n"), "expected a column 'path', found file, label"),
@@ -202,6 +209,7 @@ def _csv(text: str) -> "object":
         "missing",
         "empty",
         "one class",
+        "two classes of one name",
         "one image",
         "csv file",
         "csv path",

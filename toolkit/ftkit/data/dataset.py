@@ -16,6 +16,7 @@ import io
 import os
 import random
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -115,7 +116,7 @@ def read_images(
     to try.
     """
     root, rows = _rows(Path(data), Path(root) if root else None, group_by)
-    classes = tuple(sorted({label for _, label, _, _ in rows}, key=natural))
+    classes = _classes(root, {label for _, label, _, _ in rows})
     if len(classes) < 2:
         raise FtkitError(
             f"{root}: expected at least two classes, found one ({classes[0]}). Try a folder for each class, "
@@ -133,6 +134,20 @@ def read_images(
     read = Images(root=root, classes=classes, images=tuple(images))
     split = _with_splits(read, seed, cut_val)
     return split if add is None else _with_more(split, Path(add))
+
+
+def _classes(where: Path, labels: Iterable[str]) -> tuple[str, ...]:
+    """The classes in their order. Raises FtkitError for two that are the same name to people: macOS
+    writes an accent as a character of its own, other systems do not."""
+    seen: dict[str, str] = {}
+    for label in sorted(labels):
+        twin = seen.setdefault(unicodedata.normalize("NFC", label), label)
+        if twin != label:
+            raise FtkitError(
+                f"{where}: expected class names that differ, found {label!a} and {twin!a}, which look alike. "
+                "Rename one as the other"
+            )
+    return tuple(sorted(seen.values(), key=natural))
 
 
 def _with_more(images: Images, path: Path) -> Images:
@@ -154,8 +169,7 @@ def _with_more(images: Images, path: Path) -> Images:
                 f"--add {path}: expected further images, found {place.name}, which the data has. Remove that row"
             )
 
-    labels = {*images.classes, *(label for _, label, _, _ in rows)}
-    classes = tuple(sorted(labels, key=natural))
+    classes = _classes(path, {*images.classes, *(label for _, label, _, _ in rows)})
     index = {label: number for number, label in enumerate(classes)}
     more = [
         Image(path=place, label=index[label], split=split or "train", group=group)
