@@ -159,7 +159,8 @@ def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
         group["lr"] = 1e-9
 
     moving = StepState(model, under(names), stage, optimizer, compute)
-    net, _ = run_as(loader, stage, compute, SOLO, batch, lambda: nothing, steps)
+    with compute.searching():
+        net, _ = run_as(loader, stage, compute, SOLO, batch, lambda: nothing, steps)
     steps, warm = (STEPS, 10) if place.type == "cuda" else (3, 1)
 
     begun = 0.0
@@ -167,7 +168,8 @@ def on_synthetic(name: str, batch: int, device: str, steps: int) -> float:
         if step == warm:
             _wait(place)
             begun = time.perf_counter()
-        tally, net, _ = fresh_gradients(net, loader, fixed, moving, None, batch)
+        with compute.searching():
+            tally, net, _ = fresh_gradients(net, loader, fixed, moving, None, batch)
         moving.step(step + 1, tally)
 
     _wait(place)
@@ -317,6 +319,7 @@ def provider(bundle: Path) -> str:
                         f"| {variant} on {name} | {batch} | {'yes' if copies else 'no'} | {row.p50_ms:.2f} | "
                         f"{row.p95_ms:.2f} | {start.first_run_ms:.0f} | {kept:.0f} |"
                     )
+                    print(lines[-1], flush=True)  # in case time ends before the table does
 
     return "\n".join(lines)
 

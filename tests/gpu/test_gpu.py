@@ -88,6 +88,8 @@ def test_deterministic_gives_the_same_weights_twice(photos: Path, tmp_path: Path
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+# torch calls this mode a prototype, once a process
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
     preprocess = Preprocess(size=96, resize=112)
@@ -121,8 +123,8 @@ def test_no_step_waits_for_the_gpu(photos: Path, cache: str) -> None:
 
     for number in range(3):
         step(number)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for number in range(3, 8):
             step(number)
     finally:

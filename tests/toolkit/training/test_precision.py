@@ -46,6 +46,19 @@ def _way(name: str, net: nn.Module, worth: float = 0.0) -> Way:
     return Way(name=name, make=lambda: net, worth=worth)
 
 
+@pytest.mark.parametrize(
+    ("device", "deterministic", "wanted"),
+    [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)],
+)
+def test_cudnn_searches_in_training_steps_alone(
+    device: str, deterministic: bool, wanted: bool
+) -> None:
+    compute = Compute(device=torch.device(device), deterministic=deterministic)
+    with compute.searching():
+        assert torch.backends.cudnn.benchmark == wanted
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_a_faster_way_is_taken_when_it_is_equal_and_worth_its_making() -> None:
     torch.manual_seed(0)
     net, inputs = _Slow(), (torch.randn(8, 6),)

@@ -78,15 +78,16 @@ class StageTraining:
         self.moving = StepState(model, under(self.names), self.stage, optimizer, work.compute)
         self.moving.load(work.state.tensors("step"))
 
-        self.net, self._together = run_as(
-            loader,
-            self.stage,
-            work.compute,
-            work.ranks,
-            self.images_per_step,
-            lambda: self._read(self.order(0), 0)[1],
-            self.steps - work.state.step,
-        )
+        with work.compute.searching():
+            self.net, self._together = run_as(
+                loader,
+                self.stage,
+                work.compute,
+                work.ranks,
+                self.images_per_step,
+                lambda: self._read(self.order(0), 0)[1],
+                self.steps - work.state.step,
+            )
         self._micro = self.stage.batch_size
         self._class_weights = (
             class_weights(self.labels, len(work.loaders.canvases.images.classes))
@@ -188,7 +189,7 @@ class StageTraining:
             group["lr"] = lr * group["scale"]
 
         torch.manual_seed(self._layers_seed(step))
-        with self._together:
+        with self._together, self.work.compute.searching():
             tally, self.net, self._micro = fresh_gradients(
                 self.net,
                 self.loader.net,

@@ -15,8 +15,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,18 @@ class Compute:
             self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False
         )
 
+    @contextmanager
+    def searching(self) -> Iterator[None]:
+        """Let cuDNN try its algorithms for each new shape, which steps of one shape repay.
+
+        Not so a frozen prefix and validation: every size of a rest costs them seconds (bench/gpu.md).
+        """
+        torch.backends.cudnn.benchmark = self.device.type == "cuda" and not self.deterministic
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = False
+
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaler, active only for float16, whose range would lose small gradients."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
@@ -76,8 +88,6 @@ def prepare(device: torch.device, deterministic: bool) -> Compute:
         return Compute(device=device, deterministic=deterministic)
 
     exact_float32()
-    # All batches have one size, so the algorithm search is done once
-    torch.backends.cudnn.benchmark = not deterministic
     dtype = (
         torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     )
