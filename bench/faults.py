@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
 from ftkit.evaluation.model import Inference
-from ftkit.exporting import export, variants
+from ftkit.exporting import candidates, export
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
 from ftkit.training.run import Run, open_run
@@ -39,6 +39,7 @@ from ftkit_export.runtime import session
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import machine
 from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.readout import Readout
 from ftkit_export.runtime.verify import verify
 
 Edit = Callable[[onnx.ModelProto], None]
@@ -60,10 +61,10 @@ class Fault:
 
 
 def image_forms(change: Callable[..., onnx.ModelProto]) -> Callable[[ExitStack], None]:
-    """Build every image form by `change(real, core, preprocess, temperature, input_format)`."""
+    """Build every image form by `change(real, core, preprocess, readout, input_format)`."""
     real = graph.image_form
     return lambda stack: stack.enter_context(
-        patch.object(variants, "image_form", lambda *args: change(real, *args))
+        patch.object(candidates, "image_form", lambda *args: change(real, *args))
     )
 
 
@@ -169,7 +170,7 @@ def per_tensor(stack: ExitStack) -> None:
 
 
 def noise_calibration(stack: ExitStack) -> None:
-    real = variants.calibrate
+    real = candidates.calibrate
     rng = np.random.default_rng(0)
 
     def calibrate(
@@ -182,7 +183,7 @@ def noise_calibration(stack: ExitStack) -> None:
             method,
         )
 
-    stack.enter_context(patch.object(variants, "calibrate", calibrate))
+    stack.enter_context(patch.object(candidates, "calibrate", calibrate))
 
 
 def overflow(stack: ExitStack) -> None:
@@ -275,9 +276,9 @@ def mean_off(
 
 
 def declared_rgb(
-    real: Any, core: onnx.ModelProto, preprocess: Preprocess, temperature: float, _: str
+    real: Any, core: onnx.ModelProto, preprocess: Preprocess, readout: Readout, _: str
 ) -> onnx.ModelProto:
-    return real(core, preprocess, temperature, "bgr")
+    return real(core, preprocess, readout, "bgr")
 
 
 def channels_swapped(proto: onnx.ModelProto) -> None:

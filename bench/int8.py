@@ -37,12 +37,14 @@ from ftkit.models.backbones import build
 from ftkit.recipe import Export
 from ftkit.training.closed_form import default_folds, fit_head
 from ftkit.training.run import open_run
+from ftkit.training.tasks import SINGLE_LABEL
 from ftkit_export.conversion.convert import Core, export_core
 from ftkit_export.conversion.quantize import RANK_IMAGES, heavy_nodes, int8, rank, sqnr
 from ftkit_export.proof.decision import paired
 from ftkit_export.proof.parity import Reference
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.latency import machine, race
+from ftkit_export.runtime.readout import OneClass
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.targets import here
 
@@ -56,7 +58,8 @@ def context_of(run_folder: str) -> tuple[Context, Core]:
         reference=Reference(run.backbone().model),
         canvases=canvases,
         preprocess=run.preprocess,
-        temperature=run.temperature,
+        readout=run.readout,
+        task=run.task,
         limits=Export(),
         target_name=here(),
         photograph=canvases.images.images[canvases.rows("test")[0]].path,
@@ -201,7 +204,8 @@ def heads(data: str, seed: int, group_by: str) -> None:
         reference=Reference(backbone.model),
         canvases=canvases,
         preprocess=backbone.preprocess,
-        temperature=1.0,
+        readout=OneClass(),
+        task=SINGLE_LABEL,
         limits=Export(),
         target_name=here(),
         photograph=images.images[0].path,

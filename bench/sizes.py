@@ -28,6 +28,7 @@ from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.conversion.graph import image_form
 from ftkit_export.proof.decision import paired
 from ftkit_export.runtime.latency import machine, race
+from ftkit_export.runtime.readout import OneClass
 
 GROUPS = "module([0-9]+)"
 SIZES = (224, 192, 160, 128, 96)
@@ -100,7 +101,7 @@ def time(folder: Path) -> None:
                 "preprocess": json.dumps(dataclasses.asdict(preprocess)),
                 "labels": '["a", "b", "c", "d"]',
             }
-            write(image_form(core, preprocess, 1.0), path, metadata)
+            write(image_form(core, preprocess, OneClass(temperature=1.0)), path, metadata)
             files.append(path)
 
         raced = race(files, photograph, frame=FRAME)

@@ -18,6 +18,7 @@ from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.conversion.graph import image_form
 from ftkit_export.proof.parity import Parity, Reference, measure_parity
 from ftkit_export.runtime.preprocess import decode
+from ftkit_export.runtime.readout import OneClass
 
 
 @pytest.mark.parametrize("name", sorted({load_recipe(recipe).backbone for recipe in names()}))
@@ -28,7 +29,9 @@ def test_parity_on_cpu(benchmark: BenchmarkFixture, tmp_path: Path, name: str) -
     preprocess = backbone.preprocess
     core = export_core(backbone.model, preprocess.size)
     write(core.model, tmp_path / "core.onnx", {})
-    write(image_form(core.model, preprocess, 1.0), tmp_path / "model.onnx", {})
+    write(
+        image_form(core.model, preprocess, OneClass(temperature=1.0)), tmp_path / "model.onnx", {}
+    )
     files = sorted((Path(elpv_file).parent / "data" / "images").glob("*.png"))[::11]
     photographs = [decode(path) for path in files]
     canvases = np.stack([preprocess.canvas(image) for image in photographs])

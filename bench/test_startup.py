@@ -15,6 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from ftkit.models.backbones import build
 from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.conversion.graph import image_form
+from ftkit_export.runtime.readout import OneClass
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.onnx"
     core = export_core(backbone.model, 224)
     write(
-        image_form(core.model, backbone.preprocess, 1.0), path, {"labels": '["a", "b", "c", "d"]'}
+        image_form(core.model, backbone.preprocess, OneClass(temperature=1.0)),
+        path,
+        {"labels": '["a", "b", "c", "d"]'},
     )
     return path
 

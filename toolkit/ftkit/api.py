@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ftkit.recipe import Export
     from ftkit.searching.result import Found
     from ftkit.training.run import Run
-    from ftkit_export.runtime.predict import Classifier
+    from ftkit_export.runtime.predict import AnyModel
     from ftkit_export.runtime.verify import Verification
 
 
@@ -54,7 +54,7 @@ def train(data: str | Path, options: TrainOptions) -> Run:
     console.hush(options.quiet)
     recipe = options.recipe
     plan = recipe if isinstance(recipe, Recipe) else load_recipe(str(recipe))
-    named = {"weights": options.weights, "folds": options.folds}
+    named = {"weights": options.weights, "task": options.task, "folds": options.folds}
     settings = [f"{name}={value}" for name, value in named.items() if value is not None]
     plan = override(plan, [*settings, *options.settings])
 
@@ -275,16 +275,17 @@ def bench(model: str | Path, options: BenchOptions) -> Mapping[str, Any]:
 
 def load(
     bundle: str | Path, *, provider: str = "cpu", threads: int = 0, key: str | Path | None = None
-) -> Classifier:
-    """Load an exported model as a function from an image to a Prediction.
+) -> AnyModel:
+    """Load an exported model as a function from an image to a prediction.
 
     load("bundle")("photo.jpg") -> Prediction (label, probability, probabilities, doubtful,
-    foreign). The image is a path, the bytes of an image file, or an RGB array (H, W, 3) uint8.
+    foreign), MultiLabelPrediction or RegressionPrediction, by the bundle's task. The
+    image is a path, the bytes of an image file, or an RGB array (H, W, 3) uint8.
     threads: 0 = all. key: the public key that must have signed the bundle; its hashes are then
     checked too.
     """
     from ftkit_export.bundle.archive import unpacked
-    from ftkit_export.runtime.predict import Classifier
+    from ftkit_export.runtime.predict import load_model
 
     with unpacked(bundle, Path(key) if key else None) as path:
-        return Classifier(path, provider=provider, threads=threads)
+        return load_model(path, provider=provider, threads=threads)

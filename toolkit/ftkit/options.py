@@ -61,6 +61,8 @@ class TrainOptions:
     - recipe: a name, FILE.py, the recipe.json of a report, or a Recipe.
     - settings: overrides of recipe fields, such as "stages.1.lr=1e-4".
     - weights: a file of backbone weights; "none" starts untrained.
+    - task: "single-label", "multi-label" or "regression"; the recipe's by default, and in the end the
+      data's.
     - folds: "auto", a number, or 0; the recipe's by default.
     - minutes: for the whole training. What stands when they are over is the result; a stage that
       would take longer is left out.
@@ -80,6 +82,7 @@ class TrainOptions:
     recipe: str | Path | Recipe = "lite0"
     settings: Sequence[str] = ()
     weights: str | None = None
+    task: str | None = None
     folds: str | int | None = None
     minutes: float | None = None
     seed: int = 0

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.preprocess import INPUT_FORMATS, Preprocess, parse_frame
+from ftkit_export.runtime.readout import TASKS
 from ftkit_export.runtime.targets import TARGETS
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -160,8 +161,9 @@ class Stage:
 class Export:
     """Variants, gates and budgets of the exported file; a budget of None is not gated.
 
-    - max_accuracy_drop: how far accuracy may fall below the framework's, as a share (0.01 = 1
-      point): fp32 on test; int8 and fp16 on val, with confidence.
+    - max_accuracy_drop: how far accuracy (or macro-AP) may fall below the framework's, as a share
+      (0.01 = 1 point): fp32 on test; int8 and fp16 on val, with confidence.
+    - max_error_rise: of regression, how much the mean absolute error may rise, as a share of it.
     - min_recall: share of each class's test images that must be right, judged by the 95 %
       confidence interval of the least certain class.
     - p95_ms: latency of the image form in milliseconds, at one thread on this machine; must hold in
@@ -182,6 +184,7 @@ class Export:
     """
 
     max_accuracy_drop: float = 0.01
+    max_error_rise: float = 0.02
     min_recall: float | None = None
     p95_ms: float | None = None
     frame: str | None = None
@@ -206,6 +209,7 @@ class Export:
             self,
             {
                 "max_accuracy_drop": (0, 1),
+                "max_error_rise": (0, 1),
                 "calibration_images": (8, 100_000),
                 "qat_epochs": (0, 1000),
             },
@@ -224,6 +228,7 @@ class Export:
 class Recipe:
     """A complete plan: backbone, stages, augmentation and export.
 
+    - task: "single-label", "multi-label" or "regression"; "auto" goes by the columns of a CSV.
     - preprocess: None takes the backbone's own.
     - cut: a block's name: the network ends behind it; several with + between give the head their
       features together; "": the whole network. pooling: of those features over space: "mean", or
@@ -231,6 +236,9 @@ class Recipe:
     - weights: "pretrained", "none", or a file.
     - precision: share of accepted answers that should be right; low-confidence answers are withheld
       (threshold from val).
+    - thresholds: of multi-label, "f1" takes each label's of the highest F1, "precision" the lowest from
+      which on `precision` of the images given a label have it.
+    - coverage: share of the true values that the intervals of regression should hold.
     - folds: where the data names no val split, decide on out-of-fold predictions of so many folds;
       0: cut a val split. "auto": four, or a val split where no folds can be made.
     """
@@ -238,11 +246,14 @@ class Recipe:
     name: str
     backbone: str
     stages: tuple[Stage, ...]
+    task: str = "auto"
     weights: str = "pretrained"
     preprocess: Preprocess | None = None
     cut: str = ""
     pooling: str = "mean"
     precision: float = 0.95
+    thresholds: str = "f1"
+    coverage: float = 0.9
     folds: int | Literal["auto"] = "auto"
     augment: Augment = field(default_factory=Augment)
     export: Export = field(default_factory=Export)
@@ -252,12 +263,14 @@ class Recipe:
             raise FtkitError(
                 "recipe.stages: expected at least one stage, found none. Try stages=(Stage(),)"
             )
+        _one_of("task", self.task, ("auto", *TASKS), "recipe")
+        _one_of("thresholds", self.thresholds, ("f1", "precision"), "recipe")
         _one_of("pooling", self.pooling, ("mean", "mean+max"), "recipe")
         if self.pooling != "mean" and not self.cut:
             raise FtkitError(
                 f"recipe.pooling: expected mean without a cut, found {self.pooling}. Try --set cut=BLOCK"
             )
-        _within("recipe", self, {"precision": (0, 1)})
+        _within("recipe", self, {"precision": (0, 1), "coverage": (0.5, 0.999)})
         if self.folds not in ("auto", 0) and not 2 <= int(self.folds) <= 100:
             raise FtkitError(
                 f"recipe.folds: expected auto, 0, or 2 to 100, found {self.folds}. Try auto"

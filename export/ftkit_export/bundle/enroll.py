@@ -44,7 +44,7 @@ from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.groups import group_names
 from ftkit_export.runtime.onnx_edit import with_class
 from ftkit_export.runtime.out_of_distribution import unit_length
-from ftkit_export.runtime.predict import REFERENCE, Classifier
+from ftkit_export.runtime.predict import REFERENCE, Classifier, require_single_label
 from ftkit_export.runtime.preprocess import from_frame, to_frame
 from ftkit_export.runtime.verify import (
     EVIDENCE,
@@ -178,6 +178,7 @@ def enroll(
     bundle that is altered or keeps no sample, FtkitError for a name that is taken, too few images or
     groups, or an `out` that is there.
     """
+    require_single_label(bundle, "enrolling")
     if out.resolve().is_relative_to(bundle.resolve()):
         raise FtkitError(
             f"{out}: expected a place outside the bundle, which is sealed, found one inside. Try ../{out.name}"

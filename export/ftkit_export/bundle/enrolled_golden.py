@@ -23,8 +23,8 @@ from ftkit_export.runtime.enroll import NewClass, joined
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.onnx_edit import tensor
 from ftkit_export.runtime.out_of_distribution import unit_length
-from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
+from ftkit_export.runtime.readout import softmax
 from ftkit_export.runtime.session import Session
 
 ROUNDING = 2e-6  # of a probability, in float32

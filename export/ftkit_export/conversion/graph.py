@@ -1,6 +1,6 @@
-"""Preprocess as ONNX operators, and the image form: image in, probabilities and embedding out.
+"""Preprocess as ONNX operators, and the image form: image in, answers and embedding out.
 
-    model = image_form(core, preprocess, temperature=1.3)   # core: pixels -> logits, embedding
+    model = image_form(core, preprocess, readout)   # core: pixels -> logits, embedding
 
 Resize is applied to the uint8 NHWC tensor, before the cast: only then does ONNX Runtime round as
 Pillow does (at most 1 grey level apart on photographs, 2 on noise; casting first leaves borders off
@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ftkit_export.runtime.preprocess import CHROMA, LUMA, Preprocess
+from ftkit_export.runtime.readout import Labels, OneClass, Readout, Values
 
 OPSET = 18  # opset 18 with IR 8 loads in ONNX Runtime 1.15 and newer; opset 20 with IR 10 is refused by 1.17
 IR_VERSION = 8
@@ -233,12 +234,12 @@ def tiny_model() -> onnx.ModelProto:
 
 
 def image_form(
-    core: onnx.ModelProto, preprocess: Preprocess, temperature: float, input_format: str = "rgb"
+    core: onnx.ModelProto, preprocess: Preprocess, readout: Readout, input_format: str = "rgb"
 ) -> onnx.ModelProto:
-    """Compose the image form: preprocessing, the core form, softmax with temperature.
+    """Compose the image form: preprocessing, the core form, and the readout of its logits.
 
-    `image` uint8 (N, H, W, 3) -> `probabilities` = softmax(logits / temperature), float32 (N,
-    classes), and `embedding`. H and W are free. Frames of another input_format have the shape given
+    `image` uint8 (N, H, W, 3) -> the readout's answers, `probabilities` or `values`, float32 (N, K),
+    and `embedding`. H and W are free. Frames of another input_format have the shape given
     by preprocess.to_frame, and are converted in the graph. Where the core form's 8-bit pixels are
     the image's grey levels themselves, these are passed on as they are: the same answers, without
     the way to float and back (0.8 of lite0's 4.1 ms).
@@ -252,13 +253,11 @@ def image_form(
         levels=quantizer.output[0] if quantizer else "",
     )
     nodes = [node for node in core.graph.node if node != quantizer]
-    after = _Graph("calibration/")
-    scaled = after.op("Div", "logits", after.const(temperature, np.float32))
-    after.op("Softmax", scaled, output="probabilities", axis=-1)
+    after = _read(readout)
     logits, embedding = core.graph.output
-    classes = logits.type.tensor_type.shape.dim[1].dim_value
+    width = logits.type.tensor_type.shape.dim[1].dim_value
     outputs = [
-        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", classes]),
+        helper.make_tensor_value_info(readout.output, TensorProto.FLOAT, ["batch", width]),
         embedding,
     ]
     constants = [*before.constants.values(), *core.graph.initializer, *after.constants.values()]
@@ -269,6 +268,22 @@ def image_form(
         outputs,
         constants,
     )
+
+
+def _read(readout: Readout) -> _Graph:
+    """Nodes from `logits` to the readout's answers."""
+    graph = _Graph("calibration/")
+    if isinstance(readout, Values):
+        scaled = graph.op("Mul", "logits", graph.const(readout.spreads, np.float32))
+        graph.op("Add", scaled, graph.const(readout.means, np.float32), output=readout.output)
+    elif isinstance(readout, Labels):
+        scaled = graph.op("Div", "logits", graph.const(readout.temperatures, np.float32))
+        graph.op("Sigmoid", scaled, output=readout.output)
+    else:
+        assert isinstance(readout, OneClass)
+        scaled = graph.op("Div", "logits", graph.const(readout.temperature, np.float32))
+        graph.op("Softmax", scaled, output=readout.output, axis=-1)
+    return graph
 
 
 def _takes_levels(core: onnx.ModelProto, preprocess: Preprocess) -> onnx.NodeProto | None:

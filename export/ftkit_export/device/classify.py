@@ -1,6 +1,6 @@
 """Classify images on a device, or verify that the model works there. Needs numpy, onnxruntime and Pillow only.
 
-python device/classify.py IMAGE...                   class and probability of each image
+python device/classify.py IMAGE...                   what the model says of each image
 python device/classify.py --raw ROWS COLUMNS FILE... the same for raw frames in the model's input format
 python device/classify.py --watch FOLDER             of each image that appears there, once; until it is stopped
 python device/classify.py ... --keep DIR             also collect pictures worth labelling, and a log for `ftkit drift`
@@ -30,9 +30,12 @@ from ftkit_export.runtime.errors import FtkitError, ImageError  # noqa: E402
 from ftkit_export.runtime.latency import Condition, measure  # noqa: E402
 from ftkit_export.runtime.measure import bench_model, find  # noqa: E402  # after the line above on purpose
 from ftkit_export.runtime.predict import (  # noqa: E402
+    AnyModel,
     Classifier,
+    Model,
     Prediction,
     image_files,
+    load_model,
     picture_of,
     read_reference,
 )
@@ -113,9 +116,7 @@ def classify_all(options: argparse.Namespace) -> None:
             megabytes=options.keep_mb,
         )
     try:
-        classify = Classifier(
-            BUNDLE, provider=options.provider, threads=options.threads, keep=collector
-        )
+        classify = _loaded(options, collector)
         shadow = None
         if options.shadow:
             second = Classifier(options.shadow, provider=options.provider, threads=options.threads)
@@ -131,12 +132,12 @@ def classify_all(options: argparse.Namespace) -> None:
                     raise
                 print(f"error: {error}", file=sys.stderr)
                 continue
-            if shadow:
+            if shadow and isinstance(answer, Prediction):
                 _compare(shadow, answer, path, options.raw)
             if options.json:
                 text = json.dumps({"image": str(path), **dataclasses.asdict(answer)})
             else:
-                text = f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip()
+                text = f"{path}  {answer.text}"
             print(text, flush=bool(options.watch))
     finally:
         if collector:
@@ -162,7 +163,14 @@ def enroll_class(options: argparse.Namespace) -> int:
     return {"passed": 0, "failed": 1, "inconclusive": 3}[enrolled.verdict]
 
 
-def _classified(classify: Classifier, path: Path, raw: list[int] | None) -> Prediction:
+def _loaded(options: argparse.Namespace, collector: Collector | None) -> AnyModel:
+    """The model; one that collects has a single label."""
+    if collector is None:
+        return load_model(BUNDLE, provider=options.provider, threads=options.threads)
+    return Classifier(BUNDLE, provider=options.provider, threads=options.threads, keep=collector)
+
+
+def _classified(classify: Model[Any], path: Path, raw: list[int] | None) -> Any:
     if not raw:
         return classify(path)
     channels = 3 if classify.input_format in ("rgb", "bgr") else 1

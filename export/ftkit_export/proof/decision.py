@@ -13,14 +13,16 @@ times as often.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from ftkit_export.proof.intervals import Design, difference_bounds, difference_design, ground
+from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.targets import Precision
 
@@ -32,26 +34,30 @@ MOST_TIMES = 1000.0  # largest multiple of the present images that is suggested
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paired:
-    """Accuracy of a candidate compared with the reference on the same images.
+class Comparison(ABC):
+    """A candidate compared with the reference on the same images, by the metric of the task.
 
-    images compared; worse: right before and wrong now; better: the other way (means, where the
-    answers were repeated). drop, low, high: fractions; looks: number of comparisons that the bounds
-    hold for jointly. clusters: number of groups, None where images have none and count as
-    independent; effect: the design effect; df: degrees of freedom of Student's t (None: normal
-    distribution).
+    drop: what the candidate loses, with its bounds low and high: a fraction; looks: number of
+    comparisons that the bounds hold for jointly. clusters: number of groups, None where images have
+    none and count as independent. df: degrees of freedom of Student's t (None: normal distribution).
+    name: of the drop; unit: what a hundredth of it is called.
     """
 
     images: int
-    worse: float
-    better: float
     drop: float
     low: float
     high: float
     looks: int = 1
     clusters: int | None = None
-    effect: float = 1.0
     df: float | None = None
+    name: str = "accuracy drop"
+    unit: str = "points"
+
+    @property
+    def text(self) -> str:
+        """The drop with its bounds."""
+        low, drop, high = (f"{100 * value:+.2f}" for value in (self.low, self.drop, self.high))
+        return f"{drop} {self.unit} [{low}, {high}]"
 
     def verdict(self, limit: float) -> Verdict:
         """Whether the drop is at most `limit`, with 95 % confidence.
@@ -66,12 +72,43 @@ class Paired:
         """(images, clusters) that would settle it with probability POWER; None if too many.
 
         Too many: more than MOST_TIMES the present ones. Clusters: None where the images have no
-        groups. Assumes that the observed shares of changed images are the true ones.
-
-        New images will show other shares: bounds that just reach the limit at the observed ones
-        would settle it only half of the time. So the bounds must clear the limit by as much as
-        chance moves the drop, at POWER.
+        groups. Assumes that what was observed is the truth. New images will show something else:
+        bounds that just reach the limit at what was observed would settle it only half of the time.
+        So the bounds must clear the limit by as much as chance moves the drop, at POWER.
         """
+        if self.images == 0 or (self.clusters or 2) < 2 or not self._settles(limit, MOST_TIMES):
+            return None
+
+        few = 0.0
+        many = MOST_TIMES
+
+        for _ in range(40):
+            middle = (few + many) / 2
+            few, many = (few, middle) if self._settles(limit, middle) else (middle, many)
+
+        clusters = self.clusters and round(self.clusters * many)
+        return round(self.images * many), clusters
+
+    @abstractmethod
+    def _settles(self, limit: float, factor: float) -> bool:
+        """Whether `factor` times as many images and groups would settle it, with probability POWER."""
+
+    @property
+    def ground(self) -> str:
+        """Number of images and groups that the bounds rest on, as text."""
+        return ground(self.images, self.clusters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paired(Comparison):
+    """Accuracies compared. worse: images that were right before and are wrong now; better: the other
+    way (means, where the answers were repeated). effect: the design effect."""
+
+    worse: float
+    better: float
+    effect: float = 1.0
+
+    def _settles(self, limit: float, factor: float) -> bool:
         shares = self.worse / max(1, self.images), self.better / max(1, self.images)
         here = Design(
             images=self.images,
@@ -84,30 +121,56 @@ class Paired:
         if self.worse or self.better:
             chance = float(stats.norm.ppf(POWER) / stats.norm.ppf(1 - ERROR_RATE / self.looks))
 
-        def settled(factor: float) -> bool:
-            low, high = difference_bounds(*shares, here.times(factor), 1 - ERROR_RATE / self.looks)
-            return (
-                high + chance * (high - self.drop) <= limit
-                or low - chance * (self.drop - low) > limit
-            )
+        low, high = difference_bounds(*shares, here.times(factor), 1 - ERROR_RATE / self.looks)
+        return (
+            high + chance * (high - self.drop) <= limit or low - chance * (self.drop - low) > limit
+        )
 
-        if self.images == 0 or (self.clusters or 2) < 2 or not settled(MOST_TIMES):
-            return None
 
-        few = 0.0
-        many = MOST_TIMES
+@dataclass(frozen=True, kw_only=True)
+class Difference(Comparison):
+    """Any other metric compared. error: standard error of the drop, by the jackknife."""
 
-        for _ in range(40):
-            middle = (few + many) / 2
-            few, many = (few, middle) if settled(middle) else (middle, many)
+    error: float
 
-        enough = here.times(many)
-        return enough.images, enough.clusters
+    def _settles(self, limit: float, factor: float) -> bool:
+        error = self.error / math.sqrt(factor)
+        df = max(1.0, (self.df or math.inf) * factor)
+        level = 1 - ERROR_RATE / self.looks
+        reach = float(stats.t.ppf(level, df) + stats.norm.ppf(POWER)) * error
+        return self.drop + reach <= limit or self.drop - reach > limit
 
-    @property
-    def ground(self) -> str:
-        """Number of images and groups that the bounds rest on, as text."""
-        return ground(self.images, self.clusters)
+
+def difference(
+    drop: Callable[[Array], float],
+    images: int,
+    groups: Sequence[str] | None = None,
+    looks: int = 1,
+    *,
+    name: str,
+    unit: str = "points",
+) -> Difference:
+    """Compare by a metric that is no mean of right answers.
+
+    drop: rows (n,) of the images -> what the candidate loses on them. groups: as in `paired`. The
+    error is never below what one image in all would make: where no answer changed, that is no proof
+    that none will.
+    """
+    found = jackknife(drop, images, groups)
+    found = replace(found, error=max(found.error, 1 / max(1, images)))
+    low, high = found.bounds(1 - ERROR_RATE / looks)
+    return Difference(
+        images=images,
+        drop=found.value,
+        low=low,
+        high=high,
+        looks=looks,
+        clusters=found.clusters,
+        df=found.df,
+        name=name,
+        unit=unit,
+        error=found.error,
+    )
 
 
 def paired(
@@ -162,7 +225,7 @@ class Row:
     verdict: str
     reason: str
     accuracy: float
-    paired: Paired | None = None
+    paired: Comparison | None = None
     sqnr_db: float | None = None
     in_8_bits: int = 0
     heavy: int = 0
@@ -181,44 +244,44 @@ class Row:
 
 
 def judge_variant(
-    comparison: Paired, limit: float, ratio_high: float | None
+    comparison: Comparison, limit: float, ratio_high: float | None
 ) -> tuple[Verdict, str]:
     """Verdict on a candidate, and its reason.
 
     ratio_high: upper bound of its latency relative to fp32; None: not measured.
     """
     verdict = comparison.verdict(limit)
-    points = f"{comparison.drop * 100:+.2f} points [{comparison.low * 100:+.2f}, {comparison.high * 100:+.2f}]"
+    points = f"{comparison.name} {comparison.text}"
 
     if ratio_high is not None and ratio_high >= 1:
         return (
             "refused",
-            f"not faster than fp32: ratio up to {ratio_high:.2f}; accuracy drop {points}",
+            f"not faster than fp32: ratio up to {ratio_high:.2f}; {points}",
         )
 
     if verdict == "inconclusive":
         reach = f"they settle a limit of {comparison.high * 100:.2f}, not of {limit * 100:.2f}"
         return (
             verdict,
-            f"accuracy drop {points} on {comparison.ground}: {reach}; {what_would_settle(comparison, limit)}",
+            f"{points} on {comparison.ground}: {reach}; {what_would_settle(comparison, limit)}",
         )
 
     if verdict == "refused":
         return (
             verdict,
-            f"accuracy drop {points} on {comparison.ground}, limit {limit * 100:.2f}",
+            f"{points} on {comparison.ground}, limit {limit * 100:.2f}",
         )
 
     if ratio_high is None:
         return (
             "unproven on target",
-            f"accuracy drop {points}; its latency on the target is unknown. Try --latency FILE",
+            f"{points}; its latency on the target is unknown. Try --latency FILE",
         )
 
-    return "accepted", f"accuracy drop {points}; latency at most {ratio_high:.2f} of fp32's"
+    return "accepted", f"{points}; latency at most {ratio_high:.2f} of fp32's"
 
 
-def what_would_settle(comparison: Paired, limit: float, question: str = "it") -> str:
+def what_would_settle(comparison: Comparison, limit: float, question: str = "it") -> str:
     """How many images an inconclusive comparison needs, in words. question: what they would settle."""
     enough = comparison.settled_by(limit)
     if enough is None:

@@ -1,7 +1,7 @@
 """Golden vectors: real and synthetic images, with each variant's expected outputs and tolerances.
 
     BUNDLE/golden/NN.png          lossless RGB images
-    BUNDLE/golden/expected.npz    logits, probabilities and embedding on Pillow's pixels, float64
+    BUNDLE/golden/expected.npz    logits, answers (as "probabilities") and embedding on Pillow's pixels, float64
     BUNDLE/golden/golden.json     each image's group, and the tolerances of its outputs per variant
     BUNDLE/golden/raw/            some of them as flat files for C and C++ (see index.txt)
     BUNDLE/test_data_set_0/*.pb   the first image as ONNX tensors, for onnxruntime_perf_test
@@ -30,14 +30,13 @@ from ftkit_export.proof.parity import (
     RESAMPLED_PROBABILITY,
     Reference,
     edge_images,
-    probability_limit,
     resampled,
     rounding_limit,
     tolerance,
 )
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
+from ftkit_export.runtime.readout import Readout
 from ftkit_export.runtime.session import Session
 
 PHOTOGRAPHS = 16
@@ -52,7 +51,7 @@ def write_golden(
     reference: Reference,
     photographs: Sequence[Array],
     preprocess: Preprocess,
-    temperature: float,
+    readout: Readout,
     files: Mapping[str, tuple[Path, Path]],
     input_format: str = "rgb",
 ) -> None:
@@ -60,8 +59,8 @@ def write_golden(
 
     photographs: held-out images (H, W, 3) uint8, of which the first 16 are used; if empty, only
     synthetic images remain. files: variant -> (image form, core form). fp32's expected outputs are
-    the framework's, on Pillow's pixels. The tolerance of its probabilities includes twice the
-    effect of another resizer's rounding (parity.resampled), capped at parity's bound for it.
+    the framework's, on Pillow's pixels. The tolerance of its answers, in the readout's units, includes
+    twice the effect of another resizer's rounding (parity.resampled), capped at parity's bound for it.
     """
     folder = bundle / "golden"
     folder.mkdir()
@@ -83,12 +82,12 @@ def write_golden(
         logits, embedding = reference.answers(pixels, torch.float64)
         expected["logits"].append(logits)
         expected["embedding"].append(embedding)
-        expected["probabilities"].append(softmax(logits / temperature))
+        expected["probabilities"].append(readout.answers(logits))
 
         resized = np.concatenate([resizer.run(item[None])[1] for item in frames])
         moved = reference.logits(resampled(resized, canvases, preprocess, group), torch.float64)
-        slack = float(np.abs(softmax(logits / temperature) - softmax(moved / temperature)).max())
-        allowed = {"fp32": _fp32_tolerance(reference, pixels, logits, temperature, slack)}
+        slack = readout.apart(readout.answers(logits), readout.answers(moved))
+        allowed = {"fp32": _fp32_tolerance(reference, pixels, logits, readout, slack)}
 
         for name, (image_session, core_session) in sessions.items():
             own = _run_each(core_session, pixels)
@@ -110,11 +109,11 @@ def write_golden(
 
 
 def _fp32_tolerance(
-    reference: Reference, pixels: Array, logits: Array, temperature: float, slack: float
+    reference: Reference, pixels: Array, logits: Array, readout: Readout, slack: float
 ) -> dict[str, dict[str, float]]:
-    """Provider or precision -> tolerances of its outputs against float64 `logits` (n, classes).
+    """Provider or precision -> tolerances of its outputs against float64 `logits` (n, K).
 
-    slack: change of a probability by another resizer's rounding.
+    slack: change of an answer by another resizer's rounding.
     """
     logits32 = reference.logits(pixels, torch.float32)
     limits = {name: tolerance(logits32, logits, name)[0] for name in RELATIVE}
@@ -127,7 +126,7 @@ def _fp32_tolerance(
     return {
         name: {
             "logits": limit,
-            "probabilities": probability_limit(limit, temperature) + resizers,
+            "probabilities": readout.answer_limit(limit) + resizers,
         }
         for name, limit in limits.items()
     }
@@ -139,7 +138,7 @@ def _run_each(session: Session, inputs: Iterable[Array]) -> Array:
 
 
 def write_flat(
-    bundle: Path, chosen: str, preprocess: Preprocess, temperature: float, input_format: str
+    bundle: Path, chosen: str, preprocess: Preprocess, readout: Readout, input_format: str
 ) -> None:
     """Write golden/raw/ and test_data_set_0/ from golden/, for the variant that became model.onnx.
 
@@ -185,14 +184,16 @@ def write_flat(
         (raw / f"{name}.f32").write_bytes(array.astype("<f4").tobytes())
 
     (answers,) = zip(*Session(bundle / "model.onnx").run(frames[0][None]), strict=True)
-    _write_test_data(bundle / "test_data_set_0", frames[0], *answers)
+    _write_test_data(bundle / "test_data_set_0", frames[0], readout.output, *answers)
 
 
-def _write_test_data(folder: Path, frame: Array, probabilities: Array, embedding: Array) -> None:
+def _write_test_data(
+    folder: Path, frame: Array, output: str, answers: Array, embedding: Array
+) -> None:
     folder.mkdir()
     tensors = {
         "input_0.pb": (frame[None], "image"),
-        "output_0.pb": (probabilities[None].astype(np.float32), "probabilities"),
+        "output_0.pb": (answers[None].astype(np.float32), output),
         "output_1.pb": (embedding[None].astype(np.float32), "embedding"),
     }
     for file, (array, name) in tensors.items():

@@ -2,12 +2,12 @@
 
 Tolerances are derived per provider and input group (photographs, noise and extremes differ by
 orders of magnitude). Let f = max|torch32 - torch64| be the framework's own float32 error and s =
-max|logit|. Logits pass at max|ONNX - torch64| <= max(20 f, 1e-5 s); probabilities at that over the
-temperature, plus the rounding of a float32 softmax; top-1 must be equal outside ties (top-2 margin
-< 2 tolerances). Measured over 30 groups on 6 backbones: worst 8 f, no false alarm. CUDA in float32
-with TF32 off: 1e-3 s. TF32 and float16 are limited to ROUNDINGS times the effect of that rounding
-on this very model, emulated in the framework in both modes (to nearest, towards zero), and to
-CEILING times s.
+max|logit|. Logits pass at max|ONNX - torch64| <= max(20 f, 1e-5 s); answers at what the readout
+makes of that (probabilities: over the temperature), plus its own rounding in float32; what is
+decided must be equal outside ties (closer than 2 tolerances). Measured over 30 groups on 6 backbones:
+worst 8 f, no false alarm. CUDA in float32 with TF32 off: 1e-3 s. TF32 and float16 are limited to
+ROUNDINGS times the effect of that rounding on this very model, emulated in the framework in both
+modes (to nearest, towards zero), and to CEILING times s.
 
 The reference for the image form's pixels is Preprocess, in Pillow and numpy, never the graph under
 test. The graph's pixels are compared with it after normalisation, in grey levels: they may differ
@@ -38,16 +38,14 @@ from torch.overrides import TorchFunctionMode
 
 from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess, from_frame, to_frame
+from ftkit_export.runtime.readout import Readout
 from ftkit_export.runtime.session import PROVIDERS, Session
 
 FLOAT64_IMAGES = 64  # images per group that the float64 reference sees
 RELATIVE = {"cpu": 1e-5, "cuda": 1e-3}  # of s, by provider; other providers: as CUDA
 IMAGE_FORM_IMAGES = 16  # end to end; the core form is compared on four times as many
 FLOORS = 20.0
-# Of a float32 softmax (exp, sum, quotient), whatever the size of the logits
-ROUNDING = 4 * float(np.finfo(np.float32).eps)
 ROUNDINGS = 4.0  # a GPU accumulates in another order, and may round where the emulation does not
 # Of the largest logit: a model more sensitive to rounding must not run in that precision
 CEILING = 0.1
@@ -216,11 +214,6 @@ def tolerance(logits32: Array, logits64: Array, provider: str) -> tuple[float, f
     return max(FLOORS * floor, relative * scale), floor
 
 
-def probability_limit(limit: float, temperature: float) -> float:
-    """Tolerance of the softmax at `temperature`, for logits with tolerance `limit`."""
-    return limit / temperature + ROUNDING
-
-
 def _run(session: Session, batch: Array, output: int = 0) -> Array:
     return np.concatenate(
         [
@@ -240,7 +233,7 @@ class ExportedModel:
     core: Path
     image: Path
     preprocess: Preprocess
-    temperature: float
+    readout: Readout
     layers: Mapping[str, str] = field(default_factory=dict)
     input_format: str = "rgb"
 
@@ -278,7 +271,7 @@ def measure_parity(
 
         pixels = preprocess.pixels(drawn)
         logits = _run(core_session, pixels)
-        core_checks = _core_checks(reference, logits, pixels, group, provider)
+        core_checks = _core_checks(reference, model.readout, logits, pixels, group, provider)
         errors = errors or _histogram(
             logits, reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
         )
@@ -310,20 +303,22 @@ def _histogram(actual: Array, expected: Array) -> tuple[int, ...]:
 
 
 def _core_checks(
-    reference: Reference, actual: Array, pixels: Array, group: str, provider: str
+    reference: Reference,
+    readout: Readout,
+    actual: Array,
+    pixels: Array,
+    group: str,
+    provider: str,
 ) -> list[Check]:
     logits32 = reference.logits(pixels, torch.float32)
     if precision := PROVIDERS[provider].precision:
-        return agreement(logits32, actual, reference.rounding(pixels, precision), precision, group)
+        rounding = reference.rounding(pixels, precision)
+        return agreement(logits32, actual, rounding, precision, group, readout)
 
     logits64 = reference.logits(pixels[:FLOAT64_IMAGES], torch.float64)
     limit, floor = tolerance(logits32[: len(logits64)], logits64, provider)
     value = float(np.abs(actual[: len(logits64)] - logits64).max())
-    top = np.sort(logits32, -1)
-    clear = top[:, -1] - top[:, -2] >= 2 * limit  # outside ties
-    disagree = int((actual.argmax(-1) != logits32.argmax(-1))[clear].sum())
-
-    return [
+    checks = [
         Check(
             name="core logits",
             group=group,
@@ -331,15 +326,25 @@ def _core_checks(
             limit=limit,
             floor=floor,
             inputs=len(logits64),
-        ),
-        Check(
-            name="core top-1 disagreements",
-            group=group,
-            value=disagree,
-            limit=0,
-            inputs=len(pixels),
-        ),
+        )
     ]
+    if readout.decided:
+        checks.append(
+            Check(
+                name=f"core {readout.decided} disagreements",
+                group=group,
+                value=decided_otherwise(readout, logits32, actual, limit),
+                limit=0,
+                inputs=len(pixels),
+            )
+        )
+    return checks
+
+
+def decided_otherwise(readout: Readout, expected: Array, actual: Array, limit: float) -> int:
+    """Number of decisions that differ between logits (N, K), outside ties."""
+    differ = readout.decisions(actual) != readout.decisions(expected)
+    return int(differ[readout.clear(expected, limit)].sum())
 
 
 def _image_checks(
@@ -350,9 +355,9 @@ def _image_checks(
     images: Sequence[Array],
     group: str,
 ) -> list[Check]:
-    """End to end on odd sizes: graph's pixels against Pillow's, probabilities against float64."""
+    """End to end on odd sizes: graph's pixels against Pillow's, answers against float64."""
     preprocess = model.preprocess
-    temperature = model.temperature
+    readout = model.readout
     frames = [to_frame(item, model.input_format) for item in images]
     canvases = [preprocess.canvas(from_frame(frame, model.input_format)) for frame in frames]
     made = [resizer.run(frame[None])[1][0] for frame in frames]
@@ -368,22 +373,20 @@ def _image_checks(
 
     logits32 = reference.logits(allowed, torch.float32)
     logits64 = reference.logits(allowed, torch.float64)
-    expected = softmax(logits64 / temperature)
-    limit = probability_limit(tolerance(logits32, logits64, session.provider)[0], temperature)
+    expected = readout.answers(logits64)
+    limit = readout.answer_limit(tolerance(logits32, logits64, session.provider)[0])
 
     actual = np.concatenate([session.run(frame[None])[0] for frame in frames[:IMAGE_FORM_IMAGES]])
-    value = float(np.abs(actual - expected).max())
-    moved = float(
-        np.abs(softmax(reference.logits(pillow, torch.float64) / temperature) - expected).max()
-    )
+    value = readout.apart(actual, expected)
+    moved = readout.apart(readout.answers(reference.logits(pillow, torch.float64)), expected)
     batches = [np.repeat(frames[0][None], size, 0) for size in (2, 7)]
-    spread = max(float(np.abs(session.run(batch)[0] - actual[:1]).max()) for batch in batches)
+    spread = max(readout.apart(session.run(batch)[0], actual[:1]) for batch in batches)
 
     return [
         *checks,
-        Check(name="probabilities", group=group, value=value, limit=limit, inputs=len(actual)),
+        Check(name=readout.output, group=group, value=value, limit=limit, inputs=len(actual)),
         Check(
-            name="probabilities moved by resampling",
+            name=f"{readout.output} moved by resampling",
             group=group,
             value=moved,
             limit=RESAMPLED_PROBABILITY,
@@ -456,25 +459,29 @@ def rounding_limit(rounding: float, scale: float) -> float:
 
 
 def agreement(
-    expected: Array, actual: Array, rounding: float, precision: str, group: str
+    expected: Array,
+    actual: Array,
+    rounding: float,
+    precision: str,
+    group: str,
+    readout: Readout,
 ) -> list[Check]:
-    """Check logits (N, classes) of a lower precision against float32's on the same inputs.
+    """Check logits (N, K) of a lower precision against float32's on the same inputs.
 
     rounding: error of the logits when rounding to that precision is emulated (Reference.rounding).
-    Top-1 may differ in a tie: where the two best logits are closer than twice the limit.
+    Decisions may differ in a tie, which logits closer than twice the limit can turn.
     """
     expected = expected.astype(np.float64)
     actual = actual.astype(np.float64)
     limit = rounding_limit(rounding, float(np.abs(expected).max()))
     broken = int((np.isfinite(expected) & ~np.isfinite(actual)).sum())
-    top = np.sort(expected, -1)
-    clear = top[:, -1] - top[:, -2] >= 2 * limit
-    changed = int((expected.argmax(1) != actual.argmax(1))[clear].sum())
-    values = (
+    values = [
         (f"{precision} new NaN or Inf", broken, 0.0),
         (f"{precision} logits", float(np.abs(actual - expected).max()), limit),
-        (f"{precision} top-1 changed, not in ties", changed, 0.0),
-    )
+    ]
+    if readout.decided:
+        changed = decided_otherwise(readout, expected, actual, limit)
+        values.append((f"{precision} {readout.decided} changed, not in ties", changed, 0.0))
 
     return [
         Check(name=name, group=group, value=value, limit=most, inputs=len(actual))

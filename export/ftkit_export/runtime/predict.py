@@ -1,24 +1,29 @@
-"""Classify images with an exported file: ONNX Runtime, numpy and Pillow, nothing else.
+"""Answer images with an exported file: ONNX Runtime, numpy and Pillow, nothing else.
 
 classify = Classifier("bundle")
 answer = classify("photo.jpg")
 answer.label, answer.probability
 
 with Classifier("bundle", keep="collected") as classify: ...    # also collects what is worth labelling, and a log
+
+model = load_model("bundle")                                    # whatever its task is
+model("photo.jpg").text
 """
 
 from __future__ import annotations
 
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.collect import Collector, Sighting
 from ftkit_export.runtime.drift import Reference, frame_statistics
 from ftkit_export.runtime.errors import BundleError, FtkitError
@@ -29,6 +34,15 @@ from ftkit_export.runtime.preprocess import (
     Preprocess,
     from_frame,
     to_frame,
+)
+from ftkit_export.runtime.readout import (
+    KEY,
+    Labels,
+    OneClass,
+    Readout,
+    Task,
+    Values,
+    of_metadata,
 )
 from ftkit_export.runtime.session import PROVIDERS, Session
 from ftkit_export.runtime.verify import read_manifest
@@ -56,15 +70,75 @@ class Prediction:
         """ "foreign", "doubtful" or "", for a line of text."""
         return "foreign" if self.foreign else "doubtful" if self.doubtful else ""
 
+    @property
+    def text(self) -> str:
+        """The answer as a line of text."""
+        return f"{self.label}  {self.probability:.3f}  {self.remark}".rstrip()
 
-class Classifier:
-    """Classifier loaded from a bundle folder or its model.onnx.
 
-    A provider that cannot run the image form runs the bundle's core form, preprocessed with Pillow.
-    keep: a folder to collect pictures worth labelling and a log in, or a Collector. Raises
-    BundleError when there is no model, its metadata has no labels or is damaged, ProviderError as
-    Session, FtkitError when nothing can be collected there.
+@dataclass(frozen=True, kw_only=True)
+class MultiLabelPrediction:
+    """Prediction of a multi-label model for one image.
+
+    labels: those that apply, since their probability reaches their threshold. probabilities: label ->
+    probability, each on its own. foreign: as Prediction.
     """
+
+    labels: tuple[str, ...]
+    probabilities: Mapping[str, float]
+    foreign: bool
+
+    @property
+    def text(self) -> str:
+        """The answer as a line of text."""
+        named = ", ".join(f"{name} {self.probabilities[name]:.3f}" for name in self.labels)
+        return f"{named or 'none'}  {'foreign' if self.foreign else ''}".rstrip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A value in its unit, with the interval that holds the true one in the stated share of images."""
+
+    value: float
+    low: float
+    high: float
+    unit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionPrediction:
+    """Prediction of a regression model for one image.
+
+    values: name -> estimate. share: of the images whose true value lies in the interval. foreign: as
+    Prediction; the intervals then mean nothing.
+    """
+
+    values: Mapping[str, Estimate]
+    share: float
+    foreign: bool
+
+    @property
+    def text(self) -> str:
+        """The answer as a line of text."""
+        named = ", ".join(
+            f"{name} {item.value:.4g} [{item.low:.4g}, {item.high:.4g}]{item.unit and ' '}{item.unit}"
+            for name, item in self.values.items()
+        )
+        return f"{named}  {'foreign' if self.foreign else ''}".rstrip()
+
+
+Said = TypeVar("Said")
+
+
+class Model(ABC, Generic[Said]):
+    """A model loaded from a bundle folder or its model.onnx; called with an image, it answers.
+
+    labels: names of its outputs. A provider that cannot run the image form runs the bundle's core
+    form, preprocessed with Pillow. Raises BundleError when there is no model, it has another task,
+    or its metadata has no labels or is damaged; ProviderError as Session.
+    """
+
+    task: ClassVar[Task]
 
     def __init__(
         self,
@@ -72,20 +146,10 @@ class Classifier:
         *,
         provider: str = "cpu",
         threads: int = 0,
-        keep: str | Path | Collector | None = None,
+        session: Session | None = None,
     ):
-        path = Path(model)
-        bundle = path if path.is_dir() else path.parent
-        if path.is_dir():
-            core = provider in PROVIDERS and PROVIDERS[provider].form == "core"
-            path = path / (_core_form(path) if core else "model.onnx")
-
-        if not path.is_file():
-            raise BundleError(
-                f"{model}: expected a bundle or a model.onnx, found neither. Try `ftkit export RUN`"
-            )
-
-        self.session = Session(path, provider=provider, threads=threads)
+        path = _model_file(model, provider)
+        self.session = session or Session(path, provider=provider, threads=threads)
         metadata = self.session.metadata
         if "labels" not in metadata:
             raise BundleError(
@@ -94,34 +158,109 @@ class Classifier:
 
         self.core = self.session.input_names == ["pixels"]
         try:
+            self.readout: Readout = of_metadata(metadata)
             self.labels = _labels(metadata["labels"])
             self.preprocess = Preprocess(**json.loads(metadata.get("preprocess", "{}")))
-            self.temperature = float(metadata.get("temperature", 1))
             self.input_format = metadata.get("input_format", "rgb")
-            self.threshold = float(metadata.get("abstain_threshold", 0))
+            self._read(metadata)
             self.familiar = (
                 OutOfDistribution.from_text(metadata["out_of_domain"])
                 if metadata.get("out_of_domain")
                 else None
             )
 
-            if self.input_format not in INPUT_FORMATS or not self.temperature > 0:
-                raise ValueError(
-                    f"input_format {self.input_format}, temperature {self.temperature}"
-                )
+            if self.input_format not in INPUT_FORMATS:
+                raise ValueError(f"input_format {self.input_format}")
 
-            classes = self.session.outputs[0].shape[-1:]
-            if isinstance(classes[0], int) and classes[0] != len(self.labels):
-                raise ValueError(f"{len(self.labels)} labels for {classes[0]} classes")
+            width = self.session.outputs[0].shape[-1:]
+            if isinstance(width[0], int) and width[0] != len(self.labels):
+                raise ValueError(f"{len(self.labels)} labels for {width[0]} outputs")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, FtkitError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise BundleError(
                 f"{path}: expected the metadata that ftkit writes, found it damaged ({reason}). Copy the file again"
             ) from None
 
+        if self.readout.task != self.task:
+            raise BundleError(
+                f"{model}: expected a {self.task} model, found a {self.readout.task} one. Try `ftkit predict` without "
+                "options, or ftkit.load"
+            )
+
+    def _read(self, metadata: Mapping[str, str]) -> None:
+        """Read what else the metadata holds; may raise as if it were damaged."""
+
+    def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
+        """Decode an image file (path or bytes) -> (H, W, 3) uint8 RGB, as in training."""
+        return self.preprocess.decode(source)
+
+    def answers(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(H, W, 3) uint8 RGB -> the readout's answers (K,) float32."""
+        return self._answer(to_frame(image, self.input_format))[0]
+
+    def _answer(
+        self, frame: np.ndarray[Any, Any]
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """One frame -> answers (K,), embedding (1, D)."""
+        if not self.core:
+            (answers,), embedding = self.session.run(frame[None])
+            return answers, embedding
+        canvas = self.preprocess.canvas(from_frame(frame, self.input_format))
+        logits, embedding = self.session.run(self.preprocess.pixels(canvas[None]))
+        return self.readout.answers(logits)[0], embedding
+
+    def _is_foreign(self, embedding: Array) -> bool:
+        if self.familiar is None:
+            return False
+        return bool(self.familiar.score(embedding)[0] > self.familiar.threshold)
+
+    def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Said:
+        """Answer an image file, its bytes, or an RGB array (H, W, 3) uint8.
+
+        Raises ImageError for a bad file.
+        """
+        pixels = image if isinstance(image, np.ndarray) else self.decode(image)
+        return self._said(to_frame(pixels, self.input_format), image)
+
+    def frame(self, frame: np.ndarray[Any, Any]) -> Said:
+        """Answer a camera frame in the model's input format (preprocess.to_frame)."""
+        return self._said(frame, None)
+
+    @abstractmethod
+    def _said(
+        self, frame: np.ndarray[Any, Any], source: str | Path | bytes | np.ndarray[Any, Any] | None
+    ) -> Said:
+        """The answer to a frame. source: where it came from, if it was no frame."""
+
+
+class Classifier(Model[Prediction]):
+    """Single-label model: Model, and what is worth labelling can be collected.
+
+    keep: a folder to collect pictures worth labelling and a log in, or a Collector. Raises also
+    FtkitError when nothing can be collected there.
+    """
+
+    task: ClassVar[Task] = "single-label"
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        provider: str = "cpu",
+        threads: int = 0,
+        keep: str | Path | Collector | None = None,
+        session: Session | None = None,
+    ):
+        super().__init__(model, provider=provider, threads=threads, session=session)
+        assert isinstance(self.readout, OneClass)  # Model compared the task
+        self.temperature = self.readout.temperature
+        bundle = Path(model) if Path(model).is_dir() else Path(model).parent
         self.collector = (
             Collector(keep, read_reference(bundle)) if isinstance(keep, str | Path) else keep
         )
+
+    def _read(self, metadata: Mapping[str, str]) -> None:
+        self.threshold = float(metadata.get("abstain_threshold", 0))
 
     def close(self) -> None:
         """Write down what was collected; only needed with `keep`, and done at the end of `with`."""
@@ -134,13 +273,9 @@ class Classifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def decode(self, source: str | Path | bytes) -> np.ndarray[Any, Any]:
-        """Decode an image file (path or bytes) -> (H, W, 3) uint8 RGB, as in training."""
-        return self.preprocess.decode(source)
-
     def probabilities(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """(H, W, 3) uint8 RGB -> (classes,) float32."""
-        return self._answer(to_frame(image, self.input_format))[0]
+        return self.answers(image)
 
     def sight(
         self, frame: np.ndarray[Any, Any], *, statistics: bool = True
@@ -168,33 +303,9 @@ class Classifier:
         )
         return sighting, probabilities
 
-    def _answer(
-        self, frame: np.ndarray[Any, Any]
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """One frame -> probabilities (classes,), embedding (1, D)."""
-        if not self.core:
-            (probabilities,), embedding = self.session.run(frame[None])
-            return probabilities, embedding
-        canvas = self.preprocess.canvas(from_frame(frame, self.input_format))
-        logits, embedding = self.session.run(self.preprocess.pixels(canvas[None]))
-        return softmax(logits[0] / np.float32(self.temperature)), embedding
-
-    def __call__(self, image: str | Path | bytes | np.ndarray[Any, Any]) -> Prediction:
-        """Classify an image file, its bytes, or an RGB array (H, W, 3) uint8.
-
-        Raises ImageError for a bad file.
-        """
-        pixels = image if isinstance(image, np.ndarray) else self.decode(image)
-        return self._classify(to_frame(pixels, self.input_format), image)
-
-    def frame(self, frame: np.ndarray[Any, Any]) -> Prediction:
-        """Classify a camera frame in the model's input format (preprocess.to_frame)."""
-        return self._classify(frame, None)
-
-    def _classify(
+    def _said(
         self, frame: np.ndarray[Any, Any], source: str | Path | bytes | np.ndarray[Any, Any] | None
     ) -> Prediction:
-        """source: where the frame came from, if it was no frame."""
         sighting, probabilities = self.sight(frame, statistics=self.collector is not None)
         if self.collector:
             self.collector.offer(sighting, lambda: picture_of(frame, source, self.input_format))
@@ -209,6 +320,92 @@ class Classifier:
             doubtful=sighting.doubtful,
             foreign=sighting.foreign,
         )
+
+
+class MultiLabelClassifier(Model[MultiLabelPrediction]):
+    """Multi-label model: each label applies, or not, on its own."""
+
+    task: ClassVar[Task] = "multi-label"
+
+    def _said(
+        self, frame: np.ndarray[Any, Any], source: str | Path | bytes | np.ndarray[Any, Any] | None
+    ) -> MultiLabelPrediction:
+        readout = self.readout
+        assert isinstance(readout, Labels)  # Model compared the task
+        probabilities, embedding = self._answer(frame)
+        named = dict(zip(self.labels, map(float, probabilities), strict=True))
+        return MultiLabelPrediction(
+            labels=tuple(
+                name
+                for (name, value), least in zip(named.items(), readout.thresholds, strict=True)
+                if value >= least
+            ),
+            probabilities=named,
+            foreign=self._is_foreign(embedding),
+        )
+
+
+class Regressor(Model[RegressionPrediction]):
+    """Regression model: numbers in their units, with intervals."""
+
+    task: ClassVar[Task] = "regression"
+
+    def _said(
+        self, frame: np.ndarray[Any, Any], source: str | Path | bytes | np.ndarray[Any, Any] | None
+    ) -> RegressionPrediction:
+        readout = self.readout
+        assert isinstance(readout, Values)  # Model compared the task
+        values, embedding = self._answer(frame)
+        estimates = {
+            name: Estimate(
+                value=float(value), low=float(value) - margin, high=float(value) + margin, unit=unit
+            )
+            for name, value, margin, unit in zip(
+                self.labels, values, readout.margins, readout.units, strict=True
+            )
+        }
+        return RegressionPrediction(
+            values=estimates, share=readout.share, foreign=self._is_foreign(embedding)
+        )
+
+
+AnyModel = Classifier | MultiLabelClassifier | Regressor
+
+
+def load_model(model: str | Path, *, provider: str = "cpu", threads: int = 0) -> AnyModel:
+    """The model of a bundle folder or model.onnx, whatever its task. Raises as Model."""
+    session = Session(_model_file(model, provider), provider=provider, threads=threads)
+    try:
+        task = of_metadata(session.metadata).task
+    except (ValueError, KeyError, TypeError, AttributeError):
+        task = "single-label"  # which says that the metadata is damaged
+    kinds: dict[Task, type[AnyModel]] = {
+        kind.task: kind for kind in (Classifier, MultiLabelClassifier, Regressor)
+    }
+    return kinds[task](model, provider=provider, threads=threads, session=session)
+
+
+def require_single_label(bundle: str | Path, what: str) -> None:
+    """Raise BundleError for a bundle of another task, which `what` is not made for."""
+    readout = read_manifest(bundle).get(KEY)
+    if readout:
+        raise BundleError(
+            f"{bundle}: expected a single-label bundle, found a {readout['task']} one, for which {what} is not made. "
+            "Try a single-label one"
+        )
+
+
+def _model_file(model: str | Path, provider: str) -> Path:
+    """The file to load. Raises BundleError where there is none."""
+    path = Path(model)
+    if path.is_dir():
+        core = provider in PROVIDERS and PROVIDERS[provider].form == "core"
+        path = path / (_core_form(path) if core else "model.onnx")
+    if not path.is_file():
+        raise BundleError(
+            f"{model}: expected a bundle or a model.onnx, found neither. Try `ftkit export RUN`"
+        )
+    return path
 
 
 def read_reference(bundle: Path) -> Reference | None:
@@ -243,13 +440,6 @@ def picture_of(
     content = io.BytesIO()
     Image.fromarray(from_frame(frame, input_format)).save(content, "PNG", compress_level=1)
     return content.getvalue(), ".png"
-
-
-def softmax(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Softmax over the last axis, in the dtype given."""
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    result: np.ndarray[Any, Any] = shifted / shifted.sum(-1, keepdims=True)
-    return result
 
 
 def _labels(text: str) -> list[str]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -478,7 +479,7 @@ def test_one_image_that_changes_sides_fails_no_gate_and_many_do(lost: int, passe
     """One changed image of 60 is 1.7 points, where 1 point is allowed."""
     against = paired(np.ones(60, bool), np.arange(60) >= lost)
     chosen = Row(name="fp32", precision="fp32", verdict="reference", reason="", accuracy=0.9)
-    metrics = evaluate(np.eye(2)[[0] * 60], np.zeros(60, int), "ab")
+    metrics = asdict(evaluate(np.eye(2)[[0] * 60], np.zeros(60, int), "ab"))
     measured = evidence.Evidence(
         parity=[], chosen=chosen, metrics=metrics, against=against, out_of_order=0
     )

@@ -29,6 +29,7 @@ from ftkit_export.conversion.quantize import (
 from ftkit_export.proof.parity import Reference, agreement
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess, decode
+from ftkit_export.runtime.readout import OneClass
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.targets import TARGETS, here, unshippable
 
@@ -310,7 +311,7 @@ def test_what_is_kept_in_float_is_not_changed_by_the_optimiser(trained: Trained)
 
 def test_grey_levels_enter_an_8_bit_network_as_they_are(trained: Trained) -> None:
     core = int8(trained.core, trained.ranges, TARGETS["x86-vnni"])
-    form = image_form(core, trained.preprocess, 2.0)
+    form = image_form(core, trained.preprocess, OneClass(temperature=2.0))
     assert not {"Cast", "Mul"} & {node.op_type for node in form.graph.node}
     assert "pixels" not in {value for node in form.graph.node for value in node.input}
 
@@ -327,7 +328,7 @@ def test_grey_levels_enter_an_8_bit_network_as_they_are(trained: Trained) -> Non
     other = dataclasses.replace(trained.preprocess, mean=[127.0, 127.0, 126.0])
     for preprocess, name in ((other, "x86-vnni"), (trained.preprocess, "arm64")):
         core = int8(trained.core, trained.ranges, TARGETS[name])
-        form = image_form(core, preprocess, 1.0)
+        form = image_form(core, preprocess, OneClass(temperature=1.0))
         assert "pixels" in {value for node in form.graph.node for value in node.input}
 
 
@@ -339,7 +340,9 @@ def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) ->
     } == {onnx.TensorProto.FLOAT}
     assert model.ByteSize() < 0.55 * trained.core.ByteSize()
     rounding = trained.reference.rounding(trained.pixels, "fp16")
-    checks = agreement(trained.logits, _run(model, trained.pixels), rounding, "fp16", "photographs")
+    checks = agreement(
+        trained.logits, _run(model, trained.pixels), rounding, "fp16", "photographs", OneClass()
+    )
     assert all(check.passed for check in checks), checks
 
     # A layer whose values exceed float16 and return: scale up, then down
@@ -358,7 +361,9 @@ def test_fp16_agrees_takes_float32_and_keeps_what_overflows(trained: Trained) ->
     ranges = calibrate(wide, iter([trained.pixels[:8]]), trained.preprocess)
     model, kept = half(wide, ranges)
     assert {"up", "down"} <= set(kept)
-    checks = agreement(trained.logits, _run(model, trained.pixels), rounding, "fp16", "photographs")
+    checks = agreement(
+        trained.logits, _run(model, trained.pixels), rounding, "fp16", "photographs", OneClass()
+    )
     assert all(check.passed for check in checks), checks
     narrow = copy.deepcopy(ranges)
     for name in narrow.data:  # as if the ranges had not been checked
@@ -375,7 +380,9 @@ def test_values_that_are_no_numbers_fail_agreement() -> None:
     found = expected.copy()
     found[1, 0] = np.inf
     failed = {
-        check.name for check in agreement(expected, found, 1e-4, "fp16", "any") if not check.passed
+        check.name
+        for check in agreement(expected, found, 1e-4, "fp16", "any", OneClass())
+        if not check.passed
     }
     assert "fp16 new NaN or Inf" in failed
 
@@ -386,10 +393,14 @@ def test_a_tie_is_no_disagreement_and_a_clear_answer_that_changes_is() -> None:
     expected[7] = [2.0, 1.99995, 0.0]
     found = expected + np.array([[-1e-4, 1e-4, 0.0]])
     assert found[7].argmax() != expected[7].argmax()
-    assert all(check.passed for check in agreement(expected, found, 1e-4, "fp16", "val"))
+    assert all(
+        check.passed for check in agreement(expected, found, 1e-4, "fp16", "val", OneClass())
+    )
     found[9] = [1.0, 3.0, 0.0]
     failed = {
-        check.name for check in agreement(expected, found, 1e-4, "fp16", "val") if not check.passed
+        check.name
+        for check in agreement(expected, found, 1e-4, "fp16", "val", OneClass())
+        if not check.passed
     }
     assert failed == {"fp16 logits", "fp16 top-1 changed, not in ties"}
 
@@ -405,7 +416,7 @@ def test_every_target_loads_in_its_oldest_onnxruntime(trained: Trained, tmp_path
             cores["fp16"] = half(trained.core, trained.ranges)[0]
         for precision, core in cores.items():
             path = tmp_path / f"{name}-{precision}.onnx"
-            write(image_form(core, trained.preprocess, 1.0), path, {})
+            write(image_form(core, trained.preprocess, OneClass(temperature=1.0)), path, {})
             assert unshippable(path, target) == ""
             files.setdefault(target.oldest, []).append(str(path))
     code = (

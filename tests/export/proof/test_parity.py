@@ -28,6 +28,7 @@ from ftkit_export.proof.parity import (
     measure_parity,
 )
 from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.readout import OneClass
 from ftkit_export.runtime.session import Session
 
 PREPROCESS = Preprocess(size=64, resize=70)
@@ -56,7 +57,9 @@ def _compare(
     if spoil:
         spoil(proto)
     write(proto, folder / "core.onnx", {})
-    write(image_form(proto, preprocess, temperature), folder / "model.onnx", {})
+    write(
+        image_form(proto, preprocess, OneClass(temperature=temperature)), folder / "model.onnx", {}
+    )
     canvases = np.stack([PREPROCESS.canvas(image) for image in PHOTOGRAPHS])
     return measure_parity(
         Reference(model),
@@ -64,7 +67,7 @@ def _compare(
             core=folder / "core.onnx",
             image=folder / "model.onnx",
             preprocess=PREPROCESS,
-            temperature=TEMPERATURE,
+            readout=OneClass(temperature=TEMPERATURE),
             layers=core.layers,
         ),
         canvases,
@@ -253,7 +256,14 @@ def test_the_golden_tolerance_does_not_widen_for_a_wrong_graph(
 
     def tolerances(folder: Path) -> list[float]:
         folder.mkdir()
-        write_golden(folder, Reference(trained[0]), PHOTOGRAPHS, PREPROCESS, TEMPERATURE, {})
+        write_golden(
+            folder,
+            Reference(trained[0]),
+            PHOTOGRAPHS,
+            PREPROCESS,
+            OneClass(temperature=TEMPERATURE),
+            {},
+        )
         entries = json.loads((folder / "golden" / "golden.json").read_text())["images"]
         return [entry["tolerance"]["fp32"]["cpu"]["probabilities"] for entry in entries]
 
@@ -282,7 +292,8 @@ def test_a_gpu_that_rounds_either_way_passes_and_a_scaled_layer_does_not(
         found = model(torch.from_numpy(pixels)).numpy()
     assert np.abs(found - expected).max() > 0
     assert all(
-        check.passed for check in agreement(expected, found, limit, precision, "photographs")
+        check.passed
+        for check in agreement(expected, found, limit, precision, "photographs", OneClass())
     )
 
     spoiled = copy.deepcopy(model)
@@ -290,7 +301,8 @@ def test_a_gpu_that_rounds_either_way_passes_and_a_scaled_layer_does_not(
         spoiled.get_submodule("blocks.3.1.conv_dw").weight.mul_(1.5)
         found = spoiled(torch.from_numpy(pixels)).numpy()
     assert not all(
-        check.passed for check in agreement(expected, found, limit, precision, "photographs")
+        check.passed
+        for check in agreement(expected, found, limit, precision, "photographs", OneClass())
     )
 
 

@@ -18,6 +18,7 @@ from ftkit_export.runtime.latency import Condition
 from ftkit_export.runtime.measure import conditions, find
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import decode
+from ftkit_export.runtime.readout import OneClass
 from ftkit_export.runtime.session import PROVIDERS, Provider, Session, offered
 from ftkit_export.runtime.timing import bound_call
 from ftkit_export.runtime.verify import verify
@@ -85,7 +86,7 @@ def test_what_rounds_is_held_to_agreement_and_the_core_form_to_its_tolerance(
         core=bundle / "variants" / "fp32-core.onnx",
         image=bundle / "model.onnx",
         preprocess=opened.preprocess,
-        temperature=1.0,
+        readout=OneClass(),
     )
     found = {
         name: measure_parity(

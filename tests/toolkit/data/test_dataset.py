@@ -303,7 +303,7 @@ def test_a_label_with_a_line_separator_keeps_its_place_in_the_exported_file(tmp_
     )
     classifier = type("Classifier", (), {"labels": labels})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evidence, "Classifier", lambda folder: classifier)
+        patch.setattr(evidence, "load_model", lambda folder: classifier)
         assert evidence.out_of_order(tmp_path, labels) == 0
         assert evidence.out_of_order(tmp_path, [*labels[1:], labels[0]]) > 0
 

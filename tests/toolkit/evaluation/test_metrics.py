@@ -20,7 +20,7 @@ from ftkit.evaluation.metrics import (
     fit_temperature,
     worst_mistakes,
 )
-from ftkit_export.proof.parity import softmax
+from ftkit_export.runtime.readout import softmax
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 3, 500)

@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -187,14 +187,14 @@ def test_a_class_that_is_seldom_found_fails_the_gate_that_was_asked_for(
     answers = np.concatenate(
         [np.where(np.arange(50) < count, label, 1 - label) for label, count in enumerate(right)]
     )
-    metrics = evaluate(np.eye(2)[answers], labels, ("a", "b"))
+    metrics = asdict(evaluate(np.eye(2)[answers], labels, ("a", "b")))
     row = _row("fp32", "reference", 1, 1)
     same = paired(answers == labels, answers == labels)
     measured = Evidence(parity=[], chosen=row, metrics=metrics, against=same, out_of_order=0)
     gates = judge_gates(replace(load_recipe("lite0").export, min_recall=0.8), measured)
     assert [gate.verdict for gate in gates if "missed of class" in gate.name] == [verdict]
     assert len(judge_gates(load_recipe("lite0").export, measured)) == len(gates) - 1
-    unseen = evaluate(np.eye(3)[answers], labels, ("a", "b", "c"))
+    unseen = asdict(evaluate(np.eye(3)[answers], labels, ("a", "b", "c")))
     gate = judge_gates(
         replace(load_recipe("lite0").export, min_recall=0.8), replace(measured, metrics=unseen)
     )[-1]

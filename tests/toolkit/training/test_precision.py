@@ -20,7 +20,8 @@ from ftkit.data.prefetch import Source, array_source, free_bytes
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import precision
-from ftkit.training.optimizer import Batch, StepState, gradients, loss_of
+from ftkit.training.losses import Batch, class_loss
+from ftkit.training.optimizer import StepState, gradients
 from ftkit.training.precision import Compute, Way, fastest
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit_export.runtime.nvidia import same_numbers
@@ -134,7 +135,7 @@ def test_a_batch_is_made_on_the_gpu_without_the_host_waiting(photos: Path) -> No
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             batch = loader.prepare(fetched)
-            loss = loss_of(
+            loss = class_loss(
                 torch.zeros(16, 4, device="cuda"), batch, Stage(label_smoothing=0.1), None
             )
             with pytest.raises(Exception, match=r"item|_local_scalar_dense"):

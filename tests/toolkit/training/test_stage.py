@@ -21,14 +21,8 @@ from ftkit.recipe import Augment, Recipe, Stage
 from ftkit.training import lr_search, work
 from ftkit.training.distillation import Teacher
 from ftkit.training.loader import ahead
-from ftkit.training.optimizer import (
-    Batch,
-    StepState,
-    class_weights,
-    gradients,
-    loss_of,
-    make_optimizer,
-)
+from ftkit.training.losses import Batch, class_loss, class_weights
+from ftkit.training.optimizer import StepState, gradients, make_optimizer
 from ftkit.training.run import open_run
 from ftkit.training.stage_loaders import StageLoaders
 from ftkit.training.step import fresh_gradients
@@ -72,14 +66,16 @@ def test_class_weights_make_every_class_count_the_same() -> None:
     weights = class_weights(labels, 3)
     assert torch.allclose(torch.bincount(labels) * weights, torch.full((3,), 100 / 3))
     logits = torch.zeros(100, 3)
-    loss = loss_of(logits, Batch(inputs=(), targets=labels), Stage(), weights)
+    loss = class_loss(logits, Batch(inputs=(), targets=labels), Stage(), weights)
     assert float(loss[labels == 1].sum()) == pytest.approx(float(loss[labels == 0].sum()))
 
 
 def test_mixed_images_learn_both_labels_by_share() -> None:
     logits, own, other = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
     share = torch.tensor([1.0, 0.25, 0.0, 0.5])
-    found = loss_of(logits, Batch(inputs=(), targets=own, others=other, share=share), Stage(), None)
+    found = class_loss(
+        logits, Batch(inputs=(), targets=own, others=other, share=share), Stage(), None
+    )
     expected = -(
         torch.log_softmax(logits, 1)
         * (share[:, None] * F.one_hot(own, 3) + (1 - share)[:, None] * F.one_hot(other, 3))
@@ -90,7 +86,7 @@ def test_mixed_images_learn_both_labels_by_share() -> None:
 def test_a_teacher_pulls_towards_its_own_answers() -> None:
     teacher, targets = torch.tensor([[4.0, 1.0, -2.0]]), torch.tensor([2])
     student = torch.zeros(1, 3, requires_grad=True)
-    loss_of(
+    class_loss(
         student, Batch(inputs=(), targets=targets, teacher=teacher), Stage(), None
     ).sum().backward()
     hard = torch.zeros(1, 3, requires_grad=True)

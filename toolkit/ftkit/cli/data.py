@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from functools import partial
@@ -37,6 +38,13 @@ ADD = click.option(
 )
 
 
+TASK = click.option(
+    "--task",
+    type=click.Choice(["single-label", "multi-label", "regression"]),
+    help="What a CSV's columns mean, where they do not tell it.",
+)
+
+
 RUNTIME = click.option(
     "--runtime",
     type=click.Path(path_type=Path),
@@ -50,6 +58,7 @@ RUNTIME = click.option(
 @GROUP_BY
 @ROOT
 @ADD
+@TASK
 @MAX_PIXELS_OPTION
 @click.option(
     "--recipe",
@@ -76,6 +85,7 @@ def audit_data(
     group_by: str,
     root: Path | None,
     add: Path | None,
+    task: str | None,
     recipe: str,
     sheets: Path | None,
     fix: Path | None,
@@ -95,6 +105,8 @@ def audit_data(
     from ftkit.utils import console
 
     plan = load_recipe(recipe)
+    if task:
+        plan = dataclasses.replace(plan, task=task)
     images = read_with_folds(plan, folder, 0, group_by, root, add)
 
     if fix:

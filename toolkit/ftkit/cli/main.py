@@ -19,7 +19,17 @@ import click
 
 from ftkit import __version__, api
 from ftkit.cli.bench import KEY, bench, evaluate
-from ftkit.cli.data import ADD, GROUP_BY, ROOT, RUNTIME, audit_data, cache, report, try_bundle
+from ftkit.cli.data import (
+    ADD,
+    GROUP_BY,
+    ROOT,
+    RUNTIME,
+    TASK,
+    audit_data,
+    cache,
+    report,
+    try_bundle,
+)
 from ftkit.cli.field import delta, drift, enroll, review, shadow
 from ftkit.cli.gpus import DEVICE, GPUS, launch_again, require_gpus
 from ftkit.cli.options import MAX_PIXELS_OPTION, SIGN, Command
@@ -31,6 +41,7 @@ from ftkit_export.runtime.errors import FtkitError
 if TYPE_CHECKING:
     from ftkit.recipe import Recipe
     from ftkit_export.bundle.seal import Gate
+    from ftkit_export.runtime.predict import AnyModel
     from ftkit_export.runtime.verify import Verification
 
 
@@ -100,6 +111,7 @@ PROVIDERS_OPTION = click.option(
 @click.option(
     "--weights", metavar="FILE", help="Backbone weights: .safetensors or .pth; none = untrained."
 )
+@TASK
 @click.option(
     "--folds",
     metavar="auto|K|0",
@@ -132,12 +144,13 @@ PROVIDERS_OPTION = click.option(
 def train(ctx: click.Context, /, data: Path, gpus: int | None, **options: Any) -> None:
     """Fine-tune on DATA, a folder of images or a CSV.
 
-    Layouts: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group].
+    Layouts: DATA/CLASS/*.jpg, DATA/{train,val,test}/CLASS/*, or a CSV path,label[,split][,group];
+    for several labels an image path,labels with a|b, for numbers path,value with --task regression.
     """
     if gpus:
         sys.exit(_launched(ctx, gpus))
 
-    plan = ("recipe", "settings", "weights", "folds", "seed", "group_by")
+    plan = ("recipe", "settings", "weights", "task", "folds", "seed", "group_by")
     known = all(
         ctx.get_parameter_source(name) is click.core.ParameterSource.DEFAULT for name in plan
     )
@@ -383,7 +396,7 @@ def predict(
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.conversion.class_activation import Explainer
     from ftkit_export.runtime.errors import ImageError
-    from ftkit_export.runtime.predict import image_files
+    from ftkit_export.runtime.predict import Prediction, image_files
 
     for path in images:
         if re.match(r"\w+:/", str(path)):
@@ -402,6 +415,8 @@ def predict(
     bad = 0
     with unpacked(bundle, key) as folder:
         classify = api.load(folder, provider=provider)
+        if explain:
+            _require_classes(bundle, classify)
         explainer = Explainer(folder) if explain else None
     if provider != "cpu":
         click.echo(f"{provider}: {classify.session.placement}", err=True)
@@ -411,7 +426,7 @@ def predict(
             content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path
             answer = classify(content)
             heat = None
-            if explainer:
+            if explainer and isinstance(answer, Prediction):
                 place = Path("stdin") if path == STANDARD_INPUT else path
                 label = classify.labels.index(answer.label)
                 heat = explainer.write(place, label, out, content)
@@ -424,10 +439,17 @@ def predict(
             more = {"explained": str(heat)} if heat else {}
             click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer), **more}))
         else:
-            line = f"{path}  {answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip()
+            line = f"{path}  {answer.text}"
             click.echo(f"{line}  {heat}" if heat else line)
 
     sys.exit(2 if bad else 0)
+
+
+def _require_classes(bundle: Path, model: AnyModel) -> None:
+    if model.task != "single-label":
+        raise FtkitError(
+            f"--explain: expected a single-label bundle, found {bundle}, a {model.task} one. Leave it out"
+        )
 
 
 def _refuse_with_trace(as_json: bool, explain: bool, provider: str) -> None:

@@ -30,8 +30,10 @@ import PIL.Image
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.fft import dctn
 
+from ftkit.data.audit_targets import LabelAudit, ValueAudit, audit_targets
 from ftkit.data.canvas import Canvases
-from ftkit.data.dataset import SPLITS, Images, below, clusters
+from ftkit.data.dataset import Images, below, clusters
+from ftkit.data.table import SPLITS
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess, decode
@@ -106,6 +108,7 @@ class Audit:
       images under half).
     - emptied: rows that are flat only because the recipe's crop removed their content.
     - frame: "640x480", the size that 95 % of the images do not exceed, by area.
+    - targets: what is known of the labels or quantities of other tasks; None of single-label data.
     """
 
     images: int
@@ -130,6 +133,7 @@ class Audit:
     crop_keeps: tuple[float, int]
     emptied: tuple[int, ...]
     frame: str
+    targets: LabelAudit | ValueAudit | None = None
 
     @property
     def passed(self) -> bool:
@@ -179,7 +183,7 @@ def audit(
         sizes=dict(Counter(f"{width} x {height}" for _, width, height in facts).most_common()),
         alike=tuple(alike),
         leaks=_across(alike, [image.split for image in kept]),
-        conflicts=_across(alike, [image.label for image in kept]),
+        conflicts=_across(alike, [image.said for image in kept]),
         shared_groups=_shared_groups(canvases.images),
         tiny=tuple(row for row, (_, w, h) in enumerate(facts) if min(w, h) < TINY * side),
         huge=tuple(row for row, (_, w, h) in enumerate(facts) if w * h > HUGE),
@@ -198,6 +202,7 @@ def audit(
             row for row in flat_rows if squares[row] < 1 and not _is_flat(kept[row].path)
         ),
         frame=_frame([(width, height) for _, width, height in facts]),
+        targets=audit_targets(canvases.images),
     )
 
 
@@ -257,7 +262,7 @@ def require_apart(canvases: Canvases) -> None:
     copies = identical(canvases)
     groups = _shared_groups(images)
     leaks = _across(copies, [image.split for image in images.images])
-    conflicts = _across(copies, [image.label for image in images.images])
+    conflicts = _across(copies, [image.said for image in images.images])
 
     if leaks:
         first = ", ".join(below(images.root, images.images[row].path) for row in leaks[0].rows[:3])

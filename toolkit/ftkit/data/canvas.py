@@ -93,6 +93,11 @@ class Canvases:
         """Label of each row, (N,) int64."""
         return np.array([image.label for image in self.images.images], np.int64)
 
+    @property
+    def targets(self) -> Array:
+        """Labels (N, K) of 1 and 0, or values, of the other tasks; float64, NaN where one is not known."""
+        return np.array([image.targets for image in self.images.images], np.float64)
+
 
 def build_canvases(
     images: Images,
@@ -134,10 +139,11 @@ def build_canvases(
     left = images.without({path for path, _ in bad})
     _require_every_class(images, left, bad)
     rows = [
-        f"{digest} {image.label} {image.split}"
+        f"{digest} {image.label} {image.split}{' '.join(map(repr, image.targets))}"
         for digest, image in zip(digests, left.images, strict=True)
     ]
-    text = "\n".join([_canvas_key(preprocess), *images.classes, *rows])
+    said = [*images.target_names, *images.units, *images.classes]
+    text = "\n".join([_canvas_key(preprocess), *said, *rows])
 
     return Canvases(
         images=left,

@@ -25,7 +25,8 @@ import PIL.ImageFont
 
 from ftkit.data.audit import FEW, UNEVEN, Alike, Audit
 from ftkit.data.canvas import Canvases
-from ftkit.data.dataset import SPLITS, Image, Images, as_csv, below
+from ftkit.data.dataset import Image, Images, as_csv, below
+from ftkit.data.table import SPLITS
 from ftkit.utils import console
 from ftkit_export.runtime.arrays import spread_evenly
 from ftkit_export.runtime.errors import FtkitError
@@ -42,11 +43,13 @@ PAIRS = 24  # rows of the sheet of duplicates
 def audit_text(result: Audit, canvases: Canvases) -> str:
     """The audit as text, with what must be fixed last."""
     splits = [split for split in SPLITS if split in next(iter(result.counts.values()))]
-    rows = [("class", *(f"{split}{'*' if split in result.made else ''}" for split in splits))]
+    first = "class" if result.targets is None else "stratum"
+    rows = [(first, *(f"{split}{'*' if split in result.made else ''}" for split in splits))]
     rows += [
         (name, *(str(each[split]) for split in splits)) for name, each in result.counts.items()
     ]
-    lines = [f"{result.images} images of {len(result.classes)} classes", "", console.table(rows)]
+    kinds = f"{len(result.classes)} classes" if result.targets is None else str(result.targets)
+    lines = [f"{result.images} images of {kinds}", "", console.table(rows)]
 
     if result.made:
         lines.append(
@@ -57,12 +60,21 @@ def audit_text(result: Audit, canvases: Canvases) -> str:
         "",
         f"formats  {_most(result.formats)}",
         f"sizes    {_most(result.sizes)}",
-        "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(result.classes)),
+        *_told_targets(result),
         *_fit(result),
     ]
-    if list(result.classes) != sorted(result.classes):
+    if result.targets is None and list(result.classes) != sorted(result.classes):
         lines.append("         in natural order; a plain sort would number them otherwise")
     return "\n".join([*lines, "", *_remarks(result, canvases)])
+
+
+def _told_targets(result: Audit) -> list[str]:
+    """The classes with their numbers; or what is known of each label or quantity."""
+    if result.targets is not None:
+        return ["", *result.targets.lines()]
+    return [
+        "labels   " + ", ".join(f"{number} {name}" for number, name in enumerate(result.classes))
+    ]
 
 
 def _most(counts: dict[str, int]) -> str:
@@ -336,11 +348,11 @@ def _contradicting(rows: Sequence[int], images: Sequence[Image], exact: bool) ->
 
     All of them or, for near duplicates with a majority label, those without it.
     """
-    counts = Counter(images[row].label for row in rows)
-    most = max(counts, key=lambda label: counts[label], default=None)
+    counts = Counter(images[row].said for row in rows)
+    most = max(counts, key=lambda said: counts[said], default=None)
     if exact or most is None or counts[most] * 2 <= len(rows):
         return list(rows) if len(counts) > 1 else []
-    return [row for row in rows if images[row].label != most]
+    return [row for row in rows if images[row].said != most]
 
 
 def _together(left: dict[int, Image], rows: Sequence[int]) -> None:
@@ -394,7 +406,7 @@ def write_clean(
 
     if out.suffix == ".csv":
         write_atomically(
-            out, as_csv(((image, _from(out.parent, image.path)) for image in kept), images.classes)
+            out, as_csv(((image, _from(out.parent, image.path)) for image in kept), images)
         )
         return out
 
@@ -413,7 +425,7 @@ def write_clean(
         for licence in base.glob("LICEN[CS]E*"):
             shutil.copyfile(licence, folder / licence.name)
 
-        (folder / "images.csv").write_bytes(as_csv(placed, images.classes))
+        (folder / "images.csv").write_bytes(as_csv(placed, images))
         folder.chmod(0o755)
         folder.rename(out)
     finally:

@@ -3,9 +3,9 @@
     images = read_images("photos")   # photos/CLASS/*.jpg, photos/{train,val,test}/CLASS/*, or a CSV
     images.classes, images.of("train")
 
-A CSV has the columns path,label[,split][,group]; its paths are relative to the CSV. A missing val
-or test split is cut from train: stratified by class and seeded, with groups and identical files
-kept in one split.
+A CSV has the columns path,label[,split][,group], or those of another task (table.py); its paths are
+relative to the CSV. A missing val or test split is cut from train: stratified by class and seeded,
+with groups and identical files kept in one split.
 """
 
 from __future__ import annotations
@@ -15,64 +15,81 @@ import hashlib
 import io
 import os
 import random
-import re
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from ftkit.data.order import natural
+from ftkit.data.strata import strata_of
+from ftkit.data.table import (
+    AUTO,
+    BETWEEN,
+    SPLIT_NAMES,
+    UNKNOWN,
+    Row,
+    Table,
+    in_order,
+    read_table,
+)
+from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.groups import group_names
 from ftkit_export.runtime.preprocess import SUFFIXES
+from ftkit_export.runtime.readout import Task
 
-SPLITS = ("train", "val", "test")
-# Common names of the splits, in any case
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-SURPLUS = "\0"  # key of the fields of a row that exceed the header
-LINE_ENDS = "\n\r"  # labels.txt has one label per line
 VAL_SHARE = 0.1
 TEST_SHARE = 0.15
+FEWEST_OF_A_LABEL = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Image:
     """One labelled file. label: index into Images.classes.
 
-    group: images of one group must stay in one split.
+    group: images of one group must stay in one split. targets: of multi-label data and regression,
+    in the order of Images.names; NaN where one is not known.
     """
 
     path: Path
     label: int
     split: str
     group: str = ""
+    targets: tuple[float, ...] = ()
+
+    @property
+    def said(self) -> object:
+        """What is said of the image, to compare with what is said of another."""
+        return tuple(map(repr, self.targets)) or self.label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Images:
     """A labelled data set.
 
-    classes: in natural order (2 before 10). made: the splits that ftkit created.
+    classes: in natural order (2 before 10); of the other tasks, the strata that splits and folds
+    divide evenly (strata.py). made: the splits that ftkit created. target_names: the labels of multi-label
+    data, or the quantities of regression, whose units are "" where they have none.
     """
 
     root: Path
     classes: tuple[str, ...]
     images: tuple[Image, ...]
     made: tuple[str, ...] = ()
+    task: Task = "single-label"
+    target_names: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a model of these images puts out: classes, labels or quantities."""
+        return self.target_names if self.task != "single-label" else self.classes
 
     def of(self, split: str) -> tuple[Image, ...]:
         """The images of one split, ordered by path."""
@@ -88,15 +105,6 @@ class Images:
         return replace(self, images=tuple(image for image in self.images if image.path not in bad))
 
 
-def natural(text: str) -> list[tuple[int, int, str]]:
-    """Natural sort key: class2 before class10."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part.lower())
-        for part in re.split(r"(\d+)", text)
-        if part
-    ]
-
-
 def read_images(
     data: str | Path,
     seed: int = 0,
@@ -105,6 +113,7 @@ def read_images(
     *,
     cut_val: bool = True,
     add: str | Path | None = None,
+    task: str = AUTO,
 ) -> Images:
     """Read a class folder, a split folder or a CSV.
 
@@ -112,11 +121,17 @@ def read_images(
     below `data` names the image's group. root: the folder that a CSV's paths are relative to, by
     default its own. cut_val: whether to make a val split where none is given. add: a CSV of further
     images, such as `ftkit review` writes; they are train unless it says otherwise, and the splits
-    of the others stay as they are without them. Raises FtkitError naming what is missing and what
-    to try.
+    of the others stay as they are without them. task: as in read_table. Raises FtkitError naming
+    what is missing and what to try.
     """
-    root, rows = _rows(Path(data), Path(root) if root else None, group_by)
-    classes = _classes(root, {label for _, label, _, _ in rows})
+    root, table = _table(Path(data), Path(root) if root else None, group_by, task)
+    read = _of_classes(root, table) if table.task == "single-label" else _of_targets(root, table)
+    split = _with_splits(read, seed, cut_val)
+    return split if add is None else _with_more(split, Path(add))
+
+
+def _of_classes(root: Path, table: Table) -> Images:
+    classes = in_order(root, {row.label for row in table.rows})
     if len(classes) < 2:
         raise FtkitError(
             f"{root}: expected at least two classes, found one ({classes[0]}). Try a folder for each class, "
@@ -124,30 +139,59 @@ def read_images(
         )
 
     index = {label: number for number, label in enumerate(classes)}
-    images = sorted(
-        (
-            Image(path=path, label=index[label], split=split, group=group)
-            for path, label, split, group in rows
-        ),
-        key=lambda image: natural(image.path.as_posix()),
+    images = [
+        Image(path=row.path, label=index[row.label], split=row.split, group=row.group)
+        for row in table.rows
+    ]
+    return Images(root=root, classes=classes, images=_ordered(images))
+
+
+def _of_targets(root: Path, table: Table) -> Images:
+    targets = np.array([row.targets for row in table.rows])
+    _require_evidence(root, table, targets)
+    strata, classes = strata_of(table.task, targets, table.names)
+    images = [
+        Image(
+            path=row.path, label=int(label), split=row.split, group=row.group, targets=row.targets
+        )
+        for row, label in zip(table.rows, strata, strict=True)
+    ]
+    return Images(
+        root=root,
+        classes=classes,
+        images=_ordered(images),
+        task=table.task,
+        target_names=table.names,
+        units=table.units,
     )
-    read = Images(root=root, classes=classes, images=tuple(images))
-    split = _with_splits(read, seed, cut_val)
-    return split if add is None else _with_more(split, Path(add))
 
 
-def _classes(where: Path, labels: Iterable[str]) -> tuple[str, ...]:
-    """The classes in their order. Raises FtkitError for two that are the same name to people: macOS
-    writes an accent as a character of its own, other systems do not."""
-    seen: dict[str, str] = {}
-    for label in sorted(labels):
-        twin = seen.setdefault(unicodedata.normalize("NFC", label), label)
-        if twin != label:
+def _require_evidence(root: Path, table: Table, targets: Array) -> None:
+    """Raise FtkitError for a label or a quantity that nothing can be learned of."""
+    for name, column in zip(table.names, targets.T, strict=True):
+        known = column[~np.isnan(column)]
+        if not len(known):
             raise FtkitError(
-                f"{where}: expected class names that differ, found {label!a} and {twin!a}, which look alike. "
-                "Rename one as the other"
+                f"{root}: expected known values of {name!r}, found none. Fill them in, or remove the column"
             )
-    return tuple(sorted(seen.values(), key=natural))
+        if table.task == "regression":
+            if known.min() == known.max():
+                raise FtkitError(
+                    f"{root}: expected different values of {name!r}, found {known[0]:g} for every image. "
+                    "Remove the column"
+                )
+            continue
+        counts = (int((known == 1).sum()), int((known == 0).sum()))
+        for count, word in zip(counts, ("with", "without"), strict=True):
+            if count < FEWEST_OF_A_LABEL:
+                raise FtkitError(
+                    f"{root}: expected at least {FEWEST_OF_A_LABEL} images {word} the label {name!r}, to train and "
+                    f"to judge on, found {count}. Add some, or leave the label out"
+                )
+
+
+def _ordered(images: Iterable[Image]) -> tuple[Image, ...]:
+    return tuple(sorted(images, key=lambda image: natural(image.path.as_posix())))
 
 
 def _with_more(images: Images, path: Path) -> Images:
@@ -156,34 +200,84 @@ def _with_more(images: Images, path: Path) -> Images:
         raise FtkitError(
             f"--add {path}: expected a CSV of further images, found none. Check the path"
         )
-    rows = _from_csv(path, path.parent, labelled_only=True)
-    if not rows:
+    table = read_table(path, path.parent, images.task, labelled_only=True)
+    if not table.rows:
         raise FtkitError(
             f"--add {path}: expected labelled images, found none. Fill in the label column"
         )
 
     known = {_absolute(image.path) for image in images.images}
-    for place, _, _, _ in rows:
-        if _absolute(place) in known:
+    for row in table.rows:
+        if _absolute(row.path) in known:
             raise FtkitError(
-                f"--add {path}: expected further images, found {place.name}, which the data has. Remove that row"
+                f"--add {path}: expected further images, found {row.path.name}, which the data has. Remove that row"
             )
 
-    classes = _classes(path, {*images.classes, *(label for _, label, _, _ in rows)})
+    if images.task != "single-label":
+        return _with_more_targets(images, path, table)
+
+    classes = in_order(path, {*images.classes, *(row.label for row in table.rows)})
     index = {label: number for number, label in enumerate(classes)}
     more = [
-        Image(path=place, label=index[label], split=split or "train", group=group)
-        for place, label, split, group in rows
+        Image(path=row.path, label=index[row.label], split=row.split or "train", group=row.group)
+        for row in table.rows
     ]
     items = [
         *(replace(image, label=index[images.classes[image.label]]) for image in images.images),
         *more,
     ]
-    ordered = sorted(items, key=lambda image: natural(image.path.as_posix()))
-    return replace(images, classes=classes, images=tuple(ordered))
+    return replace(images, classes=classes, images=_ordered(items))
 
 
-CsvRow = tuple[Path, str, str, str]  # path, label, split or "", group or ""
+def _with_more_targets(images: Images, path: Path, table: Table) -> Images:
+    """The same for labels and quantities: what the one does not name is not known of its images."""
+    units = dict(zip(table.names, table.units, strict=True))
+    for name, unit in zip(images.target_names, images.units, strict=True):
+        if units.get(name, unit) != unit:
+            raise FtkitError(
+                f"--add {path}: expected {name!r} in {unit or 'no unit'} as in the data, found it in "
+                f"{units[name] or 'no unit'}. Convert it"
+            )
+    new = [name for name in table.names if name not in images.target_names]
+    if new and images.task == "regression":
+        raise FtkitError(
+            f"--add {path}: expected the quantities {', '.join(images.target_names)}, found {new[0]!r}. Check "
+            "the header"
+        )
+
+    names = in_order(path, {*images.target_names, *new}) if new else images.target_names
+
+    def placed(own: Sequence[str], targets: Sequence[float]) -> tuple[float, ...]:
+        known = dict(zip(own, targets, strict=True))
+        return tuple(known.get(name, np.nan) for name in names)
+
+    items = [
+        *(
+            replace(image, targets=placed(images.target_names, image.targets))
+            for image in images.images
+        ),
+        *(
+            Image(
+                path=row.path,
+                label=0,
+                split=row.split or "train",
+                group=row.group,
+                targets=placed(table.names, row.targets),
+            )
+            for row in table.rows
+        ),
+    ]
+    strata, classes = strata_of(images.task, np.array([image.targets for image in items]), names)
+    labelled = [
+        replace(image, label=int(label)) for image, label in zip(items, strata, strict=True)
+    ]
+    return replace(
+        images,
+        classes=classes,
+        images=_ordered(labelled),
+        target_names=names,
+        units=tuple(units.get(name, "") for name in names) if new else images.units,
+    )
 
 
 class Labelled(NamedTuple):
@@ -201,24 +295,44 @@ def labelled(
 
     group_by, root: as in read_images. Raises FtkitError as read_images, but accepts a single image.
     """
-    root, rows = _rows(Path(data), Path(root) if root else None, group_by)
-    chosen = [row for row in rows if row[2] == "test"] or [row for row in rows if not row[2]]
+    root, table = _table(Path(data), Path(root) if root else None, group_by, "single-label")
+    rows = table.rows
+    chosen = [row for row in rows if row.split == "test"] or [row for row in rows if not row.split]
     if not chosen:
         raise FtkitError(
             f"{root}: expected a test split, found train and val only. Try a folder of held-out images"
         )
 
-    images = [Labelled(path, label, group) for path, label, _, group in chosen]
+    images = [Labelled(row.path, row.label, row.group) for row in chosen]
     return sorted(images, key=lambda image: natural(image.path.as_posix()))
 
 
-def as_csv(rows: Iterable[tuple[Image, str]], classes: Sequence[str]) -> bytes:
-    """The data set as a CSV for `read_images`; rows: an image and its path in the CSV."""
+def as_csv(rows: Iterable[tuple[Image, str]], images: Images) -> bytes:
+    """The data set as a CSV for `read_images`; rows: an image of `images` and its path in the CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("path", "label", "split", "group"))
-    writer.writerows((path, classes[image.label], image.split, image.group) for image, path in rows)
+    columns = ["label"] if images.task == "single-label" else ["labels"]
+    if images.task == "regression":
+        columns = [
+            f"{name} [{unit}]" if unit else name
+            for name, unit in zip(images.target_names, images.units, strict=True)
+        ]
+    writer.writerow(("path", *columns, "split", "group"))
+    writer.writerows(
+        (path, *_told(image, images), image.split, image.group) for image, path in rows
+    )
     return text.getvalue().encode()
+
+
+def _told(image: Image, images: Images) -> list[str]:
+    """What a CSV says of an image."""
+    if images.task == "single-label":
+        return [images.classes[image.label]]
+    if images.task == "regression":
+        return ["" if np.isnan(value) else repr(float(value)) for value in image.targets]
+    named = zip(images.target_names, image.targets, strict=True)
+    listed = [UNKNOWN * bool(np.isnan(value)) + name for name, value in named if value != 0]
+    return [BETWEEN.join(listed)]
 
 
 def splits_csv(images: Images) -> bytes:
@@ -240,7 +354,7 @@ def splits_csv(images: Images) -> bytes:
     else:
         names = [path.relative_to(folder).as_posix() for path in paths]
 
-    return as_csv(zip(images.images, names, strict=True), images.classes)
+    return as_csv(zip(images.images, names, strict=True), images)
 
 
 def _absolute(path: Path) -> Path:
@@ -248,7 +362,7 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100  # Path.resolve follows them
 
 
-def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[CsvRow]]:
+def _table(data: Path, root: Path | None, group_by: str, task: str) -> tuple[Path, Table]:
     """The folder that image paths are shown relative to (`below`), and the images."""
     if not data.exists():
         raise FtkitError(
@@ -261,18 +375,30 @@ def _rows(data: Path, root: Path | None, group_by: str) -> tuple[Path, list[CsvR
             f"--root {root}: expected the folder that a CSV's paths are relative to, found {what}. Try it without"
         )
 
-    rows = _from_csv(data, root or data.parent) if data.is_file() else _from_folder(data)
-    if not rows and data.is_file():
+    if data.is_file():
+        table = read_table(data, root or data.parent, task)
+    else:
+        _require_class_folders(data, task)
+        table = Table(rows=_from_folder(data))
+    if not table.rows and data.is_file():
         raise FtkitError(
             f"{data}: expected a row an image, found a header only. Try path,label[,split][,group]"
         )
-    if not rows:
+    if not table.rows:
         raise FtkitError(
             f"{data}: expected images as {data}/CLASS/IMAGE.jpg, found none. Try a folder a class"
         )
 
     top = root or data
-    return top, _grouped(top, rows, group_by) if group_by else rows
+    return top, replace(table, rows=_grouped(top, table.rows, group_by)) if group_by else table
+
+
+def _require_class_folders(data: Path, task: str) -> None:
+    if task not in (AUTO, "single-label"):
+        raise FtkitError(
+            f"{data}: expected a CSV for --task {task}, found a folder, whose images have a class each. "
+            "Try path,labels or path,value"
+        )
 
 
 def below(root: Path, path: Path) -> str:
@@ -289,15 +415,12 @@ def _relative(root: Path, path: Path) -> str:
     return Path(os.path.relpath(path, root if root.is_dir() else root.parent)).as_posix()
 
 
-def _grouped(root: Path, rows: Sequence[CsvRow], group_by: str) -> list[CsvRow]:
-    names = group_names([_relative(root, path) for path, _, _, _ in rows], group_by)
-    return [
-        (path, label, split, name or group)
-        for (path, label, split, group), name in zip(rows, names, strict=True)
-    ]
+def _grouped(root: Path, rows: Sequence[Row], group_by: str) -> list[Row]:
+    names = group_names([_relative(root, row.path) for row in rows], group_by)
+    return [row._replace(group=name or row.group) for row, name in zip(rows, names, strict=True)]
 
 
-def _from_folder(root: Path) -> list[CsvRow]:
+def _from_folder(root: Path) -> list[Row]:
     top = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     splits = {
         path: SPLIT_NAMES[path.name.lower()] for path in top if path.name.lower() in SPLIT_NAMES
@@ -313,7 +436,7 @@ def _from_folder(root: Path) -> list[CsvRow]:
         }
 
     if not splits:
-        return [(path, label, "", "") for path, label in _class_folders(root)]
+        return [Row(path, label) for path, label in _class_folders(root)]
 
     if others:
         named = sorted(path.name for path in splits)
@@ -329,7 +452,7 @@ def _from_folder(root: Path) -> list[CsvRow]:
                 raise FtkitError(
                     f"{folder / label}: expected a class, found a folder named like a split. Rename it"
                 )
-            rows.append((path, label, split, ""))
+            rows.append(Row(path, label, split))
 
     return rows
 
@@ -342,81 +465,6 @@ def _class_folders(root: Path) -> list[tuple[Path, str]]:
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
     ]
-
-
-def _from_csv(path: Path, folder: Path, *, labelled_only: bool = False) -> list[CsvRow]:
-    """Read the rows of a CSV whose paths are relative to `folder`.
-
-    labelled_only: leave out rows without a label.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey=SURPLUS)
-            columns = [column.strip() for column in reader.fieldnames or ()]
-            table = [(reader.line_num, line) for line in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise FtkitError(
-            f"{path}: expected a CSV in UTF-8, found {error}. Try path,label[,split][,group]"
-        ) from None
-
-    for column in ("path", "label"):
-        if column not in columns:
-            raise FtkitError(
-                f"{path}: expected a column {column!r}, found {', '.join(columns) or 'none'}. Try path,label"
-            )
-
-    return [
-        _csv_row(folder, f"{path} line {number}", columns, line)
-        for number, line in table
-        if not labelled_only or _label_of(line)
-    ]
-
-
-def _label_of(line: Mapping[str, Any]) -> str:
-    found = next((text for name, text in line.items() if str(name).strip() == "label"), "")
-    return (found or "").strip()
-
-
-def _csv_row(folder: Path, where: str, columns: Sequence[str], line: Mapping[str, Any]) -> CsvRow:
-    """Parse one row of a CSV. where: its file and line, for FtkitError."""
-    surplus = line.get(SURPLUS, [])
-    # Some spreadsheets write trailing commas
-    if any(text.strip() for text in surplus):
-        raise FtkitError(
-            f"{where}: expected {len(columns)} fields ({', '.join(columns)}), found {len(columns) + len(surplus)}. "
-            'Quote a field that has a comma in it: "food, drink"'
-        )
-
-    fields = {
-        str(column).strip(): (text or "").strip()
-        for column, text in line.items()
-        if column != SURPLUS
-    }
-
-    image = _image_file(folder, fields["path"])
-    if image is None:
-        raise FtkitError(
-            f"{where}: expected an image at {folder / fields['path']}, found none. "
-            "Check the path column, or name the folder with --root"
-        )
-
-    label = fields["label"]
-    if not label:
-        raise FtkitError(f"{where}: expected a label, found none. Fill in the label column")
-    if any(character in label for character in LINE_ENDS):
-        raise FtkitError(f"{where}: expected a label on one line, found {label!r}. Correct it")
-
-    split = SPLIT_NAMES.get(fields.get("split", "").lower(), fields.get("split", ""))
-    if split and split not in SPLITS:
-        raise FtkitError(f"{where}: expected split train, val or test, found {split!r}. Correct it")
-
-    return image, label, split, fields.get("group", "")
-
-
-def _image_file(folder: Path, text: str) -> Path | None:
-    """The image that a CSV in `folder` names; Windows backslashes are accepted."""
-    candidates = (folder / text, folder / text.replace("\\", "/")) if text else ()
-    return next((path for path in candidates if path.is_file()), None)
 
 
 def _with_splits(images: Images, seed: int, cut_val: bool) -> Images:

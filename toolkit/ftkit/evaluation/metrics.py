@@ -208,7 +208,18 @@ def _where(values: Array, known: Array) -> tuple[float | None, ...]:
 def abstain_threshold(
     probabilities: Array, labels: Array, precision: float, groups: Sequence[str] | None = None
 ) -> tuple[float | None, bool]:
-    """The lowest probability threshold above which answers reach `precision`: (threshold, proven).
+    """The lowest probability above which answers reach `precision`: precision_threshold of the most
+    probable class."""
+    return precision_threshold(
+        probabilities.max(1), probabilities.argmax(1) == labels, precision, groups
+    )
+
+
+def precision_threshold(
+    top: Array, right: Array, precision: float, groups: Sequence[str] | None = None
+) -> tuple[float | None, bool]:
+    """The lowest threshold of `top` (n,) from which on `right` (n,) reaches `precision`, and whether
+    that is proven.
 
     proven: `precision` is reached with 95 % confidence. Since many thresholds are tested, the
     search goes from few answers to many and stops at the first that fails, from several starts that
@@ -216,8 +227,6 @@ def abstain_threshold(
     If none is proven: the lowest threshold at which `precision` was observed, and False; (None,
     False) if there is none.
     """
-    top = probabilities.max(1)
-    right = probabilities.argmax(1) == labels
     if not right.any():
         return None, False
 

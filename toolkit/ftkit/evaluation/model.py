@@ -1,6 +1,7 @@
 """Evaluate a trained model: fit temperature and abstain threshold on val, then test once.
 
-verdict = judge(backbone, canvases, preprocess, precision=0.95)
+outputs = outputs_of(backbone, canvases, preprocess, held_out)
+verdict = evaluate_model(outputs, canvases, precision=0.95)
 verdict.metrics["test"].accuracy
 """
 
@@ -29,8 +30,8 @@ from ftkit.models.inference import PREFIX_BATCH, WithEmbedding, runner
 from ftkit.utils import console
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.out_of_distribution import OutOfDistribution, fit
-from ftkit_export.runtime.predict import softmax
 from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.readout import softmax
 
 FOREIGN_IMAGES = 256  # training images; 512 and 1,398 find no more out-of-distribution images
 FOREIGN_EACH = 10  # per class at least: its mean needs more than one
@@ -100,14 +101,24 @@ class HeldOut:
     foreign: Array
 
 
-def evaluate_model(
-    backbone: Backbone,
-    canvases: Canvases,
-    preprocess: Preprocess,
-    precision: float,
-    held_out: HeldOut | None = None,
-) -> Evaluation:
-    """Fit everything on val, then evaluate on test once; test decides nothing.
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a model says of val and test, by split: rows of the canvases, logits (n, K), groups.
+
+    foreign: out-of-distribution statistics; foreign_kept: share of test images that they accept.
+    """
+
+    rows: dict[str, Array]
+    logits: dict[str, Array]
+    groups: dict[str, list[str]]
+    foreign: OutOfDistribution
+    foreign_kept: float
+
+
+def outputs_of(
+    backbone: Backbone, canvases: Canvases, preprocess: Preprocess, held_out: HeldOut | None
+) -> Outputs:
+    """Run a model once on what it is judged on.
 
     held_out: out-of-fold predictions in the place of val, where the run had folds.
     """
@@ -120,13 +131,25 @@ def evaluate_model(
     else:
         outputs["val"] = answers(rows["val"], "evaluating val")
 
-    labels = {split: canvases.labels[rows[split]] for split in rows}
-    logits = {split: outputs[split][0] for split in rows}
-    groups = {split: canvases.groups(rows[split]) for split in rows}
     foreign = familiar(answers, canvases, canvases.rows("train"), outputs["val"][1])
     if held_out:
         threshold_out_of_fold = float(np.quantile(held_out.foreign, foreign.kept))
         foreign = replace(foreign, threshold=threshold_out_of_fold)
+    return Outputs(
+        rows=rows,
+        logits={split: outputs[split][0] for split in rows},
+        groups={split: canvases.groups(rows[split]) for split in rows},
+        foreign=foreign,
+        foreign_kept=float((foreign.score(outputs["test"][1]) <= foreign.threshold).mean()),
+    )
+
+
+def evaluate_model(outputs: Outputs, canvases: Canvases, precision: float) -> Evaluation:
+    """Fit everything on val, then evaluate on test once; test decides nothing."""
+    rows = outputs.rows
+    logits = outputs.logits
+    groups = outputs.groups
+    labels = {split: canvases.labels[rows[split]] for split in rows}
     temperature = fit_temperature(logits["val"], labels["val"], groups["val"])
     probabilities = {split: softmax(logits[split] / temperature) for split in rows}
     threshold, proven = abstain_threshold(
@@ -148,8 +171,8 @@ def evaluate_model(
         },
         abstention=abstention(probabilities["test"], labels["test"], precision, threshold, proven),
         mistakes=worst_mistakes(probabilities["test"], labels["test"], rows["test"]),
-        foreign=foreign.to_text(),
-        foreign_kept=float((foreign.score(outputs["test"][1]) <= foreign.threshold).mean()),
+        foreign=outputs.foreign.to_text(),
+        foreign_kept=outputs.foreign_kept,
         answers=tuple(map(int, logits["test"].argmax(1))),
     )
 

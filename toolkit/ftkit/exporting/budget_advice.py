@@ -188,7 +188,7 @@ def _timed(
             except FtkitError:
                 return []
 
-            form = image_form(core, smaller, run.temperature, context.limits.input_format)
+            form = image_form(core, smaller, context.readout, context.limits.input_format)
             write(form, path, {**context.metadata, "preprocess": json.dumps(asdict(smaller))})
 
             if context.device:

@@ -22,16 +22,18 @@ from scipy import stats
 from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases
 from ftkit.recipe import Export
+from ftkit.training.tasks import Task
 from ftkit.utils import console
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import image_form
 from ftkit_export.conversion.probe import does_not_open
 from ftkit_export.conversion.quantize import calibrate, sqnr
-from ftkit_export.proof.decision import Paired, paired
+from ftkit_export.proof.decision import Comparison
 from ftkit_export.proof.parity import Check, Reference
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.latency import Raced, race
 from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.readout import Readout
 from ftkit_export.runtime.session import PROVIDERS, Session
 from ftkit_export.runtime.targets import TARGETS, Precision, Target, here
 from ftkit_export.runtime.verify import sha256
@@ -68,7 +70,8 @@ class Context:
     reference: Reference
     canvases: Canvases
     preprocess: Preprocess
-    temperature: float
+    readout: Readout
+    task: Task
     limits: Export
     target_name: str
     photograph: Path
@@ -82,6 +85,17 @@ class Context:
     def rows(self) -> Array:
         """Rows of the canvases that variants are judged on."""
         return np.concatenate([part.rows for part in self.judged])
+
+    @cached_property
+    def targets(self) -> Array:
+        """The task's targets of those rows."""
+        targets: Array = self.task.targets(self.canvases).numpy()[self.rows]
+        return targets
+
+    @property
+    def limit(self) -> float:
+        """What a variant may lose, as a fraction."""
+        return self.task.limit(self.limits)
 
     @property
     def folded(self) -> bool:
@@ -113,7 +127,7 @@ class Context:
 
     def image_form(self, core: onnx.ModelProto) -> onnx.ModelProto:
         """The image form of a core form: the file that a device gets."""
-        return image_form(core, self.preprocess, self.temperature, self.limits.input_format)
+        return image_form(core, self.preprocess, self.readout, self.limits.input_format)
 
     def write(
         self, core: onnx.ModelProto, path: Path, precision: str, kept: Sequence[str], *, plain: bool
@@ -131,14 +145,14 @@ class Context:
 class Candidate:
     """A core form to be judged.
 
-    right: whether each held-out image is classified correctly; kept: operators left in float;
-    checks: further checks beside accuracy; looks: comparisons that its bounds hold for jointly.
+    logits: of each held-out image (n, K); kept: operators left in float; checks: further checks beside
+    the task's metric; looks: comparisons that its bounds hold for jointly.
     """
 
     name: str
     precision: Precision
     core: onnx.ModelProto
-    right: Array
+    logits: Array
     sqnr_db: float | None = None
     kept: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
@@ -197,10 +211,12 @@ def ranges_of(core: onnx.ModelProto, context: Context, training: Array | None = 
         return calibrate(core, batches, context.preprocess, context.limits.calibration)
 
 
-def compared(fp32: Candidate, candidate: Candidate, context: Context) -> Paired:
-    """Paired comparison with fp32."""
+def compared(fp32: Candidate, candidate: Candidate, context: Context) -> Comparison:
+    """Comparison with fp32 on the same images, by the task's metric."""
     groups = context.canvases.groups(context.rows)
-    return paired(fp32.right, candidate.right, groups, candidate.looks)
+    return context.task.compare(
+        fp32.logits, candidate.logits, context.targets, groups, candidate.looks
+    )
 
 
 def optimiser_check(fp32: onnx.ModelProto, model: onnx.ModelProto, context: Context) -> Check:
@@ -239,17 +255,18 @@ def refit_checks(
     """With folds: whether the shipped file changes as few answers as the folds' files did.
 
     Out-of-fold answers judge how a file is made, not this file. So its own answers on the test
-    images, without their labels, are compared with fp32's: more changed ones than chance allows
-    (Fisher's exact test, 1 %) refuse it. before, after: logits (n, classes) of the folds' files.
+    images, without their labels, are compared with fp32's: more changed ones (Readout.moved) than
+    chance allows (Fisher's exact test, 1 %) refuse it. before, after: logits (n, K) of the folds'
+    files.
     """
     if not context.folded:
         return ()
 
     test = context.canvases.rows("test")
-    shipped = logits_of(model, context, test).argmax(1) != logits_of(
-        fp32.core, context, test
-    ).argmax(1)
-    changed = int((before.argmax(1) != after.argmax(1)).sum())
+    shipped = context.readout.moved(
+        logits_of(fp32.core, context, test), logits_of(model, context, test)
+    )
+    changed = int(context.readout.moved(before, after).sum())
 
     def likely(count: int) -> bool:
         table = [[count, len(test) - count], [changed, len(before) - changed]]

@@ -18,8 +18,9 @@ from ftkit_export.proof.drift_reference import Seen, make_reference
 from ftkit_export.runtime.arrays import spread_evenly
 from ftkit_export.runtime.collect import Sighting
 from ftkit_export.runtime.drift import frame_statistics
-from ftkit_export.runtime.predict import REFERENCE, softmax
+from ftkit_export.runtime.predict import REFERENCE
 from ftkit_export.runtime.preprocess import parse_frame, to_frame
+from ftkit_export.runtime.readout import softmax
 
 MORE_FRAMES = 500  # beside the test images'
 PIXELS = 1_000_000_000  # of them together: half a minute of decoding

@@ -1,6 +1,6 @@
 """Measure the finished files of an export, and judge its gates in one place.
 
-on_test = file_accuracy(folder, run, context, classes)
+on_test = file_accuracy(folder, run, context)
 latency = latencies(paths, photograph, frame, providers, quick)
 gates = judge(limits, Measured(parity=..., chosen=..., ...))
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +18,55 @@ import numpy as np
 
 import ftkit
 from ftkit.benchmark.budgets import Budget, judge_budgets
-from ftkit.evaluation.metrics import Metrics, evaluate
+from ftkit.evaluation.metrics import evaluate
+from ftkit.evaluation.targets import logits_behind, metrics_of
 from ftkit.exporting import variants
 from ftkit.exporting.candidates import Context
 from ftkit.recipe import Export
 from ftkit.training.run import Run
+from ftkit.training.tasks import SINGLE_LABEL, Task, headline
 from ftkit.utils import console
 from ftkit_export.bundle.seal import Gate
 from ftkit_export.conversion.graph import IR_VERSION, OPSET
-from ftkit_export.proof.decision import Paired, Row, paired
+from ftkit_export.proof.decision import Comparison, Row, paired
 from ftkit_export.proof.parity import Check, Parity
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.collect import Sighting
 from ftkit_export.runtime.latency import Condition, Latency, Start, machine, measure
 from ftkit_export.runtime.latency import over_sizes as latency_over_sizes
 from ftkit_export.runtime.measure import QUICK_STARTS, STARTS, conditions, starts
-from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.predict import Classifier, load_model
 from ftkit_export.runtime.preprocess import parse_frame, to_frame
+from ftkit_export.runtime.readout import KEY
 from ftkit_export.runtime.session import cores, form_of
 
+SAME = 1e-4  # of a metric: the run keeps seven digits of its answers
 GATED = ("p95_ms", "size_mb", "memory_mb")  # budgets among the fields of recipe.Export
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnTest:
-    """The exported file on the test split: its accuracy, alone and paired with the framework, and
-    what it makes of each image. probabilities: (N, classes) float32."""
+    """The exported file on the test split: its metrics as JSON data, a comparison with the framework,
+    and what it makes of each image. sightings: of a single-label file. probabilities: answers (N, K)
+    float32. apart: of other tasks, how far the run's own metric is from that of its answers as read
+    here."""
 
-    metrics: Metrics
-    against: Paired
+    metrics: Mapping[str, Any]
+    against: Comparison
     sightings: Sequence[Sighting]
     probabilities: Array
+    apart: float | None = None
 
 
-def file_accuracy(folder: Path, run: Run, context: Context, classes: Sequence[str]) -> OnTest:
+def file_accuracy(folder: Path, run: Run, context: Context) -> OnTest:
     """Run the exported file on the test split.
 
-    Each test image is decoded from its file and classified as on a device. The framework's answers
-    are those stored in the run.
+    Each test image is decoded from its file and answered as on a device. The framework's answers are
+    those stored in the run.
     """
+    if run.task is not SINGLE_LABEL:
+        return _file_targets(folder, run, context)
+
     classify = Classifier(folder)
     rows = context.canvases.rows("test")
     answers = []
@@ -76,10 +87,37 @@ def file_accuracy(folder: Path, run: Run, context: Context, classes: Sequence[st
     against = paired(framework == labels, probabilities.argmax(1) == labels, groups)
 
     return OnTest(
-        metrics=evaluate(probabilities, labels, classes, groups),
+        metrics=asdict(evaluate(probabilities, labels, run.classes, groups)),
         against=against,
         sightings=sightings,
         probabilities=probabilities,
+    )
+
+
+def _file_targets(folder: Path, run: Run, context: Context) -> OnTest:
+    """The same for labels and values."""
+    model = load_model(folder)
+    rows = context.canvases.rows("test")
+    answers = []
+    with console.bar(f"{run.task.metric} of the file") as progress:
+        for number, row in enumerate(rows, start=1):
+            image = model.decode(context.canvases.images.images[row].path)
+            answers.append(model.answers(image))
+            progress(number, len(rows))
+
+    said = np.stack(answers)
+    targets = run.task.targets(context.canvases).numpy()[rows]
+    groups = context.canvases.groups(rows)
+    # The order, and the size, of logits: what answers are made of
+    logits = logits_behind(run.readout, said)
+    framework = np.array(run.data["answers"])
+
+    return OnTest(
+        metrics=metrics_of(run.readout, logits, targets, run.classes, groups),
+        against=run.task.compare(framework, logits, targets, groups, looks=1),
+        sightings=(),
+        probabilities=said,
+        apart=abs(run.task.figure(framework, targets) - headline(run.metrics["test"])[0]),
     )
 
 
@@ -90,13 +128,28 @@ def out_of_order(folder: Path, classes: Sequence[str]) -> int:
     """
     # Not splitlines: a label may contain U+2028 and the like, which end no line for a runner.
     written = (folder / "labels.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    said = Classifier(folder).labels
+    said = load_model(folder).labels
 
     return sum(
         said_here != list(classes)[place : place + 1]
         for place in range(max(len(classes), len(written), len(said)))
         for said_here in (written[place : place + 1], said[place : place + 1])
     )
+
+
+def misread(folder: Path, run: Run) -> int:
+    """Number of thresholds, scales and margins in the file's metadata that differ from the run's."""
+    said = load_model(folder).readout.as_json()
+    wanted = run.readout.as_json()
+    return sum(
+        here != there
+        for name in wanted
+        for here, there in zip_longest(_listed(said.get(name)), _listed(wanted[name]))
+    )
+
+
+def _listed(value: object) -> list[object]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def latencies(
@@ -218,17 +271,21 @@ def would_meet(rows: Sequence[Row], limits: Export) -> list[Row]:
 class Evidence:
     """Measurements that the gates are judged on.
 
-    metrics: of the file on test; against: paired with the framework on test. budgets: of the chosen
+    metrics: of the file on test; against: compared with the framework on test. task: of the run.
+    budgets: of the chosen
     variant. unproven: variants that would meet every budget if they were proven, which makes a
     missed budget inconclusive. frame: frame size of the latencies. out_of_order: number of labels
-    that differ from the run's order.
+    that differ from the run's order. misread: as its function. apart: as OnTest.
     """
 
     parity: Sequence[Parity]
     chosen: Row
-    metrics: Metrics
-    against: Paired
+    metrics: Mapping[str, Any]
+    against: Comparison
     out_of_order: int
+    task: Task = SINGLE_LABEL
+    misread: int = 0
+    apart: float | None = None
     budgets: Sequence[Budget] = ()
     unproven: Sequence[Row] = ()
     frame: str = ""
@@ -247,10 +304,15 @@ def judge_gates(limits: Export, measured: Evidence) -> list[Gate]:
 
     gates.append(Gate(name="labels out of order", value=measured.out_of_order, limit=0))
 
+    if measured.apart is not None:
+        gates.append(Gate(name="thresholds and scales misread", value=measured.misread, limit=0))
+        name = f"{measured.task.metric} of the run's answers, computed again"
+        gates.append(Gate(name=name, value=measured.apart, limit=SAME))
+
     # Parity ties fp32 to the framework, and int8 was accepted on val with confidence. A drop on
     # test within chance, or of a single image, does not contradict that: the lower bound counts.
-    name = f"accuracy drop of the file ({chosen.name}, lower 95 % bound)"
-    gates.append(Gate(name=name, value=measured.against.low, limit=limits.max_accuracy_drop))
+    name = f"{measured.against.name} of the file ({chosen.name}, lower 95 % bound)"
+    gates.append(Gate(name=name, value=measured.against.low, limit=measured.task.limit(limits)))
 
     if limits.min_recall is not None:
         gates.append(_recall(measured.metrics, limits.min_recall))
@@ -292,26 +354,26 @@ def input_group(check: Check) -> str:
     return "images" if check.group == "photographs" else check.group
 
 
-def _recall(metrics: Metrics, least: float) -> Gate:
+def _recall(metrics: Mapping[str, Any], least: float) -> Gate:
     """Gate on the recall of every class: the miss rate of the class with the lowest lower bound.
 
     A class without test images comes first, and is inconclusive.
     """
-    lows = [0.0 if low is None else low for low in metrics.recall_low]
+    lows = [0.0 if low is None else low for low in metrics["recall_low"]]
     label = min(
-        range(len(lows)), key=lambda label: (metrics.recall[label] is not None, lows[label])
+        range(len(lows)), key=lambda label: (metrics["recall"][label] is not None, lows[label])
     )
-    recall = metrics.recall[label]
-    low = metrics.recall_low[label]
+    recall = metrics["recall"][label]
+    low = metrics["recall_low"][label]
 
-    high = metrics.recall_high[label]
+    high = metrics["recall_high"][label]
     if recall is None or low is None or high is None:
-        name = f"share missed of class {metrics.classes[label]}, of which test has no image"
+        name = f"share missed of class {metrics['classes'][label]}, of which test has no image"
         return Gate(
             name=name, value=math.nan, limit=1 - least, unsettled="no test image of that class"
         )
 
-    name = f"share missed of class {metrics.classes[label]}"
+    name = f"share missed of class {metrics['classes'][label]}"
     return Gate(name=name, value=1 - recall, limit=1 - least, low=1 - high, high=1 - low)
 
 
@@ -354,6 +416,7 @@ def manifest(
         "preprocess": asdict(run.preprocess),
         "input_format": context.limits.input_format,
         "temperature": run.temperature,
+        **({} if run.task is SINGLE_LABEL else {KEY: run.readout.as_json()}),
         "target": context.target_name,
         "chosen": chosen.name,
         "frame": context.frame,
@@ -404,7 +467,7 @@ def _as_json(
         ],
         "accuracy": {
             "framework": run.data["metrics"]["test"],
-            "file": asdict(evidence.metrics),
+            "file": evidence.metrics,
             "against_framework": asdict(evidence.against),
         },
         "decided_on": decided_on or machine(),

@@ -25,7 +25,6 @@ from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases, build_canvases
 from ftkit.data.dataset import read_images
 from ftkit.evaluation.bundle import SPLITS_CSV, TRAINED_ON
-from ftkit.evaluation.metrics import Metrics
 from ftkit.exporting import evidence, variants, web
 from ftkit.exporting.budget_advice import budget_advice
 from ftkit.exporting.candidates import Context, HeldOutPart, calibration_rows, logits_of
@@ -36,6 +35,7 @@ from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.model_card import model_card
 from ftkit.report.pages import Table, table_html
 from ftkit.training.run import Run, fold_models, read_metrics
+from ftkit.training.tasks import SINGLE_LABEL, Task, headline
 from ftkit.utils import console
 from ftkit.utils.console import short
 from ftkit.utils.distributed import bound_threads
@@ -63,6 +63,7 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Latency
 from ftkit_export.runtime.measure import read_bench
 from ftkit_export.runtime.preprocess import Preprocess, allowing
+from ftkit_export.runtime.readout import KEY, OneClass
 from ftkit_export.runtime.session import PROVIDERS, form_of, require_provider
 from ftkit_export.runtime.targets import TARGETS, unshippable
 from ftkit_export.runtime.verify import Outcome, sha256
@@ -96,7 +97,8 @@ class Extras:
 class Exported:
     """Result of an export.
 
-    folder: BUNDLE; BUNDLE.failed when a gate failed; BUNDLE.inconclusive when none failed but one
+    file_metrics: of the exported file on test, as JSON data. folder: BUNDLE; BUNDLE.failed when a gate
+    failed; BUNDLE.inconclusive when none failed but one
     could not be settled. rows: the decision table.
     """
 
@@ -104,7 +106,7 @@ class Exported:
     gates: tuple[Gate, ...]
     parity: tuple[Parity, ...]
     latency: tuple[Latency, ...]
-    file_metrics: Metrics
+    file_metrics: Mapping[str, Any]
     rows: tuple[Row, ...]
     chosen: str
 
@@ -161,6 +163,7 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
             None if data else run.data["root"],
             cut_val=not run.data["folds"],
             add=run.data.get("add"),
+            task=run.recipe.task,
         )
         canvases = build_canvases(images, run.preprocess, progress)
 
@@ -176,24 +179,31 @@ def held_out(run: Run, data: str | Path | None) -> Canvases:
 def metadata(run: Run) -> dict[str, str]:
     """ONNX metadata of a run's exported files.
 
-    Labels in order, preprocessing, temperature, abstain threshold, out-of-distribution statistics,
-    recipe, and the run's fingerprint.
+    Labels in order, preprocessing, temperature and abstain threshold (or the readout of another
+    task), out-of-distribution statistics, recipe, and the run's fingerprint.
     """
     # The weights may be a local path
     recipe = {key: value for key, value in run.data["recipe"].items() if key != "weights"}
     # A teacher may be one too
     recipe["stages"] = [{**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]]
-    threshold = run.data["abstention"]["threshold"]
-
     return {
         "labels": json.dumps(list(run.classes), ensure_ascii=False),
         "preprocess": json.dumps(asdict(run.preprocess)),
-        "temperature": repr(run.temperature),
-        "abstain_threshold": repr(1.0 if threshold is None else threshold),
+        **_readout_metadata(run),
         "out_of_domain": run.data["foreign"],
         "recipe": json.dumps(recipe),
         "run": run.data["model_fingerprint"],
         "ftkit": ftkit.__version__,
+    }
+
+
+def _readout_metadata(run: Run) -> dict[str, str]:
+    if not isinstance(run.readout, OneClass):
+        return {KEY: json.dumps(run.readout.as_json(), ensure_ascii=False)}
+    threshold = run.data["abstention"]["threshold"]
+    return {
+        "temperature": repr(run.temperature),
+        "abstain_threshold": repr(1.0 if threshold is None else threshold),
     }
 
 
@@ -265,7 +275,7 @@ def export(
 
     limits = settings or run.recipe.export
     extras = extras or Extras()
-    _require_extras(extras, limits)
+    _require_extras(extras, limits, run.task)
     keep_freed_memory()
     bound_threads()
 
@@ -356,7 +366,8 @@ def _prepare(
         reference=Reference(model),
         canvases=canvases,
         preprocess=run.preprocess,
-        temperature=run.temperature,
+        readout=run.readout,
+        task=run.task,
         limits=limits,
         photograph=files[0],
         frame=frame_of(limits, run),
@@ -405,7 +416,8 @@ def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
 
     paths = _write_variants(job.folder, made, job.context)
 
-    if explained := with_features(job.core.model):
+    single = job.run.task is SINGLE_LABEL
+    if explained := with_features(job.core.model) if single else None:
         job.context.write(explained, job.folder / EXPLAIN, "fp32", (), plain=True)
     for name in (TRAINED_ON, SPLITS_CSV):
         shutil.copyfile(job.run.folder / name, job.folder / name)
@@ -423,7 +435,7 @@ def _prove(job: Job, paths: Forms) -> list[Parity]:
         core=core_form,
         image=image_form,
         preprocess=job.run.preprocess,
-        temperature=job.run.temperature,
+        readout=job.run.readout,
         layers=job.core.layers,
         input_format=job.limits.input_format,
     )
@@ -486,16 +498,16 @@ def _finish_files(job: Job, chosen: Row, paths: Forms) -> Forms:
 
     with console.bar("golden vectors"):
         reference = job.context.reference
-        temperature = job.run.temperature
-        write_golden(folder, reference, golden, preprocess, temperature, paths, input_format)
+        readout = job.run.readout
+        write_golden(folder, reference, golden, preprocess, readout, paths, input_format)
         paths[chosen.name][0].rename(folder / "model.onnx")
-        write_flat(folder, chosen.name, preprocess, temperature, input_format)
+        write_flat(folder, chosen.name, preprocess, readout, input_format)
 
     if golden:
         for licence in job.canvases.images.root.glob("LICEN[CS]E*"):  # travels with the images
             shutil.copyfile(licence, folder / "golden" / licence.name)
 
-    add_runners(folder)
+    add_runners(folder, cpp=job.run.task is SINGLE_LABEL)
     _add_extras(folder, job.core.model, job.context, job.run.classes, job.extras)
     return {**paths, chosen.name: (folder / "model.onnx", paths[chosen.name][1])}
 
@@ -511,24 +523,28 @@ def _seal(
     """Judge the gates on the finished file; write report, model card and manifest."""
     run = job.run
     folder = job.folder
-    on_test = evidence.file_accuracy(folder, run, job.context, run.classes)
+    on_test = evidence.file_accuracy(folder, run, job.context)
     metrics = on_test.metrics
-    write_reference(folder, run, job.canvases, on_test.sightings, job.limits.input_format)
-    if job.limits.golden == "images":
+    if job.run.task is SINGLE_LABEL:
+        write_reference(folder, run, job.canvases, on_test.sightings, job.limits.input_format)
+    if job.run.task is SINGLE_LABEL and job.limits.golden == "images":
         rows = job.canvases.rows("test")
         labels = job.canvases.labels[rows]
         write_kept_sample(folder, on_test, labels, job.canvases.groups(rows))
 
+    here, there = (headline(each)[0] for each in (metrics, run.metrics["test"]))
     console.say(
-        f"accuracy of the file on {metrics.images} held-out images: {metrics.accuracy:.4f} "
-        f"(framework {run.data['metrics']['test']['accuracy']:.4f})"
+        f"{run.task.metric} of the file on {metrics['images']} held-out images: {here:.4f} (framework {there:.4f})"
     )
     found_evidence = evidence.Evidence(
         parity=parity,
         chosen=measured.chosen,
         metrics=metrics,
         against=on_test.against,
+        task=run.task,
         out_of_order=evidence.out_of_order(folder, run.classes),
+        misread=evidence.misread(folder, run),
+        apart=on_test.apart,
         budgets=measured.budgets,
         unproven=measured.unproven,
         frame=job.context.frame,
@@ -642,8 +658,20 @@ def _measured(
     return row
 
 
-def _require_extras(extras: Extras, limits: Export) -> None:
+def _require_extras(extras: Extras, limits: Export, task: Task) -> None:
     """Raise FtkitError early for options that would otherwise fail only at the end."""
+    if task is not SINGLE_LABEL:
+        for name in ("c", "web", "handoff"):
+            if getattr(extras, name):
+                raise FtkitError(
+                    f"--{name}: expected a single-label run, found a {task.name} one, for which it is not made. "
+                    "Leave it out"
+                )
+        for number, name in ((limits.min_recall, "min_recall"), (limits.qat_epochs, "qat_epochs")):
+            if number:
+                raise FtkitError(
+                    f"export.{name}: expected none for a {task.name} run, found {number}. Leave it out"
+                )
     if extras.sign:
         archive.require_key(extras.sign)
     if extras.c:
@@ -662,13 +690,14 @@ def _add_extras(
     extras: Extras,
 ) -> None:
     if extras.c:
+        assert isinstance(context.readout, OneClass)  # _require_extras refused others
         with console.bar("plain C"):
             plain_c.write_c(
                 folder / "device" / "c",
                 core,
                 context.preprocess,
                 classes,
-                temperature=context.temperature,
+                temperature=context.readout.temperature,
                 threshold=float(context.metadata["abstain_threshold"]),
                 input_format=context.limits.input_format,
             )

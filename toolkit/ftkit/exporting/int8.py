@@ -1,6 +1,6 @@
 """Make 8-bit candidates, from the fastest to the most careful, until one holds its accuracy.
 
-    candidates = list(ladder(fp32, context, logits, labels))
+    candidates = list(ladder(fp32, context))
 
 The biases of every candidate are corrected. The first operators of a network stay in float as long
 as that is no slower: they cost little there, and their rounding costs most. Then the most sensitive
@@ -78,12 +78,12 @@ class _Calibrated:
         )
 
 
-def ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Iterator[Candidate]:
+def ladder(fp32: Candidate, context: Context) -> Iterator[Candidate]:
     """Int8 candidates with more and more float operators, until one holds its accuracy.
 
     Only the first when 8 bits are no faster, or when the images could not settle a candidate even
     if it changed no answer. If none holds its accuracy, the quantization-aware one follows, if
-    requested. logits, labels: of the held-out images, by fp32.
+    requested.
     """
     ranges = _Calibrated(fp32.core, context)
     first = _first_in_float(fp32.core, ranges, context)
@@ -98,9 +98,9 @@ def ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> I
             break
 
         keep = [*first, *order[:count]]
-        rung = _candidate(fp32, ranges, keep, _looks(number, context), context, logits, labels)
+        rung = _candidate(fp32, ranges, keep, _looks(number, context), context)
         yield rung
-        if compared(fp32, rung, context).verdict(context.limits.max_accuracy_drop) == "accepted":
+        if compared(fp32, rung, context).verdict(context.limit) == "accepted":
             return
 
         reached = context.here or context.device
@@ -110,7 +110,7 @@ def ladder(fp32: Candidate, context: Context, logits: Array, labels: Array) -> I
             break
 
     if context.limits.qat_epochs:
-        yield _trained(fp32, ranges, first, context, logits, labels)
+        yield _trained(fp32, ranges, first, context)
 
 
 def _could_settle(fp32: Candidate, context: Context) -> bool:
@@ -119,7 +119,7 @@ def _could_settle(fp32: Candidate, context: Context) -> bool:
     One that changes no answer is the best to hope for: rounding does not make a network better.
     """
     same = replace(fp32, looks=_looks(1, context))
-    return compared(fp32, same, context).verdict(context.limits.max_accuracy_drop) == "accepted"
+    return compared(fp32, same, context).verdict(context.limit) == "accepted"
 
 
 def _looks(number: int, context: Context) -> int:
@@ -149,7 +149,7 @@ def _first_in_float(core: onnx.ModelProto, ranges: _Calibrated, context: Context
             name=str(count),
             precision="int8",
             core=int8(core, ranges.shipped, context.target, keep=names[:count]),
-            right=np.zeros(0, bool),
+            logits=np.zeros((0, 1), np.float32),
         )
         for count in counts
     ]
@@ -167,8 +167,6 @@ def _candidate(
     keep: Sequence[str],
     looks: int,
     context: Context,
-    logits: Array,
-    labels: Array,
 ) -> Candidate:
     """The 8-bit model with these operators in float, and its answers on the held-out images."""
     name = f"int8, {len(keep)} float" if keep else "int8"
@@ -184,11 +182,11 @@ def _candidate(
         name=name,
         precision="int8",
         core=model,
-        right=quantized.argmax(1) == labels,
-        sqnr_db=sqnr(logits, quantized),
+        logits=quantized,
+        sqnr_db=sqnr(fp32.logits, quantized),
         kept=tuple(keep),
         checks=(
-            *refit_checks(fp32, model, logits, quantized, context),
+            *refit_checks(fp32, model, fp32.logits, quantized, context),
             optimiser_check(fp32.core, model, context),
         ),
         looks=looks,
@@ -200,8 +198,6 @@ def _trained(
     ranges: _Calibrated,
     keep: Sequence[str],
     context: Context,
-    logits: Array,
-    labels: Array,
 ) -> Candidate:
     """All but these operators in 8 bits, after quantization-aware training on the training images."""
     from ftkit.exporting.qat import fine_tune
@@ -230,11 +226,11 @@ def _trained(
         name="int8, trained",
         precision="int8",
         core=model,
-        right=quantized.argmax(1) == labels,
-        sqnr_db=sqnr(logits, quantized),
+        logits=quantized,
+        sqnr_db=sqnr(fp32.logits, quantized),
         kept=tuple(keep),
         checks=(
-            *refit_checks(fp32, model, logits, quantized, context),
+            *refit_checks(fp32, model, fp32.logits, quantized, context),
             optimiser_check(fp32.core, model, context),
         ),
         looks=_looks(len(RUNGS), context),

@@ -31,7 +31,7 @@ from ftkit.utils import console
 from ftkit_export.conversion.quantize import half, heavy_nodes, quantized_nodes, sqnr
 from ftkit_export.proof.decision import Row, judge_variant
 from ftkit_export.proof.parity import FLOAT64_IMAGES, Check, agreement
-from ftkit_export.runtime.arrays import Array, spread_evenly
+from ftkit_export.runtime.arrays import spread_evenly
 from ftkit_export.runtime.latency import Raced
 from ftkit_export.runtime.targets import here
 
@@ -62,19 +62,17 @@ def resolve_target(name: str, providers: Sequence[str]) -> str:
 
 def make(core: onnx.ModelProto, context: Context) -> Variants:
     """Build fp32 and the other variants of the target, each with its verdict."""
-    labels = context.canvases.labels[context.rows]
-
     with console.bar("fp32 on held-out images"):
         parts = [logits_of(part.core, context, part.rows) for part in context.judged]
         logits = np.concatenate(parts)
 
-    fp32 = Candidate(name="fp32", precision="fp32", core=core, right=logits.argmax(1) == labels)
+    fp32 = Candidate(name="fp32", precision="fp32", core=core, logits=logits)
     candidates = [fp32]
     wanted = context.target.variants if context.limits.variants == "auto" else ()
     if "int8" in wanted:
-        candidates += ladder(fp32, context, logits, labels)
+        candidates += ladder(fp32, context)
     if "fp16" in wanted:
-        candidates.append(_half(fp32, context, logits, labels))
+        candidates.append(_half(fp32, context))
 
     raced = times(candidates, context)
     judged = [(_row(item, fp32, raced.get(item.name), context), item) for item in candidates]
@@ -93,11 +91,12 @@ def make(core: onnx.ModelProto, context: Context) -> Variants:
     )
 
 
-def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Candidate:
+def _half(fp32: Candidate, context: Context) -> Candidate:
     """float16, run on the target's provider if available, else on the CPU.
 
     On the CPU its verdict is unproven.
     """
+    logits = fp32.logits
     model, kept = half(fp32.core, ranges_of(fp32.core, context))
     provider = context.target.provider if context.here or context.device else "cpu"
 
@@ -121,6 +120,7 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
                 rounding,
                 "fp16",
                 f"val images on {provider}",
+                context.readout,
             )
         )
 
@@ -128,7 +128,7 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
         name="fp16",
         precision="fp16",
         core=model,
-        right=halved.argmax(1) == labels,
+        logits=halved,
         sqnr_db=sqnr(logits, halved),
         kept=tuple(kept),
         checks=checks,
@@ -136,7 +136,7 @@ def _half(fp32: Candidate, context: Context, logits: Array, labels: Array) -> Ca
 
 
 def _row(item: Candidate, fp32: Candidate, raced: Raced | None, context: Context) -> Row:
-    limit = context.limits.max_accuracy_drop
+    limit = context.limit
     against = None if item is fp32 else compared(fp32, item, context)
 
     verdict = "reference"
@@ -155,7 +155,7 @@ def _row(item: Candidate, fp32: Candidate, raced: Raced | None, context: Context
         precision=item.precision,
         verdict=verdict,
         reason=reason,
-        accuracy=float(item.right.mean()),
+        accuracy=context.task.figure(item.logits, context.targets),
         paired=against,
         sqnr_db=item.sqnr_db,
         in_8_bits=quantized_nodes(item.core),
@@ -181,7 +181,8 @@ def as_table(rows: Sequence[Row], held: str = "val") -> str:
 
     Below it, for each precision whose best variant may not ship, the reason.
     """
-    lines = [("variant", held, "drop, points [95 %]", "time", "p50/p95", "MB", "verdict")]
+    unit = next((row.paired.unit for row in rows if row.paired), "points")
+    lines = [("variant", held, f"drop, {unit} [95 %]", "time", "p50/p95", "MB", "verdict")]
     for row in rows:
         drop = row.paired
         lines.append(

@@ -19,7 +19,7 @@ from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.collect import logs, stored_test
 from ftkit_export.runtime.drift import ALARM, STREAMS, DriftTest, Reference
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.predict import REFERENCE, read_reference
+from ftkit_export.runtime.predict import REFERENCE, read_reference, require_single_label
 
 COURSE = 60  # points of a course
 PICTURES = 3
@@ -79,6 +79,7 @@ def find_drift(bundle: Path, collected: Path) -> Drift:
     Raises FtkitError for a bundle without a reference, a folder without a log, or a log of another
     bundle.
     """
+    require_single_label(bundle, "the drift test")
     reference = read_reference(bundle)
     if reference is None:
         raise FtkitError(

@@ -21,6 +21,7 @@ from ftkit.data.canvas import Canvases
 from ftkit.report import charts
 from ftkit.report.export_sections import Data, export_sections
 from ftkit.report.pages import Table, render, where_judged
+from ftkit.report.target_sections import WORDS, target_sections, task_name
 from ftkit.utils.console import frames
 from ftkit_export.bundle.seal import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
@@ -85,18 +86,31 @@ def write_report(
         and (id not in EXPORT_ONLY or (export and (id != "history" or export["history"])))
     }
     test = _judged(run, manifest)
+    task = task_name(run)
+    if task == "single-label":
+        own: dict[str, Any] = {
+            "figures": _figures(test),
+            "accuracy": _accuracy(run, manifest),
+            "classes": _classes(test),
+            "confidence": _confidence(run),
+        }
+    else:
+        sections = target_sections(run, test, _compared(run, manifest))
+        own = {**sections, "classes": {"table": sections["outputs"], "confusion": None}}
+        titles["by-class"] = str(WORDS[task]["by-class"])
+
     page = render(
         "report.html",
         name=run["recipe"]["name"],
         titles=titles,
         side=SIDE,
-        header=_header(run, manifest),
+        header=_header(run, own["figures"], manifest),
         export=export,
-        accuracy=_accuracy(run, manifest),
+        accuracy=own["accuracy"],
         training=_training(run, epochs),
         pipeline=_pipeline(run),
-        classes=_classes(test),
-        confidence=_confidence(run),
+        classes=own["classes"],
+        confidence=own["confidence"],
         mistakes=_mistakes(run, shown),
         data=_data(run),
         reproduce=_reproduce(run, manifest),
@@ -128,31 +142,16 @@ def _judged(run: Data, manifest: Data | None) -> Data:
     return metrics
 
 
-def _header(run: Data, manifest: Data | None) -> dict[str, Any]:
+def _header(run: Data, figures: list[dict[str, Any]], manifest: Data | None) -> dict[str, Any]:
     """Verdict, model and the figures that decide, for whoever reads no further."""
-    test = _judged(run, manifest)
+    task = task_name(run)
+    outputs = "classes" if task == "single-label" else WORDS[task]["outputs"]
     model = (
         f"{run['recipe']['backbone']}, fine-tuned in {len(run['stages'])} stages on "
-        f"{len(run['classes'])} classes"
+        f"{len(run['classes'])} {outputs}"
     )
     if missing := run.get("not_trained"):  # not in older runs
         model += f". The training was interrupted: {', '.join(missing)} is missing"
-    recall, weakest = _weakest(test)
-    figures = [
-        {
-            "name": "of the held-out images correct",
-            "value": f"{test['accuracy']:.1%}",
-            "detail": f"{test['accuracy_low']:.1%} to {test['accuracy_high']:.1%} (95 %; "
-            f"{ground(test['images'], test['clusters'])}); balanced {test['balanced_accuracy']:.1%}",
-            "bad": False,
-        },
-        {
-            "name": f"worst class {weakest}",
-            "value": f"{recall:.1%}",
-            "detail": "of its images correct" + _without_images(test),
-            "bad": recall < LOW_RECALL,
-        },
-    ]
     if manifest is None:
         return {
             "verdict": "trained, not exported yet",
@@ -168,6 +167,26 @@ def _header(run: Data, manifest: Data | None) -> dict[str, Any]:
         "model": f"{model}; chosen: {manifest['chosen']} for {manifest['target']}.",
         "figures": [*figures, *_cost(manifest)],
     }
+
+
+def _figures(test: Data) -> list[dict[str, Any]]:
+    """Accuracy, and the class that it may hide."""
+    recall, weakest = _weakest(test)
+    return [
+        {
+            "name": "of the held-out images correct",
+            "value": f"{test['accuracy']:.1%}",
+            "detail": f"{test['accuracy_low']:.1%} to {test['accuracy_high']:.1%} (95 %; "
+            f"{ground(test['images'], test['clusters'])}); balanced {test['balanced_accuracy']:.1%}",
+            "bad": False,
+        },
+        {
+            "name": f"worst class {weakest}",
+            "value": f"{recall:.1%}",
+            "detail": "of its images correct" + _without_images(test),
+            "bad": recall < LOW_RECALL,
+        },
+    ]
 
 
 VERDICTS = {
@@ -217,14 +236,18 @@ def _without_images(test: Data) -> str:
     return f"; no test image of {', '.join(names)}" if names else ""
 
 
-def _accuracy(run: Data, manifest: Data | None) -> Table:
+def _compared(run: Data, manifest: Data | None) -> list[tuple[str, Data]]:
     """Metrics of the file and the framework on test; with folds, of the folds' models out of fold."""
     judged = [("framework", run["metrics"]["test"])]
     if run.get("folds"):
         judged.append(("folds' models, out of fold", run["metrics"]["val"]))
     if manifest:
         judged.insert(0, ("exported file", manifest["evidence"]["accuracy"]["file"]))
+    return judged
 
+
+def _accuracy(run: Data, manifest: Data | None) -> Table:
+    """Who was how accurate."""
     head = (
         "model",
         "images",
@@ -248,7 +271,7 @@ def _accuracy(run: Data, manifest: Data | None) -> Table:
             m["nll"],
             m["ece"],
         )
-        for who, m in judged
+        for who, m in _compared(run, manifest)
     ]
     return Table(head, rows)
 
@@ -261,6 +284,7 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
     def of(key: str) -> list[float]:
         return [float(row[key]) for row in epochs]
 
+    metric = _metric(run)
     loss = [
         ("train", "--one", of("loss")),
         (f"{_held_out_name(run)} (NLL)", "--two", of("val_nll")),
@@ -281,8 +305,8 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
         "verdict",
         "epochs",
         "learning rate",
-        f"{held} accuracy",
-        "gain in points [95 %]",
+        f"{held} {metric}",
+        f"gain in {'%' if task_name(run) == 'regression' else 'points'} [95 %]",
         "CKA",
         "seconds",
     )
@@ -303,7 +327,7 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
     return {
         "charts": [
             charts.lines("Loss", loss, bands),
-            charts.lines("Accuracy", accuracy, bands),
+            charts.lines(f"{metric[0].upper()}{metric[1:]}", accuracy, bands),
             charts.lengths(similarity, drift),
             *_fold_chart(run),
         ],
@@ -313,6 +337,11 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
         "stages": Table(head, rows),
         "how": run["stages"],
     }
+
+
+def _metric(run: Data) -> str:
+    task = task_name(run)
+    return "accuracy" if task == "single-label" else str(WORDS[task]["metric"])
 
 
 def _verdict_of_stage(stage: Data) -> str:
@@ -344,7 +373,10 @@ def _pipeline(run: Data) -> Table:
     size = preprocess["size"]
     parts = run.get("pipeline", [])  # not in older runs
     classes = len(run["classes"])
-    temperature = f"temperature {run['temperature']:.2f}"
+    task = task_name(run)
+    read = ("softmax", f"temperature {run['temperature']:.2f}")
+    if task != "single-label":
+        read = ("readout", str(WORDS[task]["readout"]))
 
     rows = [
         ("image", "any camera's or file's", "(H, W, 3)", "", ""),
@@ -359,7 +391,7 @@ def _pipeline(run: Data) -> Table:
             )
             for part in parts
         ),
-        ("softmax", temperature, f"({classes},)", "", "fitted on held-out answers"),
+        (*read, f"({classes},)", "", "fitted on held-out answers"),
     ]
     return Table(("step", "what", "output", "parameters", "trained in"), rows if parts else [])
 
@@ -385,7 +417,13 @@ def _fold_chart(run: Data) -> list[Markup]:
         )
         if accuracy is not None
     ]
-    return [charts.lengths("Out-of-fold accuracy of each fold (images)", rows)]
+    return [
+        charts.lengths(
+            f"Out-of-fold {_metric(run)} of each fold (images)",
+            rows,
+            max(1.0, *(value for _, value, _ in rows)),
+        )
+    ]
 
 
 def _head_start(run: Data) -> str:
@@ -394,7 +432,7 @@ def _head_start(run: Data) -> str:
     if not start:
         return ""
     return (
-        f"Before training, a ridge regression on the frozen features: out-of-fold accuracy "
+        f"Before training, a ridge regression on the frozen features: out-of-fold {_metric(run)} "
         f"{start['accuracy']:.3f} [{start['low']:.3f} to {start['high']:.3f}] on "
         f"{ground(start['images'], start['clusters'])}. Each image was judged by a head fitted without "
         "its fold."
@@ -479,7 +517,11 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> dict[str, Any]:
     """The worst mistakes, with pictures where there are any."""
     mistakes = run["mistakes"]
     rows = [(m["image"], m["class"], m["said"], m["probability"]) for m in mistakes]
-    head = ("image", "true class", "predicted class", "probability")
+    task = task_name(run)
+    head: Any = ("image", "true class", "predicted class", "probability")
+    words = "Wrong answers, the most confident first."
+    if task != "single-label":
+        head, words = WORDS[task]["head"], str(WORDS[task]["mistakes"])
     pictures = [
         {
             "photograph": picture.photograph,
@@ -493,6 +535,7 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> dict[str, Any]:
     ]
     return {
         "table": Table(head, rows),
+        "words": words,
         "pictures": pictures,
         "heat": bool(shown and shown[0].heat),
     }

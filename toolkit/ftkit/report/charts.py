@@ -264,6 +264,35 @@ def points(
     return figure(title, "".join(parts), names)
 
 
+def scatter(
+    title: str, pairs: Sequence[tuple[float, float]], x_name: str, y_name: str, margin: float
+) -> Markup:
+    """True and predicted values (x, y): a dot each, the line where they are equal, and `margin` on either
+    side of it."""
+    if not pairs:
+        return Markup()
+    every = [value for pair in pairs for value in pair]
+    room = (max(every) - min(every)) * 0.05 or 0.5
+    ends = (min(every) - room, max(every) + room)
+    x, y = scales(ends, ends)
+    parts = [axes(ends, ends, x_name, y_name)]
+
+    def drawn(shift: float, dashes: str) -> str:
+        low = max(ends[0], ends[0] - shift)
+        high = min(ends[1], ends[1] - shift)
+        return (
+            f'<line x1="{x(low):.1f}" y1="{y(low + shift):.1f}" x2="{x(high):.1f}" '
+            f'y2="{y(high + shift):.1f}" stroke="var(--faint)" stroke-dasharray="{dashes}"/>'
+        )
+
+    parts += [drawn(0.0, "none"), drawn(margin, "4 4"), drawn(-margin, "4 4")]
+    parts += [
+        f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.5" fill="var(--one)" fill-opacity=".5"/>'
+        for a, b in pairs
+    ]
+    return figure(title, "".join(parts))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """One measurement of a series over time. day: "2026-11-26". modified: the commit had changes

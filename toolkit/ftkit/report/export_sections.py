@@ -16,6 +16,7 @@ from ftkit.benchmark import history
 from ftkit.report import charts
 from ftkit.report.latency_history import plot
 from ftkit.report.pages import Table, verdict
+from ftkit.report.target_sections import WORDS
 from ftkit.utils.console import condition, frames, short
 from ftkit_export.proof.parity import DECADES
 from ftkit_export.runtime.errors import FtkitError
@@ -32,6 +33,7 @@ def export_sections(manifest: Data, folder: Path) -> dict[str, Any]:
         "gates": _gates(manifest),
         "variants": _variants(manifest),
         "judged": evidence["judged"],
+        "metric": metric_of(manifest),
         "reasons": evidence["decision"][1:],
         "front": _accuracy_and_latency(manifest),
         "parity": _parity(evidence),
@@ -66,8 +68,8 @@ def _variants(manifest: Data) -> Table:
     head = (
         "variant",
         "verdict",
-        f"accuracy {manifest['evidence']['judged']}",
-        "drop in points [95 %]",
+        f"{metric_of(manifest)} {manifest['evidence']['judged']}",
+        f"drop in {_unit(manifest)} [95 %]",
         "time / fp32",
         "p50 ms",
         "p95",
@@ -91,6 +93,17 @@ def _variants(manifest: Data) -> Table:
     return Table(head, rows)
 
 
+def metric_of(manifest: Data) -> str:
+    """What a bundle's task is judged by."""
+    task = (manifest.get("readout") or {"task": "single-label"})["task"]
+    return "accuracy" if task == "single-label" else str(WORDS[task]["metric"])
+
+
+def _unit(manifest: Data) -> str:
+    units = [row["paired"].get("unit", "points") for row in manifest["evidence"]["decision"][1:]]
+    return units[0] if units else "points"
+
+
 def _bounds(paired: Data | None) -> str:
     if not paired:
         return ""
@@ -108,7 +121,10 @@ def _accuracy_and_latency(manifest: Data) -> Markup | None:
     if not placed:
         return None
     return charts.points(
-        "Accuracy and latency", placed, "p50 ms", f"accuracy {manifest['evidence']['judged']}"
+        f"{metric_of(manifest).capitalize()} and latency",
+        placed,
+        "p50 ms",
+        f"{metric_of(manifest)} {manifest['evidence']['judged']}",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftkit.report.pages import render, where_judged
+from ftkit.report.target_sections import WORDS, target_sections, task_name
 from ftkit.utils.console import condition, frames
 from ftkit_export.proof.intervals import ground
 
@@ -17,9 +18,8 @@ def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Render the card as Markdown. run: run.json. manifest: without its file hashes."""
     evidence = manifest["evidence"]
     accuracy = evidence["accuracy"]["file"]
-    supports = [sum(row) for row in accuracy["confusion"]]
-    columns = (accuracy["classes"], supports, accuracy["recall"], accuracy["precision"])
-    keys = ("name", "images", "recall", "precision")
+    task = task_name(run)
+    single = task == "single-label"
 
     return render(
         "model_card.md",
@@ -29,7 +29,10 @@ def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         ground=ground(accuracy["images"], accuracy["clusters"]),
         images=sum(run["splits"].values()),
         splits=", ".join(f"{count} {split}" for split, count in run["splits"].items() if count),
-        classes=[dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)],
+        task=task,
+        outputs="classes" if single else WORDS[task]["outputs"],
+        sections=None if single else target_sections(run, accuracy, []),
+        classes=_classes(accuracy) if single else [],
         where=where_judged(run),
         frames=frames(manifest["frame"]),
         latency=[
@@ -37,6 +40,14 @@ def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
             for item in evidence["latency"]
             if item["variant"] == manifest["chosen"]
         ],
-        abstention=run["abstention"],
+        abstention=run.get("abstention"),
         shape=SHAPES.get(manifest["input_format"], "(batch, H, W, 3)"),
     )
+
+
+def _classes(accuracy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per class."""
+    supports = [sum(row) for row in accuracy["confusion"]]
+    columns = (accuracy["classes"], supports, accuracy["recall"], accuracy["precision"])
+    keys = ("name", "images", "recall", "precision")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]

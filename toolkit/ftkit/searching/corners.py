@@ -125,6 +125,11 @@ def prepared(
         cut_val=False,
         add=Path(options.add) if options.add else None,
     )
+    if images.task != "single-label":
+        raise FtkitError(
+            f"{data}: expected single-label data, found {images.task}, for which no search is made. Try "
+            "`ftkit train`"
+        )
     if held := len(images.of("val")):
         raise FtkitError(
             f"{data}: expected no val split, whose place folds take in a search, found {held} images of it. Make them "

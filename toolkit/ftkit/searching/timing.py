@@ -36,6 +36,7 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import folder_beside
 from ftkit_export.runtime.latency import Condition, Start, measure_start, race, race_in_parts
 from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.readout import OneClass
 from ftkit_export.runtime.targets import TARGETS
 
 FIRST_IN_FLOAT = 3  # operators: the fastest on lite0; an export measures it anew
@@ -197,13 +198,13 @@ def _forms(
         pooling=candidate.pooling,
     )
     core = _core(WithEmbedding(backbone), candidate.size, job.classes)
-    forms = {"fp32": image_form(core, preprocess, 1.0)}
+    forms = {"fp32": image_form(core, preprocess, OneClass())}
     if "int8" in precisions:
         pixels = job.pixels(preprocess)
         ranges = calibrate(core, np.array_split(pixels, max(1, len(pixels) // 8)), preprocess)
         keep = heavy_nodes(core)[:FIRST_IN_FLOAT]
         quantized = int8(core, ranges, TARGETS[job.target], keep=keep)
-        forms["int8"] = image_form(quantized, preprocess, 1.0)
+        forms["int8"] = image_form(quantized, preprocess, OneClass())
     return forms
 
 

@@ -8,11 +8,17 @@ Ridge regression onto the classes' indicators is a linear classifier in one solv
 1970; on indicators it spans what linear discriminant analysis finds, Hastie et al., Elements of
 Statistical Learning, 4.3). Its outputs are scores: one scale, fitted to the out-of-fold answers,
 makes logits of them. Strength and scale are chosen on all of those answers: two numbers.
+
+Labels that may apply together are fitted alike, each with a scale and a shift of its own (Platt
+1999); values are their own scores.
+
+    head = fit_linear(embedding, LabelAim(targets), folds)
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +26,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from ftkit_export.runtime.arrays import Array, spread_evenly
@@ -28,14 +35,15 @@ FOLDS = 5
 STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-10, 7))  # times the mean square
 MOST_IMAGES = 20_000  # more add seconds, and nothing to a head of a few thousand weights
 SCALES = (1.0, 200.0)  # of scores that lie between 0 and 1
+LEAST_SCALE = 1e-3  # of a label's scores that order nothing
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A fitted linear head. weight: (classes, features) float32; bias: (classes,) float32.
+    """A fitted linear head. weight: (K, features) float32; bias: (K,) float32.
 
-    by_fold: the same for each fold, fitted without its images; logits: (n, classes) float32, each
-    image's by the head of its fold; nll: of those. strength: of the ridge penalty.
+    by_fold: the same for each fold, fitted without its images; logits: (n, K) float32, each image's
+    by the head of its fold; nll: their mean loss. strength: of the ridge penalty.
     """
 
     weight: Array
@@ -46,6 +54,86 @@ class Head:
     strength: float
 
 
+class Aim(ABC):
+    """What a linear head is fitted to. columns: (n, K) float64, without NaN; counts: weight of each
+    image (n,); rows: to fit on."""
+
+    columns: Array
+    counts: Array
+    rows: Array
+
+    @abstractmethod
+    def read(self, scores: Array) -> tuple[Array, Array, Array]:
+        """(scale, shift, losses (n,)): what makes logits of the scores (n, K), and each image's loss
+        then. Scale and shift: (K,) or one number."""
+
+
+class ClassAim(Aim):
+    """One class of several. weights: of the classes, (classes,); all alike by default."""
+
+    def __init__(self, labels: Array, classes: int, weights: Array | None = None):
+        self.labels = labels
+        self.columns = np.eye(classes)[labels]
+        self.counts = (
+            np.ones(len(labels)) if weights is None else weights.astype(np.float64)[labels]
+        )
+        self.rows = _chosen(labels)
+
+    def read(self, scores: Array) -> tuple[Array, Array, Array]:
+        """As Aim.read: one scale."""
+        scale, losses = _scaled(scores, self.labels, self.counts)
+        return np.array(scale), np.array(0.0), losses
+
+
+class LabelAim(Aim):
+    """Labels (n, K) of 1 and 0, NaN where one is not known: there the label's share stands, which
+    says nothing. weights (K,): of the images that have it."""
+
+    def __init__(self, targets: Array, weights: Array | None = None):
+        self.targets = targets.astype(np.float64)
+        self.known = ~np.isnan(self.targets)
+        share = np.nanmean(self.targets, axis=0)
+        self.columns = np.where(self.known, self.targets, share)
+        self.counts = np.ones(len(targets))
+        self.rows = spread_evenly(np.arange(len(targets)), MOST_IMAGES)
+        self._weights = np.ones(targets.shape[1]) if weights is None else weights
+
+    def read(self, scores: Array) -> tuple[Array, Array, Array]:
+        """As Aim.read: a scale and a shift for each label."""
+        width = scores.shape[1]
+        scale, shift = np.ones(width), np.zeros(width)
+        losses = np.zeros(scores.shape)
+        for place in range(width):
+            known = self.known[:, place]
+            own = self.targets[known, place]
+            counts = np.where(own == 1, self._weights[place], 1.0)
+            if len(np.unique(own)) == 2:
+                fitted = LogisticRegression(C=1e6).fit(scores[known, place, None], own, counts)
+                scale[place] = max(float(fitted.coef_[0, 0]), LEAST_SCALE)
+                shift[place] = float(fitted.intercept_[0])
+            logits = scale[place] * scores[known, place] + shift[place]
+            losses[known, place] = np.logaddexp(0, logits) - own * logits
+
+        mean = losses.sum(1) / np.maximum(self.known.sum(1), 1)
+        return scale, shift, mean
+
+
+class ValueAim(Aim):
+    """Standardised values (n, K), NaN where one is not known: there the mean stands."""
+
+    def __init__(self, targets: Array):
+        self.known = ~np.isnan(targets)
+        self.columns = np.nan_to_num(targets.astype(np.float64))
+        self.counts = np.ones(len(targets))
+        self.rows = spread_evenly(np.arange(len(targets)), MOST_IMAGES)
+
+    def read(self, scores: Array) -> tuple[Array, Array, Array]:
+        """As Aim.read: scores are values."""
+        squares = (scores - self.columns) ** 2 * self.known
+        losses: Array = squares.sum(1) / np.maximum(self.known.sum(1), 1) / 2
+        return np.array(1.0), np.array(0.0), losses
+
+
 def fit_head(
     embedding: Array,
     labels: Array,
@@ -54,18 +142,28 @@ def fit_head(
     weights: Array | None = None,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Head:
-    """Fit a head on (N, features) with labels (N,), and one for each fold without its images.
+    """Fit a head on (N, features) with labels (N,): fit_linear to a ClassAim."""
+    return fit_linear(embedding, ClassAim(labels, classes, weights), folds, strengths)
+
+
+def fit_linear(
+    embedding: Array,
+    aim: Aim,
+    folds: Sequence[Array],
+    strengths: Sequence[float] = STRENGTHS,
+) -> Head:
+    """Fit a head on (N, features), and one for each fold without its images.
 
     folds: whether each image is held out, (N,) bool per fold; together they hold out every image
-    once. weights: of the classes, (classes,); all alike by default. strengths: to choose from.
+    once. strengths: to choose from.
     """
-    rows = _chosen(labels)
+    rows = aim.rows
     features = embedding.astype(np.float64)
-    targets = np.eye(classes)[labels]
-    counts = np.ones(len(labels)) if weights is None else weights.astype(np.float64)[labels]
+    targets = aim.columns
+    counts = aim.counts
 
     solvers = []
-    scores = np.zeros((len(strengths), len(labels), classes))
+    scores = np.zeros((len(strengths), *targets.shape))
     for held in folds:
         kept = rows[~held[rows]]
         solver = _Ridge(features[kept], targets[kept], counts[kept])
@@ -74,20 +172,20 @@ def fit_head(
             weight, bias = solver.solve(strength)
             scores[number, held] = features[held] @ weight + bias
 
-    fitted = [_scaled(each, labels, counts) for each in scores]
-    best = _strongest([losses for _, losses in fitted])
-    scale, losses = fitted[best]
+    fitted = [aim.read(each) for each in scores]
+    best = _strongest([losses for _, _, losses in fitted])
+    scale, shift, losses = fitted[best]
 
     def scaled(solver: _Ridge) -> tuple[Array, Array]:
         weight, bias = solver.solve(strengths[best])
-        return (scale * weight.T).astype(np.float32), (scale * bias).astype(np.float32)
+        return (scale * weight).T.astype(np.float32), (scale * bias + shift).astype(np.float32)
 
     weight, bias = scaled(_Ridge(features[rows], targets[rows], counts[rows]))
     return Head(
         weight=weight,
         bias=bias,
         by_fold=tuple(scaled(solver) for solver in solvers),
-        logits=(scale * scores[best]).astype(np.float32),
+        logits=(scale * scores[best] + shift).astype(np.float32),
         nll=float(losses.mean()),
         strength=strengths[best],
     )

@@ -24,8 +24,9 @@ from ftkit.models.weights import fingerprint
 from ftkit.recipe import Stage
 from ftkit.training.checkpoint import TrainState, seeded
 from ftkit.training.loader import Fetched, Loader, ahead
+from ftkit.training.losses import class_weights
 from ftkit.training.lr_search import best_rate
-from ftkit.training.optimizer import StepState, class_weights, make_optimizer, rate
+from ftkit.training.optimizer import StepState, make_optimizer, rate
 from ftkit.training.run import append
 from ftkit.training.step import fresh_gradients, run_as
 from ftkit.training.validate import Held, Score, Validation
@@ -75,7 +76,9 @@ class StageTraining:
         work.state.lr = _peak(self)
         fused = work.compute.device.type == "cuda"
         optimizer = make_optimizer(work.backbone, self.stage, fused=fused)
-        self.moving = StepState(model, under(self.names), self.stage, optimizer, work.compute)
+        self.moving = StepState(
+            model, under(self.names), self.stage, optimizer, work.compute, work.task
+        )
         self.moving.load(work.state.tensors("step"))
 
         with work.compute.searching():
@@ -90,7 +93,7 @@ class StageTraining:
             )
         self._micro = self.stage.batch_size
         self._class_weights = (
-            class_weights(self.labels, len(work.loaders.canvases.images.classes))
+            work.task.weights(self.labels, len(work.loaders.canvases.images.names))
             if self.stage.balance == "loss"
             else None
         )
@@ -260,7 +263,7 @@ class StageTraining:
             speed = done / (time.perf_counter() - begun)
             parts += [
                 f"loss {loss:.3f}",
-                f"accuracy {accuracy:.3f}",
+                f"{self.work.task.metric} {accuracy:.3f}",
                 f"rate {self._rate(run.step - 1):.1e}",
                 f"{speed * self.images_per_step:.0f} img/s",
                 f"stage done in {console.clock((self.steps - run.step) / speed)}",

@@ -18,7 +18,15 @@ from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import Images, below, splits_csv
 from ftkit.evaluation.bundle import DIGEST, SPLITS_CSV, TRAINED_ON
 from ftkit.evaluation.metrics import Mistake
-from ftkit.evaluation.model import HeldOut, Inference, evaluate_model, familiar
+from ftkit.evaluation.model import (
+    HeldOut,
+    Inference,
+    Outputs,
+    evaluate_model,
+    familiar,
+    outputs_of,
+)
+from ftkit.evaluation.targets import evaluate_targets
 from ftkit.models.freezing import trainable
 from ftkit.models.pipeline import Part, describe
 from ftkit.models.weights import fingerprint
@@ -34,6 +42,7 @@ from ftkit.training.run import (
     finish,
     read_metrics,
 )
+from ftkit.training.tasks import Regression, SingleLabel, headline
 from ftkit.training.validate import detached
 from ftkit.training.work import Work
 from ftkit.utils import console
@@ -60,17 +69,16 @@ def write_run(
     if held_out:
         foreign = _foreign_scores(work, prepared, held_out, fold_weights)
         held_out = replace(held_out, foreign=foreign)
-    verdict = evaluate_model(
-        backbone, canvases, prepared.preprocess, work.recipe.precision, held_out
-    )
+    outputs = outputs_of(backbone, canvases, prepared.preprocess, held_out)
+    verdict, summary = _judged(work, outputs, canvases)
     seconds = run.spent
     run_json = {
         "schema": RUN_SCHEMA,
         "recipe": resolve(work.recipe),
-        "classes": list(prepared.images.classes),
+        "task": work.task.as_json(),
+        "classes": list(prepared.images.names),
         "preprocess": asdict(prepared.preprocess),
-        **asdict(verdict),
-        "mistakes": _named(verdict.mistakes, prepared.images, canvases),
+        **verdict,
         "seed": work.seed,
         "group_by": run.plan["group_by"],
         "audit": prepared.audit,
@@ -97,11 +105,31 @@ def write_run(
     _write(folder, run_json, work, canvases)
 
     _say_cache()
-    test = verdict.metrics["test"]
-    console.say(
-        f"test accuracy {test.accuracy:.3f} [{test.accuracy_low:.3f}, {test.accuracy_high:.3f}] on "
-        f"{ground(test.images, test.clusters)}; trained in {console.clock(seconds)}"
-    )
+    console.say(f"{summary}; trained in {console.clock(seconds)}")
+
+
+def _judged(work: Work, outputs: Outputs, canvases: Canvases) -> tuple[dict[str, Any], str]:
+    """What run.json says of the evaluation, and a line for the console."""
+    if isinstance(work.task, SingleLabel):
+        verdict = evaluate_model(outputs, canvases, work.recipe.precision)
+        data = {
+            **asdict(verdict),
+            "mistakes": _named(verdict.mistakes, canvases.images, canvases),
+        }
+        metrics = asdict(verdict.metrics["test"])
+    else:
+        found = evaluate_targets(outputs, canvases, work.task, work.recipe)
+        data = found.as_json()
+        for mistake in data["mistakes"]:
+            path = canvases.images.images[mistake["row"]].path
+            mistake["image"] = below(canvases.images.root, path)
+        metrics = data["metrics"]["test"]
+
+    value, low, high = headline(metrics)
+    told = f"test {work.task.metric} {value:.3f} [{low:.3f}, {high:.3f}]"
+    if isinstance(work.task, Regression) and work.task.unit:
+        told += f" {work.task.unit}"
+    return data, f"{told} on {ground(metrics['images'], metrics['clusters'])}"
 
 
 def _pipeline(work: Work, prepared: Prepared) -> list[Part]:
@@ -167,17 +195,21 @@ def _foreign_scores(
 
 
 def _told_folds(work: Work, canvases: Canvases, held_out: HeldOut | None) -> dict[str, Any] | None:
-    """Folds as run.json has them: their number, and each one's images and accuracy."""
+    """Folds as run.json has them: their number, and each one's images and accuracy (or the figure of
+    another task)."""
     if not work.folds or held_out is None:
         return None
 
-    right = held_out.logits.argmax(1) == canvases.labels[held_out.rows]
+    targets = work.task.targets(canvases).numpy()[held_out.rows]
     of = work.folds.of[np.isin(canvases.rows("train"), held_out.rows)]
-    parts = [right[of == fold] for fold in range(work.folds.count)]
+    parts = [of == fold for fold in range(work.folds.count)]
     return {
         "count": work.folds.count,
-        "images": [len(part) for part in parts],
-        "accuracy": [float(part.mean()) if len(part) else None for part in parts],
+        "images": [int(part.sum()) for part in parts],
+        "accuracy": [
+            work.task.figure(held_out.logits[part], targets[part]) if part.any() else None
+            for part in parts
+        ],
     }
 
 

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from ftkit.training.checkpoint import TrainState
+from ftkit.training.tasks import SINGLE_LABEL
 from ftkit.training.work import Work
 from ftkit.utils import console
-from ftkit_export.proof.decision import Paired, paired, what_would_settle
+from ftkit_export.proof.decision import Comparison, paired, what_would_settle
 from ftkit_export.runtime.arrays import Array
 
 # Share of its answers that an 8-bit file typically changes: 1 to 4 % on the photographs of the demo
@@ -77,7 +78,8 @@ class StageDecision:
         self.after = out_of_fold(run, "oof-new")
         self.broken = run.broken_fold
         self.late = run.late
-        self._limit = work.recipe.export.max_accuracy_drop
+        self._task = work.task
+        self._limit = work.task.limit(work.recipe.export)
         self._labels = work.labels["train"].cpu().numpy()
         self._cheap = work.recipe.stages[number].train == "head"
         self._in_haste = work.recipe.folds == "auto"
@@ -106,10 +108,13 @@ class StageDecision:
         """Divisions into folds that the stage was trained on."""
         return 1 + (self._repeats[0].shape[1] if self._repeats else 0)
 
-    def _compare(self, divisions: int) -> Paired | None:
+    def _compare(self, divisions: int) -> Comparison | None:
         """The comparison on the first so many divisions."""
         if self.before is None or self.after is None or not self.done:
             return None
+        if not self._repeats:
+            answers = (self.before.logits[self.rows], self.after.logits[self.rows])
+            return self._task.compare(*answers, self._labels[self.rows], self._groups, self._looks)
 
         columns = [[self._right(self.before)], [self._right(self.after)]]
         for kept, repeated in zip(columns, self._repeats, strict=False):
@@ -172,8 +177,8 @@ class StageDecision:
 
         Not whether it is open: to go on until it no longer is would look at it again and again.
         """
-        if not self._cheap or self._left or self.late:
-            return False
+        if not self._cheap or self._left or self.late or self._task is not SINGLE_LABEL:
+            return False  # of answers other than right or wrong, repeats are not averaged
         if self.compared is None or self.divisions >= DIVISIONS:
             return False
         if self.divisions == 1:
@@ -186,10 +191,10 @@ class StageDecision:
 
     @property
     def accuracy(self) -> float:
-        """Out-of-fold accuracy of the stage so far."""
+        """Out-of-fold accuracy of the stage so far, or the figure of another task."""
         if self.after is None or not len(self.rows):  # its first fold broke
             return 0.0
-        return float(self._right(self.after).mean())
+        return self._task.figure(self.after.logits[self.rows], self._labels[self.rows])
 
     @property
     def better(self) -> bool:
@@ -206,7 +211,7 @@ class StageDecision:
         """Of the answers on the folds trained so far."""
         logits = torch.from_numpy(answers.logits[self.rows]).double()
         labels = torch.from_numpy(self._labels[self.rows])
-        return float(torch.nn.functional.cross_entropy(logits, labels))
+        return self._task.mean_loss(logits, labels)
 
     def __str__(self) -> str:
         text = f"fold {len(self.done)} of {len(self._folds)}"
@@ -215,7 +220,7 @@ class StageDecision:
         if self.broken:
             return f"{text}: the loss is no longer finite"
 
-        text += f": accuracy {self.accuracy:.3f}"
+        text += f": {self._task.metric} {self.accuracy:.3f}"
         if self.compared is None:
             return text
         gain, low, high = (
@@ -230,7 +235,8 @@ class StageDecision:
         of = f"{self.compared.images} images"
         if self.compared.clusters is not None:
             of = f"{self.compared.clusters} groups"
-        return f"{text}, {gain:+.1f} points [{low:+.1f}, {high:+.1f}], {of}: {said[self.verdict]}"
+        unit = self.compared.unit
+        return f"{text}, {gain:+.1f} {unit} [{low:+.1f}, {high:+.1f}], {of}: {said[self.verdict]}"
 
     @property
     def left_open(self) -> str:
@@ -240,8 +246,9 @@ class StageDecision:
             return ""
         reach = 100 * max(compared.high - compared.drop, compared.drop - compared.low)
         limit = console.short(100 * self._limit)
-        question = "1 point" if limit == "1" else f"{limit} points"
+        unit = compared.unit
+        question = "1 point" if (limit, unit) == ("1", "points") else f"{limit} {unit}"
         return (
-            f"  {compared.ground} settle {reach:.1f} points;\n"
+            f"  {compared.ground} settle {reach:.1f} {unit};\n"
             f"  {what_would_settle(compared, self._limit, question)}"
         )

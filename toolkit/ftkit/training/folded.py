@@ -101,6 +101,7 @@ def _start_heads(work: Work, loader: Loader) -> None:
         work.recipe.stages[0],
         work.ranks,
         folds.masks(),
+        work.task,
     )
     if start is None:
         return
@@ -206,6 +207,7 @@ def _repeat(work: Work, loader: Loader, division: int) -> bool:
         work.recipe.stages[0],
         work.ranks,
         others.masks(),
+        work.task,
         (strength,),
     )
     assert heads  # as those of the first division

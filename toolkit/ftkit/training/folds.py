@@ -65,7 +65,7 @@ def read_with_folds(
     With folds = "auto" a val split is cut where a class has one group, or a stage stops early. As
     dataset.read_images otherwise.
     """
-    read = partial(read_images, data, seed, group_by, root, add=add)
+    read = partial(read_images, data, seed, group_by, root, add=add, task=recipe.task)
     if not recipe.folds or (recipe.folds == "auto" and recipe.patient):
         return read()
 
@@ -98,13 +98,14 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
         )
 
     missing: set[int] = set()
+    one_sided = ""
     for attempt in range(ATTEMPTS):
         folds = _divided(labels, groups, count, seed + attempt * 1_000_003)
         missing = _missing(folds, labels)
-        if not missing:
+        if not missing and not (one_sided := _one_sided(folds, canvases, rows)):
             return folds
 
-    name = canvases.images.classes[min(missing)]
+    name = canvases.images.classes[min(missing)] if missing else one_sided
     raise FtkitError(
         f"--folds {wanted}: expected images of every class outside every fold, found none of {name!r} outside one. "
         "Try more groups of it, fewer folds, or --folds 0"
@@ -132,6 +133,20 @@ def _missing(folds: Folds, labels: Array) -> set[int]:
         for fold in range(folds.count)
         for label in set(labels) - set(labels[folds.train(fold)])
     }
+
+
+def _one_sided(folds: Folds, canvases: Canvases, rows: Array) -> str:
+    """The first label that some fold's model would always, or never, see; "" for none."""
+    images = canvases.images
+    if images.task != "multi-label":
+        return ""
+    targets = canvases.targets[rows]
+    for fold in range(folds.count):
+        own = targets[folds.train(fold)]
+        for name, column in zip(images.target_names, own.T, strict=True):
+            if not {0.0, 1.0} <= set(column):
+                return name
+    return ""
 
 
 def _together(canvases: Canvases, rows: Array) -> Array:

@@ -19,11 +19,18 @@ from torch import nn
 from ftkit.models.backbones import Backbone, features
 from ftkit.models.inference import Tensors
 from ftkit.recipe import Stage
-from ftkit.training.closed_form import STRENGTHS, Head, fit_head
+from ftkit.training.closed_form import (
+    STRENGTHS,
+    Aim,
+    ClassAim,
+    Head,
+    LabelAim,
+    ValueAim,
+    fit_linear,
+)
 from ftkit.training.loader import Loader
-from ftkit.training.optimizer import class_weights
+from ftkit.training.tasks import Task
 from ftkit.utils.distributed import Ranks
-from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.arrays import Array
 
 BATCH = 64
@@ -31,8 +38,9 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class HeadStart:
-    """Out-of-fold accuracy of the ridge head with its 95 % interval. clusters: groups that the
-    interval rests on, None where images have none. strength: of the penalty."""
+    """Out-of-fold figure of the ridge head (accuracy, or the metric of the task) with its 95 %
+    interval. clusters: groups that the interval rests on, None where images have none. strength: of
+    the penalty."""
 
     images: int
     accuracy: float
@@ -61,32 +69,32 @@ def start_head(
     stage: Stage,
     ranks: Ranks,
     folds: Sequence[Array],
+    task: Task,
 ) -> StartedHead | None:
     """Set the weights of the model's head, and return what they are worth.
 
-    labels (n,), groups (n,): of the training images. folds: whether each is held out, (n,) bool per
+    labels (n, ...): targets of the training images; groups (n,). folds: whether each is held out, (n,) bool per
     fold. None, and the head stays random, where there are no folds, or the features are no numbers.
     """
     if not folds:
         return None
 
     embedding = embed(loader, head_of(backbone), loader.seen, len(labels), ranks)
-    fitted = fit_heads(backbone, embedding, labels, stage, ranks, folds)
+    fitted = fit_heads(backbone, embedding, labels, stage, ranks, folds, task)
     if fitted is None:
         return None
 
     weights = as_weights(backbone, fitted.weight, fitted.bias)
     backbone.model.load_state_dict(weights, strict=False)
 
-    right = fitted.logits.argmax(1) == labels.cpu().numpy()
-    low, high, clusters = share_interval(right, groups)
+    figure = task.interval(fitted.logits, labels.cpu().numpy(), groups)
     return StartedHead(
         figures=HeadStart(
-            images=len(right),
-            accuracy=float(right.mean()),
-            low=low,
-            high=high,
-            clusters=clusters,
+            images=len(labels),
+            accuracy=figure.value,
+            low=figure.low,
+            high=figure.high,
+            clusters=figure.clusters,
             nll=fitted.nll,
             strength=fitted.strength,
         ),
@@ -109,13 +117,15 @@ def fit_heads(
     stage: Stage,
     ranks: Ranks,
     folds: Sequence[Array],
+    task: Task,
     strengths: Sequence[float] = STRENGTHS,
 ) -> Head | None:
     """A head on all images and one for each fold, the same on every rank; None where the features
     (n, features) are no numbers."""
-    classes = head_of(backbone).weight.shape[0]
-    weights = class_weights(labels, classes).cpu().numpy() if stage.balance != "none" else None
-    fitted = fit_head(embedding, labels.cpu().numpy(), folds, classes, weights, strengths)
+    width = head_of(backbone).weight.shape[0]
+    weights = task.weights(labels, width).cpu().numpy() if stage.balance != "none" else None
+    aim = _aim(task, labels.cpu().numpy(), width, weights)
+    fitted = fit_linear(embedding, aim, folds, strengths)
     if not np.isfinite(fitted.weight).all():
         return None
 
@@ -133,6 +143,12 @@ def fit_heads(
         logits=shared["logits"],
         by_fold=tuple((shared[f"weight{k}"], shared[f"bias{k}"]) for k in range(len(folds))),
     )
+
+
+def _aim(task: Task, targets: Array, width: int, weights: Array | None) -> Aim:
+    if task.name == "multi-label":
+        return LabelAim(targets, weights)
+    return ValueAim(targets) if task.name == "regression" else ClassAim(targets, width, weights)
 
 
 def as_weights(backbone: Backbone, weight: Array, bias: Array) -> dict[str, torch.Tensor]:

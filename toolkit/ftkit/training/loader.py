@@ -24,7 +24,7 @@ from ftkit.models.inference import Tensors, channels_last
 from ftkit.recipe import Augment
 from ftkit.training.distillation import Teacher
 from ftkit.training.feature_cache import Activations
-from ftkit.training.optimizer import Batch
+from ftkit.training.losses import Batch
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 

@@ -1,4 +1,4 @@
-"""Parts of a training step: learning rate, optimizer groups, loss, gradients, averaged weights.
+"""Parts of a training step: learning rate, optimizer groups, gradients, averaged weights.
 
 optimizer = make_optimizer(backbone, stage)
 tally = gradients(net, batch, moving, ...)
@@ -8,53 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ftkit.models.backbones import Backbone, blocks
-from ftkit.models.inference import Tensors
 from ftkit.recipe import Stage
+from ftkit.training.losses import Batch
 from ftkit.training.precision import Compute
+from ftkit.training.tasks import SINGLE_LABEL, Task
 from ftkit.utils.compat import lerp_in_place
 
 State = dict[str, torch.Tensor]
-
-# Distillation temperature: 2.5 to 4 worked best for small students (Hinton et al. 2015, section 3).
-SOFTENING = 3.0
-TAUGHT = 0.5  # share of the distillation term in the loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One training batch. inputs: what the net takes, each (n, ...). targets: labels (n,).
-
-    teacher: the teacher's logits for the same views (n, classes), if any. With mixup or cutmix:
-    others, the partners' labels (n,); share, the weight of each image's own label (n,).
-    """
-
-    inputs: Tensors
-    targets: torch.Tensor
-    teacher: torch.Tensor | None = None
-    others: torch.Tensor | None = None
-    share: torch.Tensor | None = None
-
-    def part(self, start: int, stop: int) -> Batch:
-        """The images from start to stop."""
-
-        def cut(value: torch.Tensor | None) -> torch.Tensor | None:
-            return None if value is None else value[start:stop]
-
-        return Batch(
-            inputs=tuple(value[start:stop] for value in self.inputs),
-            targets=self.targets[start:stop],
-            teacher=cut(self.teacher),
-            others=cut(self.others),
-            share=cut(self.share),
-        )
 
 
 def rate(step: int, total: int, stage: Stage, peak: float) -> float:
@@ -119,38 +85,6 @@ def _place(name: str, backbone: Backbone, listed: list[str]) -> tuple[str, int]:
     return ("after the blocks", 0) if after else ("stem", len(listed) + 1)
 
 
-def class_weights(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Class weights (classes,) float32, inverse to the class counts of labels (N,).
-
-    Their mean over the images is 1.
-    """
-    counts = torch.bincount(labels, minlength=classes).clamp(min=1).float()
-    return len(labels) / (classes * counts)
-
-
-def loss_of(
-    logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None
-) -> torch.Tensor:
-    """Loss per image (n,), float32, from logits (n, classes)."""
-    smoothing = stage.label_smoothing
-
-    def hard(labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(
-            logits, labels, weight=weights, label_smoothing=smoothing, reduction="none"
-        )
-
-    loss = hard(batch.targets)
-    if batch.share is not None and batch.others is not None:
-        loss = batch.share * loss + (1 - batch.share) * hard(batch.others)
-
-    if batch.teacher is not None:
-        soft = F.log_softmax(logits / SOFTENING, 1), F.log_softmax(batch.teacher / SOFTENING, 1)
-        taught = F.kl_div(*soft, log_target=True, reduction="none").sum(1) * SOFTENING**2
-        loss = (1 - TAUGHT) * loss + TAUGHT * taught
-
-    return loss
-
-
 def gradients(
     net: nn.Module,
     batch: Batch,
@@ -161,8 +95,8 @@ def gradients(
 ) -> torch.Tensor:
     """Accumulate one batch's gradients, `micro` images at a time.
 
-    Returns (sum of losses, number correct, number of images), float64, on the device, without
-    waiting for it. share: factor on the mean gradient of the batch's images.
+    Returns (sum of losses, sum of the task's figures, number of images), float64, on the device,
+    without waiting for it. share: factor on the mean gradient of the batch's images.
     """
     targets = batch.targets
     stage = moving.stage
@@ -173,10 +107,10 @@ def gradients(
         part = batch.part(start, start + micro)
         with moving.autocast():
             logits = net(*part.inputs)
-        loss = loss_of(logits.float(), part, stage, weights).sum()
+        loss = moving.task.loss(logits.float(), part, stage, weights).sum()
         moving.scaler.scale(loss * share / len(targets)).backward()
         losses += loss.detach()
-        hits += (logits.detach().argmax(1) == part.targets).sum()
+        hits += moving.task.figures(logits.detach(), part.targets).sum()
 
     return torch.stack(
         [losses.double(), hits.double(), torch.full_like(hits, len(targets)).double()]
@@ -195,8 +129,8 @@ class StepState:
     """Everything that changes while a stage trains: weights, averaged and best weights, optimizer.
 
     current: the model's own tensors under the named modules, so they change with it. before: a copy
-    from the start of the stage. tally: (sum of losses, number correct, number seen) of the epoch so
-    far, float64. compute: precision; the default is float32 on a CPU.
+    from the start of the stage. tally: (sum of losses, sum of the task's figures, number seen) of the
+    epoch so far, float64. compute: precision; the default is float32 on a CPU.
     """
 
     def __init__(
@@ -206,6 +140,7 @@ class StepState:
         stage: Stage,
         optimizer: torch.optim.Optimizer,
         compute: Compute = Compute(device=torch.device("cpu")),  # noqa: B008  (frozen)
+        task: Task = SINGLE_LABEL,
     ):
         self.current = {name: value for name, value in model.state_dict().items() if inside(name)}
         self.before = _clone(self.current)
@@ -213,6 +148,7 @@ class StepState:
         self.best: State = {}
         self.optimizer = optimizer
         self.stage = stage
+        self.task = task
         self.autocast = compute.autocast
         self.scaler = compute.scaler()
         self.tally = torch.zeros(3, dtype=torch.float64)
@@ -236,13 +172,13 @@ class StepState:
         self.tally += tally
 
     def epoch(self) -> tuple[float, float]:
-        """Return (mean loss, accuracy) since the last call, and reset the tally."""
+        """Return (mean loss, mean figure) since the last call, and reset the tally."""
         standing = self.standing()
         self.tally = torch.zeros(3, dtype=torch.float64)
         return standing
 
     def standing(self) -> tuple[float, float]:
-        """Return (mean loss, accuracy) of the epoch so far; NaN before its first step.
+        """Return (mean loss, mean figure) of the epoch so far; NaN before its first step.
 
         Waits for the device.
         """

@@ -34,6 +34,7 @@ from ftkit.training.run import (
 )
 from ftkit.training.stage import look_first
 from ftkit.training.stage_loaders import StageLoaders
+from ftkit.training.tasks import task_of
 from ftkit.training.tensorboard import Log, nowhere
 from ftkit.training.tensorboard import tensorboard as log_events
 from ftkit.training.work import Work, compare_circumstances
@@ -120,12 +121,13 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
     torch.manual_seed(request.seed)
     backbone = build(
         recipe.backbone,
-        len(images.classes),
+        len(images.names),
         recipe.weights,
         cut=recipe.cut,
         pooling=recipe.pooling,
     )
 
+    task_of(images).require(recipe)
     for stage in recipe.stages:
         trainable(backbone, stage.train)
         if stage.teacher:
@@ -188,8 +190,9 @@ def begin_or_resume(
 
     keep_freed_memory()
     backbone.model.to(device).to(memory_format=torch.channels_last)
+    task = task_of(canvases.images)
     loaders = StageLoaders(
-        backbone, request.recipe, canvases, prepared.preprocess, request.seed, device, ranks
+        backbone, request.recipe, canvases, prepared.preprocess, request.seed, device, ranks, task
     )
     log: Log = nowhere
     if request.options.tensorboard and ranks.main:  # only once there is a run that can be resumed
@@ -197,7 +200,7 @@ def begin_or_resume(
 
     folds = _folds(request, canvases, ranks)
 
-    every = torch.from_numpy(canvases.labels).to(device)
+    every = task.targets(canvases).to(device)
     return Work(
         recipe=request.recipe,
         backbone=backbone,
@@ -209,6 +212,7 @@ def begin_or_resume(
         compute=request.compute,
         ranks=ranks,
         log=log,
+        task=task,
         folds=folds,
         budget=math.inf if request.options.minutes is None else 60 * request.options.minutes,
     )
@@ -319,7 +323,10 @@ def _say_data(canvases: Canvases) -> None:
     sizes = {split: len(images.of(split)) for split in ("train", "val", "test")}
     counts = ", ".join(f"{size} {split}" for split, size in sizes.items() if size)
     made = f" ({' and '.join(images.made)} made here)" if images.made else ""
-    console.say(f"{len(images.images)} images of {len(images.classes)} classes: {counts}{made}")
+    console.say(f"{len(images.images)} images of {_kinds(images)}: {counts}{made}")
+    if images.task != "single-label":
+        task = task_of(images)
+        console.say(f"{images.task}: {', '.join(_quantities(images))}; judged by {task.metric}")
 
     for split in ("val", "test"):
         if sizes[split] and (missing := images.unjudged(split)):
@@ -331,6 +338,21 @@ def _say_data(canvases: Canvases) -> None:
         console.say(f"left out {path}: {reason}")
     if canvases.bad:
         console.say(f"{len(canvases.bad)} unreadable files left out")
+
+
+def _kinds(images: Images) -> str:
+    """How many classes, labels or quantities, in words."""
+    count = len(images.names)
+    if images.task == "single-label":
+        return f"{count} classes"
+    one, many = ("label", "labels") if images.task == "multi-label" else ("quantity", "quantities")
+    return f"{count} {one if count == 1 else many}"
+
+
+def _quantities(images: Images) -> list[str]:
+    """The labels, or the quantities with their units."""
+    named = zip(images.target_names, images.units, strict=True)
+    return [f"{name} [{unit}]" if unit else name for name, unit in named]
 
 
 def _them(names: Sequence[str]) -> str:

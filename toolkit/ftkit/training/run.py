@@ -32,12 +32,14 @@ import ftkit
 from ftkit.models.backbones import Backbone, build
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit.report.pages import Table, table_html
+from ftkit.training.tasks import Task, headline, task_from
 from ftkit.utils.lock import LOCK, in_use
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.readout import OneClass, Readout, readout_of
 from ftkit_export.runtime.verify import is_whole, with_digest
 
 RUN = "run.json"
@@ -51,7 +53,8 @@ RUN_SCHEMA = 5  # of run.json
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run, as read from disk. data: the whole run.json."""
+    """A finished run, as read from disk. classes: or the labels, or the quantities, of another task.
+    data: the whole run.json."""
 
     folder: Path
     recipe: Recipe
@@ -62,9 +65,21 @@ class Run:
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """Split (val, test) -> fields of evaluation.metrics.Metrics: accuracy, recall, ..."""
+        """Split (val, test) -> fields of evaluation.metrics.Metrics: accuracy, recall, ... or of
+        MultiLabelMetrics or RegressionMetrics."""
         metrics: Mapping[str, Any] = self.data["metrics"]
         return metrics
+
+    @property
+    def task(self) -> Task:
+        """What the model has learned."""
+        return task_from(self.data.get("task"))  # not in older runs
+
+    @property
+    def readout(self) -> Readout:
+        """How its logits are read."""
+        stored = self.data.get("readout")
+        return readout_of(stored) if stored else OneClass(temperature=self.temperature)
 
     @property
     def so_far(self) -> str:
@@ -74,6 +89,7 @@ class Run:
 
     def _repr_html_(self) -> str:
         test = self.metrics["test"]
+        value, low, high = headline(test)
         rows = [
             (
                 s["train"],
@@ -86,10 +102,10 @@ class Run:
         ]
 
         return (
-            f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} classes, test "
-            f"accuracy {test['accuracy']:.3f} [{test['accuracy_low']:.3f}, {test['accuracy_high']:.3f}] on "
+            f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} outputs, test "
+            f"{self.task.metric} {value:.3f} [{low:.3f}, {high:.3f}] on "
             f"{ground(test['images'], test['clusters'])}</p>"
-            f"{table_html(Table(('stage', 'verdict', 'epochs', 'rate', 'held-out accuracy'), rows))}"
+            f"{table_html(Table(('stage', 'verdict', 'epochs', 'rate', 'held-out ' + self.task.metric), rows))}"
         )
 
     def backbone(self) -> Backbone:

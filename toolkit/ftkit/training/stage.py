@@ -83,9 +83,16 @@ def _start_head(work: Work, loader: Loader) -> None:
     canvases = work.loaders.canvases
     groups = canvases.groups(canvases.rows("train"))
     labels = work.labels["train"]
-    folds = default_folds(labels.cpu().numpy(), groups)
+    strata = canvases.labels[canvases.rows("train")]
     start = start_head(
-        work.backbone, loader, labels, groups, work.recipe.stages[0], work.ranks, folds
+        work.backbone,
+        loader,
+        labels,
+        groups,
+        work.recipe.stages[0],
+        work.ranks,
+        default_folds(strata, groups),
+        work.task,
     )
     if start is None:
         return
@@ -99,7 +106,8 @@ def _start_head(work: Work, loader: Loader) -> None:
 def say_head_start(work: Work, figures: HeadStart) -> None:
     """Print what the features are worth, and remember it."""
     console.say(
-        f"head: out-of-fold accuracy {figures.accuracy:.3f} [{figures.low:.3f}, {figures.high:.3f}] before training,\n"
+        f"head: out-of-fold {work.task.metric} {figures.accuracy:.3f} [{figures.low:.3f}, {figures.high:.3f}] "
+        "before training,\n"
         f"  by ridge regression on {ground(figures.images, figures.clusters)}"
     )
     work.state.head_start = asdict(figures)

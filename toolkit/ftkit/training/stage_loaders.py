@@ -33,6 +33,7 @@ from ftkit.training.feature_cache import (
     fill,
 )
 from ftkit.training.loader import CachedLoader, LiveLoader, Loader
+from ftkit.training.tasks import SINGLE_LABEL, Task
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks
 from ftkit_export.runtime.preprocess import Preprocess
@@ -60,6 +61,7 @@ class StageLoaders:
         seed: int,
         device: torch.device,
         ranks: Ranks = SOLO,
+        task: Task = SINGLE_LABEL,
     ):
         self.backbone = backbone
         self.recipe = recipe
@@ -69,7 +71,7 @@ class StageLoaders:
         self.device = device
         self.ranks = ranks
         self.pixels = Source(canvases.array, len(canvases.slots), preprocess.resize**2 * 3, device)
-        self._labels = torch.from_numpy(canvases.labels[canvases.rows("train")])
+        self._labels = task.targets(canvases)[canvases.rows("train")]
         self.trained = [trainable(backbone, stage.train) for stage in recipe.stages]
         self._shared: Activations | None = None
         self._cannot_share: CannotCacheError | None = None

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ftkit.recipe import Stage
 from ftkit.training.loader import Fetched, Loader
-from ftkit.training.optimizer import Batch, StepState, gradients
+from ftkit.training.losses import Batch
+from ftkit.training.optimizer import StepState, gradients
 from ftkit.training.precision import Compute, fastest, release, ways
 from ftkit.utils import console
 from ftkit.utils.distributed import GlobalBatchNorm, Ranks

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ftkit.models.backbones import Backbone, features
 from ftkit.models.inference import Tensors
+from ftkit.training.tasks import SINGLE_LABEL, Task
 from ftkit.utils.distributed import Ranks
 from ftkit_export.runtime.arrays import Array
 
-# Val score for comparing stages: (accuracy or balanced accuracy, -NLL)
+# Val score for comparing stages: (accuracy, balanced accuracy or another task's metric, -NLL)
 Score = tuple[float, float]
 
 EVAL_BATCH = 64
@@ -35,7 +35,7 @@ def detached(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class Held:
     """Images that a training does not see and is judged on: the val split, or a fold.
 
-    read: positions (n,) -> inputs of the net that evaluates. labels: (N,), on the device.
+    read: positions (n,) -> inputs of the net that evaluates. labels: targets (N, ...), on the device.
     """
 
     read: Callable[[Array], Tensors]
@@ -44,7 +44,8 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Result on held-out images. logits: (N, classes); embedding: (n, D) of the first images."""
+    """Result on held-out images. accuracy: or the figure of another task. logits: (N, K); embedding:
+    (n, D) of the first images."""
 
     score: Score
     accuracy: float
@@ -61,6 +62,7 @@ def validate(
     ranks: Ranks,
     *,
     balanced: bool,
+    task: Task = SINGLE_LABEL,
     embeddings: int = DRIFT_IMAGES,
 ) -> Validation:
     """Evaluate these weights on held-out images; the model is left as it was.
@@ -92,15 +94,10 @@ def validate(
 
     ranks.sum(whole)
     ranks.sum(kept)
-    right = (whole.argmax(1) == labels).float()
-    recalls = torch.stack([right[labels == label].mean() for label in labels.unique()])
-    compared = recalls.mean() if balanced else right.mean()
-    told = ranks.first(
-        lambda: [float(compared), -float(F.cross_entropy(whole, labels)), float(right.mean())]
-    )
+    told = ranks.first(lambda: list(task.score(whole, labels, balanced=balanced)))
 
     return Validation(
-        score=(told[0], told[1]),
+        score=(told[0], -told[1]),
         accuracy=told[2],
         logits=whole.cpu().numpy(),
         embedding=kept.cpu().numpy(),

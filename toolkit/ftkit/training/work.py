@@ -21,6 +21,7 @@ from ftkit.training.loader import Loader
 from ftkit.training.optimizer import StepState
 from ftkit.training.precision import Compute
 from ftkit.training.stage_loaders import StageLoaders
+from ftkit.training.tasks import Task
 from ftkit.training.tensorboard import Log
 from ftkit.training.validate import DRIFT_IMAGES, Held, Validation, validate
 from ftkit.utils import console
@@ -32,11 +33,12 @@ from ftkit_export.runtime.arrays import Array
 class StageResult:
     """Result of one training stage.
 
-    val_accuracy, val_nll: of the stage's final weights. kept: whether they became the model.
+    val_accuracy (or the figure of another task), val_nll: of the stage's final weights. kept: whether
+    they became the model.
     epochs: epochs run, fewer than planned after early stopping. lr: peak rate. drift: linear CKA of
     the val embeddings with the pretrained backbone's, 1 = unchanged. val_nll and drift are None if
     the loss was no longer finite. folds, divisions: trained on, with folds. gain: over what stood
-    before, in accuracy, with its bounds. verdict: what these settled (fold_decision.Verdict), or
+    before, in accuracy (or that figure), with its bounds. verdict: what these settled (fold_decision.Verdict), or
     "late" where --minutes ended the stage.
     """
 
@@ -65,10 +67,11 @@ class Work:
     state: TrainState
     stop: Stop
     seed: int
-    labels: dict[str, torch.Tensor]  # by split, on the device
+    labels: dict[str, torch.Tensor]  # the task's targets by split, on the device
     compute: Compute
     ranks: Ranks
     log: Log
+    task: Task
     folds: Folds | None = None
     budget: float = math.inf
 
@@ -107,6 +110,7 @@ class Work:
             weights,
             self.ranks,
             balanced=self.balanced,
+            task=self.task,
             embeddings=embeddings,
         )
 

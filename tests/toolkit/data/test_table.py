@@ -1,0 +1,153 @@
+"""CSVs of several labels and of numbers: what they mean, how they are split, what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ftkit.data.audit_targets import LabelAudit, ValueAudit, audit_targets
+from ftkit.data.canvas import build_canvases
+from ftkit.data.dataset import read_images, splits_csv
+from ftkit.training.folds import make_folds
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.preprocess import Preprocess
+
+
+def _csv(folder: Path, header: str, rows: list[str], name: str = "data.csv") -> Path:
+    """A CSV of one picture a row, each of its own shade."""
+    lines = [header]
+    for number, row in enumerate(rows):
+        picture = folder / f"{name}-{number}.png"
+        Image.fromarray(np.full((20, 20, 3), number % 256, np.uint8)).save(picture)
+        lines.append(f"{picture.name},{row}")
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder / name
+
+
+def _targets(path: Path, **options: str) -> list[tuple[float, ...]]:
+    images = read_images(path, cut_val=False, **options)
+    return [image.targets for image in images.images]
+
+
+def test_labels_are_read_from_a_list_or_from_a_column_each(tmp_path: Path) -> None:
+    listed = _csv(tmp_path, "path,labels", ["b|a", "", "a", "b", "?a|b", "a|b"] * 2, "list.csv")
+    flags = _csv(tmp_path, "path,a,b", ["1,1", "0,0", "1,0", "0,1", ",1", "1,1"] * 2, "flags.csv")
+    one, other = (read_images(path, cut_val=False) for path in (listed, flags))
+    assert one.task == other.task == "multi-label"
+    assert one.names == other.names == ("a", "b")
+    assert np.array_equal(_targets(listed), _targets(flags), equal_nan=True)
+    assert np.isnan(_targets(listed)).sum() == 2, "of ?a it is not known"
+
+
+def test_numbers_are_read_with_their_units_when_asked_for(tmp_path: Path) -> None:
+    path = _csv(
+        tmp_path, "path,width [mm],age", [f"{n / 2},{n if n % 3 else ''}" for n in range(30)]
+    )
+    images = read_images(path, cut_val=False, task="regression")
+    assert images.names == ("width", "age")
+    assert images.units == ("mm", "")
+    read = np.array([image.targets for image in images.images])
+    assert np.array_equal(read[:, 0], np.arange(30) / 2)
+    assert np.isnan(read[:, 1]).sum() == 10
+    with pytest.raises(FtkitError, match="--task regression"):
+        read_images(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "task"), [("path,labels", "auto"), ("path,a [m],b", "regression")]
+)
+def test_what_is_written_is_read_again_with_the_same_splits(
+    tmp_path: Path, header: str, task: str
+) -> None:
+    rows = ["x|y", "y", "", "?x|y"] * 12 if task == "auto" else [f"{n / 7},{n}" for n in range(48)]
+    first = read_images(_csv(tmp_path, header, rows), seed=3, task=task)
+    (tmp_path / "splits.csv").write_bytes(splits_csv(first))
+    again = read_images(tmp_path / "splits.csv", task=task)
+    assert again.target_names == first.target_names
+    assert again.units == first.units
+    for a, b in zip(first.images, again.images, strict=True):
+        assert (a.path, a.split, a.said) == (b.path, b.split, b.said)
+
+
+def test_folds_divide_rare_labels_and_large_values_evenly(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    labels = [f"{int(n % 15 == 0)},{int(draw.random() < 0.5)}" for n in range(300)]
+    values = [f"{draw.gamma(1.0):.4f}" for _ in range(300)]
+    preprocess = Preprocess(size=16, resize=16)
+    for path, task in (
+        (_csv(tmp_path, "path,rare,common", labels, "labels.csv"), "multi-label"),
+        (_csv(tmp_path, "path,value", values, "values.csv"), "regression"),
+    ):
+        images = read_images(path, cut_val=False, task=task)
+        canvases = build_canvases(images, preprocess)
+        targets = canvases.targets[canvases.rows("train")][:, 0]
+        large = targets >= (1 if task == "multi-label" else np.quantile(targets, 0.9))
+        folds = make_folds(canvases, 4, seed=0)
+        counts = [int(large[folds.held(fold)].sum()) for fold in range(4)]
+        assert max(counts) - min(counts) <= 2, counts
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "task", "said"),
+    [
+        ("path,labels", ["a", "b"] + ["b"] * 8, "auto", "images with the label 'a'"),
+        ("path,labels", ["a|b"] * 10, "auto", "images without the label 'a'"),
+        ("path,a,b", ["1,"] * 5 + ["0,"] * 5, "auto", "known values of 'b'"),
+        ("path,a,b", ["1,2"] * 10, "multi-label", "'labels'"),
+        ("path,a,a", ["1,0"] * 10, "auto", "'a' twice"),
+        ("path,value", ["3"] * 10, "regression", "different values"),
+        ("path,value", ["3", "nan"] * 5, "regression", "line 3: expected a number"),
+        ("path,value", ["3", "3,5"] * 5, "regression", "line 3"),
+        ("path,value", ["3", ""] * 5, "regression", "line 3: expected at least one known value"),
+        ("path,split", ["train"] * 10, "regression", "a column of numbers"),
+        ("path,value", ["3", "4"] * 5, "sorting", "--task"),
+    ],
+)
+def test_data_that_teaches_nothing_is_refused_in_one_sentence(
+    tmp_path: Path, header: str, rows: list[str], task: str, said: str
+) -> None:
+    path = _csv(tmp_path, header, rows)
+    with pytest.raises(FtkitError) as raised:
+        read_images(path, cut_val=False, task=task)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_further_images_keep_what_is_not_known_unknown(tmp_path: Path) -> None:
+    data = _csv(tmp_path, "path,labels", ["a", "b", "a|b", ""] * 6)
+    more = _csv(tmp_path, "path,labels", ["c|a", "c", "", "b"], "more.csv")
+    images = read_images(data, cut_val=False, add=more)
+    assert images.names == ("a", "b", "c")
+    old = [image.targets for image in images.images if image.path.name.startswith("data")]
+    assert np.isnan(np.array(old)[:, 2]).all(), "nobody has looked for c in them"
+
+    numbers = _csv(tmp_path, "path,width [mm]", [str(n) for n in range(24)], "mm.csv")
+    inches = _csv(tmp_path, "path,width [in]", ["1", "2"], "in.csv")
+    with pytest.raises(FtkitError, match="in mm as in the data, found it in in"):
+        read_images(numbers, cut_val=False, task="regression", add=inches)
+
+
+def test_a_class_folder_is_no_table_of_numbers(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(FtkitError, match="expected a CSV for --task regression"):
+        read_images(tmp_path, task="regression")
+
+
+def test_the_audit_knows_labels_that_never_meet_and_numbers_far_out(tmp_path: Path) -> None:
+    labels = ["a|b"] * 20 + ["c"] * 20 + ["a"] * 20
+    found = audit_targets(read_images(_csv(tmp_path, "path,labels", labels), cut_val=False))
+    assert isinstance(found, LabelAudit)
+    assert found.counts["a"] == (40, 20, 0)
+    assert found.together == {"a + b": 20}
+    assert set(found.never) == {"a + c", "b + c"}
+
+    values = [str(n % 7) for n in range(40)] + ["1000"]
+    path = _csv(tmp_path, "path,value", values, "values.csv")
+    spread = audit_targets(read_images(path, cut_val=False, task="regression"))
+    assert isinstance(spread, ValueAudit)
+    assert [Path(name).name for name in spread.quantities["value"].outliers] == [
+        "values.csv-40.png"
+    ]

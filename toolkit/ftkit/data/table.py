@@ -1,0 +1,309 @@
+"""Read a CSV of images: one class, several labels, or numbers for each.
+
+    table = read_table(Path("photos.csv"), folder)          # path,label[,split][,group]
+    table.task, table.names, table.rows[0].targets
+
+- single-label: a column `label`.
+- multi-label: a column `labels` with names and | between, of which ?name is not known; or a column
+  of 0 and 1 for each label, empty where it is not known.
+- regression: a column of numbers for each target, with its unit in brackets: `width [mm]`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ftkit.data.order import natural
+from ftkit_export.runtime.errors import FtkitError, choices
+from ftkit_export.runtime.readout import TASKS, Task
+
+SPLITS = ("train", "val", "test")
+# Common names of the splits, in any case
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+AUTO = "auto"
+OTHER_COLUMNS = ("path", "split", "group")
+SURPLUS = "\0"  # key of the fields of a row that exceed the header
+LINE_ENDS = "\n\r"  # labels.txt has one label per line
+BETWEEN = "|"
+UNKNOWN = "?"
+
+
+class Row(NamedTuple):
+    """One image. label: its class, "" with targets. split, group: "" for none. targets: of the other
+    tasks, in the order of Table.names; NaN where one is not known."""
+
+    path: Path
+    label: str
+    split: str = ""
+    group: str = ""
+    targets: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The images of a CSV. names: the labels or the targets, () of single-label data. units: of the
+    targets, "" for none."""
+
+    rows: list[Row]
+    task: Task = "single-label"
+    names: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row as text. where: its file and line, for messages."""
+
+    where: str
+    fields: Mapping[str, str]
+
+
+def read_table(path: Path, folder: Path, task: str = AUTO, *, labelled_only: bool = False) -> Table:
+    """Read a CSV whose paths are relative to `folder`.
+
+    task: "auto" goes by the columns. labelled_only: leave out rows without any label. Raises
+    FtkitError naming the file, and the line where there is one.
+    """
+    if task not in (AUTO, *TASKS):
+        raise FtkitError(f"--task: expected a known one, {choices(task, (AUTO, *TASKS))}")
+
+    columns, lines = _lines(path)
+    if "path" not in columns:
+        raise _missing_column(path, "path", columns)
+    others = [column for column in columns if column not in OTHER_COLUMNS]
+    found = _task_of(path, columns, others, lines, task)
+    if labelled_only:
+        lines = [line for line in lines if any(line.fields.get(name, "") for name in others)]
+
+    places = [_place(folder, line) for line in lines]
+    if found == "single-label":
+        rows = [
+            Row(place, _label(line), split, group)
+            for line, (place, split, group) in zip(lines, places, strict=True)
+        ]
+        return Table(rows=rows)
+
+    if found == "regression":
+        names, units = zip(*map(_named_unit, others), strict=True)
+        read = [_numbers(line, others) for line in lines]
+    else:
+        listed = next((name for name in ("labels", "label") if name in columns), None)
+        parsed = [_listed(line, listed) if listed else _flags(line, others) for line in lines]
+        names = in_order(path, {name for labels in parsed for name in labels})
+        units = ("",) * len(names)
+        absent = 0.0 if listed else math.nan
+        read = [tuple(labels.get(name, absent) for name in names) for labels in parsed]
+
+    for line, targets in zip(lines, read, strict=True):
+        if all(map(math.isnan, targets)):
+            raise FtkitError(
+                f"{line.where}: expected at least one known {_thing(found)}, found none. Fill it in, "
+                "or remove the row"
+            )
+    rows = [
+        Row(place, "", split, group, targets)
+        for (place, split, group), targets in zip(places, read, strict=True)
+    ]
+    return Table(rows=rows, task=found, names=tuple(names), units=tuple(units))
+
+
+def in_order(where: Path, labels: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes or labels in their order. Raises FtkitError for two that are the same name to
+    people: macOS writes an accent as a character of its own, other systems do not."""
+    seen: dict[str, str] = {}
+    for label in sorted(labels):
+        twin = seen.setdefault(unicodedata.normalize("NFC", label), label)
+        if twin != label:
+            raise FtkitError(
+                f"{where}: expected class names that differ, found {label!a} and {twin!a}, which look alike. "
+                "Rename one as the other"
+            )
+    return tuple(sorted(seen.values(), key=natural))
+
+
+def _thing(task: Task) -> str:
+    return "value" if task == "regression" else "label"
+
+
+def _lines(path: Path) -> tuple[list[str], list[_Line]]:
+    """The columns, and the rows as text."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restkey=SURPLUS)
+            columns = [column.strip() for column in reader.fieldnames or ()]
+            table = [(reader.line_num, line) for line in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise FtkitError(
+            f"{path}: expected a CSV in UTF-8, found {error}. Try path,label[,split][,group]"
+        ) from None
+
+    twice = [column for column, count in Counter(columns).items() if count > 1 and column]
+    if twice:
+        raise FtkitError(
+            f"{path}: expected columns of different names, found {twice[0]!r} twice. Rename one"
+        )
+    return columns, [_line(f"{path} line {number}", columns, line) for number, line in table]
+
+
+def _line(where: str, columns: Sequence[str], line: Mapping[str, Any]) -> _Line:
+    surplus = line.get(SURPLUS, [])
+    # Some spreadsheets write trailing commas
+    if any(text.strip() for text in surplus):
+        raise FtkitError(
+            f"{where}: expected {len(columns)} fields ({', '.join(columns)}), found {len(columns) + len(surplus)}. "
+            'Quote a field that has a comma in it: "food, drink"'
+        )
+    fields = {
+        str(column).strip(): (text or "").strip()
+        for column, text in line.items()
+        if column != SURPLUS
+    }
+    return _Line(where, fields)
+
+
+def _task_of(
+    path: Path, columns: Sequence[str], others: Sequence[str], lines: Sequence[_Line], task: str
+) -> Task:
+    """The task that was asked for, or that the columns tell."""
+    if task == "single-label" or (task == AUTO and "label" in columns):
+        if "label" not in columns:
+            raise _missing_column(path, "label", columns)
+        return "single-label"
+
+    values = {line.fields.get(name, "") for line in lines for name in others}
+    flags = bool(others) and values <= {"0", "1", ""} and values != {""}
+    if task == "multi-label" or (task == AUTO and ("labels" in columns or flags)):
+        if not (flags or {"labels", "label"} & set(columns)):
+            raise FtkitError(
+                f"{path}: expected a column 'labels' with names and | between, or a column of 0 and 1 for each "
+                f"label, found {', '.join(others) or 'no such column'}. Try path,labels"
+            )
+        return "multi-label"
+
+    if task == "regression":
+        if not others:
+            raise FtkitError(
+                f"{path}: expected a column of numbers, found {', '.join(columns)}. Try path,value"
+            )
+        return "regression"
+
+    if others and all(_is_number(value) for value in values if value) and values != {""}:
+        raise FtkitError(
+            f"{path}: expected a column 'label' or 'labels', found numbers under {', '.join(others)}. "
+            "Try --task regression"
+        )
+    raise _missing_column(path, "label", columns)
+
+
+def _missing_column(path: Path, column: str, columns: Sequence[str]) -> FtkitError:
+    return FtkitError(
+        f"{path}: expected a column {column!r}, found {', '.join(columns) or 'none'}. Try path,label"
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _place(folder: Path, line: _Line) -> tuple[Path, str, str]:
+    """Image, split and group of a row."""
+    text = line.fields["path"]
+    image = _image_file(folder, text)
+    if image is None:
+        raise FtkitError(
+            f"{line.where}: expected an image at {folder / text}, found none. "
+            "Check the path column, or name the folder with --root"
+        )
+
+    split = line.fields.get("split", "")
+    split = SPLIT_NAMES.get(split.lower(), split)
+    if split and split not in SPLITS:
+        raise FtkitError(
+            f"{line.where}: expected split train, val or test, found {split!r}. Correct it"
+        )
+    return image, split, line.fields.get("group", "")
+
+
+def _image_file(folder: Path, text: str) -> Path | None:
+    """The image that a CSV in `folder` names; Windows backslashes are accepted."""
+    candidates = (folder / text, folder / text.replace("\\", "/")) if text else ()
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _label(line: _Line) -> str:
+    label = line.fields["label"]
+    if not label:
+        raise FtkitError(f"{line.where}: expected a label, found none. Fill in the label column")
+    return _one_line(line, label)
+
+
+def _one_line(line: _Line, label: str) -> str:
+    if any(character in label for character in LINE_ENDS):
+        raise FtkitError(f"{line.where}: expected a label on one line, found {label!r}. Correct it")
+    return label
+
+
+def _listed(line: _Line, column: str) -> dict[str, float]:
+    """Label -> 1, or NaN for one that is not known: from "a|b|?c"."""
+    labels: dict[str, float] = {}
+    for part in line.fields[column].split(BETWEEN):
+        name = part.strip()
+        known = not name.startswith(UNKNOWN)
+        name = _one_line(line, name.removeprefix(UNKNOWN).strip())
+        if name:
+            labels[name] = 1.0 if known else math.nan
+    return labels
+
+
+def _flags(line: _Line, columns: Sequence[str]) -> dict[str, float]:
+    """Label -> 1, 0, or NaN where it is not known: from a column each."""
+    labels = {}
+    for name in columns:
+        text = line.fields[name]
+        if text not in ("0", "1", ""):
+            raise FtkitError(
+                f"{line.where}: expected 0, 1 or nothing under {name!r}, found {text!r}. Correct it"
+            )
+        labels[name] = float(text) if text else math.nan
+    return labels
+
+
+def _named_unit(column: str) -> tuple[str, str]:
+    """Name and unit of a target: "width [mm]" -> width, mm."""
+    name, bracket, unit = column.partition("[")
+    if not bracket or not unit.endswith("]"):
+        return column, ""
+    return name.strip(), unit[:-1].strip()
+
+
+def _numbers(line: _Line, columns: Sequence[str]) -> tuple[float, ...]:
+    """The targets of a row; NaN for an empty field."""
+    numbers = []
+    for name in columns:
+        text = line.fields[name]
+        if text and not (_is_number(text) and math.isfinite(float(text))):
+            raise FtkitError(
+                f"{line.where}: expected a number under {name!r}, found {text!r}. Correct it, or leave it "
+                "empty where it is not known"
+            )
+        numbers.append(float(text) if text else math.nan)
+    return tuple(numbers)

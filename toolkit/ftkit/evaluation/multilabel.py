@@ -1,0 +1,220 @@
+"""Metrics of multi-label models: average precision, thresholds and calibration, label by label.
+
+    readout = fit_labels(logits, targets, groups, precision=None)          # on val, or out of fold
+    metrics = evaluate_labels(readout.answers(logits), targets, names, readout.thresholds, groups)
+    metrics.macro_ap, metrics.labels[0].f1
+
+targets (n, K): 1 and 0, NaN where a label is not known; such an image says nothing of that label.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import precision_recall_curve, precision_recall_fscore_support
+
+from ftkit.evaluation.metrics import (
+    COLDEST,
+    HOTTEST,
+    PRIOR_SPREAD,
+    ece,
+    precision_threshold,
+    reliability,
+)
+from ftkit.training.tasks import MultiLabel, average_precisions
+from ftkit_export.proof.intervals import has_groups
+from ftkit_export.proof.jackknife import Estimated, jackknife
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.readout import Labels, sigmoid
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMetrics:
+    """Metrics of one label. images: for which it is known; positives: that have it. ap, and f1,
+    precision and recall at the threshold, are None where no image has it; precision also where none
+    is said to. ap_low, ap_high: 95 % interval. ece: calibration error of its probability."""
+
+    name: str
+    images: int
+    positives: int
+    ap: float | None
+    ap_low: float | None
+    ap_high: float | None
+    f1: float | None
+    precision: float | None
+    recall: float | None
+    ece: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiLabelMetrics:
+    """Metrics of one split. macro_ap, with its 95 % interval, and macro_f1: means over the labels that
+    some image has. subset_accuracy: share of the images with all labels known that have all of them
+    right. loss: mean binary cross-entropy. clusters: groups, None where images have none."""
+
+    images: int
+    clusters: int | None
+    macro_ap: float
+    macro_ap_low: float
+    macro_ap_high: float
+    macro_f1: float
+    subset_accuracy: float | None
+    loss: float
+    labels: tuple[LabelMetrics, ...]
+
+
+def fit_labels(
+    logits: Array, targets: Array, groups: Sequence[str], precision: float | None = None
+) -> Labels:
+    """Fit each label's temperature and threshold.
+
+    precision: None takes the threshold of the highest F1; a share takes the lowest threshold from
+    which on so many of the images that are given the label have it, with 95 % confidence where these
+    images can show that.
+    """
+    temperatures = []
+    thresholds = []
+    for place in range(targets.shape[1]):
+        known = ~np.isnan(targets[:, place])
+        own = targets[known, place]
+        temperature = _temperature(logits[known, place], own)
+        probabilities = sigmoid(logits[known, place].astype(np.float64) / temperature)
+        named = [group for group, there in zip(groups, known, strict=True) if there]
+        temperatures.append(temperature)
+        thresholds.append(_threshold(probabilities, own, named, precision))
+    return Labels(temperatures=tuple(temperatures), thresholds=tuple(thresholds))
+
+
+def _temperature(logits: Array, own: Array) -> float:
+    """As metrics.fit_temperature, with the same prior towards 1: few images move it little."""
+
+    def loss(log_t: float) -> float:
+        scaled = logits.astype(np.float64) / math.exp(log_t)
+        nll = np.logaddexp(0, scaled) - own * scaled
+        return float(nll.sum()) + (log_t / PRIOR_SPREAD) ** 2 / 2
+
+    bounds = math.log(COLDEST), math.log(HOTTEST)
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    return float(math.exp(found.x))
+
+
+def _threshold(
+    probabilities: Array, own: Array, groups: Sequence[str], precision: float | None
+) -> float:
+    if not own.any():
+        return 0.5
+    if precision is not None:
+        threshold, _ = precision_threshold(probabilities, own == 1, precision, groups)
+        return 1.0 - 1e-9 if threshold is None else _inside(threshold)
+
+    precisions, recalls, thresholds = precision_recall_curve(own, probabilities)
+    products = 2 * precisions * recalls / np.maximum(precisions + recalls, 1e-12)
+    return _inside(float(thresholds[int(products[:-1].argmax())]))
+
+
+def _inside(threshold: float) -> float:
+    """A threshold that a sigmoid reaches."""
+    return min(max(threshold, 1e-9), 1 - 1e-9)
+
+
+def evaluate_labels(
+    probabilities: Array,
+    targets: Array,
+    names: Sequence[str],
+    thresholds: Sequence[float],
+    groups: Sequence[str],
+) -> MultiLabelMetrics:
+    """Metrics of probabilities (n, K) at these thresholds."""
+    task = MultiLabel()
+    said = probabilities >= np.asarray(thresholds)
+    macro = jackknife(
+        lambda rows: task.figure(probabilities[rows], targets[rows]), len(targets), groups
+    )
+    labels = tuple(
+        _label(name, probabilities[:, k], targets[:, k], said[:, k], groups)
+        for k, name in enumerate(names)
+    )
+    whole = ~np.isnan(targets).any(1)
+    f1 = [label.f1 for label in labels if label.f1 is not None]
+    low, high = _within(macro)
+
+    return MultiLabelMetrics(
+        images=len(targets),
+        clusters=macro.clusters if has_groups(groups) else None,
+        macro_ap=macro.value,
+        macro_ap_low=low,
+        macro_ap_high=high,
+        macro_f1=float(np.mean(f1)) if f1 else 0.0,
+        subset_accuracy=float((said == (targets == 1))[whole].all(1).mean())
+        if whole.any()
+        else None,
+        loss=_loss(probabilities, targets),
+        labels=labels,
+    )
+
+
+def _label(
+    name: str, probability: Array, target: Array, said: Array, groups: Sequence[str]
+) -> LabelMetrics:
+    known = np.flatnonzero(~np.isnan(target))
+    own = target[known] == 1
+    named = [groups[int(row)] for row in known]
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        own, said[known], average="binary", zero_division=0.0
+    )
+
+    ap = low = high = None
+    if own.any():
+        found = jackknife(
+            lambda rows: float(
+                average_precisions(probability[known[rows], None], target[known[rows], None])[0]
+            ),
+            len(known),
+            named,
+        )
+        ap = found.value
+        low, high = _within(found)
+
+    there = bool(own.any())
+    both = np.stack([1 - probability[known], probability[known]], axis=1)
+    return LabelMetrics(
+        name=name,
+        images=len(known),
+        positives=int(own.sum()),
+        ap=ap,
+        ap_low=low,
+        ap_high=high,
+        f1=float(f1) if there else None,
+        precision=float(precision) if said[known].any() else None,
+        recall=float(recall) if there else None,
+        ece=ece(both, own.astype(int)) if len(known) else 0.0,
+    )
+
+
+def _within(found: Estimated) -> tuple[float, float]:
+    low, high = np.clip(found.interval(LEVEL), 0.0, 1.0)
+    return float(low), float(high)
+
+
+def _loss(probabilities: Array, targets: Array) -> float:
+    known = ~np.isnan(targets)
+    likely = np.where(targets == 1, probabilities, 1 - probabilities.astype(np.float64))
+    losses = -np.log(np.maximum(likely, 1e-12))
+    return float((losses * known).sum() / max(1, int(known.sum())))
+
+
+def reliability_of_labels(
+    probabilities: Array, targets: Array
+) -> tuple[tuple[int, float, float], ...]:
+    """metrics.reliability over all known labels together: of what is more likely, that it applies or
+    not."""
+    known = ~np.isnan(targets)
+    own = probabilities[known]
+    both = np.stack([1 - own, own], axis=1)
+    return reliability(both, (targets[known] == 1).astype(int))

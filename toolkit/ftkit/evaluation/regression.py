@@ -1,0 +1,159 @@
+"""Metrics of regression models, and intervals that hold a stated share of the true values.
+
+    readout = fit_values(logits, targets, task, share=0.9)                 # on val, or out of fold
+    metrics = evaluate_values(readout, logits, targets, names, groups)
+    metrics.quantities[0].mae, metrics.quantities[0].covered
+
+Logits and targets (n, K) are standardised, targets NaN where one is not known. The intervals are
+conformal (Vovk et al. 2005; out of fold: cross-conformal, Vovk 2015): half their width is the
+quantile of the held-out errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from ftkit.training.tasks import Regression
+from ftkit_export.proof.intervals import has_groups, share_interval
+from ftkit_export.proof.jackknife import jackknife
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.readout import Values
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithBounds:
+    """A statistic with its 95 % interval; NaN where the images do not define it."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantityMetrics:
+    """Metrics of one quantity, mae and rmse in its unit. r2: share of the variance that is explained;
+    rank: Spearman's correlation. covered: share of the true values inside their intervals, which are
+    `margin` wide on either side."""
+
+    name: str
+    unit: str
+    images: int
+    mae: WithBounds
+    rmse: WithBounds
+    r2: WithBounds
+    rank: WithBounds
+    margin: float
+    covered: WithBounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionMetrics:
+    """Metrics of one split. mae, with its 95 % interval: as the task's figure, in the unit or, of several
+    quantities, in standard deviations. share: of the true values that intervals are meant to hold.
+    clusters: groups, None where images have none."""
+
+    images: int
+    clusters: int | None
+    mae: float
+    mae_low: float
+    mae_high: float
+    loss: float
+    share: float
+    quantities: tuple[QuantityMetrics, ...]
+
+
+def fit_values(logits: Array, targets: Array, task: Regression, share: float) -> Values:
+    """Fit the intervals' half widths to held-out errors."""
+    margins = [
+        spread * _quantile(np.abs(logits[:, k] - targets[:, k]), share)
+        for k, spread in enumerate(task.spreads)
+    ]
+    return Values(
+        means=task.means,
+        spreads=task.spreads,
+        units=task.units,
+        margins=tuple(margins),
+        share=share,
+    )
+
+
+def _quantile(errors: Array, share: float) -> float:
+    """The error that the next one does not exceed with this probability, if it is exchangeable with
+    these; the largest where there are too few."""
+    known = np.sort(errors[~np.isnan(errors)])
+    place = math.ceil((len(known) + 1) * share) - 1
+    return float(known[min(place, len(known) - 1)])
+
+
+def evaluate_values(
+    readout: Values,
+    logits: Array,
+    targets: Array,
+    names: Sequence[str],
+    groups: Sequence[str],
+) -> RegressionMetrics:
+    """Metrics of logits (n, K)."""
+    task = Regression(means=readout.means, spreads=readout.spreads, units=readout.units)
+    figure = jackknife(lambda rows: task.figure(logits[rows], targets[rows]), len(targets), groups)
+    low, high = figure.interval()
+    errors = np.abs(logits - targets)
+
+    return RegressionMetrics(
+        images=len(targets),
+        clusters=figure.clusters if has_groups(groups) else None,
+        mae=figure.value,
+        mae_low=max(0.0, low),
+        mae_high=high,
+        loss=float(np.nanmean(np.where(errors <= 1, errors**2 / 2, errors - 0.5))),
+        share=readout.share,
+        quantities=tuple(
+            _quantity(readout, name, k, logits[:, k], targets[:, k], groups)
+            for k, name in enumerate(names)
+        ),
+    )
+
+
+def _quantity(
+    readout: Values, name: str, place: int, logits: Array, targets: Array, groups: Sequence[str]
+) -> QuantityMetrics:
+    known = np.flatnonzero(~np.isnan(targets))
+    spread = readout.spreads[place]
+    said = logits[known].astype(np.float64) * spread
+    true = targets[known].astype(np.float64) * spread
+    named = [groups[int(row)] for row in known]
+    margin = readout.margins[place]
+    inside = np.abs(said - true) <= margin
+    low, high, _ = share_interval(inside, named)
+
+    def judged(statistic: Callable[[Array, Array], float]) -> WithBounds:
+        found = jackknife(lambda rows: statistic(said[rows], true[rows]), len(known), named)
+        bounds = found.interval()
+        return WithBounds(value=found.value, low=bounds[0], high=bounds[1])
+
+    return QuantityMetrics(
+        name=name,
+        unit=readout.units[place],
+        images=len(known),
+        mae=judged(lambda a, b: float(np.abs(a - b).mean())),
+        rmse=judged(lambda a, b: float(np.sqrt(((a - b) ** 2).mean()))),
+        r2=judged(_explained),
+        rank=judged(_rank),
+        margin=margin,
+        covered=WithBounds(value=float(inside.mean()), low=low, high=high),
+    )
+
+
+def _explained(said: Array, true: Array) -> float:
+    total = float(((true - true.mean()) ** 2).sum())
+    return 1 - float(((said - true) ** 2).sum()) / total if total > 0 else math.nan
+
+
+def _rank(said: Array, true: Array) -> float:
+    if len(np.unique(said)) < 2 or len(np.unique(true)) < 2:
+        return math.nan
+    return float(spearmanr(said, true).statistic)

@@ -1,0 +1,415 @@
+"""What a model learns and how it is judged: one class, several labels at once, or numbers.
+
+    task = task_of(canvases)
+    task.loss(logits, batch, stage, weights)            # per image
+    task.figure(logits, targets)                        # accuracy, macro-AP, mean absolute error
+    task.compare(before, after, targets, groups, looks)
+
+Targets are class numbers (n,) int64; or labels (n, K) of 1 and 0, or standardised values (n, K),
+float32 with NaN where one is not known. The figures of regression are in the value's unit or, of
+several values, in standard deviations.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score
+
+from ftkit.data.canvas import Canvases
+from ftkit.data.dataset import Images
+from ftkit.recipe import Export, Recipe, Stage
+from ftkit.training.losses import (
+    Batch,
+    class_loss,
+    class_weights,
+    label_loss,
+    label_weights,
+    value_loss,
+)
+from ftkit_export.proof.decision import Comparison, difference, paired
+from ftkit_export.proof.intervals import share_interval
+from ftkit_export.proof.jackknife import jackknife
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.readout import Task as TaskName
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A task's figure with its 95 % interval. clusters: groups that it rests on, None where images have
+    none."""
+
+    value: float
+    low: float
+    high: float
+    clusters: int | None
+
+
+class Task(ABC):
+    """What a model of these images learns. name: as recipe.task has it. metric: what its figure is.
+    rising: whether a higher figure is better."""
+
+    name: ClassVar[TaskName]
+    metric: ClassVar[str]
+    rising: ClassVar[bool] = True
+
+    @abstractmethod
+    def targets(self, canvases: Canvases) -> torch.Tensor:
+        """Of every row of the canvases."""
+
+    @abstractmethod
+    def loss(
+        self, logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Loss per image (n,), float32, from logits (n, K)."""
+
+    @abstractmethod
+    def weights(self, targets: torch.Tensor, width: int) -> torch.Tensor:
+        """What the loss weights with balance = "loss", (K,)."""
+
+    @abstractmethod
+    def figures(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Per image (n,), what the trace shows of a training step."""
+
+    @abstractmethod
+    def figure(self, logits: Array, targets: Array) -> float:
+        """The metric of logits (n, K)."""
+
+    @abstractmethod
+    def interval(self, logits: Array, targets: Array, groups: Sequence[str]) -> Figure:
+        """The metric with its interval."""
+
+    @abstractmethod
+    def mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
+        """Negative log-likelihood, or what stands for it."""
+
+    @abstractmethod
+    def compare(
+        self, before: Array, after: Array, targets: Array, groups: Sequence[str], looks: int
+    ) -> Comparison:
+        """What is lost from logits `before` to `after`, (n, K)."""
+
+    @abstractmethod
+    def limit(self, export: Export) -> float:
+        """What may be lost: a fraction."""
+
+    @abstractmethod
+    def as_json(self) -> dict[str, Any]:
+        """As run.json has it; inverse: task_from."""
+
+    def score(
+        self, logits: torch.Tensor, targets: torch.Tensor, *, balanced: bool
+    ) -> tuple[float, float, float]:
+        """(what stages are compared by, higher is better; mean loss; the figure)."""
+        figure = self.figure(logits.cpu().numpy(), targets.cpu().numpy())
+        return figure if self.rising else -figure, self.mean_loss(logits, targets), figure
+
+    def require(self, recipe: Recipe) -> None:
+        """Raise FtkitError for settings that mean nothing to the task."""
+        for number, stage in enumerate(recipe.stages):
+            for name, found, allowed in (
+                ("lr", stage.lr, "a rate"),
+                ("balance", stage.balance, "none or loss"),
+                ("teacher", stage.teacher or "", "none"),
+            ):
+                if found in ("auto", "sample") or (name == "teacher" and found):
+                    raise FtkitError(
+                        f"stages.{number}.{name}: expected {allowed} with task={self.name}, found {found}. "
+                        "Leave it out"
+                    )
+        if recipe.export.qat_epochs:
+            raise FtkitError(
+                f"export.qat_epochs: expected 0 with task={self.name}, found {recipe.export.qat_epochs}. Leave it out"
+            )
+        if recipe.export.min_recall is not None:
+            raise FtkitError(
+                f"export.min_recall: expected none with task={self.name}, found {recipe.export.min_recall}. "
+                "Leave it out"
+            )
+
+
+class SingleLabel(Task):
+    """One of several classes."""
+
+    name: ClassVar[TaskName] = "single-label"
+    metric: ClassVar[str] = "accuracy"
+
+    def targets(self, canvases: Canvases) -> torch.Tensor:
+        """As Task.targets."""
+        return torch.from_numpy(canvases.labels)
+
+    def loss(
+        self, logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As Task.loss."""
+        return class_loss(logits, batch, stage, weights)
+
+    def weights(self, targets: torch.Tensor, width: int) -> torch.Tensor:
+        """As Task.weights."""
+        return class_weights(targets, width)
+
+    def figures(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """As Task.figures: whether it is right."""
+        return logits.argmax(1) == targets
+
+    def figure(self, logits: Array, targets: Array) -> float:
+        """As Task.figure: accuracy."""
+        return float(self._right(logits, targets).mean())
+
+    def interval(self, logits: Array, targets: Array, groups: Sequence[str]) -> Figure:
+        """As Task.interval."""
+        right = self._right(logits, targets)
+        low, high, clusters = share_interval(right, groups)
+        return Figure(value=float(right.mean()), low=low, high=high, clusters=clusters)
+
+    def mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
+        """As Task.mean_loss."""
+        return float(F.cross_entropy(logits, targets))
+
+    def compare(
+        self, before: Array, after: Array, targets: Array, groups: Sequence[str], looks: int
+    ) -> Comparison:
+        """As Task.compare: accuracy, paired."""
+        return paired(self._right(before, targets), self._right(after, targets), groups, looks)
+
+    def limit(self, export: Export) -> float:
+        """As Task.limit."""
+        return export.max_accuracy_drop
+
+    def as_json(self) -> dict[str, Any]:
+        """As Task.as_json."""
+        return {"name": self.name}
+
+    def score(
+        self, logits: torch.Tensor, targets: torch.Tensor, *, balanced: bool
+    ) -> tuple[float, float, float]:
+        """As Task.score. balanced: by the mean recall of the classes."""
+        right = self.figures(logits, targets).float()
+        recalls = torch.stack([right[targets == label].mean() for label in targets.unique()])
+        compared = recalls.mean() if balanced else right.mean()
+        return float(compared), self.mean_loss(logits, targets), float(right.mean())
+
+    def require(self, recipe: Recipe) -> None:
+        """As Task.require: every setting means something."""
+
+    def _right(self, logits: Array, targets: Array) -> Array:
+        right: Array = logits.argmax(1) == targets
+        return right
+
+
+SINGLE_LABEL = SingleLabel()
+
+
+class MultiLabel(Task):
+    """Several labels, each of which applies or not."""
+
+    name: ClassVar[TaskName] = "multi-label"
+    metric: ClassVar[str] = "macro-AP"
+
+    def targets(self, canvases: Canvases) -> torch.Tensor:
+        """As Task.targets."""
+        return torch.from_numpy(canvases.targets).float()
+
+    def loss(
+        self, logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As Task.loss."""
+        return label_loss(logits, batch, stage, weights)
+
+    def weights(self, targets: torch.Tensor, width: int) -> torch.Tensor:
+        """As Task.weights."""
+        return label_weights(targets)
+
+    def figures(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """As Task.figures: share of the known labels that are right at a probability of 0.5."""
+        known = ~targets.isnan()
+        right = ((logits >= 0) == (targets == 1)) & known
+        return right.sum(1) / known.sum(1).clamp(min=1)
+
+    def figure(self, logits: Array, targets: Array) -> float:
+        """As Task.figure: average precision, its mean over the labels."""
+        found = average_precisions(logits, targets)
+        return float(np.mean(found[np.isfinite(found)])) if np.isfinite(found).any() else 0.0
+
+    def interval(self, logits: Array, targets: Array, groups: Sequence[str]) -> Figure:
+        """As Task.interval."""
+        return _interval(
+            lambda rows: self.figure(logits[rows], targets[rows]), targets, groups, (0.0, 1.0)
+        )
+
+    def mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
+        """As Task.mean_loss: binary cross-entropy of the known labels."""
+        batch = Batch(inputs=(), targets=targets.to(logits))
+        return float(label_loss(logits, batch, Stage(), None).mean())
+
+    def compare(
+        self, before: Array, after: Array, targets: Array, groups: Sequence[str], looks: int
+    ) -> Comparison:
+        """As Task.compare: macro-AP."""
+
+        def drop(rows: Array) -> float:
+            return self.figure(before[rows], targets[rows]) - self.figure(
+                after[rows], targets[rows]
+            )
+
+        return difference(drop, len(targets), groups, looks, name="macro-AP drop")
+
+    def limit(self, export: Export) -> float:
+        """As Task.limit."""
+        return export.max_accuracy_drop
+
+    def as_json(self) -> dict[str, Any]:
+        """As Task.as_json."""
+        return {"name": self.name}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(Task):
+    """Numbers. means, spreads: of the training images, in the unit; the model learns standardised
+    values. units: "" for none."""
+
+    name: ClassVar[TaskName] = "regression"
+    metric: ClassVar[str] = "mean absolute error"
+    rising: ClassVar[bool] = False
+
+    means: tuple[float, ...]
+    spreads: tuple[float, ...]
+    units: tuple[str, ...]
+
+    @property
+    def unit(self) -> str:
+        """What the figures are in."""
+        return self.units[0] if len(self.units) == 1 else "standard deviations"
+
+    @property
+    def size(self) -> float:
+        """The figures' unit in standard deviations."""
+        return self.spreads[0] if len(self.spreads) == 1 else 1.0
+
+    def targets(self, canvases: Canvases) -> torch.Tensor:
+        """As Task.targets: standardised."""
+        standard = (canvases.targets - self.means) / self.spreads
+        return torch.from_numpy(standard).float()
+
+    def loss(
+        self, logits: torch.Tensor, batch: Batch, stage: Stage, weights: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As Task.loss."""
+        return value_loss(logits, batch)
+
+    def weights(self, targets: torch.Tensor, width: int) -> torch.Tensor:
+        """As Task.weights: nothing to balance."""
+        return torch.ones(width)
+
+    def figures(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """As Task.figures: mean absolute error of the known values."""
+        known = ~targets.isnan()
+        apart = (logits - targets.nan_to_num()).abs() * known
+        return apart.sum(1) / known.sum(1).clamp(min=1) * self.size
+
+    def figure(self, logits: Array, targets: Array) -> float:
+        """As Task.figure: mean absolute error."""
+        return float(np.nanmean(np.abs(logits - targets))) * self.size
+
+    def interval(self, logits: Array, targets: Array, groups: Sequence[str]) -> Figure:
+        """As Task.interval."""
+        return _interval(
+            lambda rows: self.figure(logits[rows], targets[rows]), targets, groups, (0.0, np.inf)
+        )
+
+    def mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
+        """As Task.mean_loss: Huber's."""
+        return float(value_loss(logits, Batch(inputs=(), targets=targets.to(logits))).mean())
+
+    def compare(
+        self, before: Array, after: Array, targets: Array, groups: Sequence[str], looks: int
+    ) -> Comparison:
+        """As Task.compare: the error's rise, as a share of it."""
+
+        def rise(rows: Array) -> float:
+            error = self.figure(before[rows], targets[rows])
+            return self.figure(after[rows], targets[rows]) / max(error, 1e-12) - 1
+
+        name = "rise of the mean absolute error"
+        return difference(rise, len(targets), groups, looks, name=name, unit="%")
+
+    def limit(self, export: Export) -> float:
+        """As Task.limit."""
+        return export.max_error_rise
+
+    def as_json(self) -> dict[str, Any]:
+        """As Task.as_json."""
+        return {
+            "name": self.name,
+            "means": list(self.means),
+            "spreads": list(self.spreads),
+            "units": list(self.units),
+        }
+
+
+def average_precisions(scores: Array, targets: Array) -> Array:
+    """Average precision of each label (K,) over the images for which it is known; NaN where no image
+    has it."""
+    found = np.full(targets.shape[1], np.nan)
+    for place in range(targets.shape[1]):
+        known = ~np.isnan(targets[:, place])
+        own = targets[known, place]
+        if own.any():
+            found[place] = average_precision_score(own, scores[known, place])
+    return found
+
+
+def _interval(
+    statistic: Callable[[Array], float],
+    targets: Array,
+    groups: Sequence[str],
+    within: tuple[float, float],
+) -> Figure:
+    found = jackknife(statistic, len(targets), groups)
+    low, high = np.clip(found.interval(), *within)
+    return Figure(value=found.value, low=float(low), high=float(high), clusters=found.clusters)
+
+
+def task_of(images: Images) -> Task:
+    """The task of labelled images; regression is standardised by their train split."""
+    if images.task == "single-label":
+        return SINGLE_LABEL
+    if images.task == "multi-label":
+        return MultiLabel()
+    train = np.array([image.targets for image in images.of("train")])
+    spreads = np.nanstd(train, axis=0)
+    if not (spreads > 0).all():
+        name = images.target_names[int(np.argmin(spreads))]
+        raise FtkitError(
+            f"{images.root}: expected different values of {name!r} among the training images, found one for all. "
+            "Try more images"
+        )
+    return Regression(
+        means=tuple(map(float, np.nanmean(train, axis=0))),
+        spreads=tuple(map(float, spreads)),
+        units=images.units,
+    )
+
+
+def task_from(data: Mapping[str, Any] | None) -> Task:
+    """The task that run.json names; runs of older versions have none."""
+    if not data or data["name"] == "single-label":
+        return SINGLE_LABEL
+    if data["name"] == "multi-label":
+        return MultiLabel()
+    return Regression(
+        means=tuple(data["means"]), spreads=tuple(data["spreads"]), units=tuple(data["units"])
+    )
+
+
+def headline(metrics: Mapping[str, Any]) -> tuple[float, float, float]:
+    """The task's figure with its 95 % interval, from metrics as JSON has them."""
+    name = next(name for name in ("accuracy", "macro_ap", "mae") if name in metrics)
+    return metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"]
