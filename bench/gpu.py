@@ -36,8 +36,8 @@ from ftkit.models.backbones import build
 from ftkit.models.freezing import set_mode, under
 from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, Stage
+from ftkit.tasks.losses import Batch
 from ftkit.training.loader import Fetched, Loader
-from ftkit.training.losses import Batch
 from ftkit.training.optimizer import StepState, make_optimizer
 from ftkit.training.precision import prepare
 from ftkit.training.step import fresh_gradients, run_as

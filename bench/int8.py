@@ -35,9 +35,9 @@ from ftkit.exporting.export import held_out, judged_parts, metadata
 from ftkit.exporting.int8 import CORRECTION_IMAGES
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
+from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training.closed_form import default_folds, fit_head
 from ftkit.training.run import open_run
-from ftkit.training.tasks import SINGLE_LABEL
 from ftkit_export.conversion.convert import Core, export_core
 from ftkit_export.conversion.quantize import RANK_IMAGES, heavy_nodes, int8, rank, sqnr
 from ftkit_export.proof.decision import paired

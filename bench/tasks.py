@@ -31,7 +31,7 @@ from sklearn.metrics import average_precision_score
 from ftkit.cli.demo import GROUP
 from ftkit.data.dataset import read_images
 from ftkit.evaluation.regression import fit_values
-from ftkit.training.tasks import Regression
+from ftkit.tasks.task import Regression
 from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.predict import Classifier, load_model

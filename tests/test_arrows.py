@@ -24,6 +24,7 @@ FLOORS = {
         ("exporting", "searching", "field"),
         ("training",),
         ("report", "evaluation"),
+        ("tasks",),
         ("benchmark", "data", "overrides"),
         ("models", "options"),
         ("recipe", "utils"),

@@ -6,7 +6,7 @@ from sklearn.metrics import average_precision_score, f1_score
 
 from ftkit.evaluation.multilabel import evaluate_labels, fit_labels
 from ftkit.evaluation.regression import evaluate_values, fit_values
-from ftkit.training.tasks import Regression
+from ftkit.tasks.task import Regression
 from ftkit_export.runtime.readout import sigmoid
 
 NONE = [""] * 4000

@@ -19,8 +19,8 @@ from ftkit.data.dataset import read_images
 from ftkit.data.prefetch import Source, array_source, free_bytes
 from ftkit.models.backbones import build
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.tasks.losses import Batch, class_loss
 from ftkit.training import precision
-from ftkit.training.losses import Batch, class_loss
 from ftkit.training.optimizer import StepState, gradients
 from ftkit.training.precision import Compute, Way, fastest
 from ftkit.training.stage_loaders import StageLoaders

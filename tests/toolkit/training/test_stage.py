@@ -18,10 +18,10 @@ from ftkit.data.dataset import read_images
 from ftkit.models.backbones import build
 from ftkit.models.freezing import trainable
 from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.tasks.losses import Batch, class_loss, class_weights
 from ftkit.training import lr_search, work
 from ftkit.training.distillation import Teacher
 from ftkit.training.loader import ahead
-from ftkit.training.losses import Batch, class_loss, class_weights
 from ftkit.training.optimizer import StepState, gradients, make_optimizer
 from ftkit.training.run import open_run
 from ftkit.training.stage_loaders import StageLoaders

@@ -25,7 +25,7 @@ from ftkit.evaluation.metrics import (
     precision_threshold,
     reliability,
 )
-from ftkit.training.tasks import MultiLabel, average_precisions
+from ftkit.tasks.task import MultiLabel, average_precisions
 from ftkit_export.proof.intervals import has_groups
 from ftkit_export.proof.jackknife import Estimated, jackknife
 from ftkit_export.runtime.arrays import Array

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from ftkit.training.tasks import Regression
+from ftkit.tasks.task import Regression
 from ftkit_export.proof.intervals import has_groups, share_interval
 from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.arrays import Array

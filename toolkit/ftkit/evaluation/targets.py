@@ -23,7 +23,7 @@ from ftkit.evaluation.multilabel import (
 )
 from ftkit.evaluation.regression import RegressionMetrics, evaluate_values, fit_values
 from ftkit.recipe import Recipe
-from ftkit.training.tasks import Regression, Task
+from ftkit.tasks.task import Regression, Task
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.readout import Labels, Readout, Values
 

@@ -22,7 +22,7 @@ from scipy import stats
 from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases
 from ftkit.recipe import Export
-from ftkit.training.tasks import Task
+from ftkit.tasks.task import Task
 from ftkit.utils import console
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import image_form

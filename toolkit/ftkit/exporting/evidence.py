@@ -23,8 +23,8 @@ from ftkit.evaluation.targets import logits_behind, metrics_of
 from ftkit.exporting import variants
 from ftkit.exporting.candidates import Context
 from ftkit.recipe import Export
+from ftkit.tasks.task import SINGLE_LABEL, Task, headline
 from ftkit.training.run import Run
-from ftkit.training.tasks import SINGLE_LABEL, Task, headline
 from ftkit.utils import console
 from ftkit_export.bundle.seal import Gate
 from ftkit_export.conversion.graph import IR_VERSION, OPSET

@@ -34,8 +34,8 @@ from ftkit.recipe import Export
 from ftkit.report.build import Picture, pictures, write_report
 from ftkit.report.model_card import model_card
 from ftkit.report.pages import Table, table_html
+from ftkit.tasks.task import SINGLE_LABEL, Task, headline
 from ftkit.training.run import Run, fold_models, read_metrics
-from ftkit.training.tasks import SINGLE_LABEL, Task, headline
 from ftkit.utils import console
 from ftkit.utils.console import short
 from ftkit.utils.distributed import bound_threads

@@ -22,9 +22,9 @@ from torch import nn
 from ftkit.models.freezing import under
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Stage
+from ftkit.tasks.losses import class_weights
 from ftkit.training.checkpoint import TrainState, seeded
 from ftkit.training.loader import Fetched, Loader, ahead
-from ftkit.training.losses import class_weights
 from ftkit.training.lr_search import best_rate
 from ftkit.training.optimizer import StepState, make_optimizer, rate
 from ftkit.training.run import append

@@ -32,6 +32,7 @@ from ftkit.models.pipeline import Part, describe
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import resolve
 from ftkit.report.build import pictures, save_pictures, write_report
+from ftkit.tasks.task import Regression, SingleLabel, headline
 from ftkit.training.fold_decision import out_of_fold
 from ftkit.training.prepare import Prepared, Request
 from ftkit.training.run import (
@@ -42,7 +43,6 @@ from ftkit.training.run import (
     finish,
     read_metrics,
 )
-from ftkit.training.tasks import Regression, SingleLabel, headline
 from ftkit.training.validate import detached
 from ftkit.training.work import Work
 from ftkit.utils import console

@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training.checkpoint import TrainState
-from ftkit.training.tasks import SINGLE_LABEL
 from ftkit.training.work import Work
 from ftkit.utils import console
 from ftkit_export.proof.decision import Comparison, paired, what_would_settle

@@ -19,6 +19,7 @@ from torch import nn
 from ftkit.models.backbones import Backbone, features
 from ftkit.models.inference import Tensors
 from ftkit.recipe import Stage
+from ftkit.tasks.task import Task
 from ftkit.training.closed_form import (
     STRENGTHS,
     Aim,
@@ -29,7 +30,6 @@ from ftkit.training.closed_form import (
     fit_linear,
 )
 from ftkit.training.loader import Loader
-from ftkit.training.tasks import Task
 from ftkit.utils.distributed import Ranks
 from ftkit_export.runtime.arrays import Array
 

@@ -22,9 +22,9 @@ from ftkit.data.canvas import Canvases
 from ftkit.data.prefetch import Source, array_source, pinned
 from ftkit.models.inference import Tensors, channels_last
 from ftkit.recipe import Augment
+from ftkit.tasks.losses import Batch
 from ftkit.training.distillation import Teacher
 from ftkit.training.feature_cache import Activations
-from ftkit.training.losses import Batch
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.preprocess import Preprocess
 

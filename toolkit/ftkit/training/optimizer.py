@@ -15,9 +15,9 @@ from torch import nn
 
 from ftkit.models.backbones import Backbone, blocks
 from ftkit.recipe import Stage
-from ftkit.training.losses import Batch
+from ftkit.tasks.losses import Batch
+from ftkit.tasks.task import SINGLE_LABEL, Task
 from ftkit.training.precision import Compute
-from ftkit.training.tasks import SINGLE_LABEL, Task
 from ftkit.utils.compat import lerp_in_place
 
 State = dict[str, torch.Tensor]

@@ -24,6 +24,7 @@ from ftkit.models.backbones import Backbone, build
 from ftkit.models.freezing import trainable
 from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, resolve, restore
+from ftkit.tasks.task import task_of
 from ftkit.training import checkpoint, distillation
 from ftkit.training.checkpoint import Stop
 from ftkit.training.folded import look_first_folded
@@ -34,7 +35,6 @@ from ftkit.training.run import (
 )
 from ftkit.training.stage import look_first
 from ftkit.training.stage_loaders import StageLoaders
-from ftkit.training.tasks import task_of
 from ftkit.training.tensorboard import Log, nowhere
 from ftkit.training.tensorboard import tensorboard as log_events
 from ftkit.training.work import Work, compare_circumstances

@@ -32,7 +32,7 @@ import ftkit
 from ftkit.models.backbones import Backbone, build
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit.report.pages import Table, table_html
-from ftkit.training.tasks import Task, headline, task_from
+from ftkit.tasks.task import Task, headline, task_from
 from ftkit.utils.lock import LOCK, in_use
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.arrays import Array

@@ -23,6 +23,7 @@ from ftkit.models.freezing import set_mode, trainable, under
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
 from ftkit.models.weights import fingerprint
 from ftkit.recipe import Recipe
+from ftkit.tasks.task import SINGLE_LABEL, Task
 from ftkit.training.distillation import Teacher, load_teacher
 from ftkit.training.feature_cache import (
     Activations,
@@ -33,7 +34,6 @@ from ftkit.training.feature_cache import (
     fill,
 )
 from ftkit.training.loader import CachedLoader, LiveLoader, Loader
-from ftkit.training.tasks import SINGLE_LABEL, Task
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks
 from ftkit_export.runtime.preprocess import Preprocess

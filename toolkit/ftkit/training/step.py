@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ftkit.recipe import Stage
+from ftkit.tasks.losses import Batch
 from ftkit.training.loader import Fetched, Loader
-from ftkit.training.losses import Batch
 from ftkit.training.optimizer import StepState, gradients
 from ftkit.training.precision import Compute, fastest, release, ways
 from ftkit.utils import console

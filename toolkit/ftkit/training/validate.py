@@ -15,7 +15,7 @@ from torch import nn
 
 from ftkit.models.backbones import Backbone, features
 from ftkit.models.inference import Tensors
-from ftkit.training.tasks import SINGLE_LABEL, Task
+from ftkit.tasks.task import SINGLE_LABEL, Task
 from ftkit.utils.distributed import Ranks
 from ftkit_export.runtime.arrays import Array
 

@@ -15,13 +15,13 @@ import torch
 from ftkit.evaluation.metrics import cka
 from ftkit.models.backbones import Backbone
 from ftkit.recipe import Recipe
+from ftkit.tasks.task import Task
 from ftkit.training.checkpoint import Stop, Stopped, TrainState
 from ftkit.training.folds import Folds
 from ftkit.training.loader import Loader
 from ftkit.training.optimizer import StepState
 from ftkit.training.precision import Compute
 from ftkit.training.stage_loaders import StageLoaders
-from ftkit.training.tasks import Task
 from ftkit.training.tensorboard import Log
 from ftkit.training.validate import DRIFT_IMAGES, Held, Validation, validate
 from ftkit.utils import console

@@ -25,7 +25,7 @@ from sklearn.metrics import average_precision_score
 from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import Images
 from ftkit.recipe import Export, Recipe, Stage
-from ftkit.training.losses import (
+from ftkit.tasks.losses import (
     Batch,
     class_loss,
     class_weights,
