@@ -1,6 +1,7 @@
 """Inject faults into complete exports and report which gate catches each; no false alarms.
 
 ftkit train photos --out RUN && python bench/faults.py RUN            (22 exports, about 14 minutes on 2 cores)
+python bench/faults.py RUN --only ...                                 faults of that name; a run may be of any task
 python bench/faults.py --backbones                                    (the recipes' backbones, random weights)
 """
 
@@ -31,6 +32,7 @@ from ftkit.evaluation.model import Inference
 from ftkit.exporting import candidates, export
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
+from ftkit.tasks.task import MultiLabel
 from ftkit.training.run import Run, open_run
 from ftkit_export.bundle import archive
 from ftkit_export.conversion import convert, graph, quantize
@@ -39,10 +41,18 @@ from ftkit_export.runtime import session
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import machine
 from ftkit_export.runtime.preprocess import Preprocess
-from ftkit_export.runtime.readout import Readout
+from ftkit_export.runtime.readout import KEY, TASKS, OneClass, Readout, Values
 from ftkit_export.runtime.verify import verify
 
 Edit = Callable[[onnx.ModelProto], None]
+# What a check or a loss is called for other tasks
+WORDS = {
+    "multi-label": {"accuracy drop": "macro-AP drop"},
+    "regression": {
+        "accuracy drop": "rise of the mean absolute error",
+        "probabilities": "values",
+    },
+}
 
 
 @dataclass
@@ -50,7 +60,7 @@ class Fault:
     """A fault to inject and what must catch it.
 
     plant: enters the patches that are active during the export. expected: words the verdict must
-    contain. limits: settings of the export.
+    contain. limits: settings of the export. tasks: of the runs that can have it.
     """
 
     name: str
@@ -58,6 +68,7 @@ class Fault:
     expected: tuple[str, ...]
     limits: Export
     variant: str = ""
+    tasks: tuple[str, ...] = TASKS
 
 
 def image_forms(change: Callable[..., onnx.ModelProto]) -> Callable[[ExitStack], None]:
@@ -291,6 +302,38 @@ def channels_swapped(proto: onnx.ModelProto) -> None:
     )
 
 
+def softmax_for_sigmoid(
+    real: Any, core: onnx.ModelProto, preprocess: Preprocess, _: Readout, *rest: Any
+) -> onnx.ModelProto:
+    return real(core, preprocess, OneClass(), *rest)
+
+
+def half_the_scale(
+    real: Any, core: onnx.ModelProto, preprocess: Preprocess, readout: Readout, *rest: Any
+) -> onnx.ModelProto:
+    assert isinstance(readout, Values)
+    halved = replace(readout, spreads=tuple(spread / 2 for spread in readout.spreads))
+    return real(core, preprocess, halved, *rest)
+
+
+def metadata_with(change: Callable[[dict[str, Any]], None]) -> Callable[[ExitStack], None]:
+    """Alter the readout in the metadata of every file."""
+
+    def altered(run: Run) -> dict[str, str]:
+        data = json.loads(json.dumps(run.readout.as_json()))
+        change(data)
+        return {KEY: json.dumps(data)}
+
+    return lambda stack: stack.enter_context(patch.object(export, "_readout_metadata", altered))
+
+
+def unknown_counted(stack: ExitStack) -> None:
+    real = MultiLabel.targets
+    stack.enter_context(
+        patch.object(MultiLabel, "targets", lambda *given: real(*given).nan_to_num())
+    )
+
+
 FP32, INT8, FP16 = Export(variants="fp32"), Export(), Export(target="cuda")
 FAULTS = [
     Fault("wrong mean", image_forms(mean_off), ("parity", "probabilities"), FP32),
@@ -316,7 +359,11 @@ FAULTS = [
         "BatchNorm left in training mode", training_mode, ("parity", "core logits", "layer"), FP32
     ),
     Fault(
-        "softmax over the wrong axis", image_forms(wrong_axis), ("parity", "probabilities"), FP32
+        "softmax over the wrong axis",
+        image_forms(wrong_axis),
+        ("parity", "probabilities"),
+        FP32,
+        tasks=("single-label",),
     ),
     Fault(
         "a frame declared RGB that is BGR",
@@ -329,6 +376,41 @@ FAULTS = [
         "calibration on noise", noise_calibration, ("accuracy drop", "chosen: fp32"), INT8, "int8"
     ),
     Fault("fp16 overflow", overflow, ("refused", "fp16"), FP16, "fp16"),
+    Fault(
+        "thresholds swapped",
+        metadata_with(lambda data: data["thresholds"].reverse()),
+        ("misread",),
+        FP32,
+        tasks=("multi-label",),
+    ),
+    Fault(
+        "softmax for sigmoid",
+        image_forms(softmax_for_sigmoid),
+        ("parity", "probabilities"),
+        FP32,
+        tasks=("multi-label",),
+    ),
+    Fault(
+        "a label that is not known, counted",
+        unknown_counted,
+        ("computed again",),
+        FP32,
+        tasks=("multi-label",),
+    ),
+    Fault(
+        "half the target's scale",
+        image_forms(half_the_scale),
+        ("parity", "values"),
+        FP32,
+        tasks=("regression",),
+    ),
+    Fault(
+        "intervals of another run",
+        metadata_with(lambda data: data.update(margins=[m * 0.8 for m in data["margins"]])),
+        ("misread",),
+        FP32,
+        tasks=("regression",),
+    ),
 ]
 
 
@@ -397,10 +479,13 @@ def planted(run: Run, only: str) -> tuple[int, int]:
             caught += good
             print(f"| {name} | {said if good else 'MISSED: ' + said} |", flush=True)
 
-        for number, fault in enumerate(fault for fault in FAULTS if only in fault.name):
-            row(fault.name, verdict(run, fault, Path(scratch) / str(number)), fault.expected)
-        if only:
-            return caught, number + 1
+        task = run.task.name
+        chosen = [fault for fault in FAULTS if only in fault.name and task in fault.tasks]
+        for number, fault in enumerate(chosen):
+            expected = tuple(WORDS.get(task, {}).get(word, word) for word in fault.expected)
+            row(fault.name, verdict(run, fault, Path(scratch) / str(number)), expected)
+        if only or task != "single-label":
+            return caught, len(chosen)
 
         head = Fault(
             "head by logistic regression",
@@ -456,7 +541,7 @@ def planted(run: Run, only: str) -> tuple[int, int]:
             + "; ".join(f"{item.name} {item.verdict}" for item in done.rows[1:])
         )
 
-    return caught, len(FAULTS) + 3
+    return caught, len(chosen) + 3
 
 
 def main() -> None:
