@@ -56,7 +56,7 @@ def self_check(provider: str, threads: int, keep: Path | None) -> int:
     for check in result.checks:
         print(
             f"{check.name:<12} {'ok' if check.passed else 'FAILED'}: {check.images} golden images, worst {check.file} "
-            f"at {check.value:.2f} of its tolerance, top-1 equal {check.top1_equal}/{check.images}"
+            f"at {check.value:.2f} of its tolerance, decided alike {check.top1_equal}/{check.images}"
         )
 
     for gate in result.failed_gates:

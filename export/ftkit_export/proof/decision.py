@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -149,19 +149,20 @@ def difference(
     *,
     name: str,
     unit: str = "points",
+    least: float | None = None,
+    most: float = 1.0,
 ) -> Difference:
     """Compare by a metric that is no mean of right answers.
 
-    drop: rows (n,) of the images -> what the candidate loses on them. groups: as in `paired`. The
-    error is never below what one image in all would make: where no answer changed, that is no proof
-    that none will.
+    drop: rows (n,) of the images -> what the candidate loses on them. groups: as in `paired`. least:
+    the error is at least what one image in all would make, by default its share of them: where no
+    answer changed, that is no proof that none will. most: the bounds lie within -most and most.
     """
-    found = jackknife(drop, images, groups)
-    found = replace(found, error=max(found.error, 1 / max(1, images)))
-    low, high = found.bounds(1 - ERROR_RATE / looks)
+    found = jackknife(drop, images, groups, 1 / max(1, images) if least is None else least)
+    low, high = (min(max(bound, -most), most) for bound in found.bounds(1 - ERROR_RATE / looks))
     return Difference(
         images=images,
-        drop=found.value,
+        drop=found.value if math.isfinite(found.value) else 0.0,
         low=low,
         high=high,
         looks=looks,
@@ -169,7 +170,7 @@ def difference(
         df=found.df,
         name=name,
         unit=unit,
-        error=found.error,
+        error=min(found.error, most),
     )
 
 

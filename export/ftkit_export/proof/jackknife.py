@@ -23,7 +23,7 @@ from scipy import stats
 from ftkit_export.proof.intervals import has_groups
 from ftkit_export.runtime.arrays import Array
 
-MOST_BLOCKS = 100  # independent images are left out in so many blocks
+MOST_BLOCKS = 100  # so many blocks of independent images, or of groups, are left out in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,43 +50,57 @@ class Estimated:
 
 
 def jackknife(
-    statistic: Callable[[Array], float], images: int, groups: Sequence[str] | None = None
+    statistic: Callable[[Array], float],
+    images: int,
+    groups: Sequence[str] | None = None,
+    least: float = 0.0,
 ) -> Estimated:
     """Estimate a statistic of `images` images and its error.
 
-    statistic: rows (n,) of the images -> its value; NaN where they do not define it, which leaves
-    that group out. groups: a name per image, "" for an image on its own.
+    statistic: rows (n,) of the images -> its value; NaN where they do not define it: where that is so
+    without one of the groups, nothing is known of the error. groups: a name per image, "" for an
+    image on its own. least: the error is at least that.
     """
     every = np.arange(images)
-    grouped = has_groups(groups)
-    blocks = _blocks(images, groups if grouped else None)
+    blocks, clusters = _blocks(images, groups)
     count = int(blocks.max()) + 1 if images else 0
     value = statistic(every) if images else math.nan
-    clusters = count if grouped else None
+    unknown = Estimated(value=value, error=math.inf, df=0.0, images=images, clusters=clusters)
     if count < 2:
-        return Estimated(value=value, error=math.inf, df=0.0, images=images, clusters=clusters)
+        return unknown
 
     without = np.array([statistic(every[blocks != block]) for block in range(count)])
-    without = without[np.isfinite(without)]
-    apart = without - without.mean() if len(without) else without
-    squares = apart**2
+    if not np.isfinite(without).all():
+        return unknown
+    squares = (without - without.mean()) ** 2
     variance = (count - 1) / count * float(squares.sum())
     contributing = float(squares.sum()) ** 2 / max(float((squares**2).sum()), 1e-300)
 
     return Estimated(
         value=value,
-        error=math.sqrt(variance),
+        error=max(math.sqrt(variance), least),
         df=min(count - 1.0, max(1.0, 2 * contributing - 1)) if variance else count - 1.0,
         images=images,
         clusters=clusters,
     )
 
 
-def _blocks(images: int, groups: Sequence[str] | None) -> Array:
-    """The block of each image, (n,) int from 0: its group, or one of MOST_BLOCKS at random."""
-    if groups is None:
-        order: Array = np.random.default_rng(0).permutation(images) % min(images, MOST_BLOCKS)
-        return order
-    names = [name or f"\0{number}" for number, name in enumerate(groups)]
-    _, blocks = np.unique(names, return_inverse=True)
-    return blocks
+def _blocks(images: int, groups: Sequence[str] | None) -> tuple[Array, int | None]:
+    """The block of each image, (n,) int from 0, of at most MOST_BLOCKS; and the number of groups.
+
+    More groups than that, or images without groups, are put into blocks at random.
+    """
+    if not images:
+        return np.zeros(0, np.int64), None
+    of = np.arange(images)
+    count = images
+    grouped = groups is not None and has_groups(groups)
+    if groups is not None and grouped:
+        names = [name or f"\0{number}" for number, name in enumerate(groups)]
+        unique, of = np.unique(names, return_inverse=True)
+        count = len(unique)
+    shuffled = np.arange(count)
+    if not grouped or count > MOST_BLOCKS:
+        shuffled = np.random.default_rng(0).permutation(count) % min(count, MOST_BLOCKS)
+    blocks: Array = shuffled[of]
+    return blocks, count if grouped else None

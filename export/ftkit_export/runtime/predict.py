@@ -37,6 +37,7 @@ from ftkit_export.runtime.preprocess import (
 )
 from ftkit_export.runtime.readout import (
     KEY,
+    NAMES,
     Labels,
     OneClass,
     Readout,
@@ -151,7 +152,8 @@ class Model(ABC, Generic[Said]):
         path = _model_file(model, provider)
         self.session = session or Session(path, provider=provider, threads=threads)
         metadata = self.session.metadata
-        if "labels" not in metadata:
+        names = metadata.get("labels") or metadata.get(NAMES)
+        if names is None:
             raise BundleError(
                 f"{path}: expected labels in its metadata, found none. Try a file ftkit exported"
             )
@@ -159,7 +161,7 @@ class Model(ABC, Generic[Said]):
         self.core = self.session.input_names == ["pixels"]
         try:
             self.readout: Readout = of_metadata(metadata)
-            self.labels = _labels(metadata["labels"])
+            self.labels = _labels(names)
             self.preprocess = Preprocess(**json.loads(metadata.get("preprocess", "{}")))
             self.input_format = metadata.get("input_format", "rgb")
             self._read(metadata)

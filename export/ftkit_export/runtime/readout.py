@@ -25,7 +25,9 @@ TASKS: tuple[Task, ...] = ("single-label", "multi-label", "regression")
 
 # Of a float32 softmax or sigmoid (exp, sum, quotient), whatever the size of the logits
 ROUNDING = 4 * float(np.finfo(np.float32).eps)
-KEY = "readout"  # in a file's metadata, for other tasks than single-label
+# In a file's metadata, for other tasks than single-label
+KEY = "readout"
+NAMES = "names"  # of the outputs, in place of "labels"
 
 
 class Readout(ABC):
@@ -128,11 +130,11 @@ class Labels(Readout):
 
     def decisions(self, logits: Array) -> Array:
         """As Readout.decisions: 1 for each label that applies."""
-        return (logits >= self._cuts).astype(np.int64)
+        return (logits >= self.cuts).astype(np.int64)
 
     def clear(self, logits: Array, limit: float) -> Array:
         """As Readout.clear."""
-        far: Array = np.abs(logits - self._cuts) >= 2 * limit
+        far: Array = np.abs(logits - self.cuts) >= 2 * limit
         return far
 
     def moved(self, before: Array, after: Array) -> Array:
@@ -141,7 +143,7 @@ class Labels(Readout):
         return changed
 
     @property
-    def _cuts(self) -> Array:
+    def cuts(self) -> Array:
         """Logits at the thresholds, (K,)."""
         with np.errstate(divide="ignore"):
             share = np.asarray(self.thresholds, np.float64)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ import numpy as np
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.preprocess import Preprocess, decode, from_frame, to_frame
-from ftkit_export.runtime.readout import KEY, OneClass, readout_of
+from ftkit_export.runtime.readout import KEY, Labels, OneClass, Readout, readout_of
 from ftkit_export.runtime.session import PROVIDERS, Session
 
 # 4: frame size at which latency is judged; 3: the manifest contains its own digest
@@ -42,8 +44,9 @@ Outcome = Literal["passed", "failed", "inconclusive"]  # of a gate
 class GoldenCheck:
     """Result of the golden images of one form on one provider; the worst image decides.
 
-    file, value: the worst image, and its max |difference| in units of its tolerance. top1_wrong:
-    images with another top-1 class, although the top-2 margin exceeds the tolerance.
+    file, value: the worst image, and its max |difference| in units of its tolerance. top1_equal:
+    images of which the same is decided: the class, or which labels apply. top1_wrong: images of which
+    something else is, although no tie within the tolerance explains it.
     """
 
     name: str
@@ -260,6 +263,7 @@ def replay_golden(
                     [output / unit for output in outputs],
                     expected[key] / unit,
                     np.array(limits),
+                    partial(_decided, readout, form),
                 )
             )
 
@@ -274,13 +278,17 @@ def _limit(tolerance: dict[str, Any], provider: str) -> dict[str, float]:
 
 
 def _compare(
-    name: str, entries: list[dict[str, Any]], actual: list[Array], expected: Array, limits: Array
+    name: str,
+    entries: list[dict[str, Any]],
+    actual: list[Array],
+    expected: Array,
+    limits: Array,
+    decided: Callable[[Array, Array, Array], tuple[Array, Array]],
 ) -> GoldenCheck:
     errors = np.array([np.abs(a - b).max() for a, b in zip(actual, expected, strict=True)])
     worst = int(np.nan_to_num(errors / limits, nan=np.inf).argmax())
-    equal = np.array([a.argmax() == b.argmax() for a, b in zip(actual, expected, strict=True)])
-    best = np.sort(expected, axis=1)
-    clear = best[:, -1] - best[:, -2] > limits if best.shape[1] > 1 else np.zeros(len(best), bool)
+    found = np.stack(actual)
+    equal, clear = decided(found, expected, limits)
 
     return GoldenCheck(
         name=name,
@@ -291,6 +299,25 @@ def _compare(
         top1_equal=int(equal.sum()),
         top1_wrong=int((~equal & clear).sum()),
     )
+
+
+def _decided(
+    readout: Readout, form: str, actual: Array, expected: Array, limits: Array
+) -> tuple[Array, Array]:
+    """(whether each image's decisions are equal, whether no tie excuses another one), (N,) bool each."""
+    if not readout.decided:
+        return np.ones(len(actual), bool), np.zeros(len(actual), bool)
+    if isinstance(readout, Labels):
+        cuts = readout.thresholds if form == "probabilities" else readout.cuts
+        apart = np.abs(expected - cuts)
+        differ = (actual >= cuts) != (expected >= cuts)
+        return ~differ.any(1), (differ & (apart > limits[:, None])).any(1)
+
+    equal = actual.argmax(1) == expected.argmax(1)
+    if expected.shape[1] == 1:
+        return equal, np.zeros(len(actual), bool)
+    best = np.sort(expected, axis=1)
+    return equal, best[:, -1] - best[:, -2] > limits
 
 
 def _measured(gate: dict[str, Any]) -> str:

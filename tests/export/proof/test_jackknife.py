@@ -46,6 +46,21 @@ def test_the_interval_of_average_precision_holds_the_truth() -> None:
     assert held >= 107, "of 120; 114 are meant, and 107 is what chance allows in 1 of 100"
 
 
+def test_a_statistic_that_one_group_alone_defines_has_no_interval() -> None:
+    values = np.arange(30.0)
+    found = jackknife(lambda rows: float(values[rows][7]) if 7 in rows else np.nan, 30)
+    assert found.df == 0
+    assert found.interval() == (-np.inf, np.inf)
+
+
+def test_many_groups_are_left_out_in_blocks() -> None:
+    calls = []
+    groups = [str(n // 2) for n in range(2000)]
+    found = jackknife(lambda rows: calls.append(len(rows)) or float(rows.mean()), 2000, groups)
+    assert len(calls) <= 101
+    assert found.clusters == 1000
+
+
 def test_no_change_at_all_is_no_proof() -> None:
     same = difference(lambda rows: 0.0, 50, name="drop")
     assert same.verdict(0.01) == "inconclusive"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ftkit.data.audit import Alike, conflicts_of
 from ftkit.data.audit_targets import LabelAudit, ValueAudit, audit_targets
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images, splits_csv
@@ -91,17 +92,33 @@ def test_folds_divide_rare_labels_and_large_values_evenly(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("header", "rows", "task", "said"),
     [
-        ("path,labels", ["a", "b"] + ["b"] * 8, "auto", "images with the label 'a'"),
-        ("path,labels", ["a|b"] * 10, "auto", "images without the label 'a'"),
-        ("path,a,b", ["1,"] * 5 + ["0,"] * 5, "auto", "known values of 'b'"),
+        ("path,labels", ["a", "b"] + ["b"] * 8, "auto", "2 images with the label 'a'"),
+        ("path,labels", ["a|b"] * 10, "auto", "2 images without the label 'a'"),
+        ("path,a,b", ["1,"] * 5 + ["0,"] * 5, "auto", "with known values of 'b'"),
         ("path,a,b", ["1,2"] * 10, "multi-label", "'labels'"),
         ("path,a,a", ["1,0"] * 10, "auto", "'a' twice"),
-        ("path,value", ["3"] * 10, "regression", "different values"),
+        ("path,value", ["3"] * 10, "regression", "of different 'value'"),
         ("path,value", ["3", "nan"] * 5, "regression", "line 3: expected a number"),
         ("path,value", ["3", "3,5"] * 5, "regression", "line 3"),
         ("path,value", ["3", ""] * 5, "regression", "line 3: expected at least one known value"),
         ("path,split", ["train"] * 10, "regression", "a column of numbers"),
         ("path,value", ["3", "4"] * 5, "sorting", "--task"),
+        ("path,w [mm],w [px]", ["3,4", "4,5"] * 5, "regression", "'w' twice"),
+        ("path,a|b,c", ["0,1", "1,0"] * 5, "auto", "'a|b'"),
+        ("path,class", ["0", "1"] * 5, "auto", "--task regression"),
+        ("path,value,split", ["3,train", "4,train", ",test"], "regression", "line 4"),
+        (
+            "path,a,b,split",
+            ["3,1,train", "4,2,train", "5,,test"] * 3,
+            "regression",
+            "test images with known values of 'b'",
+        ),
+        (
+            "path,a,b,split",
+            ["1,1,test", "0,0,train", "0,1,train"] * 3,
+            "multi-label",
+            "1 training images with the label 'a'",
+        ),
     ],
 )
 def test_data_that_teaches_nothing_is_refused_in_one_sentence(
@@ -126,6 +143,40 @@ def test_further_images_keep_what_is_not_known_unknown(tmp_path: Path) -> None:
     inches = _csv(tmp_path, "path,width [in]", ["1", "2"], "in.csv")
     with pytest.raises(FtkitError, match="in mm as in the data, found it in in"):
         read_images(numbers, cut_val=False, task="regression", add=inches)
+
+
+def test_what_review_writes_is_taken_where_it_is_labelled(tmp_path: Path) -> None:
+    data = _csv(tmp_path, "path,label", ["ok", "bad"] * 12)
+    reviewed = _csv(
+        tmp_path, "path,label,suggested,why", [",ok,doubtful", "bad,ok,doubtful"], "review.csv"
+    )
+    images = read_images(data, cut_val=False, add=reviewed)
+    assert [image.path.name for image in images.images if "review" in image.path.name] == [
+        "review.csv-1.png"
+    ]
+
+
+def test_columns_that_mean_nothing_may_have_one_name(tmp_path: Path) -> None:
+    path = _csv(tmp_path, "path,label,note,note", ["ok,1,2", "bad,3,4"] * 12)
+    assert len(read_images(path, cut_val=False).images) == 24
+
+
+def test_a_label_that_is_nowhere_in_test_is_told(tmp_path: Path) -> None:
+    rows = ["a|b,train", "b,train", ",train", "b,test", ",test"] * 6
+    images = read_images(_csv(tmp_path, "path,labels,split", rows), cut_val=False)
+    assert images.unjudged("test") == ("a",)
+
+
+def test_values_that_differ_contradict_in_identical_files_only(tmp_path: Path) -> None:
+    path = _csv(tmp_path, "path,value", [str(n) for n in range(12)])
+    lines = path.read_text().splitlines()
+    (tmp_path / "copy.png").write_bytes((tmp_path / "data.csv-3.png").read_bytes())
+    path.write_text("\n".join([*lines, "copy.png,99"]) + "\n")
+    images = read_images(path, cut_val=False, task="regression")
+    canvases = build_canvases(images, Preprocess(size=16, resize=16))
+    rows = [n for n, image in enumerate(canvases.images.images) if image.targets[0] in (3, 99)]
+    exact, near = (Alike(rows=tuple(rows), exact=exact) for exact in (True, False))
+    assert conflicts_of([exact, near], canvases.images) == (exact,)
 
 
 def test_a_class_folder_is_no_table_of_numbers(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score, f1_score
 
 from ftkit.evaluation.multilabel import evaluate_labels, fit_labels
 from ftkit.evaluation.regression import evaluate_values, fit_values
-from ftkit.tasks.task import Regression
-from ftkit_export.runtime.readout import sigmoid
+from ftkit.tasks.task import MultiLabel, Regression
+from ftkit_export.runtime.readout import Labels, sigmoid
 
 NONE = [""] * 4000
 
@@ -24,7 +25,8 @@ def _labels(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_labels_are_judged_as_by_scikit_learn_on_what_is_known() -> None:
     logits, targets = _labels(400, 0)
     probabilities = sigmoid(logits)
-    found = evaluate_labels(probabilities, targets, ("a", "b"), (0.5, 0.5), NONE[:400])
+    readout = Labels(temperatures=(1.0, 1.0), thresholds=(0.5, 0.5))
+    found = evaluate_labels(readout, logits, targets, ("a", "b"), NONE[:400])
     for place, label in enumerate(found.labels):
         known = ~np.isnan(targets[:, place])
         own, said = targets[known, place], probabilities[known, place]
@@ -46,6 +48,68 @@ def test_temperatures_and_thresholds_are_fitted_label_by_label() -> None:
         own, said = targets[known, place], readout.answers(logits)[known, place]
         best = max(f1_score(own, said >= cut) for cut in np.linspace(0.05, 0.95, 37))
         assert f1_score(own, said >= threshold) >= best - 1e-9
+
+
+def test_a_threshold_lies_between_answers_not_on_one() -> None:
+    logits, targets = _labels(200, 2)
+    readout = fit_labels(logits, targets, NONE[:200])
+    wide = readout.answers(logits.astype(np.float64)) >= readout.thresholds
+    narrow = readout.answers(logits.astype(np.float32)) >= np.float32(readout.thresholds)
+    assert np.array_equal(wide, narrow)
+
+
+def test_what_the_images_do_not_tell_is_left_open() -> None:
+    readout = Labels(temperatures=(1.0, 1.0), thresholds=(0.5, 0.5))
+    logits, targets = _labels(60, 3)
+    targets[:, 1] = np.nan
+    found = evaluate_labels(readout, logits, targets, ("a", "b"), ["one"] * 60)
+    assert (found.macro_ap_low, found.macro_ap_high) == (0.0, 1.0), "one group tells nothing"
+    assert found.labels[1].ap is None
+    assert found.subset_accuracy is None
+
+    single = np.zeros((50, 1))
+    single[7] = 1
+    alone = evaluate_labels(
+        Labels(temperatures=(1.0,), thresholds=(0.5,)), logits[:50, :1], single, ("a",), NONE[:50]
+    )
+    assert (alone.labels[0].ap_low, alone.labels[0].ap_high) == (0.0, 1.0)
+
+    task = Regression(means=(0.0,), spreads=(1.0,), units=("",))
+    values = fit_values(logits[:, :1], logits[:, :1] + 1, task, 0.9)
+    metrics = evaluate_values(values, logits[:, :1], logits[:, :1] + 1, ("a",), ["one"] * 60)
+    assert (metrics.mae_low, metrics.mae_high) == (0.0, None)
+
+
+def test_probabilities_that_are_equal_near_one_are_still_ranked() -> None:
+    draw = np.random.default_rng(0)
+    logits = np.r_[draw.normal(22, 2, 200), 18.0][:, None]
+    targets = np.r_[np.ones(200), 0][:, None]
+    readout = Labels(temperatures=(1.0,), thresholds=(0.5,))
+    found = evaluate_labels(readout, logits.astype(np.float32), targets, ("a",), NONE[:201])
+    assert found.macro_ap == pytest.approx(average_precision_score(targets[:, 0], logits[:, 0]))
+
+
+def test_what_diverged_is_never_better() -> None:
+    logits, targets = (torch.from_numpy(each) for each in _labels(60, 4))
+    regression = Regression(means=(0.0, 0.0), spreads=(1.0, 1.0), units=("", ""))
+    for task in (MultiLabel(), regression):
+        sound = task.score(logits, targets, balanced=False)
+        broken = logits.clone()
+        broken[0, 0] = torch.nan
+        targets[0, 0] = 1.0
+        assert task.score(broken, targets, balanced=False)[0] < sound[0]
+
+
+def test_a_figure_in_a_large_unit_is_computed_again_alike() -> None:
+    draw = np.random.default_rng(0)
+    task = Regression(means=(1e6,), spreads=(1e5,), units=("g",))
+    targets = draw.normal(size=(400, 1)).astype(np.float32)
+    logits = (targets + draw.normal(size=(400, 1))).astype(np.float32)
+    stored = np.array([[float(f"{value:.7g}") for value in row] for row in logits])
+    metrics = evaluate_values(
+        fit_values(logits, targets, task, 0.9), logits, targets, ("m",), NONE[:400]
+    )
+    assert abs(task.figure(stored, targets) - metrics.mae) / task.size < 1e-6
 
 
 def test_a_precision_that_is_promised_holds_on_other_images() -> None:

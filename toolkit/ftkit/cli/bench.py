@@ -102,8 +102,7 @@ def evaluate(
     from ftkit.evaluation.bundle import answers_of, compare_releases, comparison_text
     from ftkit.utils import console
     from ftkit_export.bundle.archive import unpacked
-    from ftkit_export.runtime.predict import require_single_label
-    from ftkit_export.runtime.verify import MANIFEST
+    from ftkit_export.runtime.predict import Classifier
 
     if not 0 < max_drop < 1:
         raise FtkitError(
@@ -114,8 +113,7 @@ def evaluate(
     bundles = [bundle, old] if old else [bundle]
     for each in bundles:
         with unpacked(each, key) as path:
-            if (path / MANIFEST).is_file():  # not beside a bare model.onnx
-                require_single_label(path, "`ftkit eval`")
+            Classifier(path)  # a model of another task is refused before its images are
     images, left_out = _unseen_by_all(bundles, labelled(data, group_by, root), key, echo)
     if not images:
         raise FtkitError(

@@ -131,7 +131,8 @@ def audit_data(
         with console.bar("copying") as step:
             table = clean.write_clean(fix, cleaned.images, images, step)
         echo(f"{len(cleaned.images)} images in {table}\n{cleaned}")
-        echo(f"next: ftkit train {shlex.quote(str(table))}")
+        more = " --task regression" if images.task == "regression" else ""
+        echo(f"next: ftkit train {shlex.quote(str(table))}{more}")
 
     write_json(as_json, named(result, canvases))
     sys.exit(0 if result.passed else 1)

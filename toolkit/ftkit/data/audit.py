@@ -183,7 +183,7 @@ def audit(
         sizes=dict(Counter(f"{width} x {height}" for _, width, height in facts).most_common()),
         alike=tuple(alike),
         leaks=_across(alike, [image.split for image in kept]),
-        conflicts=_across(alike, [image.said for image in kept]),
+        conflicts=conflicts_of(alike, canvases.images),
         shared_groups=_shared_groups(canvases.images),
         tiny=tuple(row for row, (_, w, h) in enumerate(facts) if min(w, h) < TINY * side),
         huge=tuple(row for row, (_, w, h) in enumerate(facts) if w * h > HUGE),
@@ -262,7 +262,7 @@ def require_apart(canvases: Canvases) -> None:
     copies = identical(canvases)
     groups = _shared_groups(images)
     leaks = _across(copies, [image.split for image in images.images])
-    conflicts = _across(copies, [image.said for image in images.images])
+    conflicts = conflicts_of(copies, images)
 
     if leaks:
         first = ", ".join(below(images.root, images.images[row].path) for row in leaks[0].rows[:3])
@@ -477,6 +477,23 @@ def _counts(images: Images) -> dict[str, dict[str, int]]:
 
 def _across(sets: Iterable[Alike], sides: Sequence[object]) -> tuple[Alike, ...]:
     return tuple(item for item in sets if len({sides[row] for row in item.rows}) > 1)
+
+
+def conflicts_of(sets: Iterable[Alike], images: Images) -> tuple[Alike, ...]:
+    """The sets of which something different is said. What is not known contradicts nothing, and values
+    of images that are merely alike may differ."""
+    every = images.images
+    if images.task == "single-label":
+        return _across(sets, [image.label for image in every])
+    return tuple(
+        item
+        for item in sets
+        if (item.exact or images.task == "multi-label")
+        and any(
+            len({value for value in column if not math.isnan(value)}) > 1
+            for column in zip(*(every[row].targets for row in item.rows), strict=True)
+        )
+    )
 
 
 def _shared_groups(images: Images) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL
 
-from ftkit.data.dataset import Images
+from ftkit.data.dataset import Images, require_trained
 from ftkit.recipe import restore_preprocess
 from ftkit.utils.cache_folder import (
     cache_folder,
@@ -204,7 +204,11 @@ def _advance(progress: Callable[[int, int], None], before: int, total: int, done
 
 
 def _require_every_class(images: Images, left: Images, bad: Sequence[tuple[Path, str]]) -> None:
-    trained = {image.label for image in left.of("train")}
+    require_trained(left)
+    single = images.task == "single-label"
+    trained = (
+        {image.label for image in left.of("train")} if single else set(range(len(images.classes)))
+    )
     for label, name in enumerate(images.classes):
         if label not in trained:
             own = {image.path for image in images.images if image.label == label}

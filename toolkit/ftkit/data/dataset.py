@@ -96,7 +96,15 @@ class Images:
         return tuple(image for image in self.images if image.split == split)
 
     def unjudged(self, split: str) -> tuple[str, ...]:
-        """Classes without an image in a split, which therefore does not evaluate them."""
+        """Classes (labels, quantities) without an image in a split, which does not evaluate them."""
+        if self.task != "single-label":
+            own = np.array([image.targets for image in self.of(split)])
+            judged = own == 1 if self.task == "multi-label" else ~np.isnan(own)
+            return tuple(
+                name
+                for name, any_there in zip(self.target_names, judged.any(0), strict=True)
+                if not any_there
+            )
         there = {image.label for image in self.of(split)}
         return tuple(name for label, name in enumerate(self.classes) if label not in there)
 
@@ -127,7 +135,10 @@ def read_images(
     root, table = _table(Path(data), Path(root) if root else None, group_by, task)
     read = _of_classes(root, table) if table.task == "single-label" else _of_targets(root, table)
     split = _with_splits(read, seed, cut_val)
-    return split if add is None else _with_more(split, Path(add))
+    if add is not None:
+        split = _with_more(split, Path(add))
+    require_trained(split)
+    return split
 
 
 def _of_classes(root: Path, table: Table) -> Images:
@@ -148,7 +159,7 @@ def _of_classes(root: Path, table: Table) -> Images:
 
 def _of_targets(root: Path, table: Table) -> Images:
     targets = np.array([row.targets for row in table.rows])
-    _require_evidence(root, table, targets)
+    _require_evidence(root, table.task, table.names, targets)
     strata, classes = strata_of(table.task, targets, table.names)
     images = [
         Image(
@@ -166,27 +177,51 @@ def _of_targets(root: Path, table: Table) -> Images:
     )
 
 
-def _require_evidence(root: Path, table: Table, targets: Array) -> None:
-    """Raise FtkitError for a label or a quantity that nothing can be learned of."""
-    for name, column in zip(table.names, targets.T, strict=True):
+def _require_evidence(
+    root: Path,
+    task: Task,
+    names: Sequence[str],
+    targets: Array,
+    of: str = "images",
+    fewest: int = FEWEST_OF_A_LABEL,
+) -> None:
+    """Raise FtkitError for a label or a quantity that nothing can be learned of. of: these images."""
+    for name, column in zip(names, targets.T, strict=True):
         known = column[~np.isnan(column)]
         if not len(known):
             raise FtkitError(
-                f"{root}: expected known values of {name!r}, found none. Fill them in, or remove the column"
+                f"{root}: expected {of} with known values of {name!r}, found none. Fill them in, or remove the column"
             )
-        if table.task == "regression":
+        if task == "regression":
             if known.min() == known.max():
                 raise FtkitError(
-                    f"{root}: expected different values of {name!r}, found {known[0]:g} for every image. "
-                    "Remove the column"
+                    f"{root}: expected {of} of different {name!r}, found {known[0]:g} for each. Add some, or remove "
+                    "the column"
                 )
             continue
         counts = (int((known == 1).sum()), int((known == 0).sum()))
         for count, word in zip(counts, ("with", "without"), strict=True):
-            if count < FEWEST_OF_A_LABEL:
+            if count < fewest:
                 raise FtkitError(
-                    f"{root}: expected at least {FEWEST_OF_A_LABEL} images {word} the label {name!r}, to train and "
-                    f"to judge on, found {count}. Add some, or leave the label out"
+                    f"{root}: expected at least {fewest} {of} {word} the label {name!r}, found {count}. Add some, or "
+                    "leave the label out"
+                )
+
+
+def require_trained(images: Images) -> None:
+    """Raise FtkitError unless the train split teaches each label or quantity, and each quantity is known
+    of some image of every split."""
+    if images.task == "single-label":
+        return
+    own = np.array([image.targets for image in images.of("train")])
+    where = (images.root, images.task, images.target_names)
+    _require_evidence(*where, own, "training images", 1)
+    if images.task == "regression":
+        for split in ("val", "test"):
+            if images.of(split) and (missing := images.unjudged(split)):
+                raise FtkitError(
+                    f"{images.root}: expected {split} images with known values of {missing[0]!r}, found none. Fill "
+                    "some in, or remove the column"
                 )
 
 
@@ -490,7 +525,7 @@ def _with_splits(images: Images, seed: int, cut_val: bool) -> Images:
     counts = Counter(image.label for image in result.of("train"))
 
     for label, name in enumerate(images.classes):
-        if counts[label] == 0:
+        if counts[label] == 0 and images.task == "single-label":
             raise FtkitError(
                 f"{images.root}: expected training images of class {name!r}, found none. Try adding some"
             )

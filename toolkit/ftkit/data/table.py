@@ -67,10 +67,11 @@ class Table:
 
 @dataclass(frozen=True)
 class _Line:
-    """A row as text. where: its file and line, for messages."""
+    """A row as text. where: its file and line, for messages. surplus: fields beyond the header."""
 
     where: str
     fields: Mapping[str, str]
+    surplus: Sequence[str] = ()
 
 
 def read_table(path: Path, folder: Path, task: str = AUTO, *, labelled_only: bool = False) -> Table:
@@ -85,10 +86,18 @@ def read_table(path: Path, folder: Path, task: str = AUTO, *, labelled_only: boo
     columns, lines = _lines(path)
     if "path" not in columns:
         raise _missing_column(path, "path", columns)
-    others = [column for column in columns if column not in OTHER_COLUMNS]
+    others = [column for column in columns if column and column not in OTHER_COLUMNS]
     found = _task_of(path, columns, others, lines, task)
+    listed = next((name for name in ("labels", "label") if name in columns), None)
+    if found == "single-label":
+        telling = ["label"]
+    else:
+        telling = [listed] if listed and found == "multi-label" else others
+    _require_once(path, columns, telling)
     if labelled_only:
-        lines = [line for line in lines if any(line.fields.get(name, "") for name in others)]
+        lines = [line for line in lines if any(line.fields.get(name, "") for name in telling)]
+    for line in lines:
+        _require_width(line, columns)
 
     places = [_place(folder, line) for line in lines]
     if found == "single-label":
@@ -100,9 +109,10 @@ def read_table(path: Path, folder: Path, task: str = AUTO, *, labelled_only: boo
 
     if found == "regression":
         names, units = zip(*map(_named_unit, others), strict=True)
+        _require_once(path, names, names)
         read = [_numbers(line, others) for line in lines]
     else:
-        listed = next((name for name in ("labels", "label") if name in columns), None)
+        _require_plain(path, telling)
         parsed = [_listed(line, listed) if listed else _flags(line, others) for line in lines]
         names = in_order(path, {name for labels in parsed for name in labels})
         units = ("",) * len(names)
@@ -152,28 +162,45 @@ def _lines(path: Path) -> tuple[list[str], list[_Line]]:
             f"{path}: expected a CSV in UTF-8, found {error}. Try path,label[,split][,group]"
         ) from None
 
-    twice = [column for column, count in Counter(columns).items() if count > 1 and column]
+    return columns, [_line(f"{path} line {number}", line) for number, line in table]
+
+
+def _require_once(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise FtkitError where one of the names is the name of two columns."""
+    counts = Counter(columns)
+    twice = [name for name in names if counts[name] > 1]
     if twice:
         raise FtkitError(
             f"{path}: expected columns of different names, found {twice[0]!r} twice. Rename one"
         )
-    return columns, [_line(f"{path} line {number}", columns, line) for number, line in table]
 
 
-def _line(where: str, columns: Sequence[str], line: Mapping[str, Any]) -> _Line:
-    surplus = line.get(SURPLUS, [])
-    # Some spreadsheets write trailing commas
-    if any(text.strip() for text in surplus):
+def _require_plain(path: Path, columns: Sequence[str]) -> None:
+    """Raise FtkitError for a label's name that a list of labels could not hold."""
+    wrong = [name for name in columns if BETWEEN in name or name.startswith(UNKNOWN)]
+    if wrong:
         raise FtkitError(
-            f"{where}: expected {len(columns)} fields ({', '.join(columns)}), found {len(columns) + len(surplus)}. "
+            f"{path}: expected label names without {BETWEEN} and no {UNKNOWN} in front, found {wrong[0]!r}. Rename it"
+        )
+
+
+def _require_width(line: _Line, columns: Sequence[str]) -> None:
+    # Some spreadsheets write trailing commas
+    if any(text.strip() for text in line.surplus):
+        raise FtkitError(
+            f"{line.where}: expected {len(columns)} fields ({', '.join(columns)}), found "
+            f"{len(columns) + len(line.surplus)}. "
             'Quote a field that has a comma in it: "food, drink"'
         )
+
+
+def _line(where: str, line: Mapping[str, Any]) -> _Line:
     fields = {
         str(column).strip(): (text or "").strip()
         for column, text in line.items()
         if column != SURPLUS
     }
-    return _Line(where, fields)
+    return _Line(where, fields, line.get(SURPLUS, []))
 
 
 def _task_of(
@@ -187,7 +214,8 @@ def _task_of(
 
     values = {line.fields.get(name, "") for line in lines for name in others}
     flags = bool(others) and values <= {"0", "1", ""} and values != {""}
-    if task == "multi-label" or (task == AUTO and ("labels" in columns or flags)):
+    several = flags and len(others) > 1  # one column of 0 and 1 may be two classes, too
+    if task == "multi-label" or (task == AUTO and ("labels" in columns or several)):
         if not (flags or {"labels", "label"} & set(columns)):
             raise FtkitError(
                 f"{path}: expected a column 'labels' with names and | between, or a column of 0 and 1 for each "

@@ -1,7 +1,7 @@
 """Metrics of multi-label models: average precision, thresholds and calibration, label by label.
 
     readout = fit_labels(logits, targets, groups, precision=None)          # on val, or out of fold
-    metrics = evaluate_labels(readout.answers(logits), targets, names, readout.thresholds, groups)
+    metrics = evaluate_labels(readout, logits, targets, names, groups)
     metrics.macro_ap, metrics.labels[0].f1
 
 targets (n, K): 1 and 0, NaN where a label is not known; such an image says nothing of that label.
@@ -25,13 +25,10 @@ from ftkit.evaluation.metrics import (
     precision_threshold,
     reliability,
 )
-from ftkit.tasks.task import MultiLabel, average_precisions
-from ftkit_export.proof.intervals import has_groups
-from ftkit_export.proof.jackknife import Estimated, jackknife
+from ftkit.tasks.task import MultiLabel, average_precisions, bounded
+from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.readout import Labels, sigmoid
-
-LEVEL = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +58,8 @@ class MultiLabelMetrics:
     images: int
     clusters: int | None
     macro_ap: float
-    macro_ap_low: float
-    macro_ap_high: float
+    macro_ap_low: float | None
+    macro_ap_high: float | None
     macro_f1: float
     subset_accuracy: float | None
     loss: float
@@ -111,45 +108,45 @@ def _threshold(
         return 0.5
     if precision is not None:
         threshold, _ = precision_threshold(probabilities, own == 1, precision, groups)
-        return 1.0 - 1e-9 if threshold is None else _inside(threshold)
+        return 1.0 - 1e-9 if threshold is None else _below(threshold, probabilities)
 
     precisions, recalls, thresholds = precision_recall_curve(own, probabilities)
     products = 2 * precisions * recalls / np.maximum(precisions + recalls, 1e-12)
-    return _inside(float(thresholds[int(products[:-1].argmax())]))
+    return _below(float(thresholds[int(products[:-1].argmax())]), probabilities)
 
 
-def _inside(threshold: float) -> float:
-    """A threshold that a sigmoid reaches."""
-    return min(max(threshold, 1e-9), 1 - 1e-9)
+def _below(threshold: float, probabilities: Array) -> float:
+    """Half-way to the next lower probability: at one itself, rounding would decide."""
+    lower = probabilities[probabilities < threshold]
+    middle = (threshold + (float(lower.max()) if len(lower) else 0.0)) / 2
+    return min(max(middle, 1e-9), 1 - 1e-9)
 
 
 def evaluate_labels(
-    probabilities: Array,
+    readout: Labels,
+    logits: Array,
     targets: Array,
     names: Sequence[str],
-    thresholds: Sequence[float],
     groups: Sequence[str],
 ) -> MultiLabelMetrics:
-    """Metrics of probabilities (n, K) at these thresholds."""
-    task = MultiLabel()
-    said = probabilities >= np.asarray(thresholds)
-    macro = jackknife(
-        lambda rows: task.figure(probabilities[rows], targets[rows]), len(targets), groups
-    )
+    """Metrics of logits (n, K). They are ranked as they are, since probabilities near 1 are equal."""
+    probabilities = readout.answers(logits.astype(np.float64))
+    said = readout.decisions(logits) == 1
+    macro = MultiLabel().estimate(logits, targets, groups)
+    interval = bounded(macro, 0.0, 1.0)
     labels = tuple(
-        _label(name, probabilities[:, k], targets[:, k], said[:, k], groups)
+        _label(name, logits[:, k], probabilities[:, k], targets[:, k], said[:, k], groups)
         for k, name in enumerate(names)
     )
     whole = ~np.isnan(targets).any(1)
     f1 = [label.f1 for label in labels if label.f1 is not None]
-    low, high = _within(macro)
 
     return MultiLabelMetrics(
         images=len(targets),
-        clusters=macro.clusters if has_groups(groups) else None,
+        clusters=macro.clusters,
         macro_ap=macro.value,
-        macro_ap_low=low,
-        macro_ap_high=high,
+        macro_ap_low=interval.low,
+        macro_ap_high=interval.high,
         macro_f1=float(np.mean(f1)) if f1 else 0.0,
         subset_accuracy=float((said == (targets == 1))[whole].all(1).mean())
         if whole.any()
@@ -160,9 +157,27 @@ def evaluate_labels(
 
 
 def _label(
-    name: str, probability: Array, target: Array, said: Array, groups: Sequence[str]
+    name: str,
+    logits: Array,
+    probability: Array,
+    target: Array,
+    said: Array,
+    groups: Sequence[str],
 ) -> LabelMetrics:
     known = np.flatnonzero(~np.isnan(target))
+    if not len(known):
+        return LabelMetrics(
+            name=name,
+            images=0,
+            positives=0,
+            ap=None,
+            ap_low=None,
+            ap_high=None,
+            f1=None,
+            precision=None,
+            recall=None,
+            ece=0.0,
+        )
     own = target[known] == 1
     named = [groups[int(row)] for row in known]
     precision, recall, f1, _ = precision_recall_fscore_support(
@@ -173,13 +188,14 @@ def _label(
     if own.any():
         found = jackknife(
             lambda rows: float(
-                average_precisions(probability[known[rows], None], target[known[rows], None])[0]
+                average_precisions(logits[known[rows], None], target[known[rows], None])[0]
             ),
             len(known),
             named,
+            1 / int(own.sum()),
         )
-        ap = found.value
-        low, high = _within(found)
+        interval = bounded(found, 0.0, 1.0)
+        ap, low, high = interval.value, interval.low, interval.high
 
     there = bool(own.any())
     both = np.stack([1 - probability[known], probability[known]], axis=1)
@@ -193,13 +209,8 @@ def _label(
         f1=float(f1) if there else None,
         precision=float(precision) if said[known].any() else None,
         recall=float(recall) if there else None,
-        ece=ece(both, own.astype(int)) if len(known) else 0.0,
+        ece=ece(both, own.astype(int)),
     )
-
-
-def _within(found: Estimated) -> tuple[float, float]:
-    low, high = np.clip(found.interval(LEVEL), 0.0, 1.0)
-    return float(low), float(high)
 
 
 def _loss(probabilities: Array, targets: Array) -> float:

@@ -18,20 +18,22 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import spearmanr
 
-from ftkit.tasks.task import Regression
-from ftkit_export.proof.intervals import has_groups, share_interval
+from ftkit.tasks.task import Regression, bounded
+from ftkit_export.proof.intervals import share_interval
 from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.readout import Values
 
+FEWEST = 8  # images that have a correlation
+
 
 @dataclass(frozen=True, kw_only=True)
 class WithBounds:
-    """A statistic with its 95 % interval; NaN where the images do not define it."""
+    """A statistic with its 95 % interval: NaN, and None, where the images do not define it."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ class RegressionMetrics:
     images: int
     clusters: int | None
     mae: float
-    mae_low: float
-    mae_high: float
+    mae_low: float | None
+    mae_high: float | None
     loss: float
     share: float
     quantities: tuple[QuantityMetrics, ...]
@@ -86,6 +88,8 @@ def _quantile(errors: Array, share: float) -> float:
     """The error that the next one does not exceed with this probability, if it is exchangeable with
     these; the largest where there are too few."""
     known = np.sort(errors[~np.isnan(errors)])
+    if not len(known):
+        return 0.0  # require_known has refused it
     place = math.ceil((len(known) + 1) * share) - 1
     return float(known[min(place, len(known) - 1)])
 
@@ -99,16 +103,16 @@ def evaluate_values(
 ) -> RegressionMetrics:
     """Metrics of logits (n, K)."""
     task = Regression(means=readout.means, spreads=readout.spreads, units=readout.units)
-    figure = jackknife(lambda rows: task.figure(logits[rows], targets[rows]), len(targets), groups)
-    low, high = figure.interval()
+    figure = task.estimate(logits, targets, groups)
+    interval = bounded(figure, 0.0, math.inf)
     errors = np.abs(logits - targets)
 
     return RegressionMetrics(
         images=len(targets),
-        clusters=figure.clusters if has_groups(groups) else None,
+        clusters=figure.clusters,
         mae=figure.value,
-        mae_low=max(0.0, low),
-        mae_high=high,
+        mae_low=interval.low,
+        mae_high=interval.high,
         loss=float(np.nanmean(np.where(errors <= 1, errors**2 / 2, errors - 0.5))),
         share=readout.share,
         quantities=tuple(
@@ -130,30 +134,36 @@ def _quantity(
     inside = np.abs(said - true) <= margin
     low, high, _ = share_interval(inside, named)
 
-    def judged(statistic: Callable[[Array, Array], float]) -> WithBounds:
+    def judged(
+        statistic: Callable[[Array, Array], float], least: float = 0.0, most: float = math.inf
+    ) -> WithBounds:
         found = jackknife(lambda rows: statistic(said[rows], true[rows]), len(known), named)
-        bounds = found.interval()
-        return WithBounds(value=found.value, low=bounds[0], high=bounds[1])
+        interval = bounded(found, least, most)
+        return WithBounds(value=found.value, low=interval.low, high=interval.high)
 
     return QuantityMetrics(
         name=name,
         unit=readout.units[place],
         images=len(known),
-        mae=judged(lambda a, b: float(np.abs(a - b).mean())),
-        rmse=judged(lambda a, b: float(np.sqrt(((a - b) ** 2).mean()))),
-        r2=judged(_explained),
-        rank=judged(_rank),
+        mae=judged(lambda a, b: float(np.abs(a - b).mean()) if len(a) else math.nan),
+        rmse=judged(lambda a, b: float(np.sqrt(((a - b) ** 2).mean())) if len(a) else math.nan),
+        r2=judged(_explained, -math.inf, 1.0),
+        rank=judged(_rank, -1.0, 1.0),
         margin=margin,
-        covered=WithBounds(value=float(inside.mean()), low=low, high=high),
+        covered=WithBounds(
+            value=float(inside.mean()) if len(inside) else math.nan, low=low, high=high
+        ),
     )
 
 
 def _explained(said: Array, true: Array) -> float:
+    if len(true) < FEWEST:
+        return math.nan
     total = float(((true - true.mean()) ** 2).sum())
     return 1 - float(((said - true) ** 2).sum()) / total if total > 0 else math.nan
 
 
 def _rank(said: Array, true: Array) -> float:
-    if len(np.unique(said)) < 2 or len(np.unique(true)) < 2:
+    if len(true) < FEWEST or len(np.unique(said)) < 2 or len(np.unique(true)) < 2:
         return math.nan
     return float(spearmanr(said, true).statistic)

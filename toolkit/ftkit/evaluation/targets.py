@@ -77,8 +77,7 @@ def metrics_of(
 ) -> dict[str, Any]:
     """Metrics of logits (n, K) as JSON data."""
     if isinstance(readout, Labels):
-        answers = readout.answers(logits)
-        found = asdict(evaluate_labels(answers, targets, names, readout.thresholds, groups))
+        found = asdict(evaluate_labels(readout, logits, targets, names, groups))
     else:
         assert isinstance(readout, Values)
         found = asdict(evaluate_values(readout, logits, targets, names, groups))
@@ -122,13 +121,7 @@ def _labels(
     return TargetEvaluation(
         readout=readout,
         metrics={
-            split: evaluate_labels(
-                readout.answers(logits),
-                targets[split],
-                names,
-                readout.thresholds,
-                outputs.groups[split],
-            )
+            split: evaluate_labels(readout, logits, targets[split], names, outputs.groups[split])
             for split, logits in outputs.logits.items()
         },
         mistakes=_wrong_labels(outputs, canvases, readout, targets["test"]),

@@ -95,12 +95,13 @@ def _open(row: Row, context: Context) -> str:
     """The reason why a variant may not ship yet."""
     if row.paired is None or row.verdict != "inconclusive":
         return f"{row.verdict}: {row.reason}"
-    limit = context.limits.max_accuracy_drop
+    limit = context.limit
     beyond = (row.paired.high - limit) * 100
     enough = math.ceil(row.paired.high * 1000) / 1000
+    name = "max_accuracy_drop" if context.task.rising else "max_error_rise"
     return (
-        f"its accuracy is inconclusive by {beyond:.2f} points: {what_would_settle(row.paired, limit)}, or a wider "
-        f"limit: --set export.max_accuracy_drop={enough:g}"
+        f"its {row.paired.name} is inconclusive by {beyond:.2f} {row.paired.unit}: "
+        f"{what_would_settle(row.paired, limit)}, or a wider limit: --set export.{name}={enough:g}"
     )
 
 

@@ -49,7 +49,7 @@ class OnTest:
     """The exported file on the test split: its metrics as JSON data, a comparison with the framework,
     and what it makes of each image. sightings: of a single-label file. probabilities: answers (N, K)
     float32. apart: of other tasks, how far the run's own metric is from that of its answers as read
-    here."""
+    here, of one quantity in standard deviations."""
 
     metrics: Mapping[str, Any]
     against: Comparison
@@ -111,13 +111,16 @@ def _file_targets(folder: Path, run: Run, context: Context) -> OnTest:
     # The order, and the size, of logits: what answers are made of
     logits = logits_behind(run.readout, said)
     framework = np.array(run.data["answers"])
+    # In float32, as the file has them: probabilities near 1 are equal there
+    rounded = logits_behind(run.readout, run.readout.answers(framework.astype(np.float32)))
 
     return OnTest(
         metrics=metrics_of(run.readout, logits, targets, run.classes, groups),
-        against=run.task.compare(framework, logits, targets, groups, looks=1),
+        against=run.task.compare(rounded, logits, targets, groups, looks=1),
         sightings=(),
         probabilities=said,
-        apart=abs(run.task.figure(framework, targets) - headline(run.metrics["test"])[0]),
+        apart=abs(run.task.figure(framework, targets) - headline(run.metrics["test"])[0])
+        / run.task.size,
     )
 
 

@@ -63,7 +63,7 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Latency
 from ftkit_export.runtime.measure import read_bench
 from ftkit_export.runtime.preprocess import Preprocess, allowing
-from ftkit_export.runtime.readout import KEY, OneClass
+from ftkit_export.runtime.readout import KEY, NAMES, OneClass
 from ftkit_export.runtime.session import PROVIDERS, form_of, require_provider
 from ftkit_export.runtime.targets import TARGETS, unshippable
 from ftkit_export.runtime.verify import Outcome, sha256
@@ -186,8 +186,10 @@ def metadata(run: Run) -> dict[str, str]:
     recipe = {key: value for key, value in run.data["recipe"].items() if key != "weights"}
     # A teacher may be one too
     recipe["stages"] = [{**stage, "teacher": bool(stage["teacher"])} for stage in recipe["stages"]]
+    # Under "labels", an older ftkit would take them for classes
+    names = "labels" if run.task is SINGLE_LABEL else NAMES
     return {
-        "labels": json.dumps(list(run.classes), ensure_ascii=False),
+        names: json.dumps(list(run.classes), ensure_ascii=False),
         "preprocess": json.dumps(asdict(run.preprocess)),
         **_readout_metadata(run),
         "out_of_domain": run.data["foreign"],
@@ -667,8 +669,9 @@ def _require_extras(extras: Extras, limits: Export, task: Task) -> None:
                     f"--{name}: expected a single-label run, found a {task.name} one, for which it is not made. "
                     "Leave it out"
                 )
-        for number, name in ((limits.min_recall, "min_recall"), (limits.qat_epochs, "qat_epochs")):
-            if number:
+        asked = ((limits.min_recall, "min_recall"), (limits.qat_epochs or None, "qat_epochs"))
+        for number, name in asked:
+            if number is not None:
                 raise FtkitError(
                     f"export.{name}: expected none for a {task.name} run, found {number}. Leave it out"
                 )

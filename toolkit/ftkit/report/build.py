@@ -22,7 +22,7 @@ from ftkit.report import charts
 from ftkit.report.export_sections import Data, export_sections
 from ftkit.report.pages import Table, render, where_judged
 from ftkit.report.target_sections import WORDS, target_sections, task_name
-from ftkit.utils.console import frames
+from ftkit.utils.console import frames, with_bounds
 from ftkit_export.bundle.seal import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
 from ftkit_export.proof.intervals import ground
@@ -291,6 +291,8 @@ def _training(run: Data, epochs: Sequence[Data]) -> dict[str, Any]:
     ]
     held = _held_out_name(run)
     accuracy = [("train", "--one", of("train_accuracy")), (held, "--two", of("val_accuracy"))]
+    if task_name(run) == "multi-label":  # whose train figure is another: the share of labels right
+        del accuracy[0]
     drift = [
         (stage["train"], stage["drift"], f"{stage['drift']:.3f}")
         for stage in run["stages"]
@@ -433,7 +435,7 @@ def _head_start(run: Data) -> str:
         return ""
     return (
         f"Before training, a ridge regression on the frozen features: out-of-fold {_metric(run)} "
-        f"{start['accuracy']:.3f} [{start['low']:.3f} to {start['high']:.3f}] on "
+        f"{with_bounds(start['accuracy'], start['low'], start['high'])} on "
         f"{ground(start['images'], start['clusters'])}. Each image was judged by a head fitted without "
         "its fold."
     )

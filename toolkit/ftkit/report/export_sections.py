@@ -121,7 +121,7 @@ def _accuracy_and_latency(manifest: Data) -> Markup | None:
     if not placed:
         return None
     return charts.points(
-        f"{metric_of(manifest).capitalize()} and latency",
+        f"{metric_of(manifest)[0].upper()}{metric_of(manifest)[1:]} and latency",
         placed,
         "p50 ms",
         f"{metric_of(manifest)} {manifest['evidence']['judged']}",

@@ -78,7 +78,7 @@ def _labels(run: Data, test: Data, judged: Sequence[tuple[str, Data]]) -> dict[s
             who,
             m["images"],
             m["macro_ap"],
-            f"{m['macro_ap_low']:.3f} to {m['macro_ap_high']:.3f}",
+            _range(m["macro_ap_low"], m["macro_ap_high"]),
             _groups(m),
             m["macro_f1"],
             m["subset_accuracy"],
@@ -93,7 +93,7 @@ def _labels(run: Data, test: Data, judged: Sequence[tuple[str, Data]]) -> dict[s
             label["images"],
             label["positives"],
             label["ap"],
-            "" if label["ap"] is None else f"{label['ap_low']:.2f} to {label['ap_high']:.2f}",
+            _range(label["ap_low"], label["ap_high"]),
             threshold,
             label["f1"],
             label["precision"],
@@ -130,14 +130,15 @@ def _labels(run: Data, test: Data, judged: Sequence[tuple[str, Data]]) -> dict[s
 
 def _values(run: Data, test: Data, judged: Sequence[tuple[str, Data]]) -> dict[str, Any]:
     first = test["quantities"][0]
+    covered = first["covered"]["value"]
     unit = run["task"]["units"][0] if len(run["task"]["units"]) == 1 else "standard deviations"
     figures = [
         _figure(f"mean absolute error{unit and ', '}{unit}", test["mae"], test, "mae"),
         {
             "name": f"of the true values of {first['name']} inside their intervals",
-            "value": f"{first['covered']['value']:.1%}",
+            "value": "" if covered is None else f"{covered:.1%}",
             "detail": f"{test['share']:.0%} wanted; {_between(first['covered'])} (95 %)",
-            "bad": first["covered"]["high"] < test["share"],
+            "bad": covered is not None and first["covered"]["high"] < test["share"],
         },
     ]
     head = ("model", "images", "mean absolute error", "95 % interval", "groups", "loss")
@@ -146,7 +147,7 @@ def _values(run: Data, test: Data, judged: Sequence[tuple[str, Data]]) -> dict[s
             who,
             m["images"],
             m["mae"],
-            f"{m['mae_low']:.3g} to {m['mae_high']:.3g}",
+            _range(m["mae_low"], m["mae_high"]),
             _groups(m),
             m["loss"],
         )
@@ -182,12 +183,12 @@ def _values(run: Data, test: Data, judged: Sequence[tuple[str, Data]]) -> dict[s
     }
 
 
-def _figure(name: str, value: float, test: Data, key: str) -> dict[str, Any]:
-    low, high = test[f"{key}_low"], test[f"{key}_high"]
+def _figure(name: str, value: float | None, test: Data, key: str) -> dict[str, Any]:
+    between = _range(test[f"{key}_low"], test[f"{key}_high"])
     return {
         "name": name,
-        "value": f"{value:.3f}",
-        "detail": f"{low:.3f} to {high:.3f} (95 %; {ground(test['images'], test['clusters'])})",
+        "value": "" if value is None else f"{value:.3f}",
+        "detail": f"{between or 'no interval'} (95 %; {ground(test['images'], test['clusters'])})",
         "bad": False,
     }
 
@@ -203,7 +204,10 @@ def _told(bounds: Data) -> str:
 
 
 def _between(bounds: Data) -> str:
-    low, high = bounds["low"], bounds["high"]
+    return _range(bounds["low"], bounds["high"])
+
+
+def _range(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f"{low:.3g} to {high:.3g}"
 
 

@@ -12,8 +12,9 @@ several values, in standard deviations.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,7 +36,7 @@ from ftkit.tasks.losses import (
 )
 from ftkit_export.proof.decision import Comparison, difference, paired
 from ftkit_export.proof.intervals import share_interval
-from ftkit_export.proof.jackknife import jackknife
+from ftkit_export.proof.jackknife import Estimated, jackknife
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.readout import Task as TaskName
@@ -43,22 +44,28 @@ from ftkit_export.runtime.readout import Task as TaskName
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A task's figure with its 95 % interval. clusters: groups that it rests on, None where images have
-    none."""
+    """A task's figure with its 95 % interval, None where the images do not tell it. clusters: groups that
+    it rests on, None where images have none."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     clusters: int | None
 
 
 class Task(ABC):
-    """What a model of these images learns. name: as recipe.task has it. metric: what its figure is.
-    rising: whether a higher figure is better."""
+    """What a model of these images learns. name: as recipe.task has it. metric: what its figure is;
+    shown: what the trace has of a training step. rising: whether a higher figure is better."""
 
     name: ClassVar[TaskName]
     metric: ClassVar[str]
+    shown: ClassVar[str]
     rising: ClassVar[bool] = True
+
+    @property
+    def size(self) -> float:
+        """What a figure of 1 is worth; figures of regression are in the user's unit."""
+        return 1.0
 
     @abstractmethod
     def targets(self, canvases: Canvases) -> torch.Tensor:
@@ -109,7 +116,10 @@ class Task(ABC):
     ) -> tuple[float, float, float]:
         """(what stages are compared by, higher is better; mean loss; the figure)."""
         figure = self.figure(logits.cpu().numpy(), targets.cpu().numpy())
-        return figure if self.rising else -figure, self.mean_loss(logits, targets), figure
+        compared = figure if self.rising else -figure
+        if not math.isfinite(figure):  # what these images do not define, or what diverged
+            compared = -math.inf
+        return compared, self.mean_loss(logits, targets), figure
 
     def require(self, recipe: Recipe) -> None:
         """Raise FtkitError for settings that mean nothing to the task."""
@@ -140,6 +150,7 @@ class SingleLabel(Task):
 
     name: ClassVar[TaskName] = "single-label"
     metric: ClassVar[str] = "accuracy"
+    shown: ClassVar[str] = "accuracy"
 
     def targets(self, canvases: Canvases) -> torch.Tensor:
         """As Task.targets."""
@@ -212,6 +223,7 @@ class MultiLabel(Task):
 
     name: ClassVar[TaskName] = "multi-label"
     metric: ClassVar[str] = "macro-AP"
+    shown: ClassVar[str] = "labels right"
 
     def targets(self, canvases: Canvases) -> torch.Tensor:
         """As Task.targets."""
@@ -234,14 +246,25 @@ class MultiLabel(Task):
         return right.sum(1) / known.sum(1).clamp(min=1)
 
     def figure(self, logits: Array, targets: Array) -> float:
-        """As Task.figure: average precision, its mean over the labels."""
+        """As Task.figure: average precision, its mean over the labels that some image has; NaN for none,
+        0 for what diverged."""
+        if not np.isfinite(logits).all():
+            return 0.0
         found = average_precisions(logits, targets)
-        return float(np.mean(found[np.isfinite(found)])) if np.isfinite(found).any() else 0.0
+        known = found[~np.isnan(found)]
+        return float(known.mean()) if len(known) else math.nan
 
     def interval(self, logits: Array, targets: Array, groups: Sequence[str]) -> Figure:
         """As Task.interval."""
-        return _interval(
-            lambda rows: self.figure(logits[rows], targets[rows]), targets, groups, (0.0, 1.0)
+        return bounded(self.estimate(logits, targets, groups), 0.0, 1.0)
+
+    def estimate(self, logits: Array, targets: Array, groups: Sequence[str]) -> Estimated:
+        """The metric with its error."""
+        return jackknife(
+            lambda rows: self.figure(logits[rows], targets[rows]),
+            len(targets),
+            groups,
+            one_image(targets),
         )
 
     def mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -259,7 +282,9 @@ class MultiLabel(Task):
                 after[rows], targets[rows]
             )
 
-        return difference(drop, len(targets), groups, looks, name="macro-AP drop")
+        return difference(
+            drop, len(targets), groups, looks, name="macro-AP drop", least=one_image(targets)
+        )
 
     def limit(self, export: Export) -> float:
         """As Task.limit."""
@@ -277,6 +302,7 @@ class Regression(Task):
 
     name: ClassVar[TaskName] = "regression"
     metric: ClassVar[str] = "mean absolute error"
+    shown: ClassVar[str] = "mean absolute error"
     rising: ClassVar[bool] = False
 
     means: tuple[float, ...]
@@ -290,7 +316,7 @@ class Regression(Task):
 
     @property
     def size(self) -> float:
-        """The figures' unit in standard deviations."""
+        """As Task.size: the spread of the one quantity; figures of several are in spreads."""
         return self.spreads[0] if len(self.spreads) == 1 else 1.0
 
     def targets(self, canvases: Canvases) -> torch.Tensor:
@@ -315,13 +341,21 @@ class Regression(Task):
         return apart.sum(1) / known.sum(1).clamp(min=1) * self.size
 
     def figure(self, logits: Array, targets: Array) -> float:
-        """As Task.figure: mean absolute error."""
-        return float(np.nanmean(np.abs(logits - targets))) * self.size
+        """As Task.figure: mean absolute error; infinite for what diverged, NaN where nothing is known."""
+        known = ~np.isnan(targets)
+        errors = np.abs(logits.astype(np.float64) - targets)[known]
+        if not len(errors):
+            return math.nan
+        return float(errors.mean()) * self.size if np.isfinite(errors).all() else math.inf
 
     def interval(self, logits: Array, targets: Array, groups: Sequence[str]) -> Figure:
         """As Task.interval."""
-        return _interval(
-            lambda rows: self.figure(logits[rows], targets[rows]), targets, groups, (0.0, np.inf)
+        return bounded(self.estimate(logits, targets, groups), 0.0, math.inf)
+
+    def estimate(self, logits: Array, targets: Array, groups: Sequence[str]) -> Estimated:
+        """The metric with its error."""
+        return jackknife(
+            lambda rows: self.figure(logits[rows], targets[rows]), len(targets), groups
         )
 
     def mean_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -338,7 +372,7 @@ class Regression(Task):
             return self.figure(after[rows], targets[rows]) / max(error, 1e-12) - 1
 
         name = "rise of the mean absolute error"
-        return difference(rise, len(targets), groups, looks, name=name, unit="%")
+        return difference(rise, len(targets), groups, looks, name=name, unit="%", most=100.0)
 
     def limit(self, export: Export) -> float:
         """As Task.limit."""
@@ -366,15 +400,22 @@ def average_precisions(scores: Array, targets: Array) -> Array:
     return found
 
 
-def _interval(
-    statistic: Callable[[Array], float],
-    targets: Array,
-    groups: Sequence[str],
-    within: tuple[float, float],
-) -> Figure:
-    found = jackknife(statistic, len(targets), groups)
-    low, high = np.clip(found.interval(), *within)
-    return Figure(value=found.value, low=float(low), high=float(high), clusters=found.clusters)
+def one_image(targets: Array) -> float:
+    """What one image that has the rarest label is worth of macro-AP, from labels (n, K)."""
+    positives = (targets == 1).sum(0)
+    there = positives[positives > 0]
+    return 1 / (len(there) * int(there.min())) if len(there) else 1.0
+
+
+def bounded(found: Estimated, least: float, most: float) -> Figure:
+    """An estimate with its 95 % interval, of a statistic that lies within these bounds."""
+    low, high = (min(max(bound, least), most) for bound in found.interval())
+    return Figure(
+        value=found.value,
+        low=low if math.isfinite(low) else None,
+        high=high if math.isfinite(high) else None,
+        clusters=found.clusters,
+    )
 
 
 def task_of(images: Images) -> Task:
@@ -409,7 +450,8 @@ def task_from(data: Mapping[str, Any] | None) -> Task:
     )
 
 
-def headline(metrics: Mapping[str, Any]) -> tuple[float, float, float]:
-    """The task's figure with its 95 % interval, from metrics as JSON has them."""
+def headline(metrics: Mapping[str, Any]) -> tuple[float, float | None, float | None]:
+    """The task's figure with its 95 % interval, from metrics as JSON has them; None for a bound that the
+    images do not tell."""
     name = next(name for name in ("accuracy", "macro_ap", "mae") if name in metrics)
     return metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"]

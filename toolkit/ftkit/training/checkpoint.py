@@ -26,6 +26,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from ftkit.recipe import resolve, restore
 from ftkit.training.run import METRICS
 from ftkit.utils.distributed import SOLO, Ranks
 from ftkit_export.runtime.errors import FtkitError
@@ -198,6 +199,16 @@ def _load(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def _as_now(name: str, value: Any) -> Any:
+    """A part of a stored plan; a recipe with the fields that it has today, at their defaults."""
+    if name != "recipe" or not isinstance(value, dict):
+        return value
+    try:
+        return json.loads(json.dumps(resolve(restore(value))))
+    except FtkitError:
+        return value
+
+
 def read_state(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> TrainState:
     """Read the state of an interrupted run; truncate metrics.jsonl to its valid lines.
 
@@ -205,7 +216,7 @@ def read_state(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> Train
     """
     data = ranks.first(lambda: _load(folder))
     for name, value in plan.items():
-        if data["plan"].get(name) != json.loads(json.dumps(value)):
+        if _as_now(name, data["plan"].get(name)) != json.loads(json.dumps(value)):
             raise FtkitError(
                 f"{folder}: expected the {name.replace('_', ' ')} this run began with, found another. "
                 "Try --resume with only DATA and --out, or another --out"

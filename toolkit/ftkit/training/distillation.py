@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training.run import Run, open_run
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
@@ -49,7 +50,7 @@ class Teacher(nn.Module):
 def require_teacher(folder: str, classes: Sequence[str]) -> Run:
     """Open the teacher's run; raises FtkitError if it is no run or has other classes."""
     run = open_run(folder)
-    if run.classes != tuple(classes):
+    if run.task is not SINGLE_LABEL or run.classes != tuple(classes):
         raise FtkitError(
             f"stage.teacher {folder}: expected a run of the classes {', '.join(classes)}, found one of "
             f"{', '.join(run.classes)}. Try a run trained on these images"

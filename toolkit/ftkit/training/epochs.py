@@ -263,7 +263,7 @@ class StageTraining:
             speed = done / (time.perf_counter() - begun)
             parts += [
                 f"loss {loss:.3f}",
-                f"{self.work.task.metric} {accuracy:.3f}",
+                f"{self.work.task.shown} {accuracy:.3f}",
                 f"rate {self._rate(run.step - 1):.1e}",
                 f"{speed * self.images_per_step:.0f} img/s",
                 f"stage done in {console.clock((self.steps - run.step) / speed)}",

@@ -125,8 +125,7 @@ def _judged(work: Work, outputs: Outputs, canvases: Canvases) -> tuple[dict[str,
             mistake["image"] = below(canvases.images.root, path)
         metrics = data["metrics"]["test"]
 
-    value, low, high = headline(metrics)
-    told = f"test {work.task.metric} {value:.3f} [{low:.3f}, {high:.3f}]"
+    told = f"test {work.task.metric} {console.with_bounds(*headline(metrics))}"
     if isinstance(work.task, Regression) and work.task.unit:
         told += f" {work.task.unit}"
     return data, f"{told} on {ground(metrics['images'], metrics['clusters'])}"

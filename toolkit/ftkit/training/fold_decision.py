@@ -163,7 +163,8 @@ class StageDecision:
             return True
         if self._cheap or self.verdict == "open":
             return False
-        return self.verdict == "worse" or (self._in_haste and self._enough_for_later)
+        enough = self._task is SINGLE_LABEL and self._enough_for_later
+        return self.verdict == "worse" or (self._in_haste and enough)
 
     @property
     def _enough_for_later(self) -> bool:

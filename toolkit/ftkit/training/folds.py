@@ -10,7 +10,6 @@ trained on all of them. Groups and identical files are never split between folds
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,10 +73,21 @@ def read_with_folds(
 
 
 def _all_in_two_groups(images: Images) -> bool:
-    groups: dict[int, set[str]] = defaultdict(set)
-    for image in images.of("train"):
-        groups[image.label].add(image.group or str(image.path))
-    return min(map(len, groups.values())) >= 2
+    """Whether every class is there in two groups, or every label with it and without it."""
+    train = images.of("train")
+    group = [image.group or str(image.path) for image in train]
+    kinds: list[set[str]] = []
+    for label in range(len(images.classes)):
+        own = {name for name, image in zip(group, train, strict=True) if image.label == label}
+        kinds += [own] if own else []
+    if images.task == "multi-label":
+        targets = np.array([image.targets for image in train])
+        kinds += [
+            {name for name, there in zip(group, column == value, strict=True) if there}
+            for column in targets.T
+            for value in (0, 1)
+        ]
+    return min(map(len, kinds)) >= 2
 
 
 def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:

@@ -1,6 +1,6 @@
 """Start the head from a ridge regression on the frozen features, before any epoch.
 
-    start = start_head(backbone, loader, labels, groups, stage, ranks, folds)
+    start = start_head(backbone, loader, labels, groups, stage, ranks, folds, task)
     start.figures.accuracy       # out of fold: every image by a head that never saw it
 
 A random head spends its first epochs, at a low learning rate all of them, on finding what one solve
@@ -44,8 +44,8 @@ class HeadStart:
 
     images: int
     accuracy: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     clusters: int | None
     nll: float
     strength: float

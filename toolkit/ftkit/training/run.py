@@ -33,6 +33,7 @@ from ftkit.models.backbones import Backbone, build
 from ftkit.recipe import Recipe, restore, restore_preprocess
 from ftkit.report.pages import Table, table_html
 from ftkit.tasks.task import Task, headline, task_from
+from ftkit.utils import console
 from ftkit.utils.lock import LOCK, in_use
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.arrays import Array
@@ -89,7 +90,6 @@ class Run:
 
     def _repr_html_(self) -> str:
         test = self.metrics["test"]
-        value, low, high = headline(test)
         rows = [
             (
                 s["train"],
@@ -103,7 +103,7 @@ class Run:
 
         return (
             f"<p>{escape(str(self.folder))}: {escape(self.recipe.backbone)}, {len(self.classes)} outputs, test "
-            f"{self.task.metric} {value:.3f} [{low:.3f}, {high:.3f}] on "
+            f"{self.task.metric} {console.with_bounds(*headline(test))} on "
             f"{ground(test['images'], test['clusters'])}</p>"
             f"{table_html(Table(('stage', 'verdict', 'epochs', 'rate', 'held-out ' + self.task.metric), rows))}"
         )

@@ -23,7 +23,7 @@ from ftkit.training.work import StageResult, Work, compare_circumstances
 from ftkit.utils import console
 from ftkit_export.proof.intervals import ground
 
-NEVER: Score = (-1.0, -math.inf)
+NEVER: Score = (-math.inf, -math.inf)
 
 
 def train_stage(work: Work, number: int) -> StageResult:
@@ -106,7 +106,7 @@ def _start_head(work: Work, loader: Loader) -> None:
 def say_head_start(work: Work, figures: HeadStart) -> None:
     """Print what the features are worth, and remember it."""
     console.say(
-        f"head: out-of-fold {work.task.metric} {figures.accuracy:.3f} [{figures.low:.3f}, {figures.high:.3f}] "
+        f"head: out-of-fold {work.task.metric} {console.with_bounds(figures.accuracy, figures.low, figures.high)} "
         "before training,\n"
         f"  by ridge regression on {ground(figures.images, figures.clusters)}"
     )

@@ -133,6 +133,17 @@ def short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def with_bounds(
+    value: float | None, low: float | None, high: float | None, digits: str = ".3f"
+) -> str:
+    """A figure with its interval: "0.842 [0.542, 1.000]"; without one that is not known."""
+    if value is None:
+        return "not known"
+    if low is None or high is None:
+        return f"{value:{digits}}"
+    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"
+
+
 MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}  # before a verdict
 
 
