@@ -21,7 +21,7 @@ from ftkit.data.canvas import Canvases
 from ftkit.report import charts
 from ftkit.report.export_sections import Data, export_sections
 from ftkit.report.pages import Table, render, where_judged
-from ftkit.report.target_sections import WORDS, target_sections, task_name
+from ftkit.report.target_sections import WORDS, counted, target_sections, task_name
 from ftkit.utils.console import frames, with_bounds
 from ftkit_export.bundle.seal import overall
 from ftkit_export.conversion.class_activation import Explainer, overlay
@@ -97,7 +97,7 @@ def write_report(
     else:
         sections = target_sections(run, test, _compared(run, manifest))
         own = {**sections, "classes": {"table": sections["outputs"], "confusion": None}}
-        titles["by-class"] = str(WORDS[task]["by-class"])
+        titles |= {"accuracy": "On held-out images", "by-class": str(WORDS[task]["by-class"])}
 
     page = render(
         "report.html",
@@ -145,11 +145,9 @@ def _judged(run: Data, manifest: Data | None) -> Data:
 def _header(run: Data, figures: list[dict[str, Any]], manifest: Data | None) -> dict[str, Any]:
     """Verdict, model and the figures that decide, for whoever reads no further."""
     task = task_name(run)
-    outputs = "classes" if task == "single-label" else WORDS[task]["outputs"]
-    model = (
-        f"{run['recipe']['backbone']}, fine-tuned in {len(run['stages'])} stages on "
-        f"{len(run['classes'])} {outputs}"
-    )
+    count = len(run["classes"])
+    outputs = f"{count} classes" if task == "single-label" else counted(task, count)
+    model = f"{run['recipe']['backbone']}, fine-tuned in {len(run['stages'])} stages on {outputs}"
     if missing := run.get("not_trained"):  # not in older runs
         model += f". The training was interrupted: {', '.join(missing)} is missing"
     if manifest is None:
@@ -562,6 +560,7 @@ def _data(run: Data) -> dict[str, Any]:
     names = [" = ".join(item["images"]) for item in (*audit["leaks"], *audit["conflicts"])]
     bad = [f"{path}: {why}" for path, why in audit["bad"]]
 
+    kind = "class" if task_name(run) == "single-label" else "stratum"
     return {
         "passed": audit["passed"],
         "findings": ", ".join(f"{audit['totals'][key]} {word}" for key, word in words.items()),
@@ -569,7 +568,7 @@ def _data(run: Data) -> dict[str, Any]:
         "sizes": _first(audit["sizes"], "{1} of {0}"),
         "imbalance": audit["imbalance"],
         "listed": [*names, *bad][:20],
-        "table": Table(("class", *made), rows),
+        "table": Table((kind, *made), rows),
     }
 
 

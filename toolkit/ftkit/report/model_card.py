@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftkit.report.pages import render, where_judged
-from ftkit.report.target_sections import WORDS, target_sections, task_name
+from ftkit.report.target_sections import WORDS, counted, target_sections, task_name
 from ftkit.utils.console import condition, frames
 from ftkit_export.proof.intervals import ground
 
@@ -30,6 +30,9 @@ def model_card(run: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         images=sum(run["splits"].values()),
         splits=", ".join(f"{count} {split}" for split, count in run["splits"].items() if count),
         task=task,
+        counted=f"{len(manifest['labels'])} classes"
+        if single
+        else counted(task, len(manifest["labels"])),
         outputs="classes" if single else WORDS[task]["outputs"],
         sections=None if single else target_sections(run, accuracy, []),
         classes=_classes(accuracy) if single else [],

@@ -35,6 +35,12 @@ WORDS = {
 }
 
 
+def counted(task: str, count: int) -> str:
+    """How many labels or quantities, in words."""
+    one = "label" if task == "multi-label" else "quantity"
+    return f"{count} {one if count == 1 else WORDS[task]['outputs']}"
+
+
 def task_name(run: Data) -> str:
     """The task of a run (run.json)."""
     task: str = (run.get("task") or {"name": "single-label"})["name"]  # not in older runs
