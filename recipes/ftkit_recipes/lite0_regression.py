@@ -1,8 +1,12 @@
 """EfficientNet-Lite0 for numbers: a quantity in its unit, with an interval.
 
-    ftkit train photos.csv --recipe lite0_regression        # path,value; or path,width [mm],height [mm]
+    ftkit train photos.csv --recipe lite0_regression
+
+photos.csv: path,value; or path,width [mm],height [mm].
 
 The stages are lite0's, without label smoothing, which numbers do not have.
+On ELPV's defect probability, by module: mean absolute error 0.18 [0.03, 0.33] on 420 cells
+(bench/README.md).
 """
 
 from dataclasses import replace

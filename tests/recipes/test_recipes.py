@@ -11,7 +11,8 @@ from ftkit.recipe import load_module, load_recipe, names
 @pytest.mark.parametrize("name", names())
 def test_a_recipe_says_its_command_and_what_was_measured(name: str) -> None:
     text = load_module(name).__doc__ or ""
-    assert f"ftkit train photos{'' if name == 'lite0' else f' --recipe {name}'}" in text
+    data = "photos" if load_module(name).recipe.task == "auto" else "photos.csv"
+    assert f"ftkit train {data}{'' if name == 'lite0' else f' --recipe {name}'}" in text
     assert any(word in text for word in ("unmeasured", "bench/README.md", "2-core"))
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ from ftkit_export.conversion.convert import export_core
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.readout import Labels, OneClass
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.targets import here
-from ftkit_export.runtime.verify import _compare, read_manifest, sha256, verify
+from ftkit_export.runtime.verify import _compare, _decided, read_manifest, sha256, verify
 
 
 @pytest.fixture
@@ -246,13 +248,25 @@ def test_another_first_class_is_a_failed_check_also_within_the_tolerance(variant
     """int8 and fp16 may differ by 5 % of the largest value, enough to change the class."""
     entries = [{"file": "00.png", "tolerance": {variant: {}}}]
     expected, limit = np.array([[0.53, 0.47]]), np.array([0.05])
+    decided = partial(_decided, OneClass(), "probabilities")
     check = _compare(
-        f"{variant} probabilities", entries, [np.array([0.489, 0.511])], expected, limit
+        f"{variant} probabilities", entries, [np.array([0.489, 0.511])], expected, limit, decided
     )
     assert check.value < 1
     assert (check.top1_equal, check.top1_wrong, check.passed) == (0, 1, False)
-    tie = _compare(variant, entries, [np.array([0.49, 0.51])], np.array([[0.52, 0.48]]), limit)
+    near = np.array([[0.52, 0.48]])
+    tie = _compare(variant, entries, [np.array([0.49, 0.51])], near, limit, decided)
     assert (tie.top1_equal, tie.top1_wrong, tie.passed) == (0, 0, True)
+
+
+def test_a_label_that_turns_is_a_failed_check_unless_it_is_a_tie() -> None:
+    readout = Labels(temperatures=(1.0, 1.0), thresholds=(0.5, 0.2))
+    limits = np.array([0.05, 0.05])
+    expected = np.array([[0.9, 0.28], [0.9, 0.22]])
+    actual = expected - [0, 0.1]
+    equal, wrong = _decided(readout, "probabilities", actual, expected, limits)
+    assert equal.tolist() == [False, False]
+    assert wrong.tolist() == [True, False], "0.22 is as near to the threshold as the tolerance"
 
 
 def test_predict_says_what_the_classifier_says(bundle: Path, photos: Path) -> None:
