@@ -119,6 +119,7 @@ class Task(ABC):
         compared = figure if self.rising else -figure
         if not math.isfinite(figure):  # what these images do not define, or what diverged
             compared = -math.inf
+            figure = 0.0
         return compared, self.mean_loss(logits, targets), figure
 
     def require(self, recipe: Recipe) -> None:
