@@ -120,7 +120,14 @@ def test_what_is_made_for_classes_refuses_labels_in_one_sentence(
         ("search", folder / "labels.csv", "--out", tmp_path / "search"),
         ("export", run, "--out", tmp_path / "c", "--c"),
         ("train", folder / "labels.csv", "--set", "stages.0.lr=auto", "--out", tmp_path / "r"),
-        ("train", folder / "labels.csv", "--set", "stages.0.balance=sample"),
+        (
+            "train",
+            folder / "labels.csv",
+            "--set",
+            "stages.0.balance=sample",
+            "--out",
+            tmp_path / "s",
+        ),
     ):
         result = ftkit(*command)
         assert result.exit_code == 2, command
