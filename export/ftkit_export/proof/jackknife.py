@@ -4,8 +4,9 @@
     found.value, found.interval(0.95)
 
 The statistic is computed again without each group in turn (Quenouille 1956, Tukey 1958). Against the
-bootstrap over groups it needs as many values as there are groups instead of a thousand, draws
-nothing at random, and is as valid for statistics as smooth as these: means, and areas under curves.
+bootstrap over groups it needs as many values as there are groups, at most MOST_BLOCKS, instead of a
+thousand, draws nothing at random, and is as valid for statistics as smooth as these: means, and areas
+under curves.
 The intervals are Student's t at the groups that contribute, as those of `intervals`.
 
 `python bench/tasks.py --what coverage` simulates their coverage.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import precision_recall_curve, precision_recall_fscore_support
 
@@ -53,7 +54,7 @@ class LabelMetrics:
 class MultiLabelMetrics:
     """Metrics of one split. macro_ap, with its 95 % interval, and macro_f1: means over the labels that
     some image has. subset_accuracy: share of the images with all labels known that have all of them
-    right. loss: mean binary cross-entropy. clusters: groups, None where images have none."""
+    right. loss: mean binary cross-entropy, calibrated. clusters: groups, None where images have none."""
 
     images: int
     clusters: int | None
@@ -130,9 +131,11 @@ def evaluate_labels(
     groups: Sequence[str],
 ) -> MultiLabelMetrics:
     """Metrics of logits (n, K). They are ranked as they are, since probabilities near 1 are equal."""
-    probabilities = readout.answers(logits.astype(np.float64))
+    calibrated = logits.astype(np.float64) / np.asarray(readout.temperatures)
+    probabilities = sigmoid(calibrated)
     said = readout.decisions(logits) == 1
-    macro = MultiLabel().estimate(logits, targets, groups)
+    task = MultiLabel()
+    macro = task.estimate(logits, targets, groups)
     interval = bounded(macro, 0.0, 1.0)
     labels = tuple(
         _label(name, logits[:, k], probabilities[:, k], targets[:, k], said[:, k], groups)
@@ -151,7 +154,7 @@ def evaluate_labels(
         subset_accuracy=float((said == (targets == 1))[whole].all(1).mean())
         if whole.any()
         else None,
-        loss=_loss(probabilities, targets),
+        loss=task.mean_loss(torch.from_numpy(calibrated), torch.from_numpy(targets)),
         labels=labels,
     )
 
@@ -211,13 +214,6 @@ def _label(
         recall=float(recall) if there else None,
         ece=ece(both, own.astype(int)),
     )
-
-
-def _loss(probabilities: Array, targets: Array) -> float:
-    known = ~np.isnan(targets)
-    likely = np.where(targets == 1, probabilities, 1 - probabilities.astype(np.float64))
-    losses = -np.log(np.maximum(likely, 1e-12))
-    return float((losses * known).sum() / max(1, int(known.sum())))
 
 
 def reliability_of_labels(

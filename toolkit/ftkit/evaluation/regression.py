@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 from ftkit.tasks.task import Regression, bounded
@@ -105,7 +106,6 @@ def evaluate_values(
     task = Regression(means=readout.means, spreads=readout.spreads, units=readout.units)
     figure = task.estimate(logits, targets, groups)
     interval = bounded(figure, 0.0, math.inf)
-    errors = np.abs(logits - targets)
 
     return RegressionMetrics(
         images=len(targets),
@@ -113,7 +113,7 @@ def evaluate_values(
         mae=figure.value,
         mae_low=interval.low,
         mae_high=interval.high,
-        loss=float(np.nanmean(np.where(errors <= 1, errors**2 / 2, errors - 0.5))),
+        loss=task.mean_loss(torch.from_numpy(logits), torch.from_numpy(targets)),
         share=readout.share,
         quantities=tuple(
             _quantity(readout, name, k, logits[:, k], targets[:, k], groups)

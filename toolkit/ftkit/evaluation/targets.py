@@ -1,66 +1,30 @@
 """Evaluate a trained multi-label or regression model: fit its readout on val, then test once.
 
-verdict = evaluate_targets(outputs, canvases, task, recipe)
-verdict.metrics["test"].macro_ap
+data = evaluate_targets(outputs, canvases, task, recipe)        # as run.json has it
+data["metrics"]["test"]["macro_ap"]
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from ftkit.data.canvas import Canvases
 from ftkit.evaluation.model import Outputs
-from ftkit.evaluation.multilabel import (
-    MultiLabelMetrics,
-    evaluate_labels,
-    fit_labels,
-    reliability_of_labels,
-)
-from ftkit.evaluation.regression import RegressionMetrics, evaluate_values, fit_values
+from ftkit.evaluation.multilabel import evaluate_labels, fit_labels, reliability_of_labels
+from ftkit.evaluation.regression import evaluate_values, fit_values
 from ftkit.recipe import Recipe
 from ftkit.tasks.task import Regression, Task
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.readout import Labels, Readout, Values
+from ftkit_export.runtime.readout import Labels, Readout, Values, sigmoid
 
 WORST = 12
 POINTS = 500  # of the residual chart
 DIGITS = 7  # of the logits that run.json keeps
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetEvaluation:
-    """Evaluation on val and test. readout: fitted on val. metrics: by split. mistakes: the worst answers
-    on test, as run.json has them. reliability: of multi-label, before and after calibration, on test.
-    residuals: of regression, (true, predicted) values of the first quantity on test. logits: of test.
-    foreign, foreign_kept: as model.Evaluation."""
-
-    readout: Readout
-    metrics: dict[str, MultiLabelMetrics] | dict[str, RegressionMetrics]
-    mistakes: list[dict[str, Any]]
-    foreign: str
-    foreign_kept: float
-    logits: Array
-    reliability: dict[str, Any] | None = None
-    residuals: list[tuple[float, float]] | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As run.json has it."""
-        return {
-            "readout": self.readout.as_json(),
-            "temperature": 1.0,
-            "metrics": {split: _finite(asdict(item)) for split, item in self.metrics.items()},
-            "mistakes": self.mistakes,
-            "foreign": self.foreign,
-            "foreign_kept": self.foreign_kept,
-            "answers": [[float(f"{value:.{DIGITS}g}") for value in row] for row in self.logits],
-            "reliability": self.reliability,
-            "residuals": self.residuals,
-        }
 
 
 def _finite(value: Any) -> Any:
@@ -100,39 +64,56 @@ def logits_behind(readout: Readout, answers: Array) -> Array:
 
 def evaluate_targets(
     outputs: Outputs, canvases: Canvases, task: Task, recipe: Recipe
-) -> TargetEvaluation:
-    """Fit the readout on val, then evaluate on test once; test decides nothing."""
+) -> dict[str, Any]:
+    """Fit the readout on val, then evaluate on test once; test decides nothing.
+
+    Returns what run.json says of it. metrics: by split, as metrics_of. answers: logits of test. mistakes:
+    the worst answers there. reliability: of labels, before and after calibration. residuals: (true,
+    predicted) values of the first quantity. foreign, foreign_kept: as model.Evaluation.
+    """
     every = task.targets(canvases).numpy()
     targets = {split: every[rows] for split, rows in outputs.rows.items()}
-    if isinstance(task, Regression):
-        return _values(outputs, canvases, task, targets, recipe)
-    return _labels(outputs, canvases, targets, recipe)
-
-
-def _labels(
-    outputs: Outputs, canvases: Canvases, targets: dict[str, Array], recipe: Recipe
-) -> TargetEvaluation:
     names = canvases.images.target_names
-    wanted = recipe.precision if recipe.thresholds == "precision" else None
-    readout = fit_labels(outputs.logits["val"], targets["val"], outputs.groups["val"], wanted)
-    plain = Labels(temperatures=(1.0,) * len(names), thresholds=readout.thresholds)
-    test = outputs.logits["test"]
+    logits = outputs.logits
+    test = logits["test"]
+    own: dict[str, Any]
+    readout: Labels | Values
+    if isinstance(task, Regression):
+        readout = fit_values(logits["val"], targets["val"], task, recipe.coverage)
+        own = {
+            "mistakes": _far_values(outputs, canvases, readout, targets["test"]),
+            "residuals": _residuals(test, targets["test"], task),
+        }
+    else:
+        wanted = recipe.precision if recipe.thresholds == "precision" else None
+        readout = fit_labels(logits["val"], targets["val"], outputs.groups["val"], wanted)
+        own = {
+            "mistakes": _wrong_labels(outputs, canvases, readout, targets["test"]),
+            "reliability": {
+                "before": reliability_of_labels(sigmoid(test), targets["test"]),
+                "after": reliability_of_labels(readout.answers(test), targets["test"]),
+            },
+        }
 
-    return TargetEvaluation(
-        readout=readout,
-        metrics={
-            split: evaluate_labels(readout, logits, targets[split], names, outputs.groups[split])
-            for split, logits in outputs.logits.items()
+    return {
+        "readout": readout.as_json(),
+        "temperature": 1.0,
+        "metrics": {
+            split: metrics_of(readout, logits[split], targets[split], names, outputs.groups[split])
+            for split in logits
         },
-        mistakes=_wrong_labels(outputs, canvases, readout, targets["test"]),
-        reliability={
-            "before": reliability_of_labels(plain.answers(test), targets["test"]),
-            "after": reliability_of_labels(readout.answers(test), targets["test"]),
-        },
-        foreign=outputs.foreign.to_text(),
-        foreign_kept=outputs.foreign_kept,
-        logits=test,
-    )
+        "foreign": outputs.foreign.to_text(),
+        "foreign_kept": outputs.foreign_kept,
+        "answers": [[float(f"{value:.{DIGITS}g}") for value in row] for row in test],
+        **own,
+    }
+
+
+def _residuals(logits: Array, targets: Array, task: Regression) -> list[tuple[float, float]]:
+    """(true, predicted) values of the first quantity, at most about POINTS."""
+    pairs = np.stack([targets[:, 0], logits[:, 0]], axis=1) * task.spreads[0] + task.means[0]
+    pairs = pairs[~np.isnan(pairs).any(1)]
+    return [(float(true), float(said)) for true, said in pairs[:: max(1, len(pairs) // POINTS)]]
 
 
 def _wrong_labels(
@@ -159,34 +140,6 @@ def _wrong_labels(
     return mistakes
 
 
-def _values(
-    outputs: Outputs,
-    canvases: Canvases,
-    task: Regression,
-    targets: dict[str, Array],
-    recipe: Recipe,
-) -> TargetEvaluation:
-    names = canvases.images.target_names
-    readout = fit_values(outputs.logits["val"], targets["val"], task, recipe.coverage)
-    test = outputs.logits["test"]
-    pairs = np.stack([targets["test"][:, 0], test[:, 0]], axis=1) * task.spreads[0] + task.means[0]
-    pairs = pairs[~np.isnan(pairs).any(1)]
-    spread = pairs[:: max(1, len(pairs) // POINTS)]
-
-    return TargetEvaluation(
-        readout=readout,
-        metrics={
-            split: evaluate_values(readout, logits, targets[split], names, outputs.groups[split])
-            for split, logits in outputs.logits.items()
-        },
-        mistakes=_far_values(outputs, canvases, readout, targets["test"]),
-        residuals=[(float(true), float(said)) for true, said in spread],
-        foreign=outputs.foreign.to_text(),
-        foreign_kept=outputs.foreign_kept,
-        logits=test,
-    )
-
-
 def _far_values(
     outputs: Outputs, canvases: Canvases, readout: Values, targets: Array
 ) -> list[dict[str, Any]]:
@@ -207,7 +160,7 @@ def _far_values(
                 "row": int(outputs.rows["test"][image]),
                 "class": _with_unit(name, float(true[image, quantity]), unit),
                 "said": _with_unit(name, float(said[image, quantity]), unit),
-                "probability": float(errors[image, quantity]),
+                "error": float(errors[image, quantity]),
             }
         )
     return mistakes

@@ -662,18 +662,13 @@ def _measured(
 
 def _require_extras(extras: Extras, limits: Export, task: Task) -> None:
     """Raise FtkitError early for options that would otherwise fail only at the end."""
+    task.require_export(limits)
     if task is not SINGLE_LABEL:
         for name in ("c", "web", "handoff"):
             if getattr(extras, name):
                 raise FtkitError(
                     f"--{name}: expected a single-label run, found a {task.name} one, for which it is not made. "
                     "Leave it out"
-                )
-        asked = ((limits.min_recall, "min_recall"), (limits.qat_epochs or None, "qat_epochs"))
-        for number, name in asked:
-            if number is not None:
-                raise FtkitError(
-                    f"export.{name}: expected none for a {task.name} run, found {number}. Leave it out"
                 )
     if extras.sign:
         archive.require_key(extras.sign)

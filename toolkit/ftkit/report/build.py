@@ -516,7 +516,9 @@ def _threshold(held: Data, where: str) -> str:
 def _mistakes(run: Data, shown: Sequence[Picture]) -> dict[str, Any]:
     """The worst mistakes, with pictures where there are any."""
     mistakes = run["mistakes"]
-    rows = [(m["image"], m["class"], m["said"], m["probability"]) for m in mistakes]
+    rows = [
+        (m["image"], m["class"], m["said"], m.get("probability", m.get("error"))) for m in mistakes
+    ]
     task = task_name(run)
     head: Any = ("image", "true class", "predicted class", "probability")
     words = "Wrong answers, the most confident first."
@@ -528,8 +530,7 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> dict[str, Any]:
             "heat": picture.heat,
             "place": mistake["image"],
             "said": mistake["said"],
-            "text": f"true: {mistake['class']}, predicted: {mistake['said']} "
-            f"({mistake['probability']:.2f})",
+            "text": f"true: {mistake['class']}, predicted: {mistake['said']} ({_how_far(mistake)})",
         }
         for mistake, picture in zip(mistakes, shown, strict=bool(shown))
     ]
@@ -539,6 +540,12 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> dict[str, Any]:
         "pictures": pictures,
         "heat": bool(shown and shown[0].heat),
     }
+
+
+def _how_far(mistake: Data) -> str:
+    if "error" in mistake:
+        return f"{mistake['error']:.1f} standard deviations off"
+    return f"{mistake['probability']:.2f}"
 
 
 def _data(run: Data) -> dict[str, Any]:

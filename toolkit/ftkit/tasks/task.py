@@ -135,15 +135,18 @@ class Task(ABC):
                         f"stages.{number}.{name}: expected {allowed} with task={self.name}, found {found}. "
                         "Leave it out"
                     )
-        if recipe.export.qat_epochs:
-            raise FtkitError(
-                f"export.qat_epochs: expected 0 with task={self.name}, found {recipe.export.qat_epochs}. Leave it out"
-            )
-        if recipe.export.min_recall is not None:
-            raise FtkitError(
-                f"export.min_recall: expected none with task={self.name}, found {recipe.export.min_recall}. "
-                "Leave it out"
-            )
+        self.require_export(recipe.export)
+
+    def require_export(self, export: Export) -> None:
+        """The same for the settings of an export."""
+        for name, found in (
+            ("qat_epochs", export.qat_epochs or None),
+            ("min_recall", export.min_recall),
+        ):
+            if found is not None:
+                raise FtkitError(
+                    f"export.{name}: expected none with task={self.name}, found {found}. Leave it out"
+                )
 
 
 class SingleLabel(Task):
@@ -210,6 +213,9 @@ class SingleLabel(Task):
 
     def require(self, recipe: Recipe) -> None:
         """As Task.require: every setting means something."""
+
+    def require_export(self, export: Export) -> None:
+        """As Task.require_export: every setting means something."""
 
     def _right(self, logits: Array, targets: Array) -> Array:
         right: Array = logits.argmax(1) == targets

@@ -263,7 +263,7 @@ class StageTraining:
             speed = done / (time.perf_counter() - begun)
             parts += [
                 f"loss {loss:.3f}",
-                f"{self.work.task.shown} {accuracy:.3f}",
+                f"{self.work.task.shown} {console.figure(accuracy)}",
                 f"rate {self._rate(run.step - 1):.1e}",
                 f"{speed * self.images_per_step:.0f} img/s",
                 f"stage done in {console.clock((self.steps - run.step) / speed)}",
@@ -321,7 +321,8 @@ class StageTraining:
             seconds = (stage.epochs - run.epoch) * len(self.labels) / images_per_s
             left = console.clock(seconds)
         console.say(
-            f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {accuracy:.3f}   {held_accuracy:.3f}  "
+            f"{stage.train:<8} {run.epoch:>3}/{stage.epochs:<3}  {loss:.3f}   {console.figure(accuracy)}   "
+            f"{console.figure(held_accuracy)}  "
             f"{lr:.1e} {images_per_s:>7.0f} {left:>6}"
         )
         if len(speeds) > 1 and run.epoch == stage.epochs:

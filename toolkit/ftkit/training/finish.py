@@ -118,8 +118,7 @@ def _judged(work: Work, outputs: Outputs, canvases: Canvases) -> tuple[dict[str,
         }
         metrics = asdict(verdict.metrics["test"])
     else:
-        found = evaluate_targets(outputs, canvases, work.task, work.recipe)
-        data = found.as_json()
+        data = evaluate_targets(outputs, canvases, work.task, work.recipe)
         for mistake in data["mistakes"]:
             path = canvases.images.images[mistake["row"]].path
             mistake["image"] = below(canvases.images.root, path)

@@ -221,7 +221,7 @@ class StageDecision:
         if self.broken:
             return f"{text}: the loss is no longer finite"
 
-        text += f": {self._task.metric} {self.accuracy:.3f}"
+        text += f": {self._task.metric} {console.figure(self.accuracy)}"
         if self.compared is None:
             return text
         gain, low, high = (

@@ -61,7 +61,8 @@ class Compute:
     def searching(self) -> Iterator[None]:
         """Let cuDNN try its algorithms for each new shape, which steps of one shape repay.
 
-        Not so a frozen prefix and validation: every size of a rest costs them seconds (bench/gpu.md).
+        Not so a frozen prefix and validation: a search for each size of batch would take longer than
+        they do (bench/gpu.md).
         """
         torch.backends.cudnn.benchmark = self.device.type == "cuda" and not self.deterministic
         try:

@@ -133,15 +133,18 @@ def short(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def with_bounds(
-    value: float | None, low: float | None, high: float | None, digits: str = ".3f"
-) -> str:
+def figure(value: float) -> str:
+    """Three decimals, as of an accuracy; four digits of values in large units."""
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+def with_bounds(value: float | None, low: float | None, high: float | None) -> str:
     """A figure with its interval: "0.842 [0.542, 1.000]"; without one that is not known."""
     if value is None:
         return "not known"
     if low is None or high is None:
-        return f"{value:{digits}}"
-    return f"{value:{digits}} [{low:{digits}}, {high:{digits}}]"
+        return figure(value)
+    return f"{figure(value)} [{figure(low)}, {figure(high)}]"
 
 
 MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}  # before a verdict
