@@ -23,6 +23,7 @@ os.environ["FTKIT_CACHE"] = tempfile.mkdtemp(prefix="ftkit-test-cache-")
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -68,6 +69,47 @@ def ftkit(*arguments: object) -> Result:
 def settings(*changes: str) -> list[str]:
     """--set arguments for the given changes."""
     return [part for change in changes for part in ("--set", change)]
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: make test installs it"
+)
+
+
+def open_page(browser: Any, url: str, width: int = 1280, **more: Any) -> tuple[Any, list[str]]:
+    """Open a page; return it with the list of its errors."""
+    page, wrong = browser.new_page(viewport={"width": width, "height": 900}, **more), []
+    page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(request.url))
+    page.goto(url)
+    return page, wrong
+
+
+def needs(*programs: str) -> pytest.MarkDecorator:
+    """Skip a test where one of the programs is missing."""
+    missing = [name for name in programs if shutil.which(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed here: {', '.join(missing)}")
+
+
+def run_(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command; what it printed and its exit code."""
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, check=False, cwd=cwd
+    )
+
+
+def built_cpp(bundle: Path, sdk: Path, build: Path) -> Path:
+    """The C++ runner of a bundle, built without a warning."""
+    sources = bundle / "device" / "cpp"
+    configured = run_("cmake", "-S", sources, "-B", build, f"-DONNXRUNTIME_ROOT={sdk}")
+    assert configured.returncode == 0, configured.stderr
+    built = run_("cmake", "--build", build)
+    assert (built.returncode, "warning" in built.stderr) == (0, False), built.stderr
+    return build / "classify"
 
 
 def bare(folder: Path, *arguments: str) -> Path:
@@ -171,6 +213,64 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
             make(root / name)
             made.touch()
     return root / name
+
+
+@pytest.fixture(scope="session")
+def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ONNX Runtime's headers from a newer Debian release, its library from the installed wheel."""
+    root = shared(tmp_path_factory, "sdk", _fetch_sdk)
+    if not (root / "lib").is_dir():
+        pytest.skip(f"ONNX Runtime's headers are not to be had: {(root / 'why').read_text()}")
+    return root
+
+
+def _fetch_sdk(root: Path) -> None:
+    for name in ("parts", "lists/partial", "cache/archives/partial"):
+        (root / name).mkdir(parents=True)
+    sources = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("debian*")]
+    for path in filter(Path.is_file, sources):
+        kind = path.suffix if path.suffix in (".list", ".sources") else ".list"
+        (root / "parts" / f"{path.stem}{kind}").write_text(
+            path.read_text().replace("bookworm", "trixie")
+        )
+    settings = (
+        "Dir::Etc::sourcelist=/dev/null",
+        f"Dir::Etc::sourceparts={root}/parts",
+        "Debug::NoLocking=1",
+        f"Dir::State::lists={root}/lists",
+        f"Dir::Cache={root}/cache",
+        "APT::Sandbox::User=",
+    )
+    options = [part for setting in settings for part in ("-o", setting)]
+    run_("apt-get", *options, "update")
+    fetched = run_("apt-get", *options, "download", "libonnxruntime-dev", cwd=root)
+    if not list(root.glob("*.deb")):
+        (root / "why").write_text(fetched.stderr[-200:])
+        return
+    run_("dpkg", "-x", min(root.glob("*.deb")), root)
+    (root / "lib").mkdir(exist_ok=True)
+    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (root / "lib" / name).symlink_to(library)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium with a camera that shows a test picture; None where there is no Chromium."""
+    if CHROMIUM is None:
+        yield None
+        return
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        fake = [
+            "--no-sandbox",
+            "--use-fake-device-for-media-stream",
+            "--use-fake-ui-for-media-stream",
+        ]
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=fake)
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

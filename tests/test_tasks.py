@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,14 +14,19 @@ from unittest.mock import patch
 import numpy as np
 import onnx
 import pytest
-from conftest import ftkit, settings
+from conftest import built_cpp, ftkit, needs, needs_browser, open_page, run_, settings
 from PIL import Image
 
 import ftkit as api
-from ftkit.exporting import candidates, evidence, export
+from ftkit.exporting import candidates, evidence, export, web
 from ftkit.training.run import Run, open_run
 from ftkit_export.conversion import graph
-from ftkit_export.runtime.predict import Classifier, MultiLabelClassifier, Regressor
+from ftkit_export.runtime.predict import (
+    Classifier,
+    MultiLabelClassifier,
+    RegressionPrediction,
+    Regressor,
+)
 from ftkit_export.runtime.readout import KEY, OneClass
 
 QUICK = settings(
@@ -60,8 +67,9 @@ def labels(folder: Path) -> tuple[Path, Path]:
     trained = ftkit("train", folder / "labels.csv", "--out", run, *QUICK)
     assert trained.exit_code == 0, trained.output
     assert "multi-label: defect, mono; judged by macro-AP" in trained.stdout
-    done = ftkit("export", run, "--out", bundle, "--quick", "--set", "export.variants=fp32")
-    assert bundle.is_dir() or Path(f"{bundle}.failed").is_dir(), done.output
+    fp32 = settings("export.variants=fp32")
+    done = ftkit("export", run, "--out", bundle, "--quick", "--c", *fp32)
+    assert done.exit_code == 0, done.output
     return run, bundle
 
 
@@ -72,7 +80,8 @@ def values(folder: Path) -> tuple[Path, Path]:
     options = ("--recipe", "lite0_regression", "--folds", "0", *QUICK)
     trained = ftkit("train", folder / "values.csv", "--out", run, *options)
     assert trained.exit_code == 0, trained.output
-    done = ftkit("export", run, "--out", bundle, "--quick", "--set", "export.max_error_rise=1")
+    rise = settings("export.max_error_rise=1")
+    done = ftkit("export", run, "--out", bundle, "--quick", "--c", *rise)
     assert done.exit_code == 0, done.output
     return run, bundle
 
@@ -103,7 +112,6 @@ def test_several_labels_are_learned_exported_and_answered(
         check=True,
     )
     assert told.stdout.strip() == f"{picture}  {answer.text}"
-    assert not (bundle / "device" / "cpp").exists(), "it would read a softmax"
 
 
 def test_what_is_made_for_classes_refuses_labels_in_one_sentence(
@@ -112,13 +120,12 @@ def test_what_is_made_for_classes_refuses_labels_in_one_sentence(
     run, bundle = labels
     picture = next(photos.rglob("*.png"))
     for command in (
-        ("eval", bundle, photos),
         ("drift", bundle, tmp_path),
         ("enroll", bundle, "new", photos / "mono-ok", "--out", tmp_path / "new"),
         ("predict", bundle, picture, "--explain"),
         ("predict", bundle, picture, "--trace"),
         ("search", folder / "labels.csv", "--out", tmp_path / "search"),
-        ("export", run, "--out", tmp_path / "c", "--c"),
+        ("export", run, "--out", tmp_path / "h", "--handoff"),
         ("train", folder / "labels.csv", "--set", "stages.0.lr=auto", "--out", tmp_path / "r"),
         (
             "train",
@@ -161,14 +168,170 @@ def test_numbers_are_learned_exported_and_answered_with_an_interval(
     assert inside >= 0.7 * len(pictures[::5]), "90 % are meant"
 
 
+def _ppm(photos: Path, out: Path) -> Path:
+    with Image.open(min((photos / "mono-defect").iterdir())) as image:
+        image.convert("RGB").save(out)
+    return out
+
+
+@needs("cmake", "g++", "apt-get")
+def test_the_cpp_runner_says_what_python_says(
+    labels: tuple[Path, Path], values: tuple[Path, Path], photos: Path, sdk: Path, tmp_path: Path
+) -> None:
+    picture = _ppm(photos, tmp_path / "photo.ppm")
+    program = built_cpp(labels[1], sdk, tmp_path / "build")
+    for _, bundle in (labels, values):
+        check = run_(program, "--bundle", bundle, "--self-check")
+        assert check.returncode == 0, check.stdout + check.stderr
+        said = run_(program, "--bundle", bundle, picture).stdout
+        assert said == f"{picture}  {api.load(bundle)(picture).text}\n"
+    kept = run_(program, "--bundle", values[1], "--keep", tmp_path / "kept", picture)
+    assert (kept.returncode, "expected a single-label bundle" in kept.stderr) == (2, True)
+
+    copy = Path(shutil.copytree(values[1], tmp_path / "copy"))
+    golden = copy / "golden" / "raw" / "probabilities.f32"
+    golden.write_bytes((np.fromfile(golden, "<f4") * 1.2).astype("<f4").tobytes())
+    assert run_(program, "--bundle", copy, "--self-check").returncode == 1
+
+
+@needs("make", "gcc")
+def test_the_plain_c_runner_says_what_python_says(
+    labels: tuple[Path, Path], values: tuple[Path, Path], photos: Path, tmp_path: Path
+) -> None:
+    picture = _ppm(photos, tmp_path / "photo.ppm")
+    for number, (_, bundle) in enumerate((labels, values)):
+        folder = Path(shutil.copytree(bundle / "device" / "c", tmp_path / str(number)))
+        made = run_("make", "-C", folder)
+        assert made.returncode == 0, made.stderr
+        golden = ("--golden", bundle / "golden" / "raw")
+        check = run_(folder / "classify", *golden, "--self-check")
+        assert check.returncode == 0, check.stdout + check.stderr
+        (said,) = run_(folder / "classify", *golden, picture).stdout.splitlines()
+        fp32 = bundle / "variants" / "fp32.onnx"
+        expected = api.load(fp32 if fp32.is_file() else bundle / "model.onnx")(picture).text
+        numbers = r"-?\d+\.?\d*"
+        assert re.sub(numbers, "#", said) == re.sub(numbers, "#", f"{picture}  {expected}")
+        assert [float(n) for n in re.findall(numbers, said)] == pytest.approx(
+            [float(n) for n in re.findall(numbers, f"{picture}  {expected}")], rel=0.01, abs=0.01
+        )
+
+
+@needs_browser
+def test_the_browser_says_what_python_says(
+    labels: tuple[Path, Path], values: tuple[Path, Path], photos: Path, browser: Any
+) -> None:
+    picture = min((photos / "mono-defect").iterdir())
+    for _, bundle in (labels, values):
+        with web.serving(bundle, web.runtime()) as url:
+            page, wrong = open_page(browser, url)
+            page.wait_for_selector("#parity.good, #parity.bad, #engine.bad", timeout=60_000)
+            assert "golden vectors passed" in page.inner_text("#parity")
+            page.set_input_files("#file", picture)
+            page.wait_for_selector("#verdict[data-label]")
+            said = page.inner_text("#verdict")
+            answer = api.load(bundle)(picture)
+            if isinstance(answer, RegressionPrediction):
+                estimate = answer.values["brightness"]
+                name, value, *_, unit = said.partition(" (in brackets")[0].split()
+                assert (name, unit) == ("brightness", "levels")
+                assert float(value) == pytest.approx(estimate.value, rel=0.02)
+            else:
+                assert page.get_attribute("#verdict", "data-label") == ", ".join(answer.labels)
+            assert wrong == []
+
+
+def _evaluated(*arguments: object) -> tuple[int, dict[str, Any]]:
+    result = ftkit("eval", *arguments, "--json", "-")
+    assert result.exit_code in (0, 1, 3), result.output
+    assert max(map(len, result.stderr.splitlines())) <= 80, result.stderr
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_labels_are_evaluated_from_the_file_and_a_worse_release_is_refused(
+    labels: tuple[Path, Path], values: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    run, bundle = labels
+    code, found = _evaluated(bundle, folder / "labels.csv")
+    test = open_run(run).metrics["test"]
+    assert (code, found["metrics"]["images"]) == (0, test["images"])
+    assert found["metrics"]["macro_ap"] == pytest.approx(test["macro_ap"], abs=0.01)
+
+    unseen = _copied(folder / "labels.csv", tmp_path)
+    same, found = _evaluated(bundle, unseen, "--against", bundle, "--max-drop", "0.2")
+    assert (same, found["against"]["compared"]["drop"]) == (0, 0.0)
+    swapped = tmp_path / "swapped.onnx"
+    model = onnx.load(bundle / "model.onnx")
+    for item in model.metadata_props:
+        if item.key == "names":
+            item.value = json.dumps(json.loads(item.value)[::-1])
+    onnx.save(model, swapped)
+    worse, found = _evaluated(swapped, unseen, "--against", bundle)
+    assert (worse, found["against"]["verdict"]) == (1, "refused")
+    assert {item["label"] for item in found["against"]["regressed"]} >= {"mono", "not mono"}
+
+    (tmp_path / "other.csv").write_text(
+        (folder / "labels.csv").read_text().replace("defect", "broken", 1)
+    )
+    for arguments, said in (
+        ((bundle, tmp_path / "other.csv"), "found 'broken'"),
+        ((bundle, folder / "labels.csv", "--against", values[1]), "Compare models of one task"),
+    ):
+        result = ftkit("eval", *arguments)
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+
+
+def test_values_are_evaluated_from_the_file_and_a_worse_release_is_refused(
+    values: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    run, bundle = values
+    code, found = _evaluated(bundle, folder / "values.csv")
+    test = open_run(run).metrics["test"]
+    assert (code, found["metrics"]["images"]) == (0, test["images"])
+    assert found["metrics"]["mae"] == pytest.approx(test["mae"], rel=0.1)
+
+    unseen = _copied(folder / "values.csv", tmp_path)
+    same, found = _evaluated(bundle, unseen, "--against", bundle)
+    assert (same, found["against"]["compared"]["drop"]) == (0, 0.0)
+    far = tmp_path / "far.onnx"
+    onnx.save(_scaled(onnx.load(bundle / "model.onnx"), 0.5), far)
+    worse, found = _evaluated(far, unseen, "--against", bundle)
+    assert (worse, found["against"]["verdict"]) == (1, "refused")
+    assert found["against"]["parts"]["brightness"]["drop"] > 0.02
+
+    (tmp_path / "unit.csv").write_text(
+        (folder / "values.csv").read_text().replace("[levels]", "[lux]")
+    )
+    result = ftkit("eval", bundle, tmp_path / "unit.csv")
+    assert (result.exit_code, "in levels as the model answers it" in result.stderr) == (2, True)
+
+
+def _copied(table: Path, folder: Path) -> Path:
+    """The same table of copies with other bytes, which no model was trained on."""
+    out = folder / table.name
+    with table.open(newline="") as file, out.open("w", newline="") as written:
+        rows = csv.reader(file)
+        writer = csv.writer(written)
+        writer.writerow(next(rows))
+        for number, (path, *rest) in enumerate(rows):
+            copy = folder / f"{number}.png"
+            with Image.open(path) as image:
+                image.save(copy, compress_level=1)
+            writer.writerow((copy, *rest))
+    return out
+
+
 def _softmax_for_sigmoid(real: Any, core: Any, preprocess: Any, _: Any, *rest: Any) -> Any:
     return real(core, preprocess, OneClass(), *rest)
 
 
 def _half_the_scale(real: Any, *arguments: Any) -> onnx.ModelProto:
-    model: onnx.ModelProto = real(*arguments)
+    return _scaled(real(*arguments), 0.5)
+
+
+def _scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
+    """The image form of a regression whose values vary by another factor."""
     (scale,) = [item for item in model.graph.initializer if item.name == "calibration/const_0"]
-    scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) / 2).tobytes()
+    scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) * factor).astype("f4").tobytes()
     return model
 
 

@@ -28,9 +28,9 @@ def runtime_files() -> list[str]:
     ]
 
 
-def add_runners(folder: Path, *, cpp: bool = True) -> None:
+def add_runners(folder: Path) -> None:
     """Copy the runners into device/: classify.py, update.py, the part of this package that they
-    import, and cpp/, which reads single-label models only."""
+    import, and cpp/."""
     package = folder / "device" / "ftkit_export"
     for part in ("runtime", "bundle"):
         (package / part).mkdir(parents=True)
@@ -38,5 +38,4 @@ def add_runners(folder: Path, *, cpp: bool = True) -> None:
         shutil.copyfile(PACKAGE / name, package / name)
     for name in ("classify.py", "update.py"):
         shutil.copyfile(PACKAGE / "device" / name, folder / "device" / name)
-    if cpp:
-        shutil.copytree(PACKAGE / "device" / "cpp", folder / "device" / "cpp")
+    shutil.copytree(PACKAGE / "device" / "cpp", folder / "device" / "cpp")

@@ -1,9 +1,9 @@
 """Export as plain C: sources, weights, Makefile, and a header with labels and preprocessing.
 
-    write_c(bundle / "device" / "c", core, preprocess, labels, temperature=1.3, threshold=0.9, input_format="rgb")
+    write_c(bundle / "device" / "c", core, preprocess, labels, readout, threshold=0.9, input_format="rgb")
 
-emx-onnx-cgen turns the network into C (float32, batch 1); decoding, resizing and softmax are in
-device/c/classify.c. For Linux-class processors where no runtime can be installed; bench/README.md
+emx-onnx-cgen turns the network into C (float32, batch 1); decoding, resizing and what becomes of the
+logits are in device/c/classify.c. For Linux-class processors where no runtime can be installed; bench/README.md
 compares its speed with ONNX Runtime's.
 """
 
@@ -25,6 +25,7 @@ from onnx import shape_inference
 import ftkit_export
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import FITS, INPUT_FORMATS, Preprocess
+from ftkit_export.runtime.readout import Labels, OneClass, Readout, Values
 
 SOURCES = Path(ftkit_export.__file__).parent / "device" / "c"
 
@@ -52,12 +53,12 @@ def write_c(
     core: onnx.ModelProto,
     preprocess: Preprocess,
     labels: Sequence[str],
+    readout: Readout,
     *,
-    temperature: float,
     threshold: float,
     input_format: str,
 ) -> None:
-    """Write the C sources to `folder`.
+    """Write the C sources to `folder`. threshold: of one class, below which it is doubtful.
 
     Raises FtkitError when emx-onnx-cgen is missing, or does not support the model.
     """
@@ -87,7 +88,7 @@ def write_c(
 
     features = core.graph.output[1].type.tensor_type.shape.dim[1].dim_value
     (folder / "model.h").write_text(
-        _header(preprocess, labels, features, temperature, threshold, input_format),
+        _header(preprocess, labels, features, readout, threshold, input_format),
         encoding="utf-8",
     )
 
@@ -99,11 +100,11 @@ def _header(
     preprocess: Preprocess,
     labels: Sequence[str],
     features: int,
-    temperature: float,
+    readout: Readout,
     threshold: float,
     input_format: str,
 ) -> str:
-    """C header: sizes, labels in order, preprocessing, temperature, threshold."""
+    """C header: sizes, labels in order, preprocessing, and what the logits mean."""
     kinds = {"FIT": (FITS, preprocess.fit), "FORMAT": (INPUT_FORMATS, input_format)}
     lines = [
         f"enum {{ {', '.join(name.upper() for name in names)} }};\n#define {key} {value.upper()}"
@@ -117,18 +118,44 @@ def _header(
     }
 
     lines += [f"#define {key} {value}" for key, value in numbers.items()]
-    lines += [f"#define TEMPERATURE {temperature!r}", f"#define THRESHOLD {threshold!r}"]
-
+    lines += _readout_lines(readout, threshold)
     for key, values in (("MEAN", preprocess.mean), ("STD", preprocess.std)):
         lines.append(
             f"static const float {key}[3] = {{{', '.join(f'{float(v)!r}f' for v in values)}}};"
         )
 
-    quoted = ", ".join(json.dumps(label, ensure_ascii=False) for label in labels)
-    lines.append(f"static const char *const LABELS[CLASSES] = {{{quoted}}};")
+    lines.append(_names("LABELS", labels))
 
     return (
         "/* Written by ftkit: labels, preprocessing and calibration of this model. */\n"
         + "\n".join(lines)
         + "\n"
     )
+
+
+def _readout_lines(readout: Readout, threshold: float) -> list[str]:
+    kinds = {"single-label": "ONE_CLASS", "multi-label": "SEVERAL_LABELS", "regression": "VALUES"}
+    lines = [f"#define {kind} {number}" for number, kind in enumerate(kinds.values(), start=1)]
+    lines.append(f"#define TASK {kinds[readout.task]}")
+    if isinstance(readout, OneClass):
+        temperature = f"#define TEMPERATURE {readout.temperature!r}"
+        return [*lines, temperature, f"#define THRESHOLD {threshold!r}"]
+    if isinstance(readout, Labels):
+        lines.append(_numbers("TEMPERATURES", readout.temperatures))
+        return [*lines, _numbers("THRESHOLDS", readout.thresholds)]
+    assert isinstance(readout, Values)
+    lines += [
+        _numbers("MEANS", readout.means),
+        _numbers("SPREADS", readout.spreads),
+        _numbers("MARGINS", readout.margins),
+    ]
+    return [*lines, _names("UNITS", readout.units)]
+
+
+def _numbers(name: str, values: Sequence[float]) -> str:
+    return f"static const double {name}[CLASSES] = {{{', '.join(map(repr, values))}}};"
+
+
+def _names(name: str, values: Sequence[str]) -> str:
+    quoted = ", ".join(json.dumps(value, ensure_ascii=False) for value in values)
+    return f"static const char *const {name}[CLASSES] = {{{quoted}}};"

@@ -95,6 +95,8 @@ PROVIDERS: Mapping[str, Provider] = {
 }
 
 
+OPTIMISED = "optimised.onnx"  # in a folder with a profile
+
 # CPU quota; in a container, its own (Linux, Documentation/admin-guide/cgroup-v2.rst)
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -235,9 +237,10 @@ class Session:
     optimised: whether ONNX Runtime may optimise the graph. shared: other sessions run between this
     one's runs, so its threads spin only during a run, each pinned to its own processor (otherwise
     two sessions of one model, with two threads on two cores, differ by 19 %, or by half when both
-    threads wake on one core). placement: where its operators run, as text. Raises ProviderError
-    when the provider is unknown, absent, not the one in use, or (CUDA) does not run every operator,
-    BundleError when the file refers to anything outside it, FtkitError when it does not load.
+    threads wake on one core). profile: a folder to which ONNX Runtime's profiler and the optimised
+    graph are written. placement: where its operators run, as text. Raises ProviderError when the
+    provider is unknown, absent, not the one in use, or (CUDA) does not run every operator, BundleError
+    when the file refers to anything outside it, FtkitError when it does not load.
     """
 
     def __init__(
@@ -249,11 +252,12 @@ class Session:
         spinning: bool = True,
         optimised: bool = True,
         shared: bool = False,
+        profile: Path | None = None,
     ):
         require_provider(provider)
         self.provider = provider
         self.threads = threads or cores()
-        self._session = self._open(model, spinning, optimised, shared)
+        self._session = self._open(model, spinning, optimised, shared, profile)
         self._prove()
         self.placement = self._placed(model)
         self.inputs = [
@@ -269,7 +273,12 @@ class Session:
         self.metadata = self._read_metadata(model)
 
     def _open(
-        self, model: str | Path | bytes, spinning: bool, optimised: bool, shared: bool
+        self,
+        model: str | Path | bytes,
+        spinning: bool,
+        optimised: bool,
+        shared: bool,
+        profile: Path | None,
     ) -> Any:
         ort = _runtime()
         chosen = PROVIDERS[self.provider]
@@ -282,6 +291,11 @@ class Session:
 
         if not optimised:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile / "run")
+            options.optimized_model_filepath = str(profile / OPTIMISED)
 
         options.add_session_config_entry(
             "session.intra_op.allow_spinning", "1" if spinning else "0"
@@ -382,6 +396,10 @@ class Session:
             for part in self._session.get_provider_graph_assignment_info()
             for node in part.get_nodes()
         ]
+
+    def end_profile(self) -> Path:
+        """The file with the events of all runs so far; the profiler stops."""
+        return Path(self._session.end_profiling())
 
     def run(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
         """Run on inputs, in the model's order; returns the outputs, in the model's order.

@@ -125,8 +125,11 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
     return np.zeros(sizes, dtype)  # 0 is a valid index for any table
 
 
-def open_session(condition: Condition, *, shared: bool = False) -> Session:
-    """Open a session under this condition. shared: others run between its runs."""
+def open_session(
+    condition: Condition, *, shared: bool = False, profile: Path | None = None
+) -> Session:
+    """Open a session under this condition. shared: others run between its runs. profile: a folder
+    for its profile."""
     from ftkit_export.runtime.session import Session
 
     return Session(
@@ -136,6 +139,7 @@ def open_session(condition: Condition, *, shared: bool = False) -> Session:
         spinning=condition.spinning,
         optimised=condition.optimised,
         shared=shared,
+        profile=profile,
     )
 
 
@@ -430,6 +434,22 @@ def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]
     return percentiles
 
 
+def _profile_here(
+    conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float, folder: str
+) -> list[dict[str, Any]]:
+    from ftkit_export.runtime.profiling import profiled
+
+    return profiled(conditions, image, rounds, seconds, Path(folder))
+
+
+def _sustained_here(
+    conditions: Sequence[Condition], image: str | None, seconds: float
+) -> dict[str, Any]:
+    from ftkit_export.runtime.sustained import windows
+
+    return windows(conditions, image, seconds)
+
+
 WORK: dict[str, Callable[..., Any]] = {
     "measure": _measure_here,
     "begin": _begin_here,
@@ -438,6 +458,8 @@ WORK: dict[str, Callable[..., Any]] = {
     "parts": _parts_here,
     "answers": _answers_here,
     "sizes": _sizes_here,
+    "profile": _profile_here,
+    "sustained": _sustained_here,
 }
 
 

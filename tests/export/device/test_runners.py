@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,24 +10,13 @@ import numpy as np
 import onnxruntime
 import openvino
 import pytest
-from conftest import ftkit
+from conftest import built_cpp, ftkit, needs, run_
 from PIL import Image
 
 from ftkit_export.bundle.enroll import enroll
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import to_frame
 from ftkit_export.runtime.session import Session
-
-
-def needs(*programs: str) -> pytest.MarkDecorator:
-    missing = [name for name in programs if shutil.which(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed here: {', '.join(missing)}")
-
-
-def run_(*command: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=False, cwd=cwd
-    )
 
 
 @pytest.fixture(scope="module")
@@ -40,53 +28,10 @@ def photo(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def sdk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ONNX Runtime's headers from a newer Debian release, its library from the installed wheel."""
-    root = tmp_path_factory.mktemp("sdk")
-    for name in ("parts", "lists/partial", "cache/archives/partial", "lib"):
-        (root / name).mkdir(parents=True)
-    sources = [Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("debian*")]
-    for path in filter(Path.is_file, sources):
-        kind = path.suffix if path.suffix in (".list", ".sources") else ".list"
-        (root / "parts" / f"{path.stem}{kind}").write_text(
-            path.read_text().replace("bookworm", "trixie")
-        )
-    settings = (
-        "Dir::Etc::sourcelist=/dev/null",
-        f"Dir::Etc::sourceparts={root}/parts",
-        "Debug::NoLocking=1",
-        f"Dir::State::lists={root}/lists",
-        f"Dir::Cache={root}/cache",
-        "APT::Sandbox::User=",
-    )
-    options = [part for setting in settings for part in ("-o", setting)]
-    run_("apt-get", *options, "update")
-    fetched = run_("apt-get", *options, "download", "libonnxruntime-dev", cwd=root)
-    if not list(root.glob("*.deb")):
-        pytest.skip(f"ONNX Runtime's headers are not to be had: {fetched.stderr[-200:]}")
-    run_("dpkg", "-x", min(root.glob("*.deb")), root)
-    library = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
-    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
-        (root / "lib" / name).symlink_to(library)
-    return root
-
-
 @needs("cmake", "g++", "apt-get")
 def test_the_cpp_runner(bundle: Path, photos: Path, photo: Path, sdk: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "the bundle"))
-    configured = run_(
-        "cmake",
-        "-S",
-        copy / "device" / "cpp",
-        "-B",
-        tmp_path / "build",
-        f"-DONNXRUNTIME_ROOT={sdk}",
-    )
-    assert configured.returncode == 0, configured.stderr
-    built = run_("cmake", "--build", tmp_path / "build")
-    assert (built.returncode, "warning" in built.stderr) == (0, False), built.stderr
-    program = tmp_path / "build" / "classify"
+    program = built_cpp(copy, sdk, tmp_path / "build")
     check = run_(program, "--self-check")
     assert (check.returncode, "self-check passed" in check.stdout) == (0, True), (
         check.stdout + check.stderr

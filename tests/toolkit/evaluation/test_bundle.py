@@ -87,12 +87,12 @@ def test_images_in_groups_are_compared_as_groups(bundle: Path, copies: Path) -> 
     )
     one, other = (json.loads(result.stdout) for result in (alone, grouped))
     assert (one["metrics"]["clusters"], one["against"]["verdict"]) == (None, "accepted")
-    assert (other["metrics"]["clusters"], other["against"]["paired"]["clusters"]) == (4, 4)
+    assert (other["metrics"]["clusters"], other["against"]["compared"]["clusters"]) == (4, 4)
     widths = [
         told["metrics"]["accuracy_high"] - told["metrics"]["accuracy_low"] for told in (one, other)
     ]
     assert widths[1] > widths[0]
-    assert other["against"]["paired"]["high"] > one["against"]["paired"]["high"]
+    assert other["against"]["compared"]["high"] > one["against"]["compared"]["high"]
     assert "images, as if independent" in alone.stderr
     assert "images in 4 groups" in grouped.stderr
 
@@ -128,7 +128,7 @@ def test_a_bad_release_is_exit_1_with_every_image_that_was_right(
     found = json.loads(result.stdout)["against"]
     assert found["verdict"] == "refused"
     was_right = round(found["metrics"]["accuracy"] * found["metrics"]["images"])
-    assert len(found["regressed"]) == found["paired"]["worse"] > 0.5 * was_right
+    assert len(found["regressed"]) == found["compared"]["worse"] > 0.5 * was_right
     assert all(item["label"] != item["said"] for item in found["regressed"])
     assert "formerly right and now wrong" in result.stderr
     assert "surely lost more than 1.0%" in result.stderr
@@ -148,18 +148,19 @@ def test_the_same_release_passes_when_the_images_can_tell_and_else_says_so(
 def test_one_class_that_surely_got_worse_is_enough(bundle: Path, copies: Path) -> None:
     """Whatever the other classes gained; here they are unchanged."""
     from ftkit.data.dataset import labelled
-    from ftkit.evaluation.bundle import BundleAnswers, answers_of, compare_releases
+    from ftkit.evaluation.bundle import ClassAnswers, answers_of
 
     old = answers_of(bundle, labelled(copies))
+    assert isinstance(old, ClassAnswers)
     said = tuple(
         "mono-ok" if label == "poly-ok" else answer
         for label, answer in zip(old.labels, old.said, strict=True)
     )
-    new = BundleAnswers(**{**vars(old), "said": said})
-    change = compare_releases(new, old, max_drop=0.3)
-    assert change.paired.verdict(0.3) != "refused"
+    new = ClassAnswers(**{**vars(old), "said": said})
+    change = new.against(old, max_drop=0.3)
+    assert change.compared.verdict(0.3) != "refused"
     assert change.verdict == "refused"
-    assert change.worse_classes == ["poly-ok"]
+    assert change.worse_parts == ["poly-ok"]
 
 
 def test_unreadable_images_are_named_and_left_out_and_unknown_classes_refused(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ftkit, settings
+from conftest import ftkit, needs_browser, open_page, settings
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,47 +30,15 @@ from ftkit_export.conversion.convert import export_core
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import decode
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium here: make test installs it"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        yield None
-        return
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        fake = [
-            "--no-sandbox",
-            "--use-fake-device-for-media-stream",
-            "--use-fake-ui-for-media-stream",
-        ]
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=fake)
-        yield opened
-        opened.close()
-
-
-def _open(browser: Any, url: str, width: int = 1280, **more: Any) -> tuple[Any, list[str]]:
-    """Open a page; return it with the list of its errors."""
-    page, wrong = browser.new_page(viewport={"width": width, "height": 900}, **more), []
-    page.on("console", lambda said: said.type == "error" and wrong.append(said.text))
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("requestfailed", lambda request: wrong.append(request.url))
-    page.goto(url)
-    return page, wrong
-
 
 @needs_browser
 def test_the_report_shows_every_figure_on_a_desk_and_on_a_phone(
     bundle: Path, run: Path, browser: Any
 ) -> None:
     for width, scheme in ((1280, "light"), (400, "dark")):
-        page, wrong = _open(browser, (bundle / "report.html").as_uri(), width, color_scheme=scheme)
+        page, wrong = open_page(
+            browser, (bundle / "report.html").as_uri(), width, color_scheme=scheme
+        )
         titles = page.locator("h2").all_inner_texts()
         assert {
             "Gates",
@@ -158,7 +126,7 @@ def test_the_browser_computes_what_was_exported(
     site: str, bundle: Path, photos: Path, browser: Any
 ) -> None:
     """ONNX Runtime Web itself: golden vectors, then photographs, a camera, an invalid file."""
-    page, wrong = _open(browser, site)
+    page, wrong = open_page(browser, site)
     page.wait_for_selector("#parity.good, #parity.bad, #engine.bad", timeout=60_000)
     assert re.match(
         r"\d+ golden vectors passed, worst at \d\.\d\d of its tolerance", page.inner_text("#parity")
@@ -315,7 +283,7 @@ def _served_anyhow(browser: Any, folder: Path) -> tuple[Any, list[str], str]:
     handler.func.log_message = lambda *_: None  # type: ignore[method-assign]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        page, wrong = _open(browser, f"http://127.0.0.1:{server.server_port}/device/web/")
+        page, wrong = open_page(browser, f"http://127.0.0.1:{server.server_port}/device/web/")
         page.wait_for_selector("#parity.good, #parity.bad, #engine.bad", timeout=60_000)
         said = page.inner_text("#parity")
         server.shutdown()
@@ -347,7 +315,7 @@ def test_python_does_what_the_command_line_does(
     assert "all gates passed" in done._repr_html_()
     assert package.verify(done.folder).passed
     assert "data:image" not in (done.folder / "report.html").read_text(), "no photograph leaves"
-    if CHROMIUM:
+    if browser:
         _, wrong, said = _served_anyhow(browser, done.folder)
         assert (wrong, "golden vectors passed" in said) == ([], True)
     assert (

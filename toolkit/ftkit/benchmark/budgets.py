@@ -142,6 +142,27 @@ def measure_here(
     )
 
 
+def conditions_of(
+    models: Sequence[str | Path], options: BenchOptions
+) -> tuple[list[Condition], Path | None]:
+    """Bundles or ONNX files under the first condition of `options`, on frames of the first one's size,
+    and the image for all of them. Raises FtkitError like `find`."""
+    first = find(models[0], options.image, options.frame)
+    provider = options.providers[0]
+    every = [first, *(find(model, options.image) for model in models[1:])]
+    conditions = [
+        Condition(
+            model=str(model.shipped(provider)),
+            provider=provider,
+            threads=options.threads[0] if options.threads else 1,
+            batch=options.batches[0],
+            frame=first.frame,
+        )
+        for model in every
+    ]
+    return conditions, first.image
+
+
 def compare_in_turn(
     candidate: str | Path,
     baseline: str | Path,
@@ -155,26 +176,14 @@ def compare_in_turn(
     `options` on frames of the candidate's size. Two thirds of the time are for the latency. Raises
     FtkitError like `find`.
     """
-    new = find(candidate, options.image, options.frame)
-    old = find(baseline, options.image)
-    provider = options.providers[0]
-    one, other = (
-        Condition(
-            model=str(path),
-            provider=provider,
-            threads=options.threads[0] if options.threads else 1,
-            batch=options.batches[0],
-            frame=new.frame,
-        )
-        for path in (new.shipped(provider), old.shipped(provider))
-    )
+    (one, other), image = conditions_of([candidate, baseline], options)
 
     say("latency, in turn")
     latency = compare_latency(
-        one, other, new.image, tolerance=options.max_slowdown, seconds=options.seconds * 2 / 3
+        one, other, image, tolerance=options.max_slowdown, seconds=options.seconds * 2 / 3
     )
     say("cold starts and memory, in turn")
-    starts = compare_starts(one, other, new.image, seconds=options.seconds / 3)
+    starts = compare_starts(one, other, image, seconds=options.seconds / 3)
     sizes = compare_sizes(*(Path(item.model).stat().st_size for item in (one, other)))
 
     return [latency, *starts, sizes]

@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,18 @@ class Device:
         return [
             (frame, float(p50), float(p95)) for frame, (p50, p95) in zip(frames, times, strict=True)
         ]
+
+    def sustained(self, model: Path, image: Path, condition: Condition, seconds: float) -> Any:
+        """Run the model on the device for `seconds`; as runtime.sustained.windows."""
+        picture = f"image{image.suffix}"
+        _send(self.host, self.folder, {"0.onnx": model, picture: image})
+        job = {
+            "what": "sustained",
+            "conditions": [asdict(replace(condition, model="0.onnx"))],
+            "image": picture,
+            "seconds": seconds,
+        }
+        return self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))
 
     def put_canvases(self, canvases: np.ndarray[Any, Any]) -> None:
         """Send images (n, R, R, 3) uint8 to the device, for `answers`."""

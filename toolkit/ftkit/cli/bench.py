@@ -1,9 +1,8 @@
-"""Commands that evaluate an exported model: eval and bench. Registered in main.py."""
+"""The command `bench`: latency, memory and size, alone and against a baseline."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,177 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ftkit.cli.options import MAX_PIXELS_OPTION, Command
+from ftkit.cli.options import JSON, KEY, Command, echo_for, writable, write_json
 from ftkit.options import BenchOptions
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
-    from ftkit.data.dataset import Labelled
+    from ftkit_export.proof.attribution import Explanation, Profile
+    from ftkit_export.proof.endurance import Course
     from ftkit_export.proof.regression import Comparison
     from ftkit_export.runtime.verify import Outcome
-
-
-def _writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
-    """Check the output path before minutes of measurement, not after."""
-    if path and path != Path("-") and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise FtkitError(
-            f"{path}: expected a file in a folder that is there, found none. Try --json bench.json"
-        )
-    return path
-
-
-JSON = click.option(
-    "--json",
-    "as_json",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    callback=_writable,
-    help="Write all figures to FILE as JSON; - prints them.",
-)
-
-
-KEY = click.option(
-    "--key",
-    type=click.Path(path_type=Path),
-    metavar="PUB",
-    help="Public key that the bundle must be signed with.",
-)
-
-
-@click.command(
-    "eval", cls=Command, short_help="Accuracy on labelled images; compare with a release."
-)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(path_type=Path))
-@click.option(
-    "--against", "old", type=click.Path(path_type=Path), metavar="BUNDLE", help="An older release."
-)
-@click.option(
-    "--max-drop",
-    default=0.01,
-    show_default=True,
-    help="Largest accepted drop in accuracy, as a fraction.",
-)
-@click.option("--provider", default="cpu", show_default=True)
-@click.option(
-    "--group-by",
-    default="",
-    metavar="REGEX",
-    help="Group related images by a pattern in their paths.",
-)
-@MAX_PIXELS_OPTION
-@click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="Folder that paths in a CSV are relative to. [default: the CSV's own]",
-)
-@KEY
-@JSON
-def evaluate(
-    bundle: Path,
-    data: Path,
-    old: Path | None,
-    max_drop: float,
-    provider: str,
-    group_by: str,
-    root: Path | None,
-    key: Path | None,
-    as_json: Path | None,
-) -> None:
-    """Accuracy of BUNDLE's file on labelled images: the test split of DATA, or all of DATA.
-
-    Images that the model was trained on are left out.
-
-    With --against: exit 0 when the accuracy drop is at most --max-drop, 1 when it is larger, 3 when
-    the result is inconclusive.
-    """
-    from ftkit.data.dataset import labelled
-    from ftkit.evaluation.bundle import answers_of, compare_releases, comparison_text
-    from ftkit.utils import console
-    from ftkit_export.bundle.archive import unpacked
-    from ftkit_export.runtime.predict import Classifier
-
-    if not 0 < max_drop < 1:
-        raise FtkitError(
-            f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01"
-        )
-
-    echo = _echo(as_json)
-    bundles = [bundle, old] if old else [bundle]
-    for each in bundles:
-        with unpacked(each, key) as path:
-            Classifier(path)  # a model of another task is refused before its images are
-    images, left_out = _unseen_by_all(bundles, labelled(data, group_by, root), key, echo)
-    if not images:
-        raise FtkitError(
-            f"{data}: expected images that neither bundle was trained on, found none. Try held-out images"
-        )
-
-    answered = []
-    for each in bundles:
-        title = f"{each.name} on {len(images)} images"
-        with unpacked(each, key) as path, console.bar(title) as step:
-            answered.append(answers_of(path, images, provider=provider, step=step))
-
-    new = answered[0]
-    if provider != "cpu":
-        echo(f"{provider}: {new.placement}")
-    for line in new.unreadable:
-        click.echo(f"left out: {line}", err=True)
-
-    told: dict[str, Any] = {
-        "bundle": str(bundle),
-        "metrics": dataclasses.asdict(new.metrics),
-        "left_out": left_out,
-    }
-    if not old:
-        echo(comparison_text(new))
-        write_json(as_json, told)
-        return
-
-    before = answered[1]
-    change = compare_releases(new, before, max_drop=max_drop)
-    echo(comparison_text(new, before, change))
-    told["against"] = {
-        "bundle": str(old),
-        "metrics": dataclasses.asdict(before.metrics),
-        **dataclasses.asdict(change),
-    }
-    write_json(as_json, told)
-    sys.exit({"accepted": 0, "refused": 1}.get(change.verdict, 3))
-
-
-def _unseen_by_all(
-    bundles: Sequence[Path], images: Sequence[Labelled], key: Path | None, echo: Callable[..., None]
-) -> tuple[list[Labelled], dict[str, int | None]]:
-    """Images that no bundle was trained on; and, by bundle, how many it was trained on.
-
-    None for a bundle that does not tell.
-    """
-    from ftkit.evaluation.bundle import require_labels, unseen
-    from ftkit_export.bundle.archive import unpacked
-
-    kept = list(images)
-    left_out: dict[str, int | None] = {}
-    for bundle in bundles:
-        with unpacked(bundle, key) as path:
-            require_labels(path, images)
-            left, seen = unseen(path, images)
-
-        fresh = set(left)
-        kept = [image for image in kept if image in fresh]
-        left_out[str(bundle)] = seen
-
-        if seen is None:
-            click.echo(
-                f"{bundle.name} does not tell what it was trained on: the training images may be among these",
-                err=True,
-            )
-        elif seen:
-            echo(f"left out: {seen} images that {bundle.name} was trained on")
-
-    return kept, left_out
 
 
 @click.command(cls=Command, short_help="Latency, memory, size; compare with a baseline.")
@@ -233,6 +70,24 @@ def _unseen_by_all(
     metavar="USER@HOST",
     help="Measure on this host; USER@HOST:PYTHON names its Python interpreter.",
 )
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Time every operator; with --against, say which are slower even if the gate passes.",
+)
+@click.option(
+    "--sustained",
+    metavar="TIME",
+    help="Run without a pause for 30s, 10m or 1h: warm-up, throttling, sustained latency.",
+)
+@click.option(
+    "--report",
+    "page",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    callback=writable,
+    help="With --profile or --sustained: a page with the chart.",
+)
 @KEY
 @JSON
 @click.pass_context
@@ -246,13 +101,17 @@ def bench(
     batch: str | None,
     save: bool,
     host: str | None,
+    profile: bool,
+    sustained: str | None,
+    page: Path | None,
     key: Path | None,
     as_json: Path | None,
     **given: Any,
 ) -> None:
     """Latency, cold start, memory and size of MODEL: a bundle or any ONNX file.
 
-    Exit 1 when a budget or --against fails, 3 when the result is inconclusive.
+    When --against finds it slower, the operators that make it so are named. Exit 1 when a budget or
+    --against fails, 3 when the result is inconclusive.
     """
     from ftkit.benchmark import budgets as judging
     from ftkit.benchmark import history
@@ -260,7 +119,7 @@ def bench(
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.session import parse_providers
 
-    echo = _echo(as_json)
+    echo = echo_for(as_json)
     limits = judging.parse_budgets(budgets)
     options = BenchOptions(
         providers=parse_providers(providers),
@@ -268,25 +127,37 @@ def bench(
         batches=_numbers("--batch", batch or "") or [0],
         **given,
     )
-    table = bool(host or limits or save or not options.against)
+    course = bool(sustained)
+    table = not (profile or course) and bool(host or limits or save or not options.against)
+    table = table or bool(profile and (limits or save))
     _check(ctx, options, host, table)
+    _check_courses(ctx, options, host, profile, sustained, page)
 
     with ExitStack() as stack:
         path = stack.enter_context(unpacked(model, key))
         say = stack.enter_context(console.note())
-        if host:
+        if sustained:
+            measured = _sustained(stack, path, options, host, limits, sustained, key)
+        elif host:
             measured = _measure_there(host, path, options, say)
+        elif profile and not options.against:
+            measured = _profiled(path, options, table, say)
         elif not options.against:
             measured = BenchResult(figures=judging.measure_here(path, options, say=say))
         elif _is_stored(options.against):
             measured = _against_stored(path, options, table, say)
         else:
             baseline = stack.enter_context(unpacked(options.against, key))
-            measured = _against_file(path, baseline, options, table, say)
+            measured = _against_file(path, baseline, options, table, say, profile=profile)
 
     outcomes = _tell(echo, measured, limits)
     if measured.frame and not table:
         echo(f"{console.frames(measured.frame)}, decoding apart")
+    if page:
+        from ftkit.report.bench_page import write_bench_page
+
+        write_bench_page(page, model.name, measured.found)
+        echo(f"report: {page}")
     if save:
         echo(f"saved: {history.append_measurement(measured.figures, Path.cwd())}")
 
@@ -304,12 +175,16 @@ class BenchResult:
     """Result of one `ftkit bench` call.
 
     figures: output of --json; without the tables' figures when only the gate was requested.
-    verdicts: of the regression gate. frame: frame size that the gate compared at.
+    verdicts: of the regression gate. frame: frame size that the gate compared at. found: what was
+    profiled, explained or sustained; text: the same for people; outcomes: its own verdicts.
     """
 
     figures: dict[str, Any]
     verdicts: Sequence[Comparison] = ()
     frame: str = ""
+    found: Profile | Explanation | Course | None = None
+    text: str = ""
+    outcomes: Sequence[Outcome] = ()
 
 
 def _measure_there(
@@ -366,22 +241,93 @@ def _against_stored(
 
 
 def _against_file(
-    path: Path, baseline: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
+    path: Path,
+    baseline: Path,
+    options: BenchOptions,
+    table: bool,
+    say: Callable[[str], object],
+    *,
+    profile: bool,
 ) -> BenchResult:
     """Run the regression gate with candidate and baseline in the same processes.
 
-    table: measure the full tables too.
+    table: measure the full tables too. profile: explain the difference even if the gate passes.
     """
     from ftkit.benchmark.budgets import compare_in_turn
+    from ftkit.benchmark.why import causes_text, explain_files
     from ftkit_export.runtime.measure import find
+    from ftkit_export.runtime.session import PROVIDERS
 
     figures = _figures(path, options, table, say)
     verdicts = compare_in_turn(path, baseline, options, say=say)
-
-    return BenchResult(
+    measured = BenchResult(
         figures={**figures, **_fingerprints(path, find(baseline).fingerprint)},
         verdicts=verdicts,
         frame=find(path, options.image, options.frame).frame,
+    )
+    slower = verdicts[0].verdict == "failed" and not PROVIDERS[options.providers[0]].gpu
+    if not (profile or slower):
+        return measured
+    say("operators, in turn")
+    found = explain_files(path, baseline, options)
+    return dataclasses.replace(
+        measured,
+        figures={**measured.figures, "why": dataclasses.asdict(found)},
+        found=found,
+        text=causes_text(found),
+    )
+
+
+def _profiled(
+    path: Path, options: BenchOptions, table: bool, say: Callable[[str], object]
+) -> BenchResult:
+    """Time each operator of a file. table: measure the full tables too."""
+    from ftkit.benchmark.why import profile_file, profile_text
+
+    figures = _figures(path, options, table, say)
+    say("operators")
+    found = profile_file(path, options)
+    told = {**figures, "profile": dataclasses.asdict(found)}
+    return BenchResult(figures=told, found=found, text=profile_text(found))
+
+
+def _sustained(
+    stack: ExitStack,
+    path: Path,
+    options: BenchOptions,
+    host: str | None,
+    limits: Mapping[str, float],
+    duration: str,
+    key: Path | None,
+) -> BenchResult:
+    """Run a file without a pause, and judge what it settles at."""
+    from ftkit.benchmark import endurance
+    from ftkit.benchmark.budgets import as_budgets
+    from ftkit.utils import console
+    from ftkit_export.bundle.archive import unpacked
+    from ftkit_export.runtime.latency import machine
+
+    seconds = endurance.parse_duration(duration)
+    if options.against:
+        baseline = stack.enter_context(unpacked(options.against, key))
+        options = dataclasses.replace(options, against=baseline)
+    endurance.require_judged(limits)
+    with console.note() as say:
+        say(f"without a pause for {duration}")
+        course = endurance.sustained(path, options, seconds, host=host)
+    judged = endurance.judge_course(course, limits)
+    text = [endurance.course_text(course), *[as_budgets(judged)] * bool(judged)]
+    figures = {"sustained": endurance.as_json(course)}
+    if not host:
+        figures["machine"] = machine()
+    return BenchResult(
+        figures=figures,
+        found=course,
+        text="\n".join(text),
+        outcomes=[
+            *(item.verdict for item in judged),
+            *filter(None, [course.verdict]),
+        ],
     )
 
 
@@ -436,7 +382,9 @@ def _tell(
         outcomes += [item.verdict for item in measured.verdicts]
         told["against"] = [dataclasses.asdict(item) for item in measured.verdicts]
 
-    return outcomes
+    if measured.text:
+        echo(measured.text)
+    return [*outcomes, *measured.outcomes]
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -497,16 +445,33 @@ def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:
         raise FtkitError(f"{option}: expected no such option with {why}, found one. Leave it out")
 
 
-def _echo(as_json: Path | None) -> Callable[..., None]:
-    """Print to standard output, or to standard error when the JSON goes to standard output."""
-    return partial(click.echo, err=as_json == Path("-"))
-
-
-def write_json(path: Path | None, told: object) -> None:
-    text = json.dumps(told, indent=1, default=str) + "\n"
-    if path == Path("-"):
-        click.echo(text, nl=False)
-    elif path:
-        from ftkit_export.runtime.files import write_atomically
-
-        write_atomically(path, text.encode())
+def _check_courses(
+    ctx: click.Context,
+    options: BenchOptions,
+    host: str | None,
+    profile: bool,
+    sustained: str | None,
+    page: Path | None,
+) -> None:
+    """The same for --profile, --sustained and --report."""
+    stored = bool(options.against) and _is_stored(options.against or "")
+    _refuse(ctx, "--sustained", bool(sustained), "profile", "quick", "save", "seconds")
+    _refuse(ctx, "--profile without --budget or --save", profile and not options.against, "quick")
+    if profile and (host or stored):
+        raise FtkitError(
+            "--profile: expected a file here, and with --against another file, found --ssh or the JSON of an earlier "
+            "bench. Leave out one of them"
+        )
+    if sustained and (stored or (host and options.against)):
+        raise FtkitError(
+            "--sustained: expected with --against a file to run in turn here, found the JSON of an earlier bench, or "
+            "--ssh. Leave out one of them"
+        )
+    if page and not (profile or sustained or options.against):
+        raise FtkitError(
+            "--report: expected --profile or --sustained with it, found neither. Try --profile"
+        )
+    if (profile or sustained) and options.several:
+        raise FtkitError(
+            "--profile, --sustained: expected one provider, number of threads and batch, found several. Try one"
+        )

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import click
 
-from ftkit.cli.bench import JSON, KEY, write_json
-from ftkit.cli.options import MAX_PIXELS_OPTION, Command
+from ftkit.cli.options import JSON, KEY, MAX_PIXELS_OPTION, Command, write_json
 from ftkit_export.runtime.files import write_atomically
 
 GROUP_BY = click.option(

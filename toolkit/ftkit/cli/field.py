@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ftkit.cli.bench import JSON, KEY, write_json
-from ftkit.cli.options import SIGN, Command
+from ftkit.cli.options import JSON, KEY, SIGN, Command, write_json
 
 if TYPE_CHECKING:
     from ftkit.field.review import Picture

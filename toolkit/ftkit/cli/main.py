@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ftkit import __version__, api
-from ftkit.cli.bench import KEY, bench, evaluate
+from ftkit.cli.bench import bench
 from ftkit.cli.data import (
     ADD,
     GROUP_BY,
@@ -30,9 +30,10 @@ from ftkit.cli.data import (
     report,
     try_bundle,
 )
+from ftkit.cli.evaluate import evaluate
 from ftkit.cli.field import delta, drift, enroll, review, shadow
 from ftkit.cli.gpus import DEVICE, GPUS, launch_again, require_gpus
-from ftkit.cli.options import MAX_PIXELS_OPTION, SIGN, Command
+from ftkit.cli.options import KEY, MAX_PIXELS_OPTION, SIGN, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
 from ftkit.utils.errors import ToldElsewhereError

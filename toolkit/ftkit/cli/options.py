@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
 
-from ftkit_export.runtime.errors import LIKE
+from ftkit_export.runtime.errors import LIKE, FtkitError
 
 # Options of other tools -> their equivalents here.
 ELSEWHERE = {
@@ -94,3 +97,45 @@ MAX_PIXELS_OPTION = click.option(
 SIGN = click.option(
     "--sign", type=click.Path(path_type=Path), metavar="KEY", help="Ed25519 private key (PEM)."
 )
+
+
+def writable(_: click.Context, __: click.Parameter, path: Path | None) -> Path | None:
+    """Check the output path before minutes of measurement, not after."""
+    if path and path != Path("-") and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise FtkitError(
+            f"{path}: expected a file in a folder that is there, found none. Try --json bench.json"
+        )
+    return path
+
+
+JSON = click.option(
+    "--json",
+    "as_json",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    callback=writable,
+    help="Write all figures to FILE as JSON; - prints them.",
+)
+
+
+KEY = click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    metavar="PUB",
+    help="Public key that the bundle must be signed with.",
+)
+
+
+def echo_for(as_json: Path | None) -> Callable[..., None]:
+    """Print to standard output, or to standard error when the JSON goes to standard output."""
+    return partial(click.echo, err=as_json == Path("-"))
+
+
+def write_json(path: Path | None, told: object) -> None:
+    text = json.dumps(told, indent=1, default=str) + "\n"
+    if path == Path("-"):
+        click.echo(text, nl=False)
+    elif path:
+        from ftkit_export.runtime.files import write_atomically
+
+        write_atomically(path, text.encode())

@@ -39,7 +39,7 @@ from ftkit.data.table import (
     read_table,
 )
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.groups import group_names
 from ftkit_export.runtime.preprocess import SUFFIXES
 from ftkit_export.runtime.readout import Task
@@ -316,21 +316,37 @@ def _with_more_targets(images: Images, path: Path, table: Table) -> Images:
 
 
 class Labelled(NamedTuple):
-    """An image to evaluate, with the names of its class and group ("" for none)."""
+    """An image to evaluate: its class ("" with targets) and its group ("" for none). targets: of the
+    other tasks, in the order asked for; NaN where one is not known."""
 
     path: Path
     label: str
     group: str
+    targets: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a model answers: its task, and the names and units of its labels or quantities."""
+
+    task: Task = "single-label"
+    names: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
 
 
 def labelled(
-    data: str | Path, group_by: str = "", root: str | Path | None = None
+    data: str | Path,
+    group_by: str = "",
+    root: str | Path | None = None,
+    asked: Asked | None = None,
 ) -> list[Labelled]:
     """Images for evaluation only: the test split if one is given, else all of them.
 
-    group_by, root: as in read_images. Raises FtkitError as read_images, but accepts a single image.
+    group_by, root: as in read_images. asked: of other tasks, the labels or quantities to judge; what the
+    data does not name is not known. Raises FtkitError as read_images, but accepts a single image.
     """
-    root, table = _table(Path(data), Path(root) if root else None, group_by, "single-label")
+    asked = asked or Asked()
+    root, table = _table(Path(data), Path(root) if root else None, group_by, asked.task)
     rows = table.rows
     chosen = [row for row in rows if row.split == "test"] or [row for row in rows if not row.split]
     if not chosen:
@@ -338,8 +354,36 @@ def labelled(
             f"{root}: expected a test split, found train and val only. Try a folder of held-out images"
         )
 
-    images = [Labelled(row.path, row.label, row.group) for row in chosen]
+    places = _places(Path(data), table, asked)
+    images = [
+        Labelled(
+            row.path,
+            row.label,
+            row.group,
+            tuple(np.nan if place is None else row.targets[place] for place in places),
+        )
+        for row in chosen
+    ]
     return sorted(images, key=lambda image: natural(image.path.as_posix()))
+
+
+def _places(data: Path, table: Table, asked: Asked) -> list[int | None]:
+    """Where the table has each label or quantity that is asked for. Raises FtkitError for others, and for
+    other units."""
+    if asked.task == "single-label":
+        return []
+    known = dict(zip(asked.names, asked.units, strict=True))
+    for name, unit in zip(table.names, table.units, strict=True):
+        if name not in known:
+            raise FtkitError(
+                f"{data}: expected what the model answers, {choices(name, asked.names)}"
+            )
+        if unit != known[name]:
+            raise FtkitError(
+                f"{data}: expected {name!r} in {known[name] or 'no unit'} as the model answers it, found it in "
+                f"{unit or 'no unit'}. Convert it"
+            )
+    return [table.names.index(name) if name in table.names else None for name in asked.names]
 
 
 def as_csv(rows: Iterable[tuple[Image, str]], images: Images) -> bytes:

@@ -27,12 +27,12 @@ POINTS = 500  # of the residual chart
 DIGITS = 7  # of the logits that run.json keeps
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same, with None for numbers that JSON does not have: what the images do not define."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -45,7 +45,7 @@ def metrics_of(
     else:
         assert isinstance(readout, Values)
         found = asdict(evaluate_values(readout, logits, targets, names, groups))
-    cleaned: dict[str, Any] = _finite(found)
+    cleaned: dict[str, Any] = finite(found)
     return cleaned
 
 
@@ -158,13 +158,14 @@ def _far_values(
         mistakes.append(
             {
                 "row": int(outputs.rows["test"][image]),
-                "class": _with_unit(name, float(true[image, quantity]), unit),
-                "said": _with_unit(name, float(said[image, quantity]), unit),
+                "class": with_unit(name, float(true[image, quantity]), unit),
+                "said": with_unit(name, float(said[image, quantity]), unit),
                 "error": float(errors[image, quantity]),
             }
         )
     return mistakes
 
 
-def _with_unit(name: str, value: float, unit: str) -> str:
+def with_unit(name: str, value: float, unit: str) -> str:
+    """A value in words: "width 3.2 mm"."""
     return f"{name} {value:.3g}{unit and ' '}{unit}"

@@ -509,7 +509,7 @@ def _finish_files(job: Job, chosen: Row, paths: Forms) -> Forms:
         for licence in job.canvases.images.root.glob("LICEN[CS]E*"):  # travels with the images
             shutil.copyfile(licence, folder / "golden" / licence.name)
 
-    add_runners(folder, cpp=job.run.task is SINGLE_LABEL)
+    add_runners(folder)
     _add_extras(folder, job.core.model, job.context, job.run.classes, job.extras)
     return {**paths, chosen.name: (folder / "model.onnx", paths[chosen.name][1])}
 
@@ -663,13 +663,10 @@ def _measured(
 def _require_extras(extras: Extras, limits: Export, task: Task) -> None:
     """Raise FtkitError early for options that would otherwise fail only at the end."""
     task.require_export(limits)
-    if task is not SINGLE_LABEL:
-        for name in ("c", "web", "handoff"):
-            if getattr(extras, name):
-                raise FtkitError(
-                    f"--{name}: expected a single-label run, found a {task.name} one, for which it is not made. "
-                    "Leave it out"
-                )
+    if extras.handoff and task is not SINGLE_LABEL:
+        raise FtkitError(
+            f"--handoff: expected a single-label run, found a {task.name} one, for which it is not made. Leave it out"
+        )
     if extras.sign:
         archive.require_key(extras.sign)
     if extras.c:
@@ -688,15 +685,14 @@ def _add_extras(
     extras: Extras,
 ) -> None:
     if extras.c:
-        assert isinstance(context.readout, OneClass)  # _require_extras refused others
         with console.bar("plain C"):
             plain_c.write_c(
                 folder / "device" / "c",
                 core,
                 context.preprocess,
                 classes,
-                temperature=context.readout.temperature,
-                threshold=float(context.metadata["abstain_threshold"]),
+                context.readout,
+                threshold=float(context.metadata.get("abstain_threshold", 0)),
                 input_format=context.limits.input_format,
             )
 

@@ -26,7 +26,7 @@ from typing import Any
 from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish
 from ftkit.utils.local_server import listening, names_this_machine
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.predict import load_model
 from ftkit_export.runtime.verify import read_manifest
 
 VERSION = "1.30.0"
@@ -128,7 +128,7 @@ def _unpack(package: Path, folder: Path) -> None:
 def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
     """Write the page, the runtime's `files` and model.json into `folder`.
 
-    folder: by default the bundle's device/web. model.json: name, labels, input_format,
+    folder: by default the bundle's device/web. model.json: name, labels, readout, input_format,
     abstain_threshold, out_of_domain, as in the file's metadata, which a browser cannot read.
     """
     folder = folder or bundle / PAGE
@@ -140,14 +140,15 @@ def add_page(bundle: Path, files: Path, folder: Path | None = None) -> None:
     for name in FILES:
         shutil.copyfile(files / name, folder / name)
 
-    classify = Classifier(bundle)
-    metadata: dict[str, Any] = classify.session.metadata
+    model = load_model(bundle)
+    metadata: dict[str, Any] = model.session.metadata
     domain = metadata.get("out_of_domain")
     told = {
         "name": json.loads(metadata.get("recipe", "{}")).get("name", bundle.name),
-        "labels": classify.labels,
-        "input_format": classify.input_format,
-        "abstain_threshold": classify.threshold,
+        "labels": model.labels,
+        "readout": model.readout.as_json(),
+        "input_format": model.input_format,
+        "abstain_threshold": float(metadata.get("abstain_threshold", 0)),
         "out_of_domain": json.loads(domain) if domain else None,
     }
     (folder / "model.json").write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")

@@ -22,6 +22,7 @@ LEFT = 46
 RIGHT = 12
 TOP = 12
 BOTTOM = 36
+LONGEST = 64  # characters of a name
 ChartSeries = tuple[str, str, Sequence[float]]  # name, colour variable, values
 
 
@@ -200,6 +201,47 @@ def lengths(title: str, rows: Sequence[tuple[str, float, str]], most: float = 1.
         )
 
     return figure(title, "".join(parts), "", 12 + 30 * len(rows))
+
+
+def places(title: str, rows: Sequence[tuple[str, float, str]], most: float) -> Markup:
+    """Horizontal bars under their names, which may be long: (name, value from 0 to `most`, text)."""
+    parts = []
+    for i, (name, value, text) in enumerate(rows):
+        y = 4 + i * 36
+        wide = (WIDTH - 190) * min(max(value / most, 0.0), 1.0)
+        short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+        parts.append(
+            f'<text class="strong" x="0" y="{y + 11}">{escape(short)}<title>{escape(name)}</title></text>'
+            f'<rect x="0" y="{y + 15}" width="{wide:.1f}" height="12" fill="var(--one)"/>'
+            f'<text x="{6 + wide:.1f}" y="{y + 25}">{escape(text)}</text>'
+        )
+    return figure(title, "".join(parts), "", 8 + 36 * len(rows))
+
+
+def course(
+    title: str,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    unit: str,
+    marks: Sequence[tuple[float, str]] = (),
+) -> Markup:
+    """Values over seconds. marks: (second, name), drawn as vertical lines."""
+    room = (max(ys) - min(ys)) * 0.1 or abs(max(ys)) * 0.1 or 1.0
+    ends = (min(ys) - room, max(ys) + room)
+    x, y = scales((0.0, xs[-1]), ends)
+    path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in zip(xs, ys, strict=True))
+    parts = [
+        axes((0.0, xs[-1]), ends, "seconds", unit),
+        f'<polyline points="{path}" fill="none" stroke="var(--one)" stroke-width="1.5"/>',
+    ]
+    for at, name in marks:
+        side = "end" if at > 0.7 * xs[-1] else "start"
+        parts.append(
+            f'<line x1="{x(at):.1f}" x2="{x(at):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="var(--two)" '
+            f'stroke-dasharray="4 3"/><text x="{x(at) + (4 if side == "start" else -4):.1f}" y="{TOP + 12}" '
+            f'text-anchor="{side}">{escape(name)}</text>'
+        )
+    return figure(title, "".join(parts))
 
 
 def reliability_chart(title: str, bins_by_name: Mapping[str, Sequence[Sequence[float]]]) -> Markup:

@@ -103,6 +103,10 @@ class Task(ABC):
     ) -> Comparison:
         """What is lost from logits `before` to `after`, (n, K)."""
 
+    def part(self, place: int) -> Task:
+        """The task of one label or quantity alone."""
+        return self
+
     @abstractmethod
     def limit(self, export: Export) -> float:
         """What may be lost: a fraction."""
@@ -325,6 +329,14 @@ class Regression(Task):
     def size(self) -> float:
         """As Task.size: the spread of the one quantity; figures of several are in spreads."""
         return self.spreads[0] if len(self.spreads) == 1 else 1.0
+
+    def part(self, place: int) -> Task:
+        """As Task.part."""
+        return Regression(
+            means=self.means[place : place + 1],
+            spreads=self.spreads[place : place + 1],
+            units=self.units[place : place + 1],
+        )
 
     def targets(self, canvases: Canvases) -> torch.Tensor:
         """As Task.targets: standardised."""

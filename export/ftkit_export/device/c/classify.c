@@ -1,6 +1,6 @@
 /* Classify images in plain C, without any runtime, or prove that it works here. For Linux-class processors.
  *
- *   classify IMAGE.ppm...                 class and probability of each image (binary PPM, any size)
+ *   classify IMAGE.ppm...                 what the model says of each image (binary PPM, any size)
  *   classify --raw ROWS COLUMNS FILE...   the same of raw frames, in the format the model was exported for
  *   classify --self-check                 replay the golden vectors, time the model; exit 0 or 1
  *
@@ -179,11 +179,31 @@ static void answer(const char *name, Image image) {
   preprocess(image, pixels);
   free(image.rgb);
   model(pixels, logits, embedding);
+#if TASK == ONE_CLASS
   int best = 0;
   double total = 0;
   for (int c = 1; c < CLASSES; ++c) if (logits[0][c] > logits[0][best]) best = c;
   for (int c = 0; c < CLASSES; ++c) total += exp((logits[0][c] - logits[0][best]) / TEMPERATURE);
   printf("%s  %s  %.3f%s\n", name, LABELS[best], 1 / total, 1 / total < THRESHOLD ? "  doubtful" : "");
+#elif TASK == SEVERAL_LABELS
+  const char *before = "  ";
+  printf("%s", name);
+  for (int c = 0; c < CLASSES; ++c) {
+    double probability = 1 / (1 + exp(-logits[0][c] / TEMPERATURES[c]));
+    if (probability < THRESHOLDS[c]) continue;
+    printf("%s%s %.3f", before, LABELS[c], probability);
+    before = ", ";
+  }
+  printf("%s\n", *before == ' ' ? "  none" : "");
+#else
+  printf("%s", name);
+  for (int c = 0; c < CLASSES; ++c) {
+    double value = logits[0][c] * SPREADS[c] + MEANS[c];
+    printf("%s%s %.4g [%.4g, %.4g]%s%s", c ? ", " : "  ", LABELS[c], value, value - MARGINS[c], value + MARGINS[c],
+           *UNITS[c] ? " " : "", UNITS[c]);
+  }
+  printf("\n");
+#endif
 }
 
 static int earlier(const void *a, const void *b) { return (*(double *)a > *(double *)b) - (*(double *)a < *(double *)b); }

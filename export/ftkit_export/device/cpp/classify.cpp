@@ -1,6 +1,6 @@
 // Classify images with model.onnx, or prove that it works here. ONNX Runtime and C++17, nothing else.
 //
-//   classify IMAGE.ppm...                 class and probability of each image (binary PPM, any size)
+//   classify IMAGE.ppm...                 what the model says of each image (binary PPM, any size)
 //   classify --raw ROWS COLUMNS FILE...   the same of raw frames, in the format the model was exported for
 //   classify ... --keep DIR               also collect pictures worth labelling, and a log for `ftkit drift`
 //   classify --self-check                 replay the golden frames, time the model; exit 0 or 1
@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "collect.hpp"
+#include "readout.hpp"
 
 namespace fs = std::filesystem;
 
@@ -69,9 +70,10 @@ static Frame read_ppm(const fs::path& path) {
 class Model {
  public:
   explicit Model(const fs::path& bundle)
-      : session_(environment_, (bundle / "model.onnx").c_str(), options()), channels(image_channels()) {
+      : session_(environment_, (bundle / "model.onnx").c_str(), options()), channels(image_channels()), readout(metadata("readout", "")) {
     std::ifstream names(bundle / "labels.txt");
     for (std::string line; std::getline(names, line);) labels.push_back(line);
+    readout.require(labels.size());
     threshold = std::stod(metadata("abstain_threshold", "0"));
     format = metadata("input_format", "rgb");
     familiar = Familiar(metadata("out_of_domain", ""));
@@ -81,7 +83,7 @@ class Model {
   std::vector<float> run(Frame& frame, std::vector<float>* embedding = nullptr) {
     const int64_t shape[] = {1, frame.rows, frame.columns, frame.channels};
     auto input = Ort::Value::CreateTensor<uint8_t>(memory_, frame.bytes.data(), frame.bytes.size(), shape, 4);
-    const char *in[] = {"image"}, *out[] = {"probabilities", "embedding"};
+    const char *in[] = {"image"}, *out[] = {readout.output(), "embedding"};
     auto found = session_.Run(Ort::RunOptions{nullptr}, in, &input, 1, out, embedding ? 2 : 1);
     auto values = [&](size_t output) {
       const float* first = found[output].GetTensorData<float>();
@@ -110,6 +112,7 @@ class Model {
 
  public:
   int64_t channels;
+  Readout readout;
   std::vector<std::string> labels;
   double threshold = 0;
   std::string format;
@@ -119,15 +122,19 @@ class Model {
 static void print_answer(const std::string& name, Model& model, Frame frame, Collector* collector) {
   std::vector<float> embedding;
   const auto found = model.run(frame, &embedding);
-  const size_t best = std::max_element(found.begin(), found.end()) - found.begin();
   Sighting sighting;
-  sighting.label = model.labels.at(best);
-  sighting.probability = found[best];
-  sighting.doubtful = found[best] < model.threshold;
   if (model.familiar.known()) {
     sighting.score = model.familiar.score(embedding.data(), embedding.size(), sighting.coordinates);
     sighting.foreign = sighting.score > model.familiar.threshold();
   }
+  if (model.readout.task != Readout::kClass) {
+    std::printf("%s  %s%s\n", name.c_str(), model.readout.text(model.labels, found).c_str(), sighting.foreign ? "  foreign" : "");
+    return;
+  }
+  const size_t best = std::max_element(found.begin(), found.end()) - found.begin();
+  sighting.label = model.labels.at(best);
+  sighting.probability = found[best];
+  sighting.doubtful = found[best] < model.threshold;
   std::printf("%s  %s  %.3f%s\n", name.c_str(), sighting.label.c_str(), found[best],
               sighting.foreign ? "  foreign" : sighting.doubtful ? "  doubtful" : "");
   if (!collector) return;
@@ -169,7 +176,7 @@ static int self_check(Model& model, const fs::path& bundle) {
     Frame frame = read_raw(folder / file, rows, columns, channels);
     const auto found = model.run(frame);
     for (size_t c = 0; c < classes; ++c) {
-      const double apart = std::fabs(double(found.at(c)) - expected[i * classes + c]) / limit;
+      const double apart = std::fabs(double(found.at(c)) - expected[i * classes + c]) / model.readout.unit(c) / limit;
       worst = std::isnan(apart) ? INFINITY : std::max(worst, apart);
     }
     if (i == 0) first = frame;
@@ -183,7 +190,7 @@ static int self_check(Model& model, const fs::path& bundle) {
   }
   std::sort(times.begin(), times.end());
   const bool passed = worst <= 1;
-  std::printf("probabilities %s: %zu golden frames, worst at %.2f of its tolerance\n", passed ? "ok" : "FAILED", images, worst);
+  std::printf("%-13s %s: %zu golden frames, worst at %.2f of its tolerance\n", model.readout.output(), passed ? "ok" : "FAILED", images, worst);
   std::printf("latency       p50 %.1f ms, p95 %.1f ms (1 thread)\n", times[25], times[47]);
   std::printf("self-check %s\n", passed ? "passed" : "FAILED");
   return passed ? 0 : 1;
@@ -216,6 +223,8 @@ int main(int count, char** arguments) {
     if (files.empty() && !check) throw std::runtime_error("expected images or --self-check, found neither");
     Model model(bundle);
     if (check) return self_check(model, bundle);
+    if (!keep.empty() && model.readout.task != Readout::kClass)
+      throw std::runtime_error("--keep: expected a single-label bundle, found another one. Leave it out");
     if (!raw && model.format != "rgb")
       throw std::runtime_error("expected raw " + model.format + " frames, found images. Try --raw ROWS COLUMNS FILE");
     std::unique_ptr<Collector> collector;

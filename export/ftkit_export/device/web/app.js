@@ -9,6 +9,7 @@ const read = async (path, how) => {
   return answer[how]();
 };
 
+const OUTPUTS = { "single-label": "classes", "multi-label": "labels", regression: "quantities" };
 let session, ort, model, familiar, busy = false, stream = null;
 
 function half(bits) { // IEEE 754 binary16 -> number
@@ -32,19 +33,21 @@ const dot = (a, b) => { let sum = 0; for (let i = 0; i < a.length; i++) sum += a
 function foreignness(embedding) { // as ftkit_export.runtime.out_of_distribution: squared distance to the nearest class mean
   const length = Math.max(Math.sqrt(dot(embedding, embedding)), 1e-12);
   const unit = Float64Array.from(embedding, (value) => value / length);
-  const distances = familiar.means.map((mean) => {
+  const distances = familiar.means.map((mean, number) => {
     const apart = unit.map((value, i) => value - mean[i]);
     let found = dot(apart, apart) / familiar.rest;
     familiar.directions.forEach((axis, k) => { found -= familiar.weights[k] * dot(apart, axis) ** 2; });
-    return found;
+    return found / (familiar.spreads?.[number] ?? 1); // a class that was enrolled has its own
   });
   return Math.min(...distances) / embedding.length;
 }
 
+const valued = () => model.readout.task === "regression";
+
 async function run(frame, shape) {
   const begun = performance.now();
   const found = await session.run({ image: new ort.Tensor("uint8", frame, [1, ...shape]) });
-  const answer = { probabilities: found.probabilities.data, embedding: found.embedding.data };
+  const answer = { answers: found[valued() ? "values" : "probabilities"].data, embedding: found.embedding.data };
   return { ...answer, ms: performance.now() - begun };
 }
 
@@ -56,10 +59,10 @@ async function replay() { // golden/raw, as ftkit_export.proof.golden wrote it
   for (let i = 0; i < count; i++) {
     const [file, rows, columns, limit] = lines[i];
     const frame = new Uint8Array(await read(`golden/raw/${file}`, "arrayBuffer"));
-    const { probabilities } = await run(frame, [Number(rows), Number(columns), channels]);
+    const { answers } = await run(frame, [Number(rows), Number(columns), channels]);
     let apart = 0;
     for (let j = 0; j < classes; j++) {
-      const gap = Math.abs(probabilities[j] - expected[i * classes + j]);
+      const gap = Math.abs(answers[j] - expected[i * classes + j]) / (valued() ? model.readout.spreads[j] : 1);
       apart = gap <= apart ? apart : gap; // NaN stays
     }
     if (!(apart <= Number(limit))) failed++;
@@ -86,8 +89,9 @@ async function start() {
     ...model.out_of_domain, means: unpacked(model.out_of_domain.means),
     directions: model.out_of_domain.directions.shape[0] ? unpacked(model.out_of_domain.directions) : [],
     weights: unpacked(model.out_of_domain.weights)[0],
+    spreads: model.out_of_domain.spreads && unpacked(model.out_of_domain.spreads)[0],
   };
-  at("title").textContent = `${model.name}: ${model.labels.length} classes`;
+  at("title").textContent = `${model.name}: ${model.labels.length} ${OUTPUTS[model.readout.task]}`;
   const tried = navigator.gpu && (await navigator.gpu.requestAdapter()) ? ["webgpu", "wasm"] : ["wasm"];
   let found, why = "";
   for (const provider of tried) {
@@ -175,29 +179,51 @@ async function classify(blob) {
   busy = false;
 }
 
-function show({ probabilities, embedding, ms }, width, height) {
-  const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
-  const top = probabilities[order[0]], strange = familiar && foreignness(embedding) > familiar.threshold;
-  const doubtful = top < model.abstain_threshold;
+function show({ answers, embedding, ms }, width, height) {
+  const strange = familiar && foreignness(embedding) > familiar.threshold;
+  const { said, label, doubtful, bars } = READ[model.readout.task](answers);
   const remark = strange ? " – foreign: unlike the images it was trained on"
     : doubtful ? ` – doubtful: below ${model.abstain_threshold.toFixed(2)}` : "";
-  at("verdict").textContent = `${model.labels[order[0]]} ${top.toFixed(3)}${remark}`;
+  at("verdict").textContent = `${said}${remark}`;
   at("verdict").className = remark ? "warn" : "good";
-  at("verdict").dataset.label = model.labels[order[0]];
+  at("verdict").dataset.label = label;
   at("verdict").dataset.remark = strange ? "foreign" : doubtful ? "doubtful" : "";
-  at("bars").replaceChildren(...order.slice(0, 10).map((label) => {
+  at("bars").replaceChildren(...bars.slice(0, MOST_BARS).map(([name, share]) => {
     const item = document.createElement("li"), track = document.createElement("div"), fill = document.createElement("div");
     const value = document.createElement("span");
-    value.textContent = probabilities[label].toFixed(3);
+    value.textContent = share.toFixed(3);
     track.className = "track";
     fill.className = "fill";
-    fill.style.width = `${100 * probabilities[label]}%`;
+    fill.style.width = `${100 * share}%`;
     track.append(fill);
-    item.append(value, model.labels[label], track);
+    item.append(value, name, track);
     return item;
   }));
   at("latency").textContent = `${ms.toFixed(1)} ms for ${width} x ${height} pixels, preprocessing included`;
 }
+
+const MOST_BARS = 10;
+const byValue = (answers) => [...answers.keys()].sort((a, b) => answers[b] - answers[a]);
+const shares = (answers) => byValue(answers).map((place) => [model.labels[place], answers[place]]);
+const READ = { // by task: what is said, its name alone, and a bar for each share
+  "single-label": (answers) => {
+    const best = byValue(answers)[0], top = answers[best];
+    return { said: `${model.labels[best]} ${top.toFixed(3)}`, label: model.labels[best],
+      doubtful: top < model.abstain_threshold, bars: shares(answers) };
+  },
+  "multi-label": (answers) => {
+    const apply = model.labels.map((_, place) => place).filter((place) => answers[place] >= model.readout.thresholds[place]);
+    return { said: apply.map((place) => `${model.labels[place]} ${answers[place].toFixed(3)}`).join(", ") || "none",
+      label: apply.map((place) => model.labels[place]).join(", "), bars: shares(answers) };
+  },
+  regression: (answers) => {
+    const { margins, units, share } = model.readout, short = (value) => String(Number(value.toPrecision(4)));
+    const each = model.labels.map((name, place) => `${name} ${short(answers[place])} `
+      + `[${short(answers[place] - margins[place])}, ${short(answers[place] + margins[place])}] ${units[place]}`.trim());
+    return { said: `${each.join(", ")} (in brackets: what holds ${Math.round(100 * share)} % of the true values)`,
+      label: model.labels.join(", "), bars: [] };
+  },
+};
 
 async function camera() {
   if (stream) {

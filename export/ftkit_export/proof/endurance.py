@@ -1,0 +1,236 @@
+"""Does a model keep its speed? Warm-up told from throttling, throttling from a regression.
+
+    course = run_on(Condition(model="model.onnx"), image="photo.png", seconds=600)
+    course.throttled_s, course.sustained.p50_ms, course.why
+
+The course is cut into stretches of even speed: binary segmentation of the windows' mean times, a cut
+kept where both sides differ by 5 % and by far more than their noise. A first stretch that is slower
+than what follows is warm-up. Throttling begins with the first stretch from which on the model stays
+10 % slower than at its fastest. A baseline, run in turn with the model, throttles alike: so its own
+course tells of the machine, and the ratio of both tells of the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import Condition, in_child
+from ftkit_export.runtime.verify import Outcome
+
+LEAST_STEP = 0.05  # between stretches: a smaller change is none
+SLOWER = 0.10  # than the fastest stretch: throttled
+SURE = 6.0  # standard errors between the sides of a cut
+FEWEST = 4  # windows in a stretch
+WARM_UP_SHARE = 0.25  # of the course, at most
+SAME_PROCESS = 0.10  # two sessions of one model in one process may differ by that
+SHORTEST_S = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """A part of even speed: its windows from `first` to before `last`, and the mean time of a run."""
+
+    first: int
+    last: int
+    mean_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sustained:
+    """Latency once it has settled: medians over its windows."""
+
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """The course of a model that ran without a pause.
+
+    windows: as runtime/sustained.py has them. warm_up_s: 0 without one. throttled_s: time to
+    throttling, None without. slowdown: sustained over fastest, of what ran in turn. why: what the
+    system says of it, in words. ratio, with bounds: of the model to the baseline; None without one.
+    """
+
+    windows: Sequence[Mapping[str, Any]]
+    seconds: float
+    warm_up_s: float
+    throttled_s: float | None
+    slowdown: float
+    sustained: Sustained
+    why: tuple[str, ...]
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    margin: float = 0.0
+
+    @property
+    def verdict(self) -> Outcome | None:
+        """Of the comparison with the baseline; None without one."""
+        if self.ratio is None or self.ratio_low is None or self.ratio_high is None:
+            return None
+        if self.ratio_low > 1 + self.margin:
+            return "failed"
+        return "passed" if self.ratio_high <= 1 + self.margin else "inconclusive"
+
+
+def run_on(
+    candidate: Condition,
+    baseline: Condition | None = None,
+    *,
+    image: str | Path | None = None,
+    seconds: float,
+    tolerance: float = 0.05,
+    run: Callable[..., dict[str, Any]] = in_child,
+) -> Course:
+    """Run a model for `seconds` without a pause, in turn with a baseline if there is one.
+
+    run: does it, by default in a process of its own here. Raises FtkitError for less than 20 seconds,
+    and as latency.measure.
+    """
+    if seconds < SHORTEST_S:
+        raise FtkitError(
+            f"--sustained: expected at least {SHORTEST_S:.0f} s, found {seconds:g}. Try 10m"
+        )
+    # The baseline twice, as a control
+    conditions = [candidate, baseline, baseline] if baseline else [candidate]
+    told = run("sustained", conditions, image, seconds=seconds)
+    return judged(told["windows"], tolerance)
+
+
+def judged(windows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> Course:
+    """Judge a course of the model alone, or of the model and the baseline twice."""
+    means = np.array([window["mean_ms"] for window in windows])
+    ends = np.array([window["until_s"] for window in windows])
+    judge = means[:, 0] if means.shape[1] == 1 else means[:, 1:].mean(1)
+    parts = stretches(judge)
+    warm = _warm_up(parts, len(judge))
+    settled = parts[warm:]
+    fastest = min(settled, key=lambda part: part.mean_ms)
+    throttled = _throttled(settled[settled.index(fastest) :], fastest.mean_ms)
+    start = settled[0].first if throttled is None else throttled.first
+    own = windows[start:]
+
+    course = Course(
+        windows=windows,
+        seconds=float(ends[-1]),
+        warm_up_s=float(ends[settled[0].first - 1]) if settled[0].first else 0.0,
+        throttled_s=float(ends[throttled.first - 1]) if throttled else None,
+        slowdown=float(np.median(judge[start:])) / fastest.mean_ms if throttled else 1.0,
+        sustained=Sustained(
+            mean_ms=float(np.median([window["mean_ms"][0] for window in own])),
+            p50_ms=float(np.median([window["p50_ms"][0] for window in own])),
+            p95_ms=float(np.median([window["p95_ms"][0] for window in own])),
+        ),
+        why=_why(windows[fastest.first : fastest.last], own) if throttled else (),
+    )
+    if means.shape[1] == 1:
+        return course
+
+    logs = np.log(means[settled[0].first :])
+    ratios = logs[:, 0] - logs[:, 1:].mean(1)
+    middle = float(np.median(ratios))
+    reach = float(stats.t.ppf(0.975, len(ratios) - 1)) * _error(ratios)
+    control = abs(float(np.median(logs[:, 2] - logs[:, 1])))
+    return Course(
+        **{
+            **vars(course),
+            "ratio": math.exp(middle),
+            "ratio_low": math.exp(middle - reach),
+            "ratio_high": math.exp(middle + reach),
+            "margin": max(tolerance, SAME_PROCESS, math.expm1(3 * control)),
+        }
+    )
+
+
+def stretches(values: Array) -> list[Stretch]:
+    """Cut a course (n,) of times into stretches of even speed."""
+    logs = np.log(values)
+    cuts = sorted([0, *_cuts(logs, 0, len(logs)), len(logs)])
+    return [
+        Stretch(first=first, last=last, mean_ms=float(np.exp(np.median(logs[first:last]))))
+        for first, last in itertools.pairwise(cuts)
+    ]
+
+
+def _cuts(logs: Array, first: int, last: int) -> list[int]:
+    """Where logs[first:last] is to be cut, by the best cut that is sure, and then its sides alike."""
+    best, most = None, SURE
+    for cut in range(first + FEWEST, last - FEWEST + 1):
+        one, other = logs[first:cut], logs[cut:last]
+        step = abs(float(np.median(one) - np.median(other)))
+        error = math.hypot(_error(one), _error(other))
+        if step >= math.log1p(LEAST_STEP) and step > most * error:
+            best, most = cut, step / max(error, 1e-9)
+    if best is None:
+        return []
+    return [*_cuts(logs, first, best), best, *_cuts(logs, best, last)]
+
+
+def _error(values: Array) -> float:
+    """Standard error of the median of a stretch, whose windows depend on each other.
+
+    From the absolute deviations, wider where neighbours deviate alike (first autocorrelation).
+    """
+    middle = float(np.median(values))
+    apart = values - middle
+    spread = max(1.4826 * float(np.median(np.abs(apart))), 0.25 * float(apart.std()), 1e-4)
+    power = float((apart**2).sum())
+    alike = float((apart[1:] * apart[:-1]).sum()) / power if power else 0.0
+    alike = min(max(alike, 0.0), 0.9)
+    return 1.2533 * spread * math.sqrt((1 + alike) / (1 - alike) / len(values))
+
+
+def _warm_up(parts: Sequence[Stretch], windows: int) -> int:
+    """How many of the first stretches are warm-up: slower than the next, and early."""
+    count = 0
+    while count + 1 < len(parts) and (
+        parts[count].mean_ms > parts[count + 1].mean_ms
+        and parts[count].last <= max(FEWEST, WARM_UP_SHARE * windows)
+    ):
+        count += 1
+    return count
+
+
+def _throttled(parts: Sequence[Stretch], fastest_ms: float) -> Stretch | None:
+    """The first stretch from which on all are slower than the fastest."""
+    found = None
+    for part in reversed(parts):
+        if part.mean_ms < (1 + SLOWER) * fastest_ms:
+            break
+        found = part
+    return found
+
+
+def _why(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+) -> tuple[str, ...]:
+    """What the system says of a slowdown, in words; nothing where it does not tell."""
+
+    def medians(name: str) -> tuple[float, float] | None:
+        both = [[w[name] for w in part if w[name] is not None] for part in (before, after)]
+        return (float(np.median(both[0])), float(np.median(both[1]))) if all(both) else None
+
+    said = []
+    if (clock := medians("mhz")) and clock[1] < 0.93 * clock[0]:
+        said.append(f"the clock fell from {clock[0]:.0f} to {clock[1]:.0f} MHz")
+    if (heat := medians("celsius")) and heat[1] > heat[0] + 3:
+        said.append(f"it warmed up from {heat[0]:.0f} to {heat[1]:.0f} degrees")
+    if (cap := medians("capped")) and cap[1] > cap[0] + 0.05:
+        said.append(f"a CPU quota stopped it for {100 * cap[1]:.0f} % of the time")
+    if (host := medians("stolen")) and host[1] > host[0] + 0.05:
+        said.append(f"the host took {100 * host[1]:.0f} % of the time")
+    if (others := medians("ousted")) and others[1] > 2 * others[0] + 20:
+        said.append(f"other processes took the processor {others[1]:.0f} times a second")
+    return tuple(said)

@@ -1,0 +1,108 @@
+"""Planted slowdowns are blamed by name; equal files are not."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ftkit
+from onnx import TensorProto, helper
+
+from ftkit_export.proof.attribution import explain
+from ftkit_export.runtime.latency import Condition
+
+
+@pytest.fixture(scope="module")
+def core(bundle: Path) -> Path:
+    """The fp32 core form of the bundle."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    return bundle / str(manifest["variants"]["fp32"]["core"])
+
+
+def _convolution(model: onnx.ModelProto, weights: str) -> onnx.NodeProto:
+    return next(
+        node
+        for node in model.graph.node
+        if node.op_type == "Conv" and node.input[1].startswith(weights)
+    )
+
+
+def with_casts(model: onnx.ModelProto, *places: str) -> onnx.ModelProto:
+    """Every answer of these convolutions goes through float16 and back."""
+    for place in places:
+        node = _convolution(model, place)
+        value = node.output[0]
+        node.output[0] = f"{value}/plain"
+        at = list(model.graph.node).index(node) + 1
+        there = helper.make_node(
+            "Cast", [node.output[0]], [f"{value}/half"], to=TensorProto.FLOAT16
+        )
+        back = helper.make_node("Cast", [f"{value}/half"], [value], to=TensorProto.FLOAT)
+        model.graph.node.insert(at, there)
+        model.graph.node.insert(at + 1, back)
+    return model
+
+
+def with_output(model: onnx.ModelProto, place: str) -> onnx.ModelProto:
+    """A convolution's answer is an output of its own, so that no activation can be fused into it."""
+    value = _convolution(model, place).output[0]
+    model.graph.output.append(helper.make_tensor_value_info(value, TensorProto.FLOAT, None))
+    return model
+
+
+def test_what_was_planted_is_blamed_first_and_nothing_in_equal_files(
+    core: Path, bundle: Path, tmp_path: Path
+) -> None:
+    image = bundle / "golden" / "00.png"
+    baseline = Condition(model=str(core), threads=1)
+
+    def against(change: onnx.ModelProto | None, **other: object) -> list[str]:
+        path = tmp_path / "candidate.onnx"
+        onnx.save(change or onnx.load(core), path)
+        found = explain(Condition(model=str(path), threads=1, **other), baseline, image)  # type: ignore[arg-type]
+        assert np.isclose(sum(cause.ms for cause in found.causes), found.ms, atol=0.05)
+        return [cause.what for cause in found.blamed]
+
+    assert against(None) == []
+    casts = against(with_casts(onnx.load(core), "blocks.1.0.conv_pw", "blocks.1.1.conv_pw"))
+    assert casts[0] == "new: 4 Cast in 2 places"
+    lost = against(with_output(onnx.load(core), "blocks.1.0.conv_pw"))
+    assert lost[0].startswith("fusion lost: Clip apart from"), lost
+    assert lost[0].endswith("blocks.1.0.conv_pw")
+    assert against(None, optimised=False)[0].startswith("ONNX Runtime's optimiser: on before")
+
+
+def test_the_gate_says_why(core: Path, bundle: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "slow.onnx"
+    places = [f"blocks.{group}.0.conv_pw" for group in (1, 2, 3, 4, 5)]
+    model = with_casts(onnx.load(core), *places)
+    for _ in range(4):
+        with_casts(model, *places[:2])
+    onnx.save(model, slow)
+    image = ("--image", bundle / "golden" / "00.png")
+    options = ("--seconds", "60", *image, "--json", tmp_path / "gate.json")
+    result = ftkit("bench", slow, "--against", core, *options, "--report", tmp_path / "why.html")
+    assert result.exit_code == 1, result.output
+    assert "why: +" in result.stdout
+    assert "Cast" in result.stdout.partition("why: ")[2]
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    told = json.loads((tmp_path / "gate.json").read_text())["why"]
+    assert told["causes"][0]["blamed"]
+    assert "<svg" in (tmp_path / "why.html").read_text()
+
+
+def test_a_profile_of_one_file_adds_up(core: Path, bundle: Path, tmp_path: Path) -> None:
+    image = ("--image", bundle / "golden" / "00.png")
+    page = ("--report", tmp_path / "profile.html")
+    result = ftkit("bench", core, "--profile", *image, *page, "--json", tmp_path / "profile.json")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    told = json.loads((tmp_path / "profile.json").read_text())["profile"]
+    spent = sum(step["ms"] for step in told["steps"])
+    assert spent + told["between_ms"] == pytest.approx(told["total_ms"], rel=0.02)
+    places = {step["operator"]["place"] for step in told["steps"]}
+    assert {"conv_stem", "blocks.3.1.conv_dw", "conv_head"} <= places
+    assert "<svg" in (tmp_path / "profile.html").read_text()
+    wrong = ftkit("bench", core, "--profile", "--threads", "1,2")
+    assert (wrong.exit_code, "expected one provider" in wrong.stderr) == (2, True)

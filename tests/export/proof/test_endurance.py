@@ -1,0 +1,100 @@
+"""Warm-up, throttling and regressions told apart: simulated courses, and one real run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ftkit
+
+from ftkit_export.proof import endurance
+from ftkit_export.proof.endurance import judged
+
+WINDOWS = 120
+
+
+def _course(
+    rng: np.random.Generator,
+    speed: np.ndarray[Any, Any],
+    ratio: float | None = None,
+    noise: float = 0.03,
+    **system: np.ndarray[Any, Any],
+) -> list[dict[str, Any]]:
+    """Windows of one second; speed: of the machine, as a factor on times. Noise that wanders, as real
+    machines' does."""
+    wander = np.zeros(len(speed))
+    for place in range(1, len(speed)):
+        wander[place] = 0.7 * wander[place - 1] + rng.normal(0, noise)
+    windows = []
+    for place, factor in enumerate(speed):
+        base = 4.0 * factor * np.exp(wander[place])
+        times = [base] if ratio is None else [base * ratio, base, base * 1.01]
+        own = [time * np.exp(rng.normal(0, noise / 2)) for time in times]
+        told = dict.fromkeys(("mhz", "celsius", "capped", "stolen", "ousted"))
+        windows.append(
+            {
+                "until_s": place + 1.0,
+                "mean_ms": own,
+                "p50_ms": own,
+                "p95_ms": [1.2 * time for time in own],
+                **told,
+                **{name: float(values[place]) for name, values in system.items()},
+            }
+        )
+    return windows
+
+
+def test_even_courses_are_hardly_ever_called_throttled() -> None:
+    rng = np.random.default_rng(0)
+    courses = [judged(_course(rng, np.ones(WINDOWS))) for _ in range(200)]
+    assert sum(course.throttled_s is not None for course in courses) <= 4, "2 % at most"
+
+
+def test_throttling_is_found_where_it_begins_and_warm_up_is_apart() -> None:
+    rng = np.random.default_rng(1)
+    found = 0
+    for _ in range(100):
+        start = int(rng.integers(20, 90))
+        speed = np.ones(WINDOWS)
+        speed[:6] = 1.4
+        speed[start:] = rng.uniform(1.25, 2.0)
+        clock = 2400 / speed
+        course = judged(_course(rng, speed, mhz=clock))
+        assert course.warm_up_s == pytest.approx(6, abs=4)
+        found += course.throttled_s is not None and abs(course.throttled_s - start) <= 4
+        if course.throttled_s is not None:
+            assert course.slowdown == pytest.approx(speed[-1], rel=0.15)
+            assert course.sustained.mean_ms == pytest.approx(4 * speed[-1], rel=0.15)
+            assert "the clock fell" in course.why[0]
+    assert found >= 95
+
+
+def test_a_regression_is_no_throttling_and_throttling_is_no_regression() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        throttles = np.where(np.arange(WINDOWS) < 60, 1.0, 1.6)
+        course = judged(_course(rng, throttles, ratio=1.0))
+        assert (course.verdict, course.throttled_s is None) == ("passed", False)
+        course = judged(_course(rng, np.ones(WINDOWS), ratio=1.3))
+        assert (course.verdict, course.throttled_s) == ("failed", None)
+
+
+def test_a_model_without_a_pause(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    short = ftkit("bench", bundle, "--sustained", "5s")
+    assert (short.exit_code, "expected at least 20 s" in short.stderr) == (2, True)
+    monkeypatch.setattr(endurance, "SHORTEST_S", 3.0)
+    page = tmp_path / "course.html"
+    options = ("--budget", "p50_ms=0.001", "--report", page, "--json", tmp_path / "course.json")
+    result = ftkit("bench", bundle, "--sustained", "4s", *options)
+    assert result.exit_code == 1, "the budget is missed"
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    told = json.loads((tmp_path / "course.json").read_text())["sustained"]
+    assert told["seconds"] == pytest.approx(4, abs=1.5)
+    assert told["sustained"]["p50_ms"] > 0
+    assert "<svg" in page.read_text()
+    for wrong in (("--sustained", "soon"), ("--sustained", "30s", "--budget", "size_mb=5")):
+        refused = ftkit("bench", bundle, *wrong)
+        assert (refused.exit_code, refused.stderr.count("error: ")) == (2, 1), refused.stderr
