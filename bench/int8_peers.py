@@ -132,12 +132,16 @@ onnx.save(sim.to_onnx_qdq(), "out.onnx")
 }
 
 
-def _environment(name: str, needs: tuple[str, ...], folder: Path) -> Path:
-    """Python of an environment with these packages, made where it is missing."""
+def environment(name: str, needs: tuple[str, ...], folder: Path, behind: str = "") -> Path:
+    """Python of an environment with these packages, made where it is missing. behind: a folder whose
+    packages it sees, too, behind its own."""
     place = folder / name
     python = place / "bin" / "python"
     if not (place / "done").is_file():
         venv.create(place, with_pip=True, clear=True)
+        if behind:
+            own = next((place / "lib").glob("python*/site-packages"))
+            (own / "behind.pth").write_text(f"{behind}\n")
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
         (place / "done").touch()
     return python
@@ -199,7 +203,7 @@ def main() -> None:
             (folder / "out.onnx").unlink(missing_ok=True)
             peer = PEERS[name]
             try:
-                python = _environment(name.split("-careful")[0], peer.needs, options.envs)
+                python = environment(name.split("-careful")[0], peer.needs, options.envs)
                 forms[name], seconds[name] = _made_by(peer, python, folder)
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 print(f"{name}: no file: {error}", flush=True)

@@ -159,9 +159,7 @@ def in_float(place: str) -> Callable[[onnx.ModelProto], None]:
             and made[node.input[1]].input[0].startswith(f"{place}.")
         )
         stored = made[node.input[1]]
-        weights, scale, *zero = (
-            numpy_helper.to_array(_array(model, name)) for name in stored.input
-        )
+        weights, scale, *_ = (numpy_helper.to_array(_array(model, name)) for name in stored.input)
         shape = (-1, *[1] * (weights.ndim - 1)) if scale.ndim else ()
         values = weights.astype(np.float32) * scale.reshape(shape)
         name = f"{place}.weight"

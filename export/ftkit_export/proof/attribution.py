@@ -346,7 +346,7 @@ def _places(graph: onnx.GraphProto) -> dict[str, str]:
             own = next((stored[name] for name in node.input if name in stored), None)
             if own is not None:
                 named = WEIGHT_ENDINGS.sub("", own)
-                place = named if "." in named else node.name or node.output[0]
+                place = named if named != own else node.name or node.output[0]
         for name in (*node.output, node.name):
             if name:
                 places[name] = place
