@@ -3,12 +3,12 @@
     python bench/search.py --group           # the demo's photographs by module; random without
     python bench/search.py --digits          # scikit-learn's digits as pictures
     python bench/search.py --photos FOLDER   # your own
-    python bench/search.py --rank 12         # and train 12 candidates, good ones and bad ones
+    python bench/search.py --rank 12 --keep FOLDER   # train 12 candidates of the search in FOLDER
 
 Per set: the search (from nothing cached, and again), the pick exported, and the network of the recipe
 as it is (lite0 at 224 pixels, trained and exported alike): times of the files, interleaved, and the
 paired drop on test. With --rank: how well the accuracy of linear heads out of fold ranks what the
-candidates reach on test when they are trained, and what the tutorial loop would have taken for them.
+candidates, good ones and bad ones, reach on test when they are trained.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from ftkit.cli.demo import GROUPS, SETTINGS, write_elpv
 from ftkit_export.proof.decision import paired
 from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.predict import Classifier
+
+LARGEST_RANKED = 128  # pixels
 
 
 def _ftkit(*arguments: object) -> float:
@@ -71,10 +73,11 @@ def _answers(bundle: Path, photos: Path, run: Path) -> tuple[np.ndarray, list[st
     return np.array(right), groups
 
 
-def _to_rank(points: list[dict[str, Any]], count: int, most: int) -> list[dict[str, Any]]:
-    """`count` of the scored candidates, evenly from the worst to the best linear head; no larger than `most`."""
+def _to_rank(points: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` of the scored candidates, evenly from the worst to the best linear head; of input sizes
+    that train within a minute or two."""
     linear = {p["name"]: p for p in points if p["precision"] == "fp32" and not p["trained"]}
-    small = [p for p in linear.values() if p["multiplications"] <= most]
+    small = [p for p in linear.values() if p["size"] <= LARGEST_RANKED]
     small.sort(key=lambda point: point["accuracy"])
     return [small[round(place)] for place in np.linspace(0, len(small) - 1, count)]
 
@@ -119,7 +122,7 @@ def main() -> None:
     )
     parser.add_argument("--finalists", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=5.0, help="for each finalist")
-    parser.add_argument("--rank", type=int, default=0, help="candidates to train and rank")
+    parser.add_argument("--rank", type=int, default=0, help="only that: so many candidates")
     parser.add_argument("--keep", type=Path, help="folder to keep the search in")
     options = parser.parse_args()
 
@@ -128,6 +131,11 @@ def main() -> None:
         os.environ["FTKIT_CACHE"] = str(Path(scratch) / "cache")
         photos = options.photos or place / "photos"
         plan: tuple[str, ...] = ()
+        if options.rank:
+            told = json.loads((place / "search" / "search.json").read_text())
+            plan = () if options.digits else (*SETTINGS, *(GROUPS if options.group else ()))
+            _rank(photos, place, _to_rank(told["points"], options.rank), plan)
+            return
         if options.digits:
             write_digits(photos)
         elif not options.photos:
@@ -170,13 +178,6 @@ def main() -> None:
             f"test: lite0's file {before.mean():.4f}, the pick's {after.mean():.4f} of {len(before)}; drop "
             f"{100 * compared.drop:+.1f} [{100 * compared.low:+.1f}, {100 * compared.high:+.1f}]"
         )
-        if options.rank:
-            whole_lite0 = max(
-                point["multiplications"]
-                for point in told["points"]
-                if point["backbone"] == "efficientnet_lite0" and point["size"] == 224
-            )
-            _rank(photos, place, _to_rank(told["points"], options.rank, whole_lite0), plan)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ WEIGHTED = (
     "FusedGemm",
     "FusedMatMul",
 )
+NODE = ("name", "op", "provider", "shape")
 ACTIVATIONS = ("Relu", "Clip", "HardSigmoid", "HardSwish", "Sigmoid", "LeakyRelu", "Tanh")
 # Endings that exporters, quantizers and ONNX Runtime give to a weight's or a value's name
 WEIGHT_ENDINGS = re.compile(r"(\.weight|\.bias)?([_.](quantized|q|int8|nchwc|reordered))*$")
@@ -61,15 +62,22 @@ ADDED = re.compile(r"^fused |_nchwc(_token_\d+)?$|_token_\d+$")
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """A node of an optimised graph. place: the module it belongs to. shape: of its first output.
-    activated: the file has an activation in this place, as a node of its own or fused."""
+    """A node of an optimised graph. place: the module it belongs to. shape: of its first output."""
 
     place: str
     name: str
     op: str
     provider: str
     shape: str
-    activated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What ONNX Runtime makes of a file. operators: in the order in which they run. kinds: place ->
+    operators that the file itself has there."""
+
+    operators: tuple[Operator, ...]
+    kinds: Mapping[str, Counter[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +147,12 @@ def profile(
 ) -> Profile:
     """Time each operator of one file. Raises FtkitError for another provider than cpu."""
     _require_cpu(condition)
-    times, totals, (operators,) = _run([condition], image, processes)
+    times, totals, (ran,) = _run([condition], image, processes)
     (ms,) = (table.mean(0) for table in times)
     total = float(totals[:, 0].mean())
     steps = [
         Step(operator=operator, ms=float(took), share=float(took) / total)
-        for operator, took in zip(operators, ms, strict=True)
+        for operator, took in zip(ran.operators, ms, strict=True)
     ]
     return Profile(
         total_ms=total,
@@ -236,11 +244,11 @@ def _differences(candidate: Condition, baseline: Condition) -> list[tuple[str, s
 
 def _run(
     conditions: Sequence[Condition], image: str | Path | None, processes: int
-) -> tuple[list[Array], Array, list[list[Operator]]]:
-    """Per condition times (processes, operators); totals (processes, conditions); the operators."""
+) -> tuple[list[Array], Array, list[Ran]]:
+    """Per condition times (processes, operators); totals (processes, conditions); what ran."""
     tables: list[list[list[float]]] = [[] for _ in conditions]
     totals = []
-    named: list[list[Operator]] = []
+    named: list[Ran] = []
     for number in range(processes):
         shift = number % len(conditions)
         order = [*range(shift, len(conditions)), *range(shift)]
@@ -258,7 +266,7 @@ def _run(
             by_place = {place: told[index] for index, place in enumerate(order)}
             if not named:
                 named = [
-                    operators(
+                    ran_as(
                         by_place[place]["nodes"],
                         Path(conditions[place].model),
                         Path(scratch) / str(order.index(place)) / OPTIMISED,
@@ -286,49 +294,38 @@ def _cause(kind: str, what: str, moved: Array, noise: Array, count: int, least: 
     return Cause(kind=kind, what=what, ms=ms, low=low, high=high, blamed=blamed)
 
 
-def operators(nodes: Sequence[Mapping[str, Any]], source: Path, optimised: Path) -> list[Operator]:
+def ran_as(nodes: Sequence[Mapping[str, Any]], source: Path, optimised: Path) -> Ran:
     """Name the profiled nodes by module. source: the file; optimised: what ONNX Runtime made of it."""
     graph = onnx.load(source, load_external_data=False).graph
     places = _places(graph)
-    activated = {
-        places[name]
-        for node in graph.node
-        if node.op_type in ACTIVATIONS
-        for name in node.output
-        if name in places
-    }
-    ran = onnx.load(optimised, load_external_data=False).graph
-    by_name = {
-        node.name or f"{node.op_type}_{number}": node for number, node in enumerate(ran.node)
-    }
+    kinds: dict[str, Counter[str]] = {}
+    for node in graph.node:
+        if node.output and node.output[0] in places:
+            kinds.setdefault(places[node.output[0]], Counter())[node.op_type] += 1
+
     made: dict[str, str] = {}  # value of the optimised graph -> place
-    for node in ran.node:
-        names = [
-            *node.output,
-            node.name,
-            *(ADDED.sub("", name) for name in (*node.output, node.name)),
-        ]
+    by_name: dict[str, str] = {}
+    unnamed: dict[str, list[str]] = {}  # operator -> places, in order
+    for node in onnx.load(optimised, load_external_data=False).graph.node:
+        names = [*node.output, node.name]
+        names += [ADDED.sub("", name) for name in names]
         found = next((places[name] for name in names if name in places), None)
         if found is None:
             found = next((made[name] for name in node.input if name in made), INPUT)
-        for name in node.output:
-            made[name] = found
+        made.update(dict.fromkeys(node.output, found))
+        if node.name:
+            by_name[node.name] = found
+        else:
+            unnamed.setdefault(node.op_type, []).append(found)
 
-    found_operators = []
+    operators = []
     for told in nodes:
-        own = by_name.get(told["name"])
-        place = made.get(own.output[0], INPUT) if own is not None and own.output else INPUT
-        found_operators.append(
-            Operator(
-                place=place,
-                name=told["name"],
-                op=told["op"],
-                provider=told["provider"],
-                shape=told["shape"],
-                activated=place in activated,
-            )
-        )
-    return found_operators
+        place = by_name.get(told["name"])
+        if place is None:
+            left = unnamed.get(told["op"])
+            place = left.pop(0) if left else INPUT
+        operators.append(Operator(place=place, **{key: told[key] for key in NODE}))
+    return Ran(operators=tuple(operators), kinds=kinds)
 
 
 def _places(graph: onnx.GraphProto) -> dict[str, str]:
@@ -353,34 +350,61 @@ def _places(graph: onnx.GraphProto) -> dict[str, str]:
     return places
 
 
-def _parts(new: Sequence[Operator], old: Sequence[Operator]) -> list[_Part]:
+def _parts(candidate: Ran, baseline: Ran) -> list[_Part]:
     """Match the operators of two files; what becomes one cause each."""
+    new, old = candidate.operators, baseline.operators
     parts: list[_Part] = []
-    alone: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    added: dict[str, _Places] = {}  # what there is more of -> where
     for place, news, olds in _matched_places(new, old):
         pairs, fresh, gone = _matched(news, olds, new, old)
-        for one, other in pairs:
-            parts.append(_pair_part(place, new[one], old[other], one, other))
-        lost = [row for row in fresh if new[row].op in ACTIVATIONS and pairs]
-        apart = any(old[row].op in ACTIVATIONS for row in olds)
-        if lost and not apart and old[olds[0]].activated:
-            (first, before), *_ = pairs
-            parts.remove(_pair_part(place, new[first], old[before], first, before))
-            kinds = " and ".join(sorted({new[row].op for row in lost}))
-            what = f"fusion lost: {kinds} apart from {old[before].op} in {place}"
-            parts.append(_Part("fusion", what, (first, *lost), (before,)))
-            fresh = [row for row in fresh if row not in lost]
-        for kind, rows, file in (("new", fresh, new), ("gone", gone, old)):
-            for row in rows:
-                alone.setdefault((kind, file[row].op), []).append((row, place))
+        before = baseline.kinds.get(place, Counter())
+        more = candidate.kinds.get(place, Counter()) - before
+        apart = sorted({new[row].op for row in fresh} & before.keys() & set(ACTIVATIONS))
+        if fresh and more:  # with all that ONNX Runtime makes of it
+            what = ", ".join(f"{{}} {kind}" for kind in sorted(more))
+            added.setdefault(f"new: {what}", _Places()).add(place, news, olds, more.values())
+        elif apart and pairs and not any(old[row].op in ACTIVATIONS for row in olds):
+            what = f"fusion lost: {' and '.join(apart)} apart from {old[olds[0]].op} in {place}"
+            parts.append(_Part("fusion", what, tuple(news), tuple(olds)))
+        else:
+            parts += [_pair_part(place, new[a], old[b], a, b) for a, b in pairs]
+            for row in fresh:
+                added.setdefault(f"new: {{}} {new[row].op}", _Places()).add(place, [row], [], [1])
+            for row in gone:
+                added.setdefault(f"gone: {{}} {old[row].op}", _Places()).add(place, [], [row], [1])
 
-    for (kind, op), found in alone.items():
-        rows = tuple(row for row, _ in found)
-        where = list(dict.fromkeys(place for _, place in found))
-        after = f"after {where[0]}" if where[0] != INPUT else "in front of the network"
-        what = f"{kind}: {len(rows)} {op} {after if len(where) == 1 else f'in {len(where)} places'}"
-        parts.append(_Part(kind, what, rows, ()) if kind == "new" else _Part(kind, what, (), rows))
+    for what, found in added.items():
+        named = f"{what.format(*found.counts)} {found.where}"
+        parts.append(_Part(what.split(":")[0], named, tuple(found.new), tuple(found.old)))
     return parts
+
+
+class _Places:
+    """Where the same operators were added, or left out."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.new: list[int] = []
+        self.old: list[int] = []
+        self.counts: list[int] = []
+
+    def add(
+        self, place: str, new: Sequence[int], old: Sequence[int], counts: Iterable[int]
+    ) -> None:
+        """One more place, with its rows of both files, and how many of each kind."""
+        self.names.append(place)
+        self.new += new
+        self.old += old
+        more = list(counts)
+        self.counts = [a + b for a, b in zip(self.counts or [0] * len(more), more, strict=True)]
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        names = list(dict.fromkeys(self.names))
+        if len(names) > 1:
+            return f"in {len(names)} places"
+        return "in front of the network" if names[0] == INPUT else f"after {names[0]}"
 
 
 def _pair_part(place: str, new: Operator, old: Operator, one: int, other: int) -> _Part:
@@ -403,13 +427,13 @@ def _matched_places(
     news, olds = _by_place(new), _by_place(old)
     shared = news.keys() & olds.keys()
     if len(shared) * 2 < max(len(news), len(olds)):  # named otherwise: by what they do, in order
-        keys = [
+        mine, theirs = (
             [tuple((file[row].op, file[row].shape) for row in rows) for rows in places.values()]
             for file, places in ((new, news), (old, olds))
-        ]
+        )
         names, others = list(news), list(olds)
         renamed = {}
-        for block in SequenceMatcher(None, *keys, autojunk=False).get_matching_blocks():
+        for block in SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks():
             for offset in range(block.size):
                 renamed[others[block.b + offset]] = names[block.a + offset]
         olds = {renamed.get(place, place): rows for place, rows in olds.items()}

@@ -29,8 +29,11 @@ from ftkit_export.runtime.verify import Outcome
 
 LEAST_STEP = 0.05  # between stretches: a smaller change is none
 SLOWER = 0.10  # than the fastest stretch: throttled
-SURE = 6.0  # standard errors between the sides of a cut
+SURE = 5.0  # standard errors between the sides of a cut
 FEWEST = 4  # windows in a stretch
+APART = 8  # windows that hardly depend on each other
+LEAST_NOISE = 0.002  # of a window: clocks and schedulers are no better
+MOST_ALIKE = 0.9
 WARM_UP_SHARE = 0.25  # of the course, at most
 SAME_PROCESS = 0.10  # two sessions of one model in one process may differ by that
 SHORTEST_S = 20.0
@@ -141,7 +144,8 @@ def judged(windows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> Cou
     logs = np.log(means[settled[0].first :])
     ratios = logs[:, 0] - logs[:, 1:].mean(1)
     middle = float(np.median(ratios))
-    reach = float(stats.t.ppf(0.975, len(ratios) - 1)) * _error(ratios)
+    error = _Noise.of(ratios).error(len(ratios))
+    reach = float(stats.t.ppf(0.975, len(ratios) - 1)) * error
     control = abs(float(np.median(logs[:, 2] - logs[:, 1])))
     return Course(
         **{
@@ -157,39 +161,55 @@ def judged(windows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> Cou
 def stretches(values: Array) -> list[Stretch]:
     """Cut a course (n,) of times into stretches of even speed."""
     logs = np.log(values)
-    cuts = sorted([0, *_cuts(logs, 0, len(logs)), len(logs)])
+    noise = _Noise.of(logs)
+    cuts = sorted([0, *_cuts(logs, 0, len(logs), noise), len(logs)])
     return [
         Stretch(first=first, last=last, mean_ms=float(np.exp(np.median(logs[first:last]))))
         for first, last in itertools.pairwise(cuts)
     ]
 
 
-def _cuts(logs: Array, first: int, last: int) -> list[int]:
-    """Where logs[first:last] is to be cut, by the best cut that is sure, and then its sides alike."""
-    best, most = None, SURE
-    for cut in range(first + FEWEST, last - FEWEST + 1):
-        one, other = logs[first:cut], logs[cut:last]
-        step = abs(float(np.median(one) - np.median(other)))
-        error = math.hypot(_error(one), _error(other))
-        if step >= math.log1p(LEAST_STEP) and step > most * error:
-            best, most = cut, step / max(error, 1e-9)
-    if best is None:
+def _cuts(logs: Array, first: int, last: int, noise: _Noise) -> list[int]:
+    """Where logs[first:last] is to be cut: where both sides are most even, if their levels surely
+    differ; then its sides alike."""
+    places = range(first + FEWEST, last - FEWEST + 1)
+    if not places:
         return []
-    return [*_cuts(logs, first, best), best, *_cuts(logs, best, last)]
+    best = min(places, key=lambda cut: _uneven(logs[first:cut]) + _uneven(logs[cut:last]))
+    step = abs(float(np.median(logs[first:best]) - np.median(logs[best:last])))
+    error = math.hypot(noise.error(best - first), noise.error(last - best))
+    if step < math.log1p(LEAST_STEP) or step <= SURE * error:
+        return []
+    return [*_cuts(logs, first, best, noise), best, *_cuts(logs, best, last, noise)]
 
 
-def _error(values: Array) -> float:
-    """Standard error of the median of a stretch, whose windows depend on each other.
+def _uneven(logs: Array) -> float:
+    """Sum of the deviations from the median."""
+    return float(np.abs(logs - np.median(logs)).sum())
 
-    From the absolute deviations, wider where neighbours deviate alike (first autocorrelation).
-    """
-    middle = float(np.median(values))
-    apart = values - middle
-    spread = max(1.4826 * float(np.median(np.abs(apart))), 0.25 * float(apart.std()), 1e-4)
-    power = float((apart**2).sum())
-    alike = float((apart[1:] * apart[:-1]).sum()) / power if power else 0.0
-    alike = min(max(alike, 0.0), 0.9)
-    return 1.2533 * spread * math.sqrt((1 + alike) / (1 - alike) / len(values))
+
+@dataclass(frozen=True, kw_only=True)
+class _Noise:
+    """Of one window: its standard deviation, and the correlation of neighbours."""
+
+    deviation: float
+    alike: float
+
+    @staticmethod
+    def of(logs: Array) -> _Noise:
+        """From differences of windows, which a few steps between stretches hardly touch."""
+        near, far = (
+            1.4826 * float(np.median(np.abs(logs[lag:] - logs[:-lag]))) / math.sqrt(2)
+            for lag in (1, min(APART, len(logs) // 4 or 1))
+        )
+        deviation = max(near, far, LEAST_NOISE)
+        alike = 1 - (near / deviation) ** 2
+        return _Noise(deviation=deviation, alike=min(max(alike, 0.0), MOST_ALIKE))
+
+    def error(self, windows: int) -> float:
+        """Standard error of the median of so many windows in a row; at most that of one."""
+        widened = (1 + self.alike) / (1 - self.alike)
+        return 1.2533 * self.deviation * math.sqrt(min(1.0, widened / windows))
 
 
 def _warm_up(parts: Sequence[Stretch], windows: int) -> int:

@@ -326,7 +326,7 @@ def _sustained(
         text="\n".join(text),
         outcomes=[
             *(item.verdict for item in judged),
-            *filter(None, [course.verdict]),
+            *([course.verdict] if course.verdict else []),
         ],
     )
 

@@ -143,7 +143,8 @@ class LabelAnswers(_TargetAnswers):
     @property
     def figures(self) -> dict[str, Any]:
         """As Answers.figures."""
-        return finite(asdict(self.metrics))
+        figures: dict[str, Any] = finite(asdict(self.metrics))
+        return figures
 
     @property
     def headline(self) -> str:
@@ -152,7 +153,9 @@ class LabelAnswers(_TargetAnswers):
 
     def right(self, old: Any) -> Array:
         """As _TargetAnswers.right: by its own thresholds."""
-        return (self.answers >= np.asarray(self.readout.thresholds)) == (self.targets == 1)
+        said = self.answers >= np.asarray(self.readout.thresholds)
+        same: Array = said == (self.targets == 1)
+        return same
 
     def regressed(self, row: int, place: int) -> Regressed:
         """As _TargetAnswers.regressed."""
@@ -180,8 +183,8 @@ class LabelAnswers(_TargetAnswers):
             f"{ground(metrics.images, metrics.clusters)}",
             f"macro-F1 {metrics.macro_f1:.3f}, all labels right {_share(whole)}",
         ]
-        rows = [("label", "images", "have it", "AP", "F1", "precision", "recall")]
-        rows[0] = (*rows[0], *["drop, points"] * bool(change))
+        head = ("label", "images", "have it", "AP", "F1", "precision", "recall")
+        rows: list[tuple[str, ...]] = [(*head, *["drop, points"] * bool(change))]
         for label in metrics.labels:
             shares = (label.ap, label.f1, label.precision, label.recall)
             rows.append(
@@ -211,7 +214,8 @@ class ValueAnswers(_TargetAnswers):
     @property
     def figures(self) -> dict[str, Any]:
         """As Answers.figures."""
-        return finite(asdict(self.metrics))
+        figures: dict[str, Any] = finite(asdict(self.metrics))
+        return figures
 
     @property
     def headline(self) -> str:
@@ -253,8 +257,8 @@ class ValueAnswers(_TargetAnswers):
             + f" {_interval(metrics.mae_low, metrics.mae_high)} on {ground(metrics.images, metrics.clusters)}",
         ]
         share = f"in {100 * metrics.share:.0f} %"
-        rows = [("quantity", "images", "MAE", "RMSE", "R2", "rank", share)]
-        rows[0] = (*rows[0], *["rise, %"] * bool(change))
+        head = ("quantity", "images", "MAE", "RMSE", "R2", "rank", share)
+        rows: list[tuple[str, ...]] = [(*head, *["rise, %"] * bool(change))]
         for item in metrics.quantities:
             rows.append(
                 (

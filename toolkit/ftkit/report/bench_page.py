@@ -102,13 +102,10 @@ def _course(course: Course) -> _Page:
     marks = [] if course.throttled_s is None else [(course.throttled_s, "throttled")]
     drawn = [charts.course("Mean time of a run", ends, means, "ms", marks)]
     for name, title, unit in (("mhz", "Clock", "MHz"), ("celsius", "Temperature", "degrees")):
-        known = [
-            (window["until_s"], window[name])
-            for window in course.windows
-            if window[name] is not None
-        ]
+        known = [window for window in course.windows if window[name] is not None]
         if known:
-            drawn.append(charts.course(title, *zip(*known, strict=True), unit, marks))
+            at = [window["until_s"] for window in known]
+            drawn.append(charts.course(title, at, [window[name] for window in known], unit, marks))
     said = [
         f"Sustained: p50 {settled.p50_ms:.2f} ms, p95 {settled.p95_ms:.2f} ms, mean {settled.mean_ms:.2f} ms.",
         f"Warm-up: {course.warm_up_s:.0f} s."
