@@ -361,8 +361,10 @@ def _parts(candidate: Ran, baseline: Ran) -> list[_Part]:
         more = candidate.kinds.get(place, Counter()) - before
         apart = sorted({new[row].op for row in fresh} & before.keys() & set(ACTIVATIONS))
         if fresh and more:  # with all that ONNX Runtime makes of it
-            what = ", ".join(f"{{}} {kind}" for kind in sorted(more))
-            added.setdefault(f"new: {what}", _Places()).add(place, news, olds, more.values())
+            kinds = sorted(more)
+            what = ", ".join(f"{{}} {kind}" for kind in kinds)
+            counts = [more[kind] for kind in kinds]
+            added.setdefault(f"new: {what}", _Places()).add(place, news, olds, counts)
         elif apart and pairs and not any(old[row].op in ACTIVATIONS for row in olds):
             what = f"fusion lost: {' and '.join(apart)} apart from {old[olds[0]].op} in {place}"
             parts.append(_Part("fusion", what, tuple(news), tuple(olds)))
