@@ -31,7 +31,7 @@ LEAST_STEP = 0.05  # between stretches: a smaller change is none
 SLOWER = 0.10  # than the fastest stretch: throttled
 SURE = 5.0  # standard errors between the sides of a cut
 FEWEST = 4  # windows in a stretch
-APART = 8  # windows that hardly depend on each other
+APART = 5  # windows that hardly depend on each other
 LEAST_NOISE = 0.002  # of a window: clocks and schedulers are no better
 MOST_ALIKE = 0.9
 WARM_UP_SHARE = 0.25  # of the course, at most
@@ -161,26 +161,27 @@ def judged(windows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> Cou
 def stretches(values: Array) -> list[Stretch]:
     """Cut a course (n,) of times into stretches of even speed."""
     logs = np.log(values)
-    noise = _Noise.of(logs)
-    cuts = sorted([0, *_cuts(logs, 0, len(logs), noise), len(logs)])
+    cuts = sorted([0, *_cuts(logs, 0, len(logs)), len(logs)])
     return [
         Stretch(first=first, last=last, mean_ms=float(np.exp(np.median(logs[first:last]))))
         for first, last in itertools.pairwise(cuts)
     ]
 
 
-def _cuts(logs: Array, first: int, last: int, noise: _Noise) -> list[int]:
+def _cuts(logs: Array, first: int, last: int) -> list[int]:
     """Where logs[first:last] is to be cut: where both sides are most even, if their levels surely
     differ; then its sides alike."""
     places = range(first + FEWEST, last - FEWEST + 1)
     if not places:
         return []
     best = min(places, key=lambda cut: _uneven(logs[first:cut]) + _uneven(logs[cut:last]))
-    step = abs(float(np.median(logs[first:best]) - np.median(logs[best:last])))
-    error = math.hypot(noise.error(best - first), noise.error(last - best))
+    one, other = logs[first:best], logs[best:last]
+    noise = _Noise.of(one, other)
+    step = abs(float(np.median(one) - np.median(other)))
+    error = math.hypot(noise.error(len(one)), noise.error(len(other)))
     if step < math.log1p(LEAST_STEP) or step <= SURE * error:
         return []
-    return [*_cuts(logs, first, best, noise), best, *_cuts(logs, best, last, noise)]
+    return [*_cuts(logs, first, best), best, *_cuts(logs, best, last)]
 
 
 def _uneven(logs: Array) -> float:
@@ -196,11 +197,12 @@ class _Noise:
     alike: float
 
     @staticmethod
-    def of(logs: Array) -> _Noise:
-        """From differences of windows, which a few steps between stretches hardly touch."""
+    def of(*sides: Array) -> _Noise:
+        """From differences of windows within each side, which further steps hardly touch."""
         near, far = (
-            1.4826 * float(np.median(np.abs(logs[lag:] - logs[:-lag]))) / math.sqrt(2)
-            for lag in (1, min(APART, len(logs) // 4 or 1))
+            1.4826 * float(np.median(differences)) / math.sqrt(2) if len(differences) else 0.0
+            for lag in (1, APART)
+            for differences in [np.concatenate([np.abs(s[lag:] - s[:-lag]) for s in sides])]
         )
         deviation = max(near, far, LEAST_NOISE)
         alike = 1 - (near / deviation) ** 2

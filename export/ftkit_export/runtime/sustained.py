@@ -20,7 +20,7 @@ from ftkit_export.runtime.session import processors
 from ftkit_export.runtime.timing import bound_call, feeds, open_session, pin
 
 MOST_WINDOWS = 240
-SHORTEST_S = 0.5  # of a window
+SHORTEST_S = 0.25  # of a window
 FEWEST_ROUNDS = 5  # in a window
 CPUS = Path("/sys/devices/system/cpu")
 ZONES = Path("/sys/class/thermal")
