@@ -257,21 +257,19 @@ class ValueAnswers(_TargetAnswers):
             + f" {_interval(metrics.mae_low, metrics.mae_high)} on {ground(metrics.images, metrics.clusters)}",
         ]
         share = f"in {100 * metrics.share:.0f} %"
-        head = ("quantity", "images", "MAE", "RMSE", "R2", "rank", share)
-        rows: list[tuple[str, ...]] = [(*head, *["rise, %"] * bool(change))]
+        head = ("quantity", "images", "MAE", "rank", share)
+        last = ("rise, %",) if change else ("RMSE", "R2")
+        rows: list[tuple[str, ...]] = [(*head, *last)]
         for item in metrics.quantities:
-            rows.append(
-                (
-                    f"{item.name} [{item.unit}]" if item.unit else item.name,
-                    str(item.images),
-                    f"{item.mae.value:.4g}",
-                    f"{item.rmse.value:.4g}",
-                    _rounded(item.r2),
-                    _rounded(item.rank),
-                    _rounded(item.covered),
-                    *_drop(item.name, change),
-                )
+            name = f"{item.name} [{item.unit}]" if item.unit else item.name
+            own = (
+                name,
+                str(item.images),
+                f"{item.mae.value:.4g}",
+                *map(_rounded, (item.rank, item.covered)),
             )
+            more = _drop(item.name, change) or [f"{item.rmse.value:.4g}", _rounded(item.r2)]
+            rows.append((*own, *more))
         return "\n".join([*lines, console.table(rows)])
 
 
