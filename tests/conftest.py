@@ -145,6 +145,27 @@ def steps_done(out: Path) -> int:
     return int(data["stage"]) * 1000 + int(data["step"])
 
 
+# Files that take minutes: first, so that no process is left alone with one of them at the end
+SLOW = (
+    "test_tasks.py",
+    "test_distributed.py",
+    "test_main.py",
+    "test_search.py",
+    "test_bundle.py",
+    "test_resume.py",
+    "test_qat.py",
+    "test_enroll.py",
+    "test_train.py",
+    "test_bench.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of slow files first."""
+    rank = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(SLOW)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def converted_once() -> Iterator[None]:
     """Convert and quantize the shared run, and build its float64 reference, once for all exports."""
