@@ -18,6 +18,7 @@ from ftkit.benchmark.ssh import Device
 from ftkit.options import BenchOptions
 from ftkit_export.proof.endurance import Course, run_on
 from ftkit_export.runtime.errors import FtkitError
+from ftkit_export.runtime.latency import machine
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -39,8 +40,9 @@ def sustained(
     seconds: float,
     *,
     host: str | None = None,
-) -> Course:
-    """Run a model for `seconds`, in turn with options.against if there is one. host: on that machine."""
+) -> tuple[Course, Mapping[str, Any]]:
+    """Run a model for `seconds`, in turn with options.against if there is one; its course, and the
+    machine. host: on that machine."""
     models = [model, options.against] if options.against else [model]
     conditions, image = conditions_of(models, options)
     if host:
@@ -50,15 +52,17 @@ def sustained(
             )
         with Device.reached(host) as device:
             path = Path(conditions[0].model)
-            return run_on(
+            course = run_on(
                 conditions[0],
                 seconds=seconds,
                 run=lambda *_, **__: device.sustained(path, image, conditions[0], seconds),
             )
+            return course, device.machine
     baseline = conditions[1] if options.against else None
-    return run_on(
+    course = run_on(
         conditions[0], baseline, image=image, seconds=seconds, tolerance=options.max_slowdown
     )
+    return course, machine()
 
 
 def course_text(course: Course) -> str:

@@ -137,7 +137,7 @@ def bench(
         path = stack.enter_context(unpacked(model, key))
         say = stack.enter_context(console.note())
         if sustained:
-            measured = _sustained(stack, path, options, host, limits, sustained, key)
+            measured = _sustained(stack, path, options, host, limits, sustained, key, say)
         elif host:
             measured = _measure_there(host, path, options, say)
         elif profile and not options.against:
@@ -299,29 +299,24 @@ def _sustained(
     limits: Mapping[str, float],
     duration: str,
     key: Path | None,
+    say: Callable[[str], object],
 ) -> BenchResult:
     """Run a file without a pause, and judge what it settles at."""
     from ftkit.benchmark import endurance
     from ftkit.benchmark.budgets import as_budgets
-    from ftkit.utils import console
     from ftkit_export.bundle.archive import unpacked
-    from ftkit_export.runtime.latency import machine
 
     seconds = endurance.parse_duration(duration)
     if options.against:
         baseline = stack.enter_context(unpacked(options.against, key))
         options = dataclasses.replace(options, against=baseline)
     endurance.require_judged(limits)
-    with console.note() as say:
-        say(f"without a pause for {duration}")
-        course = endurance.sustained(path, options, seconds, host=host)
+    say(f"without a pause for {duration}")
+    course, machine = endurance.sustained(path, options, seconds, host=host)
     judged = endurance.judge_course(course, limits)
     text = [endurance.course_text(course), *[as_budgets(judged)] * bool(judged)]
-    figures = {"sustained": endurance.as_json(course)}
-    if not host:
-        figures["machine"] = machine()
     return BenchResult(
-        figures=figures,
+        figures={"machine": machine, "sustained": endurance.as_json(course)},
         found=course,
         text="\n".join(text),
         outcomes=[
@@ -423,7 +418,8 @@ def _check(ctx: click.Context, options: BenchOptions, host: str | None, table: b
     _refuse(ctx, "--ssh", bool(host), "batch", "image", "frame", *gate)
     measured_before = ("threads", "providers", "batch", "frame", *gate)
     _refuse(ctx, "--against FILE.json", stored and not host, *measured_before)
-    _refuse(ctx, "--against without --budget or --save", not table, "quick")
+    gate_only = bool(options.against) and not table
+    _refuse(ctx, "--against without --budget or --save", gate_only, "quick")
     if (host or options.against) and options.several:
         raise FtkitError(
             "--ssh, --against: expected one provider, number of threads and batch, found several. Try one"

@@ -18,7 +18,8 @@ class Readout {
 
   explicit Readout(const std::string& json) {
     if (json.empty()) return;
-    const std::string named = strings(json, "task").at(0);
+    const auto tasks = strings(json, "task");
+    const std::string named = tasks.empty() ? "" : tasks[0];
     if (named == "multi-label") {
       task = kLabels;
       thresholds_ = numbers(json, "thresholds");
@@ -85,7 +86,7 @@ class Readout {
   // One string, or a list of them.
   static std::vector<std::string> strings(const std::string& json, const std::string& key) {
     size_t at = after(json, key);
-    const bool list = json.at(at) == '[';
+    const bool list = at < json.size() && json[at] == '[';
     std::vector<std::string> found;
     while (at < json.size() && json[at] != ']') {
       if (json[at] != '"') {
@@ -95,7 +96,7 @@ class Readout {
       std::string text;
       for (++at; at < json.size() && json[at] != '"'; ++at) {
         if (json[at] == '\\') ++at;  // before a quotation mark or a backslash; names are of one line
-        text += json.at(at);
+        if (at < json.size()) text += json[at];
       }
       ++at;
       found.push_back(text);
