@@ -137,8 +137,9 @@ def _changed(change: Change) -> list[str]:
     return lines
 
 
-def drop_text(comparison: Comparison) -> str:
+def drop_text(comparison: Comparison, digits: int = 2) -> str:
     """A drop with its bounds, in hundredths, for a table."""
-    return (
-        f"{comparison.drop * 100:+.2f} [{comparison.low * 100:+.2f}, {comparison.high * 100:+.2f}]"
+    drop, low, high = (
+        f"{100 * value:+.{digits}f}" for value in (comparison.drop, comparison.low, comparison.high)
     )
+    return f"{drop} [{low}, {high}]"

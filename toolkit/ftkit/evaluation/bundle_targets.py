@@ -7,6 +7,7 @@ Targets and answers are in the order that was asked for, targets NaN where one i
 
 from __future__ import annotations
 
+import textwrap
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -252,9 +253,10 @@ class ValueAnswers(_TargetAnswers):
         """As Answers.table."""
         metrics = self.metrics
         only = metrics.quantities[0].unit if len(metrics.quantities) == 1 else "(in deviations)"
+        found = f"{self.headline} {only}".rstrip()
+        bounds = _interval(metrics.mae_low, metrics.mae_high)
         lines = [
-            f"{self.headline} {only}".rstrip()
-            + f" {_interval(metrics.mae_low, metrics.mae_high)} on {ground(metrics.images, metrics.clusters)}",
+            textwrap.fill(f"{found} {bounds} on {ground(metrics.images, metrics.clusters)}", 80)
         ]
         share = f"in {100 * metrics.share:.0f} %"
         head = ("quantity", "images", "MAE", "rank", share)
@@ -288,4 +290,4 @@ def _rounded(figure: WithBounds) -> str:
 def _drop(name: str, change: Change | None) -> list[str]:
     if change is None:
         return []
-    return [drop_text(change.parts[name]) if name in change.parts else ""]
+    return [drop_text(change.parts[name], 1) if name in change.parts else ""]
