@@ -146,7 +146,7 @@ def profile(
     condition: Condition, image: str | Path | None = None, *, processes: int = 3
 ) -> Profile:
     """Time each operator of one file. Raises FtkitError for another provider than cpu."""
-    _require_cpu(condition)
+    require_cpu(condition.provider)
     times, totals, (ran,) = _run([condition], image, processes)
     (ms,) = (table.mean(0) for table in times)
     total = float(totals[:, 0].mean())
@@ -174,7 +174,7 @@ def explain(
     when a file does not run.
     """
     for condition in (candidate, baseline):
-        _require_cpu(condition)
+        require_cpu(condition.provider)
     alike = replace(baseline, model=candidate.model)
     conditions = [baseline, baseline, alike]
     if alike != candidate:
@@ -211,10 +211,11 @@ def explain(
     )
 
 
-def _require_cpu(condition: Condition) -> None:
-    if PROVIDERS[condition.provider].gpu:
+def require_cpu(provider: str) -> None:
+    """Raise FtkitError for a provider whose operators only start when they are called."""
+    if PROVIDERS[provider].gpu:
         raise FtkitError(
-            f"--profile: expected the provider cpu, found {condition.provider}, whose operators run later than "
+            f"--profile: expected the provider cpu, found {provider}, whose operators run later than "
             "they are called. Try --providers cpu, or NVIDIA Nsight"
         )
 
@@ -334,9 +335,9 @@ def _places(graph: onnx.GraphProto) -> dict[str, str]:
     stored: dict[str, str] = {name: name for name in weights}  # value -> the weight it is made of
     places: dict[str, str] = {}
     for node in graph.node:
-        if node.input and all(not name or name in stored for name in node.input[:1]):
+        if node.input and node.input[0] in stored and node.op_type not in WEIGHTED:
             for name in node.output:  # a weight dequantized, transposed, cast
-                stored[name] = stored[node.input[0]] if node.input[0] else node.input[0]
+                stored[name] = stored[node.input[0]]
             continue
         place = next((places[name] for name in node.input if name in places), INPUT)
         if node.op_type in WEIGHTED:

@@ -113,7 +113,16 @@ def run_on(
 
 
 def judged(windows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> Course:
-    """Judge a course of the model alone, or of the model and the baseline twice."""
+    """Judge a course of the model alone, or of the model and the baseline twice.
+
+    Raises FtkitError for a course of fewer windows than two stretches have.
+    """
+    if len(windows) < 2 * FEWEST:
+        spent = windows[-1]["until_s"]
+        raise FtkitError(
+            f"--sustained: expected at least {2 * FEWEST} windows of five runs, found {len(windows)} in {spent:.0f} s. "
+            f"Try {math.ceil(2 * spent * 2 * FEWEST / len(windows)):d}s"
+        )
     means = np.array([window["mean_ms"] for window in windows])
     ends = np.array([window["until_s"] for window in windows])
     judge = means[:, 0] if means.shape[1] == 1 else means[:, 1:].mean(1)

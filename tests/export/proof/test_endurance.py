@@ -10,6 +10,7 @@ from conftest import ftkit
 
 from ftkit_export.proof import endurance
 from ftkit_export.proof.endurance import judged
+from ftkit_export.runtime.errors import FtkitError
 
 WINDOWS = 120
 
@@ -79,6 +80,11 @@ def test_a_regression_is_no_throttling_and_throttling_is_no_regression() -> None
         assert (course.verdict, course.throttled_s is None) == ("passed", False)
         course = judged(_course(rng, np.ones(WINDOWS), ratio=1.3))
         assert (course.verdict, course.throttled_s) == ("failed", None)
+
+
+def test_a_course_of_a_few_slow_runs_tells_nothing_and_says_so() -> None:
+    with pytest.raises(FtkitError, match=r"found 3 in 3 s\. Try 16s"):
+        judged(_course(np.random.default_rng(0), np.ones(3), ratio=1.0))
 
 
 def test_a_model_without_a_pause(

@@ -127,9 +127,10 @@ def bench(
         batches=_numbers("--batch", batch or "") or [0],
         **given,
     )
-    course = bool(sustained)
-    table = not (profile or course) and bool(host or limits or save or not options.against)
-    table = table or bool(profile and (limits or save))
+    if profile or sustained:
+        table = bool(limits or save) and not sustained
+    else:
+        table = bool(host or limits or save or not options.against)
     _check(ctx, options, host, table)
     _check_courses(ctx, options, host, profile, sustained, page)
 
@@ -269,7 +270,13 @@ def _against_file(
     if not (profile or slower):
         return measured
     say("operators, in turn")
-    found = explain_files(path, baseline, options)
+    try:
+        found = explain_files(path, baseline, options)
+    except FtkitError as error:
+        if profile:
+            raise
+        # The verdict stands without it
+        return dataclasses.replace(measured, text=f"why: not found out: {error}")
     return dataclasses.replace(
         measured,
         figures={**measured.figures, "why": dataclasses.asdict(found)},
@@ -450,6 +457,8 @@ def _check_courses(
     page: Path | None,
 ) -> None:
     """The same for --profile, --sustained and --report."""
+    from ftkit_export.proof.attribution import require_cpu
+
     stored = bool(options.against) and _is_stored(options.against or "")
     _refuse(ctx, "--sustained", bool(sustained), "profile", "quick", "save", "seconds")
     _refuse(ctx, "--profile without --budget or --save", profile and not options.against, "quick")
@@ -467,6 +476,8 @@ def _check_courses(
         raise FtkitError(
             "--report: expected --profile or --sustained with it, found neither. Try --profile"
         )
+    if profile:
+        require_cpu(options.providers[0])
     if (profile or sustained) and options.several:
         raise FtkitError(
             "--profile, --sustained: expected one provider, number of threads and batch, found several. Try one"

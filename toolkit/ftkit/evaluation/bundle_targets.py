@@ -81,6 +81,13 @@ class _TargetAnswers(Answers):
 
     answers: Array
     targets: Array
+    metrics: MultiLabelMetrics | RegressionMetrics
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """As Answers.figures."""
+        figures: dict[str, Any] = finite(asdict(self.metrics))
+        return figures
 
     @property
     @abstractmethod
@@ -140,12 +147,6 @@ class LabelAnswers(_TargetAnswers):
     def names(self) -> list[str]:
         """As _TargetAnswers.names."""
         return [label.name for label in self.metrics.labels]
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """As Answers.figures."""
-        figures: dict[str, Any] = finite(asdict(self.metrics))
-        return figures
 
     @property
     def headline(self) -> str:
@@ -211,12 +212,6 @@ class ValueAnswers(_TargetAnswers):
     def names(self) -> list[str]:
         """As _TargetAnswers.names."""
         return [quantity.name for quantity in self.metrics.quantities]
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """As Answers.figures."""
-        figures: dict[str, Any] = finite(asdict(self.metrics))
-        return figures
 
     @property
     def headline(self) -> str:
