@@ -85,7 +85,7 @@ def write_golden(
         expected["probabilities"].append(readout.answers(logits))
 
         resized = np.concatenate([resizer.run(item[None])[1] for item in frames])
-        moved = reference.logits(resampled(resized, canvases, preprocess, group), torch.float64)
+        moved = reference.logits(resampled(resized, canvases, preprocess), torch.float64)
         slack = readout.apart(readout.answers(logits), readout.answers(moved))
         allowed = {"fp32": _fp32_tolerance(reference, pixels, logits, readout, slack)}
 

@@ -13,8 +13,10 @@ The reference for the image form's pixels is Preprocess, in Pillow and numpy, ne
 test. The graph's pixels are compared with it after normalisation, in grey levels: they may differ
 by at most RESAMPLED_LEVELS, by MEAN_LEVELS on average, and by whole levels only, since two resizers
 round differently but nothing may differ after that. The effect of these allowed differences on a
-probability is measured, and bounded by RESAMPLED_PROBABILITY; it is not added to any other
-tolerance.
+probability is measured; it is not added to any other tolerance. It may be RESAMPLED_PROBABILITY, or
+REPLACED times what the same differences do at random places: a model that any rounding moves is
+not made unequal by this one (digits of 64 pixels, enlarged: 5.6 and 8.1 %; at random places up to
+28 %).
 
     reference = Reference(module)
     parity = measure_parity(reference, ExportedModel(core=core_path, ...), canvases, photographs)
@@ -49,14 +51,20 @@ FLOORS = 20.0
 ROUNDINGS = 4.0  # a GPU accumulates in another order, and may round where the emulation does not
 # Of the largest logit: a model more sensitive to rounding must not run in that precision
 CEILING = 0.1
-# Differences between the two resizers. Measured on three fits, four sizes, photographs, noise and
-# odd shapes: at most these grey levels, except for 1 in 1,000 values; 0.043 on average over a
-# channel of an image; 1e-5 from a whole level.
+# Differences between the two resizers. Measured on three fits, eight sizes, photographs, enlarged
+# digits, noise and odd shapes: at most these grey levels, except for 1 in 1,000 values, which are
+# never further apart than FARTHEST_LEVELS; 0.043 on average over a channel of an image; 1e-5 from a
+# whole level.
 RESAMPLED_LEVELS = {"photographs": 1, "noise": 2, "extremes": 2}
 RESAMPLED_SHARE = 1e-3
+FARTHEST_LEVELS = 2
 MEAN_LEVELS = 0.1
 WHOLE_LEVELS = 1e-3
 RESAMPLED_PROBABILITY = 0.05
+# Of the largest effect of REPLACEMENTS draws. Simulated on 16 of 450 digits, 4,000 times, for two
+# networks: no false alarm; with 1 instead of 2, 3.7 %.
+REPLACED = 2.0
+REPLACEMENTS = 4
 REFERENCE_BATCH = 32
 DECADES = np.arange(-12, 1.25, 0.25)  # edges of the error histogram: powers of ten
 
@@ -368,7 +376,6 @@ def _image_checks(
         np.stack(made[:IMAGE_FORM_IMAGES]),
         np.stack(canvases[:IMAGE_FORM_IMAGES]),
         preprocess,
-        group,
     )
 
     logits32 = reference.logits(allowed, torch.float32)
@@ -378,7 +385,11 @@ def _image_checks(
 
     actual = np.concatenate([session.run(frame[None])[0] for frame in frames[:IMAGE_FORM_IMAGES]])
     value = readout.apart(actual, expected)
-    moved = readout.apart(readout.answers(reference.logits(pillow, torch.float64)), expected)
+    plain = readout.answers(reference.logits(pillow, torch.float64))
+    moved = readout.apart(plain, expected)
+    movable = RESAMPLED_PROBABILITY
+    if moved > movable:  # NaN is not: it passes no limit
+        movable = max(movable, REPLACED * _moved_elsewhere(reference, readout, pillow, allowed))
     batches = [np.repeat(frames[0][None], size, 0) for size in (2, 7)]
     spread = max(readout.apart(session.run(batch)[0], actual[:1]) for batch in batches)
 
@@ -389,11 +400,29 @@ def _image_checks(
             name=f"{readout.output} moved by resampling",
             group=group,
             value=moved,
-            limit=RESAMPLED_PROBABILITY,
+            limit=movable,
             inputs=len(actual),
         ),
         Check(name="batch 1 against 2 and 7", group=group, value=spread, limit=limit, inputs=9),
     ]
+
+
+def _moved_elsewhere(
+    reference: Reference, readout: Readout, pixels: Array, resized: Array
+) -> float:
+    """The largest change of an answer when the differences of `resized` from `pixels` are put at
+    other places of their channel, drawn at random. Both (N, 3, S, S) float32.
+    """
+    plain = readout.answers(reference.logits(pixels, torch.float32))
+    steps = (resized - pixels).reshape(*pixels.shape[:2], -1)
+    rng = np.random.default_rng(20261127)
+    draws = [
+        pixels + rng.permuted(steps, axis=-1).reshape(pixels.shape) for _ in range(REPLACEMENTS)
+    ]
+    return max(
+        readout.apart(readout.answers(reference.logits(drawn, torch.float32)), plain)
+        for drawn in draws
+    )
 
 
 def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: str) -> list[Check]:
@@ -418,14 +447,15 @@ def pixel_checks(made: Array, canvases: Array, preprocess: Preprocess, group: st
     ]
 
 
-def resampled(made: Array, canvases: Array, preprocess: Preprocess, group: str) -> Array:
+def resampled(made: Array, canvases: Array, preprocess: Preprocess) -> Array:
     """Pillow's pixels with the graph's rounding: normalised in numpy, (N, 3, S, S) float32.
 
-    Each grey level is the graph's, as far as RESAMPLED_LEVELS allows.
+    Each grey level is the graph's, as far as FARTHEST_LEVELS allows; how many may go that far is
+    for pixel_checks to judge.
     """
-    most = RESAMPLED_LEVELS[group]
     exact = _cropped(canvases, preprocess)
-    steps = np.nan_to_num(_levels(made, preprocess) - exact).round().clip(-most, most)
+    steps = np.nan_to_num(_levels(made, preprocess) - exact).round()
+    steps = steps.clip(-FARTHEST_LEVELS, FARTHEST_LEVELS)
     inside = np.zeros_like(canvases)
     start = (preprocess.resize - preprocess.size) // 2
     inside[:, start : start + preprocess.size, start : start + preprocess.size] = (

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from PIL import Image
 
 from ftkit.models.backbones import build
 from ftkit_export.conversion import graph
@@ -19,6 +20,7 @@ from ftkit_export.conversion.convert import Core, export_core, write
 from ftkit_export.conversion.graph import image_form
 from ftkit_export.proof.golden import write_golden
 from ftkit_export.proof.parity import (
+    RESAMPLED_PROBABILITY,
     Emulated,
     ExportedModel,
     Parity,
@@ -243,6 +245,71 @@ def test_a_provider_that_resizes_wrong_in_every_session_is_seen(
 
     monkeypatch.setattr(graph, "_resized", nearest)
     assert "share of pixels off" in _failed(_compare(*trained, tmp_path))
+
+
+# The digits' size: enlarged from it, one pixel in thirty lies on a tie that resizers round either way
+SMALL = [
+    np.asarray(Image.fromarray(item).resize((64, 64), Image.Resampling.BILINEAR))
+    for item in PHOTOGRAPHS
+]
+ENLARGED = Preprocess(size=96, resize=96)
+
+
+def _enlarged(model: torch.nn.Module, temperature: float, folder: Path) -> Parity:
+    core = export_core(model, ENLARGED.size)
+    write(core.model, folder / "core.onnx", {})
+    readout = OneClass(temperature=temperature)
+    write(image_form(core.model, ENLARGED, readout), folder / "model.onnx", {})
+    return measure_parity(
+        Reference(model),
+        ExportedModel(
+            core=folder / "core.onnx",
+            image=folder / "model.onnx",
+            preprocess=ENLARGED,
+            readout=readout,
+            layers=core.layers,
+        ),
+        np.stack([ENLARGED.canvas(image) for image in SMALL]),
+        SMALL,
+    )
+
+
+def _tie_steps() -> torch.Tensor:
+    """Where the graph's pixels of SMALL[0] differ from Pillow's: (3, 96, 96), -1 to 1."""
+    made = Session(graph.pixel_model(ENLARGED).SerializeToString()).run(SMALL[0][None])[1][0]
+    steps = made - ENLARGED.pixels(ENLARGED.canvas(SMALL[0])[None])[0]
+    return torch.from_numpy(np.sign(steps) * (np.abs(steps) > 1e-3)).float()
+
+
+class Weighed(torch.nn.Module):
+    """Two logits: a weighted sum of the pixels, and its negative; both 0 for SMALL[0]."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        super().__init__()
+        self.sum = torch.nn.Linear(weights.numel(), 2)
+        self.sum.weight.data = torch.stack([weights.flatten(), -weights.flatten()])
+        pixels = torch.from_numpy(ENLARGED.pixels(ENLARGED.canvas(SMALL[0])[None]))
+        self.sum.bias.data = -(self.sum.weight.double() @ pixels[0].flatten().double()).float()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.sum(pixels.flatten(1))
+        return logits
+
+
+def test_a_model_that_any_rounding_moves_is_not_the_files_fault(tmp_path: Path) -> None:
+    """Regression: digits enlarged from 64 pixels were refused, at 5.6 and 8.1 %."""
+    weights = torch.randn((3, 96, 96), generator=torch.Generator().manual_seed(0))
+    weights -= weights.mean()
+    parity = _enlarged(Weighed(weights), 0.5, tmp_path)
+    moved = next(check for check in parity.checks if check.name.endswith("by resampling"))
+    assert moved.value > RESAMPLED_PROBABILITY
+    assert parity.passed, parity.worst
+
+
+def test_a_resizer_that_moves_answers_more_than_any_rounding_fails(tmp_path: Path) -> None:
+    """Each pixel is as near as it must be, but the model weighs just those that differ."""
+    parity = _enlarged(Weighed(_tie_steps()), 1.0, tmp_path)
+    assert "probabilities moved by resampling" in _failed(parity)
 
 
 @pytest.mark.parametrize("wrong", ["mean + 10 grey levels", "std x 1.5"])
