@@ -78,7 +78,7 @@ def _to_rank(points: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     that train within a minute or two."""
     linear = {p["name"]: p for p in points if p["precision"] == "fp32" and not p["trained"]}
     small = [p for p in linear.values() if p["size"] <= LARGEST_RANKED]
-    small.sort(key=lambda point: point["accuracy"])
+    small.sort(key=lambda point: point["figure"])
     return [small[round(place)] for place in np.linspace(0, len(small) - 1, count)]
 
 
@@ -94,7 +94,7 @@ def _rank(photos: Path, place: Path, points: list[dict[str, Any]], plan: tuple[s
         settings += [f"preprocess.size={point['size']}", "folds=0"]
         chosen = [part for setting in settings for part in ("--set", setting)]
         seconds = _ftkit("train", photos, "--out", run, *chosen, *plan)
-        linear.append(point["accuracy"])
+        linear.append(point["figure"])
         trained.append(json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"])
         print(
             f"| {point['name']} | {linear[-1]:.4f} | {trained[-1]:.4f} | {seconds:.0f} |",
@@ -155,7 +155,7 @@ def main() -> None:
             f"{told['scored']} candidates scored, {len(timed)} timed; {cold:.0f} s from nothing cached, {warm:.0f} s "
             f"again, {whole:.0f} s with its finalists"
         )
-        print(f"pick: {told['pick']['name']}, {told['pick']['accuracy']:.4f} out of fold")
+        print(f"pick: {told['pick']['name']}, {told['pick']['figure']:.4f} out of fold")
 
         _ftkit("train", photos, "--out", place / "plain", *plan)
         _ftkit("export", place / "plain", "--out", place / "plain-bundle", "--quick")

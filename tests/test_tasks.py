@@ -16,8 +16,10 @@ import onnx
 import pytest
 from conftest import built_cpp, ftkit, needs, needs_browser, open_page, run_, settings
 from PIL import Image
+from sklearn.metrics import average_precision_score
 
 import ftkit as api
+from ftkit.data.dataset import read_images
 from ftkit.exporting import candidates, evidence, export, web
 from ftkit.training.run import Run, open_run
 from ftkit_export.conversion import graph
@@ -124,7 +126,6 @@ def test_what_is_made_for_classes_refuses_labels_in_one_sentence(
         ("enroll", bundle, "new", photos / "mono-ok", "--out", tmp_path / "new"),
         ("predict", bundle, picture, "--explain"),
         ("predict", bundle, picture, "--trace"),
-        ("search", folder / "labels.csv", "--out", tmp_path / "search"),
         ("export", run, "--out", tmp_path / "h", "--handoff"),
         ("train", folder / "labels.csv", "--set", "stages.0.lr=auto", "--out", tmp_path / "r"),
         (
@@ -386,3 +387,60 @@ def test_planted_faults_of_numbers_are_caught(values: tuple[Path, Path], tmp_pat
     assert "parity" in _gate_of(run, tmp_path / "scale", scale)
     margins = _with_metadata(lambda data: data.update(margins=[m / 2 for m in data["margins"]]))
     assert "misread" in _gate_of(run, tmp_path / "margins", margins)
+
+
+def _searched(table: Path, out: Path, *more: object) -> dict[str, Any]:
+    changes = settings("stages.0.epochs=2", "stages.0.views=1", "stages.1.epochs=1")
+    quick = ("--sizes", 64, "--backbones", "efficientnet_lite0", "--timed", 2, "--finalists", 1)
+    done = ftkit("search", table, "--out", out, *quick, *more, *changes)
+    assert done.exit_code == 0, done.output
+    printed = done.output[done.output.index("\nfront ") : done.output.index("\nreport: ")]
+    assert [line for line in printed.splitlines() if len(line) > 80] == []
+    told: dict[str, Any] = json.loads((out / "search.json").read_text())
+    return told
+
+
+def test_a_search_ranks_networks_by_average_precision(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "search"
+    told = _searched(folder / "labels.csv", out)
+    assert (told["metric"], told["max_drop"]) == ("macro-AP", 0.01)
+    linear = [point for point in told["points"] if not point["trained"]]
+    assert max(point["figure"] for point in linear) > 0.6
+
+    pick = told["pick"]
+    assert pick["low"] < pick["figure"] < pick["high"]
+    images = read_images(folder / "labels.csv", 0, cut_val=False)
+    with np.load(out / pick["run"] / "oof.npz") as stored:
+        targets = np.array([image.targets for image in images.images])[stored["rows"]]
+        logits = stored["logits"]
+    own = []
+    for label in range(2):
+        known = ~np.isnan(targets[:, label])
+        own.append(average_precision_score(targets[known, label], logits[known, label]))
+    assert pick["figure"] == pytest.approx(np.mean(own), abs=1e-6)
+
+    run = open_run(out / pick["run"])
+    assert (run.recipe.cut, run.recipe.pooling) == (pick["cut"], pick["pooling"])
+
+
+def test_a_search_for_numbers_takes_the_lowest_error_in_its_unit(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "search"
+    told = _searched(folder / "values.csv", out, "--task", "regression")
+    assert (told["unit"], told["max_drop"]) == ("levels", 0.02)
+    linear = [point for point in told["points"] if not point["trained"]]
+    by_cost = sorted(
+        (point for point in linear if point["front"]), key=lambda point: point["p50_ms"]
+    )
+    errors = [point["figure"] for point in by_cost]
+    assert errors == sorted(errors, reverse=True), "a dearer one of the front errs less"
+
+    pick = told["pick"]
+    images = read_images(folder / "values.csv", 0, cut_val=False, task="regression")
+    train = np.array([image.targets[0] for image in images.of("train")])
+    with np.load(out / pick["run"] / "oof.npz") as stored:
+        true = np.array([image.targets[0] for image in images.images])[stored["rows"]]
+        said = stored["logits"][:, 0] * train.std() + train.mean()
+    assert pick["figure"] == pytest.approx(np.abs(said - true).mean(), rel=1e-4)
+    assert "levels" in (out / "report.html").read_text()

@@ -107,14 +107,16 @@ class SearchOptions:
     - backbones: by default those whose weights are installed. sizes: of the input in pixels, by
       default from 96 to the backbone's own and one above.
     - p50_ms, p95_ms, size_mb, memory_mb: budgets of the whole file, on one thread.
-    - max_drop: accuracy that may be lost against the most accurate network, as a share.
+    - max_drop: what may be lost against the most accurate network, as a share: of accuracy, of
+      macro-AP, or by how much the error may rise; by default the recipe's export.max_accuracy_drop, or
+      export.max_error_rise.
     - timed: at most so many candidates are timed. finalists: at most so many are trained, each
       within `minutes`; 0: none.
     - frame: size of the image that is timed, "640x480"; by default that of a training image.
     - on: user@host (ssh), where candidates are timed. target: the processor they are for, if it is
       not this machine's: a folder is then left to time them there, and latency is what it printed.
     - device: auto, cpu or cuda, where features are computed and finalists trained.
-    - seed, group_by, root, add: as for training.
+    - seed, group_by, root, add, task: as for training.
     """
 
     out: str | Path | None = None
@@ -126,7 +128,7 @@ class SearchOptions:
     p95_ms: float | None = None
     size_mb: float | None = None
     memory_mb: float | None = None
-    max_drop: float = 0.01
+    max_drop: float | None = None
     timed: int = 16
     finalists: int = 3
     minutes: float | None = None
@@ -139,6 +141,7 @@ class SearchOptions:
     group_by: str = ""
     root: str | Path | None = None
     add: str | Path | None = None
+    task: str | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -146,7 +149,7 @@ class SearchOptions:
             ("sizes", min(self.sizes, default=SMALLEST_SIZE), SMALLEST_SIZE, 10_000),
             ("timed", self.timed, 1, 1000),
             ("finalists", self.finalists, 0, 1000),
-            ("max_drop", self.max_drop, 0, 1),
+            ("max_drop", self.max_drop or 0, 0, 1),
         ):
             if not least <= value <= most:
                 raise FtkitError(

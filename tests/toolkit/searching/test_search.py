@@ -21,7 +21,8 @@ from ftkit.recipe import load_recipe
 from ftkit.searching.candidates import Candidate, backbone_of, candidates
 from ftkit.searching.corners import near_front
 from ftkit.searching.features import features
-from ftkit.searching.score import as_point
+from ftkit.searching.judge import judge_of
+from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training.run import open_run
 from ftkit_export.runtime.targets import here
 
@@ -65,7 +66,7 @@ def test_all_depths_are_scored_the_near_ones_timed_and_the_best_trained(
             stored["logits"].argmax(1)
             == np.array([image.label for image in _images(run.data["data"])])[stored["rows"]]
         )
-    assert told["pick"]["accuracy"] == pytest.approx(right.mean())
+    assert told["pick"]["figure"] == pytest.approx(right.mean())
     page = (out / "report.html").read_text()
     assert page.index("<svg") < page.index("<table")
 
@@ -132,7 +133,7 @@ def test_ranks_share_the_passes_and_find_what_one_finds(
     one, two = (json.loads((place / "search.json").read_text()) for place in (alone, out))
     scores = [
         {
-            point["name"]: point["accuracy"]
+            point["name"]: point["figure"]
             for point in told["points"]
             if point["precision"] == "fp32" and not point["trained"]
         }
@@ -295,15 +296,15 @@ def test_a_network_of_one_input_size_and_a_val_split_are_told(photos: Path, tmp_
 
 
 def test_the_most_accurate_is_always_timed() -> None:
+    judge = judge_of(SINGLE_LABEL, np.zeros(1000, np.int64), [""] * 1000, outputs=2)
     points = [
-        as_point(
+        judge.point(
             Candidate(backbone="b", size=96, cut=f"{n}", pooling="mean", multiplications=n),
             np.arange(1000) < 500 + 10 * n,
-            [""] * 1000,
         )
         for n in range(1, 33)
     ]
-    picked = near_front(points, 16)
+    picked = near_front(points, 16, judge.near)
     assert points[-1] in picked
     assert len(picked) == 16
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ftkit import api
-from ftkit.cli.data import ADD, GROUP_BY, ROOT
+from ftkit.cli.data import ADD, GROUP_BY, ROOT, TASK
 from ftkit.cli.gpus import DEVICE, GPUS, launch_again, require_gpus
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit_export.runtime.errors import FtkitError
@@ -47,9 +47,8 @@ from ftkit_export.runtime.errors import FtkitError
 @click.option(
     "--max-drop",
     type=click.FloatRange(0, 1),
-    default=0.01,
-    show_default=True,
-    help="Accuracy that may be lost against the most accurate network.",
+    metavar="SHARE",
+    help="What may be lost against the most accurate network.  [default: 0.01; of an error, 0.02]",
 )
 @click.option("--backbones", metavar="A,B", help="[default: those whose weights are installed]")
 @click.option(
@@ -113,6 +112,7 @@ from ftkit_export.runtime.errors import FtkitError
 @GROUP_BY
 @ROOT
 @ADD
+@TASK
 @MAX_PIXELS_OPTION
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")

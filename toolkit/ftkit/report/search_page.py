@@ -1,4 +1,4 @@
-"""A search as a page: the chart of accuracy over time first, then the table, then what was left."""
+"""A search as a page: the chart of the task's figure over time first, then tables, then what was left."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ftkit.report.pages import Table, render
+from ftkit.searching.judge import figure_text, interval_text
 from ftkit_export.runtime.files import write_atomically
 
 WIDTH = 860
@@ -28,24 +29,34 @@ def write_search(out: Path, told: Mapping[str, Any]) -> None:
     timed = [point for point in told["points"] if point["p50_ms"] is not None]
     # Where nothing was timed: those of which there is a file
     timed = timed or [point for point in told["points"] if point["size_bytes"] is not None]
-    ordered = sorted(told["points"], key=lambda point: -point["accuracy"])
+    rising = told["metric"] != "mean absolute error"
+    # A figure that is none comes last
+    ordered = sorted(
+        told["points"],
+        key=lambda point: (
+            point["figure"] is None,
+            (point["figure"] or 0) * (-1 if rising else 1),
+        ),
+    )
+    drawn = [point for point in timed if point["figure"] is not None]
     page = render(
         "search.html",
         told=told,
-        chart=front_chart(timed, told["budgets"]),
-        front=_table([point for point in timed if point["front"]]),
-        every=_table(ordered),
+        chart=front_chart(drawn, told["budgets"], told["metric"], told["unit"]),
+        pick=figure_text(told["pick"]["figure"], told["unit"]),
+        front=_table([point for point in timed if point["front"]], told["unit"]),
+        every=_table(ordered, told["unit"]),
         dropped=Table(
             ("backbone", "pixels", "why it was left"),
             [(each["backbone"], each["size"], each["reason"]) for each in told["dropped"]],
         ),
         open=Table(
-            ("network", "p50 ms", "drop, points", "95 % bounds", "accepted at"),
+            ("network", "p50 ms", "what it loses", "95 % bounds", "accepted at"),
             [
                 (
                     each["name"],
                     each["p50_ms"],
-                    f"{100 * each['against_best']['drop']:+.1f}",
+                    f"{100 * each['against_best']['drop']:+.1f} {each['against_best']['unit']}",
                     f"{100 * each['against_best']['low']:+.1f} to {100 * each['against_best']['high']:+.1f}",
                     f"--max-drop {math.ceil(1000 * each['against_best']['high']) / 1000:g}",
                 )
@@ -56,12 +67,12 @@ def write_search(out: Path, told: Mapping[str, Any]) -> None:
     write_atomically(out, page.encode())
 
 
-def _table(points: Sequence[Mapping[str, Any]]) -> Table:
+def _table(points: Sequence[Mapping[str, Any]], unit: str) -> Table:
     rows = [
         (
             f"{'pick: ' if point['pick'] else ''}{point['name']}",
-            f"{point['accuracy']:.3f}",
-            f"{point['low']:.3f} to {point['high']:.3f}",
+            figure_text(point["figure"], unit),
+            interval_text(point["low"], point["high"], unit),
             "" if point["p50_ms"] is None else f"{point['p50_ms']:.2f}",
             "" if point["size_bytes"] is None else f"{point['size_bytes'] / 1e6:.2f}",
             "" if point["peak_rss_bytes"] is None else f"{point['peak_rss_bytes'] / 1e6:.0f}",
@@ -83,8 +94,10 @@ def _table(points: Sequence[Mapping[str, Any]]) -> Table:
     return Table(head, rows)
 
 
-def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float]) -> Markup:
-    """Accuracy with its interval over p50 (log scale); a mark per backbone; filled: int8. Over
+def front_chart(
+    points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float], metric: str, unit: str
+) -> Markup:
+    """The figure with its interval over p50 (log scale); a mark per backbone; filled: int8. Over
     multiplications where nothing was timed.
 
     The front is a line, the pick is named, a budget in ms is a dashed line.
@@ -96,8 +109,12 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         math.log(min([*costs, *limits.values()]) * 0.9),
         math.log(max([*costs, *limits.values()]) * 1.1),
     )
-    accuracies = [point["accuracy"] for point in points]
-    ys = max(0.0, min(accuracies) - 0.03), min(1.0, max(accuracies) + 0.03)
+    figures = [point["figure"] for point in points]
+    if metric == "mean absolute error":
+        room = 0.1 * max(figures)
+        ys = max(0.0, min(figures) - room), max(figures) + room
+    else:
+        ys = max(0.0, min(figures) - 0.03), min(1.0, max(figures) + 0.03)
 
     def x(value: float) -> float:
         return float(LEFT + (WIDTH - LEFT - RIGHT) * (math.log(value) - xs[0]) / (xs[1] - xs[0]))
@@ -106,8 +123,8 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         bounded = float(min(max(value, ys[0]), ys[1]))
         return float(TOP + (HEIGHT - TOP - BOTTOM) * (ys[1] - bounded) / (ys[1] - ys[0]))
 
-    unit = "p50, ms" if what.startswith("latency") else "million multiplications"
-    parts = [_grid(x, y, xs, ys, unit)]
+    cost = "p50, ms" if what.startswith("latency") else "million multiplications"
+    parts = [_grid(x, y, xs, ys, cost)]
     for name, limit in limits.items():
         parts.append(
             f'<line x1="{x(limit):.1f}" x2="{x(limit):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
@@ -116,7 +133,7 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         )
 
     front = sorted((point for point in points if point["front"]), key=_cost)
-    line = " ".join(f"{x(_cost(p)):.1f},{y(p['accuracy']):.1f}" for p in front)
+    line = " ".join(f"{x(_cost(p)):.1f},{y(p['figure']):.1f}" for p in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="var(--one)" stroke-width="1.5"/>')
 
     backbones = list(dict.fromkeys(point["backbone"] for point in points))
@@ -129,7 +146,7 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         at = x(_cost(pick))
         anchor = "end" if at > WIDTH / 2 else "start"
         parts.append(
-            f'<text class="strong" x="{at + (-9 if anchor == "end" else 9):.1f}" y="{y(pick["accuracy"]) - 9:.1f}" '
+            f'<text class="strong" x="{at + (-9 if anchor == "end" else 9):.1f}" y="{y(pick["figure"]) - 9:.1f}" '
             f'text-anchor="{anchor}">{escape(pick["name"])}</text>'
         )
 
@@ -137,7 +154,8 @@ def front_chart(points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float
         f"{escape(name)} a {MARKS[i % len(MARKS)]}" for i, name in enumerate(backbones)
     )
     caption = f"filled: int8, open: fp32; {shapes}; the line: the front"
-    title = f"Accuracy out of fold over {what}"
+    named = f"{metric[0].upper()}{metric[1:]}{f', {unit},' if unit else ''}"
+    title = escape(f"{named} out of fold over {what}")
     return Markup(
         f'<figure><figcaption>{title}: {caption}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'role="img" aria-label="{title}">{"".join(parts)}</svg></figure>'
@@ -151,16 +169,21 @@ def _cost(point: Mapping[str, Any]) -> float:
 
 
 def _grid(x: Scale, y: Scale, xs: tuple[float, float], ys: tuple[float, float], unit: str) -> str:
-    """Grid lines with their values. xs: bounds of log(ms); ys: of the accuracy."""
+    """Grid lines with their values. xs: bounds of log(ms); ys: of the figure."""
     parts = []
-    step = 0.02 if ys[1] - ys[0] < 0.2 else 0.05
-    value = math.ceil(ys[0] / step) * step
-    while value <= ys[1] + 1e-9:
+    rough = (ys[1] - ys[0]) / 8
+    ten = 10.0 ** math.floor(math.log10(rough))
+    step = next(each * ten for each in (1, 2, 5, 10) if each * ten >= rough)
+    decimals = max(0, -math.floor(math.log10(step)))
+    first = math.ceil(ys[0] / step)
+    for number in range(first, first + 12):
+        value = number * step
+        if value > ys[1]:
+            break
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="var(--line)"/>'
-            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>'
+            f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.{decimals}f}</text>'
         )
-        value += step
 
     for power in range(-3, 6):
         for digit in (1, 2, 5):
@@ -181,7 +204,7 @@ def _mark(point: Mapping[str, Any], mark: str, at: float, y: Scale) -> str:
     """A point with its interval, named when the pointer is over it."""
     colour = "var(--good)" if point["pick"] else "var(--one)" if point["front"] else "var(--faint)"
     fill = colour if point["precision"] == "int8" else "var(--paper)"
-    up = y(point["accuracy"])
+    up = y(point["figure"])
     size = 7.0 if point["trained"] else 5.0
     corners: dict[str, list[tuple[float, float]]] = {
         "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
@@ -194,11 +217,11 @@ def _mark(point: Mapping[str, Any], mark: str, at: float, y: Scale) -> str:
     else:
         outline = " ".join(f"{at + size * a:.1f},{up + size * b:.1f}" for a, b in corners[mark])
         shape = f'<polygon points="{outline}" {style}/>'
-    told = f"{point['name']}: {point['accuracy']:.3f}, {_cost(point):.2f}"
+    told = f"{point['name']}: {point['figure']:.4g}, {_cost(point):.2f}"
     interval = (
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(point["low"]):.1f}" y2="{y(point["high"]):.1f}" '
         f'stroke="{colour}" stroke-width="1" opacity="0.5"/>'
-        if point["front"]
+        if point["front"] and point["low"] is not None and point["high"] is not None
         else ""
     )
     return f"<g>{interval}{shape}<title>{escape(told)}</title></g>"

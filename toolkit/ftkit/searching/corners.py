@@ -2,7 +2,7 @@
 
     task = prepared("photos", options, None)
     points, dropped = scored(task)
-    near_front(points, 16)                 # those worth timing
+    near_front(points, 16, judge.near)     # those worth timing
 
 Features and answers are cached: a search that was asked before computes neither.
 """
@@ -13,8 +13,9 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from itertools import pairwise
@@ -34,7 +35,9 @@ from ftkit.recipe import Recipe, load_recipe, resolve
 from ftkit.searching.candidates import Candidate, UnfitSizeError, backbone_of, candidates, sizes_of
 from ftkit.searching.features import CPU, entry, features
 from ftkit.searching.front import Point
-from ftkit.searching.score import COARSE, Dropped, as_point, score, worth_going_on
+from ftkit.searching.judge import Judge, interval_text, judge_of
+from ftkit.searching.score import COARSE, Dropped, score, worth_going_on
+from ftkit.tasks.task import Task, task_of
 from ftkit.training.closed_form import default_folds
 from ftkit.utils import console
 from ftkit.utils.distributed import SOLO, Ranks, share_of_cores
@@ -45,7 +48,6 @@ from ftkit_export.runtime.preprocess import Preprocess, parse_frame
 from ftkit_export.runtime.targets import here
 
 FIRST_SHARE = 3  # a third of the groups is looked at first
-NEAR = 0.02  # accuracy below the front at which a candidate is still timed
 
 Corner = tuple[str, int]
 
@@ -59,6 +61,7 @@ class Search:
     plan: Recipe
     data: Path
     images: Images
+    task: Task
     backbones: Mapping[str, Backbone]
     target: str
     remote: Device | None
@@ -96,9 +99,20 @@ class Search:
         return self.decoded[wanted]
 
     @property
-    def groups(self) -> list[str]:
-        """The group of each training image; "" for one on its own."""
-        return training_rows(self.canvases(*self.corners[0]))[2]
+    def max_drop(self) -> float:
+        """What may be lost against the best network: by default, what an export may lose."""
+        asked = self.options.max_drop
+        return self.task.limit(self.plan.export) if asked is None else asked
+
+    def judge(self) -> Judge:
+        """Of all training images."""
+        return self.judge_of(self.canvases(*self.corners[0]))
+
+    def judge_of(self, canvases: Canvases) -> Judge:
+        """Of the training images of some canvases: the same for all."""
+        rows = canvases.rows("train")
+        targets = self.task.targets(canvases).numpy()[rows]
+        return judge_of(self.task, targets, canvases.groups(rows), len(self.images.names))
 
 
 def prepared(
@@ -111,7 +125,8 @@ def prepared(
     """Read the images and build the backbones. Raises FtkitError for bad data, options or weights."""
     if options.frame is not None:
         parse_frame(options.frame)
-    plan = override(load_recipe(str(options.recipe)), options.settings)
+    named = [f"task={options.task}"] if options.task else []
+    plan = override(load_recipe(str(options.recipe)), [*named, *options.settings])
     names = list(options.backbones) or [name for name in PACKAGES if _installed(name)]
     if not names:
         raise FtkitError(
@@ -124,12 +139,10 @@ def prepared(
         options.root,
         cut_val=False,
         add=Path(options.add) if options.add else None,
+        task=plan.task,
     )
-    if images.task != "single-label":
-        raise FtkitError(
-            f"{data}: expected single-label data, found {images.task}, for which no search is made. Try "
-            "`ftkit train`"
-        )
+    task = task_of(images)
+    task.require(plan)
     if held := len(images.of("val")):
         raise FtkitError(
             f"{data}: expected no val split, whose place folds take in a search, found {held} images of it. Make them "
@@ -141,6 +154,7 @@ def prepared(
         plan=plan,
         data=data,
         images=images,
+        task=task,
         backbones=backbones,
         target=ranks.first(lambda: _target(options, remote)),
         remote=remote,
@@ -179,7 +193,7 @@ def _installed(name: str) -> bool:
 
 
 def training_rows(canvases: Canvases) -> tuple[Array, Array, list[str]]:
-    """(rows, labels, groups) of the training images, each (n,)."""
+    """(rows, labels or strata, groups) of the training images, each (n,)."""
     rows = canvases.rows("train")
     return rows, canvases.labels[rows], canvases.groups(rows)
 
@@ -203,9 +217,9 @@ def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
             f"{unfit[0].reason}. Try --sizes {task.backbones[unfit[0].backbone].preprocess.size}"
         )
 
-    groups = task.groups
+    judge = task.judge()
     picked = _third(task.canvases(*corners[0]))
-    beaten = worth_going_on(first, [groups[place] for place in picked])
+    beaten = worth_going_on(first, judge.of(picked))
     # Another machine may round otherwise
     left = task.ranks.first(lambda: [astuple(each) for each in (*unfit, *beaten)])
     dropped = [Dropped(*each) for each in left]
@@ -221,9 +235,10 @@ def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
     found: list[Point] = []
     for number, corner in enumerate(going_on, start=1):
         points = _corner(task, corner, f"all images {number}/{len(going_on)}", part=False)
-        best = max(points, key=lambda point: point.accuracy)
+        best = judge.bounded(max(points, key=lambda point: point.score))
         console.say(
-            f"{best.candidate.name:<36} {best.accuracy:.3f} [{best.low:.3f}, {best.high:.3f}] best of {len(points)}"
+            f"{best.candidate.name:<36} {judge.text(best.figure)} "
+            f"{interval_text(best.low, best.high, judge.unit)} best of {len(points)}"
         )
         found += points
     return found, dropped
@@ -265,16 +280,19 @@ def _corner(task: Search, corner: Corner, label: str, *, part: bool) -> list[Poi
     backbone = task.backbones[name]
     preprocess = task.preprocess(name, size)
     canvases = task.canvases(name, size)
-    rows, labels, groups = training_rows(canvases)
+    rows, labels, _ = training_rows(canvases)
+    judge = task.judge_of(canvases)
     picked = _third(canvases)
     space = candidates(backbone, size)
     asked = rows
     if part:
         space = [each for each in space if each.pooling == "mean"]
-        asked, labels, groups = rows[picked], labels[picked], [groups[at] for at in picked]
+        asked, labels, judge = rows[picked], labels[picked], judge.of(picked)
 
     # Identical files stay together, as in training
-    together = [group or canvases.digests[row] for group, row in zip(groups, asked, strict=True)]
+    together = [
+        group or canvases.digests[row] for group, row in zip(judge.groups, asked, strict=True)
+    ]
     masks = default_folds(labels, together)
     if not masks:
         raise FtkitError(
@@ -283,8 +301,8 @@ def _corner(task: Search, corner: Corner, label: str, *, part: bool) -> list[Poi
 
     with console.bar(f"{label}: {name} at {size} px") as progress:
         place = entry(backbone, canvases, preprocess, asked, task.device)
-        known = place / f"answers-{_digest(labels, masks)}.npz"
-        if (points := _answered(known, space, groups)) is not None:
+        known = place / f"answers-{_digest(judge.targets, masks)}.npz"
+        if (points := _answered(known, space, judge)) is not None:
             return points
 
         def computed(some: Array) -> dict[str, Array]:
@@ -304,51 +322,51 @@ def _corner(task: Search, corner: Corner, label: str, *, part: bool) -> list[Poi
             rest = computed(rows[others])
             order = np.argsort(np.concatenate([picked, others]))
             values = {key: np.concatenate([values[key], rest[key]])[order] for key in values}
-        points = score(space, values, labels, masks, groups, len(task.images.classes))
+        points = score(space, values, masks, judge)
 
     content = io.BytesIO()
-    np.savez_compressed(content, **{point.candidate.name: point.right for point in points})  # type: ignore[arg-type]
+    np.savez_compressed(content, **{point.candidate.name: point.evidence for point in points})  # type: ignore[arg-type]
     known.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(known, content.getvalue())
     return points
 
 
-def _digest(labels: Array, masks: Sequence[Array]) -> str:
-    """Of a question put to features: other labels or folds have other answers."""
+def _digest(targets: Array, masks: Sequence[Array]) -> str:
+    """Of a question put to features: other targets or folds have other answers."""
     content = repr(COARSE).encode() + b"".join(np.packbits(mask).tobytes() for mask in masks)
-    return hashlib.sha256(labels.tobytes() + content).hexdigest()[:16]
+    return hashlib.sha256(targets.tobytes() + content).hexdigest()[:16]
 
 
-def _answered(known: Path, space: Sequence[Candidate], groups: Sequence[str]) -> list[Point] | None:
+def _answered(known: Path, space: Sequence[Candidate], judge: Judge) -> list[Point] | None:
     """Points whose heads an earlier search has fitted; None where it has not."""
     try:
         with np.load(known) as stored:
             known.parent.touch()  # used: the last to be removed
-            return [as_point(candidate, stored[candidate.name], groups) for candidate in space]
+            return [judge.point(candidate, stored[candidate.name]) for candidate in space]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def near_front(points: Sequence[Point], most: int) -> list[Point]:
-    """Points to time: those that no candidate with as few multiplications beats by more than NEAR.
+def near_front(points: Sequence[Point], most: int, within: Callable[[float], float]) -> list[Point]:
+    """Points to time: those that no candidate with as few multiplications beats by more than
+    within(its score).
 
-    Where there are more than `most`: the most accurate for their multiplications, evenly over the
-    range.
+    Where there are more than `most`: the best for their multiplications, evenly over the range.
     """
     ordered = sorted(points, key=lambda point: point.candidate.multiplications)
     near: list[tuple[float, Point]] = []
-    best = 0.0
+    best = -math.inf
     for point in ordered:
-        best = max(best, point.accuracy)
-        if point.accuracy >= best - NEAR:
-            near.append((best - point.accuracy, point))
+        best = max(best, point.score)
+        if math.isfinite(best) and point.score >= best - within(best):
+            near.append((best - point.score, point))
     if len(near) <= most:
         return [point for _, point in near]
 
     edges = np.linspace(0, len(near), most + 1).astype(int)
     picked = [
-        min(near[low:high], key=lambda item: (item[0], -item[1].accuracy))[1]
+        min(near[low:high], key=lambda item: (item[0], -item[1].score))[1]
         for low, high in pairwise(edges)
     ]
-    best_of_all = max(points, key=lambda point: point.accuracy)
+    best_of_all = max(points, key=lambda point: point.score)
     return picked if best_of_all in picked else [*picked[:-1], best_of_all]

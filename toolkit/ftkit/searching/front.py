@@ -1,22 +1,23 @@
 """Which of the scored and timed networks to take.
 
     front = non_dominated(points)
-    choice = pick(points, budgets, max_drop=0.01, groups)
+    choice = pick(points, budgets, max_drop=0.01, judge.compare)
     choice.point, choice.against, choice.missed
 
-A point is better than another if it is at least as accurate and at least as fast, and one of both is
-more so. The pick is the fastest that meets the budgets and surely loses no more than `max_drop`
-against the most accurate of all; the bounds hold for all points of the front together.
+A point is better than another if it is at least as accurate (by the metric of the task) and at least as
+fast, and one of both is more so. The pick is the fastest that meets the budgets and surely loses no
+more than `max_drop` against the most accurate of all; the bounds hold for all points of the front
+together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ftkit.searching.candidates import Candidate
-from ftkit_export.proof.decision import Paired, paired
+from ftkit_export.proof.decision import Comparison
 from ftkit_export.runtime.arrays import Array
 
 
@@ -24,8 +25,9 @@ from ftkit_export.runtime.arrays import Array
 class Point:
     """A network in one precision.
 
-    right: whether each image was answered correctly by a model that had not seen it, (n,) bool.
-    low, high: 95 % interval of the accuracy. p50_ms, p95_ms: of the whole file, one thread; None: not
+    evidence: of each image, by a model that had not seen it, what networks are compared by
+    (judge.Judge). figure: accuracy, or the task's own metric, with low and high, its 95 % interval, None where
+    it is not known; rising: whether a higher figure is better. p50_ms, p95_ms: of the whole file, one thread; None: not
     timed. size_bytes: of that file. peak_rss_bytes, cold_ms: of one process that opens and runs it,
     the latter from a running interpreter to the first answer. trained: whether by stages, or a head in
     closed form. run: of a trained one, its folder in the search.
@@ -33,10 +35,11 @@ class Point:
 
     candidate: Candidate
     precision: str
-    right: Array = field(repr=False)
-    accuracy: float
-    low: float
-    high: float
+    evidence: Array = field(repr=False)
+    figure: float
+    low: float | None
+    high: float | None
+    rising: bool = True
     p50_ms: float | None = None
     p95_ms: float | None = None
     size_bytes: int | None = None
@@ -44,6 +47,12 @@ class Point:
     cold_ms: float | None = None
     trained: bool = False
     run: str = ""
+
+    @property
+    def score(self) -> float:
+        """By which points are ordered: higher is better; below all others for a figure that is none."""
+        score = self.figure if self.rising else -self.figure
+        return score if math.isfinite(score) else -math.inf
 
     @property
     def cost(self) -> float:
@@ -69,9 +78,13 @@ class Choice:
 
     point: Point
     best: Point
-    against: Paired | None
+    against: Comparison | None
     missed: Mapping[str, float]
-    open: Sequence[tuple[Point, Paired]]
+    open: Sequence[tuple[Point, Comparison]]
+
+
+# (best, point, looks) -> what is lost from one to the other
+Compare = Callable[[Point, Point, int], Comparison]
 
 
 def non_dominated(points: Sequence[Point]) -> list[Point]:
@@ -79,10 +92,10 @@ def non_dominated(points: Sequence[Point]) -> list[Point]:
 
     Where none was timed, by multiplications.
     """
-    timed = sorted(_comparable(points), key=lambda point: (point.cost, -point.accuracy))
+    timed = sorted(_comparable(points), key=lambda point: (point.cost, -point.score))
     front: list[Point] = []
     for point in timed:
-        if not front or point.accuracy > front[-1].accuracy:
+        if not front or point.score > front[-1].score:
             front.append(point)
     return front
 
@@ -108,11 +121,11 @@ def over(point: Point, budgets: Mapping[str, float]) -> dict[str, float]:
 
 
 def pick(
-    points: Sequence[Point], budgets: Mapping[str, float], max_drop: float, groups: Sequence[str]
+    points: Sequence[Point], budgets: Mapping[str, float], max_drop: float, compare: Compare
 ) -> Choice:
-    """Choose among timed points. groups: of the images that they were judged on."""
+    """Choose among timed points."""
     front = non_dominated(points)
-    best = max(front, key=lambda point: point.accuracy)
+    best = max(front, key=lambda point: point.score)
     meeting = non_dominated([point for point in points if not over(point, budgets)])
     looks = max(1, len({*front, *meeting}) - 1)
     if not meeting:
@@ -120,31 +133,27 @@ def pick(
         return Choice(
             point=nearest,
             best=best,
-            against=_compared(nearest, best, groups, 1),
+            against=None if nearest is best else compare(best, nearest, 1),
             missed=over(nearest, budgets),
             open=[],
         )
 
-    unsettled: list[tuple[Point, Paired]] = []
+    unsettled: list[tuple[Point, Comparison]] = []
     for point in meeting:
         if point is best:
             break
-        compared = paired(best.right, point.right, groups, looks=looks)
+        compared = compare(best, point, looks)
         verdict = compared.verdict(max_drop)
         if verdict == "accepted":
             return Choice(point=point, best=best, against=compared, missed={}, open=unsettled)
         if verdict == "inconclusive":
             unsettled.append((point, compared))
 
-    point = max(meeting, key=lambda point: point.accuracy)
+    point = max(meeting, key=lambda point: point.score)
     return Choice(
         point=point,
         best=best,
-        against=_compared(point, best, groups, looks),
+        against=None if point is best else compare(best, point, looks),
         missed={},
         open=[(each, compared) for each, compared in unsettled if each is not point],
     )
-
-
-def _compared(point: Point, best: Point, groups: Sequence[str], looks: int) -> Paired | None:
-    return None if point is best else paired(best.right, point.right, groups, looks=looks)

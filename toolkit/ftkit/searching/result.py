@@ -18,9 +18,10 @@ from ftkit.options import SearchOptions
 from ftkit.recipe import Recipe, resolve
 from ftkit.report.search_page import write_search
 from ftkit.searching.front import Choice, Point, non_dominated
+from ftkit.searching.judge import figure_text, interval_text
 from ftkit.searching.score import Dropped
 from ftkit.utils import console
-from ftkit_export.proof.decision import Paired
+from ftkit_export.proof.decision import Comparison
 from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.latency import machine
 
@@ -31,7 +32,8 @@ RECIPE = "recipe.json"
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """The result of a search. points: trained, timed and other ones; scored: number of candidates.
-    target: the processor that they are for."""
+    target: the processor that they are for. max_drop: what the pick may lose; metric, unit: of the
+    figures."""
 
     folder: Path
     points: Sequence[Point]
@@ -41,6 +43,9 @@ class Found:
     scored: int
     seconds: float
     target: str
+    max_drop: float
+    metric: str
+    unit: str
 
     @property
     def front(self) -> list[Point]:
@@ -72,9 +77,11 @@ def as_json(found: Found) -> dict[str, Any]:
         "target": found.target,
         "seconds": round(found.seconds, 1),
         "scored": found.scored,
-        "images": len(choice.point.right),
+        "images": len(choice.point.evidence),
+        "metric": found.metric,
+        "unit": found.unit,
         "budgets": budgets_of(found.options),
-        "max_drop": found.options.max_drop,
+        "max_drop": found.max_drop,
         "points": [
             {**_point(point), "front": point in front, "pick": point is choice.point}
             for point in found.points
@@ -100,7 +107,7 @@ def _point(point: Point) -> dict[str, Any]:
         "precision": point.precision,
         "trained": point.trained,
         "run": point.run,
-        "accuracy": point.accuracy,
+        "figure": point.figure if math.isfinite(point.figure) else None,
         "low": point.low,
         "high": point.high,
         "p50_ms": point.p50_ms,
@@ -120,13 +127,16 @@ def as_text(found: Found) -> str:
         lines.append(
             (
                 ("* " if point is choice.point else "  ") + point.name.replace(", trained", " +"),
-                f"{point.accuracy:.3f}",
-                f"[{point.low:.3f}, {point.high:.3f}]",
+                figure_text(point.figure, found.unit).removesuffix(found.unit).rstrip(),
+                interval_text(point.low, point.high, found.unit),
                 f"{point.cost:.2f}",
                 f"{(point.size_bytes or 0) / 1e6:.2f}",
             )
         )
-    told = [console.table(lines), *_verdict(choice, found.options)]
+    told = [console.table(lines), *_verdict(choice, found.max_drop)]
+    if found.metric != "accuracy":
+        unit = f" in {found.unit}" if found.unit else ""
+        told.insert(1, f"oof: {found.metric}{unit}, out of fold")
     if choice.point.p50_ms is None:
         told.append(
             f"not timed: {found.target} is not here. On it: python time_candidates.py > times.json\n"
@@ -137,7 +147,7 @@ def as_text(found: Found) -> str:
     return "\n".join(told)
 
 
-def _verdict(choice: Choice, options: SearchOptions) -> list[str]:
+def _verdict(choice: Choice, max_drop: float) -> list[str]:
     if choice.missed:
         over_by = ", ".join(
             f"{name} by {100 * (factor - 1):.0f} %" for name, factor in choice.missed.items()
@@ -148,14 +158,12 @@ def _verdict(choice: Choice, options: SearchOptions) -> list[str]:
 
     told = [f"pick: {choice.point.name}"]
     if choice.against:
-        told.append(
-            f"against the most accurate, {choice.best.name}: a drop of {_points(choice.against)} points"
-        )
+        told.append(f"against the most accurate, {choice.best.name}: {_lost(choice.against)}")
     for point, compared in choice.open[:3]:
         better = "smaller" if point.p50_ms is None else "faster"
         told.append(
-            f"{better}, not settled at {100 * options.max_drop:g}: {point.name}, {_cost(point)}, a drop of "
-            f"{_points(compared)}; --max-drop {math.ceil(1000 * compared.high) / 1000:g} accepts it"
+            f"{better}, not settled at {100 * max_drop:g}: {point.name}, {_cost(point)}, "
+            f"{_lost(compared)}; --max-drop {math.ceil(1000 * compared.high) / 1000:g} accepts it"
         )
     return _wrapped(told)
 
@@ -165,8 +173,11 @@ def _cost(point: Point) -> str:
     return f"{point.cost:.2f} {unit}"
 
 
-def _points(compared: Paired) -> str:
-    return f"{100 * compared.drop:+.1f} [{100 * compared.low:+.1f}, {100 * compared.high:+.1f}]"
+def _lost(compared: Comparison) -> str:
+    low, drop, high = (
+        f"{100 * value:+.1f}" for value in (compared.low, compared.drop, compared.high)
+    )
+    return f"{compared.name} {drop} [{low}, {high}] {compared.unit}"
 
 
 def _wrapped(lines: Sequence[str]) -> list[str]:

@@ -27,14 +27,15 @@ from ftkit.searching.front import Point, pick
 from ftkit.searching.result import Found, budgets_of, write
 from ftkit.searching.score import Dropped
 from ftkit.searching.timing import Timing, read_times, timed_points
+from ftkit.tasks.task import MultiLabel, Regression, Task
 from ftkit.training.run import OUT_OF_FOLD
 from ftkit.training.train import train
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks, joined
 from ftkit_export.conversion.convert import exact_float32
-from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.readout import Labels, OneClass, Readout, Values
 from ftkit_export.runtime.targets import here
 
 CALIBRATION = 16  # images for the ranges of 8-bit candidates, of which only the time is asked
@@ -88,7 +89,9 @@ class Standing:
 
     def time_and_choose(self) -> list[str]:
         """Time what is near the front; write what that says. The names of the finalists."""
-        near = near_front(self.points, self.task.options.timed)
+        judge = self.task.judge()
+        close = near_front(self.points, self.task.options.timed, judge.near)
+        near = [judge.bounded(point) for point in close]
         self.timed = timed_points(near, _timing(self.task, self.folder, near))
         choice = self.tell().choice
         names: list[str] = []
@@ -108,8 +111,11 @@ class Standing:
             folder=self.folder,
             points=[*self.trained, *self.timed, *untimed],
             dropped=self.dropped,
-            choice=pick(among, budgets_of(options), options.max_drop, task.groups),
+            choice=pick(among, budgets_of(options), task.max_drop, task.judge().compare),
             options=options,
+            max_drop=task.max_drop,
+            metric=task.task.metric,
+            unit=task.judge().unit,
             scored=len(self.points),
             seconds=time.perf_counter() - self.begun,
             target=task.target,
@@ -138,7 +144,8 @@ def _timing(task: Search, folder: Path, near: Sequence[Point]) -> Timing:
         target=task.target,
         photograph=paths[0],
         frame=task.options.frame or _size_of(paths[0], task.preprocess(*corner)),
-        classes=len(task.images.classes),
+        readout=_untrained(task.task, len(task.images.names)),
+        outputs=len(task.images.names),
         weights=task.plan.weights,
         preprocess=task.preprocess,
         pixels=pixels,
@@ -181,18 +188,19 @@ def _train_finalists(known: Standing, names: Sequence[str]) -> None:
         train(plan, task.data, run, options)
         if not task.ranks.main:
             continue
-        right = _right_of(task, run)
-        if right is None:
+        logits = _out_of_fold(task, run)
+        if logits is None:
             console.warn(f"finalist {number}: not all images were answered in time; it is left out")
             continue
-        low, high, _ = share_interval(right, task.groups)
+        judge = task.judge()
+        trained = judge.bounded(judge.point(candidate, judge.evidence(logits)))
         known.trained += [
             replace(
                 point,
-                right=right,
-                accuracy=float(right.mean()),
-                low=low,
-                high=high,
+                evidence=trained.evidence,
+                figure=trained.figure,
+                low=trained.low,
+                high=trained.high,
                 trained=True,
                 run=run.name,
             )
@@ -201,14 +209,24 @@ def _train_finalists(known: Standing, names: Sequence[str]) -> None:
         ]
 
 
-def _right_of(task: Search, folder: Path) -> Array | None:
-    """Whether each training image was answered correctly out of fold; None if some were not answered."""
-    labels = task.canvases(*task.corners[0]).labels
+def _out_of_fold(task: Search, folder: Path) -> Array | None:
+    """Logits (n, K) of each training image out of fold; None if some were not answered."""
+    images = len(task.canvases(*task.corners[0]).images.images)
     with np.load(folder / OUT_OF_FOLD) as stored:
         rows = stored["rows"]
         if len(rows) < len(stored["train_rows"]):
             return None
-        right = np.zeros(len(labels), bool)
-        right[rows] = stored["logits"].argmax(1) == labels[rows]
-        found: Array = right[stored["train_rows"]]
+        logits = np.zeros((images, stored["logits"].shape[1]), np.float32)
+        logits[rows] = stored["logits"]
+        found: Array = logits[stored["train_rows"]]
     return found
+
+
+def _untrained(task: Task, outputs: int) -> Readout:
+    """What stands behind an untrained head in a file that is timed."""
+    if isinstance(task, Regression):
+        nothing = (0.0,) * outputs
+        return Values(means=task.means, spreads=task.spreads, units=task.units, margins=nothing)
+    if isinstance(task, MultiLabel):
+        return Labels(temperatures=(1.0,) * outputs, thresholds=(0.5,) * outputs)
+    return OneClass()

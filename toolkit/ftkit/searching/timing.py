@@ -36,7 +36,7 @@ from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import folder_beside
 from ftkit_export.runtime.latency import Condition, Start, measure_start, race, race_in_parts
 from ftkit_export.runtime.preprocess import Preprocess
-from ftkit_export.runtime.readout import OneClass
+from ftkit_export.runtime.readout import Readout
 from ftkit_export.runtime.targets import TARGETS
 
 FIRST_IN_FLOAT = 3  # operators: the fastest on lite0; an export measures it anew
@@ -48,13 +48,15 @@ class Timing:
     """Where and on what candidates are timed.
 
     pixels: (preprocess) -> (n, 3, S, S), images to calibrate 8 bits on. photograph, frame: the image
-    that is timed, and its size. classes: of the head. device: another machine, or None for this one.
+    that is timed, and its size. readout: behind a head with so many outputs. device: another
+    machine, or None for this one.
     """
 
     target: str
     photograph: Path
     frame: str
-    classes: int
+    readout: Readout
+    outputs: int
     weights: str
     preprocess: Callable[[str, int], Preprocess]
     pixels: Callable[[Preprocess], Array]
@@ -192,19 +194,19 @@ def _forms(
     """The image form of a candidate in each precision."""
     backbone = build(
         candidate.backbone,
-        job.classes,
+        job.outputs,
         job.weights,
         cut=candidate.cut,
         pooling=candidate.pooling,
     )
-    core = _core(WithEmbedding(backbone), candidate.size, job.classes)
-    forms = {"fp32": image_form(core, preprocess, OneClass())}
+    core = _core(WithEmbedding(backbone), candidate.size, job.outputs)
+    forms = {"fp32": image_form(core, preprocess, job.readout)}
     if "int8" in precisions:
         pixels = job.pixels(preprocess)
         ranges = calibrate(core, np.array_split(pixels, max(1, len(pixels) // 8)), preprocess)
         keep = heavy_nodes(core)[:FIRST_IN_FLOAT]
         quantized = int8(core, ranges, TARGETS[job.target], keep=keep)
-        forms["int8"] = image_form(quantized, preprocess, OneClass())
+        forms["int8"] = image_form(quantized, preprocess, job.readout)
     return forms
 
 

@@ -124,7 +124,7 @@ def fit_heads(
     (n, features) are no numbers."""
     width = head_of(backbone).weight.shape[0]
     weights = task.weights(labels, width).cpu().numpy() if stage.balance != "none" else None
-    aim = _aim(task, labels.cpu().numpy(), width, weights)
+    aim = aim_of(task, labels.cpu().numpy(), width, weights)
     fitted = fit_linear(embedding, aim, folds, strengths)
     if not np.isfinite(fitted.weight).all():
         return None
@@ -145,7 +145,9 @@ def fit_heads(
     )
 
 
-def _aim(task: Task, targets: Array, width: int, weights: Array | None) -> Aim:
+def aim_of(task: Task, targets: Array, width: int, weights: Array | None = None) -> Aim:
+    """What a linear head is fitted to. targets (n, ...), as the task has them; width: outputs of the head;
+    weights (width,): of classes, or of the images that have a label."""
     if task.name == "multi-label":
         return LabelAim(targets, weights)
     return ValueAim(targets) if task.name == "regression" else ClassAim(targets, width, weights)
