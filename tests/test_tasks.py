@@ -14,6 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import built_cpp, ftkit, needs, needs_browser, open_page, run_, settings
 from PIL import Image
 from sklearn.metrics import average_precision_score
@@ -21,6 +22,8 @@ from sklearn.metrics import average_precision_score
 import ftkit as api
 from ftkit.data.dataset import read_images
 from ftkit.exporting import candidates, evidence, export, web
+from ftkit.tasks.task import Regression, task_of
+from ftkit.training.distillation import load_teacher
 from ftkit.training.run import Run, open_run
 from ftkit_export.conversion import graph
 from ftkit_export.runtime.predict import (
@@ -444,3 +447,34 @@ def test_a_search_for_numbers_takes_the_lowest_error_in_its_unit(
         said = stored["logits"][:, 0] * train.std() + train.mean()
     assert pick["figure"] == pytest.approx(np.abs(said - true).mean(), rel=1e-4)
     assert "levels" in (out / "report.html").read_text()
+
+
+def test_a_teachers_values_are_in_the_students_units(
+    values: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    """The student's training images are darker, so its standardised values mean something else."""
+    run = open_run(values[0])
+    rows = (folder / "values.csv").read_text().splitlines()
+    dark = sorted(rows[1:], key=lambda row: float(row.rsplit(",", 1)[1]))[:80]
+    table = tmp_path / "dark.csv"
+    table.write_text("\n".join([rows[0], *dark]))
+    images = read_images(table, task="regression")
+    task = task_of(images)
+    assert isinstance(task, Regression)
+
+    teacher = load_teacher(str(values[0]), run.preprocess, images, task)
+    assert isinstance(run.task, Regression)
+    pixels = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        taught = teacher(pixels)[:, 0] * task.spreads[0] + task.means[0]
+        own = run.backbone().model(pixels)[:, 0] * run.task.spreads[0] + run.task.means[0]
+    assert torch.allclose(taught, own, rtol=1e-4)
+
+    student = ("--task", "regression", "--folds", "0", *QUICK)
+    changes = settings(f"stages.0.teacher={values[0]}", f"stages.1.teacher={values[0]}")
+    done = ftkit("train", table, "--out", tmp_path / "student", *student, *changes)
+    assert done.exit_code == 0, done.output
+    done = ftkit("train", folder / "labels.csv", "--out", tmp_path / "none", *QUICK, *changes[:2])
+    assert done.exit_code == 2, done.output
+    assert "expected a run of the labels defect, mono" in done.stderr
+    assert "found one of the quantities brightness [levels]" in done.stderr

@@ -18,7 +18,8 @@ from ftkit.data.dataset import read_images
 from ftkit.models.backbones import build
 from ftkit.models.freezing import trainable
 from ftkit.recipe import Augment, Recipe, Stage
-from ftkit.tasks.losses import Batch, class_loss, class_weights
+from ftkit.tasks.losses import Batch, class_loss, class_weights, label_loss, value_loss
+from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training import lr_search, work
 from ftkit.training.distillation import Teacher
 from ftkit.training.loader import ahead
@@ -93,6 +94,20 @@ def test_a_teacher_pulls_towards_its_own_answers() -> None:
     F.cross_entropy(hard, targets).backward()
     soft = student.grad - 0.5 * hard.grad  # type: ignore[operator]
     assert float(soft[0, 0]) < 0 < float(soft[0, 2])
+
+
+def test_a_teacher_fills_in_what_is_not_known() -> None:
+    nan = float("nan")
+    teacher = torch.tensor([[3.0, -3.0]])
+    for loss in (
+        lambda logits, batch: label_loss(logits, batch, Stage(), None),
+        value_loss,
+    ):
+        student = torch.zeros(1, 2, requires_grad=True)
+        batch = Batch(inputs=(), targets=torch.tensor([[1.0, nan]]), teacher=teacher)
+        loss(student, batch).sum().backward()
+        assert student.grad is not None
+        assert float(student.grad[0, 0]) < 0 < float(student.grad[0, 1])
 
 
 class _Small(nn.Module):
@@ -267,7 +282,7 @@ def test_a_teacher_sees_what_the_student_sees_in_its_own_normalisation(
     canvases = build_canvases(read_images(photos), opened.preprocess)
     pixels = torch.from_numpy(canvases.array(canvases.rows("val")))
     with torch.inference_mode():
-        found = Teacher(opened, student)(evaluation(pixels, student))
+        found = Teacher(opened, student, SINGLE_LABEL)(evaluation(pixels, student))
         expected = opened.backbone().model(evaluation(pixels, opened.preprocess))
     assert torch.allclose(found, expected, atol=1e-4)
 
@@ -307,7 +322,7 @@ def test_a_student_learns_from_a_run(run: Path, photos: Path, tmp_path: Path) ->
         ]
     )
     with torch.inference_mode():
-        live = Teacher(open_run(run), PREPROCESS)(pixels)
+        live = Teacher(open_run(run), PREPROCESS, SINGLE_LABEL)(pixels)
     assert batch.teacher is not None
     assert torch.allclose(batch.teacher, live, atol=2e-2)
 

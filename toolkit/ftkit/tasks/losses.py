@@ -23,7 +23,7 @@ TAUGHT = 0.5  # share of the distillation term in the loss
 class Batch:
     """One training batch. inputs: what the net takes, each (n, ...). targets: labels (n,).
 
-    teacher: the teacher's logits for the same views (n, classes), if any. With mixup or cutmix:
+    teacher: the teacher's logits for the same views (n, K), if any. With mixup or cutmix:
     others, the partners' labels (n,); share, the weight of each image's own label (n,).
     """
 
@@ -85,7 +85,8 @@ def label_loss(
 ) -> torch.Tensor:
     """Mean binary cross-entropy of each image's known labels (n,), from logits (n, labels).
 
-    weights (labels,): of the images that have a label.
+    weights (labels,): of the images that have a label. A teacher says its probability of every label,
+    also of those that are not known.
     """
 
     def hard(targets: torch.Tensor) -> torch.Tensor:
@@ -96,18 +97,27 @@ def label_loss(
         )
         return _mean_of(losses, known)
 
-    return _mixed(hard, batch)
+    loss = _mixed(hard, batch)
+    if batch.teacher is None:
+        return loss
+    soft = batch.teacher.sigmoid()
+    taught = F.binary_cross_entropy_with_logits(logits, soft, reduction="none").mean(1)
+    return (1 - TAUGHT) * loss + TAUGHT * taught
 
 
 def value_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Mean Huber loss of each image's known values (n,), which are standardised (Huber 1964): squared
-    up to one standard deviation, linear beyond."""
+    up to one standard deviation, linear beyond. A teacher says every value."""
 
     def hard(targets: torch.Tensor) -> torch.Tensor:
         losses = F.huber_loss(logits, targets.nan_to_num(), reduction="none")
         return _mean_of(losses, ~targets.isnan())
 
-    return _mixed(hard, batch)
+    loss = _mixed(hard, batch)
+    if batch.teacher is None:
+        return loss
+    taught = F.huber_loss(logits, batch.teacher, reduction="none").mean(1)
+    return (1 - TAUGHT) * loss + TAUGHT * taught
 
 
 def _mixed(hard: Callable[[torch.Tensor], torch.Tensor], batch: Batch) -> torch.Tensor:

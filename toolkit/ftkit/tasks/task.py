@@ -132,9 +132,8 @@ class Task(ABC):
             for name, found, allowed in (
                 ("lr", stage.lr, "a rate"),
                 ("balance", stage.balance, "none or loss"),
-                ("teacher", stage.teacher or "", "none"),
             ):
-                if found in ("auto", "sample") or (name == "teacher" and found):
+                if found in ("auto", "sample"):
                     raise FtkitError(
                         f"stages.{number}.{name}: expected {allowed} with task={self.name}, found {found}. "
                         "Leave it out"

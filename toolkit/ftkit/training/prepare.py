@@ -127,11 +127,12 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
         pooling=recipe.pooling,
     )
 
-    task_of(images).require(recipe)
+    task = task_of(images)
+    task.require(recipe)
     for stage in recipe.stages:
         trainable(backbone, stage.train)
         if stage.teacher:
-            distillation.require_teacher(stage.teacher, images.classes)
+            distillation.require_teacher(stage.teacher, images, task)
 
     return images, backbone, recipe.preprocess or backbone.preprocess
 

@@ -71,6 +71,7 @@ class StageLoaders:
         self.device = device
         self.ranks = ranks
         self.pixels = Source(canvases.array, len(canvases.slots), preprocess.resize**2 * 3, device)
+        self.task = task
         self._labels = task.targets(canvases)[canvases.rows("train")]
         self.trained = [trainable(backbone, stage.train) for stage in recipe.stages]
         self._shared: Activations | None = None
@@ -80,8 +81,10 @@ class StageLoaders:
         """The loader of stage `number`; also sets the model's train/eval modes for it."""
         stage = self.recipe.stages[number]
         set_mode(self.backbone.model, self.trained[number], stage.batchnorm)
-        classes = self.canvases.images.classes
-        teacher = load_teacher(stage.teacher, self.preprocess, classes) if stage.teacher else None
+        teacher = None
+        if stage.teacher:
+            images = self.canvases.images
+            teacher = load_teacher(stage.teacher, self.preprocess, images, self.task)
 
         try:
             return self._cached(number, teacher, stage.views)
