@@ -1,14 +1,14 @@
-"""Training time on equal work: ftkit, its lower bound, the tutorial loop, fastai and Lightning.
+"""Training time on equal work: ftkit, its lower bound, the tutorial loop, fastai, Lightning, Transformers.
 
-    python bench/race.py --seeds 3          (interleaved; contenders not installed are skipped)
+    python bench/race.py --seeds 3          (interleaved; each contestant in an environment of its own)
     python bench/race.py --who ftkit,tutorial --head 1 --deep 1
-    pip install fastai lightning            (for those two)
 
 The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified random split, 1,400 /
 156 / 667 photographs), random horizontal and vertical flips, batches of 32, Adam; head 5 epochs at
-1e-3, then the last two block groups 10 epochs at 1e-4. Seconds are for training: loading and
-decoding included, evaluation on test excluded; ftkit's are for the whole `ftkit train` with an
-empty cache, including validation and its report on test.
+1e-3, then the last two block groups 10 epochs at 1e-4. Each run is a process. Seconds are for training:
+loading and decoding included, evaluation on test excluded; ftkit's are for the whole `ftkit train` with
+an empty cache, including validation and its report on test. Memory: the largest of the process and its
+children, each alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 import warnings
@@ -27,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accuracy import loaders, write_random_split
+from int8_peers import environment
 from torch.utils.data import DataLoader
 
 from ftkit.data.canvas import build_canvases
@@ -110,7 +115,7 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
     normalise = Normalize.from_stats(MEAN, STD)
     orientations = torch.tensor([0, 1, 2, 4])  # original, horizontal flip, vertical flip, both
     flips = Dihedral(p=1.0, draw=lambda x: orientations[torch.randint(4, (len(x),))])
-    loaders = ImageDataLoaders.from_folder(
+    fed = ImageDataLoaders.from_folder(
         data,
         train="train",
         valid="test",
@@ -132,7 +137,7 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
         return [body, [p for module in deeper for p in params(module)], top]
 
     learner = Learner(
-        loaders,
+        fed,
         model,
         loss_func=F.cross_entropy,
         splitter=split,
@@ -208,6 +213,59 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
     seconds = time.perf_counter() - begun
 
     return _accuracy(module.net, test), seconds
+
+
+def transformers(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """Transformers' Trainer, once for the head and once for the last two block groups too."""
+    from torchvision.datasets import ImageFolder
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    set_seed(seed)
+    training, test = loaders(data, BATCH)
+    images = training.dataset
+    assert isinstance(images, ImageFolder)
+    backbone = build("efficientnet_lite0", 4)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = backbone.model
+
+        def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.net(pixels)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    def together(items: list[tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
+        return {
+            "pixels": torch.stack([pixels for pixels, _ in items]),
+            "labels": torch.tensor([label for _, label in items]),
+        }
+
+    model, begun = Model(), time.perf_counter()
+    for stage, epochs, lr in (("head", head, HEAD_LR), ("last:2", deep, DEEP_LR)):
+        if not epochs:
+            continue
+        set_mode(backbone.model, trainable(backbone, stage), batchnorm=True)
+        settings = TrainingArguments(
+            output_dir=str(data.parent / "trainer"),
+            num_train_epochs=epochs,
+            learning_rate=lr,
+            per_device_train_batch_size=BATCH,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            dataloader_num_workers=2,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=True,
+            seed=seed,
+        )
+        Trainer(model=model, args=settings, train_dataset=images, data_collator=together).train()
+
+    seconds = time.perf_counter() - begun
+    return _accuracy(backbone.model, test), seconds
 
 
 def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
@@ -308,7 +366,31 @@ CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
     "tutorial": tutorial,
     "fastai": fastai,
     "lightning": lightning,
+    "transformers": transformers,
 }
+NEEDS = {
+    "fastai": ("fastai",),
+    "lightning": ("lightning",),
+    "transformers": ("transformers", "accelerate"),
+}
+
+
+def _apart(name: str, data: Path, seed: int, options: argparse.Namespace) -> tuple[Outcome, float]:
+    """A contestant's outcome and peak memory in MB, from a process in its own environment.
+
+    Raises RuntimeError with its last line where it fails.
+    """
+    python = sys.executable
+    if name in NEEDS:
+        behind = sysconfig.get_paths()["purelib"]
+        python = str(environment(f"race-{name}", NEEDS[name], options.envs.resolve(), behind))
+    command = [python, __file__, "--one", name, "--data", data, "--first-seed", seed]
+    command += ["--head", options.head, "--deep", options.deep]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1][:300])
+    accuracy, seconds, memory = json.loads(done.stdout.splitlines()[-1])
+    return (accuracy, seconds), memory
 
 
 def main() -> None:
@@ -321,33 +403,44 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--head", type=int, default=5)
     parser.add_argument("--deep", type=int, default=10)
+    parser.add_argument("--envs", default="peer-envs", type=Path)
+    parser.add_argument("--one", help="run this contestant, in this process")
+    parser.add_argument("--data", type=Path, help="what it is trained on")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.one:
+        contestant = CONTENDERS[options.one]
+        outcome = contestant(options.data, options.first_seed, options.head, options.deep)
+        peaks = [
+            resource.getrusage(who).ru_maxrss
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        ]
+        print(json.dumps([*outcome, max(peaks) / 1e3]))
+        return
 
-    results: dict[str, list[Outcome]] = {}
+    results: dict[str, list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "elpv"
         write_three_splits(data)
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for name in options.who.split(","):
                 try:
-                    outcome = CONTENDERS[name](data, seed, options.head, options.deep)
-                except ImportError as error:
-                    print(f"{name}: left out, {error}", flush=True)
+                    (accuracy, seconds), memory = _apart(name, data, seed, options)
+                except RuntimeError as error:
+                    print(f"{name}, seed {seed}: no outcome: {error}", flush=True)
                     continue
-                results.setdefault(name, []).append(outcome)
-                print(f"{name}, seed {seed}: {outcome[0]:.4f} in {outcome[1]:.0f} s", flush=True)
+                results.setdefault(name, []).append((accuracy, seconds, memory))
+                said = f"{accuracy:.4f} in {seconds:.0f} s, {memory:.0f} MB"
+                print(f"{name}, seed {seed}: {said}", flush=True)
 
-    ours = (
-        statistics.mean(seconds for _, seconds in results["ftkit"]) if "ftkit" in results else None
-    )
-    print("\n| who | test accuracy | seconds | ratio |\n|---|---|---|---|")
-
+    ours = statistics.mean(each[1] for each in results["ftkit"]) if "ftkit" in results else None
+    print("\n| who | test accuracy | seconds | ratio | peak MB |\n|---|---|---|---|---|")
     for name, outcomes in results.items():
-        accuracy, seconds = (statistics.mean(values) for values in zip(*outcomes, strict=True))
-        print(
-            f"| {name} | {accuracy:.4f} | {seconds:.0f} | {f'{seconds / ours:.1f}' if ours else ''} |"
+        accuracy, seconds, memory = (
+            statistics.mean(values) for values in zip(*outcomes, strict=True)
         )
+        ratio = f"{seconds / ours:.1f}" if ours else ""
+        print(f"| {name} | {accuracy:.4f} | {seconds:.0f} | {ratio} | {memory:.0f} |")
 
 
 if __name__ == "__main__":
