@@ -111,8 +111,9 @@ class Search:
     def judge_of(self, canvases: Canvases) -> Judge:
         """Of the training images of some canvases: the same for all."""
         rows = canvases.rows("train")
-        targets = self.task.targets(canvases).numpy()[rows]
-        return judge_of(self.task, targets, canvases.groups(rows), len(self.images.names))
+        task = task_of(canvases.images)  # standardised as in training: without unreadable files
+        targets = task.targets(canvases).numpy()[rows]
+        return judge_of(task, targets, canvases.groups(rows), len(self.images.names))
 
 
 def prepared(
