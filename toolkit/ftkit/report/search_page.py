@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ftkit.report.pages import Table, render
-from ftkit.searching.judge import figure_text, interval_text
+from ftkit.utils import console
 from ftkit_export.runtime.files import write_atomically
 
 WIDTH = 860
@@ -43,7 +43,7 @@ def write_search(out: Path, told: Mapping[str, Any]) -> None:
         "search.html",
         told=told,
         chart=front_chart(drawn, told["budgets"], told["metric"], told["unit"]),
-        pick=figure_text(told["pick"]["figure"], told["unit"]),
+        pick=console.with_unit(told["pick"]["figure"], told["unit"]),
         front=_table([point for point in timed if point["front"]], told["unit"]),
         every=_table(ordered, told["unit"]),
         dropped=Table(
@@ -71,8 +71,8 @@ def _table(points: Sequence[Mapping[str, Any]], unit: str) -> Table:
     rows = [
         (
             f"{'pick: ' if point['pick'] else ''}{point['name']}",
-            figure_text(point["figure"], unit),
-            interval_text(point["low"], point["high"], unit),
+            console.with_unit(point["figure"], unit),
+            console.interval(point["low"], point["high"]),
             "" if point["p50_ms"] is None else f"{point['p50_ms']:.2f}",
             "" if point["size_bytes"] is None else f"{point['size_bytes'] / 1e6:.2f}",
             "" if point["peak_rss_bytes"] is None else f"{point['peak_rss_bytes'] / 1e6:.0f}",

@@ -35,7 +35,7 @@ from ftkit.recipe import Recipe, load_recipe, resolve
 from ftkit.searching.candidates import Candidate, UnfitSizeError, backbone_of, candidates, sizes_of
 from ftkit.searching.features import CPU, entry, features
 from ftkit.searching.front import Point
-from ftkit.searching.judge import Judge, interval_text, judge_of
+from ftkit.searching.judge import Judge, judge_of
 from ftkit.searching.score import COARSE, Dropped, score, worth_going_on
 from ftkit.tasks.task import Task, task_of
 from ftkit.training.closed_form import default_folds
@@ -239,7 +239,7 @@ def scored(task: Search) -> tuple[list[Point], list[Dropped]]:
         best = judge.bounded(max(points, key=lambda point: point.score))
         console.say(
             f"{best.candidate.name:<36} {judge.text(best.figure)} "
-            f"{interval_text(best.low, best.high, judge.unit)} best of {len(points)}"
+            f"{console.interval(best.low, best.high)} best of {len(points)}"
         )
         found += points
     return found, dropped

@@ -21,6 +21,7 @@ from ftkit.searching.front import Point
 from ftkit.tasks.task import Regression, Task
 from ftkit.training.closed_form import Aim
 from ftkit.training.head_start import aim_of
+from ftkit.utils import console
 from ftkit_export.proof.decision import Comparison, paired
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.arrays import Array
@@ -55,7 +56,7 @@ class Judge(ABC):
 
     def text(self, figure: float) -> str:
         """A figure for people: with its unit, if it has one."""
-        return figure_text(figure, self.unit)
+        return console.with_unit(figure, self.unit)
 
     @property
     def unit(self) -> str:
@@ -128,20 +129,6 @@ class _Answers(Judge):
 
     def compare(self, before: Point, after: Point, looks: int) -> Comparison:
         return self.task.compare(before.evidence, after.evidence, self.targets, self.groups, looks)
-
-
-def figure_text(figure: float | None, unit: str) -> str:
-    """A figure for people: with three decimals or, in a unit, with three digits."""
-    if figure is None:
-        return "none"
-    return f"{figure:.3g} {unit}" if unit else f"{figure:.3f}"
-
-
-def interval_text(low: float | None, high: float | None, unit: str) -> str:
-    """An interval for people, without the unit; "" for none."""
-    if low is None or high is None:
-        return ""
-    return f"[{low:.3g}, {high:.3g}]" if unit else f"[{low:.3f}, {high:.3f}]"
 
 
 def judge_of(task: Task, targets: Array, groups: Sequence[str], outputs: int) -> Judge:

@@ -18,7 +18,6 @@ from ftkit.options import SearchOptions
 from ftkit.recipe import Recipe, resolve
 from ftkit.report.search_page import write_search
 from ftkit.searching.front import Choice, Point, non_dominated
-from ftkit.searching.judge import figure_text, interval_text
 from ftkit.searching.score import Dropped
 from ftkit.utils import console
 from ftkit_export.proof.decision import Comparison
@@ -127,8 +126,8 @@ def as_text(found: Found) -> str:
         lines.append(
             (
                 ("* " if point is choice.point else "  ") + point.name.replace(", trained", " +"),
-                figure_text(point.figure, found.unit).removesuffix(found.unit).rstrip(),
-                interval_text(point.low, point.high, found.unit),
+                console.figure(point.figure),
+                console.interval(point.low, point.high),
                 f"{point.cost:.2f}",
                 f"{(point.size_bytes or 0) / 1e6:.2f}",
             )

@@ -144,7 +144,19 @@ def with_bounds(value: float | None, low: float | None, high: float | None) -> s
         return "not known"
     if low is None or high is None:
         return figure(value)
-    return f"{figure(value)} [{figure(low)}, {figure(high)}]"
+    return f"{figure(value)} {interval(low, high)}"
+
+
+def with_unit(value: float | None, unit: str) -> str:
+    """A figure with its unit, if it has one: "3.250 mm"; "none" where there is no figure."""
+    if value is None:
+        return "none"
+    return f"{figure(value)} {unit}".rstrip()
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """An interval: "[0.542, 1.000]"; "" for one that is not known."""
+    return "" if low is None or high is None else f"[{figure(low)}, {figure(high)}]"
 
 
 MARKS = {"passed": "ok    ", "failed": "FAILED", "inconclusive": "unsure"}  # before a verdict
