@@ -58,13 +58,19 @@ def write_search(out: Path, told: Mapping[str, Any]) -> None:
                     each["p50_ms"],
                     f"{100 * each['against_best']['drop']:+.1f} {each['against_best']['unit']}",
                     f"{100 * each['against_best']['low']:+.1f} to {100 * each['against_best']['high']:+.1f}",
-                    f"--max-drop {math.ceil(1000 * each['against_best']['high']) / 1000:g}",
+                    accepting(each["against_best"]["high"]),
                 )
                 for each in told["open"]
             ],
         ),
     )
     write_atomically(out, page.encode())
+
+
+def accepting(high: float) -> str:
+    """The option with which a search takes what may lose so much; "" where none would."""
+    limit = math.ceil(1000 * high) / 1000
+    return f"--max-drop {limit:g}" if limit <= 1 else ""
 
 
 def _table(points: Sequence[Mapping[str, Any]], unit: str) -> Table:
@@ -111,7 +117,7 @@ def front_chart(
     )
     figures = [point["figure"] for point in points]
     if metric == "mean absolute error":
-        room = 0.1 * max(figures)
+        room = 0.1 * max(figures) or 1.0
         ys = max(0.0, min(figures) - room), max(figures) + room
     else:
         ys = max(0.0, min(figures) - 0.03), min(1.0, max(figures) + 0.03)

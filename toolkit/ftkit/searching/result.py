@@ -16,7 +16,7 @@ from typing import Any
 
 from ftkit.options import SearchOptions
 from ftkit.recipe import Recipe, resolve
-from ftkit.report.search_page import write_search
+from ftkit.report.search_page import accepting, write_search
 from ftkit.searching.front import Choice, Point, non_dominated
 from ftkit.searching.score import Dropped
 from ftkit.utils import console
@@ -160,9 +160,10 @@ def _verdict(choice: Choice, max_drop: float) -> list[str]:
         told.append(f"against the most accurate, {choice.best.name}: {_lost(choice.against)}")
     for point, compared in choice.open[:3]:
         better = "smaller" if point.p50_ms is None else "faster"
+        wider = accepting(compared.high)
         told.append(
-            f"{better}, not settled at {100 * max_drop:g}: {point.name}, {_cost(point)}, "
-            f"{_lost(compared)}; --max-drop {math.ceil(1000 * compared.high) / 1000:g} accepts it"
+            f"{better}, not settled at {100 * max_drop:g}: {point.name}, {_cost(point)}, {_lost(compared)}"
+            + (f"; {wider} accepts it" if wider else "")
         )
     return _wrapped(told)
 
