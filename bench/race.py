@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -386,7 +387,15 @@ def _apart(name: str, data: Path, seed: int, options: argparse.Namespace) -> tup
         python = str(environment(f"race-{name}", NEEDS[name], options.envs.resolve(), behind))
     command = [python, __file__, "--one", name, "--data", data, "--first-seed", seed]
     command += ["--head", options.head, "--deep", options.deep]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    packages = ("ftkit", "ftkit_export", "ftkit_recipes")
+    roots = [str(Path(str(find_spec(each).origin)).parents[1]) for each in packages]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(roots)},
+    )
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1][:300])
     accuracy, seconds, memory = json.loads(done.stdout.splitlines()[-1])
