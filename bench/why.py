@@ -366,10 +366,12 @@ def sustained(bundle: Path, count: int) -> None:
             expected = ("passed", True) if throttle else ("failed", False)
             said = (course.verdict, course.throttled_s is not None)
             right += said == expected
+            after = "no throttling"
+            if course.throttled_s is not None:
+                after = f"throttled after {course.throttled_s:.1f} s"
             print(
                 f"{'right' if said == expected else 'WRONG'}: {'a cap' if throttle else 'a slower file'}: "
-                f"throttled after {course.throttled_s and round(course.throttled_s, 1)} s, ratio {course.ratio:.3f}; "
-                f"{'; '.join(course.why)}",
+                f"{course.verdict}, {after}, ratio {course.ratio:.3f}; {'; '.join(course.why)}",
                 flush=True,
             )
     print(f"told apart in {right} of {count}")
