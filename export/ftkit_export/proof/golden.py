@@ -27,9 +27,9 @@ from PIL import Image
 from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.proof.parity import (
     RELATIVE,
-    RESAMPLED_PROBABILITY,
     Reference,
     edge_images,
+    moved_by_resampling,
     resampled,
     rounding_limit,
     tolerance,
@@ -85,8 +85,8 @@ def write_golden(
         expected["probabilities"].append(readout.answers(logits))
 
         resized = np.concatenate([resizer.run(item[None])[1] for item in frames])
-        moved = reference.logits(resampled(resized, canvases, preprocess), torch.float64)
-        slack = readout.apart(readout.answers(logits), readout.answers(moved))
+        rounded = resampled(resized, canvases, preprocess)
+        slack = min(moved_by_resampling(reference, readout, pixels, rounded))
         allowed = {"fp32": _fp32_tolerance(reference, pixels, logits, readout, slack)}
 
         for name, (image_session, core_session) in sessions.items():
@@ -121,12 +121,10 @@ def _fp32_tolerance(
     limits |= {
         name: rounding_limit(reference.rounding(pixels, name), largest) for name in PRECISIONS
     }
-    resizers = 2 * min(slack, RESAMPLED_PROBABILITY)
-
     return {
         name: {
             "logits": limit,
-            "probabilities": readout.answer_limit(limit) + resizers,
+            "probabilities": readout.answer_limit(limit) + 2 * slack,
         }
         for name, limit in limits.items()
     }

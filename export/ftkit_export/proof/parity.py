@@ -13,10 +13,10 @@ The reference for the image form's pixels is Preprocess, in Pillow and numpy, ne
 test. The graph's pixels are compared with it after normalisation, in grey levels: they may differ
 by at most RESAMPLED_LEVELS, by MEAN_LEVELS on average, and by whole levels only, since two resizers
 round differently but nothing may differ after that. The effect of these allowed differences on a
-probability is measured; it is not added to any other tolerance. It may be RESAMPLED_PROBABILITY, or
-REPLACED times what the same differences do at random places: a model that any rounding moves is
-not made unequal by this one (digits of 64 pixels, enlarged: 5.6 and 8.1 %; at random places up to
-28 %).
+probability is measured; it is not added to any other tolerance. It may reach RESAMPLED_PROBABILITY
+or, if that is more, REPLACED times the effect of the same differences at random places: a model that
+any rounding moves is not made unequal by this one (digits of 64 pixels, enlarged: 5.6 and 8.1 %; at
+random places up to 28 %).
 
     reference = Reference(module)
     parity = measure_parity(reference, ExportedModel(core=core_path, ...), canvases, photographs)
@@ -385,11 +385,7 @@ def _image_checks(
 
     actual = np.concatenate([session.run(frame[None])[0] for frame in frames[:IMAGE_FORM_IMAGES]])
     value = readout.apart(actual, expected)
-    plain = readout.answers(reference.logits(pillow, torch.float64))
-    moved = readout.apart(plain, expected)
-    movable = RESAMPLED_PROBABILITY
-    if moved > movable:  # NaN is not: it passes no limit
-        movable = max(movable, REPLACED * _moved_elsewhere(reference, readout, pillow, allowed))
+    moved, movable = moved_by_resampling(reference, readout, pillow, allowed)
     batches = [np.repeat(frames[0][None], size, 0) for size in (2, 7)]
     spread = max(readout.apart(session.run(batch)[0], actual[:1]) for batch in batches)
 
@@ -405,6 +401,24 @@ def _image_checks(
         ),
         Check(name="batch 1 against 2 and 7", group=group, value=spread, limit=limit, inputs=9),
     ]
+
+
+def moved_by_resampling(
+    reference: Reference, readout: Readout, pixels: Array, resized: Array
+) -> tuple[float, float]:
+    """(largest change of an answer from `pixels` to `resized`, how much is allowed), in the readout's
+    units.
+
+    pixels: Pillow's; resized: with the graph's rounding (`resampled`); both (N, 3, S, S) float32.
+    """
+    before, after = (
+        readout.answers(reference.logits(item, torch.float64)) for item in (pixels, resized)
+    )
+    moved = readout.apart(before, after)
+    if not moved > RESAMPLED_PROBABILITY:  # NaN, too, which passes no limit
+        return moved, RESAMPLED_PROBABILITY
+    elsewhere = _moved_elsewhere(reference, readout, pixels, resized)
+    return moved, max(RESAMPLED_PROBABILITY, REPLACED * elsewhere)
 
 
 def _moved_elsewhere(

@@ -29,20 +29,19 @@ def write_search(out: Path, told: Mapping[str, Any]) -> None:
     timed = [point for point in told["points"] if point["p50_ms"] is not None]
     # Where nothing was timed: those of which there is a file
     timed = timed or [point for point in told["points"] if point["size_bytes"] is not None]
-    rising = told["metric"] != "mean absolute error"
     # A figure that is none comes last
     ordered = sorted(
         told["points"],
         key=lambda point: (
             point["figure"] is None,
-            (point["figure"] or 0) * (-1 if rising else 1),
+            (point["figure"] or 0) * (-1 if told["rising"] else 1),
         ),
     )
     drawn = [point for point in timed if point["figure"] is not None]
     page = render(
         "search.html",
         told=told,
-        chart=front_chart(drawn, told["budgets"], told["metric"], told["unit"]),
+        chart=front_chart(drawn, told),
         pick=console.with_unit(told["pick"]["figure"], told["unit"]),
         front=_table([point for point in timed if point["front"]], told["unit"]),
         every=_table(ordered, told["unit"]),
@@ -100,9 +99,7 @@ def _table(points: Sequence[Mapping[str, Any]], unit: str) -> Table:
     return Table(head, rows)
 
 
-def front_chart(
-    points: Sequence[Mapping[str, Any]], budgets: Mapping[str, float], metric: str, unit: str
-) -> Markup:
+def front_chart(points: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) -> Markup:
     """The figure with its interval over p50 (log scale); a mark per backbone; filled: int8. Over
     multiplications where nothing was timed.
 
@@ -110,17 +107,17 @@ def front_chart(
     """
     costs = [_cost(point) for point in points]
     what = "latency (one thread)" if points[0]["p50_ms"] is not None else "multiplications"
-    limits = {name: limit for name, limit in budgets.items() if name.endswith("_ms")}
+    limits = {name: limit for name, limit in told["budgets"].items() if name.endswith("_ms")}
     xs = (
         math.log(min([*costs, *limits.values()]) * 0.9),
         math.log(max([*costs, *limits.values()]) * 1.1),
     )
     figures = [point["figure"] for point in points]
-    if metric == "mean absolute error":
+    if told["rising"]:
+        ys = max(0.0, min(figures) - 0.03), min(1.0, max(figures) + 0.03)
+    else:
         room = 0.1 * max(figures) or 1.0
         ys = max(0.0, min(figures) - room), max(figures) + room
-    else:
-        ys = max(0.0, min(figures) - 0.03), min(1.0, max(figures) + 0.03)
 
     def x(value: float) -> float:
         return float(LEFT + (WIDTH - LEFT - RIGHT) * (math.log(value) - xs[0]) / (xs[1] - xs[0]))
@@ -160,6 +157,7 @@ def front_chart(
         f"{escape(name)} a {MARKS[i % len(MARKS)]}" for i, name in enumerate(backbones)
     )
     caption = f"filled: int8, open: fp32; {shapes}; the line: the front"
+    metric, unit = told["metric"], told["unit"]
     named = f"{metric[0].upper()}{metric[1:]}{f', {unit},' if unit else ''}"
     title = escape(f"{named} out of fold over {what}")
     return Markup(

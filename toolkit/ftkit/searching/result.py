@@ -79,6 +79,7 @@ def as_json(found: Found) -> dict[str, Any]:
         "images": len(choice.point.evidence),
         "metric": found.metric,
         "unit": found.unit,
+        "rising": choice.point.rising,
         "budgets": budgets_of(found.options),
         "max_drop": found.max_drop,
         "points": [

@@ -104,6 +104,7 @@ class Standing:
         """Choose among the finalists, or before there are any, among all that were timed; write it."""
         task = self.task
         options = task.options
+        judge = task.judge()
         seen = {point.candidate for point in self.timed}
         untimed = [point for point in self.points if point.candidate not in seen]
         among = self.trained or self.timed
@@ -111,11 +112,11 @@ class Standing:
             folder=self.folder,
             points=[*self.trained, *self.timed, *untimed],
             dropped=self.dropped,
-            choice=pick(among, budgets_of(options), task.max_drop, task.judge().compare),
+            choice=pick(among, budgets_of(options), task.max_drop, judge.compare),
             options=options,
             max_drop=task.max_drop,
             metric=task.task.metric,
-            unit=task.judge().unit,
+            unit=judge.unit,
             scored=len(self.points),
             seconds=time.perf_counter() - self.begun,
             target=task.target,
