@@ -1,10 +1,14 @@
-"""Scaling of training time and peak memory with the number of images; speed of decoding.
+"""Scaling of time, peak memory and disk with the number of images; speed of decoding.
 
     python bench/growth.py               # training at 1, 4, 16 times the images, cached and live
     python bench/growth.py --canvases    # decoding: images/s beside other decoders, and memory
+    python bench/growth.py --what audit,train,search --counts 1000,10000   # whole commands
+    python bench/growth.py --what search --counts 1850 --backbones efficientnet_lite0,efficientnet_lite2
 
 Photographs: ELPV, listed repeatedly in a CSV; every entry is decoded, cached and trained on
-separately.
+separately. With --what: pictures of 128 pixels made of them, each of its own piece, turn, levels and
+noise. Their training takes lite0 at 96 pixels in the recipe's stages, without folds; their search one
+pass each at 96 and 128 pixels, no finalist.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from elpv_dataset import __file__ as elpv_file
+from PIL import Image
 
 BASE = 240  # train photographs at 1x
 PREPROCESS = {"size": 224, "resize": 224}
@@ -107,7 +113,6 @@ def _one(path: str) -> int:
 def canvases(count: int = 2000) -> None:
     """Decoding speed: a Pillow loop, torchvision's decode and resize, a process pool, ftkit."""
     import torch
-    from PIL import Image
     from torchvision.io import ImageReadMode, decode_image, read_file
     from torchvision.transforms.v2.functional import resize
 
@@ -170,13 +175,83 @@ result = dict(seconds=time.perf_counter() - begun)
             )
 
 
+def write_pictures(folder: Path, count: int) -> Path:
+    """`count` JPEGs of 128 pixels in four classes, made from the cells; the CSV that lists them."""
+    listed = files(BASE)
+    cells = [np.asarray(Image.open(path).convert("L")) for path, _ in listed]
+    rng = np.random.default_rng(0)
+    rows = ["path,label,split"]
+    for number in range(count):
+        cell, (_, label) = cells[number % len(cells)], listed[number % len(cells)]
+        side = int(rng.integers(200, 290))
+        top, left = rng.integers(0, 300 - side, 2)
+        piece = np.rot90(cell[top : top + side, left : left + side], int(rng.integers(4)))
+        small = np.asarray(Image.fromarray(piece).resize((128, 128)), np.float32)
+        levels = small * rng.uniform(0.6, 1.0) + rng.normal(0, 4, small.shape)
+        path = folder / str(number // 1000) / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        rows.append(f"{path},{label},{('val', 'test')[number % 2] if number % 10 > 7 else 'train'}")
+    (folder / "data.csv").write_text("\n".join(rows) + "\n")
+    return folder / "data.csv"
+
+
+def commands(what: list[str], counts: list[int], backbones: str, sizes: str) -> None:
+    """Table: command, pictures, seconds, ms a picture, peak memory, disk of the cache."""
+    small = ("--set", "preprocess.size=96", "--set", "preprocess.resize=96", "--set", "folds=0")
+    told = {
+        "audit": ("data",),
+        "train": ("train", "--out", "run", *small),
+        "search": (
+            *("search", "--out", "search", "--finalists", "0"),
+            *("--backbones", backbones, *(("--sizes", sizes) if sizes else ())),
+        ),
+    }
+    print("| command | pictures | seconds | ms a picture | peak MB | MB on disk |")
+    print("|---|---|---|---|---|---|")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as scratch:
+            place = Path(scratch)
+            data = write_pictures(place / "pictures", count)
+            for name in what:
+                command, *options = told[name]
+                cache = place / f"cache-{name}"
+                code = f"""
+import os, time
+os.chdir({scratch!r})
+from ftkit.cli.main import main
+begun = time.perf_counter()
+try:
+    main({[command, str(data), *options, "--quiet"]!r})
+except SystemExit as ended:
+    assert ended.code in (0, 1), ended.code
+result = dict(seconds=time.perf_counter() - begun)
+"""
+                found = in_process(code, FTKIT_CACHE=str(cache))
+                disk = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+                print(
+                    f"| {name} | {count} | {found['seconds']:.0f} | {1e3 * found['seconds'] / count:.1f} "
+                    f"| {found['peak_mb']:.0f} | {disk / 1e6:.0f} |",
+                    flush=True,
+                )
+                shutil.rmtree(cache, ignore_errors=True)
+
+
 def main() -> None:
-    """Run the training or the decoding benchmark."""
+    """Run the benchmark that was asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--canvases", action="store_true")
-    if parser.parse_args().canvases:
+    parser.add_argument("--what", help="of audit, train and search, with commas")
+    parser.add_argument("--counts", default="1000,10000", help="of pictures, for --what")
+    parser.add_argument("--backbones", default="efficientnet_lite0", help="of the search")
+    parser.add_argument("--sizes", default="96,128", help="of the search")
+    options = parser.parse_args()
+    if options.what:
+        counts = [int(count) for count in options.counts.split(",")]
+        commands(options.what.split(","), counts, options.backbones, options.sizes)
+    elif options.canvases:
         canvases()
     else:
         training()

@@ -1,6 +1,7 @@
 """Several labels, and numbers: what one file is worth, and whether its intervals hold.
 
     python bench/tasks.py --what coverage        # simulation: jackknife, conformal intervals (4 min)
+    python bench/tasks.py --what division        # simulation: how evenly folds divide labels (1 min)
     python bench/tasks.py --what labels          # ELPV's two attributes in one file, and in two (15 min)
     python bench/tasks.py --what values          # ELPV's defect probability, over all cells (12 min)
 
@@ -27,9 +28,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from ftkit.cli.demo import GROUP
 from ftkit.data.dataset import read_images
+from ftkit.data.strata import strata_of
+from ftkit.data.stratify import divide
 from ftkit.evaluation.regression import fit_values
 from ftkit.tasks.task import Regression
 from ftkit_export.proof.jackknife import jackknife
@@ -55,6 +59,53 @@ def coverage() -> str:
         share = np.mean([_conformal(images, seed) for seed in range(WORLDS)])
         lines.append(f"| conformal interval | {images} | none | 90 % | {100 * share:.1f} % |")
     return "\n".join(lines)
+
+
+def division() -> str:
+    """How far the share of images that have a label is off in five folds, by way of dividing them."""
+    lines = ["| images | labels | groups of | by | mean | largest | size |", "|" + "---|" * 7]
+    for images, labels, size in ((200, 5, 1), (1000, 20, 1), (500, 5, 10), (2000, 10, 50)):
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            groups = rng.integers(0, images // size, images) if size > 1 else np.arange(images)
+            targets = _correlated(rng, groups, labels)
+            for name, part in _divided(targets, groups, seed).items():
+                shares = np.stack([targets[part == fold].mean(0) for fold in range(5)])
+                off = np.abs(shares / targets.mean(0) - 1)
+                uneven = float(np.ptp(np.bincount(part)) / images * 5)
+                found.setdefault(name, []).append((off.mean(), off.max(), uneven))
+        for name, rows in found.items():
+            mean, largest, uneven = 100 * np.mean(rows, 0)
+            lines.append(
+                f"| {images} | {labels} | {size} | {name} | {mean:.1f} % | {largest:.0f} % | {uneven:.0f} % |"
+            )
+    return "\n".join(lines)
+
+
+def _correlated(rng: np.random.Generator, groups: np.ndarray, labels: int) -> np.ndarray:
+    """Labels of 2 to 50 % of the images, related to each other and within a group, (n, labels)."""
+    share = rng.uniform(0.02, 0.5, labels)
+    mixed = rng.normal(size=(groups.max() + 1, 4)) @ rng.normal(size=(4, labels))
+    mixed = mixed[groups] / mixed.std(0) + 1.3 * rng.normal(size=(len(groups), labels))
+    levels = [np.quantile(column, 1 - part) for column, part in zip(mixed.T, share, strict=True)]
+    targets = mixed > levels
+    return targets[:, targets.sum(0) >= 10].astype(float)
+
+
+def _divided(targets: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The fold of each image, by the name of the way."""
+    rarest, _ = strata_of("multi-label", targets, [str(n) for n in range(targets.shape[1])])
+    found = {}
+    for name, splitter, labels in (
+        ("chance", GroupKFold(5, shuffle=True, random_state=seed), rarest),
+        ("rarest label", StratifiedGroupKFold(5, shuffle=True, random_state=seed), rarest),
+    ):
+        found[name] = np.zeros(len(targets), np.int64)
+        for fold, (_, held) in enumerate(splitter.split(targets, labels, groups)):
+            found[name][held] = fold
+    found["ftkit"] = divide(targets, groups, [0.2] * 5, seed)
+    return found
 
 
 Statistic = Callable[[np.ndarray, np.ndarray], float]
@@ -279,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", default="coverage,labels,values")
+    parser.add_argument("--what", default="coverage,division,labels,values")
     wanted = parser.parse_args().what.split(",")
     print(machine())
     with tempfile.TemporaryDirectory() as scratch:
@@ -287,6 +338,7 @@ def main() -> None:
         os.environ.setdefault("FTKIT_CACHE", str(place / "cache"))
         for name, made in (
             ("coverage", coverage),
+            ("division", division),
             ("labels", lambda: labels(place)),
             ("values", lambda: values(place)),
         ):

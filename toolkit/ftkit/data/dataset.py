@@ -4,8 +4,8 @@
     images.classes, images.of("train")
 
 A CSV has the columns path,label[,split][,group], or those of another task (table.py); its paths are
-relative to the CSV. A missing val or test split is cut from train: stratified by class and seeded,
-with groups and identical files kept in one split.
+relative to the CSV. A missing val or test split is cut from train: stratified by class, or by all
+labels (stratify.py), and seeded, with groups and identical files kept in one split.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ftkit.data.order import natural
 from ftkit.data.strata import strata_of
+from ftkit.data.stratify import divide
 from ftkit.data.table import (
     AUTO,
     BETWEEN,
@@ -73,9 +74,9 @@ class Image:
 class Images:
     """A labelled data set.
 
-    classes: in natural order (2 before 10); of the other tasks, the strata that splits and folds
-    divide evenly (strata.py). made: the splits that ftkit created. target_names: the labels of multi-label
-    data, or the quantities of regression, whose units are "" where they have none.
+    classes: in natural order (2 before 10); of the other tasks, strata (strata.py). made: the splits
+    that ftkit created. target_names: the labels of multi-label data, or the quantities of regression,
+    whose units are "" where they have none.
     """
 
     root: Path
@@ -562,8 +563,9 @@ def _with_splits(images: Images, seed: int, cut_val: bool) -> Images:
     made = [split for split in wanted if split not in given]
     together = _together(items) if made else []
 
+    cut = _cut_labels if images.task == "multi-label" else _cut
     for split in made:
-        items = _cut(items, together, split, {"test": TEST_SHARE, "val": VAL_SHARE}[split], seed)
+        items = cut(items, together, split, {"test": TEST_SHARE, "val": VAL_SHARE}[split], seed)
 
     result = replace(images, images=tuple(items), made=tuple(made))
     counts = Counter(image.label for image in result.of("train"))
@@ -656,4 +658,17 @@ def _cut(
         wanted = {label: count - members.get(label, 0) for label, count in wanted.items()}
         left.subtract(members)
 
+    return result
+
+
+def _cut_labels(
+    items: Sequence[Image], together: Sequence[int], split: str, share: float, seed: int
+) -> list[Image]:
+    """Move about `share` of train to `split`, label by label. Images that belong together move together."""
+    rows = [number for number, image in enumerate(items) if image.split == "train"]
+    targets = np.array([items[row].targets for row in rows])
+    part = divide(targets, [together[row] for row in rows], (1 - share, share), seed)
+    result = list(items)
+    for row in np.array(rows)[part == 1]:
+        result[row] = replace(items[row], split=split)
     return result

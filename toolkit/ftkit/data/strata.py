@@ -1,10 +1,10 @@
-"""Strata that splits and folds divide evenly, where images have no single class.
+"""Strata: what stands for the class of images that have none.
 
     labels, names = strata_of("multi-label", targets, ("cracked", "poly"))
 
-- multi-label: an image counts under its rarest label, or under none of them; so rare labels are
-  divided evenly, and common ones by their number.
-- regression: ten parts of equal number along the first quantity.
+- multi-label: an image counts under its rarest label, or under none of them. Splits and folds divide
+  by all labels instead (stratify.py).
+- regression: ten parts of equal number along the first quantity, which splits and folds divide evenly.
 """
 
 from __future__ import annotations

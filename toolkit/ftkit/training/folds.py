@@ -19,6 +19,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import Images, clusters, read_images
+from ftkit.data.stratify import divide
 from ftkit.recipe import Recipe
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
@@ -91,8 +92,8 @@ def _all_in_two_groups(images: Images) -> bool:
 
 
 def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
-    """Divide the training images, stratified by class; fewer folds where there are fewer groups, or
-    no class has so many images.
+    """Divide the training images, stratified by class, or by all labels; fewer folds where there are
+    fewer groups, or no class has so many images.
 
     Raises FtkitError where there are not two groups, or a class would be missing in training.
     """
@@ -110,9 +111,14 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
     missing: set[int] = set()
     one_sided = ""
     for attempt in range(ATTEMPTS):
-        folds = _divided(labels, groups, count, seed + attempt * 1_000_003)
-        missing = _missing(folds, labels)
-        if not missing and not (one_sided := _one_sided(folds, canvases, rows)):
+        number = seed + attempt * 1_000_003
+        if canvases.images.task == "multi-label":
+            folds = _filled(divide(canvases.targets[rows], groups, [1 / count] * count, number))
+            one_sided = _one_sided(folds, canvases, rows)
+        else:
+            folds = _divided(labels, groups, count, number)
+            missing = _missing(folds, labels)
+        if not missing and not one_sided:
             return folds
 
     name = canvases.images.classes[min(missing)] if missing else one_sided
@@ -131,7 +137,11 @@ def _divided(labels: Array, groups: Array, count: int, seed: int) -> Folds:
         for fold, (_, held) in enumerate(splitter.split(labels, labels, groups)):
             of[held] = fold
 
-    # A fold may be left empty by a few large groups
+    return _filled(of)
+
+
+def _filled(of: Array) -> Folds:
+    """Without the folds that a few large groups left empty."""
     _, of = np.unique(of, return_inverse=True)
     return Folds(of.astype(np.int64))
 
@@ -147,13 +157,10 @@ def _missing(folds: Folds, labels: Array) -> set[int]:
 
 def _one_sided(folds: Folds, canvases: Canvases, rows: Array) -> str:
     """The first label that some fold's model would always, or never, see; "" for none."""
-    images = canvases.images
-    if images.task != "multi-label":
-        return ""
     targets = canvases.targets[rows]
     for fold in range(folds.count):
         own = targets[folds.train(fold)]
-        for name, column in zip(images.target_names, own.T, strict=True):
+        for name, column in zip(canvases.images.target_names, own.T, strict=True):
             if not {0.0, 1.0} <= set(column):
                 return name
     return ""
