@@ -37,6 +37,7 @@ from ftkit.cli.demo import NOTICE
 from ftkit.cli.main import main
 from ftkit.exporting import export, int8
 from ftkit.models.weights import fingerprint
+from ftkit_export.conversion.convert import Trace
 from ftkit_export.runtime.verify import with_digest
 
 atexit.register(shutil.rmtree, os.environ["FTKIT_CACHE"], ignore_errors=True)
@@ -168,8 +169,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def converted_once() -> Iterator[None]:
-    """Convert and quantize the shared run, build its float64 reference and time which of its operators
-    stay in float once for all exports."""
+    """Trace each architecture, and quantize the shared run, build its float64 reference and time which of
+    its operators stay in float, once for all exports."""
 
     def once(make: Callable[..., Any]) -> Callable[..., Any]:
         made: dict[str, Any] = {}
@@ -181,6 +182,15 @@ def converted_once() -> Iterator[None]:
             return copy.deepcopy(made[key])  # so that tests cannot affect each other
 
         return again
+
+    traced: dict[str, Trace] = {}
+
+    def traced_once(model: nn.Module, size: int) -> Trace:
+        shapes = [(name, value.shape) for name, value in model.state_dict().items()]
+        key = f"{model} {shapes} {size}"
+        if key not in traced:
+            traced[key] = Trace(model, size)
+        return traced[key]
 
     quantized: dict[str, onnx.ModelProto] = {}
     quantize = int8.int8
@@ -208,8 +218,8 @@ def converted_once() -> Iterator[None]:
         return list(kept[key])
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("export_core", "Reference"):
-            patch.setattr(export, name, once(getattr(export, name)))
+        patch.setattr(export, "Trace", traced_once)
+        patch.setattr(export, "Reference", once(export.Reference))
         patch.setattr(int8, "int8", quantized_once)
         patch.setattr(int8, "_first_in_float", timed_once)
         yield

@@ -21,7 +21,7 @@ from ftkit.exporting import evidence, export
 from ftkit.exporting.variants import as_table
 from ftkit.recipe import Export
 from ftkit_export.bundle.seal import begin_bundle
-from ftkit_export.conversion.convert import export_core
+from ftkit_export.conversion.convert import Trace
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.errors import BundleError
 from ftkit_export.runtime.predict import Classifier
@@ -402,7 +402,7 @@ def test_the_same_run_gives_the_same_bytes_but_for_timings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / bundle.name
-    monkeypatch.setattr(export, "export_core", export_core)  # convert again
+    monkeypatch.setattr(export, "Trace", Trace)  # convert again
     result = ftkit(
         "export", run, "--out", out, "--quick", "--c", "--ort", "--handoff", "--sign", keys[0]
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ftkit.models.backbones import build
-from ftkit_export.conversion.convert import export_core, write
+from ftkit_export.conversion.convert import Trace, export_core, write
 from ftkit_export.conversion.graph import OPSET
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.session import Session
@@ -49,6 +49,26 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
     metadata = onnx.load(tmp_path / "one.onnx").metadata_props
     assert {item.key: item.value for item in metadata}.items() >= {"a": "2", "b": "1"}.items()
+
+
+def test_one_trace_serves_every_model_of_an_architecture() -> None:
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = build("resnet18", 3, "none").model
+        with torch.no_grad():
+            model.train()(torch.randn(4, 3, 64, 64))  # statistics of its own
+        models.append(model.eval())
+
+    trace = Trace(models[0], 64)
+    ours, own = trace.core(models[1]), export_core(models[1], 64)
+    content = [core.model.SerializeToString(deterministic=True) for core in (ours, own)]
+    assert content[0] == content[1]
+    assert ours.layers == own.layers
+    first = trace.core(models[0]).model.SerializeToString(deterministic=True)
+    assert first != content[0], "a trace keeps no weights"
+    with pytest.raises(ValueError, match="architecture"):
+        trace.core(build("resnet18", 4, "none").model)
 
 
 def test_a_model_that_cannot_be_traced_is_refused_in_a_sentence() -> None:

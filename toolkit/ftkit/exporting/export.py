@@ -47,7 +47,7 @@ from ftkit_export.bundle.write import add_runners
 from ftkit_export.conversion import plain_c
 from ftkit_export.conversion.class_activation import FILE as EXPLAIN
 from ftkit_export.conversion.class_activation import Explainer, with_features
-from ftkit_export.conversion.convert import Core, export_core, write_ort
+from ftkit_export.conversion.convert import Core, Trace, write_ort
 from ftkit_export.proof.decision import Row
 from ftkit_export.proof.golden import write_flat, write_golden
 from ftkit_export.proof.parity import (
@@ -359,7 +359,8 @@ def _prepare(
 ) -> Job:
     """Convert the model, and choose the images for the parity check."""
     with console.bar("converting to ONNX"):
-        core = export_core(model, run.preprocess.size)
+        trace = Trace(model, run.preprocess.size)
+        core = trace.core(model)
 
     picked = spread_evenly(canvases.rows("test"), PARITY_IMAGES)
     rows = np.random.default_rng(0).permutation(picked)
@@ -375,7 +376,7 @@ def _prepare(
         frame=frame_of(limits, run),
         target_name=variants.resolve_target(limits.target, providers),
         measured=extras.measured,
-        judged=judged_parts(run, core, canvases),
+        judged=judged_parts(run, trace, core, canvases),
         device=extras.device,
         metadata={**metadata(run), "input_format": limits.input_format},
     )
@@ -395,7 +396,7 @@ def _prepare(
     )
 
 
-def judged_parts(run: Run, core: Core, canvases: Canvases) -> list[HeldOutPart]:
+def judged_parts(run: Run, trace: Trace, core: Core, canvases: Canvases) -> list[HeldOutPart]:
     """What variants are judged on: the model itself on val, or each fold's on its own images."""
     folds = fold_models(run)
     if not folds:
@@ -404,8 +405,7 @@ def judged_parts(run: Run, core: Core, canvases: Canvases) -> list[HeldOutPart]:
     parts = []
     with console.bar("converting the folds' models") as progress:
         for model, held, seen in folds:
-            fold_core = export_core(model, run.preprocess.size)
-            parts.append(HeldOutPart(fold_core.model, held, seen))
+            parts.append(HeldOutPart(trace.core(model).model, held, seen))
             progress(len(parts), len(folds))
     return parts
 
