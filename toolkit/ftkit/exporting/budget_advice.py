@@ -1,10 +1,10 @@
 """Advice for an export that misses a budget: measured alternatives, and the command to run.
 
-    for line in budget_advice(run, model, missed, unproven, rows, context):
+    for line in budget_advice(run, missed, unproven, rows, context):
         print(line)
 
 A smaller input lowers latency. The same network's latency at another resolution can be measured
-without training: it is exported again and timed on the spot, in seconds.
+without training: it is converted again and timed on the spot, in seconds.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import nn
-
 from ftkit.benchmark.budgets import Budget
 from ftkit.exporting.candidates import Context
+from ftkit.models.inference import WithEmbedding
 from ftkit.training.run import Run
 from ftkit.utils import console
-from ftkit_export.conversion.convert import export_core, write
+from ftkit_export.conversion.convert import core_for_timing, write
 from ftkit_export.conversion.graph import image_form
 from ftkit_export.proof.decision import Row, what_would_settle
 from ftkit_export.runtime.errors import FtkitError
@@ -50,7 +49,6 @@ class Smaller:
 
 def budget_advice(
     run: Run,
-    model: nn.Module,
     missed: Sequence[Budget],
     unproven: Sequence[Row],
     rows: Sequence[Row],
@@ -86,7 +84,7 @@ def budget_advice(
 
     slow = next((item for item in missed if item.name == "p95_ms" and item.values), None)
     if slow and context.target.provider == "cpu" and (context.here or context.device):
-        lines += _resolutions(run, model, slow, rows, context, only_int8=bool(small))
+        lines += _resolutions(run, slow, rows, context, only_int8=bool(small))
 
     return lines
 
@@ -117,7 +115,6 @@ def _unproven(row: Row, context: Context) -> str:
 
 def _resolutions(
     run: Run,
-    model: nn.Module,
     slow: Budget,
     rows: Sequence[Row],
     context: Context,
@@ -134,7 +131,7 @@ def _resolutions(
         if row.precision == "int8" and row.verdict != "refused" and row.ratio
     ]
     ratio = min(ratios, default=None)
-    timed = _timed(run, model, slow, ratio, context)
+    timed = _timed(run, slow, ratio, context)
     if not timed:
         return []
 
@@ -162,9 +159,7 @@ def _resolutions(
     return lines
 
 
-def _timed(
-    run: Run, model: nn.Module, slow: Budget, ratio: float | None, context: Context
-) -> list[Smaller]:
+def _timed(run: Run, slow: Budget, ratio: float | None, context: Context) -> list[Smaller]:
     """Time the largest input sizes that may meet the budget in fp32 or int8, largest first.
 
     Empty for a network with a fixed input size.
@@ -179,13 +174,14 @@ def _timed(
     )
 
     measured = []
+    net = WithEmbedding(run.backbone())
     with tempfile.TemporaryDirectory() as scratch, console.bar("other input sizes"):
         for size in sizes[:MOST_SIZES]:
             smaller = run.preprocess.at(size)
             path = Path(scratch) / f"{size}.onnx"
 
             try:
-                core = export_core(model, size).model
+                core = core_for_timing(net, size)
             except FtkitError:
                 return []
 

@@ -307,7 +307,6 @@ class Job:
     """
 
     run: Run
-    model: nn.Module
     core: Core
     context: Context
     folder: Path
@@ -383,7 +382,6 @@ def _prepare(
 
     return Job(
         run=run,
-        model=model,
         core=core,
         context=context,
         folder=folder,
@@ -477,7 +475,7 @@ def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
     console.say(f"chosen: {chosen.name}{', the nearest to its budgets' if missed else ''}")
 
     if missed:
-        for line in budget_advice(job.run, job.model, missed, unproven, made.rows, context):
+        for line in budget_advice(job.run, missed, unproven, made.rows, context):
             console.say(line)
 
     return Measurements(

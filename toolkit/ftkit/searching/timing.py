@@ -7,7 +7,6 @@ The files are made by the quick exporter, which a training's own files are not; 
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import tempfile
@@ -18,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
-from torch import nn
 
 from ftkit.benchmark.ssh import Device
 from ftkit.models.backbones import build
@@ -28,8 +25,8 @@ from ftkit.searching.candidates import Candidate
 from ftkit.searching.front import Point
 from ftkit.utils import console
 from ftkit_export.bundle.write import PACKAGE, runtime_files
-from ftkit_export.conversion.convert import quiet, write
-from ftkit_export.conversion.graph import IR_VERSION, OPSET, image_form
+from ftkit_export.conversion.convert import core_for_timing, write
+from ftkit_export.conversion.graph import image_form
 from ftkit_export.conversion.quantize import calibrate, heavy_nodes, int8
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
@@ -199,7 +196,7 @@ def _forms(
         cut=candidate.cut,
         pooling=candidate.pooling,
     )
-    core = _core(WithEmbedding(backbone), candidate.size, job.outputs)
+    core = core_for_timing(WithEmbedding(backbone), candidate.size)
     forms = {"fp32": image_form(core, preprocess, job.readout)}
     if "int8" in precisions:
         pixels = job.pixels(preprocess)
@@ -208,23 +205,3 @@ def _forms(
         quantized = int8(core, ranges, TARGETS[job.target], keep=keep)
         forms["int8"] = image_form(quantized, preprocess, job.readout)
     return forms
-
-
-def _core(net: nn.Module, size: int, classes: int) -> onnx.ModelProto:
-    """A core form from the TorchScript exporter, in a second instead of ten."""
-    buffer = io.BytesIO()
-    with quiet():
-        torch.onnx.export(
-            net.eval(),
-            (torch.zeros(2, 3, size, size),),
-            buffer,  # type: ignore[arg-type]  # a buffer works; the stub knows paths only
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["pixels"],
-            output_names=["logits", "embedding"],
-            dynamic_axes={name: {0: "batch"} for name in ("pixels", "logits", "embedding")},
-        )
-    model = onnx.load_from_string(buffer.getvalue())
-    model.ir_version = IR_VERSION
-    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = classes
-    return model
