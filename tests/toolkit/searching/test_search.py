@@ -71,6 +71,19 @@ def test_all_depths_are_scored_the_near_ones_timed_and_the_best_trained(
     assert page.index("<svg") < page.index("<table")
 
 
+def test_a_finalist_that_was_late_is_trained_when_there_is_more_time(
+    searched: tuple[Path, str], photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "late"
+    late = _search(photos, out, "--timed", 1, "--finalists", 1, "--minutes", 0.02)
+    assert late.exit_code == 0, late.output
+    assert "left out" in late.stderr
+    assert not json.loads((out / "search.json").read_text())["pick"]["trained"]
+    again = _search(photos, out, "--timed", 1, "--finalists", 1)
+    assert again.exit_code == 0, again.output
+    assert json.loads((out / "search.json").read_text())["pick"]["trained"]
+
+
 def _images(data: str) -> list:  # type: ignore[type-arg]
     return list(read_images(data, 0, cut_val=False).images)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -191,7 +192,11 @@ def _train_finalists(known: Standing, names: Sequence[str]) -> None:
             continue
         logits = _out_of_fold(task, run)
         if logits is None:
-            console.warn(f"finalist {number}: not all images were answered in time; it is left out")
+            console.warn(
+                f"finalist {number}, {candidate.name}: not all images were answered within "
+                f"{task.options.minutes:g} minutes; it is left out. Try more --minutes"
+            )
+            shutil.rmtree(run)  # which is done, and would be left out again
             continue
         judge = task.judge()
         trained = judge.bounded(judge.point(candidate, judge.evidence(logits)))
