@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -196,7 +195,6 @@ def _train_finalists(known: Standing, names: Sequence[str]) -> None:
                 f"finalist {number}, {candidate.name}: not all images were answered within "
                 f"{task.options.minutes:g} minutes; it is left out. Try more --minutes"
             )
-            shutil.rmtree(run)  # which is done, and would be left out again
             continue
         judge = task.judge()
         trained = judge.bounded(judge.point(candidate, judge.evidence(logits)))
