@@ -20,6 +20,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,14 @@ from ftkit_export.runtime.errors import FtkitError
 if TYPE_CHECKING:
     from ftkit.benchmark.ssh import Device
     from ftkit.exporting.export import Exported
-    from ftkit.recipe import Export
+    from ftkit.recipe import Export, Recipe
     from ftkit.searching.result import Found
     from ftkit.training.run import Run
     from ftkit_export.runtime.predict import AnyModel
     from ftkit_export.runtime.verify import Verification
+
+
+SEARCHED = "search.json"  # in the folder of a search
 
 
 @by_keyword(TrainOptions)
@@ -119,7 +123,7 @@ def _opened(folder: Path, data: str | Path | None) -> Run:
 
 def _picked_run(folder: Path) -> Path:
     """The run of a search's pick; other folders as they are."""
-    found = folder / "search.json"
+    found = folder / SEARCHED
     if not found.is_file():
         return folder
 
@@ -145,6 +149,7 @@ def export(run: Run | str | Path, options: ExportOptions) -> Exported:
     from ftkit.exporting.export import Extras
     from ftkit.exporting.export import export as run_export
     from ftkit.exporting.web import runtime as web_runtime
+    from ftkit.recipe import load_recipe
     from ftkit.training.run import Run
     from ftkit.utils import console
     from ftkit_export.runtime.session import parse_providers
@@ -156,8 +161,12 @@ def export(run: Run | str | Path, options: ExportOptions) -> Exported:
     out = Path(options.out) if options.out else folder.with_name(f"{folder.name}-bundle")
     files = web_runtime(Path(options.runtime) if options.runtime else None) if options.web else None
 
+    plan = opened.recipe
+    if not isinstance(run, Run) and (Path(run) / SEARCHED).is_file():
+        # Its budgets; the run may have been trained by an earlier search, with others
+        plan = replace(plan, export=load_recipe(str(run)).export)
     with Device.reached(options.on) if options.on else nullcontext() as device:
-        limits = _limits(options, opened, device)
+        limits = _limits(options, plan, device)
         extras = Extras(
             measured=_latency_of_target(options, opened, limits, providers),
             device=device,
@@ -200,7 +209,7 @@ def _check_settings(options: ExportOptions) -> None:
         )
 
 
-def _limits(options: ExportOptions, run: Run, device: Device | None) -> Export:
+def _limits(options: ExportOptions, plan: Recipe, device: Device | None) -> Export:
     """Gates and budgets: the recipe's, with the settings and the device applied."""
     from ftkit.overrides import override
 
@@ -215,7 +224,7 @@ def _limits(options: ExportOptions, run: Run, device: Device | None) -> Export:
         "input_format": options.input_format,
     }
     settings = [f"export.{key}={value}" for key, value in named.items() if value]
-    return override(run.recipe, [*options.settings, *settings]).export
+    return override(plan, [*options.settings, *settings]).export
 
 
 def _latency_of_target(

@@ -71,17 +71,19 @@ def test_all_depths_are_scored_the_near_ones_timed_and_the_best_trained(
     assert page.index("<svg") < page.index("<table")
 
 
-def test_a_finalist_that_was_late_is_trained_when_there_is_more_time(
+def test_the_picks_export_is_held_to_the_budgets_of_the_search(
     searched: tuple[Path, str], photos: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "late"
-    late = _search(photos, out, "--timed", 1, "--finalists", 1, "--minutes", 0.02)
-    assert late.exit_code == 0, late.output
-    assert "left out" in late.stderr
-    assert not json.loads((out / "search.json").read_text())["pick"]["trained"]
-    again = _search(photos, out, "--timed", 1, "--finalists", 1)
-    assert again.exit_code == 0, again.output
-    assert json.loads((out / "search.json").read_text())["pick"]["trained"]
+    out = tmp_path / "slow"
+    shutil.copytree(searched[0], out)
+    again = _search(photos, out, "--timed", 1, "--finalists", 1, "--p50-ms", 0.01, "--size-mb", 50)
+    assert again.exit_code == 1, again.output
+    done = ftkit("export", out, "--out", tmp_path / "bundle", "--quick")
+    assert done.exit_code == 1, done.output
+    gates = json.loads((tmp_path / "bundle.failed" / "manifest.json").read_text())["gates"]
+    judged = {gate["name"][:4]: (gate["limit"], gate["passed"]) for gate in gates}
+    assert judged["p50 "] == (0.01, False)
+    assert judged["size"] == (50, True)
 
 
 def _images(data: str) -> list:  # type: ignore[type-arg]

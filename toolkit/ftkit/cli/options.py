@@ -15,6 +15,8 @@ from ftkit_export.runtime.errors import LIKE, FtkitError
 
 # Options of other tools -> their equivalents here.
 ELSEWHERE = {
+    "p50": "--set export.p50_ms=8",
+    "p50-ms": "--set export.p50_ms=8",
     "p95": "--set export.p95_ms=8",
     "p95-ms": "--set export.p95_ms=8",
     "latency-ms": "--set export.p95_ms=8",

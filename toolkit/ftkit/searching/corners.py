@@ -31,7 +31,7 @@ from ftkit.models.backbones import Backbone
 from ftkit.models.weights import PACKAGES
 from ftkit.options import SearchOptions
 from ftkit.overrides import override
-from ftkit.recipe import Recipe, load_recipe, resolve
+from ftkit.recipe import Export, Recipe, load_recipe, resolve
 from ftkit.searching.candidates import Candidate, UnfitSizeError, backbone_of, candidates, sizes_of
 from ftkit.searching.features import CPU, entry, features
 from ftkit.searching.front import Point
@@ -85,8 +85,9 @@ class Search:
         ]
 
     def digest(self, plan: Recipe) -> str:
-        """Of a training: its recipe, images and seed."""
-        asked = json.dumps([resolve(plan), self.options.seed, self.options.minutes])
+        """Of a training: its recipe but for what an export does, images, seed and time."""
+        trained = {name: value for name, value in resolve(plan).items() if name != "export"}
+        asked = json.dumps([trained, self.options.seed, self.options.minutes])
         images = self.canvases(*self.corners[0]).fingerprint
         return hashlib.sha256(f"{asked}\n{images}".encode()).hexdigest()[:8]
 
@@ -150,14 +151,15 @@ def prepared(
             "train images"
         )
     backbones = {name: backbone_of(name, plan.weights) for name in names}
+    target = ranks.first(lambda: _target(options, remote))
     return Search(
         options=options,
-        plan=plan,
+        plan=replace(plan, export=_to_hold(plan.export, options, target)),
         data=data,
         images=images,
         task=task,
         backbones=backbones,
-        target=ranks.first(lambda: _target(options, remote)),
+        target=target,
         remote=remote,
         device=device,
         ranks=ranks,
@@ -187,6 +189,16 @@ def _target(options: SearchOptions, remote: Device | None) -> str:
             "there, and give --latency"
         )
     return target
+
+
+def _to_hold(export: Export, options: SearchOptions, target: str) -> Export:
+    """What the pick's export is held to: the budgets, frame and target of the search."""
+    asked = {
+        name: getattr(options, name)
+        for name in ("p50_ms", "p95_ms", "size_mb", "memory_mb", "frame")
+        if getattr(options, name) is not None
+    }
+    return replace(export, **asked, target=export.target if target == here() else target)
 
 
 def _installed(name: str) -> bool:
