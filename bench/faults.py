@@ -60,7 +60,8 @@ class Fault:
     """A fault to inject and what must catch it.
 
     plant: enters the patches that are active during the export. expected: words the verdict must
-    contain. limits: settings of the export. tasks: of the runs that can have it.
+    contain. limits: settings of the export. variant: the precision whose row must say so, where no
+    gate does. tasks: of the runs that can have it.
     """
 
     name: str
@@ -429,7 +430,7 @@ def verdict(run: Run, fault: Fault, folder: Path) -> str:
         fault.plant(stack)
         done = export.export(run, folder, settings=fault.limits, quick=True)
     if fault.variant:
-        row = next(row for row in done.rows if row.name == fault.variant)
+        row = next(row for row in done.rows if row.precision == fault.variant)
         return f"{row.verdict}: {row.reason}; chosen: {done.chosen}"
 
     failed = [gate for gate in done.gates if not gate.passed]
