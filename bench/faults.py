@@ -362,7 +362,13 @@ FAULTS = [
     Fault("BGR for RGB", edited(channels_swapped), ("parity", "core logits"), FP32),
     Fault("nearest for antialiased resize", nearest, ("parity", "share of pixels off"), FP32),
     Fault("crop off by 8 pixels", shifted, ("parity", "share of pixels off"), FP32),
-    Fault("labels rotated by one", rotated, ("labels out of order",), FP32),
+    Fault(
+        "labels rotated by one",
+        rotated,
+        ("labels out of order",),
+        FP32,
+        tasks=("single-label", "multi-label"),  # a single quantity has no order
+    ),
     Fault("one convolution x 1.01", edited(scaled), ("parity", "core logits", "layer"), FP32),
     Fault(
         "BatchNorm left in training mode", training_mode, ("parity", "core logits", "layer"), FP32
