@@ -216,16 +216,20 @@ def abstain_threshold(
 
 
 def precision_threshold(
-    top: Array, right: Array, precision: float, groups: Sequence[str] | None = None
+    top: Array,
+    right: Array,
+    precision: float,
+    groups: Sequence[str] | None = None,
+    starts: Sequence[float] = SEARCH_STARTS,
 ) -> tuple[float | None, bool]:
     """The lowest threshold of `top` (n,) from which on `right` (n,) reaches `precision`, and whether
     that is proven.
 
     proven: `precision` is reached with 95 % confidence. Since many thresholds are tested, the
-    search goes from few answers to many and stops at the first that fails, from several starts that
-    share the error probability (fixed sequence testing; Angelopoulos et al. 2021, Learn then Test).
-    If none is proven: the lowest threshold at which `precision` was observed, and False; (None,
-    False) if there is none.
+    search goes from few answers to many and stops at the first that fails, from several `starts`
+    (shares of all answers), which share the error probability (fixed sequence testing; Angelopoulos
+    et al. 2021, Learn then Test). If none is proven: the lowest threshold at which `precision` was
+    observed, and False; (None, False) if there is none.
     """
     if not right.any():
         return None, False
@@ -234,15 +238,13 @@ def precision_threshold(
     last_of_ties = np.append(np.flatnonzero(np.diff(top[order])), len(top) - 1)
 
     proven = None
-    for start in SEARCH_STARTS:
+    for start in starts:
         candidates = last_of_ties[last_of_ties >= math.ceil(start * len(top)) - 1]
         for last in spread_evenly(candidates, LOOKED_AT):
             answered = order[: last + 1]
             named = [groups[row] for row in answered] if groups is not None else None
             if (
-                _precision_bound(
-                    right[answered], named, 1 - PRECISION_ERROR_RATE / len(SEARCH_STARTS)
-                )
+                _precision_bound(right[answered], named, 1 - PRECISION_ERROR_RATE / len(starts))
                 < precision
             ):
                 break

@@ -31,6 +31,9 @@ from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.readout import Labels, sigmoid
 
+# Where the search for a precision starts, as shares of all images: few may have the label at all
+RARE_STARTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMetrics:
@@ -108,7 +111,7 @@ def _threshold(
     if not own.any():
         return 0.5
     if precision is not None:
-        threshold, _ = precision_threshold(probabilities, own == 1, precision, groups)
+        threshold, _ = precision_threshold(probabilities, own == 1, precision, groups, RARE_STARTS)
         return 1.0 - 1e-9 if threshold is None else _below(threshold, probabilities)
 
     precisions, recalls, thresholds = precision_recall_curve(own, probabilities)
