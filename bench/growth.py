@@ -222,7 +222,7 @@ os.chdir({scratch!r})
 from ftkit.cli.main import main
 begun = time.perf_counter()
 try:
-    main({[command, str(data), *options, "--quiet"]!r})
+    main({[command, str(data), *options]!r})
 except SystemExit as ended:
     assert ended.code in (0, 1), ended.code
 result = dict(seconds=time.perf_counter() - begun)
