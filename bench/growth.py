@@ -191,7 +191,7 @@ def write_pictures(folder: Path, count: int) -> Path:
         path = folder / str(number // 1000) / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
-        rows.append(f"{path},{label},{('val', 'test')[number % 2] if number % 10 > 7 else 'train'}")
+        rows.append(f"{path},{label},{'test' if number % 10 == 9 else 'train'}")
     (folder / "data.csv").write_text("\n".join(rows) + "\n")
     return folder / "data.csv"
 
