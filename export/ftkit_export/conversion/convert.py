@@ -195,7 +195,10 @@ class Trace:
 
 
 def export_core(model: torch.nn.Module, size: int) -> Core:
-    """Export a model, in eval mode on the CPU, as core form. size: S in pixels. As Trace."""
+    """The core form of one model, in eval mode on the CPU, as Trace.core describes it.
+
+    size: S in pixels. Raises FtkitError when the exporter fails.
+    """
     return Trace(model, size).core(model)
 
 

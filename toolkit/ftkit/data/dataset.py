@@ -578,12 +578,9 @@ def _with_splits(images: Images, seed: int, cut_val: bool) -> Images:
 
     for split in ("val", "test") if cut_val else ("test",):
         if not result.of(split):
-            grouped = any(image.group for image in items)
-            cure = (
-                "more groups, since each stays whole in one split"
-                if grouped
-                else "at least 4 images a class"
-            )
+            cure = "at least 4 images a class" if images.task == "single-label" else "more images"
+            if any(image.group for image in items):
+                cure = "more groups, since each stays whole in one split"
             raise FtkitError(
                 f"{images.root}: expected enough images for a {split} split, found {len(items)} in all. Try {cure}"
             )

@@ -192,8 +192,8 @@ def _train_finalists(known: Standing, names: Sequence[str]) -> None:
         logits = _out_of_fold(task, run)
         if logits is None:
             console.warn(
-                f"finalist {number}, {candidate.name}: not all images were answered within "
-                f"{task.options.minutes:g} minutes; it is left out. Try more --minutes"
+                f"finalist {number}, {candidate.name}: not all images were answered in time; it is left out. "
+                "Try more --minutes"
             )
             continue
         judge = task.judge()
