@@ -2,18 +2,23 @@
 
     python bench/race.py --seeds 3          (interleaved; each contestant in an environment of its own)
     python bench/race.py --who ftkit,tutorial --head 1 --deep 1
+    python bench/race.py --photos FOLDER    (another set, as FOLDER/{train,val,test}/CLASS)
 
 The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified random split, 1,400 /
 156 / 667 photographs), random horizontal and vertical flips, batches of 32, Adam; head 5 epochs at
 1e-3, then the last two block groups 10 epochs at 1e-4. Each run is a process. Seconds are for training:
 loading and decoding included, evaluation on test excluded; ftkit's are for the whole `ftkit train` with
-an empty cache, including validation and its report on test. Memory: the largest of the process and its
+an empty cache, including validation and its report on test. `default`, `folds` and `search` are not
+the same work but what a user of ftkit types: the recipe lite0 with val images, with folds (of train and
+val), and a search for a file four times faster, with its finalist. The best of several is at its best
+recipe: fastai's is `fastai_tuned`, fine_tune with its learning-rate finder. Memory: the largest of the process and its
 children, each alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import resource
@@ -25,6 +30,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import loaders, write_random_split
 from int8_peers import environment
+from scipy.stats import binomtest
 from torch.utils.data import DataLoader
 
 from ftkit.data.canvas import build_canvases
@@ -42,8 +49,9 @@ from ftkit.models.backbones import build
 from ftkit.models.freezing import set_mode, trainable, under
 from ftkit.models.inference import PREFIX_BATCH, runner
 from ftkit.models.prefix import frontier, frozen_part, trace, trained_part
-from ftkit.options import TrainOptions
-from ftkit.recipe import Augment, Recipe, Stage
+from ftkit.options import SearchOptions, TrainOptions
+from ftkit.recipe import Augment, Recipe, Stage, load_recipe
+from ftkit.searching.search import search as find
 from ftkit.training.feature_cache import Views
 from ftkit.training.train import train
 from ftkit_export.runtime.preprocess import Preprocess
@@ -63,6 +71,10 @@ def write_three_splits(out: Path) -> None:
 
 
 @torch.inference_mode()
+def _classes(data: Path) -> int:
+    return len(list((data / "train").iterdir()))
+
+
 def _accuracy(model: torch.nn.Module, test: DataLoader) -> float:
     model.eval()
     return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test) / len(
@@ -74,7 +86,7 @@ def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
     """Standard tutorial loop: the whole backbone runs forward at every step."""
     torch.manual_seed(seed)
     training, test = loaders(data, BATCH)
-    backbone = build("efficientnet_lite0", 4)
+    backbone = build("efficientnet_lite0", _classes(data))
     model, begun = backbone.model, time.perf_counter()
 
     for stage, epochs, lr in (("head", head, HEAD_LR), ("last:2", deep, DEEP_LR)):
@@ -110,7 +122,7 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
             raise CancelValidException
 
     set_seed(seed)
-    backbone = build("efficientnet_lite0", 4)
+    backbone = build("efficientnet_lite0", _classes(data))
     model = backbone.model
     begun = time.perf_counter()
     normalise = Normalize.from_stats(MEAN, STD)
@@ -166,7 +178,7 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
     pl.seed_everything(seed, verbose=False)
     training, test = loaders(data, BATCH)
 
-    backbone = build("efficientnet_lite0", 4)
+    backbone = build("efficientnet_lite0", _classes(data))
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -225,7 +237,7 @@ def transformers(data: Path, seed: int, head: int, deep: int) -> Outcome:
     training, test = loaders(data, BATCH)
     images = training.dataset
     assert isinstance(images, ImageFolder)
-    backbone = build("efficientnet_lite0", 4)
+    backbone = build("efficientnet_lite0", _classes(data))
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -303,13 +315,95 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 
 
+def fastai_tuned(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """fastai as its documentation does it: its own augmentation, the rate of lr_find, then fine_tune of the
+    whole network, its epochs as many as `head` and `deep` together."""
+    from fastai.vision.all import (
+        ImageDataLoaders,
+        Learner,
+        Normalize,
+        Resize,
+        ResizeMethod,
+        accuracy,
+        aug_transforms,
+        params,
+        set_seed,
+    )
+
+    set_seed(seed)
+    backbone = build("efficientnet_lite0", _classes(data))
+    model = backbone.model
+    begun = time.perf_counter()
+    fed = ImageDataLoaders.from_folder(
+        data,
+        train="train",
+        valid="val",
+        bs=BATCH,
+        num_workers=2,
+        item_tfms=Resize(224, ResizeMethod.Squish),
+        batch_tfms=[*aug_transforms(flip_vert=True), Normalize.from_stats(MEAN, STD)],
+    )
+    top = set(model.get_submodule(backbone.head).parameters())
+
+    def split(net: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+        return [[p for p in params(net) if p not in top], list(top)]
+
+    learner = Learner(fed, model, loss_func=F.cross_entropy, splitter=split, metrics=accuracy)
+    with learner.no_bar(), learner.no_logging():
+        learner.freeze()
+        rate = learner.lr_find(show_plot=False).valley
+        learner.fine_tune(head + deep, rate)
+
+    seconds = time.perf_counter() - begun
+    return _accuracy(model, loaders(data, BATCH)[1]), seconds
+
+
+def _typed(data: Path, seed: int, folds: int | str) -> Outcome:
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
+        begun = time.perf_counter()
+        plan = load_recipe("lite0")
+        plan = replace(plan, augment=Augment(hflip=True, vflip=True), folds=folds)
+        run = train(plan, data, Path(scratch) / "run", TrainOptions(seed=seed))
+        seconds = time.perf_counter() - begun
+        return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
+
+
+def default(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """`ftkit train photos --folds 0 --set augment.vflip=true`."""
+    return _typed(data, seed, 0)
+
+
+def folds(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """`ftkit train photos --set augment.vflip=true`, val images in the folds."""
+    return _typed(data, seed, "auto")
+
+
+def search(data: Path, seed: int, head: int, deep: int) -> Outcome:
+    """`ftkit search photos --p50-ms 2.6 --finalists 1 --set augment.vflip=true`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
+        place = Path(scratch) / "search"
+        begun = time.perf_counter()
+        found = find(
+            data,
+            SearchOptions(
+                out=place, settings=("augment.vflip=true",), p50_ms=2.6, finalists=1, seed=seed
+            ),
+        )
+        seconds = time.perf_counter() - begun
+        assert found
+        run = place / found.choice.point.run
+        return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
+
+
 def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
     """Lower bound: one prefix pass per view and the suffix's steps, on resident tensors."""
     torch.manual_seed(seed)
     preprocess = Preprocess(size=224, resize=224, mean=(127.0,) * 3, std=(128.0,) * 3)
     canvases, backbone = (
         build_canvases(read_images(data), preprocess),
-        build("efficientnet_lite0", 4),
+        build("efficientnet_lite0", _classes(data)),
     )
     model, names = (
         backbone.model.to(memory_format=torch.channels_last),
@@ -366,11 +460,17 @@ CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
     "floor": floor,
     "tutorial": tutorial,
     "fastai": fastai,
+    "fastai_tuned": fastai_tuned,
     "lightning": lightning,
     "transformers": transformers,
+    "default": default,
+    "folds": folds,
+    "search": search,
 }
+COMMANDS = ("default", "folds", "search")
 NEEDS = {
     "fastai": ("fastai",),
+    "fastai_tuned": ("fastai",),
     "lightning": ("lightning",),
     "transformers": ("transformers", "accelerate"),
 }
@@ -384,7 +484,9 @@ def _apart(name: str, data: Path, seed: int, options: argparse.Namespace) -> tup
     python = sys.executable
     if name in NEEDS:
         behind = sysconfig.get_paths()["purelib"]
-        python = str(environment(f"race-{name}", NEEDS[name], options.envs.resolve(), behind))
+        python = str(
+            environment(f"race-{NEEDS[name][0]}", NEEDS[name], options.envs.resolve(), behind)
+        )
     command = [python, __file__, "--one", name, "--data", data, "--first-seed", seed]
     command += ["--head", options.head, "--deep", options.deep]
     packages = ("ftkit", "ftkit_export", "ftkit_recipes")
@@ -402,6 +504,14 @@ def _apart(name: str, data: Path, seed: int, options: argparse.Namespace) -> tup
     return (accuracy, seconds), memory
 
 
+def _lines(name: str) -> int:
+    """Lines of code that a user writes: the contestant's function as it stands here, or one command."""
+    if name in COMMANDS:
+        return 1
+    text = inspect.getsource(CONTENDERS[name])
+    return sum(bool(line.strip()) for line in text.splitlines())
+
+
 def main() -> None:
     """Print one line per run, then a table: mean accuracy, mean seconds, ratio to ftkit."""
     parser = argparse.ArgumentParser(
@@ -413,6 +523,7 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=5)
     parser.add_argument("--deep", type=int, default=10)
     parser.add_argument("--envs", default="peer-envs", type=Path)
+    parser.add_argument("--photos", type=Path, help="by default the demo's, split at random")
     parser.add_argument("--one", help="run this contestant, in this process")
     parser.add_argument("--data", type=Path, help="what it is trained on")
     options = parser.parse_args()
@@ -429,8 +540,10 @@ def main() -> None:
 
     results: dict[str, list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "elpv"
-        write_three_splits(data)
+        data = options.photos or Path(scratch) / "elpv"
+        if not options.photos:
+            write_three_splits(data)
+        tested = sum(path.is_file() for path in (data / "test").glob("*/*"))
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for name in options.who.split(","):
                 try:
@@ -443,13 +556,18 @@ def main() -> None:
                 print(f"{name}, seed {seed}: {said}", flush=True)
 
     ours = statistics.mean(each[1] for each in results["ftkit"]) if "ftkit" in results else None
-    print("\n| who | test accuracy | seconds | ratio | peak MB |\n|---|---|---|---|---|")
+    print(
+        f"\ntest: {tested} images; the interval is of one seed's accuracy at the mean\n"
+        "| who | test accuracy | seconds | ratio | peak MB | lines |\n|---|---|---|---|---|---|"
+    )
     for name, outcomes in results.items():
         accuracy, seconds, memory = (
             statistics.mean(values) for values in zip(*outcomes, strict=True)
         )
         ratio = f"{seconds / ours:.1f}" if ours else ""
-        print(f"| {name} | {accuracy:.4f} | {seconds:.0f} | {ratio} | {memory:.0f} |")
+        low, high = binomtest(round(accuracy * tested), tested).proportion_ci(method="wilson")
+        interval = f"{accuracy:.4f} [{low:.3f}, {high:.3f}]"
+        print(f"| {name} | {interval} | {seconds:.0f} | {ratio} | {memory:.0f} | {_lines(name)} |")
 
 
 if __name__ == "__main__":

@@ -257,6 +257,32 @@ def test_what_was_found_stands_when_a_finalist_is_interrupted(
     assert not told["pick"]["trained"]
 
 
+def test_a_late_finalist_is_judged_on_what_it_answered(
+    searched: tuple[Path, str], photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "late"
+    shutil.copytree(searched[0], out)
+    told = json.loads((out / "search.json").read_text())
+    answers = out / told["pick"]["run"] / "oof.npz"
+    with np.load(answers) as stored:
+        held = dict(stored)
+    kept = np.isin(held["fold"], (0, 1))[np.isin(held["train_rows"], held["rows"])]
+    for name in ("rows", "logits", "embedding", "foreign"):
+        held[name] = held[name][kept]
+    np.savez(answers, **held)  # as where two of four folds were trained in time
+
+    budgets = ("--p50-ms", 1000, "--size-mb", 50, "--frame", "320x240")
+    done = _search(photos, out, "--timed", 3, "--finalists", 1, *budgets)
+    assert done.exit_code == 0, done.output
+    assert f"trained in time to answer {kept.sum()} of {len(kept)}" in " ".join(done.output.split())
+    again = json.loads((out / "search.json").read_text())
+    run = open_run(out / told["pick"]["run"])
+    labels = np.array([image.label for image in _images(run.data["data"])])
+    right = held["logits"].argmax(1) == labels[held["rows"]]
+    assert (again["pick"]["run"], again["images"]) == (told["pick"]["run"], kept.sum())
+    assert again["pick"]["figure"] == pytest.approx(right.mean())
+
+
 def test_features_are_those_of_the_network(photos: Path) -> None:
     backbone = backbone_of("efficientnet_lite0")
     preprocess = backbone.preprocess.at(64)

@@ -22,8 +22,10 @@ import numpy as np
 
 from ftkit.benchmark.ssh import Device
 from ftkit.options import SearchOptions, TrainOptions
+from ftkit.searching.candidates import Candidate
 from ftkit.searching.corners import Search, near_front, prepared, scored
 from ftkit.searching.front import Point, pick
+from ftkit.searching.judge import Judge
 from ftkit.searching.result import Found, budgets_of, write
 from ftkit.searching.score import Dropped
 from ftkit.searching.timing import Timing, read_times, timed_points
@@ -63,7 +65,7 @@ def search(data: str | Path, options: SearchOptions) -> Found | None:
             wanted = ranks.first(known.time_and_choose)
 
         _train_finalists(known, wanted)
-        if known.trained:
+        if known.finalists:
             known.tell()
         return known.found
 
@@ -73,9 +75,20 @@ def _reached(options: SearchOptions, ranks: Ranks) -> AbstractContextManager[Dev
     return Device.reached(options.on) if options.on and ranks.main else nullcontext()
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Finalist:
+    """A candidate that was trained in the folder `run`, with its logits (n, K) of the training images out
+    of fold; answered: which of them it was trained in time to answer, (n,) bool."""
+
+    candidate: Candidate
+    run: str
+    logits: Array = field(repr=False)
+    answered: Array = field(repr=False)
+
+
 @dataclass
 class Standing:
-    """What is known so far. timed, trained, found: filled on the first rank only, which times and
+    """What is known so far. timed, finalists, found: filled on the first rank only, which times and
     chooses."""
 
     task: Search
@@ -84,7 +97,7 @@ class Standing:
     dropped: Sequence[Dropped]
     begun: float
     timed: Sequence[Point] = ()
-    trained: list[Point] = field(default_factory=list)
+    finalists: list[Finalist] = field(default_factory=list)
     found: Found | None = None
 
     def time_and_choose(self) -> list[str]:
@@ -105,12 +118,15 @@ class Standing:
         task = self.task
         options = task.options
         judge = task.judge()
+        trained: list[Point] = []
+        if self.finalists:
+            judge, trained = self._trained()
         seen = {point.candidate for point in self.timed}
         untimed = [point for point in self.points if point.candidate not in seen]
-        among = self.trained or self.timed
+        among = trained or self.timed
         found = Found(
             folder=self.folder,
-            points=[*self.trained, *self.timed, *untimed],
+            points=[*trained, *self.timed, *untimed],
             dropped=self.dropped,
             choice=pick(among, budgets_of(options), task.max_drop, judge.compare),
             options=options,
@@ -125,6 +141,31 @@ class Standing:
         write(found, chosen.recipe(task.plan, task.preprocess(chosen.backbone, chosen.size)))
         self.found = found
         return found
+
+    def _trained(self) -> tuple[Judge, list[Point]]:
+        """The finalists in each precision, and their judge: of the images that all of them answered,
+        since networks are compared image by image."""
+        common = np.logical_and.reduce([finalist.answered for finalist in self.finalists])
+        rows = np.flatnonzero(common)
+        judge = self.task.judge().of(rows)
+        points = []
+        for finalist in self.finalists:
+            evidence = judge.evidence(finalist.logits[rows])
+            trained = judge.bounded(judge.point(finalist.candidate, evidence))
+            points += [
+                replace(
+                    point,
+                    evidence=evidence,
+                    figure=trained.figure,
+                    low=trained.low,
+                    high=trained.high,
+                    trained=True,
+                    run=finalist.run,
+                )
+                for point in self.timed
+                if point.candidate == finalist.candidate
+            ]
+        return judge, points
 
 
 def _timing(task: Search, folder: Path, near: Sequence[Point]) -> Timing:
@@ -189,41 +230,26 @@ def _train_finalists(known: Standing, names: Sequence[str]) -> None:
         train(plan, task.data, run, options)
         if not task.ranks.main:
             continue
-        logits = _out_of_fold(task, run)
-        if logits is None:
+        logits, answered = _out_of_fold(task, run)
+        known.finalists.append(
+            Finalist(candidate=candidate, run=run.name, logits=logits, answered=answered)
+        )
+        if not answered.all():
             console.warn(
-                f"finalist {number}, {candidate.name}: not all images were answered in time; it is left out. "
-                "Try more --minutes"
+                f"finalist {number}, {candidate.name}: trained in time to answer {answered.sum()} of "
+                f"{len(answered)} images; the finalists are compared on those. Try more --minutes"
             )
-            continue
-        judge = task.judge()
-        trained = judge.bounded(judge.point(candidate, judge.evidence(logits)))
-        known.trained += [
-            replace(
-                point,
-                evidence=trained.evidence,
-                figure=trained.figure,
-                low=trained.low,
-                high=trained.high,
-                trained=True,
-                run=run.name,
-            )
-            for point in known.timed
-            if point.candidate == candidate
-        ]
 
 
-def _out_of_fold(task: Search, folder: Path) -> Array | None:
-    """Logits (n, K) of each training image out of fold; None if some were not answered."""
+def _out_of_fold(task: Search, folder: Path) -> tuple[Array, Array]:
+    """Logits (n, K) of the training images out of fold, and which of them were answered, (n,) bool."""
     images = len(task.canvases(*task.corners[0]).images.images)
     with np.load(folder / OUT_OF_FOLD) as stored:
-        rows = stored["rows"]
-        if len(rows) < len(stored["train_rows"]):
-            return None
         logits = np.zeros((images, stored["logits"].shape[1]), np.float32)
-        logits[rows] = stored["logits"]
-        found: Array = logits[stored["train_rows"]]
-    return found
+        answered = np.zeros(images, bool)
+        logits[stored["rows"]] = stored["logits"]
+        answered[stored["rows"]] = True
+        return logits[stored["train_rows"]], answered[stored["train_rows"]]
 
 
 def _untrained(task: Task, outputs: int) -> Readout:
