@@ -4,6 +4,7 @@
     python bench/growth.py --canvases    # decoding: images/s beside other decoders, and memory
     python bench/growth.py --what audit,train,search --counts 1000,10000   # whole commands
     python bench/growth.py --what search --counts 1850 --backbones efficientnet_lite0,efficientnet_lite2
+    python bench/growth.py --what train --counts 1000 --disk-mb 20         # as root: a cache that holds part
 
 Photographs: ELPV, listed repeatedly in a CSV; every entry is decoded, cached and trained on
 separately. With --what: pictures of 128 pixels made of them, each of its own piece, turn, levels and
@@ -21,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +199,20 @@ def write_pictures(folder: Path, count: int) -> Path:
     return folder / "data.csv"
 
 
-def commands(what: list[str], counts: list[int], backbones: str, sizes: str) -> None:
+@contextmanager
+def _cache(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A folder for the cache, if asked on a file system of its own of that size."""
+    folder.mkdir()
+    if megabytes:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
+        subprocess.run(mount, check=True)
+    yield folder
+    if megabytes:
+        subprocess.run(["umount", folder], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def commands(what: list[str], counts: list[int], backbones: str, sizes: str, room: int) -> None:
     """Table: command, pictures, seconds, ms a picture, peak memory, disk of the cache."""
     small = ("--set", "preprocess.size=96", "--set", "preprocess.resize=96", "--set", "folds=0")
     told = {
@@ -227,14 +243,14 @@ except SystemExit as ended:
     assert ended.code in (0, 1), ended.code
 result = dict(seconds=time.perf_counter() - begun)
 """
-                found = in_process(code, FTKIT_CACHE=str(cache))
-                disk = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+                with _cache(cache, room):
+                    found = in_process(code, FTKIT_CACHE=str(cache))
+                    disk = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
                 print(
                     f"| {name} | {count} | {found['seconds']:.0f} | {1e3 * found['seconds'] / count:.1f} "
                     f"| {found['peak_mb']:.0f} | {disk / 1e6:.0f} |",
                     flush=True,
                 )
-                shutil.rmtree(cache, ignore_errors=True)
 
 
 def main() -> None:
@@ -247,10 +263,12 @@ def main() -> None:
     parser.add_argument("--counts", default="1000,10000", help="of pictures, for --what")
     parser.add_argument("--backbones", default="efficientnet_lite0", help="of the search")
     parser.add_argument("--sizes", default="96,128", help="of the search")
+    parser.add_argument("--disk-mb", type=int, default=0, help="for the cache, with --what")
     options = parser.parse_args()
     if options.what:
         counts = [int(count) for count in options.counts.split(",")]
-        commands(options.what.split(","), counts, options.backbones, options.sizes)
+        what = options.what.split(",")
+        commands(what, counts, options.backbones, options.sizes, options.disk_mb)
     elif options.canvases:
         canvases()
     else:

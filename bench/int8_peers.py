@@ -139,12 +139,16 @@ def environment(name: str, needs: tuple[str, ...], folder: Path, behind: str = "
     python = place / "bin" / "python"
     if not (place / "done").is_file():
         venv.create(place, with_pip=True, clear=True)
-        if behind:
-            own = next((place / "lib").glob("python*/site-packages"))
-            (own / "behind.pth").write_text(f"{behind}\n")
+        _see(place, behind)
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
         (place / "done").touch()
+    _see(place, behind)  # which may have moved since
     return python
+
+
+def _see(place: Path, behind: str) -> None:
+    own = next((place / "lib").glob("python*/site-packages"))
+    (own / "behind.pth").write_text(f"{behind}\n")
 
 
 def _made_by(peer: Peer, python: Path, folder: Path) -> tuple[onnx.ModelProto, float]:

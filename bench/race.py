@@ -22,6 +22,7 @@ import inspect
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -375,8 +376,11 @@ def default(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
 
 def folds(data: Path, seed: int, head: int, deep: int) -> Outcome:
-    """`ftkit train photos --set augment.vflip=true`, val images in the folds."""
-    return _typed(data, seed, "auto")
+    """`ftkit train photos --set augment.vflip=true`, val images among those in the folds."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for source, place in (("train", "train"), ("val", "train"), ("test", "test")):
+            shutil.copytree(data / source, Path(scratch) / place, dirs_exist_ok=True)
+        return _typed(Path(scratch), seed, "auto")
 
 
 def search(data: Path, seed: int, head: int, deep: int) -> Outcome:

@@ -24,8 +24,10 @@ from ftkit.data.dataset import read_images
 from ftkit.exporting import candidates, evidence, export, web
 from ftkit.tasks.task import Regression, task_of
 from ftkit.training.distillation import load_teacher
+from ftkit.training.lr_search import RATES
 from ftkit.training.run import Run, open_run
 from ftkit_export.conversion import graph
+from ftkit_export.conversion.class_activation import Explainer
 from ftkit_export.runtime.predict import (
     Classifier,
     MultiLabelClassifier,
@@ -33,6 +35,7 @@ from ftkit_export.runtime.predict import (
     Regressor,
 )
 from ftkit_export.runtime.readout import KEY, OneClass
+from ftkit_export.runtime.session import Session
 
 QUICK = settings(
     "preprocess.size=96",
@@ -82,7 +85,8 @@ def labels(folder: Path) -> tuple[Path, Path]:
 def values(folder: Path) -> tuple[Path, Path]:
     """A regression run, with a val split, and its bundle, which may have an 8-bit variant."""
     run, bundle = folder / "values", folder / "values-bundle"
-    options = ("--recipe", "lite0_regression", "--folds", "0", *QUICK)
+    searched = settings("stages.0.lr=auto")
+    options = ("--recipe", "lite0_regression", "--folds", "0", *QUICK, *searched)
     trained = ftkit("train", folder / "values.csv", "--out", run, *options)
     assert trained.exit_code == 0, trained.output
     rise = settings("export.max_error_rise=1")
@@ -123,14 +127,10 @@ def test_what_is_made_for_classes_refuses_labels_in_one_sentence(
     labels: tuple[Path, Path], folder: Path, photos: Path, tmp_path: Path
 ) -> None:
     run, bundle = labels
-    picture = next(photos.rglob("*.png"))
     for command in (
         ("drift", bundle, tmp_path),
         ("enroll", bundle, "new", photos / "mono-ok", "--out", tmp_path / "new"),
-        ("predict", bundle, picture, "--explain"),
-        ("predict", bundle, picture, "--trace"),
         ("export", run, "--out", tmp_path / "h", "--handoff"),
-        ("train", folder / "labels.csv", "--set", "stages.0.lr=auto", "--out", tmp_path / "r"),
         (
             "train",
             folder / "labels.csv",
@@ -158,6 +158,7 @@ def test_numbers_are_learned_exported_and_answered_with_an_interval(
     grey = [np.asarray(Image.open(path)).mean() for path in photos.rglob("*.png")]
     guess = np.abs(grey - np.median(grey)).mean()
     assert brightness["unit"] == "levels"
+    assert data["stages"][0]["lr"] in RATES
     assert brightness["mae"]["value"] < 0.7 * guess, "better than the median of all"
 
     assert ftkit("verify", bundle).exit_code == 0
@@ -170,6 +171,33 @@ def test_numbers_are_learned_exported_and_answered_with_an_interval(
         assert estimate.low < estimate.value < estimate.high
         inside += estimate.low <= np.asarray(Image.open(path)).mean() <= estimate.high
     assert inside >= 0.7 * len(pictures[::5]), "90 % are meant"
+
+
+def test_each_output_has_a_map_of_its_own_that_adds_up_to_its_logit(
+    labels: tuple[Path, Path], values: tuple[Path, Path], photos: Path, tmp_path: Path
+) -> None:
+    pictures = [min((photos / name).iterdir()) for name in ("mono-defect", "poly-ok")]
+    for number, (_, bundle) in enumerate((labels, values)):
+        explain, model = Explainer(bundle), api.load(bundle)
+        core = Session(bundle / "variants" / "fp32-core.onnx")
+        decoded = [model.decode(path) for path in pictures]
+        canvases = np.stack([model.preprocess.canvas(image) for image in decoded])
+        first, second = core.run(model.preprocess.pixels(canvases))[0]
+        for place in range(len(model.labels)):
+            # The bias is the same in both
+            apart = [explain(image, place)[0].mean() for image in decoded]
+            assert apart[0] - apart[1] == pytest.approx(first[place] - second[place], abs=1e-4)
+
+        out = tmp_path / f"why-{number}"
+        done = ftkit("predict", bundle, pictures[0], "--explain", "--json", "--out", out)
+        told = json.loads(done.stdout)
+        answer = model(pictures[0])
+        assert list(told["explained"]) == list(answer.explained)
+        assert sorted(map(str, out.iterdir())) == sorted(told["explained"].values())
+
+        traced = ftkit("predict", bundle, pictures[0], "--trace")
+        assert traced.exit_code == 0, traced.output
+        assert traced.stdout.splitlines()[-1] == answer.text
 
 
 def _ppm(photos: Path, out: Path) -> Path:

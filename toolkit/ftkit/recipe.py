@@ -164,7 +164,7 @@ class Export:
     - max_accuracy_drop: how far accuracy (or macro-AP) may fall below the framework's, as a share
       (0.01 = 1 point): fp32 on test; int8 and fp16 on val, with confidence.
     - max_error_rise: of regression, how much the mean absolute error may rise, as a share of it.
-    - min_recall: share of each class's test images that must be right, judged by the 95 %
+    - min_recall: share of each class's (or label's) test images that must be right, judged by the 95 %
       confidence interval of the least certain class.
     - p50_ms, p95_ms: latency of the image form in milliseconds, at one thread on this machine; must
       hold in each of several processes.

@@ -1,5 +1,7 @@
 """Class activation maps (Zhou et al. 2016) with ONNX Runtime, without the training framework.
 
+Of a class, a label, or a quantity: of whatever a logit stands for.
+
     model = with_features(core)                 # at export: variants/explain.onnx, or None where no map is exact
     explain = Explainer("bundle")               # numpy, Pillow, ONNX Runtime
     heat, label = explain(image)                # (h, w) float32: contributions to the logit
@@ -12,6 +14,7 @@ the logit.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,21 +131,29 @@ class Explainer:
         return np.tensordot(head[chosen], features[0], 1), chosen
 
     def write(
-        self, path: Path, label: int, folder: Path, content: bytes | Path | None = None
+        self,
+        path: Path,
+        label: int,
+        folder: Path,
+        content: bytes | Path | None = None,
+        name: str = "",
     ) -> Path:
         """Write the overlay of an image file to folder/NAME-why.png; return its path.
 
         The name is numbered if that file exists. content: the image, unless it is the file at
-        `path`.
+        `path`. name: of the label or quantity, where an image has several maps: NAME-why-LABEL.png.
         """
         image = self._preprocess.decode(content or path)
         image = from_frame(to_frame(image, self._format), self._format)  # as the model sees it
-        place = folder / f"{path.stem}-why.png"
+        stem = f"{path.stem}-why"
+        if name:
+            stem += "-" + re.sub(r"[^\w.-]+", "_", name)
+        place = folder / f"{stem}.png"
 
         number = 1
         while place.exists():
             number += 1
-            place = folder / f"{path.stem}-why-{number}.png"
+            place = folder / f"{stem}-{number}.png"
 
         folder.mkdir(parents=True, exist_ok=True)
         overlay(self.seen(image), self(image, label)[0]).save(place)

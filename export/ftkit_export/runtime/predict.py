@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -76,6 +76,11 @@ class Prediction:
         """The answer as a line of text."""
         return f"{self.label}  {self.probability:.3f}  {self.remark}".rstrip()
 
+    @property
+    def explained(self) -> Sequence[str]:
+        """The output that `--explain` draws a map of."""
+        return (self.label,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MultiLabelPrediction:
@@ -94,6 +99,11 @@ class MultiLabelPrediction:
         """The answer as a line of text."""
         named = ", ".join(f"{name} {self.probabilities[name]:.3f}" for name in self.labels)
         return f"{named or 'none'}  {'foreign' if self.foreign else ''}".rstrip()
+
+    @property
+    def explained(self) -> Sequence[str]:
+        """The labels that `--explain` draws maps of: those that apply, or the most probable one."""
+        return self.labels or (max(self.probabilities, key=lambda name: self.probabilities[name]),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +136,11 @@ class RegressionPrediction:
             for name, item in self.values.items()
         )
         return f"{named}  {'foreign' if self.foreign else ''}".rstrip()
+
+    @property
+    def explained(self) -> Sequence[str]:
+        """The quantities that `--explain` draws maps of: all of them."""
+        return tuple(self.values)
 
 
 Said = TypeVar("Said")

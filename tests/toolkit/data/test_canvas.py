@@ -1,14 +1,18 @@
 """Decoded images on disk: complete or absent, shared by runs, readable in any order."""
 
+import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY, ftkit, settings
 from PIL import ImageOps
 
 from ftkit.data import canvas
@@ -108,6 +112,49 @@ def test_a_disk_without_room_is_told_before_anything_is_decoded(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "canvases").iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of 3 MB: needs root."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    yield place
+    # Lazily: what was mapped there may still be held
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_what_the_disk_has_no_room_for_is_decoded_when_it_is_read(
+    photos: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old entries go first; the training's bits are those of a roomy disk."""
+    broken = tmp_path / "photos"
+    shutil.copytree(photos, broken)
+    (broken / "mono-ok" / "broken.png").write_bytes(b"no image")
+    monkeypatch.setattr(canvas, "SHARD", 30)
+    old = small_disk / "canvases" / "old"
+    old.mkdir(parents=True)
+    (old / "canvases.npy").write_bytes(bytes(2_000_000))
+    os.utime(old, (1, 1))
+    metrics = []
+    for cache in (small_disk, tmp_path / "roomy"):
+        monkeypatch.setenv("FTKIT_CACHE", str(cache))
+        run = tmp_path / f"run-{cache.name}"
+        asked = settings(*TINY, "stages.0.cache=off", "stages.1.cache=off", "stages.0.epochs=1")
+        done = ftkit("train", broken, "--out", run, *asked)
+        assert done.exit_code == 0, done.output
+        metrics.append(json.loads((run / "run.json").read_text())["metrics"])
+        if cache == small_disk:
+            assert "no room for the canvases of" in done.stderr
+            assert not old.exists()
+            canvases = canvas.build_canvases(read_images(broken), Preprocess(size=96, resize=96))
+            assert 0 < canvases.undecoded < len(canvases.slots)
+            ((bad, _),) = canvases.bad
+            assert bad.name == "broken.png"
+    assert metrics[0] == metrics[1]
 
 
 @pytest.mark.parametrize("fewest", [8, 10_000], ids=["processes", "in this process"])

@@ -14,12 +14,14 @@ from conftest import TINY, ftkit, settings
 
 from ftkit.benchmark.budgets import Budget, judge_budgets
 from ftkit.evaluation.metrics import evaluate
+from ftkit.evaluation.multilabel import evaluate_labels
 from ftkit.exporting.evidence import Evidence, choose, judge_gates, would_meet
 from ftkit.recipe import load_recipe
 from ftkit_export.bundle.seal import Gate, overall
 from ftkit_export.proof.decision import Row, paired
 from ftkit_export.runtime.latency import Condition, Start, over_sizes
 from ftkit_export.runtime.preprocess import Preprocess, parse_frame
+from ftkit_export.runtime.readout import Labels
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.targets import Precision
 from ftkit_export.runtime.timing import feeds
@@ -199,6 +201,35 @@ def test_a_class_that_is_seldom_found_fails_the_gate_that_was_asked_for(
         replace(load_recipe("lite0").export, min_recall=0.8), replace(measured, metrics=unseen)
     )[-1]
     assert (gate.verdict, "class c" in gate.name) == ("inconclusive", True)
+
+
+def test_the_label_with_the_lowest_recall_is_gated() -> None:
+    targets = np.ones((100, 3), np.float32)
+    targets[:50, 2] = np.nan  # not known
+    logits = np.full((100, 3), 5.0)
+    logits[:9, 1] = -5.0  # 91 of 100 found
+    logits[::2, 2] = -5.0  # 25 of the 50 that are known
+    limits = replace(load_recipe("lite0").export, min_recall=0.8)
+
+    def gate(count: int) -> Gate:
+        names = ("a", "b", "c")[:count]
+        own = Labels(temperatures=(1.0,) * count, thresholds=(0.5,) * count)
+        metrics = asdict(
+            evaluate_labels(own, logits[:, :count], targets[:, :count], names, [""] * 100)
+        )
+        against = paired(np.ones(100, bool), np.ones(100, bool))
+        row = _row("fp32", "reference", 1, 1)
+        evidence = Evidence(parity=[], chosen=row, metrics=metrics, against=against, out_of_order=0)
+        return next(
+            each for each in judge_gates(limits, evidence) if "missed of label" in each.name
+        )
+
+    assert (gate(3).name, gate(3).verdict, gate(3).value) == (
+        "share missed of label c",
+        "failed",
+        0.5,
+    )
+    assert (gate(2).name, gate(2).verdict) == ("share missed of label b", "passed")
 
 
 def test_the_header_and_the_gate_show_one_p95_and_the_worst_class(

@@ -42,7 +42,6 @@ from ftkit_export.runtime.errors import FtkitError
 if TYPE_CHECKING:
     from ftkit.recipe import Recipe
     from ftkit_export.bundle.seal import Gate
-    from ftkit_export.runtime.predict import AnyModel
     from ftkit_export.runtime.verify import Verification
 
 
@@ -397,7 +396,7 @@ def predict(
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.conversion.class_activation import Explainer
     from ftkit_export.runtime.errors import ImageError
-    from ftkit_export.runtime.predict import Prediction, image_files
+    from ftkit_export.runtime.predict import image_files
 
     for path in images:
         if re.match(r"\w+:/", str(path)):
@@ -416,8 +415,6 @@ def predict(
     bad = 0
     with unpacked(bundle, key) as folder:
         classify = api.load(folder, provider=provider)
-        if explain:
-            _require_classes(bundle, classify)
         explainer = Explainer(folder) if explain else None
     if provider != "cpu":
         click.echo(f"{provider}: {classify.session.placement}", err=True)
@@ -426,31 +423,28 @@ def predict(
         try:
             content = sys.stdin.buffer.read() if path == STANDARD_INPUT else path
             answer = classify(content)
-            heat = None
-            if explainer and isinstance(answer, Prediction):
+            maps: dict[str, Path] = {}
+            if explainer:
                 place = Path("stdin") if path == STANDARD_INPUT else path
-                label = classify.labels.index(answer.label)
-                heat = explainer.write(place, label, out, content)
+                for name in answer.explained:
+                    label = classify.labels.index(name)
+                    several = "" if classify.task == "single-label" else name
+                    maps[name] = explainer.write(place, label, out, content, several)
         except ImageError as error:
             bad += 1
             click.echo(f"error: {error}", err=True)
             continue
 
         if as_json:
-            more = {"explained": str(heat)} if heat else {}
+            paths = {name: str(heat) for name, heat in maps.items()}
+            one = classify.task == "single-label"
+            more = {"explained": next(iter(paths.values())) if one else paths} if paths else {}
             click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer), **more}))
         else:
             line = f"{path}  {answer.text}"
-            click.echo(f"{line}  {heat}" if heat else line)
+            click.echo("  ".join([line, *map(str, maps.values())]))
 
     sys.exit(2 if bad else 0)
-
-
-def _require_classes(bundle: Path, model: AnyModel) -> None:
-    if model.task != "single-label":
-        raise FtkitError(
-            f"--explain: expected a single-label bundle, found {bundle}, a {model.task} one. Leave it out"
-        )
 
 
 def _refuse_with_trace(as_json: bool, explain: bool, provider: str) -> None:

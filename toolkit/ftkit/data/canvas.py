@@ -8,10 +8,13 @@ written to a temporary folder and renamed, so two runs may build the same shard 
 reads a partial one. Worker processes decode straight into the memory-mapped shard, so no canvas is
 pickled. They run this module with `python -m`, so callers need no main guard, and no process with
 threads is forked.
+
+Shards that the disk has no room for are decoded whenever they are read: slower, but it goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +33,11 @@ import PIL
 
 from ftkit.data.dataset import Images, require_trained
 from ftkit.recipe import restore_preprocess
+from ftkit.utils import console
 from ftkit.utils.cache_folder import (
     cache_folder,
     clear_abandoned,
+    make_room,
     publish,
     put_away,
     reserve,
@@ -40,6 +45,7 @@ from ftkit.utils.cache_folder import (
 )
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError, ImageError, UnavailableImageError
+from ftkit_export.runtime.files import is_full
 from ftkit_export.runtime.preprocess import Preprocess, most_pixels
 from ftkit_export.runtime.session import cores
 
@@ -50,7 +56,23 @@ if TYPE_CHECKING:
 SHARD = 512  # images; at 256 x 256 a shard is 100 MB
 FEWEST = 128  # images worth starting worker processes for; starting takes 0.3 s
 UNREADABLE = "unreadable"  # in place of a digest
+SPARE_BYTES = 500_000_000  # left free on the disk; a tenth of a smaller one
 IMAGES_EACH = 32  # images of a shard per worker process, at least
+
+
+class Undecoded:
+    """A shard that the disk has no room for: as an array (count, R, R, 3) uint8 whose images are decoded
+    whenever they are read. Raises ImageError where a file has gone or changed for the worse."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, paths: Sequence[Path], preprocess: Preprocess):
+        self._paths = paths
+        self._preprocess = preprocess
+        self.shape = (len(paths), preprocess.resize, preprocess.resize, 3)
+
+    def __getitem__(self, slot: int) -> Array:
+        return self._preprocess.canvas(self._preprocess.decode(self._paths[slot]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +84,7 @@ class Canvases:
     """
 
     images: Images
-    shards: tuple[Array, ...]
+    shards: tuple[Array | Undecoded, ...]
     slots: Array  # (N, 2) int64
     bad: tuple[tuple[Path, str], ...]
     digests: tuple[str, ...]
@@ -73,9 +95,21 @@ class Canvases:
         places = self.slots[np.asarray(rows)]
         side = self.shards[0].shape[1]
         pixels = np.empty((len(places), side, side, 3), np.uint8)
-        for shard in np.unique(places[:, 0]):
-            here = places[:, 0] == shard
-            pixels[here] = self.shards[shard][places[here, 1]]
+        to_decode: list[tuple[int, Undecoded, int]] = []
+        for number in np.unique(places[:, 0]):
+            here = np.flatnonzero(places[:, 0] == number)
+            shard = self.shards[number]
+            if isinstance(shard, Undecoded):
+                to_decode += [(int(place), shard, int(places[place, 1])) for place in here]
+            else:
+                pixels[here] = shard[places[here, 1]]
+
+        def decode(item: tuple[int, Undecoded, int]) -> None:
+            place, shard, slot = item
+            pixels[place] = shard[slot]
+
+        if to_decode:
+            list(_threads().map(decode, to_decode))
         return pixels
 
     def rows(self, split: str) -> Array:
@@ -87,6 +121,12 @@ class Canvases:
     def groups(self, rows: Array) -> list[str]:
         """The group of each row; "" for an image without one."""
         return [self.images.images[row].group for row in rows]
+
+    @property
+    def undecoded(self) -> int:
+        """Number of rows that are decoded whenever they are read."""
+        kinds = np.array([isinstance(shard, Undecoded) for shard in self.shards])
+        return int(kinds[self.slots[:, 0]].sum())
 
     @property
     def labels(self) -> Array:
@@ -113,20 +153,24 @@ def build_canvases(
     """
     paths = [image.path for image in images.images]
 
-    shards: list[Array] = []
+    shards: list[Array | Undecoded] = []
     slots: list[tuple[int, int]] = []
     bad: list[tuple[Path, str]] = []
     digests: list[str] = []
-    for number, digested in enumerate(_digests(paths, preprocess, progress, ranks)):
+    for number, (digested, unreadable) in enumerate(_digests(paths, preprocess, progress, ranks)):
         part = paths[number * SHARD : (number + 1) * SHARD]
+        array: Array | Undecoded
         shard = _opened(_folder(digested, preprocess), len(part), preprocess.resize)
-        if shard is None:
+        if shard is not None:
+            array, reasons = shard
+        elif unreadable is not None:
+            array, reasons = Undecoded(part, preprocess), unreadable
+        else:
             raise FtkitError(
                 f"{_folder(digested, preprocess)}: expected the canvases just written, found them gone or "
                 "damaged. Check the disk, or try FTKIT_CACHE=another folder"
             )
 
-        array, reasons = shard
         shards.append(array)
 
         for slot, path in enumerate(part):
@@ -145,7 +189,7 @@ def build_canvases(
     said = [*images.target_names, *images.units, *images.classes]
     text = "\n".join([_canvas_key(preprocess), *said, *rows])
 
-    return Canvases(
+    canvases = Canvases(
         images=left,
         shards=tuple(shards),
         slots=np.array(slots, np.int64),
@@ -153,6 +197,18 @@ def build_canvases(
         digests=tuple(digests),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )
+    if canvases.undecoded:
+        console.warn(
+            f"{cache_folder()}: no room for the canvases of {canvases.undecoded} of {len(rows)} images, which are "
+            "decoded whenever they are read: slower. Try FTKIT_CACHE=another folder"
+        )
+    return canvases
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """That decode what is not stored."""
+    return ThreadPoolExecutor(cores())
 
 
 def _digests(
@@ -160,35 +216,39 @@ def _digests(
     preprocess: Preprocess,
     progress: Callable[[int, int], None],
     ranks: Ranks | None,
-) -> list[list[str]]:
-    """Decode missing shards into the cache; returns the files' hashes by shard."""
+) -> list[tuple[list[str], dict[int, str] | None]]:
+    """Decode missing shards into the cache. By shard: the files' hashes, and where it has no room, slot ->
+    reason for the bad files."""
     local, among = (ranks.local, ranks.local_world) if ranks else (0, 1)
 
-    def own() -> dict[str, list[str]]:
+    def own() -> dict[str, tuple[list[str], dict[int, str] | None]]:
         made = {}
         with ThreadPoolExecutor(share) as pool, _Decoders(preprocess, share) as decoders:
             for start in range(local * SHARD, len(paths), among * SHARD):
                 part = paths[start : start + SHARD]
                 digests = list(pool.map(_digest, part))
-                _write(
+                unreadable = _write(
                     part,
                     digests,
                     preprocess,
                     decoders,
                     partial(_advance, progress, start, len(paths)),
                 )
-                made[str(start // SHARD)] = digests
+                made[str(start // SHARD)] = (digests, unreadable)
 
         return made
 
     share = max(1, cores() // among)
     everywhere = ranks.gather([len(paths), ranks.together(own)]) if ranks else [(len(paths), own())]
     merged: dict[str, list[str]] = {}
+    without: dict[str, dict[int, str]] = {}
     same = len({count for count, _ in everywhere}) == 1
 
     for _, each in everywhere:
-        for number, digests in each.items():
+        for number, (digests, unreadable) in each.items():
             same = same and merged.setdefault(number, digests) == digests
+            if unreadable is not None:
+                without[number] = {int(slot): reason for slot, reason in unreadable.items()}
 
     if not same:
         raise FtkitError(
@@ -196,7 +256,8 @@ def _digests(
             "machine's folder to the rest"
         )
 
-    return [merged[str(number)] for number in range(len(merged))]
+    numbers = [str(number) for number in range(len(merged))]
+    return [(merged[number], without.get(number)) for number in numbers]
 
 
 def _advance(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
@@ -274,16 +335,21 @@ def _write(
     preprocess: Preprocess,
     decoders: _Decoders,
     progress: Callable[[int], None],
-) -> None:
-    """Write one shard to the cache, unless it is there."""
+) -> dict[int, str] | None:
+    """Write one shard to the cache, unless it is there.
+
+    Where the disk has no room, returns slot -> reason for the bad files, which it takes decoding to find.
+    """
     folder = _folder(digests, preprocess)
     side = preprocess.resize
+    unreadable = None
     if _opened(folder, len(paths), side) is None:
         put_away(folder)  # treat a damaged shard as absent
         beside = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             clear_abandoned(folder.parent)
+            _require_room(folder.parent, len(paths) * side * side * 3)
             beside = unpublished(folder)
             file = beside / "canvases.npy"
             np.lib.format.open_memmap(
@@ -294,14 +360,58 @@ def _write(
             (beside / "bad.json").write_text(json.dumps(reasons))
             publish(beside, folder)
         except OSError as error:
-            raise FtkitError(
-                f"{folder.parent}: expected room for canvases, found {error.strerror}. Try FTKIT_CACHE=another folder"
-            ) from None
+            if not is_full(error):
+                raise FtkitError(
+                    f"{folder.parent}: expected room for canvases, found {error.strerror}. Try "
+                    "FTKIT_CACHE=another folder"
+                ) from None
+            unreadable = _reasons(_looked_at(paths, preprocess), paths, digests, progress)
         finally:
             if beside is not None:
                 shutil.rmtree(beside, ignore_errors=True)  # no longer there if published
 
     progress(len(paths))
+    return unreadable
+
+
+def _require_room(folder: Path, size: int) -> None:
+    """Raise OSError where so many bytes would fill the disk, though what is least used in the cache is
+    removed for them: states and features need some, too."""
+    spare = min(SPARE_BYTES, shutil.disk_usage(folder).total // 10)
+    if not make_room(folder, size + spare):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _looked_at(paths: Sequence[Path], preprocess: Preprocess) -> Iterator[tuple[int, str, bool]]:
+    """As decode_into, but nothing is kept."""
+
+    def answer(path: Path) -> tuple[str, bool]:
+        _, reason, lasting = _decoded(path, preprocess)
+        return reason, lasting
+
+    for slot, (reason, lasting) in enumerate(_threads().map(answer, paths)):
+        yield slot, reason, lasting
+
+
+def _reasons(
+    answers: Iterable[tuple[int, str, bool]],
+    paths: Sequence[Path],
+    digests: Sequence[str],
+    progress: Callable[[int], None],
+) -> dict[int, str]:
+    """slot -> reason for the bad files, from what decode_into yields.
+
+    Reasons are cached under the hashes of the files' contents, so they must depend on the contents
+    alone. Raises FtkitError naming the image if it failed for another reason (out of memory).
+    """
+    reasons: dict[int, str] = {}
+    for done, (slot, reason, lasting) in enumerate(answers, start=1):
+        if reason and not lasting and not digests[slot].startswith(UNREADABLE):
+            raise FtkitError(f"{paths[slot]}: {reason}")
+        if reason:
+            reasons[slot] = reason
+        progress(done)
+    return reasons
 
 
 class _Decoders:
@@ -329,20 +439,10 @@ class _Decoders:
     ) -> dict[int, str]:
         """Decode `paths` into the shard's file; returns slot -> reason for the bad ones.
 
-        If there are only a few, they are decoded in this process. Reasons are cached under the
-        hashes of the files' contents, so they must depend on the contents alone. Raises FtkitError
-        naming the image if it failed for another reason (out of memory), or if a worker process
-        died (a decoder crashed).
+        If there are only a few, they are decoded in this process. Raises FtkitError as _reasons, or
+        if a worker process died (a decoder crashed).
         """
-        reasons: dict[int, str] = {}
-        for done, (slot, reason, lasting) in enumerate(self._answers(file, paths), start=1):
-            if reason and not lasting and not digests[slot].startswith(UNREADABLE):
-                raise FtkitError(f"{paths[slot]}: {reason}")
-            if reason:
-                reasons[slot] = reason
-            progress(done)
-
-        return reasons
+        return _reasons(self._answers(file, paths), paths, digests, progress)
 
     def _answers(self, file: Path, paths: Sequence[Path]) -> Iterator[tuple[int, str, bool]]:
         if not self._processes and (len(paths) < FEWEST or self._most < 2):
@@ -400,23 +500,23 @@ def decode_into(
     """
     array = np.load(file, mmap_mode="r+")
     for slot, path in items:
-        try:
-            array[slot] = preprocess.canvas(preprocess.decode(path))
-            yield slot, "", True
-        except ImageError as error:
-            yield (
-                slot,
-                str(error).removeprefix(f"{path}: "),
-                not isinstance(error, UnavailableImageError),
-            )
-        except MemoryError:
-            yield (
-                slot,
-                "expected memory for its canvas, found too little. Close other programs",
-                False,
-            )
+        canvas, reason, lasting = _decoded(path, preprocess)
+        if canvas is not None:
+            array[slot] = canvas
+        yield slot, reason, lasting
 
     array.flush()
+
+
+def _decoded(path: Path, preprocess: Preprocess) -> tuple[Array | None, str, bool]:
+    """A canvas, or the reason why there is none, and whether the file's content is the cause."""
+    try:
+        return preprocess.canvas(preprocess.decode(path)), "", True
+    except ImageError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        return None, reason, not isinstance(error, UnavailableImageError)
+    except MemoryError:
+        return None, "expected memory for its canvas, found too little. Close other programs", False
 
 
 def _work() -> None:

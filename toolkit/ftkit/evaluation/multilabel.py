@@ -27,6 +27,7 @@ from ftkit.evaluation.metrics import (
     reliability,
 )
 from ftkit.tasks.task import MultiLabel, average_precisions, bounded
+from ftkit_export.proof.intervals import share_interval
 from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.readout import Labels, sigmoid
@@ -39,7 +40,8 @@ RARE_STARTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 class LabelMetrics:
     """Metrics of one label. images: for which it is known; positives: that have it. ap, and f1,
     precision and recall at the threshold, are None where no image has it; precision also where none
-    is said to. ap_low, ap_high: 95 % interval. ece: calibration error of its probability."""
+    is said to. ap_low, ap_high, recall_low, recall_high: 95 % intervals. ece: calibration error of its
+    probability."""
 
     name: str
     images: int
@@ -50,6 +52,8 @@ class LabelMetrics:
     f1: float | None
     precision: float | None
     recall: float | None
+    recall_low: float | None
+    recall_high: float | None
     ece: float
 
 
@@ -182,6 +186,8 @@ def _label(
             f1=None,
             precision=None,
             recall=None,
+            recall_low=None,
+            recall_high=None,
             ece=0.0,
         )
     own = target[known] == 1
@@ -204,6 +210,9 @@ def _label(
         ap, low, high = interval.value, interval.low, interval.high
 
     there = bool(own.any())
+    least, most, _ = share_interval(
+        said[known][own], [group for group, has in zip(named, own, strict=True) if has]
+    )
     both = np.stack([1 - probability[known], probability[known]], axis=1)
     return LabelMetrics(
         name=name,
@@ -215,6 +224,8 @@ def _label(
         f1=float(f1) if there else None,
         precision=float(precision) if said[known].any() else None,
         recall=float(recall) if there else None,
+        recall_low=least if there else None,
+        recall_high=most if there else None,
         ece=ece(both, own.astype(int)),
     )
 

@@ -135,6 +135,7 @@ def _wrong_labels(
                 "class": name if there else f"not {name}",
                 "said": f"not {name}" if there else name,
                 "probability": float(probabilities[image, label]),
+                "said_label": int(label),
             }
         )
     return mistakes
@@ -161,6 +162,7 @@ def _far_values(
                 "class": with_unit(name, float(true[image, quantity]), unit),
                 "said": with_unit(name, float(said[image, quantity]), unit),
                 "error": float(errors[image, quantity]),
+                "said_label": int(quantity),
             }
         )
     return mistakes

@@ -18,13 +18,20 @@ from onnx.utils import Extractor
 from ftkit.utils import console
 from ftkit_export.conversion.graph import pixel_model
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.predict import Classifier
+from ftkit_export.runtime.predict import (
+    AnyModel,
+    MultiLabelPrediction,
+    Prediction,
+    RegressionPrediction,
+    load_model,
+)
 from ftkit_export.runtime.preprocess import to_frame
+from ftkit_export.runtime.readout import Labels, OneClass, Values
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.verify import read_manifest
 
 TIMED_RUNS = 15
-SHOWN = 3  # classes at the end
+SHOWN = 3  # classes or labels at the end
 
 
 def trace_image(folder: Path, image: str | Path | bytes) -> str:
@@ -34,15 +41,15 @@ def trace_image(folder: Path, image: str | Path | bytes) -> str:
     that cannot be cut out of the graph has none. Raises ImageError for a bad file.
     """
     manifest = read_manifest(folder)
-    classify = Classifier(folder)
-    picture = classify.decode(image)
-    frame = to_frame(picture, classify.input_format)
-    preprocess = classify.preprocess
+    model = load_model(folder)
+    picture = model.decode(image)
+    frame = to_frame(picture, model.input_format)
+    preprocess = model.preprocess
     pixels = preprocess.pixels(preprocess.canvas(picture)[None])
-    resizer = Session(pixel_model(preprocess, classify.input_format).SerializeToString(), threads=1)
+    resizer = Session(pixel_model(preprocess, model.input_format).SerializeToString(), threads=1)
 
     rows = [("step", "output", "parameters", "trained in", "ms")]
-    rows.append(("image", _shape(picture), "", "", _ms(lambda: classify.decode(image))))
+    rows.append(("image", _shape(picture), "", "", _ms(lambda: model.decode(image))))
     rows.append(("preprocess", _shape(pixels[0]), "", "", _ms(lambda: resizer.run(frame[None]))))
     times = _times(folder / manifest["variants"]["fp32"]["core"], manifest["pipeline"], pixels)
     for part, ms in zip(manifest["pipeline"], times, strict=True):
@@ -52,19 +59,38 @@ def trace_image(folder: Path, image: str | Path | bytes) -> str:
         shape = str(tuple(part["shape"]))
         rows.append((f"{part['name']}: {blocks}", shape, f"{part['parameters']:,}", stages, ms))
 
-    answer = classify(picture)
-    best = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:SHOWN]
+    answer = model(picture)
     shipped = Session(folder / "model.onnx", threads=1)
     whole = _ms(lambda: shipped.run(frame[None]))
 
     return "\n".join(
         [
             console.table(rows),
-            f"softmax at temperature {manifest['temperature']:.2f}: "
-            + ", ".join(f"{label} {value:.3f}" for label, value in best),
-            f"model.onnx ({manifest['chosen']}), from frame to probabilities: {whole} ms",
-            f"{answer.label}  {answer.probability:.3f}  {answer.remark}".rstrip(),
+            _read(model, answer),
+            f"model.onnx ({manifest['chosen']}), from frame to {model.readout.output}: {whole} ms",
+            answer.text,
         ]
+    )
+
+
+def _read(model: AnyModel, answer: Prediction | MultiLabelPrediction | RegressionPrediction) -> str:
+    """How the logits become the answer."""
+    readout = model.readout
+    if isinstance(answer, RegressionPrediction):
+        assert isinstance(readout, Values)
+        scales = zip(model.labels, readout.means, readout.spreads, strict=True)
+        return "scaled: " + ", ".join(
+            f"{name} = {mean:.4g} + {spread:.4g} x logit" for name, mean, spread in scales
+        )
+    best = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:SHOWN]
+    if isinstance(answer, Prediction):
+        assert isinstance(readout, OneClass)
+        named = ", ".join(f"{label} {value:.3f}" for label, value in best)
+        return f"softmax at temperature {readout.temperature:.2f}: {named}"
+    assert isinstance(readout, Labels)
+    thresholds = dict(zip(model.labels, readout.thresholds, strict=True))
+    return "sigmoid (applies from): " + ", ".join(
+        f"{label} {value:.3f} ({thresholds[label]:.3f})" for label, value in best
     )
 
 

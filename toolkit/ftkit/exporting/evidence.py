@@ -364,25 +364,27 @@ def input_group(check: Check) -> str:
 
 
 def _recall(metrics: Mapping[str, Any], least: float) -> Gate:
-    """Gate on the recall of every class: the miss rate of the class with the lowest lower bound.
+    """Gate on the recall of every class or label: the miss rate of the one with the lowest lower bound.
 
-    A class without test images comes first, and is inconclusive.
+    One without test images comes first, and is inconclusive.
     """
-    lows = [0.0 if low is None else low for low in metrics["recall_low"]]
-    label = min(
-        range(len(lows)), key=lambda label: (metrics["recall"][label] is not None, lows[label])
-    )
-    recall = metrics["recall"][label]
-    low = metrics["recall_low"][label]
+    kind = "label" if "labels" in metrics else "class"
+    fields = ("recall", "recall_low", "recall_high")
+    if kind == "label":
+        each = [(item["name"], *map(item.get, fields)) for item in metrics["labels"]]
+    else:
+        each = list(zip(metrics["classes"], *map(metrics.get, fields), strict=True))
+    label, recall, low, high = min(each, key=lambda item: (item[1] is not None, item[2] or 0.0))
 
-    high = metrics["recall_high"][label]
+    name = f"share missed of {kind} {label}"
     if recall is None or low is None or high is None:
-        name = f"share missed of class {metrics['classes'][label]}, of which test has no image"
         return Gate(
-            name=name, value=math.nan, limit=1 - least, unsettled="no test image of that class"
+            name=f"{name}, of which test has no image",
+            value=math.nan,
+            limit=1 - least,
+            unsettled=f"no test image of that {kind}",
         )
 
-    name = f"share missed of class {metrics['classes'][label]}"
     return Gate(name=name, value=1 - recall, limit=1 - least, low=1 - high, high=1 - low)
 
 

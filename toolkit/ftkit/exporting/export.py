@@ -416,8 +416,7 @@ def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:
 
     paths = _write_variants(job.folder, made, job.context)
 
-    single = job.run.task is SINGLE_LABEL
-    if explained := with_features(job.core.model) if single else None:
+    if explained := with_features(job.core.model):
         job.context.write(explained, job.folder / EXPLAIN, "fp32", (), plain=True)
     for name in (TRAINED_ON, SPLITS_CSV):
         shutil.copyfile(job.run.folder / name, job.folder / name)

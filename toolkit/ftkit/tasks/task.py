@@ -55,12 +55,14 @@ class Figure:
 
 class Task(ABC):
     """What a model of these images learns. name: as recipe.task has it. metric: what its figure is;
-    shown: what the trace has of a training step. rising: whether a higher figure is better."""
+    shown: what the trace has of a training step. rising: whether a higher figure is better. recalls:
+    whether its outputs have a recall."""
 
     name: ClassVar[TaskName]
     metric: ClassVar[str]
     shown: ClassVar[str]
     rising: ClassVar[bool] = True
+    recalls: ClassVar[bool] = True
 
     @property
     def size(self) -> float:
@@ -129,22 +131,17 @@ class Task(ABC):
     def require(self, recipe: Recipe) -> None:
         """Raise FtkitError for settings that mean nothing to the task."""
         for number, stage in enumerate(recipe.stages):
-            for name, found, allowed in (
-                ("lr", stage.lr, "a rate"),
-                ("balance", stage.balance, "none or loss"),
-            ):
-                if found in ("auto", "sample"):
-                    raise FtkitError(
-                        f"stages.{number}.{name}: expected {allowed} with task={self.name}, found {found}. "
-                        "Leave it out"
-                    )
+            if stage.balance == "sample":
+                raise FtkitError(
+                    f"stages.{number}.balance: expected none or loss with task={self.name}, found sample. Leave it out"
+                )
         self.require_export(recipe.export)
 
     def require_export(self, export: Export) -> None:
         """The same for the settings of an export."""
         for name, found in (
             ("qat_epochs", export.qat_epochs or None),
-            ("min_recall", export.min_recall),
+            ("min_recall", None if self.recalls else export.min_recall),
         ):
             if found is not None:
                 raise FtkitError(
@@ -314,6 +311,7 @@ class Regression(Task):
     metric: ClassVar[str] = "mean absolute error"
     shown: ClassVar[str] = "mean absolute error"
     rising: ClassVar[bool] = False
+    recalls: ClassVar[bool] = False
 
     means: tuple[float, ...]
     spreads: tuple[float, ...]

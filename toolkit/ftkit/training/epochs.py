@@ -373,7 +373,9 @@ def _peak(training: StageTraining) -> float:
 
     held = training.part.held
     assert held  # a refit has the rate of its folds
-    peak = best_rate(stage, work.backbone, training.loader, batches(), training.steps, held)
+    peak = best_rate(
+        stage, work.backbone, training.loader, batches(), training.steps, held, work.task
+    )
     peak = work.ranks.first(lambda: peak)
     console.say(f"{stage.train}: rate {peak:.0e}, the best of a fan")
     return peak

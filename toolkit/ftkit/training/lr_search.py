@@ -1,6 +1,6 @@
 """Learning-rate search for lr = "auto": train one head per rate on cached features, keep the best.
 
-peak = best_rate(stage, backbone, loader, batches, total, held)
+peak = best_rate(stage, backbone, loader, batches, total, held, task)
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import nn
 
 from ftkit.models.backbones import Backbone, features
 from ftkit.recipe import Stage
+from ftkit.tasks.losses import Batch
+from ftkit.tasks.task import Task
 from ftkit.training.loader import Loader
 from ftkit.training.optimizer import rate
 from ftkit.training.validate import Held
@@ -28,11 +30,12 @@ def best_rate(
     batches: Iterable[tuple[np.ndarray, torch.Generator]],
     total: int,
     held: Held,
+    task: Task,
 ) -> float:
-    """Return the rate whose head has the lowest val NLL after the stage's `total` steps.
+    """Return the rate whose head has the lowest val loss (the task's) after the stage's `total` steps.
 
-    All heads train side by side on the stage's batches. NLL rather than accuracy: accuracies often
-    tie on a small val split, and the NLL separates rates sooner.
+    All heads train side by side on the stage's batches. The loss rather than accuracy: accuracies often
+    tie on a small val split, and the loss separates rates sooner.
     """
     head = backbone.model.get_submodule(backbone.head)
     assert isinstance(head, nn.Linear | nn.Conv2d)  # build() creates only these
@@ -52,15 +55,11 @@ def best_rate(
             group["lr"] = rate(step, total, stage, peak)
 
         logits = logits_of(features(loader.net, head, batch.inputs)[0])
-        losses = F.cross_entropy(
-            logits.flatten(0, 1),
-            batch.targets.repeat(len(RATES)),
-            label_smoothing=stage.label_smoothing,
-            reduction="none",
-        ).view(len(RATES), -1)
+        plain = Batch(inputs=batch.inputs, targets=batch.targets)
+        losses = [task.loss(each, plain, stage, None).mean() for each in logits]
 
         optimizer.zero_grad()
-        losses.mean(1).sum().backward()  # each head receives the gradient of its own loss only
+        torch.stack(losses).sum().backward()  # each head receives the gradient of its own loss only
         optimizer.step()
 
     with torch.no_grad():
@@ -69,7 +68,7 @@ def best_rate(
             held.read(np.arange(start, min(start + 256, len(held.labels)))) for start in starts
         ]
         embeddings = torch.cat([features(loader.eval_net, head, inputs)[0] for inputs in parts])
-        scores = [float(F.cross_entropy(logits, held.labels)) for logits in logits_of(embeddings)]
+        scores = [task.mean_loss(logits, held.labels) for logits in logits_of(embeddings)]
 
     finite = [score if np.isfinite(score) else np.inf for score in scores]
     return RATES[int(np.argmin(finite))]
