@@ -57,6 +57,9 @@ def test_the_best_stage_by_validation_is_kept(run: Path) -> None:
     scores = [(stage["val_accuracy"], -stage["val_nll"]) for stage in stages]
     assert stages[0]["kept"]
     assert stages[1]["kept"] == (scores[1] > scores[0])
+    gain, low, high = stages[1]["gain"]
+    assert gain == pytest.approx(scores[1][0] - scores[0][0])
+    assert low < gain < high, "twelve images settle little"
     val = json.loads((run / "run.json").read_text())["metrics"]["val"]
     assert val["accuracy"] == pytest.approx(max(scores)[0])
 

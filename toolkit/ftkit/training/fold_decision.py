@@ -63,6 +63,42 @@ def out_of_fold(run: TrainState, role: str = "oof") -> OutOfFold | None:
     return OutOfFold(found["logits"].numpy(), found["embedding"].numpy())
 
 
+def verdict_of(compared: Comparison, limit: float) -> Verdict:
+    """better, worse: surely. equal: surely within the limit of either side."""
+    if compared.high < 0:
+        return "better"
+    if compared.low > 0:
+        return "worse"
+    return "equal" if max(-compared.low, compared.high) <= limit else "open"
+
+
+def in_words(compared: Comparison, verdict: Verdict, limit: float) -> str:
+    """The gain with its bounds, and what that settles."""
+    gain, low, high = (-100 * value for value in (compared.drop, compared.high, compared.low))
+    said = {
+        "better": "surely better",
+        "worse": "surely worse",
+        "equal": f"within {console.short(100 * limit)}",
+        "open": "open",
+    }
+    of = f"{compared.images} images"
+    if compared.clusters is not None:
+        of = f"{compared.clusters} groups"
+    return f"{gain:+.1f} {compared.unit} [{low:+.1f}, {high:+.1f}], {of}: {said[verdict]}"
+
+
+def what_is_open(compared: Comparison, limit: float) -> str:
+    """What the images can settle, and what it would take."""
+    reach = 100 * max(compared.high - compared.drop, compared.drop - compared.low)
+    short = console.short(100 * limit)
+    unit = compared.unit
+    question = "1 point" if (short, unit) == ("1", "points") else f"{short} {unit}"
+    return (
+        f"  {compared.ground} settle {reach:.1f} {unit};\n"
+        f"  {what_would_settle(compared, limit, question)}"
+    )
+
+
 class StageDecision:
     """What the answers so far say about a stage.
 
@@ -134,17 +170,10 @@ class StageDecision:
 
     @property
     def verdict(self) -> Verdict:
-        """better, worse: surely. equal: surely within the limit of either side."""
-        compared = self.compared
+        """As verdict_of."""
         if self.broken:
             return "worse"
-        if compared is None:
-            return "open"
-        if compared.high < 0:
-            return "better"
-        if compared.low > 0:
-            return "worse"
-        return "equal" if max(-compared.low, compared.high) <= self._limit else "open"
+        return "open" if self.compared is None else verdict_of(self.compared, self._limit)
 
     @property
     def next_fold(self) -> int:
@@ -224,32 +253,11 @@ class StageDecision:
         text += f": {self._task.metric} {console.figure(self.accuracy)}"
         if self.compared is None:
             return text
-        gain, low, high = (
-            -100 * value for value in (self.compared.drop, self.compared.high, self.compared.low)
-        )
-        said = {
-            "better": "surely better",
-            "worse": "surely worse",
-            "equal": f"within {console.short(100 * self._limit)}",
-            "open": "open",
-        }
-        of = f"{self.compared.images} images"
-        if self.compared.clusters is not None:
-            of = f"{self.compared.clusters} groups"
-        unit = self.compared.unit
-        return f"{text}, {gain:+.1f} {unit} [{low:+.1f}, {high:+.1f}], {of}: {said[self.verdict]}"
+        return f"{text}, {in_words(self.compared, self.verdict, self._limit)}"
 
     @property
     def left_open(self) -> str:
         """What these images can settle, and what it would take; "" if nothing is open."""
-        compared = self.compared
-        if compared is None or self.verdict != "open":
+        if self.compared is None or self.verdict != "open":
             return ""
-        reach = 100 * max(compared.high - compared.drop, compared.drop - compared.low)
-        limit = console.short(100 * self._limit)
-        unit = compared.unit
-        question = "1 point" if (limit, unit) == ("1", "points") else f"{limit} {unit}"
-        return (
-            f"  {compared.ground} settle {reach:.1f} {unit};\n"
-            f"  {what_would_settle(compared, self._limit, question)}"
-        )
+        return what_is_open(self.compared, self._limit)

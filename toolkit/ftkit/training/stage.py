@@ -15,12 +15,14 @@ import torch
 
 from ftkit.training.closed_form import default_folds
 from ftkit.training.epochs import StageTraining, TrainingPart, check_frozen
+from ftkit.training.fold_decision import in_words, verdict_of, what_is_open
 from ftkit.training.head_start import HeadStart, start_head
 from ftkit.training.loader import Loader
 from ftkit.training.precision import release
-from ftkit.training.validate import Held, Score, detached
+from ftkit.training.validate import Held, Score, Validation, detached
 from ftkit.training.work import StageResult, Work, compare_circumstances
 from ftkit.utils import console
+from ftkit_export.proof.decision import Comparison
 from ftkit_export.proof.intervals import ground
 
 NEVER: Score = (-math.inf, -math.inf)
@@ -99,8 +101,9 @@ def _start_head(work: Work, loader: Loader) -> None:
 
     say_head_start(work, start.figures)
     run = work.state
-    run.best = work.validated(loader, work.val(loader), {}).score
-    run.save(base=work.backbone.model.state_dict())
+    judged = work.validated(loader, work.val(loader), {})
+    run.best = judged.score
+    run.save(base=work.backbone.model.state_dict(), val=_answers(judged))
 
 
 def say_head_start(work: Work, figures: HeadStart) -> None:
@@ -125,11 +128,17 @@ def _settle(training: StageTraining) -> StageResult:
     score = NEVER
     drift = None
     accuracy = 0.0
+    compared = None
+    answers: dict[str, torch.Tensor] = {}
+    stood = run.tensors("val")
     if not training.broken or moving.best:
         judged = work.validated(training.loader, work.val(training.loader), result)
         score = judged.score
         accuracy = judged.accuracy
         drift = work.drift(judged.embedding)
+        answers = _answers(judged)
+        if stood and not work.balanced:
+            compared = _compared(work, stood["logits"], answers["logits"])
 
     best = run.best or NEVER
     better = score > best and not run.late
@@ -147,9 +156,11 @@ def _settle(training: StageTraining) -> StageResult:
         seconds=run.stage_spent,
         how=training.loader.how,
         kept=better,
-        verdict="late" if run.late else None,
+        verdict=_verdict(work, compared),
+        gain=None if compared is None else (-compared.drop, -compared.high, -compared.low),
     )
 
+    _say_how_sure(work, stage.train, compared)
     if not better:
         why = "out of time" if run.late else "no better than before on val"
         console.say(f"{stage.train}: {why}; its weights are left out")
@@ -157,8 +168,46 @@ def _settle(training: StageTraining) -> StageResult:
     run.stages.append(asdict(outcome))
     run.best = best if run.late else max(score, best)
     run.next_stage()
-    run.save(step=None, base=model.state_dict())
+    run.save(step=None, base=model.state_dict(), **({"val": answers} if better else {}))
     return outcome
+
+
+def _answers(judged: Validation) -> dict[str, torch.Tensor]:
+    """On val, as TrainState keeps it."""
+    return {"logits": torch.from_numpy(judged.logits)}
+
+
+def _compared(work: Work, before: torch.Tensor, after: torch.Tensor) -> Comparison:
+    """What a stage loses on val against what stood before."""
+    canvases = work.loaders.canvases
+    return work.task.compare(
+        before.numpy(),
+        after.numpy(),
+        work.labels["val"].cpu().numpy(),
+        canvases.groups(canvases.rows("val")),
+        1,
+    )
+
+
+def _verdict(work: Work, compared: Comparison | None) -> str | None:
+    """What the val images settle; the stage is kept or left out by its figure all the same."""
+    if work.state.late:
+        return "late"
+    return None if compared is None else verdict_of(compared, work.task.limit(work.recipe.export))
+
+
+def _say_how_sure(work: Work, name: str, compared: Comparison | None) -> None:
+    """Print the gain with its bounds and, where it is open, what would settle it."""
+    if compared is None:
+        return
+    limit = work.task.limit(work.recipe.export)
+    verdict = verdict_of(compared, limit)
+    console.say(f"{name}: {in_words(compared, verdict, limit)}")
+    if verdict == "open":
+        images = work.loaders.canvases.images
+        way = "leave out --folds 0" if "val" in images.made else "move val's images into train"
+        count = len(images.of("train")) + len(images.of("val"))
+        console.say(f"{what_is_open(compared, limit)}\n  folds decide on {count} images: {way}")
 
 
 def remember_pristine(work: Work, loader: Loader, held: Held) -> None:

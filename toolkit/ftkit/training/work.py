@@ -38,8 +38,8 @@ class StageResult:
     epochs: epochs run, fewer than planned after early stopping. lr: peak rate. drift: linear CKA of
     the val embeddings with the pretrained backbone's, 1 = unchanged. val_nll and drift are None if
     the loss was no longer finite. folds, divisions: trained on, with folds. gain: over what stood
-    before, in accuracy (or that figure), with its bounds. verdict: what these settled (fold_decision.Verdict), or
-    "late" where --minutes ended the stage.
+    before, on the folds' images or on val, in accuracy (or that figure), with its bounds. verdict:
+    what these settled (fold_decision.Verdict), or "late" where --minutes ended the stage.
     """
 
     train: str
