@@ -206,10 +206,12 @@ def _cache(folder: Path, megabytes: int) -> Iterator[Path]:
     if megabytes:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder]
         subprocess.run(mount, check=True)
-    yield folder
-    if megabytes:
-        subprocess.run(["umount", folder], check=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        if megabytes:
+            subprocess.run(["umount", folder], check=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def commands(what: list[str], counts: list[int], backbones: str, sizes: str, room: int) -> None:

@@ -71,11 +71,11 @@ def write_three_splits(out: Path) -> None:
             path.rename(out / "val" / folder.name / path.name)
 
 
-@torch.inference_mode()
 def _classes(data: Path) -> int:
     return len(list((data / "train").iterdir()))
 
 
+@torch.inference_mode()
 def _accuracy(model: torch.nn.Module, test: DataLoader) -> float:
     model.eval()
     return sum(int((model(images).argmax(1) == labels).sum()) for images, labels in test) / len(

@@ -165,7 +165,7 @@ class Export:
       (0.01 = 1 point): fp32 on test; int8 and fp16 on val, with confidence.
     - max_error_rise: of regression, how much the mean absolute error may rise, as a share of it.
     - min_recall: share of each class's (or label's) test images that must be right, judged by the 95 %
-      confidence interval of the least certain class.
+      confidence interval of the least certain one.
     - p50_ms, p95_ms: latency of the image form in milliseconds, at one thread on this machine; must
       hold in each of several processes.
     - frame: "640x480", width and height of the camera's frames, which the file resizes and at which

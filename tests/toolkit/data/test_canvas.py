@@ -16,6 +16,7 @@ from conftest import TINY, ftkit, settings
 from PIL import ImageOps
 
 from ftkit.data import canvas
+from ftkit.data.canvas import Undecoded
 from ftkit.data.dataset import read_images
 from ftkit.utils import cache_folder
 from ftkit_export.runtime.errors import FtkitError, UnavailableImageError
@@ -130,15 +131,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_what_the_disk_has_no_room_for_is_decoded_when_it_is_read(
     photos: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Old entries go first; the training's bits are those of a roomy disk."""
+    """And the training's bits are those of a roomy disk."""
     broken = tmp_path / "photos"
     shutil.copytree(photos, broken)
     (broken / "mono-ok" / "broken.png").write_bytes(b"no image")
     monkeypatch.setattr(canvas, "SHARD", 30)
-    old = small_disk / "canvases" / "old"
-    old.mkdir(parents=True)
-    (old / "canvases.npy").write_bytes(bytes(2_000_000))
-    os.utime(old, (1, 1))
     metrics = []
     for cache in (small_disk, tmp_path / "roomy"):
         monkeypatch.setenv("FTKIT_CACHE", str(cache))
@@ -149,11 +146,19 @@ def test_what_the_disk_has_no_room_for_is_decoded_when_it_is_read(
         metrics.append(json.loads((run / "run.json").read_text())["metrics"])
         if cache == small_disk:
             assert "no room for the canvases of" in done.stderr
-            assert not old.exists()
             canvases = canvas.build_canvases(read_images(broken), Preprocess(size=96, resize=96))
             assert 0 < canvases.undecoded < len(canvases.slots)
             ((bad, _),) = canvases.bad
             assert bad.name == "broken.png"
+            kinds = [
+                isinstance(canvases.shards[shard], Undecoded) for shard in canvases.slots[:, 0]
+            ]
+            path = canvases.images.images[kinds.index(True)].path
+            content = path.read_bytes()
+            shutil.copyfile(canvases.images.images[0].path, path)
+            with pytest.raises(FtkitError, match="expected the image that was there at first"):
+                canvases.array([kinds.index(True)])
+            path.write_bytes(content)
     assert metrics[0] == metrics[1]
 
 

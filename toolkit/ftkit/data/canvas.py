@@ -37,7 +37,6 @@ from ftkit.utils import console
 from ftkit.utils.cache_folder import (
     cache_folder,
     clear_abandoned,
-    make_room,
     publish,
     put_away,
     reserve,
@@ -62,17 +61,25 @@ IMAGES_EACH = 32  # images of a shard per worker process, at least
 
 class Undecoded:
     """A shard that the disk has no room for: as an array (count, R, R, 3) uint8 whose images are decoded
-    whenever they are read. Raises ImageError where a file has gone or changed for the worse."""
+    whenever they are read. Raises FtkitError where a file has gone or changed, or memory is short."""
 
-    dtype = np.dtype(np.uint8)
-
-    def __init__(self, paths: Sequence[Path], preprocess: Preprocess):
+    def __init__(self, paths: Sequence[Path], digests: Sequence[str], preprocess: Preprocess):
         self._paths = paths
+        self._digests = digests
         self._preprocess = preprocess
         self.shape = (len(paths), preprocess.resize, preprocess.resize, 3)
 
     def __getitem__(self, slot: int) -> Array:
-        return self._preprocess.canvas(self._preprocess.decode(self._paths[slot]))
+        path = self._paths[slot]
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self._digests[slot]:
+            raise FtkitError(
+                f"{path}: expected the image that was there at first, found another or none. Put it back, or start anew"
+            )
+        canvas, reason, _ = _decoded(content, self._preprocess)
+        if canvas is None:
+            raise FtkitError(f"{path}: {reason}")
+        return canvas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +171,7 @@ def build_canvases(
         if shard is not None:
             array, reasons = shard
         elif unreadable is not None:
-            array, reasons = Undecoded(part, preprocess), unreadable
+            array, reasons = Undecoded(part, digested, preprocess), unreadable
         else:
             raise FtkitError(
                 f"{_folder(digested, preprocess)}: expected the canvases just written, found them gone or "
@@ -197,10 +204,11 @@ def build_canvases(
         digests=tuple(digests),
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
     )
-    if canvases.undecoded:
+    undecoded = max(ranks.gather(canvases.undecoded)) if ranks else canvases.undecoded
+    if undecoded:
         console.warn(
-            f"{cache_folder()}: no room for the canvases of {canvases.undecoded} of {len(rows)} images, which are "
-            "decoded whenever they are read: slower. Try FTKIT_CACHE=another folder"
+            f"{cache_folder()}: no room for the canvases of {undecoded} of {len(rows)} images, which are "
+            "decoded whenever they are read: slower. Try `ftkit cache --clear`, or FTKIT_CACHE=another folder"
         )
     return canvases
 
@@ -342,7 +350,7 @@ def _write(
     """
     folder = _folder(digests, preprocess)
     side = preprocess.resize
-    unreadable = None
+    full = False
     if _opened(folder, len(paths), side) is None:
         put_away(folder)  # treat a damaged shard as absent
         beside = None
@@ -360,36 +368,35 @@ def _write(
             (beside / "bad.json").write_text(json.dumps(reasons))
             publish(beside, folder)
         except OSError as error:
-            if not is_full(error):
+            full = is_full(error)
+            if not full:
                 raise FtkitError(
                     f"{folder.parent}: expected room for canvases, found {error.strerror}. Try "
                     "FTKIT_CACHE=another folder"
                 ) from None
-            unreadable = _reasons(_looked_at(paths, preprocess), paths, digests, progress)
         finally:
             if beside is not None:
                 shutil.rmtree(beside, ignore_errors=True)  # no longer there if published
 
+    unreadable = None
+    if full:
+        unreadable = _reasons(_looked_at(paths, preprocess), paths, digests, progress)
     progress(len(paths))
     return unreadable
 
 
 def _require_room(folder: Path, size: int) -> None:
-    """Raise OSError where so many bytes would fill the disk, though what is least used in the cache is
-    removed for them: states and features need some, too."""
-    spare = min(SPARE_BYTES, shutil.disk_usage(folder).total // 10)
-    if not make_room(folder, size + spare):
+    """Raise OSError where so many bytes would fill the disk: states and features need some, too."""
+    disk = shutil.disk_usage(folder)
+    if disk.free < size + min(SPARE_BYTES, disk.total // 10):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _looked_at(paths: Sequence[Path], preprocess: Preprocess) -> Iterator[tuple[int, str, bool]]:
-    """As decode_into, but nothing is kept."""
-
-    def answer(path: Path) -> tuple[str, bool]:
+    """As decode_into, but nothing is kept. One by one: what decoding refuses goes by Python's warnings,
+    which threads share."""
+    for slot, path in enumerate(paths):
         _, reason, lasting = _decoded(path, preprocess)
-        return reason, lasting
-
-    for slot, (reason, lasting) in enumerate(_threads().map(answer, paths)):
         yield slot, reason, lasting
 
 
@@ -508,12 +515,13 @@ def decode_into(
     array.flush()
 
 
-def _decoded(path: Path, preprocess: Preprocess) -> tuple[Array | None, str, bool]:
+def _decoded(source: Path | bytes, preprocess: Preprocess) -> tuple[Array | None, str, bool]:
     """A canvas, or the reason why there is none, and whether the file's content is the cause."""
     try:
-        return preprocess.canvas(preprocess.decode(path)), "", True
+        return preprocess.canvas(preprocess.decode(source)), "", True
     except ImageError as error:
-        reason = str(error).removeprefix(f"{path}: ")
+        name = "image" if isinstance(source, bytes) else source
+        reason = str(error).removeprefix(f"{name}: ")
         return None, reason, not isinstance(error, UnavailableImageError)
     except MemoryError:
         return None, "expected memory for its canvas, found too little. Close other programs", False

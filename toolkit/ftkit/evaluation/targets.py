@@ -136,6 +136,7 @@ def _wrong_labels(
                 "said": f"not {name}" if there else name,
                 "probability": float(probabilities[image, label]),
                 "said_label": int(label),
+                "output": name,
             }
         )
     return mistakes
@@ -163,6 +164,7 @@ def _far_values(
                 "said": with_unit(name, float(said[image, quantity]), unit),
                 "error": float(errors[image, quantity]),
                 "said_label": int(quantity),
+                "output": name,
             }
         )
     return mistakes

@@ -529,7 +529,7 @@ def _mistakes(run: Data, shown: Sequence[Picture]) -> dict[str, Any]:
             "photograph": picture.photograph,
             "heat": picture.heat,
             "place": mistake["image"],
-            "said": mistake["said"],
+            "output": mistake.get("output", mistake["said"]),
             "text": f"true: {mistake['class']}, predicted: {mistake['said']} ({_how_far(mistake)})",
         }
         for mistake, picture in zip(mistakes, shown, strict=bool(shown))

@@ -137,7 +137,7 @@ def _settle(training: StageTraining) -> StageResult:
         accuracy = judged.accuracy
         drift = work.drift(judged.embedding)
         answers = _answers(judged)
-        if stood and not work.balanced:
+        if stood and not work.balanced and not run.late:
             compared = _compared(work, stood["logits"], answers["logits"])
 
     best = run.best or NEVER
@@ -204,10 +204,13 @@ def _say_how_sure(work: Work, name: str, compared: Comparison | None) -> None:
     verdict = verdict_of(compared, limit)
     console.say(f"{name}: {in_words(compared, verdict, limit)}")
     if verdict == "open":
+        console.say(what_is_open(compared, limit))
         images = work.loaders.canvases.images
-        way = "leave out --folds 0" if "val" in images.made else "move val's images into train"
         count = len(images.of("train")) + len(images.of("val"))
-        console.say(f"{what_is_open(compared, limit)}\n  folds decide on {count} images: {way}")
+        if "val" not in images.made:
+            console.say(f"  folds decide on {count} images: move those of val into train")
+        elif not work.recipe.folds:
+            console.say(f"  folds decide on {count} images: leave out folds=0")
 
 
 def remember_pristine(work: Work, loader: Loader, held: Held) -> None:

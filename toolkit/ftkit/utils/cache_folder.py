@@ -90,20 +90,6 @@ def limit_bytes() -> float:
     return limit * 1e9
 
 
-def make_room(folder: Path, needed: int) -> bool:
-    """Whether the disk of `folder`, in the cache, has so many bytes free, after removing least recently
-    used entries if it takes that. Entries used since this process started stay."""
-    if shutil.disk_usage(folder).free >= needed:
-        return True
-    for entry in entries():
-        if entry.used_s < time.time() - BEGUN:
-            return False
-        put_away(entry.folder)
-        if shutil.disk_usage(folder).free >= needed:
-            return True
-    return False
-
-
 def trim() -> tuple[int, int]:
     """Remove least recently used entries until the cache is within its limit.
 
