@@ -10,8 +10,8 @@ The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified ran
 loading and decoding included, evaluation on test excluded; ftkit's are for the whole `ftkit train` with
 an empty cache, including validation and its report on test. `default`, `folds` and `search` are not
 the same work but what a user of ftkit types: the recipe lite0 with val images, with folds (of train and
-val), and a search for a file four times faster, with its finalist. The best of several is at its best
-recipe: fastai's is `fastai_tuned`, fine_tune with its learning-rate finder. Memory: the largest of the process and its
+val), and a search for a file four times faster, with its finalist. `fastai_tuned` is fastai as its
+documentation does it: fine_tune at the rate of its learning-rate finder. Memory: the largest of the process and its
 children, each alone.
 """
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import venv
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,20 @@ def bare(folder: Path, *arguments: str) -> Path:
     ]
     subprocess.run([*pip, "install", "--no-compile", *arguments], check=True, capture_output=True)
     return python
+
+
+@contextmanager
+def file_system(place: Path, options: str) -> Iterator[Path]:
+    """A tmpfs with these options, mounted at a new folder; skips where one cannot be: it needs root."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        yield place
+    finally:
+        # Lazily: what was mapped there may still be held
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def rewrite(manifest: Path, change: dict[str, Any]) -> None:

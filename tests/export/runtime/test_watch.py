@@ -3,11 +3,11 @@
 import contextlib
 import itertools
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import file_system
 
 from ftkit_export.runtime.collect import Collector
 from ftkit_export.runtime.errors import FtkitError
@@ -69,21 +69,14 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own without room for another file or byte: needs root."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=3", "tmpfs", place]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
+    """A file system of its own without room for another file or byte."""
+    with file_system(tmp_path / "disk", "size=64k,nr_inodes=3") as place:
         (place / "a.png").write_bytes(b"1")
         # The third inode, after the folder's
         with contextlib.suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))
         yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 def test_on_a_full_disk_images_are_taken_and_nothing_is_collected(

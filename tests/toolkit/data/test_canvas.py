@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, ftkit, settings
+from conftest import TINY, file_system, ftkit, settings
 from PIL import ImageOps
 
 from ftkit.data import canvas
@@ -117,15 +117,8 @@ def test_a_disk_without_room_is_told_before_anything_is_decoded(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own of 3 MB: needs root."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    yield place
-    # Lazily: what was mapped there may still be held
-    subprocess.run(["umount", "--lazy", place], check=True)
+    with file_system(tmp_path / "disk", "size=3m") as place:
+        yield place
 
 
 def test_what_the_disk_has_no_room_for_is_decoded_when_it_is_read(

@@ -27,6 +27,10 @@ from ftkit.training.run import open_run
 from ftkit_export.runtime.targets import here
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ASKED = (
+    *("--timed", 3, "--finalists", 1),
+    *("--p50-ms", 1000, "--size-mb", 50, "--frame", "320x240"),
+)
 CHANGES = [change for change in SMALL if not change.startswith("preprocess")]
 
 
@@ -38,8 +42,7 @@ def _search(photos: Path, out: Path, *arguments: object) -> Result:
 @pytest.fixture(scope="module")
 def searched(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("searches") / "a search"
-    budgets = ("--p50-ms", 1000, "--size-mb", 50, "--frame", "320x240")
-    done = _search(photos, out, "--timed", 3, "--finalists", 1, *budgets)
+    done = _search(photos, out, *ASKED)
     assert done.exit_code == 0, done.output
     return out, done.output
 
@@ -271,8 +274,7 @@ def test_a_late_finalist_is_judged_on_what_it_answered(
         held[name] = held[name][kept]
     np.savez(answers, **held)  # as where two of four folds were trained in time
 
-    budgets = ("--p50-ms", 1000, "--size-mb", 50, "--frame", "320x240")
-    done = _search(photos, out, "--timed", 3, "--finalists", 1, *budgets)
+    done = _search(photos, out, *ASKED)
     assert done.exit_code == 0, done.output
     assert f"trained in time to answer {kept.sum()} of {len(kept)}" in " ".join(done.output.split())
     again = json.loads((out / "search.json").read_text())

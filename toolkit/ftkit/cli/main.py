@@ -415,6 +415,7 @@ def predict(
     bad = 0
     with unpacked(bundle, key) as folder:
         classify = api.load(folder, provider=provider)
+        single = classify.task == "single-label"
         explainer = Explainer(folder) if explain else None
     if provider != "cpu":
         click.echo(f"{provider}: {classify.session.placement}", err=True)
@@ -428,8 +429,8 @@ def predict(
                 place = Path("stdin") if path == STANDARD_INPUT else path
                 for name in answer.explained:
                     label = classify.labels.index(name)
-                    several = "" if classify.task == "single-label" else name
-                    maps[name] = explainer.write(place, label, out, content, several)
+                    named = "" if single else name
+                    maps[name] = explainer.write(place, label, out, content, named)
         except ImageError as error:
             bad += 1
             click.echo(f"error: {error}", err=True)
@@ -437,8 +438,7 @@ def predict(
 
         if as_json:
             paths = {name: str(heat) for name, heat in maps.items()}
-            one = classify.task == "single-label"
-            more = {"explained": next(iter(paths.values())) if one else paths} if paths else {}
+            more = {"explained": next(iter(paths.values())) if single else paths} if paths else {}
             click.echo(json.dumps({"image": str(path), **dataclasses.asdict(answer), **more}))
         else:
             line = f"{path}  {answer.text}"

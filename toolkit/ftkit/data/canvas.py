@@ -14,6 +14,7 @@ Shards that the disk has no room for are decoded whenever they are read: slower,
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -71,7 +72,9 @@ class Undecoded:
 
     def __getitem__(self, slot: int) -> Array:
         path = self._paths[slot]
-        content = path.read_bytes() if path.is_file() else b""
+        content = b""
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self._digests[slot]:
             raise FtkitError(
                 f"{path}: expected the image that was there at first, found another or none. Put it back, or start anew"

@@ -208,9 +208,9 @@ def _say_how_sure(work: Work, name: str, compared: Comparison | None) -> None:
         images = work.loaders.canvases.images
         count = len(images.of("train")) + len(images.of("val"))
         if "val" not in images.made:
-            console.say(f"  folds decide on {count} images: move those of val into train")
+            console.say(f"  with val's images in train, folds would decide, on {count} images")
         elif not work.recipe.folds:
-            console.say(f"  folds decide on {count} images: leave out folds=0")
+            console.say(f"  without --folds 0, folds would decide, on {count} images")
 
 
 def remember_pristine(work: Work, loader: Loader, held: Held) -> None:
