@@ -10,8 +10,7 @@ The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified ran
 loading and decoding included, evaluation on test excluded; ftkit's are for the whole `ftkit train` with
 an empty cache, including validation and its report on test. `default`, `folds` and `search` are not
 the same work but what a user of ftkit types: the recipe lite0 with val images, with folds (of train and
-val), and a search for a file four times faster, with its finalist. `fastai_tuned` is fastai as its
-documentation does it: fine_tune at the rate of its learning-rate finder. Memory: the largest of the process and its
+val), and a search for a file four times faster, with its finalist. Memory: the largest of the process and its
 children, each alone.
 """
 
@@ -316,49 +315,6 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 
 
-def fastai_tuned(data: Path, seed: int, head: int, deep: int) -> Outcome:
-    """fastai as its documentation does it: its own augmentation, the rate of lr_find, then fine_tune of the
-    whole network, its epochs as many as `head` and `deep` together."""
-    from fastai.vision.all import (
-        ImageDataLoaders,
-        Learner,
-        Normalize,
-        Resize,
-        ResizeMethod,
-        accuracy,
-        aug_transforms,
-        params,
-        set_seed,
-    )
-
-    set_seed(seed)
-    backbone = build("efficientnet_lite0", _classes(data))
-    model = backbone.model
-    begun = time.perf_counter()
-    fed = ImageDataLoaders.from_folder(
-        data,
-        train="train",
-        valid="val",
-        bs=BATCH,
-        num_workers=2,
-        item_tfms=Resize(224, ResizeMethod.Squish),
-        batch_tfms=[*aug_transforms(flip_vert=True), Normalize.from_stats(MEAN, STD)],
-    )
-    top = set(model.get_submodule(backbone.head).parameters())
-
-    def split(net: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-        return [[p for p in params(net) if p not in top], list(top)]
-
-    learner = Learner(fed, model, loss_func=F.cross_entropy, splitter=split, metrics=accuracy)
-    with learner.no_bar(), learner.no_logging():
-        learner.freeze()
-        rate = learner.lr_find(show_plot=False).valley
-        learner.fine_tune(head + deep, rate)
-
-    seconds = time.perf_counter() - begun
-    return _accuracy(model, loaders(data, BATCH)[1]), seconds
-
-
 def _typed(data: Path, seed: int, folds: int | str) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
@@ -464,7 +420,6 @@ CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
     "floor": floor,
     "tutorial": tutorial,
     "fastai": fastai,
-    "fastai_tuned": fastai_tuned,
     "lightning": lightning,
     "transformers": transformers,
     "default": default,
@@ -474,7 +429,6 @@ CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
 COMMANDS = ("default", "folds", "search")
 NEEDS = {
     "fastai": ("fastai",),
-    "fastai_tuned": ("fastai",),
     "lightning": ("lightning",),
     "transformers": ("transformers", "accelerate"),
 }
