@@ -74,7 +74,7 @@ def verdict_of(compared: Comparison, limit: float) -> Verdict:
 
 def in_words(compared: Comparison, verdict: Verdict, limit: float) -> str:
     """The gain with its bounds, and what that settles."""
-    gain, low, high = (-100 * value for value in (compared.drop, compared.high, compared.low))
+    gain, low, high = (0.0 - 100 * value for value in (compared.drop, compared.high, compared.low))
     said = {
         "better": "surely better",
         "worse": "surely worse",
