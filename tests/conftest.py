@@ -43,6 +43,25 @@ from ftkit_export.runtime.verify import with_digest
 
 atexit.register(shutil.rmtree, os.environ["FTKIT_CACHE"], ignore_errors=True)
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+# A worker's own are a part of those of the process that started it
+CORES = (
+    os.sched_getaffinity(os.getppid() if WORKER else 0)
+    if hasattr(os, "sched_getaffinity")
+    else set[int]()
+)
+
+
+def _own_cores() -> set[int]:
+    """This worker's share of the cores: others' threads would keep its own waiting, for a fifth more time."""
+    share = len(CORES) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    return set(sorted(CORES)[int(WORKER) * share : (int(WORKER) + 1) * share]) or CORES
+
+
+OWN = _own_cores() if WORKER else CORES
+if OWN != CORES:
+    os.sched_setaffinity(0, OWN)
+
 PER_CLASS = 30
 SMALL = (
     "preprocess.size=96",
@@ -161,18 +180,23 @@ def steps_done(out: Path) -> int:
     return int(data["stage"]) * 1000 + int(data["step"])
 
 
-# Files that take minutes: first, so that no process is left alone with one of them at the end
+# Files that take minutes, the slowest first, so that no process is left alone with one of them at the end
 SLOW = (
     "test_tasks.py",
-    "test_distributed.py",
-    "test_main.py",
-    "test_search.py",
     "test_bundle.py",
-    "test_resume.py",
+    "test_folds.py",
+    "test_distributed.py",
+    "test_update.py",
     "test_qat.py",
-    "test_enroll.py",
-    "test_train.py",
+    "test_ssh.py",
+    "test_search.py",
+    "test_resume.py",
+    "test_attribution.py",
+    "test_runners.py",
+    "test_budgets.py",
+    "test_readme.py",
     "test_bench.py",
+    "test_parity.py",
 )
 
 
@@ -258,6 +282,23 @@ def _threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def on_every_core() -> Iterator[None]:
+    """Threads and processes that start here may use all cores, as without xdist."""
+    if CORES:
+        os.sched_setaffinity(0, CORES)
+    yield
+    if CORES:
+        os.sched_setaffinity(0, OWN)
+
+
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    """`on_every_core`, for a test."""
+    with on_every_core():
+        yield
 
 
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -388,20 +429,44 @@ def bundle(run: Path, keys: tuple[Path, Path], tmp_path_factory: pytest.TempPath
     )
 
 
+@pytest.fixture(scope="session")
+def benched(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A copy of the bundle that has checked and measured itself, where Python writes bytecode as it does by
+    default; and what it measured."""
+    place = shared(tmp_path_factory, "benched", lambda place: _bench_itself(bundle, place))
+    return place / "bundle", json.loads((place / "device.json").read_text())
+
+
+def _bench_itself(bundle: Path, place: Path) -> None:
+    shutil.copytree(bundle, place / "bundle")
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    for what in (["--self-check"], ["--bench", "--quick", "--threads", "1"]):
+        done = subprocess.run(
+            [sys.executable, place / "bundle" / "device" / "classify.py", *what],
+            env=clean,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        (place / "device.json").write_text(done.stdout)
+
+
 def _export_all(run: Path, place: Path, key: Path) -> None:
     out = place / "small bundle"
-    result = ftkit(
-        "export",
-        run,
-        "--out",
-        out,
-        "--quick",
-        "--c",
-        "--ort",
-        "--handoff",
-        "--zip",
-        "--sign",
-        key,
-    )
+    with on_every_core():  # its latencies are of one thread and of two
+        result = ftkit(
+            "export",
+            run,
+            "--out",
+            out,
+            "--quick",
+            "--c",
+            "--ort",
+            "--handoff",
+            "--zip",
+            "--sign",
+            key,
+        )
     assert result.exit_code == 0, result.output
     (place / "export.txt").write_text(result.stdout)

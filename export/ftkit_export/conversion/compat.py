@@ -27,10 +27,11 @@ def quantize_qdq(
     leave in float. The quantizer modifies `ranges`.
     """
     from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
     from onnxruntime.quantization.registry import QDQRegistry
 
-    quantizer = QDQQuantizer(
+    from ftkit_export.conversion.per_channel import Quantizer, fold_weights
+
+    quantizer = Quantizer(
         model,
         True,  # per_channel
         reduce_range,
@@ -40,12 +41,11 @@ def quantize_qdq(
         list(only),
         list(keep),
         list(QDQRegistry),
-        {},
     )
     quantizer.quantize_model()
-    quantizer.model.topological_sort()
-
     quantized: onnx.ModelProto = quantizer.model.model
+    fold_weights(quantized)
+    sort_nodes(quantized)
     return quantized
 
 

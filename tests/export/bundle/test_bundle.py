@@ -1,7 +1,6 @@
 """The bundle of a real run: contents, self-verification, detection of every change."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -324,19 +323,10 @@ def test_the_device_runner_needs_numpy_onnxruntime_and_pillow_only(
     assert "model.onnx: expected sha256" in broken.stderr
 
 
-def test_checking_itself_leaves_nothing_in_the_sealed_bundle(copy: Path) -> None:
-    """Even where Python writes bytecode, as it does by default."""
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    for what in (["--self-check"], ["--bench", "--quick", "--threads", "1"]):
-        done = subprocess.run(
-            [sys.executable, copy / "device" / "classify.py", *what],
-            env=clean,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    assert verify(copy).passed
+def test_checking_itself_leaves_nothing_in_the_sealed_bundle(
+    benched: tuple[Path, dict[str, Any]],
+) -> None:
+    assert verify(benched[0]).passed
 
 
 def test_a_name_that_leads_outside_the_bundle_is_refused(copy: Path) -> None:
@@ -439,7 +429,7 @@ def _without_int8(folder: Path) -> dict[str, Any]:
 
 
 def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(
-    run: Path, bundle: Path, tmp_path: Path
+    run: Path, benched: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """Device latencies count only for the same file, run and target, with one thread.
 
@@ -455,9 +445,7 @@ def test_latencies_of_the_device_decide_for_a_target_that_is_not_here(
         "--set",
         "export.max_accuracy_drop=0.9",
     ]
-    command = [sys.executable, bundle / "device" / "classify.py", "--bench", "--quick"]
-    done = subprocess.run([*command, "--threads", "1"], capture_output=True, check=True)
-    measured = json.loads(done.stdout)
+    measured = benched[1]
     others = dict.fromkeys(measured["sha256"], "0")
     latency.write_text(json.dumps({**measured, "target": other, "sha256": others}))
     result = ftkit(

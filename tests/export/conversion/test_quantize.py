@@ -11,10 +11,14 @@ import numpy as np
 import onnx
 import pytest
 from conftest import bare
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, shape_inference
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.registry import QDQRegistry
 
 from ftkit.training.run import open_run
 from ftkit_export.conversion.bias_correction import correct_biases, with_biases
+from ftkit_export.conversion.compat import quantize_qdq
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import image_form, pixel_model
 from ftkit_export.conversion.quantize import (
@@ -121,6 +125,90 @@ def test_types_follow_the_target(trained: Trained) -> None:
         }
         assert kind in zeros
         assert (kind is np.uint8) == (np.uint8 in zeros)
+
+
+def _unusual() -> onnx.ModelProto:
+    """A product, a transposed convolution and a sum, channels of zeros, and biases that need a larger scale."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((6, 3, 3, 3)).astype(np.float32)
+    kernel[2] = 0
+    kernel[4] *= 1e-9
+    constants = {
+        "kernel": kernel,
+        "kernel_bias": np.array([0, 3, 0.5, -2, 9, 0], np.float32),
+        "up": rng.standard_normal((6, 2, 2, 2)).astype(np.float32),
+        "up_bias": np.array([1, 0], np.float32),
+        "matrix": rng.standard_normal((16, 5)).astype(np.float32) * np.float32(1e-3),
+        "offset": rng.standard_normal(5).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node(
+            "Conv", ["pixels", "kernel", "kernel_bias"], ["a"], "conv", strides=[2, 2]
+        ),
+        helper.make_node("ConvTranspose", ["a", "up", "up_bias"], ["b"], "up", strides=[2, 2]),
+        helper.make_node("MatMul", ["b", "matrix"], ["c"], "product"),
+        helper.make_node("Add", ["c", "offset"], ["logits"], "sum"),
+    ]
+    made = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("pixels", ["n", 3, 17, 17]), ("logits", ["n", 2, 16, 5]))
+    ]
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "unusual",
+            made[:1],
+            made[1:],
+            [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+
+
+@pytest.mark.parametrize("reduce_range", [False, True])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_weights_are_quantized_to_the_bytes_that_onnx_runtime_makes(
+    trained: Trained, reduce_range: bool, unsigned: bool
+) -> None:
+    pixels = np.random.default_rng(1).standard_normal((8, 3, 17, 17)).astype(np.float32)
+    unusual = _unusual()
+    ranges = calibrate(unusual, iter([pixels]), trained.preprocess)
+    for core, known, keep in (
+        (with_biases(trained.core), trained.ranges, heavy_nodes(trained.core)[:3]),
+        (unusual, ranges, []),
+    ):
+        reference = QDQQuantizer(
+            shape_inference.infer_shapes(core),
+            True,
+            reduce_range,
+            QuantType.QInt8,
+            QuantType.QUInt8 if unsigned else QuantType.QInt8,
+            copy.deepcopy(known),
+            [],
+            keep,
+            list(QDQRegistry),
+            {},
+        )
+        expected = reference.quantize_model()
+        found = quantize_qdq(
+            shape_inference.infer_shapes(core),
+            copy.deepcopy(known),
+            reduce_range=reduce_range,
+            unsigned_activations=unsigned,
+            only=[],
+            keep=keep,
+        )
+
+        def _nodes(model: onnx.ModelProto) -> list[bytes]:
+            return sorted(node.SerializeToString(deterministic=True) for node in model.graph.node)
+
+        assert _nodes(found) == _nodes(expected)
+        mine, theirs = _constants(found), _constants(expected)
+        assert mine.keys() == theirs.keys()
+        for name, array in theirs.items():
+            assert (mine[name].dtype, mine[name].shape) == (array.dtype, array.shape), name
+            assert mine[name].tobytes() == array.tobytes(), name
 
 
 def test_the_operators_ranked_first_are_those_worth_keeping(trained: Trained) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CORES
 
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import pixel_model
@@ -32,7 +33,6 @@ from ftkit_export.proof.regression import (
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition, Start, in_child, measure_start
 from ftkit_export.runtime.preprocess import Preprocess
-from ftkit_export.runtime.session import cores
 
 
 def machine(slower: float, between: float, within: float, seed: int) -> Callable[[], Sample]:
@@ -203,7 +203,8 @@ def test_a_real_regression_is_caught_and_the_same_model_is_not(resize: Condition
     assert compare_latency(resize, resize, seconds=60).verdict != "failed"
 
 
-@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
+@pytest.mark.usefixtures("every_core")
 def test_sessions_of_several_threads_take_turns_on_processors_of_their_own(
     resize: Condition,
 ) -> None:

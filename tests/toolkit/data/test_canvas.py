@@ -82,6 +82,7 @@ def test_a_killed_build_leaves_nothing_a_reader_could_take_for_a_shard(
     )
 
 
+@pytest.mark.usefixtures("every_core")
 def test_an_image_that_kills_its_decoder_is_named(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def test_what_the_disk_has_no_room_for_is_decoded_when_it_is_read(
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.usefixtures("every_core")
 @pytest.mark.parametrize("fewest", [8, 10_000], ids=["processes", "in this process"])
 def test_an_image_that_memory_ran_out_for_is_no_bad_image(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fewest: int

@@ -106,6 +106,7 @@ def test_the_pick_a_cut_network_goes_the_whole_way(
     assert shown.exit_code == (0 if told["pick"]["pooling"] == "mean" else 2), shown.output
 
 
+@pytest.mark.usefixtures("every_core")
 def test_ranks_share_the_passes_and_find_what_one_finds(
     searched: tuple[Path, str], photos: Path, tmp_path: Path
 ) -> None:

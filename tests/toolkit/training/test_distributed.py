@@ -32,6 +32,8 @@ from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess
 PLAN = settings(
     *TINY, "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.lr=0.1", "stages.1.lr=0.01"
 )
+pytestmark = pytest.mark.usefixtures("every_core")
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 

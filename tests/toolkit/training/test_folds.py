@@ -258,6 +258,7 @@ def test_minutes_end_a_training_with_what_stands(photos: Path, tmp_path: Path, f
     assert not stages[1]["kept"]
 
 
+@pytest.mark.usefixtures("every_core")
 def test_two_ranks_give_the_answers_of_one(folded: Path, photos: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [

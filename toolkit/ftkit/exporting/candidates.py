@@ -10,7 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Context:
     photograph: an image file for the latency; frame: the size it is resized to, "640x480".
     metadata: written into every file. measured: for a target that is not this machine, the output
     of `device/classify.py --bench` there, or empty. device: the target itself, reached over ssh.
-    reference: the framework's own answers.
+    reference: the framework's own answers. raced: what `times` found, by the candidates' names.
     """
 
     reference: Reference
@@ -80,6 +80,7 @@ class Context:
     measured: Mapping[str, Any]
     judged: Sequence[HeldOutPart]
     device: Device | None = None
+    raced: dict[tuple[str, ...], dict[str, Raced]] = field(default_factory=dict)
 
     @property
     def rows(self) -> Array:
@@ -288,9 +289,16 @@ def refit_checks(
 def times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
     """Time the candidates alternately on one thread and a real photograph, on the target.
 
-    In the form that the target's provider runs. If the target is not available: what it measured
-    before, for the same files.
+    In the form that the target's provider runs, and once: the same candidates have the same times.
+    If the target is not available: what it measured before, for the same files.
     """
+    names = tuple(item.name for item in candidates)
+    if names not in context.raced:
+        context.raced[names] = _times(candidates, context)
+    return context.raced[names]
+
+
+def _times(candidates: Sequence[Candidate], context: Context) -> dict[str, Raced]:
     reached = context.here or context.device
     if (context.here and len(candidates) == 1) or not (reached or context.measured):
         return {}
