@@ -53,10 +53,10 @@ def write_random_split(out: Path, seed: int = 0) -> None:
                 shutil.copy(files[row], folder)
 
 
-def loaders(data: Path, batch: int = 32) -> tuple[DataLoader, DataLoader]:
+def loaders(data: Path, batch: int = 32, size: int = 224) -> tuple[DataLoader, DataLoader]:
     """Loaders of flipped, shuffled training images and of test images, for Lite backbones."""
     normalise = [
-        transforms.Resize((224, 224)),
+        transforms.Resize((size, size)),
         transforms.ToTensor(),
         transforms.Normalize([127 / 255] * 3, [128 / 255] * 3),
     ]

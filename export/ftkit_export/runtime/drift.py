@@ -40,7 +40,7 @@ ALARM = 100.0  # of each of the five: without drift, at most 5 % of all devices 
 LEAST = 200  # images, before "no drift" is said
 ODDS = (1.5, 2.5, 5.0, 15.0)  # what the bets take the event's odds to have become
 FRAME = ("brightness", "contrast", "sharpness", "red", "blue")
-SAMPLED = 96  # pixels a side that a frame's statistics are taken from, about
+SAMPLED = 48  # pixels a side that a frame's statistics are taken from, about
 PATIENCE = 1000  # observations; sets how early most of the stake is bet
 MOST = 1e60  # a stake is cut to this, so that it can be written down
 

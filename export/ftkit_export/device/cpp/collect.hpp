@@ -162,7 +162,7 @@ class Familiar {
 
 // Brightness, contrast, sharpness, red and blue relative to green: drift.frame_statistics.
 inline std::array<double, 5> frame_statistics(const uint8_t* bytes, int64_t rows, int64_t columns, int64_t channels, const std::string& format) {
-  constexpr int64_t kSampled = 96;
+  constexpr int64_t kSampled = 48;
   if (format == "nv12") rows = rows * 2 / 3;
   const int64_t down = std::max<int64_t>(1, rows / kSampled), across = std::max<int64_t>(1, columns / kSampled);
   double sum = 0, squares = 0, difference = 0;
