@@ -3,6 +3,7 @@
     ftkit train photos --out RUN
     python bench/int8.py steps RUN [RUN ...]     # 2 minutes each on 2 cores
     python bench/int8.py operators RUN           # SQNR of every operator's output, step by step
+    python bench/int8.py quantize RUN            # seconds, against ONNX Runtime's own quantizer
     python bench/int8.py heads photos            # heads on a frozen lite0; 2 minutes a seed
     python bench/int8.py heads photos --group-by 'module[0-9]+' --seeds 3
 
@@ -14,13 +15,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, shape_inference
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.registry import QDQRegistry
 
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
@@ -38,6 +44,7 @@ from ftkit.recipe import Export
 from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training.closed_form import default_folds, fit_head
 from ftkit.training.run import open_run
+from ftkit_export.conversion.compat import quantize_qdq
 from ftkit_export.conversion.convert import Core, export_core
 from ftkit_export.conversion.quantize import RANK_IMAGES, heavy_nodes, int8, rank, sqnr
 from ftkit_export.proof.decision import paired
@@ -47,6 +54,8 @@ from ftkit_export.runtime.latency import machine, race
 from ftkit_export.runtime.readout import OneClass
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.targets import here
+
+QUANTIZED = 9  # times each
 
 
 def context_of(run_folder: str) -> tuple[Context, Core]:
@@ -179,6 +188,47 @@ def operators(run_folder: str) -> None:
         print(f"| {layer} | " + " | ".join(figures) + " |")
 
 
+def quantize(run_folder: str) -> None:
+    """Print the seconds that ONNX Runtime's quantizer takes, and ftkit's with weights on whole arrays."""
+    context, core = context_of(run_folder)
+    ranges, target = ranges_of(core.model, context), context.target
+    inferred = shape_inference.infer_shapes(core.model)
+
+    def reference() -> onnx.ModelProto:
+        kind = QuantType.QUInt8 if target.activations == "uint8" else QuantType.QInt8
+        return QDQQuantizer(
+            copy.deepcopy(inferred),
+            True,
+            target.reduce_range,
+            QuantType.QInt8,
+            kind,
+            copy.deepcopy(ranges),
+            [],
+            [],
+            list(QDQRegistry),
+            {},
+        ).quantize_model()
+
+    def ours() -> onnx.ModelProto:
+        return quantize_qdq(
+            copy.deepcopy(inferred),
+            copy.deepcopy(ranges),
+            reduce_range=target.reduce_range,
+            unsigned_activations=target.activations == "uint8",
+            only=(),
+            keep=(),
+        )
+
+    spent: dict[str, list[float]] = {"ONNX Runtime": [], "ftkit": []}
+    for _ in range(QUANTIZED):
+        for name, make in (("ONNX Runtime", reference), ("ftkit", ours)):
+            begun = time.perf_counter()
+            make()
+            spent[name].append(time.perf_counter() - begun)
+    for name, seconds in spent.items():
+        print(f"{name}: median {statistics.median(seconds):.2f} s")
+
+
 def _outputs(model: onnx.ModelProto, names: Sequence[str], pixels: Array) -> list[Array]:
     """Outputs of these nodes, of the graph as written."""
     probed = copy.deepcopy(model)
@@ -258,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("steps", "operators", "heads"))
+    parser.add_argument("what", choices=("steps", "operators", "quantize", "heads"))
     parser.add_argument("folders", nargs="+")
     parser.add_argument("--group-by", default="", help="for heads: groups in file names")
     parser.add_argument("--seeds", type=int, default=1, help="for heads: test splits")
@@ -269,7 +319,7 @@ def main() -> None:
             for seed in range(options.seeds):
                 heads(folder, seed, options.group_by)
         else:
-            {"steps": steps, "operators": operators}[options.what](folder)
+            {"steps": steps, "operators": operators, "quantize": quantize}[options.what](folder)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -76,6 +77,27 @@ def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
     assert found["fingerprint"] and found["rows"][0]["p50_ms"] > 0
     assert list(tmp_path.iterdir()) == [out], "nothing is left there"
     assert ftkit("verify", bundle).exit_code == 0, "the copy was measured, not the sealed bundle"
+
+
+@needs_sshd
+def test_a_command_that_is_asked_to_end_leaves_nothing_on_the_device(
+    device: str, bundle: Path, tmp_path: Path
+) -> None:
+    """As torchrun and schedulers do: SIGTERM, once more while the folder is removed."""
+    script = (
+        f"import ftkit.benchmark.ssh as s; s.MAKE_FOLDER = 'mktemp -d -p {tmp_path}'; "
+        "from ftkit.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", script, "bench", bundle, "--ssh", device]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("*/ftkit_export/runtime/timing.py")):
+        time.sleep(0.01)
+    for _ in range(2):
+        process.terminate()
+        time.sleep(0.05)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_sshd

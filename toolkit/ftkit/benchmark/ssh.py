@@ -15,6 +15,7 @@ import io
 import json
 import re
 import shlex
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -38,6 +39,24 @@ CANVASES = "canvases.npy"
 NEEDED = "numpy, onnxruntime and Pillow"
 
 
+@contextmanager
+def _at_sigterm(action: Any) -> Iterator[None]:
+    """What SIGTERM does within the block; outside of the main thread, no more than before."""
+    try:
+        former = signal.signal(signal.SIGTERM, action)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """A temporary folder on another machine, for as long as the block of `reached` runs.
@@ -56,9 +75,14 @@ class Device:
     def reached(where: str) -> Iterator[Device]:
         """Connect to USER@HOST[:PYTHON] and set up a temporary folder there.
 
-        Raises FtkitError when it cannot be reached, or lacks what is needed.
+        The folder is removed however the block ends, by Ctrl-C or SIGTERM too. Raises FtkitError when
+        the machine cannot be reached, or lacks what is needed.
         """
-        host, python = _parse(where)
+        with _at_sigterm(_exit):
+            yield from Device._set_up(*_parse(where))
+
+    @staticmethod
+    def _set_up(host: str, python: str) -> Iterator[Device]:
         folder = _ssh(host, MAKE_FOLDER).decode(errors="replace").strip().rpartition("\n")[2]
         # It is removed later: it must be a plain path from mktemp
         if not re.fullmatch(r"/[\w./-]+", folder):
@@ -81,7 +105,7 @@ class Device:
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
         finally:
             # Measurements count even if the connection is lost now
-            with suppress(FtkitError):
+            with _at_sigterm(signal.SIG_IGN), suppress(FtkitError):
                 _ssh(host, f"rm -rf {folder}")
 
     def race(
