@@ -155,17 +155,26 @@ def updates(place: Path, kills: int, disks: int) -> str:
     )
 
 
+# Seconds and peak kB of a command. It is started by this small process, since a child's peak counts the memory
+# of the one that started it.
+LAUNCHER = """
+import resource, subprocess, sys, time
+begun = time.perf_counter()
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+print(time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
 def _frame_ms(command: list[object], photographs: list[Path]) -> tuple[float, float]:
     """(milliseconds an image, peak memory in MB) of a runner's process over all photographs."""
-    begun = time.perf_counter()
-    child = subprocess.Popen(
-        [*map(str, command), *map(str, photographs)], stdout=subprocess.DEVNULL
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *map(str, command), *map(str, photographs)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    _, status, used = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - begun
-    child.returncode = status
-    assert status == 0
-    return 1e3 * seconds / len(photographs), used.ru_maxrss / 1024
+    seconds, peak = map(float, done.stdout.split())
+    return 1e3 * seconds / len(photographs), peak / 1024
 
 
 def _runner_cost(name: str, command: list[object], photographs: list[Path], place: Path) -> str:
