@@ -169,7 +169,7 @@ def _frame_ms(command: list[object], photographs: list[Path]) -> tuple[float, fl
     """(milliseconds an image, peak memory in MB) of a runner's process over all photographs."""
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER, *map(str, command), *map(str, photographs)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )

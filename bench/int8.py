@@ -45,7 +45,7 @@ from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training.closed_form import default_folds, fit_head
 from ftkit.training.run import open_run
 from ftkit_export.conversion.compat import quantize_qdq
-from ftkit_export.conversion.convert import Core, export_core
+from ftkit_export.conversion.convert import Core, Trace, export_core
 from ftkit_export.conversion.quantize import RANK_IMAGES, heavy_nodes, int8, rank, sqnr
 from ftkit_export.proof.decision import paired
 from ftkit_export.proof.parity import Reference
@@ -62,9 +62,11 @@ def context_of(run_folder: str) -> tuple[Context, Core]:
     """What `ftkit export` decides on, of a run."""
     run = open_run(run_folder)
     canvases = held_out(run, None)
-    core = export_core(run.backbone().model, run.preprocess.size)
+    model = run.backbone().model
+    trace = Trace(model, run.preprocess.size)
+    core = trace.core(model)
     context = Context(
-        reference=Reference(run.backbone().model),
+        reference=Reference(model),
         canvases=canvases,
         preprocess=run.preprocess,
         readout=run.readout,
@@ -75,7 +77,7 @@ def context_of(run_folder: str) -> tuple[Context, Core]:
         frame=run.data["audit"]["frame"],
         metadata=metadata(run),
         measured={},
-        judged=judged_parts(run, core, canvases),
+        judged=judged_parts(run, trace, core, canvases),
     )
     return context, core
 

@@ -54,8 +54,7 @@ CORES = (
 
 def _own_cores() -> set[int]:
     """This worker's share of the cores: others' threads would keep its own waiting, for a fifth more time."""
-    share = len(CORES) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    return set(sorted(CORES)[int(WORKER) * share : (int(WORKER) + 1) * share]) or CORES
+    return set(sorted(CORES)[int(WORKER) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]) or CORES
 
 
 OWN = _own_cores() if WORKER else CORES
@@ -289,9 +288,11 @@ def on_every_core() -> Iterator[None]:
     """Threads and processes that start here may use all cores, as without xdist."""
     if CORES:
         os.sched_setaffinity(0, CORES)
-    yield
-    if CORES:
-        os.sched_setaffinity(0, OWN)
+    try:
+        yield
+    finally:
+        if CORES:
+            os.sched_setaffinity(0, OWN)
 
 
 @pytest.fixture

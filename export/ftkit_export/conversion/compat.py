@@ -45,7 +45,8 @@ def quantize_qdq(
     quantizer.quantize_model()
     quantized: onnx.ModelProto = quantizer.model.model
     fold_weights(quantized)
-    sort_nodes(quantized)
+    quantizer.model.clean_initializers()
+    quantizer.model.topological_sort()
     return quantized
 
 

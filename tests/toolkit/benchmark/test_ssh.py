@@ -83,21 +83,29 @@ def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
 def test_a_command_that_is_asked_to_end_leaves_nothing_on_the_device(
     device: str, bundle: Path, tmp_path: Path
 ) -> None:
-    """As torchrun and schedulers do: SIGTERM, once more while the folder is removed."""
+    """As torchrun and schedulers do: SIGTERM, once more while the folder is removed, in a measurement."""
     script = (
         f"import ftkit.benchmark.ssh as s; s.MAKE_FOLDER = 'mktemp -d -p {tmp_path}'; "
         "from ftkit.cli.main import main; main()"
     )
     command = [sys.executable, "-c", script, "bench", bundle, "--ssh", device]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(tmp_path.glob("*/ftkit_export/runtime/timing.py")):
+    running: list[Path] = []
+    while process.poll() is None and not running:
+        running = [path for path in tmp_path.glob("*/running") if path.read_text()]
         time.sleep(0.01)
+    there = int(running[0].read_text())
     for _ in range(2):
         process.terminate()
         time.sleep(0.05)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
     assert list(tmp_path.iterdir()) == []
+    for _ in range(100):
+        if not Path(f"/proc/{there}").exists():
+            break
+        time.sleep(0.05)
+    assert not Path(f"/proc/{there}").exists()
 
 
 @needs_sshd

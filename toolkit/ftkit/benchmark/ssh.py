@@ -36,24 +36,33 @@ from ftkit_export.runtime.measure import checked, find
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 MAKE_FOLDER = "mktemp -d"
 CANVASES = "canvases.npy"
+RUNNING = "running"  # holds the number of the process that measures
 NEEDED = "numpy, onnxruntime and Pillow"
 
 
+# A scheduler or torchrun asks to end; the terminal was closed
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
 @contextmanager
-def _at_sigterm(action: Any) -> Iterator[None]:
-    """What SIGTERM does within the block; outside of the main thread, no more than before."""
-    try:
-        former = signal.signal(signal.SIGTERM, action)
-    except ValueError:
-        yield
-        return
+def _when_asked_to_end(action: Any) -> Iterator[None]:
+    """What these signals do within the block; where they are ignored (nohup), or outside of the main
+    thread, no more than before."""
+    former = {}
+    with suppress(ValueError):
+        for number in ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                former[number] = signal.signal(number, action)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, before in former.items():
+            signal.signal(number, before)
 
 
 def _exit(number: int, _: object) -> None:
+    for each in ENDING:  # they may come twice, from a scheduler and from torchrun
+        signal.signal(each, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
 
@@ -75,10 +84,11 @@ class Device:
     def reached(where: str) -> Iterator[Device]:
         """Connect to USER@HOST[:PYTHON] and set up a temporary folder there.
 
-        The folder is removed however the block ends, by Ctrl-C or SIGTERM too. Raises FtkitError when
-        the machine cannot be reached, or lacks what is needed.
+        The folder is removed in the end, and what still runs there is ended, also after one Ctrl-C,
+        SIGTERM or SIGHUP. Raises FtkitError when the machine cannot be reached, or lacks what is
+        needed.
         """
-        with _at_sigterm(_exit):
+        with _when_asked_to_end(_exit):
             yield from Device._set_up(*_parse(where))
 
     @staticmethod
@@ -90,6 +100,7 @@ class Device:
                 f"{host}: expected the folder that mktemp -d makes, found {folder[:80]!r}. Check its login"
             )
 
+        stop = ""
         try:
             package = Path(ftkit_export.__file__).parent
             _send(
@@ -103,10 +114,14 @@ class Device:
                 _ssh(host, f"cd {folder} && {python} -B -c {shlex.quote(script)}")
             )
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
+        except (KeyboardInterrupt, SystemExit):
+            # Without a terminal, a command there goes on when its ssh ends
+            stop = f"kill $(cat {folder}/{RUNNING}) 2>/dev/null; "
+            raise
         finally:
             # Measurements count even if the connection is lost now
-            with _at_sigterm(signal.SIG_IGN), suppress(FtkitError):
-                _ssh(host, f"rm -rf {folder}")
+            with _when_asked_to_end(signal.SIG_IGN), suppress(FtkitError):
+                _ssh(host, f"sh -c {shlex.quote(f'{stop}rm -rf {folder}')}")
 
     def race(
         self,
@@ -153,12 +168,17 @@ class Device:
         ]
 
     def over_sizes(
-        self, model: Path, image: Path, frames: Sequence[str]
+        self, model: Path, image: Path, frames: Sequence[str], *, quick: bool = False
     ) -> list[tuple[str, float, float]]:
         """Run latency.over_sizes on the device, on one thread of the CPU."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
         conditions = [asdict(Condition(model="0.onnx", threads=1, frame=frame)) for frame in frames]
-        job = {"what": "sizes", "conditions": conditions, "image": f"image{image.suffix}"}
+        job = {
+            "what": "sizes",
+            "conditions": conditions,
+            "image": f"image{image.suffix}",
+            "quick": quick,
+        }
         times = self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))
         return [
             (frame, float(p50), float(p95)) for frame, (p50, p95) in zip(frames, times, strict=True)
@@ -191,7 +211,8 @@ class Device:
 
     def run(self, *words: str) -> Any:
         """Run Python in the device's folder; return the JSON that it prints last."""
-        return _last(_ssh(self.host, f"cd {self.folder} && {self.python} -B {shlex.join(words)}"))
+        command = f"echo $$ > {RUNNING} && exec {self.python} -B {shlex.join(words)}"
+        return _last(_ssh(self.host, f"cd {self.folder} && sh -c {shlex.quote(command)}"))
 
 
 def bench_there(

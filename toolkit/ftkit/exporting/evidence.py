@@ -407,7 +407,7 @@ def times_by_size(
 
     with console.bar("latency over frame sizes"):
         if context.device:
-            return context.device.over_sizes(forms[0], context.photograph, listed)
+            return context.device.over_sizes(forms[0], context.photograph, listed, quick=quick)
         condition = Condition(model=str(forms[0]), threads=1)
         return latency_over_sizes(condition, context.photograph, listed, quick=quick)
 
