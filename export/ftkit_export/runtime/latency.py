@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -340,6 +341,11 @@ def in_child(
 
     # The last line; a provider may have printed before it
     return json.loads(done.stdout.rstrip().rpartition("\n")[2])
+
+
+def end_with_children() -> None:
+    """Let SIGTERM end this process as an exception, so that the child which measures for it ends too."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def machine() -> dict[str, object]:

@@ -24,6 +24,7 @@ from ftkit_export.runtime.latency import (
     Parts,
     Raced,
     Start,
+    end_with_children,
     machine,
     measure,
     measure_start,
@@ -348,6 +349,7 @@ def checked(data: Any, where: str) -> dict[str, Any]:
 
 def _main() -> int:
     """`python -m ftkit_export.runtime.measure JSON`: measure files in this folder, print JSON."""
+    end_with_children()
     job = json.loads(sys.argv[1])
     threads = [job["threads"]] if job["threads"] else []
     try:

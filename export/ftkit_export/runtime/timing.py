@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit_export.runtime import nvidia
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.latency import Condition, Latency, Parts, race
+from ftkit_export.runtime.latency import Condition, Latency, Parts, end_with_children, race
 
 if TYPE_CHECKING:
     from ftkit_export.runtime.session import Session
@@ -468,6 +468,7 @@ WORK: dict[str, Callable[..., Any]] = {
 
 
 def _main() -> int:
+    end_with_children()
     job = json.loads(sys.argv[1])
     conditions = [Condition(**item) for item in job.pop("conditions")]
     try:
