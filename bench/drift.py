@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
@@ -26,6 +27,7 @@ from sklearn.datasets import load_sample_images
 from ftkit.cli.demo import write_elpv
 from ftkit.exporting.drift import MORE_FRAMES
 from ftkit_export.proof.drift_reference import Seen, make_reference
+from ftkit_export.runtime import drift as runtime_drift
 from ftkit_export.runtime.collect import Sighting
 from ftkit_export.runtime.drift import FRAME, DriftTest, Reference
 from ftkit_export.runtime.predict import Classifier, read_reference
@@ -35,6 +37,7 @@ DEVICES = 100
 QUIET = 6000  # frames: 30 days of 200
 BEGINS = 500
 WITHIN = 200
+SAMPLED_EVERY = 8  # photographs
 
 Change = Callable[[Image.Image], Image.Image]
 
@@ -264,6 +267,37 @@ def _sampled(sightings: list[Sighting], like: Reference, seed: int) -> Reference
         frame_groups=[""] * min(len(drawn), len(few) + MORE_FRAMES),
     )
     return make_reference(seen, like.classes)
+
+
+def sampling(place: Path) -> str:
+    """Table: a frame's statistics taken from so many rows and columns, against those of every pixel."""
+    write_elpv(place / "everything", split=False)
+    files = sorted((place / "everything").rglob("*.png"))[::SAMPLED_EVERY]
+    frames = [np.asarray(Image.open(path).convert("RGB")) for path in files]
+
+    def taken_from(rows: int) -> tuple[np.ndarray, float]:
+        """(frames, 5) statistics, and the median microseconds that one takes."""
+        found, seconds = [], []
+        with patch.object(runtime_drift, "SAMPLED", rows):
+            for frame in frames:
+                begun = time.perf_counter()
+                found.append(runtime_drift.frame_statistics(frame, "rgb"))
+                seconds.append(time.perf_counter() - begun)
+        return np.array(found), 1e6 * statistics.median(seconds)
+
+    whole, _ = taken_from(max(frame.shape[0] for frame in frames))
+    lines = [
+        f"Error (standard deviation) over the spread of {len(frames)} photographs.\n",
+        "| rows | brightness | contrast | sharpness | microseconds |",
+        "|---|---|---|---|---|",
+    ]
+    for rows in (96, 64, 48, 32):
+        sampled, took = taken_from(rows)
+        apart = ((sampled - whole).std(0) / np.maximum(whole.std(0), 1e-9))[:3]
+        lines.append(
+            f"| {rows} | " + " | ".join(f"{each:.2f}" for each in apart) + f" | {took:.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def devices(place: Path) -> str:

@@ -443,7 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--what", default="drift,groups,update,cost,enroll,review")
+    parser.add_argument("--what", default="drift,groups,sampling,update,cost,enroll,review")
     parser.add_argument("--onnxruntime", type=Path)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--disks", type=int, default=20)
@@ -454,6 +454,7 @@ def main() -> None:
         for name, measured in (
             ("drift", drift.devices),
             ("groups", drift.groups),
+            ("sampling", drift.sampling),
             ("update", lambda place: updates(place, options.kills, options.disks)),
             ("cost", lambda place: cost(place, options.onnxruntime)),
             ("enroll", enrolments),
