@@ -296,15 +296,13 @@ def parts(image_form: Condition, core_form: str | Path, image: str | Path) -> Pa
 
 
 def over_sizes(
-    condition: Condition, image: str | Path, frames: Sequence[str], *, quick: bool = False
+    condition: Condition, image: str | Path, frames: Sequence[str]
 ) -> list[tuple[str, float, float]]:
     """Time an image form at each of these frame sizes, in one process. Raises as measure.
 
-    40 runs of each size; quick: 10.
     Returns (frame, p50 ms, p95 ms) for each.
     """
-    conditions = [replace(condition, frame=frame) for frame in frames]
-    times = in_child("sizes", conditions, image, quick=quick)
+    times = in_child("sizes", [replace(condition, frame=frame) for frame in frames], image)
     return [(frame, p50, p95) for frame, (p50, p95) in zip(frames, times, strict=True)]
 
 

@@ -40,7 +40,6 @@ PART_ROUNDS = 60
 # runs at each size
 SIZE_WARM_UP = 5
 SIZE_RUNS = 40
-QUICK_SIZE_RUNS = 10
 ANSWERED = 8  # images per run
 LARGEST_INPUT = 1 << 30  # bytes of a generated input
 FREE = 224  # value for free dimensions, other than the first: the batch
@@ -417,14 +416,11 @@ def _parts_here(conditions: Sequence[Condition], image: str) -> dict[str, Any]:
     return asdict(parts)
 
 
-def _sizes_here(
-    conditions: Sequence[Condition], image: str, quick: bool = False
-) -> list[list[float]]:
+def _sizes_here(conditions: Sequence[Condition], image: str) -> list[list[float]]:
     """p50 and p95 in ms of one model at each condition's frame size."""
     import numpy as np
 
     session = open_session(conditions[0])
-    runs = QUICK_SIZE_RUNS if quick else SIZE_RUNS
     gc.disable()
 
     percentiles = []
@@ -432,7 +428,7 @@ def _sizes_here(
         call = bound_call(session, condition, feeds(session, image, 1, condition.frame))
         warm(call, SIZE_WARM_UP, 0)
         percentiles.append(
-            [float(value) for value in np.percentile(_timed(call, runs, 0), (50, 95))]
+            [float(value) for value in np.percentile(_timed(call, SIZE_RUNS, 0), (50, 95))]
         )
 
     return percentiles

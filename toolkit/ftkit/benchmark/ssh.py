@@ -38,9 +38,7 @@ MAKE_FOLDER = "mktemp -d"
 CANVASES = "canvases.npy"
 RUNNING = "running"  # holds the number of the process that measures
 NEEDED = "numpy, onnxruntime and Pillow"
-
-
-# A scheduler or torchrun asks to end; the terminal was closed
+# By which a scheduler, torchrun or a terminal that is closed asks to end
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -168,17 +166,12 @@ class Device:
         ]
 
     def over_sizes(
-        self, model: Path, image: Path, frames: Sequence[str], *, quick: bool = False
+        self, model: Path, image: Path, frames: Sequence[str]
     ) -> list[tuple[str, float, float]]:
         """Run latency.over_sizes on the device, on one thread of the CPU."""
         _send(self.host, self.folder, {"0.onnx": model, f"image{image.suffix}": image})
         conditions = [asdict(Condition(model="0.onnx", threads=1, frame=frame)) for frame in frames]
-        job = {
-            "what": "sizes",
-            "conditions": conditions,
-            "image": f"image{image.suffix}",
-            "quick": quick,
-        }
+        job = {"what": "sizes", "conditions": conditions, "image": f"image{image.suffix}"}
         times = self.run("-m", "ftkit_export.runtime.timing", json.dumps(job))
         return [
             (frame, float(p50), float(p95)) for frame, (p50, p95) in zip(frames, times, strict=True)

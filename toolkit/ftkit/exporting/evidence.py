@@ -392,7 +392,7 @@ SIZES = ("320x240", "640x480", "1280x720", "1920x1080", "4000x3000")
 
 
 def times_by_size(
-    row: Row, forms: tuple[Path, Path], context: Context, *, quick: bool
+    row: Row, forms: tuple[Path, Path], context: Context
 ) -> list[tuple[str, float, float]]:
     """Latency of the chosen image form over frame sizes, on one thread of the target's CPU.
 
@@ -407,9 +407,10 @@ def times_by_size(
 
     with console.bar("latency over frame sizes"):
         if context.device:
-            return context.device.over_sizes(forms[0], context.photograph, listed, quick=quick)
-        condition = Condition(model=str(forms[0]), threads=1)
-        return latency_over_sizes(condition, context.photograph, listed, quick=quick)
+            return context.device.over_sizes(forms[0], context.photograph, listed)
+        return latency_over_sizes(
+            Condition(model=str(forms[0]), threads=1), context.photograph, listed
+        )
 
 
 def manifest(

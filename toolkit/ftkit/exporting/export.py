@@ -482,7 +482,7 @@ def _measure(job: Job, made: variants.Variants, paths: Forms) -> Measurements:
         chosen=chosen,
         budgets=budgets[chosen.name],
         unproven=unproven,
-        sizes=evidence.times_by_size(chosen, paths[chosen.name], context, quick=job.quick),
+        sizes=evidence.times_by_size(chosen, paths[chosen.name], context),
     )
 
 

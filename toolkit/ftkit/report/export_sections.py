@@ -224,13 +224,11 @@ def _latency(evidence: Data) -> Table:
 
 def _sizes(manifest: Data) -> Table:
     """Latency of the chosen file over frame sizes."""
-    evidence = manifest["evidence"]
     rows = [
         (item["frame"].replace("x", " x "), item["p50_ms"], item["p95_ms"])
-        for item in evidence["latency_over_sizes"]
+        for item in manifest["evidence"]["latency_over_sizes"]
     ]
-    quick = ", quick" if any(item["quick"] for item in evidence["latency"]) else ""
-    caption = f"{manifest['chosen']} by frame size, one thread{quick}"
+    caption = f"{manifest['chosen']} by frame size, one thread"
     return Table(("frame", "p50 ms", "p95"), rows, caption)
 
 
