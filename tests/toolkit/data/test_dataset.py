@@ -104,6 +104,23 @@ def test_a_class_named_like_a_split_is_refused(tmp_path: Path) -> None:
         read_images(tmp_path / "two")
 
 
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [(("run.json", "model.safetensors"), "run"), (("manifest.json", "model.onnx"), "bundle")],
+)
+def test_pictures_of_a_run_or_bundle_in_the_data_are_no_class(
+    tmp_path: Path, files: tuple[str, str], kind: str
+) -> None:
+    """Regression: a bundle's golden images were learned as a class named like its folder."""
+    data = _folder(tmp_path, cat=5, dog=5)
+    made = _image(data / "made" / "lite0" / "golden" / "00.png").parents[1]
+    (made / files[0]).write_text("{}")
+    assert "made" in read_images(data).classes, "a file of that name alone is nothing special"
+    (made / files[1]).touch()
+    with pytest.raises(FtkitError, match=f"lite0: expected images of a class, found a {kind}"):
+        read_images(data)
+
+
 def test_a_csv_keeps_groups_on_one_side(tmp_path: Path) -> None:
     lines = ["path,label,group"]
     for number in range(60):

@@ -44,9 +44,12 @@ from ftkit_export.runtime.errors import FtkitError, choices
 from ftkit_export.runtime.groups import group_names
 from ftkit_export.runtime.preprocess import SUFFIXES
 from ftkit_export.runtime.readout import Task
+from ftkit_export.runtime.verify import MANIFEST
 
 VAL_SHARE = 0.1
 TEST_SHARE = 0.15
+# By which a run's folder, or a bundle, is known
+OUTPUTS = {"run": ("run.json", "model.safetensors"), "bundle": (MANIFEST, "model.onnx")}
 FEWEST_OF_A_LABEL = 2
 
 
@@ -539,12 +542,27 @@ def _from_folder(root: Path) -> list[Row]:
 
 def _class_folders(root: Path) -> list[tuple[Path, str]]:
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return [
+    found = [
         (path, folder.name)
         for folder in folders
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
     ]
+    _require_no_outputs(root, {path.parent for path, _ in found})
+    return found
+
+
+def _require_no_outputs(root: Path, places: Iterable[Path]) -> None:
+    """Raise FtkitError where images are those of a run or a bundle that was made in the data folder."""
+    inside = {
+        folder for place in places for folder in (place, *place.parents) if root in folder.parents
+    }
+    for folder in sorted(inside):
+        for kind, files in OUTPUTS.items():
+            if all((folder / name).is_file() for name in files):
+                raise FtkitError(
+                    f"{folder}: expected images of a class, found a {kind} of ftkit. Move it out of the data folder"
+                )
 
 
 def _with_splits(images: Images, seed: int, cut_val: bool) -> Images:
