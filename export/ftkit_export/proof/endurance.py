@@ -7,7 +7,9 @@ The course is cut into stretches of even speed: binary segmentation of the windo
 kept where both sides differ by 5 % and by far more than their noise. A first stretch that is slower
 than what follows is warm-up. Throttling begins with the first stretch from which on the model stays
 10 % slower than at its fastest. A baseline, run in turn with the model, throttles alike: so its own
-course tells of the machine, and the ratio of both tells of the model.
+course tells of the machine, and the ratio of both tells of the model. Throttling is looked for in
+mean times, which pauses of a processor (a CPU quota's, say) add to; the ratio is of medians, which
+leave out pauses that happened to fall on one of the two.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Course:
 
     windows: as runtime/sustained.py has them. warm_up_s: 0 without one. throttled_s: time to
     throttling, None without. slowdown: sustained over fastest, of what ran in turn. why: what the
-    system says of it, in words. ratio, with bounds: of the model to the baseline; None without one.
+    system says of it, in words. ratio, with bounds: of the model's median to the baseline's; None
+    without one.
     """
 
     windows: Sequence[Mapping[str, Any]]
@@ -150,7 +153,7 @@ def judged(windows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> Cou
     if means.shape[1] == 1:
         return course
 
-    logs = np.log(means[settled[0].first :])
+    logs = np.log([window["p50_ms"] for window in windows[settled[0].first :]])
     ratios = logs[:, 0] - logs[:, 1:].mean(1)
     middle = float(np.median(ratios))
     error = _Noise.of(ratios).error(len(ratios))

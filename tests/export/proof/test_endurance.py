@@ -82,6 +82,22 @@ def test_a_regression_is_no_throttling_and_throttling_is_no_regression() -> None
         assert (course.verdict, course.throttled_s) == ("failed", None)
 
 
+def test_pauses_that_fall_on_one_of_the_two_do_not_blur_the_ratio() -> None:
+    rng = np.random.default_rng(3)
+    passed = 0
+    for _ in range(50):
+        course = _course(rng, np.ones(WINDOWS), ratio=1.0)
+        for window in course[50:]:  # a CPU quota: 10 pauses of 50 ms a window of 100 runs of each
+            hits = rng.multinomial(10, [1 / 3] * 3)
+            window["mean_ms"] = [
+                time + 50.0 * hit / 100 for time, hit in zip(window["mean_ms"], hits, strict=True)
+            ]
+        told = judged(course)
+        assert told.throttled_s == pytest.approx(50, abs=4)
+        passed += told.verdict == "passed"
+    assert passed >= 48
+
+
 def test_a_course_of_a_few_slow_runs_tells_nothing_and_says_so() -> None:
     with pytest.raises(FtkitError, match=r"found 3 in 3 s\. Try 16s"):
         judged(_course(np.random.default_rng(0), np.ones(3), ratio=1.0))
