@@ -1,8 +1,9 @@
-"""Training time on equal work: ftkit, its lower bound, the tutorial loop, fastai, Lightning, Transformers.
+"""Training time on equal work: ftkit, its lower bound, the tutorial loop and other trainers.
 
     python bench/race.py --seeds 3          (interleaved; each contestant in an environment of its own)
     python bench/race.py --who ftkit,tutorial --head 1 --deep 1
     python bench/race.py --photos FOLDER    (another set, as FOLDER/{train,val,test}/CLASS)
+    python bench/race.py --size 96          (another input size)
 
 The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified random split, 1,400 /
 156 / 667 photographs), random horizontal and vertical flips, batches of 32, Adam; head 5 epochs at
@@ -11,7 +12,8 @@ loading and decoding included, evaluation on test excluded; ftkit's are for the 
 an empty cache, including validation and its report on test. `default`, `folds` and `search` are not
 the same work but what a user of ftkit types: the recipe lite0 with val images, with folds (of train and
 val), and a search for a file four times faster, with its finalist. Memory: the largest of the process and its
-children, each alone.
+children, each alone. `fine_tune` and `lightly_train` are what the documentation of fastai and
+LightlyTrain says for as many epochs: the whole network is trained, at a rate of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,6 +64,15 @@ MEAN, STD = [127 / 255] * 3, [128 / 255] * 3
 Outcome = tuple[float, float]  # test accuracy, seconds
 
 
+@dataclass(frozen=True)
+class Work:
+    """Epochs of the head, and of the last two block groups with it; side of the input."""
+
+    head: int
+    deep: int
+    size: int
+
+
 def write_three_splits(out: Path) -> None:
     """Write out/{train,val,test}/CLASS; val is every tenth training photograph of a class."""
     write_random_split(out)
@@ -83,14 +94,14 @@ def _accuracy(model: torch.nn.Module, test: DataLoader) -> float:
     )
 
 
-def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def tutorial(data: Path, seed: int, work: Work) -> Outcome:
     """Standard tutorial loop: the whole backbone runs forward at every step."""
     torch.manual_seed(seed)
-    training, test = loaders(data, BATCH)
+    training, test = loaders(data, BATCH, work.size)
     backbone = build("efficientnet_lite0", _classes(data))
     model, begun = backbone.model, time.perf_counter()
 
-    for stage, epochs, lr in (("head", head, HEAD_LR), ("last:2", deep, DEEP_LR)):
+    for stage, epochs, lr in (("head", work.head, HEAD_LR), ("last:2", work.deep, DEEP_LR)):
         set_mode(model, trainable(backbone, stage), batchnorm=True)
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
         for _ in range(epochs):
@@ -103,7 +114,7 @@ def tutorial(data: Path, seed: int, head: int, deep: int) -> Outcome:
     return _accuracy(model, test), seconds
 
 
-def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def fastai(data: Path, seed: int, work: Work) -> Outcome:
     """The two phases of fastai's fine_tune: head only, then the last two block groups too."""
     from fastai.vision.all import (
         Callback,
@@ -135,7 +146,7 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
         valid="test",
         bs=BATCH,
         num_workers=2,
-        item_tfms=Resize(224, ResizeMethod.Squish),
+        item_tfms=Resize(work.size, ResizeMethod.Squish),
         batch_tfms=[flips, normalise],
     )
 
@@ -160,15 +171,65 @@ def fastai(data: Path, seed: int, head: int, deep: int) -> Outcome:
     )
     with learner.no_bar(), learner.no_logging():
         learner.freeze()
-        learner.fit_one_cycle(head, HEAD_LR)
+        learner.fit_one_cycle(work.head, HEAD_LR)
         learner.freeze_to(-2)
-        learner.fit_one_cycle(deep, DEEP_LR)
+        learner.fit_one_cycle(work.deep, DEEP_LR)
 
     seconds = time.perf_counter() - begun
-    return _accuracy(model, loaders(data, BATCH)[1]), seconds
+    return _accuracy(model, loaders(data, BATCH, work.size)[1]), seconds
 
 
-def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def fine_tune(data: Path, seed: int, work: Work) -> Outcome:
+    """fastai as documented: the rate that lr_find suggests, then fine_tune of the whole network."""
+    from fastai.vision.all import (
+        Dihedral,
+        ImageDataLoaders,
+        Learner,
+        Normalize,
+        Resize,
+        ResizeMethod,
+        accuracy,
+        params,
+        set_seed,
+    )
+
+    set_seed(seed)
+    backbone = build("efficientnet_lite0", _classes(data))
+    model, begun = backbone.model, time.perf_counter()
+    fed = ImageDataLoaders.from_folder(
+        data,
+        train="train",
+        valid="val",
+        bs=BATCH,
+        num_workers=2,
+        item_tfms=Resize(work.size, ResizeMethod.Squish),
+        batch_tfms=[Dihedral(), Normalize.from_stats(MEAN, STD)],
+    )
+    head = list(model.get_submodule(backbone.head).parameters())
+    inside = {id(p) for p in head}
+
+    def split(net: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+        return [[p for p in params(net) if id(p) not in inside], head]
+
+    with tempfile.TemporaryDirectory() as scratch:
+        learner = Learner(
+            fed,
+            model,
+            loss_func=F.cross_entropy,
+            splitter=split,
+            metrics=accuracy,
+            model_dir=scratch,
+        )
+        with learner.no_bar(), learner.no_logging():
+            learner.freeze()
+            rate = learner.lr_find(show_plot=False).valley
+            learner.fine_tune(work.deep, base_lr=rate, freeze_epochs=work.head)
+
+    seconds = time.perf_counter() - begun
+    return _accuracy(model, loaders(data, BATCH, work.size)[1]), seconds
+
+
+def lightning(data: Path, seed: int, work: Work) -> Outcome:
     """Lightning's Trainer with a BaseFinetuning callback.
 
     The callback unfreezes the last two block groups after the head.
@@ -177,7 +238,7 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
     from lightning.pytorch.callbacks import BaseFinetuning
 
     pl.seed_everything(seed, verbose=False)
-    training, test = loaders(data, BATCH)
+    training, test = loaders(data, BATCH, work.size)
 
     backbone = build("efficientnet_lite0", _classes(data))
 
@@ -202,7 +263,7 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
         def finetune_function(
             self, module: Module, epoch: int, optimizer: torch.optim.Optimizer
         ) -> None:
-            if epoch == head:
+            if epoch == work.head:
                 parts = [
                     module.net.get_submodule(n)
                     for n in trainable(backbone, "last:2")
@@ -213,7 +274,7 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
 
     begun = time.perf_counter()
     trainer = pl.Trainer(
-        max_epochs=head + deep,
+        max_epochs=work.head + work.deep,
         accelerator="cpu",
         callbacks=[Thaw()],
         logger=False,
@@ -229,13 +290,13 @@ def lightning(data: Path, seed: int, head: int, deep: int) -> Outcome:
     return _accuracy(module.net, test), seconds
 
 
-def transformers(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def transformers(data: Path, seed: int, work: Work) -> Outcome:
     """Transformers' Trainer, once for the head and once for the last two block groups too."""
     from torchvision.datasets import ImageFolder
     from transformers import Trainer, TrainingArguments, set_seed
 
     set_seed(seed)
-    training, test = loaders(data, BATCH)
+    training, test = loaders(data, BATCH, work.size)
     images = training.dataset
     assert isinstance(images, ImageFolder)
     backbone = build("efficientnet_lite0", _classes(data))
@@ -256,7 +317,7 @@ def transformers(data: Path, seed: int, head: int, deep: int) -> Outcome:
         }
 
     model, begun = Model(), time.perf_counter()
-    for stage, epochs, lr in (("head", head, HEAD_LR), ("last:2", deep, DEEP_LR)):
+    for stage, epochs, lr in (("head", work.head, HEAD_LR), ("last:2", work.deep, DEEP_LR)):
         if not epochs:
             continue
         set_mode(backbone.model, trainable(backbone, stage), batchnorm=True)
@@ -282,18 +343,62 @@ def transformers(data: Path, seed: int, head: int, deep: int) -> Outcome:
     return _accuracy(backbone.model, test), seconds
 
 
-def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def lightly_train(data: Path, seed: int, work: Work) -> Outcome:
+    """LightlyTrain's classification: the whole network, with its defaults and as many epochs."""
+    import lightly_train as lightly
+
+    pretrained = build("efficientnet_lite0", _classes(data)).model.state_dict()
+    images = sum(path.is_file() for path in (data / "train").glob("*/*"))
+    classes = dict(enumerate(sorted(path.name for path in (data / "train").iterdir())))
+    with tempfile.TemporaryDirectory() as scratch:
+        weights, out = Path(scratch) / "weights.pt", Path(scratch) / "out"
+        torch.save({k: v for k, v in pretrained.items() if "classifier" not in k}, weights)
+        begun = time.perf_counter()
+        lightly.train_image_classification(
+            out=out,
+            data={"train": data / "train", "val": data / "val", "classes": classes},
+            model="timm/efficientnet_lite0",
+            steps=(work.head + work.deep) * (images // BATCH),
+            batch_size=BATCH,
+            num_workers=2,
+            seed=seed,
+            accelerator="cpu",
+            precision="32-true",
+            model_args={"backbone_weights": weights},
+            transform_args={
+                "image_size": (work.size, work.size),
+                "normalize": {"mean": MEAN, "std": STD},
+                "random_flip": {"horizontal_prob": 0.5, "vertical_prob": 0.5},
+            },
+        )
+        seconds = time.perf_counter() - begun
+        model = lightly.load_model(out / "exported_models" / "exported_last.pt")
+        test = sorted((data / "test").glob("*/*"))
+        right = sum(
+            classes[int(model.predict(path)["labels"][0])] == path.parent.name for path in test
+        )
+    return right / len(test), seconds
+
+
+def ftkit(data: Path, seed: int, work: Work) -> Outcome:
     """The same work as a recipe; its four views are the four orientations of two flips."""
     grey = (127.0, 127.0, 127.0)
     stages = [
-        Stage(train="head", epochs=head, lr=HEAD_LR, optimizer="adam", schedule="constant", views=4)
+        Stage(
+            train="head",
+            epochs=work.head,
+            lr=HEAD_LR,
+            optimizer="adam",
+            schedule="constant",
+            views=4,
+        )
     ]
 
-    if deep:
+    if work.deep:
         stages.append(
             Stage(
                 train="last:2",
-                epochs=deep,
+                epochs=work.deep,
                 lr=DEEP_LR,
                 optimizer="adam",
                 schedule="constant",
@@ -306,7 +411,9 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
         backbone="efficientnet_lite0",
         augment=Augment(hflip=True, vflip=True),
         stages=tuple(stages),
-        preprocess=Preprocess(size=224, resize=224, mean=grey, std=(128.0, 128.0, 128.0)),
+        preprocess=Preprocess(
+            size=work.size, resize=work.size, mean=grey, std=(128.0, 128.0, 128.0)
+        ),
     )
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
@@ -316,26 +423,27 @@ def ftkit(data: Path, seed: int, head: int, deep: int) -> Outcome:
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 
 
-def _typed(data: Path, seed: int, folds: int | str) -> Outcome:
+def _typed(data: Path, seed: int, work: Work, folds: int | str) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FTKIT_CACHE"] = f"{scratch}/cache"
         begun = time.perf_counter()
         plan = load_recipe("lite0")
-        plan = replace(plan, augment=Augment(hflip=True, vflip=True), folds=folds)
+        sized = replace(plan.preprocess, size=work.size, resize=work.size)
+        plan = replace(plan, augment=Augment(hflip=True, vflip=True), folds=folds, preprocess=sized)
         run = train(plan, data, Path(scratch) / "run", TrainOptions(seed=seed))
         seconds = time.perf_counter() - begun
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 
 
-def default(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def default(data: Path, seed: int, work: Work) -> Outcome:
     """`ftkit train photos --folds 0 --set augment.vflip=true`."""
-    return _typed(data, seed, 0)
+    return _typed(data, seed, work, 0)
 
 
-def folds(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def folds(data: Path, seed: int, work: Work) -> Outcome:
     """`ftkit train photos --set augment.vflip=true`, val images among those in the folds."""
     with tempfile.TemporaryDirectory() as scratch:
-        return _typed(_without_val(data, Path(scratch) / "photos"), seed, "auto")
+        return _typed(_without_val(data, Path(scratch) / "photos"), seed, work, "auto")
 
 
 def _without_val(data: Path, place: Path) -> Path:
@@ -345,7 +453,7 @@ def _without_val(data: Path, place: Path) -> Path:
     return place
 
 
-def search(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def search(data: Path, seed: int, work: Work) -> Outcome:
     """`ftkit search photos --p50-ms 2.6 --finalists 1 --set augment.vflip=true`, val images among those
     in the folds."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -363,10 +471,10 @@ def search(data: Path, seed: int, head: int, deep: int) -> Outcome:
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 
 
-def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
+def floor(data: Path, seed: int, work: Work) -> Outcome:
     """Lower bound: one prefix pass per view and the suffix's steps, on resident tensors."""
     torch.manual_seed(seed)
-    preprocess = Preprocess(size=224, resize=224, mean=(127.0,) * 3, std=(128.0,) * 3)
+    preprocess = Preprocess(size=work.size, resize=work.size, mean=(127.0,) * 3, std=(128.0,) * 3)
     canvases, backbone = (
         build_canvases(read_images(data), preprocess),
         build("efficientnet_lite0", _classes(data)),
@@ -381,7 +489,7 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
         augment=Augment(hflip=True, vflip=True),
         count=4,
         seed=seed,
-        source=Source(canvases.array, len(canvases.slots), 224 * 224 * 3, torch.device("cpu")),
+        source=Source(canvases.array, len(canvases.slots), work.size**2 * 3, torch.device("cpu")),
     )
 
     rows = canvases.rows("train")
@@ -412,7 +520,7 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-9)
     begun = time.perf_counter()
 
-    for _ in range(deep):
+    for _ in range(work.deep):
         for batch in batches:
             optimizer.zero_grad()
             F.cross_entropy(suffix(batch), targets).backward()
@@ -421,13 +529,15 @@ def floor(data: Path, seed: int, head: int, deep: int) -> Outcome:
     return float("nan"), seconds + time.perf_counter() - begun
 
 
-CONTENDERS: dict[str, Callable[[Path, int, int, int], Outcome]] = {
+CONTENDERS: dict[str, Callable[[Path, int, Work], Outcome]] = {
     "ftkit": ftkit,
     "floor": floor,
     "tutorial": tutorial,
     "fastai": fastai,
     "lightning": lightning,
     "transformers": transformers,
+    "fine_tune": fine_tune,
+    "lightly_train": lightly_train,
     "default": default,
     "folds": folds,
     "search": search,
@@ -437,6 +547,8 @@ NEEDS = {
     "fastai": ("fastai",),
     "lightning": ("lightning",),
     "transformers": ("transformers", "accelerate"),
+    "fine_tune": ("fastai",),
+    "lightly_train": ("lightly-train",),
 }
 
 
@@ -452,7 +564,7 @@ def _apart(name: str, data: Path, seed: int, options: argparse.Namespace) -> tup
             environment(f"race-{NEEDS[name][0]}", NEEDS[name], options.envs.resolve(), behind)
         )
     command = [python, __file__, "--one", name, "--data", data, "--first-seed", seed]
-    command += ["--head", options.head, "--deep", options.deep]
+    command += ["--head", options.head, "--deep", options.deep, "--size", options.size]
     packages = ("ftkit", "ftkit_export", "ftkit_recipes")
     roots = [str(Path(str(find_spec(each).origin)).parents[1]) for each in packages]
     done = subprocess.run(
@@ -486,6 +598,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--head", type=int, default=5)
     parser.add_argument("--deep", type=int, default=10)
+    parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--envs", default="peer-envs", type=Path)
     parser.add_argument("--photos", type=Path, help="by default the demo's, split at random")
     parser.add_argument("--one", help="run this contestant, in this process")
@@ -494,7 +607,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     if options.one:
         contestant = CONTENDERS[options.one]
-        outcome = contestant(options.data, options.first_seed, options.head, options.deep)
+        work = Work(options.head, options.deep, options.size)
+        outcome = contestant(options.data, options.first_seed, work)
         peaks = [
             resource.getrusage(who).ru_maxrss
             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
