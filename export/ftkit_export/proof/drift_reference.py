@@ -19,7 +19,7 @@ from scipy import stats
 
 from ftkit_export.proof.intervals import PROVEN_SHARE, clopper_pearson, design, has_groups
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.drift import FRAME, STREAMS, Event, Reference
+from ftkit_export.runtime.drift import FRAME, SAMPLED, STREAMS, Event, Reference
 
 ERROR = 0.01  # of all rates of a stream together
 # Shares of the held-out images in the tails that are watched; 0: none of them
@@ -100,6 +100,7 @@ def make_reference(seen: Seen, classes: Sequence[str]) -> Reference:
         images=len(seen.scores),
         groups=len(set(seen.groups)) if grouped else None,
         block=_group_size(seen.groups) if grouped else 1,
+        sampled=SAMPLED,
     )
 
 

@@ -41,6 +41,7 @@ LEAST = 200  # images, before "no drift" is said
 ODDS = (1.5, 2.5, 5.0, 15.0)  # what the bets take the event's odds to have become
 FRAME = ("brightness", "contrast", "sharpness", "red", "blue")
 SAMPLED = 48  # pixels a side that a frame's statistics are taken from, about
+SAMPLED_BEFORE = 96  # by references that do not say
 PATIENCE = 1000  # observations; sets how early most of the stake is bet
 MOST = 1e60  # a stake is cut to this, so that it can be written down
 
@@ -70,7 +71,8 @@ class Event:
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """What is seen without drift. images, groups: that it was measured on; groups is None without
-    any. block: images that count as one observation."""
+    any. block: images that count as one observation. sampled: what the frames' statistics were taken
+    from (`frame_statistics`)."""
 
     events: Sequence[Event]
     classes: Sequence[str]
@@ -78,10 +80,14 @@ class Reference:
     images: int
     groups: int | None
     block: int
+    sampled: int = SAMPLED_BEFORE
 
     def to_json(self) -> str:
         """For the bundle."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        data = asdict(self)
+        if self.sampled == SAMPLED_BEFORE:
+            del data["sampled"]  # as it was read, since the text's hash is its name
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
     @staticmethod
     def from_json(text: str) -> Reference:
@@ -89,7 +95,7 @@ class Reference:
         data = json.loads(text)
         reference = Reference(**{**data, "events": [Event(**event) for event in data["events"]]})
         values = set(reference.values)
-        if not (reference.block >= 1 and reference.events):
+        if not (reference.block >= 1 and reference.sampled >= 1 and reference.events):
             raise ValueError("a reference without events")
         for event in reference.events:
             known = event.value in values and event.stream in STREAMS and len(event.marks)
@@ -263,17 +269,17 @@ class DriftTest:
         self._since = np.array(state["since"], int)
 
 
-def frame_statistics(frame: Array, input_format: str) -> Array:
+def frame_statistics(frame: Array, input_format: str, sampled: int = SAMPLED) -> Array:
     """Brightness, contrast, sharpness, and red and blue relative to green, of a frame (H, W, C) uint8
     in the model's input format (preprocess.to_frame): (5,) float64, in grey levels.
 
-    Taken from some rows and columns, in tens of microseconds. Sharpness: the mean difference between
+    Taken from about `sampled` rows and columns, in tens of microseconds. Sharpness: the mean difference between
     neighbours in a row, relative to the contrast. Formats without colour planes have no red and blue.
     """
     if input_format == "nv12":
         frame = frame[: frame.shape[0] * 2 // 3]
-    rows = frame[:: max(1, frame.shape[0] // SAMPLED)]
-    step = max(1, frame.shape[1] // SAMPLED)
+    rows = frame[:: max(1, frame.shape[0] // sampled)]
+    step = max(1, frame.shape[1] // sampled)
     left = rows[:, :-1:step]
     right = rows[:, 1::step][:, : left.shape[1]]
     if not left.size:  # one pixel wide

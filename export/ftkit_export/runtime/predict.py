@@ -25,7 +25,7 @@ from PIL import Image
 
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.collect import Collector, Sighting
-from ftkit_export.runtime.drift import Reference, frame_statistics
+from ftkit_export.runtime.drift import SAMPLED, Reference, frame_statistics
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.out_of_distribution import OutOfDistribution
 from ftkit_export.runtime.preprocess import (
@@ -275,6 +275,8 @@ class Classifier(Model[Prediction]):
         self.collector = (
             Collector(keep, read_reference(bundle)) if isinstance(keep, str | Path) else keep
         )
+        drift = self.collector and self.collector.drift
+        self._sampled = drift.reference.sampled if drift else SAMPLED
 
     def _read(self, metadata: Mapping[str, str]) -> None:
         self.threshold = float(metadata.get("abstain_threshold", 0))
@@ -315,7 +317,9 @@ class Classifier(Model[Prediction]):
             foreign=bool(self.familiar and score > self.familiar.threshold),
             score=score,
             coordinates=coordinates,
-            frame=frame_statistics(frame, self.input_format) if statistics else np.zeros(0),
+            frame=frame_statistics(frame, self.input_format, self._sampled)
+            if statistics
+            else np.zeros(0),
             embedding=embedding[0],
         )
         return sighting, probabilities

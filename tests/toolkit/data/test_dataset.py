@@ -40,6 +40,44 @@ def test_classes_and_files_stand_in_natural_order(tmp_path: Path) -> None:
     assert firsts == sorted(firsts, key=lambda name: int(name.split(".")[0]))
 
 
+def test_names_with_digits_that_are_no_numbers_are_sorted_as_text(tmp_path: Path) -> None:
+    assert len(read_images(_folder(tmp_path, **{"①": 5, "10²": 5, "9": 5})).classes) == 3
+
+
+def test_hidden_folders_hold_no_images(tmp_path: Path) -> None:
+    """Thumbnails that a file server keeps there would be near copies on the other side of a split."""
+    _folder(tmp_path, a=6, b=6)
+    _folder(tmp_path / "a" / ".@__thumb", small=6)
+    assert len(read_images(tmp_path).images) == 12
+
+
+def test_a_name_that_no_csv_can_hold_is_refused_before_anything_is_decoded(tmp_path: Path) -> None:
+    _folder(tmp_path, a=6, b=6)
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / os.fsdecode(b"M\xfcller.png"))
+    for command in (("train", tmp_path, "--out", tmp_path / "run"), ("data", tmp_path)):
+        refused = ftkit(*command)
+        assert (refused.exit_code, refused.stderr.count("expected a name in UTF-8")) == (2, 1)
+
+
+@pytest.mark.parametrize(("objects", "each"), [(20, 6), (33, 10), (40, 10)])
+def test_values_of_objects_are_split_object_by_object(
+    tmp_path: Path, objects: int, each: int
+) -> None:
+    """Regression: with fewer than 33 objects none made a test split, and with 40 a quarter did."""
+    lines = ["path,value,group"]
+    for number in range(objects * each):
+        _image(tmp_path / f"{number}.png", shade=number)
+        lines.append(f"{number}.png,{number // each},object{number // each}")
+    table = tmp_path / "data.csv"
+    table.write_text("\n".join(lines) + "\n")
+    images = read_images(table, task="regression", cut_val=False)
+    held = {image.group for image in images.of("test")}
+    assert not held & {image.group for image in images.of("train")}
+    assert 0.1 <= len(images.of("test")) / len(images.images) <= 0.21
+    values = [float(name.removeprefix("object")) for name in held]
+    assert min(values) < objects / 2 <= max(values), "from both ends"
+
+
 def test_splits_made_here_are_stratified_seeded_and_disjoint(tmp_path: Path) -> None:
     _folder(tmp_path, a=40, b=20)
     images = read_images(tmp_path, seed=1)

@@ -20,8 +20,10 @@ from PIL import Image
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
 from ftkit.evaluation.model import Inference, familiar
+from ftkit.recipe import load_recipe
 from ftkit.training import loader
-from ftkit.training.folds import make_folds
+from ftkit.training.closed_form import default_folds
+from ftkit.training.folds import make_folds, read_with_folds
 from ftkit.training.run import fold_models, open_run
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.out_of_distribution import OutOfDistribution
@@ -87,6 +89,23 @@ def test_fewer_groups_than_folds_give_as_many_folds_and_too_few_are_refused(
     single = build_canvases(read_images(_csv(tmp_path / "1.csv", one), cut_val=False), preprocess)
     with pytest.raises(FtkitError, match="expected every class in at least two groups"):
         make_folds(single, 5, seed=0)
+
+
+def test_a_value_that_is_not_known_takes_no_folds_away(tmp_path: Path) -> None:
+    """Regression: one gap in the first quantity was a class of its own, of one image."""
+    lines = ["path,width [mm],height [mm]"]
+    for number in range(60):
+        Image.new("RGB", (24, 24), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{number if number != 7 else ''},{number % 9}")
+    table = tmp_path / "data.csv"
+    table.write_text("\n".join(lines) + "\n")
+    recipe = load_recipe("lite0_regression")
+    images = read_with_folds(recipe, table, 0, "", None)
+    assert images.made == ("test",), "folds take the place of a val split"
+    canvases = build_canvases(images, Preprocess(size=24, resize=24))
+    assert make_folds(canvases, 4, seed=0).count == 4
+    rows = canvases.rows("train")
+    assert len(default_folds(canvases.labels[rows], canvases.groups(rows))) > 1
 
 
 @pytest.mark.filterwarnings("error")

@@ -106,6 +106,36 @@ def test_resume_refuses_another_recipe_seed_or_set_of_images(
     assert (stopped / "state" / "state.json").read_bytes() == before
 
 
+def test_a_csv_is_resumed_with_its_root_and_limit_and_not_with_other_groups(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the command printed at Ctrl-C lacked both; folds of other groups were mixed."""
+    table, out = tmp_path / "table.csv", tmp_path / "run"
+    paths = [path.relative_to(photos) for path in sorted(photos.glob("*/*.png"))]
+
+    def write(size: int) -> None:
+        splits = ("test", "val", "train", "train", "train")
+        rows = [
+            f"{path},{path.parent},{splits[number // 6 % 5]},g{number // size}"
+            for number, path in enumerate(paths)
+        ]
+        table.write_text("\n".join(["path,label,split,group", *rows]) + "\n")
+
+    write(2)
+    told = ("--root", str(photos), "--max-pixels", "400000000")
+    process = begin(table, out, *told, *settings(*TINY))
+    wait_for(process, out, 2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+
+    monkeypatch.delenv("FTKIT_MAX_PIXELS", raising=False)
+    write(3)
+    other = ftkit("train", table, "--out", out, "--resume")
+    assert (other.exit_code, "expected the groups this run began with" in other.stderr) == (2, True)
+    write(2)
+    assert ftkit("train", table, "--out", out, "--resume").exit_code == 0
+
+
 def test_resume_warns_when_the_bits_may_differ(stopped: Path, photos: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(stopped, tmp_path / "run")
     threads = torch.get_num_threads()

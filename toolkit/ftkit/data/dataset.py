@@ -95,6 +95,12 @@ class Images:
         """What a model of these images puts out: classes, labels or quantities."""
         return self.target_names if self.task != "single-label" else self.classes
 
+    @property
+    def grouping(self) -> str:
+        """Tells one grouping of the images from another; "" without groups."""
+        named = [image.group for image in self.images]
+        return hashlib.sha256("\0".join(named).encode()).hexdigest()[:16] if any(named) else ""
+
     def of(self, split: str) -> tuple[Image, ...]:
         """The images of one split, ordered by path."""
         return tuple(image for image in self.images if image.split == split)
@@ -164,7 +170,7 @@ def _of_classes(root: Path, table: Table) -> Images:
 def _of_targets(root: Path, table: Table) -> Images:
     targets = np.array([row.targets for row in table.rows])
     _require_evidence(root, table.task, table.names, targets)
-    strata, classes = strata_of(table.task, targets, table.names)
+    strata, classes = strata_of(table.task, targets, table.names, [row.group for row in table.rows])
     images = [
         Image(
             path=row.path, label=int(label), split=row.split, group=row.group, targets=row.targets
@@ -240,6 +246,7 @@ def _with_more(images: Images, path: Path) -> Images:
             f"--add {path}: expected a CSV of further images, found none. Check the path"
         )
     table = read_table(path, path.parent, images.task, labelled_only=True)
+    _require_printable(table.rows)
     if not table.rows:
         raise FtkitError(
             f"--add {path}: expected labelled images, found none. Fill in the label column"
@@ -306,7 +313,12 @@ def _with_more_targets(images: Images, path: Path, table: Table) -> Images:
             for row in table.rows
         ),
     ]
-    strata, classes = strata_of(images.task, np.array([image.targets for image in items]), names)
+    strata, classes = strata_of(
+        images.task,
+        np.array([image.targets for image in items]),
+        names,
+        [image.group for image in items],
+    )
     labelled = [
         replace(image, label=int(label)) for image, label in zip(items, strata, strict=True)
     ]
@@ -463,6 +475,7 @@ def _table(data: Path, root: Path | None, group_by: str, task: str) -> tuple[Pat
     else:
         _require_class_folders(data, task)
         table = Table(rows=_from_folder(data))
+    _require_printable(table.rows)
     if not table.rows and data.is_file():
         raise FtkitError(
             f"{data}: expected a row an image, found a header only. Try path,label[,split][,group]"
@@ -474,6 +487,18 @@ def _table(data: Path, root: Path | None, group_by: str, task: str) -> tuple[Pat
 
     top = root or data
     return top, replace(table, rows=_grouped(top, table.rows, group_by)) if group_by else table
+
+
+def _require_printable(rows: Iterable[Row]) -> None:
+    """Raise FtkitError for a file or folder whose name is not in UTF-8, so that no CSV or page can name it."""
+    for row in rows:
+        try:
+            str(row.path).encode()
+        except UnicodeEncodeError:
+            raise FtkitError(
+                f"{str(row.path)!a}: expected a name in UTF-8, found other bytes, of an old archive perhaps. "
+                "Rename it"
+            ) from None
 
 
 def _require_class_folders(data: Path, task: str) -> None:
@@ -546,10 +571,15 @@ def _class_folders(root: Path) -> list[tuple[Path, str]]:
         (path, folder.name)
         for folder in folders
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not _is_hidden(path, folder)
     ]
     _require_no_outputs(root, {path.parent for path, _ in found})
     return found
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Whether the file, or a folder between it and `folder`, is hidden: thumbnails, say."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _require_no_outputs(root: Path, places: Iterable[Path]) -> None:

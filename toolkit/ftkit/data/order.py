@@ -8,7 +8,7 @@ import re
 def natural(text: str) -> list[tuple[int, int, str]]:
     """Natural sort key: class2 before class10."""
     return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part.lower())
+        (0, int(part), "") if part.isdecimal() else (1, 0, part.lower())
         for part in re.split(r"(\d+)", text)
         if part
     ]

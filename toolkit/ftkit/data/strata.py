@@ -1,10 +1,11 @@
 """Strata: what stands for the class of images that have none.
 
-    labels, names = strata_of("multi-label", targets, ("cracked", "poly"))
+    labels, names = strata_of("multi-label", targets, ("cracked", "poly"), groups)
 
 - multi-label: an image counts under its rarest label, or under none of them. Splits and folds divide
   by all labels instead (stratify.py).
-- regression: ten parts of equal number along the first quantity, which splits and folds divide evenly.
+- regression: up to ten parts of equal number along the first quantity, which splits and folds divide
+  evenly; each is of ten groups or more, since a group stays whole.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.readout import Task
 
 PARTS = 10  # of a quantity
-FEWEST = 10  # images of a stratum of labels, or of a part
+FEWEST = 10  # images of a stratum of labels; groups of a part
 NONE = "no label"
 NOT_KNOWN = "not known"
 
 
-def strata_of(task: Task, targets: Array, names: Sequence[str]) -> tuple[Array, tuple[str, ...]]:
-    """(stratum of each image (N,) int, names of the strata). targets (N, K), NaN: not known."""
+def strata_of(
+    task: Task, targets: Array, names: Sequence[str], groups: Sequence[str]
+) -> tuple[Array, tuple[str, ...]]:
+    """(stratum of each image (N,) int, names of the strata). targets (N, K), NaN: not known. groups:
+    a name per image, "" for one on its own."""
     if task == "multi-label":
         return _numbered(_rarest(targets), [*names, NONE])
-    return _parts(targets[:, 0])
+    return _parts(targets[:, 0], np.array([name or f"\0{row}" for row, name in enumerate(groups)]))
 
 
 def _rarest(targets: Array) -> Array:
@@ -51,15 +55,19 @@ def _first_in(present: Array, order: Array) -> Array:
     return first
 
 
-def _parts(values: Array) -> tuple[Array, tuple[str, ...]]:
+def _parts(values: Array, groups: Array) -> tuple[Array, tuple[str, ...]]:
     known = ~np.isnan(values)
-    count = max(1, min(PARTS, int(known.sum()) // FEWEST))
+    count = max(1, min(PARTS, len(np.unique(groups[known])) // FEWEST))
     edges = np.unique(np.quantile(values[known], np.linspace(0, 1, count + 1)[1:-1]))
     parts = np.where(known, np.searchsorted(edges, values, side="left"), len(edges) + 1)
 
+    # A few images whose value is not known, or of a value that many others nearly have
+    sizes = [len(np.unique(groups[parts == part])) for part in range(len(edges) + 2)]
+    parts[np.array(sizes)[parts] < FEWEST] = int(np.argmax(sizes))
+
     names = []
     for part in range(len(edges) + 1):
-        own = values[parts == part]
+        own = values[(parts == part) & known]
         ends = (f"{own.min():g}", f"{own.max():g}") if len(own) else ("", "")
         names.append(" to ".join(dict.fromkeys(ends)))
     return _numbered(parts, [*names, NOT_KNOWN])

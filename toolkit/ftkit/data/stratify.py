@@ -33,7 +33,7 @@ def divide(
 
     lacking = np.outer(shares, own.sum(0))
     part = np.zeros(len(own), np.int64)
-    order = np.random.default_rng(seed).permutation(len(own))
+    order = np.random.default_rng(seed % 2**64).permutation(len(own))
     for number in order[np.argsort(-(own[order] ** 2).sum(1), kind="stable")]:
         gain = (lacking @ own[number] - (own[number] ** 2).sum() / 2) / shares
         part[number] = gain.argmax()

@@ -78,7 +78,7 @@ def build(
     if hasattr(model, "num_classes"):
         model.num_classes = classes  # type: ignore[assignment]  # timm's own bookkeeping
 
-    _require_logits(model.eval(), name, preprocess.size, classes)
+    require_logits(model.eval(), name, preprocess.size, classes)
     return Backbone(name=name, model=model.eval(), head=head, preprocess=preprocess, weights=source)
 
 
@@ -149,10 +149,9 @@ def _head_name(model: nn.Module) -> str:
     raise FtkitError("backbone: expected a linear last layer, found none. Try another backbone")
 
 
-def _require_logits(model: nn.Module, name: str, size: int, classes: int) -> None:
-    """Raise FtkitError if the model with its new head does not return logits (n, classes).
-
-    For example because it has a second head.
+def require_logits(model: nn.Module, name: str, size: int, classes: int) -> None:
+    """Raise FtkitError if the model with its new head does not return logits (n, classes) for images of
+    `size`: because it has a second head, say, or takes one size only.
     """
     try:
         with torch.inference_mode():
@@ -163,8 +162,8 @@ def _require_logits(model: nn.Module, name: str, size: int, classes: int) -> Non
 
     if shape != f"(1, {classes})":
         raise FtkitError(
-            f"backbone {name}: expected logits of shape (1, {classes}) after its head was replaced, found {shape}. "
-            "Try another backbone"
+            f"backbone {name}: expected logits of shape (1, {classes}) for an image of {size} x {size} pixels, found: "
+            f"{shape}. Try another backbone or preprocess.size"
         )
 
 

@@ -108,7 +108,13 @@ def _read_file(path: Path) -> StateDict:
 def _load_state(model: nn.Module, name: str, head: str, state: StateDict, source: str) -> str:
     """Load strictly, except for a head of another shape; returns the source with a hash."""
     if any(key.startswith("_blocks.") for key in state):
-        state = _renamed_lite(model, state)
+        try:
+            state = _renamed_lite(model, state)
+        except (AttributeError, IndexError, KeyError, ValueError) as error:
+            raise FtkitError(
+                f"weights {source}: expected those of {name}, found those of another EfficientNet ({error}). "
+                "Try another file"
+            ) from None
 
     own = model.state_dict()
     kept = {

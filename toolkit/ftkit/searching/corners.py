@@ -85,10 +85,12 @@ class Search:
         ]
 
     def digest(self, plan: Recipe) -> str:
-        """Of a training: its recipe but for what an export does, images, seed and time."""
+        """Of a training: its recipe but for what an export does, images and their groups, seed and
+        time."""
         trained = {name: value for name, value in resolve(plan).items() if name != "export"}
         asked = json.dumps([trained, self.options.seed, self.options.minutes])
-        images = self.canvases(*self.corners[0]).fingerprint
+        canvases = self.canvases(*self.corners[0])
+        images = f"{canvases.fingerprint}{canvases.images.grouping}"
         return hashlib.sha256(f"{asked}\n{images}".encode()).hexdigest()[:8]
 
     def canvases(self, backbone: str, size: int) -> Canvases:

@@ -140,7 +140,7 @@ def entry(
 def _read(place: Path, names: Sequence[str], count: int) -> dict[str, Array] | None:
     try:
         found = {name: np.load(place / f"{name or 'whole'}.npy") for name in names}
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     return found if all(len(value) == count for value in found.values()) else None
 

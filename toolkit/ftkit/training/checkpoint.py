@@ -40,8 +40,8 @@ SAVE_SHARE = 50  # or this many times the duration of the last save, so saving c
 class TrainState:
     """Progress of an unfinished run.
 
-    - plan: what the run was started with (recipe, seed, data_fingerprint); never changes.
-    - source: the data's path, root and added CSV as they were then.
+    - plan: what the run was started with (recipe, seed, data_fingerprint, groups); never changes.
+    - source: the data's path, root and added CSV, and the limit of an image's size, as they were then.
     - stage, epoch, step: completed so far (epochs and steps count within the stage).
     - lr: the stage's peak learning rate.
     - best: val score (validate.Score) of the weights kept so far.
@@ -185,7 +185,7 @@ def plan_of(folder: Path) -> dict[str, Any]:
 def source_of(folder: Path) -> dict[str, Any]:
     """Where the data of an interrupted run was. Raises FtkitError if its state cannot be read."""
     data = _load(folder)
-    return {"data": ".", "root": None, "add": None, **data.get("source", {})}
+    return {"data": ".", "root": None, "add": None, "max_pixels": None, **data.get("source", {})}
 
 
 def _load(folder: Path) -> dict[str, Any]:
@@ -216,7 +216,8 @@ def read_state(folder: Path, plan: dict[str, Any], ranks: Ranks = SOLO) -> Train
     """
     data = ranks.first(lambda: _load(folder))
     for name, value in plan.items():
-        if _as_now(name, data["plan"].get(name)) != json.loads(json.dumps(value)):
+        before = data["plan"].get(name, value)  # an older ftkit did not know of it
+        if _as_now(name, before) != json.loads(json.dumps(value)):
             raise FtkitError(
                 f"{folder}: expected the {name.replace('_', ' ')} this run began with, found another. "
                 "Try --resume with only DATA and --out, or another --out"

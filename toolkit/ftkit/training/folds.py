@@ -78,9 +78,12 @@ def _all_in_two_groups(images: Images) -> bool:
     train = images.of("train")
     group = [image.group or str(image.path) for image in train]
     kinds: list[set[str]] = []
-    for label in range(len(images.classes)):
-        own = {name for name, image in zip(group, train, strict=True) if image.label == label}
-        kinds += [own] if own else []
+    if images.task == "single-label":
+        for label in range(len(images.classes)):
+            own = {name for name, image in zip(group, train, strict=True) if image.label == label}
+            kinds += [own] if own else []
+    else:
+        kinds.append(set(group))
     if images.task == "multi-label":
         targets = np.array([image.targets for image in train])
         kinds += [
@@ -100,9 +103,14 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
     rows = canvases.rows("train")
     labels = canvases.labels[rows]
     groups = _together(canvases, rows)
+    single = canvases.images.task == "single-label"
     fewest = min(len(np.unique(groups[labels == label])) for label in np.unique(labels))
     count = min(wanted, len(np.unique(groups)), int(np.bincount(labels).max()))
-    if count < 2 or fewest < 2:
+    if count < 2 and not single:
+        raise FtkitError(
+            f"--folds {wanted}: expected two groups of images or more, found one. Try more groups, or --folds 0"
+        )
+    if count < 2 or (single and fewest < 2):
         raise FtkitError(
             f"--folds {wanted}: expected every class in at least two groups (or on two single images), found one in "
             f"{fewest}. Try more groups, or --folds 0"
@@ -117,7 +125,7 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
             one_sided = _one_sided(folds, canvases, rows)
         else:
             folds = _divided(labels, groups, count, number)
-            missing = _missing(folds, labels)
+            missing = _missing(folds, labels) if single else set()
         if not missing and not one_sided:
             return folds
 

@@ -122,6 +122,8 @@ def fit_heads(
 ) -> Head | None:
     """A head on all images and one for each fold, the same on every rank; None where the features
     (n, features) are no numbers."""
+    if not np.isfinite(embedding).all():
+        return None
     width = head_of(backbone).weight.shape[0]
     weights = task.weights(labels, width).cpu().numpy() if stage.balance != "none" else None
     aim = aim_of(task, labels.cpu().numpy(), width, weights)

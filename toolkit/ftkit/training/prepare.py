@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ import torch
 from ftkit.data.audit import audit, named, require_apart
 from ftkit.data.canvas import Canvases, build_canvases
 from ftkit.data.dataset import Images
-from ftkit.models.backbones import Backbone, build
+from ftkit.models.backbones import Backbone, build, require_logits
 from ftkit.models.freezing import trainable
 from ftkit.options import TrainOptions
 from ftkit.recipe import Recipe, resolve, restore
@@ -43,7 +44,7 @@ from ftkit.utils.distributed import Ranks
 from ftkit.utils.lock import locked
 from ftkit.utils.malloc import keep_freed_memory
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.preprocess import Preprocess
+from ftkit_export.runtime.preprocess import MAX_PIXELS, Preprocess, allowing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +76,30 @@ class Request:
 
 
 def as_begun(request: Request, ranks: Ranks) -> Request:
-    """With options.known, the request with the recipe, seed and groups of the run it resumes."""
-    options = request.options
-    known = options.known and options.resume
-    plan = ranks.first(
-        lambda: (
-            checkpoint.plan_of(request.out) if known and checkpoint.exists(request.out) else None
-        )
-    )
-    if not plan:
+    """With options.known, the request with the recipe, seed and groups of the run it resumes, and, where
+    its data is still there, with the run's `root` and added CSV."""
+    if not request.options.known or not _is_resumed(request, ranks):
         return request
 
+    plan, source = ranks.first(
+        lambda: (checkpoint.plan_of(request.out), checkpoint.source_of(request.out))
+    )
+    options = request.options
+    if source["data"] == str(Path(request.data).resolve()):
+        options = replace(
+            options, root=options.root or source["root"], add=options.add or source["add"]
+        )
     return replace(
         request,
         recipe=restore(plan["recipe"]),
         seed=plan["seed"],
         group_by=plan.get("group_by", ""),
+        options=options,
     )
+
+
+def _is_resumed(request: Request, ranks: Ranks) -> bool:
+    return ranks.first(lambda: request.options.resume and checkpoint.exists(request.out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +142,17 @@ def _planned(request: Request) -> tuple[Images, Backbone, Preprocess]:
         if stage.teacher:
             distillation.require_teacher(stage.teacher, images, task)
 
-    return images, backbone, recipe.preprocess or backbone.preprocess
+    preprocess = recipe.preprocess or backbone.preprocess
+    require_logits(backbone.model, recipe.backbone, preprocess.size, len(images.names))
+    return images, backbone, preprocess
 
 
 def prepare(request: Request, ranks: Ranks, opened: ExitStack) -> Prepared:
     """Read, decode and audit the images; the run folder is created and locked before decoding."""
     recipe = request.recipe
+    if _is_resumed(request, ranks):
+        source = ranks.first(lambda: checkpoint.source_of(request.out))
+        opened.enter_context(allowing(source["max_pixels"]))
     images, backbone, preprocess = ranks.together(lambda: _planned(request))
     going_on = ranks.first(lambda: _begun(request.out, request.options.resume, opened))
 
@@ -271,7 +284,11 @@ def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.Tra
 
     Raises FtkitError if plan or data differ between ranks, or from those the run was started with.
     """
-    plan = {**request.plan, "data_fingerprint": prepared.canvases.fingerprint}
+    plan = {
+        **request.plan,
+        "data_fingerprint": prepared.canvases.fingerprint,
+        "groups": prepared.canvases.images.grouping,
+    }
     if len({json.dumps(each) for each in ranks.gather(plan)}) > 1:
         raise FtkitError(
             f"{request.data}: expected the same recipe, seed, images, labels and splits on every machine, found "
@@ -285,6 +302,7 @@ def _state(request: Request, prepared: Prepared, ranks: Ranks) -> checkpoint.Tra
             "data": str(Path(request.data).resolve()),
             "root": request.root and str(request.root.resolve()),
             "add": request.add and str(request.add.resolve()),
+            "max_pixels": os.environ.get(MAX_PIXELS),
         }
         run = checkpoint.TrainState(folder=request.out, plan=plan, source=source)
 

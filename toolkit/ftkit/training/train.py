@@ -71,8 +71,6 @@ def train(recipe: Recipe, data: str | Path, out: Path, options: TrainOptions | N
                 _train(as_begun(request, ranks), stop, ranks, opened)
         except Stopped as stopped:
             again = f"ftkit train {shlex.quote(str(data))} --out {shlex.quote(str(out))} --resume"
-            if options.add:
-                again += f" --add {shlex.quote(str(options.add))}"
             done = "no stage had begun; the decoded images are kept"
             if checkpoint.exists(out):
                 done = f"go on with: {again}\nor take what stands: ftkit export {shlex.quote(str(out))}"
