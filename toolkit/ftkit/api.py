@@ -144,6 +144,8 @@ def export(run: Run | str | Path, options: ExportOptions) -> Exported:
     `train`, or its folder. The fields of ExportOptions are keyword arguments.
     """
     _check_settings(options)
+    if options.runtime and not options.web:
+        raise FtkitError("--runtime: expected --web with it, found none. Try --web")
 
     from ftkit.benchmark.ssh import Device
     from ftkit.exporting.export import Extras
@@ -158,6 +160,8 @@ def export(run: Run | str | Path, options: ExportOptions) -> Exported:
     providers = parse_providers(",".join(options.providers))
     opened = run if isinstance(run, Run) else _opened(Path(run), options.data)
     folder = (opened.folder.parent if opened.so_far else opened.folder).resolve()
+    if not isinstance(run, Run) and (Path(run) / SEARCHED).is_file():
+        folder = Path(run).resolve()
     out = Path(options.out) if options.out else folder.with_name(f"{folder.name}-bundle")
     files = web_runtime(Path(options.runtime) if options.runtime else None) if options.web else None
 

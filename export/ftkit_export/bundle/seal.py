@@ -19,7 +19,7 @@ from typing import Any
 
 from ftkit_export.bundle.archive import sign
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.files import flush, folder_beside
+from ftkit_export.runtime.files import finite, flush, folder_beside
 from ftkit_export.runtime.verify import (
     MANIFEST,
     MANIFEST_SCHEMA,
@@ -143,5 +143,6 @@ def write_manifest(folder: Path, manifest: Mapping[str, object]) -> None:
         for name, path in sorted(paths.items())
         if name not in (MANIFEST, SIGNATURE)
     }
-    text = json.dumps({"schema": MANIFEST_SCHEMA, **manifest, "files": files}, indent=1) + "\n"
+    told = finite({"schema": MANIFEST_SCHEMA, **manifest, "files": files})
+    text = json.dumps(told, indent=1, allow_nan=False) + "\n"
     (folder / MANIFEST).write_bytes(with_digest(text))

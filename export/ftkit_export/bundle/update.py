@@ -156,15 +156,18 @@ def failed(into: Path) -> list[str]:
         return []
 
 
-def rollback(into: Path, *, bad: bool = False) -> Path:
+def rollback(into: Path, *, bad: bool = False, of: Path | None = None) -> Path:
     """Make the bundle before the running one run again, and return it.
 
-    bad: the running one has failed, and is not installed again, nor gone back to. Raises FtkitError
-    when there is none before.
+    bad: the running one has failed, and is not installed again, nor gone back to. of: the bundle to go
+    back from; waits for an update that is at work, and changes nothing where another runs after it.
+    Raises FtkitError when there is none before.
     """
     into = into.resolve()
-    with _locked(into, wait=bad):
+    with _locked(into, wait=of is not None):
         running = current(into)
+        if of is not None and running and running != of:
+            return running
         link = into / PREVIOUS
         if not link.exists() or link.resolve() == running:
             raise FtkitError(

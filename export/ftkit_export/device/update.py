@@ -63,9 +63,9 @@ class Runner:
             if probation(self.into) and (code or self.alarmed):
                 why = "drift at once" if self.alarmed else f"exit code {code}"
                 # Exit code 2 may be the arguments' or the disk's fault: it may be tried again
-                back = rollback(self.into, bad=self.alarmed or code != 2)
+                now = rollback(self.into, bad=self.alarmed or code != 2, of=bundle)
                 print(
-                    f"update: {bundle.name} failed after {self.frames} images ({why}); back to {back.name}",
+                    f"update: {bundle.name} failed after {self.frames} images ({why}); now {now.name}",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -66,7 +66,8 @@ class Course:
     windows: as runtime/sustained.py has them. warm_up_s: 0 without one. throttled_s: time to
     throttling, None without. slowdown: sustained over fastest, of what ran in turn. why: what the
     system says of it, in words. ratio, with bounds: of the model's median to the baseline's; None
-    without one.
+    without one. It fails beyond `margin`, which grows with what the two sessions of the baseline differ
+    by, and passes within `tolerance`, which does not.
     """
 
     windows: Sequence[Mapping[str, Any]]
@@ -80,6 +81,7 @@ class Course:
     ratio_low: float | None = None
     ratio_high: float | None = None
     margin: float = 0.0
+    tolerance: float = 0.0
 
     @property
     def verdict(self) -> Outcome | None:
@@ -88,7 +90,7 @@ class Course:
             return None
         if self.ratio_low > 1 + self.margin:
             return "failed"
-        return "passed" if self.ratio_high <= 1 + self.margin else "inconclusive"
+        return "passed" if self.ratio_high <= 1 + self.tolerance else "inconclusive"
 
 
 def run_on(
@@ -166,6 +168,7 @@ def judged(windows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> Cou
             "ratio_low": math.exp(middle - reach),
             "ratio_high": math.exp(middle + reach),
             "margin": max(tolerance, SAME_PROCESS, math.expm1(3 * control)),
+            "tolerance": max(tolerance, SAME_PROCESS),
         }
     )
 

@@ -111,11 +111,13 @@ class Parity:
 
     @property
     def worst(self) -> Check:
-        """The check with the largest value relative to its limit."""
-        return max(
-            self.checks,
-            key=lambda check: np.inf if np.isnan(check.value) else check.value / (check.limit or 1),
-        )
+        """The check with the largest value relative to its limit, of those that failed if any did."""
+
+        def beyond(check: Check) -> tuple[bool, float]:
+            ratio = np.inf if np.isnan(check.value) else check.value / (check.limit or 1)
+            return not check.passed, ratio
+
+        return max(self.checks, key=beyond)
 
 
 class Reference:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import math
 import os
 import platform
 import re
@@ -19,8 +20,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ftkit_export.runtime.errors import FtkitError
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None for numbers that JSON does not have: what was not measured or is not defined."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

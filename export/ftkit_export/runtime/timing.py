@@ -59,7 +59,8 @@ def peak_rss_bytes() -> int:
     except ImportError:  # Windows
         return 0
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts bytes
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def feeds(session: Session, image: str | None, batch: int, frame: str = "") -> list[Any]:

@@ -89,6 +89,8 @@ def test_the_enrolled_bundle_is_proven_signed_and_a_model_onnx_accepts(
     check_signature(enrolled, keys[1])
 
     manifest = read_manifest(enrolled)
+    assert (bundle / "variants" / "explain.onnx").is_file()
+    assert not (enrolled / "variants" / "explain.onnx").exists(), "its head knows the old classes"
     for forms in manifest["variants"].values():
         for file in forms.values():
             onnx.checker.check_model(onnx.load(enrolled / file), full_check=True)

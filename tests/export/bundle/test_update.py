@@ -1,5 +1,6 @@
 """A device takes only bundles that are proven on it, and is never without one."""
 
+import fcntl
 import functools
 import itertools
 import json
@@ -7,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -102,7 +104,12 @@ def test_a_newer_bundle_is_switched_to_and_back(
     assert update.rollback(device).name.startswith("2-")
     assert _version(device) == 2
     update.update(make(3), device, key=keys[1], slower=0.5)
+    three = update.current(device)
     update.update(make(4), device, key=keys[1], slower=0.5)  # while version 3 is on probation
+    with (device / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(0.3, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
+        assert update.rollback(device, bad=True, of=three).name.startswith("4-"), "3 failed, not 4"
     assert update.rollback(device, bad=True).name.startswith("2-"), "the last proven one"
     with pytest.raises(FtkitError, match="go back to"):
         update.rollback(device)
@@ -170,8 +177,17 @@ def test_a_damaged_bundle_is_replaced_and_not_gone_back_to(
 
 
 def test_a_delta_holds_what_differs_and_installs_where_the_old_one_runs(
-    device: Path, make: Make, keys: tuple[Path, Path], tmp_path: Path
+    device: Path,
+    make: Make,
+    keys: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    running = (device / "current").resolve()
+    with monkeypatch.context() as there:
+        there.chdir(shutil.copytree(running, tmp_path / "a bundle"))
+        named = ftkit("delta", running, ".", "--key", keys[1])
+    assert (named.exit_code, (tmp_path / "a bundle.delta.zip").is_file()) == (0, True), named.output
     old, new, small = make(1), make(2), tmp_path / "small.zip"
     done = ftkit("delta", old, new, "--out", small)
     assert done.exit_code == 0, done.output
@@ -262,7 +278,7 @@ def test_a_new_bundle_that_fails_its_first_frames_is_rolled_back(
     with _runner(device, "--watch", incoming) as running:
         shutil.copyfile(pictures[0], incoming / "0.png")
         assert running.stderr
-        assert "failed after 0 images (exit code 3); back to 1-" in running.stderr.readline()
+        assert "failed after 0 images (exit code 3); now 1-" in running.stderr.readline()
         shutil.copyfile(pictures[1], incoming / "1.png")
         assert running.stdout
         assert "1.png" in running.stdout.readline()

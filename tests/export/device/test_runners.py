@@ -256,6 +256,7 @@ def test_the_c_runner_takes_the_cameras_frames(camera: Path, photo: Path, tmp_pa
     (tmp_path / "odd").write_bytes(b"123")
     refused = run_(folder / "classify", "--raw", 3, 1, tmp_path / "odd")
     assert (refused.returncode, "expected NV12 with even sides" in refused.stderr) == (2, True)
+    assert "expected a raw NV12 frame" in run_(folder / "classify", photo).stderr
     frame = to_frame(np.asarray(Image.open(photo)), "nv12")
     (tmp_path / "frame").write_bytes(frame.tobytes())
     answer = Classifier(camera)(photo)
@@ -265,6 +266,22 @@ def test_the_c_runner_takes_the_cameras_frames(camera: Path, photo: Path, tmp_pa
     )
     assert found
     assert float(found[1]) == pytest.approx(answer.probability, abs=5e-3)
+
+
+@needs("make", "cc")
+def test_a_grey_cameras_c_runner_sees_pictures_in_grey(camera: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(camera / "device" / "c", tmp_path / "c"))
+    header = next(path for path in folder.glob("*.h") if "NV12" in path.read_text())
+    header.write_text(re.sub(r"(#define FORMAT )NV12", r"\1GREY", header.read_text()))
+    assert run_("make", "-C", folder).returncode == 0
+    colours = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    colours = np.kron(colours, np.ones((8, 8, 1), np.uint8))
+    grey = to_frame(colours, "grey")
+    Image.fromarray(colours).save(tmp_path / "picture.ppm")
+    (tmp_path / "frame").write_bytes(grey.tobytes())
+    by_picture = run_(folder / "classify", tmp_path / "picture.ppm").stdout.split("  ")[1:]
+    by_frame = run_(folder / "classify", "--raw", 320, 240, tmp_path / "frame").stdout
+    assert by_picture and by_picture == by_frame.split("  ")[1:]
 
 
 @needs("cmake", "g++", "apt-get")

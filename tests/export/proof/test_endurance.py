@@ -98,6 +98,15 @@ def test_pauses_that_fall_on_one_of_the_two_do_not_blur_the_ratio() -> None:
     assert passed >= 48
 
 
+def test_a_slower_model_does_not_pass_where_the_baselines_sessions_differ() -> None:
+    rng = np.random.default_rng(4)
+    course = _course(rng, np.ones(WINDOWS), ratio=1.3)
+    for window in course:
+        mean = window["mean_ms"]
+        window["mean_ms"] = window["p50_ms"] = [mean[0], mean[1], 1.2 * mean[2]]
+    assert judged(course).verdict == "inconclusive"
+
+
 def test_a_course_of_a_few_slow_runs_tells_nothing_and_says_so() -> None:
     with pytest.raises(FtkitError, match=r"found 3 in 3 s\. Try 16s"):
         judged(_course(np.random.default_rng(0), np.ones(3), ratio=1.0))

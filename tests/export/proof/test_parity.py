@@ -21,6 +21,7 @@ from ftkit_export.conversion.graph import image_form
 from ftkit_export.proof.golden import write_golden
 from ftkit_export.proof.parity import (
     RESAMPLED_PROBABILITY,
+    Check,
     Emulated,
     ExportedModel,
     Parity,
@@ -179,6 +180,13 @@ def test_wrong_preprocessing_in_the_file_fails_end_to_end_only(
 
 def test_a_wrong_temperature_fails(trained: tuple[torch.nn.Module, Core], tmp_path: Path) -> None:
     assert _failed(_compare(*trained, tmp_path, temperature=1.0)) == {"probabilities"}
+
+
+def test_a_check_that_failed_is_the_worst_whatever_its_limit() -> None:
+    """Regression: 0.1 of no tolerance at all stood behind 0.2 of one that was kept."""
+    within = Check(name="logits", group="photographs", value=0.2, limit=1.0)
+    broken = Check(name="logits", group="extremes", value=0.1, limit=0.0)
+    assert Parity(provider="cuda-fp16", checks=(within, broken)).worst == broken
 
 
 def test_nan_never_passes(trained: tuple[torch.nn.Module, Core], tmp_path: Path) -> None:

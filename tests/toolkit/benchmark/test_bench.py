@@ -11,10 +11,11 @@ import pytest
 from click.testing import Result
 from conftest import ftkit
 
-from ftkit.benchmark.budgets import Budget, as_gate, exit_code
+from ftkit.benchmark.budgets import Budget, as_gate, exit_code, judge_budgets
 from ftkit.benchmark.history import Series, append_measurement, changes, read_history
 from ftkit.report.latency_history import write_history
 from ftkit_export.proof.regression import Comparison
+from ftkit_export.runtime.latency import Start
 
 
 def _git(folder: Path, *words: str) -> None:
@@ -174,6 +175,12 @@ def test_processes_that_disagree_settle_no_budget() -> None:
     assert Budget(name="p95_ms", limit=8, values=(7.0, 8.5)).verdict == "inconclusive"
 
 
+def test_memory_that_the_system_does_not_tell_keeps_no_budget() -> None:
+    start = Start(import_ms=1, session_ms=1, first_run_ms=1, peak_rss_bytes=0)
+    (told,) = judge_budgets({"memory_mb": 50}, [start], p50_ms=None, p95_ms=None, size_bytes=1)
+    assert (told.verdict, str(told)) == ("inconclusive", "memory_mb not measured, limit 50")
+
+
 def test_the_gates_table_fits_80_columns_also_on_a_wild_machine() -> None:
     wild = Comparison(
         what="cold start",
@@ -252,6 +259,8 @@ def test_a_changed_level_is_marked_on_the_page_with_its_commit(tmp_path: Path) -
 
 SUITE = """
 import pytest
+
+pytestmark = pytest.mark.latency_budget(size_mb=1_000)  # a test's own counts before it
 
 @pytest.mark.latency_budget(p95_ms=10_000)
 def test_within(latency):

@@ -5,9 +5,12 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from conftest import TINY, ftkit, settings
 from ftkit.cli.demo import GROUP, GROUPS, write_elpv
 from ftkit.cli.main import main
 from ftkit.data.dataset import read_images
+from ftkit.utils.local_server import listening
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.verify import verify
 
@@ -27,6 +31,58 @@ def test_every_command_explains_itself_within_100_columns() -> None:
         assert result.exit_code == 0
         assert "Usage:" in result.stdout
         assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("eval", "bundle", "photos", "--max-drop", "0.01"), "--max-drop: expected --against"),
+        (("bench", "bundle", "--max-slowdown", "0.02"), "--max-slowdown: expected --against"),
+        (("bench", "bundle", "--seconds", "30"), "--seconds: expected --against"),
+        (("review", "collected", "--port", "80"), "--port: expected --serve"),
+        (("export", "run", "--runtime", "ort.tgz"), "--runtime: expected --web"),
+        (("cache", "--clear", "--unused", "30"), "--clear: expected one of"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(words: tuple[str, ...], option: str) -> None:
+    """A gate that is never asked would let everything pass."""
+    refused = ftkit(*words)
+    assert (refused.exit_code, refused.stderr.count(option)) == (2, 1), refused.output
+
+
+def test_a_packages_recipe_needs_no_docstring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "plug-1.0.dist-info"
+    place.mkdir()
+    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: plug\nVersion: 1.0\n")
+    (place / "entry_points.txt").write_text("[ftkit.recipes]\naaa_plug = plug_recipe\n")
+    (tmp_path / "plug_recipe.py").write_text("from ftkit_recipes.lite0 import recipe\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    listed = ftkit("recipes")
+    assert listed.exit_code == 0, listed.output
+    assert {"aaa_plug", "lite0"} <= {line.split()[0] for line in listed.stdout.splitlines()}
+
+
+def test_a_page_that_is_closed_while_it_is_sent_is_no_error(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    done = threading.Event()
+
+    class Large(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            try:
+                for _ in range(200):
+                    self.wfile.write(bytes(1_000_000))
+            finally:
+                done.set()
+
+    with listening(Large, 0) as port:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            client.recv(10)
+        assert done.wait(30)
+    assert capfd.readouterr().err == ""
 
 
 def test_doctor_says_which_providers_open_a_session_and_why_not() -> None:

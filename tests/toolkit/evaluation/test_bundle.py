@@ -85,7 +85,10 @@ def test_images_in_groups_are_compared_as_groups(bundle: Path, copies: Path) -> 
     grouped = ftkit(
         "eval", bundle, copies, "--against", bundle, "--group-by", "^([^/]+)/", "--json", "-"
     )
-    one, other = (json.loads(result.stdout) for result in (alone, grouped))
+    one, other = (
+        json.loads(result.stdout, parse_constant=pytest.fail) for result in (alone, grouped)
+    )
+    assert {part["effect"] for part in other["against"]["parts"].values()} == {None}, "one group"
     assert (one["metrics"]["clusters"], one["against"]["verdict"]) == (None, "accepted")
     assert (other["metrics"]["clusters"], other["against"]["compared"]["clusters"]) == (4, 4)
     widths = [

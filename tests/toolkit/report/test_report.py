@@ -94,11 +94,15 @@ def test_what_a_report_shows_is_escaped_and_has_no_place_of_this_machine(
     data["recipe"]["stages"][0]["teacher"] = "/home/somebody/teacher"
     data["recipe"]["weights"] = "/home/somebody/weights.pth"
     data["data"] = "/home/somebody/photos"
+    data |= {"root": "/home/somebody", "add": "/home/somebody/more.csv", "max_pixels": "7"}
     data["bad_files"] = [["/home/somebody/photos/a/cut.png", "truncated"]]
     data["classes"][0] = "<script>alert(1)"
     data["mistakes"][0]["image"] = data["mistakes"][0]["said"] = '<script>"&'
     write_report(tmp_path / "r.html", data, [], load_pictures(run / "mistakes"))
     text = (tmp_path / "r.html").read_text()
+    assert "--root ROOT --add ADD --max-pixels 7" in text, (
+        "another command would train another model"
+    )
     assert "somebody" not in text
     assert "<script" not in text
     assert "&lt;script&gt;&#34;&amp;" in text

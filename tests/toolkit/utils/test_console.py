@@ -19,6 +19,20 @@ def test_a_figure_is_short_and_still_tells_its_size(value: float, text: str) -> 
     assert console.short(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.8424, "0.842"),
+        (0.0, "0.000"),
+        (0.000245, "0.000245"),
+        (-0.0034567, "-0.00346"),
+        (5e5, "5e+05"),
+    ],
+)
+def test_a_figure_with_its_interval_is_never_rounded_to_nothing(value: float, text: str) -> None:
+    assert console.figure(value) == text
+
+
 def test_a_table_lines_up_and_ends_no_line_in_spaces() -> None:
     lines = console.table([("name", "ms", ""), ("fp32", "10.5", ""), ("a longer one", "9", "x")])
     rows = lines.splitlines()

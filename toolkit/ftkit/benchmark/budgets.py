@@ -114,7 +114,8 @@ def judge_budgets(
         "p50_ms": () if p50_ms is None else (p50_ms, *(start.p50_ms for start in starts)),
         "p95_ms": () if p95_ms is None else (p95_ms, *(start.p95_ms for start in starts)),
         "cold_ms": tuple(start.cold_ms for start in starts),
-        "memory_mb": tuple(start.peak_rss_bytes / 1e6 for start in starts),
+        # 0 where the system does not tell
+        "memory_mb": tuple(s.peak_rss_bytes / 1e6 for s in starts if s.peak_rss_bytes),
         "size_mb": (size_bytes / 1e6,),
     }
     return [Budget(name=name, limit=limit, values=values[name]) for name, limit in limits.items()]

@@ -120,7 +120,7 @@ class LatencyFixture:
         self._tell(row)
         limits: dict[str, float] = {}
         for marker in self._request.node.iter_markers(MARKER):
-            limits |= _limits(marker, self._request.node.nodeid)
+            limits = {**_limits(marker, self._request.node.nodeid), **limits}  # the closest first
 
         kept = judge_bench({"rows": [row], "starts": {"shipped": cold}}, limits)
         for item in kept:

@@ -291,7 +291,7 @@ def _last(output: bytes) -> Any:
 
 def _send(host: str, folder: str, files: Mapping[str, Path]) -> None:
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as archive:
+    with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1, dereference=True) as archive:
         for name, path in files.items():
             archive.add(path, arcname=name, recursive=False)
     _ssh(host, f"tar -xzf - -C {folder}", packed.getvalue())

@@ -422,6 +422,10 @@ def _check(ctx: click.Context, options: BenchOptions, host: str | None, table: b
         )
 
     gate = ("max_slowdown", "seconds")
+    if not options.against and (given := _given(ctx, *gate)):
+        raise FtkitError(
+            f"--{given[0].replace('_', '-')}: expected --against with it, found none. Try --against BASELINE"
+        )
     _refuse(ctx, "--ssh", bool(host), "batch", "image", "frame", *gate)
     measured_before = ("threads", "providers", "batch", "frame", *gate)
     _refuse(ctx, "--against FILE.json", stored and not host, *measured_before)
@@ -438,11 +442,7 @@ def _check(ctx: click.Context, options: BenchOptions, host: str | None, table: b
 
 def _refuse(ctx: click.Context, why: str, there: bool, *names: str) -> None:
     """Raise FtkitError for an option of `names` that was given but would be ignored."""
-    given = [
-        name
-        for name in names
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    ]
+    given = _given(ctx, *names)
     if there and given:
         option = f"--{given[0].replace('_', '-')}"
         raise FtkitError(f"{option}: expected no such option with {why}, found one. Leave it out")
@@ -482,3 +482,12 @@ def _check_courses(
         raise FtkitError(
             "--profile, --sustained: expected one provider, number of threads and batch, found several. Try one"
         )
+
+
+def _given(ctx: click.Context, *names: str) -> list[str]:
+    """Options that stand on the command line."""
+    return [
+        name
+        for name in names
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]

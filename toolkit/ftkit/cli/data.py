@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from ftkit.cli.options import JSON, KEY, MAX_PIXELS_OPTION, Command, write_json
+from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import write_atomically
 
 GROUP_BY = click.option(
@@ -153,6 +154,10 @@ def cache(clear: bool, unused: int | None) -> None:
     """
     from ftkit.utils import cache_folder, console
 
+    if clear and unused is not None:
+        raise FtkitError(
+            f"--clear: expected one of --clear and --unused, found both. Try --unused {unused}"
+        )
     held = cache_folder.entries()
     if clear or unused is not None:
         gone = [entry for entry in held if clear or entry.used_s >= (unused or 0) * 86_400]

@@ -76,6 +76,9 @@ def evaluate(
             f"--max-drop: expected a share between 0 and 1, found {max_drop:g}. Try 0.01"
         )
 
+    if max_drop is not None and not old:
+        raise FtkitError("--max-drop: expected --against with it, found none. Try --against OLD")
+
     echo = echo_for(as_json)
     bundles = [bundle, old] if old else [bundle]
     with unpacked(bundle, key) as new_path, unpacked(old or bundle, key) as old_path:

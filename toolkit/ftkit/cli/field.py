@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ftkit.cli.options import JSON, KEY, SIGN, Command, write_json
+from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
     from ftkit.field.review import Picture
@@ -72,7 +73,18 @@ def drift(
     "--port", type=click.IntRange(0, 65535), default=0, show_default="any free one", metavar="N"
 )
 @click.option("--open/--no-open", "show", default=True, help="Open the page in a browser.")
-def review(collected: Path, bundle: Path | None, serve: bool, port: int, show: bool) -> None:
+@KEY
+@click.pass_context
+def review(
+    ctx: click.Context,
+    /,
+    collected: Path,
+    bundle: Path | None,
+    serve: bool,
+    port: int,
+    show: bool,
+    key: Path | None,
+) -> None:
     """Fold near duplicates of what is in COLLECTED, order the rest with the most informative first,
     and write contact sheets and COLLECTED/review/review.csv, in which to fill in labels.
 
@@ -80,7 +92,14 @@ def review(collected: Path, bundle: Path | None, serve: bool, port: int, show: b
     """
     from ftkit.field.review import ordered, read_labels, write_review
 
-    classes = _classes(bundle) if bundle else []
+    for option, there in (("--bundle", bundle), ("--port", port)):
+        if there and not serve:
+            raise FtkitError(
+                f"{option}: expected --serve with it, whose page it is for, found none. Try --serve"
+            )
+    if key and not bundle:
+        raise FtkitError("--key: expected --bundle with it, found none. Try --bundle BUNDLE")
+    classes = _classes(bundle, key) if bundle else []
     pictures = ordered(collected)
     table = write_review(collected, pictures)
     folded = sum(len(picture.alike) for picture in pictures)
@@ -112,11 +131,11 @@ def _label(
             click.echo("")
 
 
-def _classes(bundle: Path) -> list[str]:
+def _classes(bundle: Path, key: Path | None) -> list[str]:
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.runtime.verify import read_manifest
 
-    with unpacked(bundle) as folder:
+    with unpacked(bundle, key) as folder:
         return list(read_manifest(folder)["labels"])
 
 
@@ -220,7 +239,8 @@ def shadow(ctx: click.Context, /, collected: Path, as_json: Path | None) -> None
     metavar="FILE.zip",
     help="[default: NEW.delta.zip]",
 )
-def delta(old: Path, new: Path, out: Path | None) -> None:
+@KEY
+def delta(old: Path, new: Path, out: Path | None, key: Path | None) -> None:
     """Write a zip of NEW without the files that OLD has too.
 
     A device that runs OLD installs it with `device/update.py`, which checks every file as always.
@@ -228,8 +248,9 @@ def delta(old: Path, new: Path, out: Path | None) -> None:
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.bundle.update import delta as write_delta
 
-    path = out or new.with_name(f"{new.name.removesuffix('.zip')}.delta.zip")
-    with unpacked(old) as before, unpacked(new) as after:
+    named = new.resolve()  # "." has no name
+    path = out or named.with_name(f"{named.name.removesuffix('.zip')}.delta.zip")
+    with unpacked(old, key) as before, unpacked(new, key) as after:
         left_out = write_delta(before, after, path)
     click.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB; {left_out / 1e6:.1f} MB are on the device"

@@ -486,8 +486,8 @@ def recipes(name: str | None) -> None:
 
     if name is None:
         for each in recipes_.names():
-            doc = (recipes_.load_module(each).__doc__ or "").strip().splitlines()[0]
-            click.echo(f"{each:<20} {doc}")
+            doc = (recipes_.load_module(each).__doc__ or "").strip().partition("\n")[0]
+            click.echo(f"{each:<20} {doc}".rstrip())
         return
 
     from ftkit.models.backbones import blocks, build

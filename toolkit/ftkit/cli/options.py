@@ -134,10 +134,10 @@ def echo_for(as_json: Path | None) -> Callable[..., None]:
 
 
 def write_json(path: Path | None, told: object) -> None:
-    text = json.dumps(told, indent=1, default=str) + "\n"
+    from ftkit_export.runtime.files import finite, write_atomically
+
+    text = json.dumps(finite(told), indent=1, default=str, allow_nan=False) + "\n"
     if path == Path("-"):
         click.echo(text, nl=False)
     elif path:
-        from ftkit_export.runtime.files import write_atomically
-
         write_atomically(path, text.encode())

@@ -19,12 +19,13 @@ from ftkit.data.dataset import Asked, Labelled
 from ftkit.evaluation.answers import Answers, Change, Regressed, drop_text, judged
 from ftkit.evaluation.multilabel import MultiLabelMetrics, evaluate_labels
 from ftkit.evaluation.regression import RegressionMetrics, WithBounds, evaluate_values
-from ftkit.evaluation.targets import finite, logits_behind, with_unit
+from ftkit.evaluation.targets import logits_behind, with_unit
 from ftkit.tasks.task import MultiLabel, Regression, Task
 from ftkit.utils import console
 from ftkit_export.proof.decision import Comparison
 from ftkit_export.proof.intervals import ground
 from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.files import finite
 from ftkit_export.runtime.predict import AnyModel
 from ftkit_export.runtime.readout import Labels, Values
 
@@ -271,7 +272,7 @@ class ValueAnswers(_TargetAnswers):
 
 
 def _interval(low: float | None, high: float | None) -> str:
-    return "[unknown]" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+    return console.interval(low, high) or "[unknown]"
 
 
 def _share(value: float | None) -> str:

@@ -6,7 +6,6 @@ data["metrics"]["test"]["macro_ap"]
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,20 +19,12 @@ from ftkit.evaluation.regression import evaluate_values, fit_values
 from ftkit.recipe import Recipe
 from ftkit.tasks.task import Regression, Task
 from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.files import finite
 from ftkit_export.runtime.readout import Labels, Readout, Values, sigmoid
 
 WORST = 12
 POINTS = 500  # of the residual chart
 DIGITS = 7  # of the logits that run.json keeps
-
-
-def finite(value: Any) -> Any:
-    """The same, with None for numbers that JSON does not have: what the images do not define."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metrics_of(

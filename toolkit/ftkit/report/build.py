@@ -621,7 +621,14 @@ def _training_commands(run: Data) -> list[str]:
     train = f"ftkit train DATA --recipe recipe.json --seed {run['seed']} --out run"
     if run["group_by"]:
         train += f" --group-by {shlex.quote(run['group_by'])}"
-    if run["audit"]["shared_groups"] or any(item["exact"] for item in run["audit"]["leaks"]):
+    for option, value in (("--root", run.get("root")), ("--add", run.get("add"))):
+        if value:  # the folder's name is this machine's own
+            train += f" {option} {option.strip('-').upper()}"
+    if run.get("max_pixels"):
+        train += f" --max-pixels {run['max_pixels']}"
+    audit = run["audit"]
+    alike = [*audit["leaks"], *audit["conflicts"]]
+    if audit["shared_groups"] or any(item["exact"] for item in alike):
         train += " --allow-leakage"
 
     return [f"pip install {' '.join(packages)}", train]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ftkit.report import charts
 from ftkit.report.pages import Table, where_judged
+from ftkit.utils import console
 from ftkit_export.proof.intervals import ground
 
 Data = Mapping[str, Any]
@@ -193,7 +194,7 @@ def _figure(name: str, value: float | None, test: Data, key: str) -> dict[str, A
     between = _range(test[f"{key}_low"], test[f"{key}_high"])
     return {
         "name": name,
-        "value": "" if value is None else f"{value:.3f}",
+        "value": "" if value is None else console.figure(value),
         "detail": f"{between or 'no interval'} (95 %; {ground(test['images'], test['clusters'])})",
         "bad": False,
     }

@@ -134,8 +134,10 @@ def short(value: float) -> str:
 
 
 def figure(value: float) -> str:
-    """Three decimals, as of an accuracy; four digits of values in large units."""
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+    """Three decimals, as of an accuracy; as many digits of a smaller value, four of a large one."""
+    if value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.3f}"
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
 
 
 def with_bounds(value: float | None, low: float | None, high: float | None) -> str:

@@ -5,6 +5,7 @@ with listening(handler, port=0) as number: ...
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,13 @@ from ftkit_export.runtime.errors import FtkitError
 HOSTS = ("127.0.0.1", "localhost")
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A page that is closed while it is sent is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def listening(handler: Callable[..., BaseHTTPRequestHandler], port: int) -> Iterator[int]:
     """Listen on 127.0.0.1 while the block runs; yields the port. port 0: any free one.
@@ -24,7 +32,7 @@ def listening(handler: Callable[..., BaseHTTPRequestHandler], port: int) -> Iter
     port is taken.
     """
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        server = _Server(("127.0.0.1", port), handler)
     except OSError as error:
         raise FtkitError(
             f"--port {port}: expected a free port, found {error.strerror}. Try another"

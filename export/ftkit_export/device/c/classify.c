@@ -101,6 +101,9 @@ static Image read_ppm(const char *path) {
   image.rgb = need(bytes);
   memcpy(image.rgb, data + at, bytes);
   free(data);
+  if (FORMAT == NV12) fail(path, "expected a raw NV12 frame, which this model was proven on, found a PPM. Try --raw ROWS COLUMNS");
+  if (FORMAT == GREY)
+    for (uint8_t *rgb = image.rgb; rgb < image.rgb + bytes; rgb += 3) memset(rgb, (19595 * rgb[0] + 38470 * rgb[1] + 7471 * rgb[2] + 32768) >> 16, 3);
   return image;
 }
 
