@@ -21,8 +21,10 @@ from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
 from ftkit.evaluation.model import Inference, familiar
 from ftkit.recipe import load_recipe
+from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training import loader
 from ftkit.training.closed_form import default_folds
+from ftkit.training.fold_decision import losses_of, verdict_of
 from ftkit.training.folds import make_folds, read_with_folds
 from ftkit.training.run import fold_models, open_run
 from ftkit_export.runtime.errors import FtkitError
@@ -322,6 +324,25 @@ def test_a_stage_that_breaks_or_is_surely_worse_costs_a_fold_and_is_left_out(
     assert stages[1]["kept"] is False
     assert stages[1]["folds"] < 5, "a whole training is not spent on it"
     assert stages[1]["gain"][2] < 0 or stages[1]["folds"] == 0
+
+
+def test_a_gain_that_is_open_is_decided_by_the_loss() -> None:
+    """The better of two models is found more often than by the accuracy of the same images."""
+    random = np.random.default_rng(0)
+    found = {"loss": 0, "accuracy": 0}
+    for _ in range(100):
+        labels = random.integers(4, size=150)
+        signal = np.eye(4)[labels]
+        noise = random.normal(0, 1, (150, 4))
+        before = 1.5 * signal + noise  # 72 % right
+        after = 4 * (1.7 * signal + noise + random.normal(0, 0.3, (150, 4)))  # 76 %, and too sure
+        compared = SINGLE_LABEL.compare(before, after, labels, [""] * 150, 1)
+        verdict = verdict_of(compared, 0.01)
+        losses = losses_of(SINGLE_LABEL, verdict, before, after, labels)
+        assert (losses is None) == (verdict in ("better", "worse"))
+        found["loss"] += losses[1] < losses[0] if losses else verdict == "better"
+        found["accuracy"] += compared.drop < 0
+    assert found["loss"] >= 90 > found["accuracy"], found
 
 
 def test_a_stage_that_is_surely_better_is_trained_on_as_many_images_as_8_bits_need(

@@ -54,14 +54,17 @@ def test_training_learns(run: Path) -> None:
 
 def test_the_best_stage_by_validation_is_kept(run: Path) -> None:
     stages = json.loads((run / "run.json").read_text())["stages"]
-    scores = [(stage["val_accuracy"], -stage["val_nll"]) for stage in stages]
     assert stages[0]["kept"]
-    assert stages[1]["kept"] == (scores[1] > scores[0])
     gain, low, high = stages[1]["gain"]
-    assert gain == pytest.approx(scores[1][0] - scores[0][0])
+    assert gain == pytest.approx(stages[1]["val_accuracy"] - stages[0]["val_accuracy"])
     assert low < gain < high, "twelve images settle little"
+    assert stages[1]["verdict"] == "open"
+    before, after = stages[1]["losses"]
+    assert after <= stages[1]["val_nll"] + 1e-6, "at the temperature that fits best"
+    assert before <= stages[0]["val_nll"] + 1e-6
+    assert stages[1]["kept"] == (after < before)
     val = json.loads((run / "run.json").read_text())["metrics"]["val"]
-    assert val["accuracy"] == pytest.approx(max(scores)[0])
+    assert val["accuracy"] == pytest.approx(stages[int(stages[1]["kept"])]["val_accuracy"])
 
 
 def test_the_frozen_part_is_the_pretrained_one_bit_for_bit(run: Path) -> None:

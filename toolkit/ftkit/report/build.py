@@ -356,6 +356,8 @@ def _verdict_of_stage(stage: Data) -> str:
     words = ["kept" if stage["kept"] else "left out"]
     if sure := known.get(str(stage.get("verdict"))):  # not in older runs
         words.append(sure)
+    if stage.get("losses"):
+        words.append("by the loss")
     return ", ".join(words)
 
 

@@ -25,6 +25,7 @@ from sklearn.metrics import average_precision_score
 
 from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import Images
+from ftkit.evaluation.metrics import least_nll
 from ftkit.recipe import Export, Recipe, Stage
 from ftkit.tasks.losses import (
     Batch,
@@ -104,6 +105,10 @@ class Task(ABC):
         self, before: Array, after: Array, targets: Array, groups: Sequence[str], looks: int
     ) -> Comparison:
         """What is lost from logits `before` to `after`, (n, K)."""
+
+    def deciding_loss(self, logits: Array, targets: Array) -> float | None:
+        """What decides between two models that the metric leaves open; None: the metric all the same."""
+        return None
 
     def part(self, place: int) -> Task:
         """The task of one label or quantity alone."""
@@ -193,6 +198,11 @@ class SingleLabel(Task):
     ) -> Comparison:
         """As Task.compare: accuracy, paired."""
         return paired(self._right(before, targets), self._right(after, targets), groups, looks)
+
+    def deciding_loss(self, logits: Array, targets: Array) -> float | None:
+        """As Task.deciding_loss: the loss of calibrated answers, in which every image tells something, and
+        not only those whose answer changes (bench/README.md, "Stages that accuracy leaves open")."""
+        return least_nll(logits, targets)
 
     def limit(self, export: Export) -> float:
         """As Task.limit."""

@@ -6,8 +6,8 @@
     decision.better, str(decision)             # whether the stage is kept; a line for the trace
 
 A stage is kept when it is surely better, and also when all folds are trained and it is still open,
-but better on them. The bounds hold for all looks at a stage together: half of the error rate is the
-last look's, the earlier ones share the rest.
+but has the lower loss on them (of labels and numbers: the better figure). The bounds hold for all
+looks at a stage together: half of the error rate is the last look's, the earlier ones share the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ftkit.tasks.task import SINGLE_LABEL
+from ftkit.tasks.task import SINGLE_LABEL, Task
 from ftkit.training.checkpoint import TrainState
 from ftkit.training.work import Work
 from ftkit.utils import console
@@ -70,6 +70,25 @@ def verdict_of(compared: Comparison, limit: float) -> Verdict:
     if compared.low > 0:
         return "worse"
     return "equal" if max(-compared.low, compared.high) <= limit else "open"
+
+
+def losses_of(
+    task: Task, verdict: Verdict, before: Array, after: Array, targets: Array
+) -> tuple[float, float] | None:
+    """Task.deciding_loss without a stage and with it; None where the verdict decides, or the figure."""
+    if verdict in ("better", "worse"):
+        return None
+    losses = (task.deciding_loss(before, targets), task.deciding_loss(after, targets))
+    return None if losses[0] is None or losses[1] is None else (losses[0], losses[1])
+
+
+def losses_in_words(losses: tuple[float, float] | None) -> str:
+    """What decided; "" where the losses did not."""
+    return (
+        f"  so the loss decides: {losses[0]:.3f} without it, {losses[1]:.3f} with it"
+        if losses
+        else ""
+    )
 
 
 def in_words(compared: Comparison, verdict: Verdict, limit: float) -> str:
@@ -235,7 +254,17 @@ class StageDecision:
             return True
         if self.verdict in ("better", "worse"):
             return self.verdict == "better"
+        if losses := self.losses:
+            return losses[1] < losses[0]
         return (-self.compared.drop, -self.nll(self.after)) > (0.0, -self.nll(self.before))
+
+    @property
+    def losses(self) -> tuple[float, float] | None:
+        """As losses_of, on the folds trained so far."""
+        if self.before is None or self.after is None or self.compared is None:
+            return None
+        answers = (self.before.logits[self.rows], self.after.logits[self.rows])
+        return losses_of(self._task, self.verdict, *answers, self._labels[self.rows])
 
     def nll(self, answers: OutOfFold) -> float:
         """Of the answers on the folds trained so far."""
@@ -257,7 +286,9 @@ class StageDecision:
 
     @property
     def left_open(self) -> str:
-        """What these images can settle, and what it would take; "" if nothing is open."""
+        """What these images can settle, what it would take, and what decides instead; "" if nothing is
+        open."""
         if self.compared is None or self.verdict != "open":
             return ""
-        return what_is_open(self.compared, self._limit)
+        lines = [what_is_open(self.compared, self._limit), losses_in_words(self.losses)]
+        return "\n".join(line for line in lines if line)

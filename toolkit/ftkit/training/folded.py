@@ -331,6 +331,7 @@ def _refit(work: Work, number: int, loader: Loader, decision: StageDecision) -> 
         folds=len(decision.done),
         divisions=decision.divisions,
         verdict="late" if run.late else decision.verdict,
+        losses=decision.losses,
         gain=None if compared is None else (-compared.drop, -compared.high, -compared.low),
     )
     run.stages.append(asdict(outcome))

@@ -15,7 +15,13 @@ import torch
 
 from ftkit.training.closed_form import default_folds
 from ftkit.training.epochs import StageTraining, TrainingPart, check_frozen
-from ftkit.training.fold_decision import in_words, verdict_of, what_is_open
+from ftkit.training.fold_decision import (
+    in_words,
+    losses_in_words,
+    losses_of,
+    verdict_of,
+    what_is_open,
+)
 from ftkit.training.head_start import HeadStart, start_head
 from ftkit.training.loader import Loader
 from ftkit.training.precision import release
@@ -24,6 +30,7 @@ from ftkit.training.work import StageResult, Work, compare_circumstances
 from ftkit.utils import console
 from ftkit_export.proof.decision import Comparison
 from ftkit_export.proof.intervals import ground
+from ftkit_export.runtime.arrays import Array
 
 NEVER: Score = (-math.inf, -math.inf)
 
@@ -129,6 +136,7 @@ def _settle(training: StageTraining) -> StageResult:
     drift = None
     accuracy = 0.0
     compared = None
+    losses = None
     answers: dict[str, torch.Tensor] = {}
     stood = run.tensors("val")
     if not training.broken or moving.best:
@@ -141,7 +149,13 @@ def _settle(training: StageTraining) -> StageResult:
             compared = _compared(work, stood["logits"], answers["logits"])
 
     best = run.best or NEVER
-    better = score > best and not run.late
+    better = score > best
+    if compared is not None:
+        verdict = verdict_of(compared, work.task.limit(work.recipe.export))
+        both = (stood["logits"].numpy(), answers["logits"].numpy(), _val_labels(work))
+        losses = losses_of(work.task, verdict, *both)
+        better = losses[1] < losses[0] if losses else better
+    better = better and not run.late
     model.load_state_dict(detached(result if better else moving.before), strict=False)
     check_frozen(training)
 
@@ -158,15 +172,16 @@ def _settle(training: StageTraining) -> StageResult:
         kept=better,
         verdict=_verdict(work, compared),
         gain=None if compared is None else (-compared.drop, -compared.high, -compared.low),
+        losses=losses,
     )
 
-    _say_how_sure(work, stage.train, compared)
+    _say_how_sure(work, stage.train, compared, losses)
     if not better:
         why = "out of time" if run.late else "no better than before on val"
         console.say(f"{stage.train}: {why}; its weights are left out")
 
     run.stages.append(asdict(outcome))
-    run.best = best if run.late else max(score, best)
+    run.best = score if better else best
     run.next_stage()
     run.save(step=None, base=model.state_dict(), **({"val": answers} if better else {}))
     return outcome
@@ -183,21 +198,28 @@ def _compared(work: Work, before: torch.Tensor, after: torch.Tensor) -> Comparis
     return work.task.compare(
         before.numpy(),
         after.numpy(),
-        work.labels["val"].cpu().numpy(),
+        _val_labels(work),
         canvases.groups(canvases.rows("val")),
         1,
     )
 
 
+def _val_labels(work: Work) -> Array:
+    labels: Array = work.labels["val"].cpu().numpy()
+    return labels
+
+
 def _verdict(work: Work, compared: Comparison | None) -> str | None:
-    """What the val images settle; the stage is kept or left out by its figure all the same."""
+    """What the val images settle."""
     if work.state.late:
         return "late"
     return None if compared is None else verdict_of(compared, work.task.limit(work.recipe.export))
 
 
-def _say_how_sure(work: Work, name: str, compared: Comparison | None) -> None:
-    """Print the gain with its bounds and, where it is open, what would settle it."""
+def _say_how_sure(
+    work: Work, name: str, compared: Comparison | None, losses: tuple[float, float] | None
+) -> None:
+    """Print the gain with its bounds and, where it is open, what would settle it and what decides."""
     if compared is None:
         return
     limit = work.task.limit(work.recipe.export)
@@ -211,6 +233,8 @@ def _say_how_sure(work: Work, name: str, compared: Comparison | None) -> None:
             console.say(f"  with val's images in train, folds would decide, on {count} images")
         elif not work.recipe.folds:
             console.say(f"  without --folds 0, folds would decide, on {count} images")
+        if losses:
+            console.say(losses_in_words(losses))
 
 
 def remember_pristine(work: Work, loader: Loader, held: Held) -> None:

@@ -39,7 +39,8 @@ class StageResult:
     the val embeddings with the pretrained backbone's, 1 = unchanged. val_nll and drift are None if
     the loss was no longer finite. folds, divisions: trained on, with folds. gain: over what stood
     before, on the folds' images or on val, in accuracy (or that figure), with its bounds. verdict:
-    what these settled (fold_decision.Verdict), or "late" where --minutes ended the stage.
+    what these settled (fold_decision.Verdict), or "late" where --minutes ended the stage. losses: without
+    the stage and with it, where they decided.
     """
 
     train: str
@@ -55,6 +56,7 @@ class StageResult:
     divisions: int = 1
     verdict: str | None = None
     gain: tuple[float, float, float] | None = None
+    losses: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
