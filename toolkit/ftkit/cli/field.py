@@ -74,10 +74,7 @@ def drift(
 )
 @click.option("--open/--no-open", "show", default=True, help="Open the page in a browser.")
 @KEY
-@click.pass_context
 def review(
-    ctx: click.Context,
-    /,
     collected: Path,
     bundle: Path | None,
     serve: bool,
@@ -248,7 +245,7 @@ def delta(old: Path, new: Path, out: Path | None, key: Path | None) -> None:
     from ftkit_export.bundle.archive import unpacked
     from ftkit_export.bundle.update import delta as write_delta
 
-    named = new.resolve()  # "." has no name
+    named = new.resolve() if new.name in ("", "..") else new
     path = out or named.with_name(f"{named.name.removesuffix('.zip')}.delta.zip")
     with unpacked(old, key) as before, unpacked(new, key) as after:
         left_out = write_delta(before, after, path)

@@ -246,7 +246,7 @@ def _with_more(images: Images, path: Path) -> Images:
             f"--add {path}: expected a CSV of further images, found none. Check the path"
         )
     table = read_table(path, path.parent, images.task, labelled_only=True)
-    _require_printable(table.rows)
+    _require_utf8(table.rows)
     if not table.rows:
         raise FtkitError(
             f"--add {path}: expected labelled images, found none. Fill in the label column"
@@ -475,7 +475,7 @@ def _table(data: Path, root: Path | None, group_by: str, task: str) -> tuple[Pat
     else:
         _require_class_folders(data, task)
         table = Table(rows=_from_folder(data))
-    _require_printable(table.rows)
+    _require_utf8(table.rows)
     if not table.rows and data.is_file():
         raise FtkitError(
             f"{data}: expected a row an image, found a header only. Try path,label[,split][,group]"
@@ -489,7 +489,7 @@ def _table(data: Path, root: Path | None, group_by: str, task: str) -> tuple[Pat
     return top, replace(table, rows=_grouped(top, table.rows, group_by)) if group_by else table
 
 
-def _require_printable(rows: Iterable[Row]) -> None:
+def _require_utf8(rows: Iterable[Row]) -> None:
     """Raise FtkitError for a file or folder whose name is not in UTF-8, so that no CSV or page can name it."""
     for row in rows:
         try:
