@@ -37,7 +37,7 @@ from ftkit.exporting.candidates import (
     calibration_rows,
     ranges_of,
 )
-from ftkit.exporting.export import held_out, judged_parts, metadata
+from ftkit.exporting.export import held_out, is_folded, judged_parts, metadata
 from ftkit.exporting.int8 import CORRECTION_IMAGES
 from ftkit.models.backbones import build
 from ftkit.recipe import Export
@@ -65,6 +65,7 @@ def context_of(run_folder: str) -> tuple[Context, Core]:
     model = run.backbone().model
     trace = Trace(model, run.preprocess.size)
     core = trace.core(model)
+    parts = judged_parts(run, trace, core, canvases)
     context = Context(
         reference=Reference(model),
         canvases=canvases,
@@ -77,7 +78,8 @@ def context_of(run_folder: str) -> tuple[Context, Core]:
         frame=run.data["audit"]["frame"],
         metadata=metadata(run),
         measured={},
-        judged=judged_parts(run, trace, core, canvases),
+        judged=parts,
+        folded=is_folded(parts, core),
     )
     return context, core
 

@@ -174,6 +174,24 @@ def difference(
     )
 
 
+def lost(
+    images: int, looks: int = 1, *, name: str, unit: str = "points", most: float = 1.0
+) -> Difference:
+    """The comparison of answers with some that are no numbers: everything is lost, surely."""
+    return Difference(
+        images=images,
+        drop=most,
+        low=most,
+        high=most,
+        looks=looks,
+        clusters=None,
+        df=None,
+        name=name,
+        unit=unit,
+        error=0.0,
+    )
+
+
 def paired(
     reference: Array, candidate: Array, groups: Sequence[str] | None = None, looks: int = 1
 ) -> Paired:

@@ -5,8 +5,8 @@
 
 The course is cut into stretches of even speed: binary segmentation of the windows' mean times, a cut
 kept where both sides differ by 5 % and by far more than their noise. A first stretch that is slower
-than what follows is warm-up. Throttling begins with the first stretch from which on the model stays
-10 % slower than at its fastest. A baseline, run in turn with the model, throttles alike: so its own
+than what follows is warm-up. Throttling begins with the first stretch, after a fast one, that is
+10 % slower than the fastest; it may come and go. A baseline, run in turn with the model, throttles alike: so its own
 course tells of the machine, and the ratio of both tells of the model. Throttling is looked for in
 mean times, which pauses of a processor (a CPU quota's, say) add to; the ratio is of medians, which
 leave out pauses that happened to fall on one of the two.
@@ -39,6 +39,8 @@ MOST_ALIKE = 0.9
 WARM_UP_SHARE = 0.25  # of the course, at most
 SAME_PROCESS = 0.10  # two sessions of one model in one process may differ by that
 SHORTEST_S = 20.0
+SLOW_SHARE = 0.05  # of the windows: less is no throttling
+WITHIN = (np.arange(20) + 0.5) / 20  # quantiles that stand for a window's runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Stretch:
 
 @dataclass(frozen=True, kw_only=True)
 class Sustained:
-    """Latency once it has settled: medians over its windows."""
+    """Latency of the runs once it has settled: throttled, on and off or for good, where it throttles."""
 
     mean_ms: float
     p50_ms: float
@@ -64,7 +66,8 @@ class Course:
     """The course of a model that ran without a pause.
 
     windows: as runtime/sustained.py has them. warm_up_s: 0 without one. throttled_s: time to
-    throttling, None without. slowdown: sustained over fastest, of what ran in turn. why: what the
+    throttling, None without. throttled_share: of the time from then on that is slow, less than 1 where it
+    throttles on and off. slowdown: sustained over fastest, of what ran in turn. why: what the
     system says of it, in words. ratio, with bounds: of the model's median to the baseline's; None
     without one. It fails beyond `margin`, which grows with what the two sessions of the baseline differ
     by, and passes within `tolerance`, which does not.
@@ -74,6 +77,7 @@ class Course:
     seconds: float
     warm_up_s: float
     throttled_s: float | None
+    throttled_share: float
     slowdown: float
     sustained: Sustained
     why: tuple[str, ...]
@@ -135,22 +139,23 @@ def judged(windows: Sequence[Mapping[str, Any]], tolerance: float = 0.05) -> Cou
     warm = _warm_up(parts, len(judge))
     settled = parts[warm:]
     fastest = min(settled, key=lambda part: part.mean_ms)
-    throttled = _throttled(settled[settled.index(fastest) :], fastest.mean_ms)
-    start = settled[0].first if throttled is None else throttled.first
+    slow = _slow(settled, fastest.mean_ms)
+    start = slow[0].first if slow else settled[0].first
     own = windows[start:]
+    lengths = np.diff(ends, prepend=0.0)
+    throttled = [window for part in slow for window in range(part.first, part.last)]
 
     course = Course(
         windows=windows,
         seconds=float(ends[-1]),
         warm_up_s=float(ends[settled[0].first - 1]) if settled[0].first else 0.0,
-        throttled_s=float(ends[throttled.first - 1]) if throttled else None,
-        slowdown=float(np.median(judge[start:])) / fastest.mean_ms if throttled else 1.0,
-        sustained=Sustained(
-            mean_ms=float(np.median([window["mean_ms"][0] for window in own])),
-            p50_ms=float(np.median([window["p50_ms"][0] for window in own])),
-            p95_ms=float(np.median([window["p95_ms"][0] for window in own])),
-        ),
-        why=_why(windows[fastest.first : fastest.last], own) if throttled else (),
+        throttled_s=float(ends[start - 1]) if slow else None,
+        throttled_share=float(lengths[throttled].sum() / lengths[start:].sum()) if slow else 0.0,
+        slowdown=float(np.median(judge[throttled])) / fastest.mean_ms if slow else 1.0,
+        sustained=_settled(own, lengths[start:] / means[start:].sum(1)),
+        why=_why(windows[fastest.first : fastest.last], [windows[each] for each in throttled])
+        if slow
+        else (),
     )
     if means.shape[1] == 1:
         return course
@@ -240,14 +245,38 @@ def _warm_up(parts: Sequence[Stretch], windows: int) -> int:
     return count
 
 
-def _throttled(parts: Sequence[Stretch], fastest_ms: float) -> Stretch | None:
-    """The first stretch from which on all are slower than the fastest."""
-    found = None
-    for part in reversed(parts):
-        if part.mean_ms < (1 + SLOWER) * fastest_ms:
-            break
-        found = part
-    return found
+def _slow(parts: Sequence[Stretch], fastest_ms: float) -> list[Stretch]:
+    """The slow stretches from the first on that follows a faster one, where they fill SLOW_SHARE of the
+    windows: what a first stretch was slowed down by has ended."""
+    slow = [part.mean_ms >= (1 + SLOWER) * fastest_ms for part in parts]
+    begun = slow.index(False)
+    found = [part for place, part in enumerate(parts) if slow[place] and place > begun]
+    windows = parts[-1].last - parts[0].first
+    enough = sum(part.last - part.first for part in found) >= SLOW_SHARE * windows
+    return found if enough else []
+
+
+def _settled(windows: Sequence[Mapping[str, Any]], runs: Array) -> Sustained:
+    """Of all runs of the first model in these windows. runs: how many each has, or in proportion.
+
+    A window tells its p50 and p95: half of its runs are taken as the one, and those between as even.
+    """
+    p50, p95 = (np.array([window[name][0] for window in windows]) for name in ("p50_ms", "p95_ms"))
+    above = np.clip((WITHIN - 0.5) / 0.45, 0, 1)
+    values = (p50[:, None] + (p95 - p50)[:, None] * above).ravel()
+    weights = np.repeat(runs / len(WITHIN), len(WITHIN))
+    order = np.argsort(values)
+    shares = weights[order].cumsum() / weights.sum()
+
+    def quantile(share: float) -> float:
+        return float(values[order][min(int(np.searchsorted(shares, share)), len(order) - 1)])
+
+    means = np.array([window["mean_ms"][0] for window in windows])
+    return Sustained(
+        mean_ms=float((means * runs).sum() / runs.sum()),
+        p50_ms=quantile(0.5),
+        p95_ms=quantile(0.95),
+    )
 
 
 def _why(

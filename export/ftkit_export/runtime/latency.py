@@ -341,6 +341,35 @@ def in_child(
     return json.loads(done.stdout.rstrip().rpartition("\n")[2])
 
 
+CPU_MODEL = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+
+
+def _model_of_cpu(info: Path) -> dict[str, str]:
+    """What /proc/cpuinfo has of the processors' models, also where they have no name (ARM), or one that
+    many have ("Intel(R) Xeon(R) Processor")."""
+    if not info.is_file():
+        return {}
+    kinds = dict.fromkeys(
+        " ".join(
+            value.strip()
+            for line in block.splitlines()
+            for name, _, value in [line.partition(":")]
+            if name.strip() in CPU_MODEL
+        )
+        for block in info.read_text().split("\n\n")
+    )
+    found = ", ".join(filter(None, sorted(kinds)))
+    return {"cpu_model": found} if found else {}
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
 def end_with_children() -> None:
     """Let SIGTERM end this process as an exception, so that the child which measures for it ends too."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -365,6 +394,8 @@ def machine() -> dict[str, object]:
             if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
+    elif platform.system() == "Darwin":
+        cpu = _said("sysctl", "-n", "machdep.cpu.brand_string") or cpu
 
     board = Path("/proc/device-tree/model")  # an ARM board's model name, where the CPU has none
     if board.is_file() and cpu in ("", platform.machine()):
@@ -373,6 +404,7 @@ def machine() -> dict[str, object]:
     facts: dict[str, object] = {
         **nvidia.facts(),
         "cpu": cpu,
+        **_model_of_cpu(info),
         "cores": cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

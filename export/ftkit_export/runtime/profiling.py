@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition
 from ftkit_export.runtime.timing import bound_call, feeds, in_turn, open_session, pin
 
+CONTROL_FLOW = ("If", "Loop", "Scan")
 KERNEL = "_kernel_time"  # suffix of an operator's event
 TRIMMED = 0.2  # share of the fastest, and of the slowest runs that does not count
 
@@ -58,6 +60,11 @@ def read_profile(path: Path, runs: int) -> dict[str, Any]:
         if event.get("cat") != "Node" or not event["name"].endswith(KERNEL):
             continue
         told = event["args"]
+        if told["op_name"] in CONTROL_FLOW:
+            raise FtkitError(
+                f"--profile: expected a model without control flow, found {told['op_name']}, whose body the profiler "
+                "does not tell apart. Try --profile on a part without it"
+            )
         node = nodes.setdefault(
             told["node_index"],
             {

@@ -64,34 +64,50 @@ def peak_rss_bytes() -> int:
 
 
 def feeds(session: Session, image: str | None, batch: int, frame: str = "") -> list[Any]:
-    """Inputs for a session: the image for files exported by ftkit, else noise by signature.
+    """Inputs for a session: the image, or a frame of noise, for files exported by ftkit, else noise by
+    signature.
 
     frame: size that the image is resized to, "640x480". Raises FtkitError for an input that cannot
-    be generated, or with another batch size.
+    be generated, with another batch size, or of another file with a frame, whose size it would not have.
     """
-    if image and "preprocess" in session.metadata:
+    if "preprocess" in session.metadata and (image or frame):
         return [_from_image(session, image, batch, frame)]
-    return [_noise(item.name, item.type, item.shape, batch) for item in session.inputs]
+    if frame:
+        raise FtkitError(
+            f"--frame {frame}: expected a file that ftkit exported, which takes frames of any size, found another. "
+            "Leave it out, or compare with figures of such a file"
+        )
+    first, *others = session.inputs
+    # A batch that is asked for is that of the first; tables and the like may be fixed
+    return [
+        _noise(first.name, first.type, first.shape, batch),
+        *(_noise(each.name, each.type, each.shape, batch, free=True) for each in others),
+    ]
 
 
-def _from_image(session: Session, image: str, batch: int, frame: str) -> Any:
+def _from_image(session: Session, image: str | None, batch: int, frame: str) -> Any:
     import numpy as np
 
-    from ftkit_export.runtime.preprocess import Preprocess, scaled, to_frame
+    from ftkit_export.runtime.preprocess import Preprocess, parse_frame, scaled, to_frame
 
     preprocess = Preprocess(**json.loads(session.metadata["preprocess"]))
+    if image:
+        picture = preprocess.decode(image)
+    else:
+        width, height = parse_frame(frame)
+        picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     # The image form takes a frame, the core form normalised pixels
     if session.input_names[0] != "pixels":
-        picture = scaled(preprocess.decode(image), frame)
-        camera = to_frame(picture, session.metadata.get("input_format", "rgb"))
+        camera = to_frame(scaled(picture, frame), session.metadata.get("input_format", "rgb"))
         return np.repeat(camera[None], batch or 1, axis=0)
 
-    return np.repeat(
-        preprocess.pixels(preprocess.canvas(preprocess.decode(image))[None]), batch or 1, axis=0
-    )
+    return np.repeat(preprocess.pixels(preprocess.canvas(picture)[None]), batch or 1, axis=0)
 
 
-def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) -> Any:
+def _noise(
+    name: str, kind: str, shape: Sequence[int | str | None], batch: int, *, free: bool = False
+) -> Any:
+    """free: whether a fixed first side may differ from the batch."""
     import numpy as np
 
     types = {"float": "float32", "double": "float64", "bool": "bool_"}
@@ -106,7 +122,7 @@ def _noise(name: str, kind: str, shape: Sequence[int | str | None], batch: int) 
     sizes = [size if isinstance(size, int) and size > 0 else FREE for size in shape]
     if shape and not isinstance(shape[0], int):
         sizes[0] = batch or 1
-    elif shape and batch and sizes[0] != batch:
+    elif shape and batch and sizes[0] != batch and not free:
         raise FtkitError(
             f"input {name}: expected batch {batch}, found {shape[0]} in the file. Try without --batch"
         )
@@ -327,11 +343,6 @@ def pin(conditions: Sequence[Condition]) -> None:
         os.sched_setaffinity(0, {processors()[0]})
 
 
-def _shared(condition: Condition, image: str | None) -> Callable[[], object]:
-    session = open_session(condition, shared=True)
-    return bound_call(session, condition, feeds(session, image, condition.batch, condition.frame))
-
-
 def _pairs_here(
     conditions: Sequence[Condition], image: str | None, rounds: int, seconds: float
 ) -> list[list[float]]:
@@ -340,7 +351,18 @@ def _pairs_here(
     Takes about `seconds` in all.
     """
     begun = time.perf_counter()
-    calls = [_shared(condition, image) for condition in conditions]
+    calls = []
+    batches = []
+    for condition in conditions:
+        session = open_session(condition, shared=True)
+        fed = feeds(session, image, condition.batch, condition.frame)
+        batches.append(fed[0].shape[0] if fed[0].ndim else 1)
+        calls.append(bound_call(session, condition, fed))
+    if len(set(batches)) > 1:
+        found = " and ".join(map(str, sorted(set(batches))))
+        raise FtkitError(
+            f"--against: expected files for one batch size, found {found}. Export both alike"
+        )
     pin(conditions)
     gc.disable()
 

@@ -73,6 +73,11 @@ def test_a_device_collects_and_its_log_shows_drift(
     assert all(200 <= alarm["since"] <= 300 for alarm in found["alarms"]), "it began at 240"
     for alarm in found["alarms"]:
         assert all((kept / picture).is_file() for picture in alarm["pictures"])
+    (gone,) = {alarm["pictures"][0] for alarm in found["alarms"][:1]}
+    (kept / gone).unlink()  # as the reservoir does
+    again = ftkit("drift", bundle, kept, "--json", tmp_path / "drift.json")
+    assert again.exit_code == 1
+    assert gone not in (tmp_path / "drift.json").read_text()
 
     check = _device(bundle, "--self-check", "--keep", kept)
     assert check.returncode == 0
@@ -174,4 +179,11 @@ def test_a_shadow_is_compared_and_its_labels_settle_which_is_better(
     found = json.loads((tmp_path / "shadow.json").read_text())
     assert (found["verdict"], found["frames"]) == ("first", 120)
     assert found["gain"][0] == pytest.approx(-found["differing"])
+    log = kept / "shadow.jsonl"
+    line = {**json.loads(log.read_text().splitlines()[-1]), "pair": "another", "kept": None}
+    log.write_text(log.read_text() + json.dumps(line) + "\n")
+    ftkit("shadow", kept)
+    with table.open(newline="") as file:
+        left = {row["path"]: row["label"] for row in csv.DictReader(file)}
+    assert left == {row["path"]: row["label"] for row in rows}, "labels are never lost"
     assert ftkit("shadow", tmp_path).exit_code == 2

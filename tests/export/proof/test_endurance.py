@@ -107,6 +107,25 @@ def test_a_slower_model_does_not_pass_where_the_baselines_sessions_differ() -> N
     assert judged(course).verdict == "inconclusive"
 
 
+def test_a_device_that_throttles_on_and_off_is_told_and_judged_by_all_its_runs() -> None:
+    rng = np.random.default_rng(5)
+    for begins, recovers in ((40, WINDOWS), (40, 110)):
+        speed = np.ones(WINDOWS)
+        for place in range(begins, recovers):
+            speed[place] = 2.0 if place % 30 >= 15 else 1.0
+        if recovers < WINDOWS:
+            speed[begins:recovers] = 2.0  # and it recovers in the end
+        course = judged(_course(rng, speed, mhz=2400 / speed))
+        assert course.throttled_s is not None
+        slow = (speed > 1.5)[int(course.throttled_s) :].mean()
+        assert course.throttled_share == pytest.approx(slow, abs=0.1)
+        assert course.slowdown == pytest.approx(2, rel=0.1)
+        assert "the clock fell" in course.why[0]
+        assert course.sustained.p95_ms > 8, "a third and more of the runs take 8 ms"
+        fast = judged(_course(rng, np.ones(WINDOWS)))
+        assert fast.sustained.p95_ms == pytest.approx(4.8, rel=0.1)
+
+
 def test_a_course_of_a_few_slow_runs_tells_nothing_and_says_so() -> None:
     with pytest.raises(FtkitError, match=r"found 3 in 3 s\. Try 16s"):
         judged(_course(np.random.default_rng(0), np.ones(3), ratio=1.0))

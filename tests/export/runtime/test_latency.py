@@ -7,11 +7,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from ftkit_export.proof.regression import compare_latency
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import (
     PROCESSES,
     ROUNDS,
     Condition,
+    _model_of_cpu,
     compared,
     measure,
     measure_start,
@@ -67,6 +69,43 @@ def test_a_fixed_batch_is_kept_and_another_refused(tmp_path: Path) -> None:
         FtkitError, match=r"input x: expected batch 4, found 1 in the file. Try without --batch"
     ):
         feeds(Session(path), None, 4)
+
+
+def test_a_table_of_fixed_size_does_not_need_the_batch(tmp_path: Path) -> None:
+    path = model(
+        tmp_path / "two.onnx", x=(TensorProto.FLOAT, [4, 8]), scale=(TensorProto.FLOAT, [1, 8])
+    )
+    assert [array.shape for array in feeds(Session(path), None, 4)] == [(4, 8), (1, 8)]
+
+
+def test_a_frame_is_fed_to_a_file_without_an_image_and_refused_where_it_has_no_size(
+    tmp_path: Path, bundle: Path
+) -> None:
+    """Regression: noise of 224 x 224 was compared with a baseline's frames of 1280 x 720."""
+    fed = feeds(Session(bundle / "model.onnx"), None, 1, "320x240")
+    assert [array.shape for array in fed] == [(1, 240, 320, 3)]
+    foreign = model(tmp_path / "foreign.onnx", x=(TensorProto.FLOAT, ["n", 3, "h", "w"]))
+    with pytest.raises(FtkitError, match="expected a file that ftkit exported"):
+        feeds(Session(foreign), None, 1, "320x240")
+
+
+def test_files_for_other_batches_are_not_compared(tmp_path: Path) -> None:
+    one, eight = (
+        model(tmp_path / f"{batch}.onnx", x=(TensorProto.FLOAT, [batch, 3, 8, 8]))
+        for batch in (1, 8)
+    )
+    with pytest.raises(FtkitError, match="one batch size, found 1 and 8"):
+        compare_latency(Condition(model=str(one)), Condition(model=str(eight)), seconds=5)
+
+
+def test_processors_without_a_name_are_told_apart(tmp_path: Path) -> None:
+    models = []
+    for part in ("0xd0c", "0xd4f"):
+        info = tmp_path / part
+        core = f"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: {part}\n"
+        info.write_text(f"{core}\n{core}\nHardware\t: none\n")
+        models.append(_model_of_cpu(info)["cpu_model"])
+    assert models == ["0x41 0x3 0xd0c", "0x41 0x3 0xd4f"]
 
 
 def test_what_cannot_be_made_up_is_named(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,37 @@ def test_the_history_knows_commit_machine_and_bundle_and_is_plotted(
     }, "other frames, another line"
     path.write_text(path.read_text() + "{}\n")
     assert "line 4: expected a measurement" in ftkit("report", path).stderr
+
+
+def test_cold_starts_under_other_conditions_are_other_series(
+    measured: tuple[Result, Path], tmp_path: Path
+) -> None:
+    _, repository = measured
+    line = json.loads((repository / "ftkit-bench.jsonl").read_text().splitlines()[0])
+    for row in line["rows"]:
+        row["provider"] = "cuda"
+    path = tmp_path / "history.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    (other,) = read_history(path)
+    assert not set(other["series"]) & set(
+        read_history(repository / "ftkit-bench.jsonl")[0]["series"]
+    )
+
+
+def test_sigterm_ends_the_process_that_measures(bundle: Path) -> None:
+    """Regression: it went on for as long as it was asked to, beside the next measurement."""
+    command = [sys.executable, "-m", "ftkit", "bench", str(bundle), "--sustained", "120s"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as asked:
+        deadline = time.monotonic() + 60
+        children = Path(f"/proc/{asked.pid}/task/{asked.pid}/children")
+        while not children.read_text().split():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        child = int(children.read_text().split()[0])
+        asked.send_signal(signal.SIGTERM)
+        asked.communicate(timeout=60)
+    assert asked.returncode == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{child}").exists()
 
 
 def test_a_change_point_is_where_the_level_changes_and_nowhere_else() -> None:

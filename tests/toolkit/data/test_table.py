@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ftkit.data.audit import Alike, conflicts_of
+from ftkit.data.audit import Alike, audit, conflicts_of
 from ftkit.data.audit_targets import LabelAudit, ValueAudit, audit_targets
 from ftkit.data.canvas import build_canvases
-from ftkit.data.dataset import read_images, splits_csv
+from ftkit.data.clean import _contradicting_targets, clean
+from ftkit.data.dataset import Asked, labelled, read_images, splits_csv
 from ftkit.training.folds import make_folds
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
@@ -39,6 +40,55 @@ def test_labels_are_read_from_a_list_or_from_a_column_each(tmp_path: Path) -> No
     assert one.names == other.names == ("a", "b")
     assert np.array_equal(_targets(listed), _targets(flags), equal_nan=True)
     assert np.isnan(_targets(listed)).sum() == 2, "of ?a it is not known"
+
+
+def test_columns_are_read_as_spreadsheets_and_pandas_write_them(tmp_path: Path) -> None:
+    flags = _csv(tmp_path, 'path,a,"deep\nscratch"', ["1.0,0.0", "0.0,1.0", ",1.0", "1.0,0.0"] * 4)
+    images = read_images(flags, cut_val=False)
+    assert (images.task, images.names) == ("multi-label", ("a", "deep scratch"))
+    assert np.isnan(_targets(flags)).sum() == 4
+    numbers = _csv(tmp_path, 'path,"wall\nthickness [mm]"', list("1234567890"), "numbers.csv")
+    assert read_images(numbers, cut_val=False, task="regression").names == ("wall thickness",)
+
+
+def test_a_list_says_what_does_not_apply_also_of_labels_that_no_row_names(tmp_path: Path) -> None:
+    base = _csv(tmp_path, "path,labels", ["a", "b", "a|b", ""] * 6)
+    more = _csv(tmp_path, "path,labels", ["", "a", ""], "more.csv")
+    images = read_images(base, cut_val=False, add=more)
+    added = [each.targets for each in images.images if each.path.name.startswith("more")]
+    assert sorted(added) == [(0.0, 0.0), (0.0, 0.0), (1.0, 0.0)]
+    asked = Asked(task="multi-label", names=("a", "b"), units=("", ""))
+    assert {image.targets for image in labelled(more, asked=asked)} == {(0.0, 0.0), (1.0, 0.0)}
+
+
+def test_a_cleaned_copy_keeps_all_that_is_known_of_identical_files(tmp_path: Path) -> None:
+    rows = ["1,0", "0,1"] * 10
+    table = _csv(tmp_path, "path,a,b", rows)
+    lines = table.read_text().splitlines()
+    for name in ("data.csv-0.png", "twin.png"):
+        Image.fromarray(np.full((20, 20, 3), 99, np.uint8)).save(tmp_path / name)
+    lines[1] = "data.csv-0.png,1,"
+    table.write_text("\n".join([*lines, "twin.png,,0"]) + "\n")
+    images = read_images(table, cut_val=False)
+    canvases = build_canvases(images, Preprocess(size=16, resize=16))
+    cleaned = clean(audit(images, canvases), canvases)
+    (kept,) = [
+        image for image in cleaned.images if image.path.name in ("data.csv-0.png", "twin.png")
+    ]
+    assert kept.targets == (1.0, 0.0)
+
+
+def test_what_is_not_known_contradicts_nothing() -> None:
+    targets = np.array([[1, np.nan], [1, 0], [1, np.nan], [1, 0], [0, 0]], float)
+    assert _contradicting_targets(range(5), targets, exact=False) == [4]
+    assert _contradicting_targets(range(5), targets, exact=True) == list(range(5))
+
+
+def test_the_audit_counts_labels_not_strata(tmp_path: Path) -> None:
+    table = _csv(tmp_path, "path,labels", ["a|b"] * 15 + ["a"] * 30 + [""] * 30)
+    images = read_images(table, cut_val=False)
+    told = audit(images, build_canvases(images, Preprocess(size=16, resize=16)))
+    assert told.few == ("b",), "a is there in 45 images, though b is rarer in 15 of them"
 
 
 def test_numbers_are_read_with_their_units_when_asked_for(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """Metrics of labels and of values: as scikit-learn has them, and honest on images not seen."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score
 
+from ftkit.evaluation.answers import require_numbers
 from ftkit.evaluation.multilabel import evaluate_labels, fit_labels
 from ftkit.evaluation.regression import evaluate_values, fit_values
-from ftkit.tasks.task import MultiLabel, Regression
+from ftkit.tasks.task import MultiLabel, Regression, Task
+from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.readout import Labels, sigmoid
 
 NONE = [""] * 4000
@@ -87,6 +91,23 @@ def test_probabilities_that_are_equal_near_one_are_still_ranked() -> None:
     readout = Labels(temperatures=(1.0,), thresholds=(0.5,))
     found = evaluate_labels(readout, logits.astype(np.float32), targets, ("a",), NONE[:201])
     assert found.macro_ap == pytest.approx(average_precision_score(targets[:, 0], logits[:, 0]))
+
+
+@pytest.mark.parametrize(
+    "task", [MultiLabel(), Regression(means=(0.0,), spreads=(1.0,), units=("",))]
+)
+def test_one_answer_that_is_no_number_is_a_loss_of_all(task: Task) -> None:
+    """Regression: the bounds were unknown, and the gate passed by the lower one."""
+    random = np.random.default_rng(0)
+    targets = (random.random((60, 1)) < 0.5).astype(float)
+    before = targets + random.normal(0, 0.1, (60, 1))
+    after = before.copy()
+    after[7] = np.nan
+    compared = task.compare(before, after, targets, [""] * 60, 1)
+    assert compared.low >= 1
+    assert compared.verdict(0.02) == "refused"
+    with pytest.raises(FtkitError, match="for 1 of 60 images"):
+        require_numbers(after, [Path(f"{row}.png") for row in range(60)])
 
 
 def test_what_diverged_is_never_better() -> None:

@@ -170,7 +170,12 @@ def test_the_command_of_the_budget_advice_trains(run: Path, tmp_path: Path) -> N
     from ftkit.exporting.budget_advice import _command
     from ftkit.training.run import open_run
 
-    words = shlex.split(_command(open_run(run), 64))
+    opened = open_run(run)
+    told = replace(opened, data={**opened.data, "seed": 3, "add": "/x/review.csv"})
+    assert _command(told, 64).endswith("--add /x/review.csv --seed 3"), (
+        "the same images, and splits"
+    )
+    words = shlex.split(_command(opened, 64))
     words[words.index("--out") + 1] = str(tmp_path / "smaller")
     done = ftkit(*words[1:], *settings("stages.0.epochs=1", "stages.1.epochs=1"))
     assert done.exit_code == 0, done.output

@@ -84,13 +84,36 @@ def test_labels_are_given_on_a_page_that_only_this_machine_reaches(collected: Pa
 
     with labelling(collected, pictures, ["mono-ok"]) as url:
         own = {"Origin": url.rstrip("/")}
-        assert post(url, {"number": 0, "label": "scratch, deep"}, **own) == 200
-        assert post(url, {"number": 1, "label": "mono-ok"}, **own) == 200
-        assert post(url, {"number": 1, "label": ""}, **own) == 200
-        assert post(url, {"number": 2, "label": "x"}) == 403
-        assert post(url, {"number": 2, "label": "x"}, Origin="http://elsewhere.example") == 403
-        assert post(url, {"number": 2, "label": "x"}, **own, Host="elsewhere.example") == 403
-        assert post(url, {"number": 99, "label": "x"}, **own) == 400
+        third = {"number": 2, "path": pictures[2].path, "label": "x"}
+        assert (
+            post(url, {"number": 0, "path": pictures[0].path, "label": "scratch, deep"}, **own)
+            == 200
+        )
+        assert post(url, {"number": 1, "path": pictures[1].path, "label": "خط‌خورده"}, **own) == 200
+        assert post(url, {"number": 1, "path": pictures[1].path, "label": ""}, **own) == 200
+        assert post(url, third) == 403
+        assert (
+            post(
+                url,
+                third,
+                Origin="http://elsewhere.example",
+            )
+            == 403
+        )
+        assert (
+            post(
+                url,
+                third,
+                **own,
+                Host="elsewhere.example",
+            )
+            == 403
+        )
+        assert post(url, {"number": 99, "path": pictures[2].path, "label": "x"}, **own) == 400
+        stale = {"number": 2, "path": pictures[3].path, "label": "x"}
+        assert post(url, stale, **own) == 400, (
+            "a page of another review, whose pictures had another order"
+        )
         with urllib.request.urlopen(f"{url}picture/0") as picture:
             assert picture.read() == (collected / pictures[0].path).read_bytes()
         for path in ("picture/99", "../log.jsonl", "log.jsonl"):

@@ -241,6 +241,10 @@ def test_a_device_that_cannot_be_reached_times_a_folder(
     timed = {point["name"]: point["p50_ms"] for point in told["points"] if point["p50_ms"]}
     assert timed == {name: each["p50_ms"] for name, each in there["times"].items()}
 
+    framed = _search(*ask, "--latency", times, "--frame", "4000x3000")
+    assert (framed.exit_code, "those of another search" in framed.output) == (2, True), (
+        framed.output
+    )
     for wrong in (("--p50-ms", 5), ("--latency", tmp_path / "none.json")):
         assert _search(*ask, *wrong).exit_code == 2
 
@@ -329,6 +333,21 @@ def test_a_network_of_one_input_size_and_a_val_split_are_told(photos: Path, tmp_
     done = ftkit("search", split, *ask[2:])
     assert done.exit_code == 2, done.output
     assert "expected no val split" in done.output
+
+
+def test_images_that_no_finalist_can_be_trained_on_are_told_before_anything_is_scored(
+    photos: Path, tmp_path: Path
+) -> None:
+    rows = ["path,label,group"]
+    for folder in sorted(photos.glob("*-*"))[:2]:
+        for number, path in enumerate(sorted(folder.glob("*.png"))[:12]):
+            group = "all" if folder.name == "mono-defect" else f"{folder.name}{number}"
+            rows.append(f"{path},{folder.name},{group}")
+    (tmp_path / "data.csv").write_text("\n".join(rows) + "\n")
+    asked = _search(tmp_path / "data.csv", tmp_path / "out")
+    assert asked.exit_code == 2
+    assert "or --finalists 0" in asked.output or "training images of class" in asked.output
+    assert "candidates scored" not in asked.output
 
 
 def test_the_most_accurate_is_always_timed() -> None:

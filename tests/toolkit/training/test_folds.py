@@ -20,6 +20,7 @@ from PIL import Image
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
 from ftkit.evaluation.model import Inference, familiar
+from ftkit.exporting.export import is_folded, judged_parts
 from ftkit.recipe import load_recipe
 from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training import loader
@@ -27,6 +28,7 @@ from ftkit.training.closed_form import default_folds
 from ftkit.training.fold_decision import losses_of, verdict_of
 from ftkit.training.folds import make_folds, read_with_folds
 from ftkit.training.run import fold_models, open_run
+from ftkit_export.conversion.convert import Trace
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.out_of_distribution import OutOfDistribution
 from ftkit_export.runtime.preprocess import Preprocess
@@ -379,6 +381,28 @@ def test_a_val_split_that_is_given_decides_and_patience_needs_one(
         "train", photos, "--out", tmp_path / "other", *FOLDED, *settings("stages.0.patience=2")
     )
     assert (patient.exit_code, "expected 0 with folds" in patient.stderr) == (2, True)
+
+
+def test_a_run_that_one_fold_settled_is_judged_as_folded(folded: Path, tmp_path: Path) -> None:
+    """Regression: the shipped file was then not compared with the fold's."""
+    run = Path(shutil.copytree(folded, tmp_path / "run"))
+    with np.load(run / "oof.npz") as stored:
+        held = stored["train_rows"][stored["fold"] == 0]
+        known = np.isin(stored["rows"], held)
+        cut = {
+            name: stored[name][known]
+            if name in ("rows", "logits", "embedding", "foreign")
+            else stored[name]
+            for name in stored.files
+        }
+    np.savez(run / "oof.npz", **cut)
+    opened = open_run(run)
+    trace = Trace(opened.backbone().model, opened.preprocess.size)
+    core = trace.core(opened.backbone().model)
+    images = read_images(opened.data["data"], group_by=opened.data["group_by"], cut_val=False)
+    canvases = build_canvases(images, opened.preprocess)
+    parts = judged_parts(opened, trace, core, canvases)
+    assert (len(parts), is_folded(parts, core)) == (1, True)
 
 
 def test_an_export_decides_on_the_folds_and_checks_the_shipped_file_against_them(

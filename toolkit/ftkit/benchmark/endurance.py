@@ -78,9 +78,7 @@ def course_text(course: Course) -> str:
         lines.append(f"not throttled within {course.seconds:.0f} s")
     else:
         why = "; ".join(course.why) or "this system does not tell why"
-        lines.append(
-            f"throttled after {course.throttled_s:.0f} s: {course.slowdown:.2f} times as long as at its fastest; {why}"
-        )
+        lines.append(f"{throttled_text(course)}; {why}")
     if course.ratio is not None:
         assert course.ratio_low is not None and course.ratio_high is not None
         lines.append(
@@ -90,6 +88,17 @@ def course_text(course: Course) -> str:
     return "\n".join(textwrap.fill(line, 80, subsequent_indent="  ") for line in lines)
 
 
+def throttled_text(course: Course) -> str:
+    """When it throttled, how often, and how much."""
+    often = (
+        ""
+        if course.throttled_share > ALWAYS
+        else f", on and off, {course.throttled_share:.0%} of the time"
+    )
+    return f"throttled after {course.throttled_s:.0f} s{often}: {course.slowdown:.2f} times as long as at its fastest"
+
+
+ALWAYS = 0.995  # of the time
 REGRESSION = {"passed": "no regression", "failed": "a regression", "inconclusive": "not settled"}
 
 

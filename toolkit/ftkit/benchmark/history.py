@@ -137,16 +137,21 @@ def _series(line: Mapping[str, Any]) -> dict[Series, float]:
 
     values = {}
     for row in line["rows"]:
-        threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
         more = (
             f"{'' if row['spinning'] else ', no spinning'}{'' if row['copies'] else ', no copies'}"
         )
-        condition = f"{row['variant']} on {row['provider']}, {threads}, batch {row['batch']}"
+        condition = f"{row['variant']} on {row['provider']}, {_threads(row)}, batch {row['batch']}"
         values[named(f"p50 of {condition}{more}{frames}")] = float(row["p50_ms"])
 
     for name, value in line["cold_ms"].items():
-        values[named(f"cold start of {name}")] = float(value)
+        row = next(row for row in line["rows"] if row["variant"] == name)  # as the starts were
+        how = f"on {row['provider']}, {_threads(row)}{frames}"
+        values[named(f"cold start of {name} {how}")] = float(value)
     return values
+
+
+def _threads(row: Mapping[str, Any]) -> str:
+    return f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
 
 
 def changes(values: Sequence[float]) -> list[int]:

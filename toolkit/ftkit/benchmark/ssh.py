@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 import ftkit_export
+from ftkit.utils.ending import leave, when_asked_to_end
 from ftkit_export.bundle.write import runtime_files
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.latency import Condition, Raced, Start
@@ -38,30 +39,6 @@ MAKE_FOLDER = "mktemp -d"
 CANVASES = "canvases.npy"
 RUNNING = "running"  # holds the number of the process that measures
 NEEDED = "numpy, onnxruntime and Pillow"
-# By which a scheduler, torchrun or a terminal that is closed asks to end
-ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-
-
-@contextmanager
-def _when_asked_to_end(action: Any) -> Iterator[None]:
-    """What these signals do within the block; where they are ignored (nohup), or outside of the main
-    thread, no more than before."""
-    former = {}
-    with suppress(ValueError):
-        for number in ENDING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                former[number] = signal.signal(number, action)
-    try:
-        yield
-    finally:
-        for number, before in former.items():
-            signal.signal(number, before)
-
-
-def _exit(number: int, _: object) -> None:
-    for each in ENDING:  # they may come twice, from a scheduler and from torchrun
-        signal.signal(each, signal.SIG_IGN)
-    raise SystemExit(128 + number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +63,7 @@ class Device:
         SIGTERM or SIGHUP. Raises FtkitError when the machine cannot be reached, or lacks what is
         needed.
         """
-        with _when_asked_to_end(_exit):
+        with when_asked_to_end(leave):
             yield from Device._set_up(*_parse(where))
 
     @staticmethod
@@ -118,7 +95,7 @@ class Device:
             raise
         finally:
             # Measurements count even if the connection is lost now
-            with _when_asked_to_end(signal.SIG_IGN), suppress(FtkitError):
+            with when_asked_to_end(signal.SIG_IGN), suppress(FtkitError):
                 _ssh(host, f"sh -c {shlex.quote(f'{stop}rm -rf {folder}')}")
 
     def race(

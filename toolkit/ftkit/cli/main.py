@@ -36,6 +36,7 @@ from ftkit.cli.gpus import DEVICE, GPUS, launch_again, require_gpus
 from ftkit.cli.options import KEY, MAX_PIXELS_OPTION, SIGN, Command
 from ftkit.cli.search import search
 from ftkit.utils import console
+from ftkit.utils.ending import leave, when_asked_to_end
 from ftkit.utils.errors import ToldElsewhereError
 from ftkit_export.runtime.errors import FtkitError
 
@@ -55,7 +56,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with when_asked_to_end(leave):
+                return super().invoke(ctx)
         except FtkitError as error:
             if os.environ.get("FTKIT_DEBUG") == "1":
                 raise

@@ -170,7 +170,7 @@ def audit(
 
     side = canvases.shards[0].shape[1]
     classes = images.classes
-    train = Counter(image.label for image in images.of("train"))
+    train = _examples(images)
     flat_rows = [int(row) for row in np.flatnonzero(flat)]
 
     return Audit(
@@ -188,8 +188,8 @@ def audit(
         tiny=tuple(row for row, (_, w, h) in enumerate(facts) if min(w, h) < TINY * side),
         huge=tuple(row for row, (_, w, h) in enumerate(facts) if w * h > HUGE),
         flat=tuple(flat_rows),
-        imbalance=max(train.values()) / min(train.values()),
-        few=tuple(classes[label] for label, count in sorted(train.items()) if count < FEW),
+        imbalance=max(train.values()) / max(1, min(train.values())) if train else 1.0,
+        few=tuple(name for name, count in train.items() if count < FEW),
         hint=_hint(images) if not any(image.group for image in images.images) else "",
         near_groups=near_groups,
         unjudged={
@@ -204,6 +204,18 @@ def audit(
         frame=_frame([(width, height) for _, width, height in facts]),
         targets=audit_targets(canvases.images),
     )
+
+
+def _examples(images: Images) -> dict[str, int]:
+    """How many training images there are of each class or label; {} of quantities."""
+    train = images.of("train")
+    if images.task == "regression":
+        return {}
+    if images.task == "multi-label":
+        has = np.array([image.targets for image in train]) == 1
+        return dict(zip(images.target_names, has.sum(0).tolist(), strict=True))
+    counts = Counter(image.label for image in train)
+    return {name: counts[label] for label, name in enumerate(images.classes) if counts[label]}
 
 
 def _alike(
@@ -252,11 +264,11 @@ def named(result: Audit, canvases: Canvases, most: int | None = None) -> dict[st
     return told
 
 
-def require_apart(canvases: Canvases) -> None:
+def require_apart(canvases: Canvases, otherwise: str = "--allow-leakage") -> None:
     """Raise FtkitError unless `Audit.passed` would hold.
 
     That is, if identical files or a group are in several splits, or identical files have several
-    labels.
+    labels. otherwise: the option that does without.
     """
     images = canvases.images
     copies = identical(canvases)
@@ -269,13 +281,13 @@ def require_apart(canvases: Canvases) -> None:
         raise FtkitError(
             f"{images.root}: expected train, val and test to share no image, found {len(leaks)} that they "
             f"share (e.g. {first}). See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, "
-            "or --allow-leakage"
+            f"or {otherwise}"
         )
 
     if groups:
         raise FtkitError(
             f"{images.root}: expected each group in one of train, val and test, found {len(groups)} in "
-            f"several (e.g. {groups[0]}). Try moving each to one side, or --allow-leakage"
+            f"several (e.g. {groups[0]}). Try moving each to one side, or {otherwise}"
         )
 
     if conflicts:
@@ -284,7 +296,7 @@ def require_apart(canvases: Canvases) -> None:
         )
         raise FtkitError(
             f"{images.root}: expected each image under one label, found {len(conflicts)} under several (e.g. {first}). "
-            f"See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, or --allow-leakage"
+            f"See `ftkit data {shlex.quote(str(images.root))}`; try its --fix OUT, or {otherwise}"
         )
 
 

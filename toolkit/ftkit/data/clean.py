@@ -28,7 +28,7 @@ from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import Image, Images, as_csv, below
 from ftkit.data.table import SPLITS
 from ftkit.utils import console
-from ftkit_export.runtime.arrays import spread_evenly
+from ftkit_export.runtime.arrays import Array, spread_evenly
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import folder_beside, write_atomically
 
@@ -97,6 +97,7 @@ def _remarks(result: Audit, canvases: Canvases) -> list[str]:
     across = {(item.rows, item.exact) for item in (*result.leaks, *result.conflicts)}
     inside = [item for item in result.alike if (item.rows, item.exact) not in across]
     flat = [row for row in result.flat if row not in result.emptied]
+    kind = "classes" if images.task == "single-label" else "labels"
     half_side = f"smaller than half of the {canvases.shards[0].shape[1]} pixels trained on:"
 
     return [
@@ -108,7 +109,7 @@ def _remarks(result: Audit, canvases: Canvases) -> list[str]:
         *_listed(half_side, those(result.tiny)),
         *_listed("over 40 megapixels:", those(result.huge)),
         *_listed("of one flat colour:", those(flat)),
-        *_listed(f"classes with under {FEW} training images:", list(result.few)),
+        *_listed(f"{kind} with under {FEW} training images:", list(result.few)),
         *_listed("left blank by this recipe's crop:", those(result.emptied)),
         *(
             line
@@ -117,7 +118,7 @@ def _remarks(result: Audit, canvases: Canvases) -> list[str]:
                 f"classes without a {split} image, which {split} does not evaluate:", classes
             )
         ),
-        *_advice(result),
+        *_advice(result, kind),
         *_listed("nearly identical on several sides of the split:", sets(result.leaks, False)),
         *_listed("nearly identical under several labels:", sets(result.conflicts, False)),
         *_listed("LEAKS, identical on several sides of the split:", sets(result.leaks, True)),
@@ -143,12 +144,12 @@ def _as_set(names: Sequence[str]) -> str:
     return " = ".join(names[:4]) + more
 
 
-def _advice(result: Audit) -> list[str]:
+def _advice(result: Audit, kind: str) -> list[str]:
     """Suggested settings."""
     lines = []
     if result.imbalance > UNEVEN:
         lines.append(
-            f"classes are uneven, {result.imbalance:.0f} to 1: try --set stages.0.balance=loss"
+            f"{kind} are uneven, {result.imbalance:.0f} to 1: try --set stages.0.balance=loss"
         )
     if result.hint:
         lines.append(
@@ -317,6 +318,8 @@ def clean(result: Audit, canvases: Canvases) -> Cleaned:
         if item.rows in conflicts:
             leave_out(_contradicting(rows, images, item.exact), "contradicting")
         elif item.exact:
+            if rows:
+                left[rows[0]] = _with_all_known(left[rows[0]], [images[row] for row in rows])
             leave_out(rows[1:], "identical")
         elif any(images[row].split not in free for row in rows):
             leave_out([row for row in rows if images[row].split in free], "near duplicates")
@@ -346,13 +349,38 @@ def clean(result: Audit, canvases: Canvases) -> Cleaned:
 def _contradicting(rows: Sequence[int], images: Sequence[Image], exact: bool) -> list[int]:
     """Images of a set with several labels to remove.
 
-    All of them or, for near duplicates with a majority label, those without it.
+    All of them or, for near duplicates with a majority label, those without it; label by label, and
+    quantity by quantity, where they have several: one that is not known contradicts nothing.
     """
+    if images[rows[0]].targets if rows else ():
+        return _contradicting_targets(rows, np.array([images[row].targets for row in rows]), exact)
     counts = Counter(images[row].said for row in rows)
     most = max(counts, key=lambda said: counts[said], default=None)
     if exact or most is None or counts[most] * 2 <= len(rows):
         return list(rows) if len(counts) > 1 else []
     return [row for row in rows if images[row].said != most]
+
+
+def _contradicting_targets(rows: Sequence[int], targets: Array, exact: bool) -> list[int]:
+    wrong = np.zeros(len(rows), bool)
+    for column in targets.T:
+        known = ~np.isnan(column)
+        said, counts = np.unique(column[known], return_counts=True)
+        if len(said) < 2:
+            continue
+        if exact or counts.max() * 2 <= known.sum():
+            return list(rows)
+        wrong |= known & (column != said[counts.argmax()])
+    return [row for row, its in zip(rows, wrong, strict=True) if its]
+
+
+def _with_all_known(image: Image, alike: Sequence[Image]) -> Image:
+    """The image with what is known of the others, which are identical to it."""
+    targets = tuple(
+        next((value for value in values if not np.isnan(value)), np.nan)
+        for values in zip(*(other.targets for other in (image, *alike)), strict=True)
+    )
+    return replace(image, targets=targets)
 
 
 def _together(left: dict[int, Image], rows: Sequence[int]) -> None:

@@ -276,7 +276,7 @@ def _with_more(images: Images, path: Path) -> Images:
 
 
 def _with_more_targets(images: Images, path: Path, table: Table) -> Images:
-    """The same for labels and quantities: what the one does not name is not known of its images."""
+    """The same for labels and quantities: what the data do not name is not known of their images."""
     units = dict(zip(table.names, table.units, strict=True))
     for name, unit in zip(images.target_names, images.units, strict=True):
         if units.get(name, unit) != unit:
@@ -293,9 +293,11 @@ def _with_more_targets(images: Images, path: Path, table: Table) -> Images:
 
     names = in_order(path, {*images.target_names, *new}) if new else images.target_names
 
-    def placed(own: Sequence[str], targets: Sequence[float]) -> tuple[float, ...]:
+    def placed(
+        own: Sequence[str], targets: Sequence[float], absent: float = np.nan
+    ) -> tuple[float, ...]:
         known = dict(zip(own, targets, strict=True))
-        return tuple(known.get(name, np.nan) for name in names)
+        return tuple(known.get(name, absent) for name in names)
 
     items = [
         *(
@@ -308,7 +310,7 @@ def _with_more_targets(images: Images, path: Path, table: Table) -> Images:
                 label=0,
                 split=row.split or "train",
                 group=row.group,
-                targets=placed(table.names, row.targets),
+                targets=placed(table.names, row.targets, table.absent),
             )
             for row in table.rows
         ),
@@ -376,7 +378,7 @@ def labelled(
             row.path,
             row.label,
             row.group,
-            tuple(np.nan if place is None else row.targets[place] for place in places),
+            tuple(table.absent if place is None else row.targets[place] for place in places),
         )
         for row in chosen
     ]

@@ -41,6 +41,8 @@ SURPLUS = "\0"  # key of the fields of a row that exceed the header
 LINE_ENDS = "\n\r"  # labels.txt has one label per line
 BETWEEN = "|"
 UNKNOWN = "?"
+# Under a label's own name; with a gap in it, pandas writes a column as 1.0 and 0.0
+FLAGS = {"0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "": math.nan}
 
 
 class Row(NamedTuple):
@@ -57,12 +59,14 @@ class Row(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """The images of a CSV. names: the labels or the targets, () of single-label data. units: of the
-    targets, "" for none."""
+    targets, "" for none. absent: what the images are of a label that no row names: 0 where rows list
+    what applies, NaN where each label has a column."""
 
     rows: list[Row]
     task: Task = "single-label"
     names: tuple[str, ...] = ()
     units: tuple[str, ...] = ()
+    absent: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class _Line:
 def read_table(path: Path, folder: Path, task: str = AUTO, *, labelled_only: bool = False) -> Table:
     """Read a CSV whose paths are relative to `folder`.
 
-    task: "auto" goes by the columns. labelled_only: leave out rows without any label. Raises
+    task: "auto" goes by the columns. labelled_only: leave out rows that are not labelled yet. Raises
     FtkitError naming the file, and the line where there is one.
     """
     if task not in (AUTO, *TASKS):
@@ -94,7 +98,8 @@ def read_table(path: Path, folder: Path, task: str = AUTO, *, labelled_only: boo
     else:
         telling = [listed] if listed and found == "multi-label" else others
     _require_once(path, columns, telling)
-    if labelled_only:
+    # An empty list says that no label applies
+    if labelled_only and not (found == "multi-label" and listed == "labels"):
         lines = [line for line in lines if any(line.fields.get(name, "") for name in telling)]
     for line in lines:
         _require_width(line, columns)
@@ -108,6 +113,7 @@ def read_table(path: Path, folder: Path, task: str = AUTO, *, labelled_only: boo
         return Table(rows=rows)
 
     if found == "regression":
+        absent = math.nan
         names, units = zip(*map(_named_unit, others), strict=True)
         _require_once(path, names, names)
         read = [_numbers(line, others) for line in lines]
@@ -129,7 +135,7 @@ def read_table(path: Path, folder: Path, task: str = AUTO, *, labelled_only: boo
         Row(place, "", split, group, targets)
         for (place, split, group), targets in zip(places, read, strict=True)
     ]
-    return Table(rows=rows, task=found, names=tuple(names), units=tuple(units))
+    return Table(rows=rows, task=found, names=tuple(names), units=tuple(units), absent=absent)
 
 
 def in_order(where: Path, labels: Iterable[str]) -> tuple[str, ...]:
@@ -155,7 +161,7 @@ def _lines(path: Path) -> tuple[list[str], list[_Line]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restkey=SURPLUS)
-            columns = [column.strip() for column in reader.fieldnames or ()]
+            columns = [_on_one_line(column) for column in reader.fieldnames or ()]
             table = [(reader.line_num, line) for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise FtkitError(
@@ -194,9 +200,14 @@ def _require_width(line: _Line, columns: Sequence[str]) -> None:
         )
 
 
+def _on_one_line(column: str) -> str:
+    """A header as a name: spreadsheets break long ones."""
+    return " ".join(column.split())
+
+
 def _line(where: str, line: Mapping[str, Any]) -> _Line:
     fields = {
-        str(column).strip(): (text or "").strip()
+        _on_one_line(str(column)): (text or "").strip()
         for column, text in line.items()
         if column != SURPLUS
     }
@@ -213,7 +224,7 @@ def _task_of(
         return "single-label"
 
     values = {line.fields.get(name, "") for line in lines for name in others}
-    flags = bool(others) and values <= {"0", "1", ""} and values != {""}
+    flags = bool(others) and values <= FLAGS.keys() and values != {""}
     several = flags and len(others) > 1  # one column of 0 and 1 may be two classes, too
     if task == "multi-label" or (task == AUTO and ("labels" in columns or several)):
         if not (flags or {"labels", "label"} & set(columns)):
@@ -307,11 +318,11 @@ def _flags(line: _Line, columns: Sequence[str]) -> dict[str, float]:
     labels = {}
     for name in columns:
         text = line.fields[name]
-        if text not in ("0", "1", ""):
+        if text not in FLAGS:
             raise FtkitError(
                 f"{line.where}: expected 0, 1 or nothing under {name!r}, found {text!r}. Correct it"
             )
-        labels[name] = float(text) if text else math.nan
+        labels[name] = FLAGS[text]
     return labels
 
 

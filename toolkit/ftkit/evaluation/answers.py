@@ -14,7 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ftkit_export.proof.decision import Comparison, Verdict
+from ftkit_export.runtime.arrays import Array
+from ftkit_export.runtime.errors import FtkitError
 
 LISTED = 20  # regressed images that are printed; --json has them all
 
@@ -60,6 +64,17 @@ class Change:
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+
+def require_numbers(answers: Array, files: Sequence[Path]) -> None:
+    """Raise FtkitError where a file's answers (N, K) are no numbers: no metric means anything then, and the
+    first class would count as said."""
+    broken = np.flatnonzero(~np.isfinite(answers).all(1))
+    if len(broken):
+        raise FtkitError(
+            f"{files[broken[0]]}: expected numbers as the model's answer, found NaN or Inf, for {len(broken)} of "
+            f"{len(answers)} images. Do not ship it; try another variant or provider"
+        )
 
 
 def judged(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ftkit.data.dataset import Asked, Labelled
-from ftkit.evaluation.answers import Answers, Change, Regressed, drop_text, judged
+from ftkit.evaluation.answers import Answers, Change, Regressed, drop_text, judged, require_numbers
 from ftkit.evaluation.metrics import Metrics, evaluate
 from ftkit.utils import console
 from ftkit_export.proof.decision import paired
@@ -206,6 +206,7 @@ def answers_of(
             f"{images[0].path}: expected images that can be read, found none. {unreadable[0]}"
         )
 
+    require_numbers(np.stack(answers), [image.path for image in kept])
     told: dict[str, Any] = {
         "files": tuple(image.path for image in kept),
         "groups": tuple(image.group for image in kept),

@@ -225,4 +225,8 @@ def _command(run: Run, size: int) -> str:
         words += ["--group-by", run.data["group_by"]]
     if run.data["root"]:
         words += ["--root", run.data["root"]]
+    if run.data.get("add"):
+        words += ["--add", run.data["add"]]
+    if run.data["seed"]:
+        words += ["--seed", str(run.data["seed"])]
     return shlex.join(words)

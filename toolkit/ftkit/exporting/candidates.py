@@ -64,7 +64,8 @@ class Context:
     photograph: an image file for the latency; frame: the size it is resized to, "640x480".
     metadata: written into every file. measured: for a target that is not this machine, the output
     of `device/classify.py --bench` there, or empty. device: the target itself, reached over ssh.
-    reference: the framework's own answers. raced: what `times` found, by the candidates' names.
+    folded: whether the models that are judged are not the one that ships, also where one fold settled
+    all. reference: the framework's own answers. raced: what `times` found, by the candidates' names.
     """
 
     reference: Reference
@@ -79,6 +80,7 @@ class Context:
     metadata: Mapping[str, str]
     measured: Mapping[str, Any]
     judged: Sequence[HeldOutPart]
+    folded: bool = False
     device: Device | None = None
     raced: dict[tuple[str, ...], dict[str, Raced]] = field(default_factory=dict)
 
@@ -97,11 +99,6 @@ class Context:
     def limit(self) -> float:
         """What a variant may lose, as a fraction."""
         return self.task.limit(self.limits)
-
-    @property
-    def folded(self) -> bool:
-        """Whether the models that are judged are not the one that ships."""
-        return len(self.judged) > 1
 
     @property
     def target(self) -> Target:

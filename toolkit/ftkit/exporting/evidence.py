@@ -18,6 +18,7 @@ import numpy as np
 
 import ftkit
 from ftkit.benchmark.budgets import Budget, judge_budgets
+from ftkit.evaluation.answers import require_numbers
 from ftkit.evaluation.metrics import evaluate
 from ftkit.evaluation.targets import logits_behind, metrics_of
 from ftkit.exporting import variants
@@ -82,6 +83,7 @@ def file_accuracy(folder: Path, run: Run, context: Context) -> OnTest:
             progress(number, len(rows))
 
     probabilities = np.stack(answers)
+    require_numbers(probabilities, [context.canvases.images.images[row].path for row in rows])
     groups = context.canvases.groups(rows)
     framework = np.array(run.data["answers"])
     against = paired(framework == labels, probabilities.argmax(1) == labels, groups)
@@ -106,6 +108,7 @@ def _file_targets(folder: Path, run: Run, context: Context) -> OnTest:
             progress(number, len(rows))
 
     said = np.stack(answers)
+    require_numbers(said, [context.canvases.images.images[row].path for row in rows])
     targets = run.task.targets(context.canvases).numpy()[rows]
     groups = context.canvases.groups(rows)
     # The order, and the size, of logits: what answers are made of

@@ -364,6 +364,7 @@ def _prepare(
     picked = spread_evenly(canvases.rows("test"), PARITY_IMAGES)
     rows = np.random.default_rng(0).permutation(picked)
     files = [canvases.images.images[row].path for row in rows]
+    parts = judged_parts(run, trace, core, canvases)
     context = Context(
         reference=Reference(model),
         canvases=canvases,
@@ -375,7 +376,8 @@ def _prepare(
         frame=frame_of(limits, run),
         target_name=variants.resolve_target(limits.target, providers),
         measured=extras.measured,
-        judged=judged_parts(run, trace, core, canvases),
+        judged=parts,
+        folded=is_folded(parts, core),
         device=extras.device,
         metadata={**metadata(run), "input_format": limits.input_format},
     )
@@ -406,6 +408,11 @@ def judged_parts(run: Run, trace: Trace, core: Core, canvases: Canvases) -> list
             parts.append(HeldOutPart(trace.core(model).model, held, seen))
             progress(len(parts), len(folds))
     return parts
+
+
+def is_folded(parts: Sequence[HeldOutPart], core: Core) -> bool:
+    """Whether variants are judged on other models than the one that ships."""
+    return any(part.core is not core.model for part in parts)
 
 
 def _make_variants(job: Job) -> tuple[variants.Variants, Forms]:

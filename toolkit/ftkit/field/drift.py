@@ -112,7 +112,8 @@ def find_drift(bundle: Path, collected: Path) -> Drift:
 
     there = stored_test(collected, reference)
     forgotten = max(0, there.images - len(lines))
-    alarms = [_alarm(test, name, values, lines) for name in test.alarms]
+    there_still = [bool(line["kept"]) and (collected / line["kept"]).is_file() for line in lines]
+    alarms = [_alarm(test, name, values, lines, there_still) for name in test.alarms]
     if there.alarms:  # what the device found stands
         alarms += [_earlier(there, name) for name in there.alarms if name not in test.alarms]
 
@@ -159,13 +160,17 @@ def _values(test: DriftTest, line: Mapping[str, Any]) -> Array:
 
 
 def _alarm(
-    test: DriftTest, stream: str, values: Array, lines: Sequence[Mapping[str, Any]]
+    test: DriftTest,
+    stream: str,
+    values: Array,
+    lines: Sequence[Mapping[str, Any]],
+    has_picture: Sequence[bool],
 ) -> Alarm:
     alarm = test.alarms[stream]
     since = alarm["since"]
     event = test.reference.events[alarm["event"]]
     shown = values[:, test.reference.values.index(event.value)] * (1 if event.above else -1)
-    kept = [number for number in range(since, len(lines)) if lines[number]["kept"]]
+    kept = [number for number in range(since, len(lines)) if has_picture[number]]
     kept.sort(key=lambda number: -shown[number])
     return Alarm(
         stream=stream,

@@ -36,11 +36,12 @@ async function give(label) {
   const answer = await fetch("/label", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ number, label }),
+    body: JSON.stringify({ number, path: pictures[number].path, label }),
   }).catch(() => null);
   busy = false;
   if (!answer || !answer.ok) {
-    element("wrong").textContent = "This label was not written. Is ftkit still running?";
+    const why = answer && answer.status === 400 ? "Is it another review's page? Reload it." : "Is ftkit still running?";
+    element("wrong").textContent = `This label was not written. ${why}`;
     return;
   }
   element("wrong").textContent = "";

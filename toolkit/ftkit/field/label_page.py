@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 
 from ftkit.field.review import FOLDER, TABLE, Picture, read_labels, write_table
 from ftkit.utils.local_server import HOSTS, listening, names_this_machine
+from ftkit_export.bundle.enroll import FORBIDDEN
 from ftkit_export.runtime.errors import FtkitError
 
 PAGE = Path(__file__).parent / "label_page.html"
@@ -59,11 +61,15 @@ class _Labels:
             ],
         }
 
-    def give(self, number: int, label: str) -> None:
-        """Label a picture, or take its label back with "". Raises ValueError for nonsense."""
-        if not 0 <= number < len(self.pictures) or len(label) > 200 or not label.isprintable():
+    def give(self, number: int, shown: str, label: str) -> None:
+        """Label a picture, or take its label back with "". shown: its path, as the page has it, which may
+        be of an earlier review. Raises ValueError for nonsense."""
+        unfit = any(unicodedata.category(letter) in FORBIDDEN for letter in label)
+        if not 0 <= number < len(self.pictures) or len(label) > 200 or unfit:
             raise ValueError(label)
-        path = f"../{self.pictures[number].path}"
+        if self.pictures[number].path != shown:
+            raise ValueError(shown)
+        path = f"../{shown}"
         with self._lock:
             self._given.pop(path, None)
             if label:
@@ -111,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_POST(self) -> None:
-        """A label: {"number": 0, "label": "ok"}."""
+        """A label: {"number": 0, "path": "doubtful/1.png", "label": "ok"}."""
         length = self.headers.get("Content-Length", "")
         origin = self.headers.get("Origin", "")
         own = origin in [f"http://{host}:{self.server.server_port}" for host in HOSTS]  # type: ignore[attr-defined]
@@ -123,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             told = json.loads(self.rfile.read(int(length)))
-            self._labels.give(int(told["number"]), str(told["label"]).strip())
+            self._labels.give(int(told["number"]), str(told["path"]), str(told["label"]).strip())
         except (ValueError, KeyError, TypeError):
             self.send_error(400)
             return

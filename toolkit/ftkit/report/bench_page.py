@@ -11,6 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from ftkit.benchmark.endurance import throttled_text
 from ftkit.report import charts
 from ftkit.report.pages import Table, render
 from ftkit_export.proof.attribution import Explanation, Profile
@@ -113,8 +114,7 @@ def _course(course: Course) -> _Page:
         else "No warm-up that could be seen.",
         f"Not throttled within {course.seconds:.0f} s."
         if course.throttled_s is None
-        else f"Throttled after {course.throttled_s:.0f} s: {course.slowdown:.2f} times as long as at its fastest. "
-        + "; ".join(course.why),
+        else f"{throttled_text(course).capitalize()}. " + "; ".join(course.why),
     ]
     if course.ratio is not None:
         said.append(f"In turn with the baseline: {course.ratio:.3f} of its time.")

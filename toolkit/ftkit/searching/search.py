@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ftkit.benchmark.ssh import Device
+from ftkit.data.audit import require_apart
 from ftkit.options import SearchOptions, TrainOptions
 from ftkit.searching.candidates import Candidate
 from ftkit.searching.corners import Search, near_front, prepared, scored
@@ -30,12 +31,14 @@ from ftkit.searching.result import Found, budgets_of, write
 from ftkit.searching.score import Dropped
 from ftkit.searching.timing import Timing, read_times, timed_points
 from ftkit.tasks.task import MultiLabel, Regression, Task
+from ftkit.training.folds import make_folds
 from ftkit.training.run import OUT_OF_FOLD
 from ftkit.training.train import train
 from ftkit.utils import console
 from ftkit.utils.distributed import Ranks, joined
 from ftkit_export.conversion.convert import exact_float32
 from ftkit_export.runtime.arrays import Array, spread_evenly
+from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.readout import Labels, OneClass, Readout, Values
 from ftkit_export.runtime.targets import here
@@ -59,6 +62,7 @@ def search(data: str | Path, options: SearchOptions) -> Found | None:
             exact_float32()
         with _reached(options, ranks) as remote:
             task = ranks.together(lambda: prepared(Path(data), options, remote, device, ranks))
+            _require_trainable(task)
             points, dropped = scored(task)
             console.say(f"{len(points)} candidates scored; {len(dropped)} corners left early")
             known = Standing(task=task, folder=folder, points=points, dropped=dropped, begun=begun)
@@ -68,6 +72,24 @@ def search(data: str | Path, options: SearchOptions) -> Found | None:
         if known.finalists:
             known.tell()
         return known.found
+
+
+def _require_trainable(task: Search) -> None:
+    """Raise FtkitError for images or a recipe that no finalist could be trained on, before the long part."""
+    if not task.options.finalists:
+        return
+    if task.plan.patient:
+        raise FtkitError(
+            f"recipe {task.plan.name}: expected stages without patience, which needs a val split, found one with it. "
+            "Try --finalists 0, or another recipe"
+        )
+    canvases = task.canvases(*task.corners[0])
+
+    def required() -> None:
+        require_apart(canvases, "--finalists 0")
+        make_folds(canvases, FINALIST_FOLDS, task.options.seed, "--finalists 0")
+
+    task.ranks.together(required)
 
 
 def _reached(options: SearchOptions, ranks: Ranks) -> AbstractContextManager[Device | None]:
@@ -180,12 +202,14 @@ def _timing(task: Search, folder: Path, near: Sequence[Point]) -> Timing:
 
     elsewhere = not task.remote and task.target != here()
     names = sorted(point.candidate.name for point in near)
-    digest = hashlib.sha256(json.dumps([task.target, names]).encode()).hexdigest()[:12]
+    frame = task.options.frame or _size_of(paths[0], task.preprocess(*corner))
+    asked = [task.target, frame, len(task.images.names), names]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
     given = task.options.latency
     return Timing(
         target=task.target,
         photograph=paths[0],
-        frame=task.options.frame or _size_of(paths[0], task.preprocess(*corner)),
+        frame=frame,
         readout=_untrained(task.task, len(task.images.names)),
         outputs=len(task.images.names),
         weights=task.plan.weights,

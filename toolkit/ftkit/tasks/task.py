@@ -35,12 +35,14 @@ from ftkit.tasks.losses import (
     label_weights,
     value_loss,
 )
-from ftkit_export.proof.decision import Comparison, difference, paired
+from ftkit_export.proof.decision import Comparison, difference, lost, paired
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.proof.jackknife import Estimated, jackknife
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.readout import Task as TaskName
+
+MOST_RISE = 100.0  # of an error, as a share of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,15 +295,16 @@ class MultiLabel(Task):
         self, before: Array, after: Array, targets: Array, groups: Sequence[str], looks: int
     ) -> Comparison:
         """As Task.compare: macro-AP."""
+        name = "macro-AP drop"
+        if not np.isfinite(after).all() and np.isfinite(before).all():
+            return lost(len(targets), looks, name=name)
 
         def drop(rows: Array) -> float:
             return self.figure(before[rows], targets[rows]) - self.figure(
                 after[rows], targets[rows]
             )
 
-        return difference(
-            drop, len(targets), groups, looks, name="macro-AP drop", least=one_image(targets)
-        )
+        return difference(drop, len(targets), groups, looks, name=name, least=one_image(targets))
 
     def limit(self, export: Export) -> float:
         """As Task.limit."""
@@ -392,13 +395,15 @@ class Regression(Task):
         self, before: Array, after: Array, targets: Array, groups: Sequence[str], looks: int
     ) -> Comparison:
         """As Task.compare: the error's rise, as a share of it."""
+        name = "rise of the mean absolute error"
+        if not np.isfinite(after).all() and np.isfinite(before).all():
+            return lost(len(targets), looks, name=name, unit="%", most=MOST_RISE)
 
         def rise(rows: Array) -> float:
             error = self.figure(before[rows], targets[rows])
             return self.figure(after[rows], targets[rows]) / max(error, 1e-12) - 1
 
-        name = "rise of the mean absolute error"
-        return difference(rise, len(targets), groups, looks, name=name, unit="%", most=100.0)
+        return difference(rise, len(targets), groups, looks, name=name, unit="%", most=MOST_RISE)
 
     def limit(self, export: Export) -> float:
         """As Task.limit."""

@@ -94,9 +94,9 @@ def _all_in_two_groups(images: Images) -> bool:
     return min(map(len, kinds)) >= 2
 
 
-def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
+def make_folds(canvases: Canvases, wanted: int, seed: int, otherwise: str = "--folds 0") -> Folds:
     """Divide the training images, stratified by class, or by all labels; fewer folds where there are
-    fewer groups, or no class has so many images.
+    fewer groups, or no class has so many images. otherwise: the option that does without.
 
     Raises FtkitError where there are not two groups, or a class would be missing in training.
     """
@@ -108,12 +108,12 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
     count = min(wanted, len(np.unique(groups)), int(np.bincount(labels).max()))
     if count < 2 and not single:
         raise FtkitError(
-            f"--folds {wanted}: expected two groups of images or more, found one. Try more groups, or --folds 0"
+            f"--folds {wanted}: expected two groups of images or more, found one. Try more groups, or {otherwise}"
         )
     if count < 2 or (single and fewest < 2):
         raise FtkitError(
             f"--folds {wanted}: expected every class in at least two groups (or on two single images), found one in "
-            f"{fewest}. Try more groups, or --folds 0"
+            f"{fewest}. Try more groups, or {otherwise}"
         )
 
     missing: set[int] = set()
@@ -132,7 +132,7 @@ def make_folds(canvases: Canvases, wanted: int, seed: int) -> Folds:
     name = canvases.images.classes[min(missing)] if missing else one_sided
     raise FtkitError(
         f"--folds {wanted}: expected images of every class outside every fold, found none of {name!r} outside one. "
-        "Try more groups of it, fewer folds, or --folds 0"
+        f"Try more groups of it, fewer folds, or {otherwise}"
     )
 
 

@@ -193,7 +193,7 @@ static void answer(const char *name, Image image) {
   printf("%s", name);
   for (int c = 0; c < CLASSES; ++c) {
     double probability = 1 / (1 + exp(-logits[0][c] / TEMPERATURES[c]));
-    if (probability < THRESHOLDS[c]) continue;
+    if (!(probability >= THRESHOLDS[c])) continue; /* nor NaN */
     printf("%s%s %.3f", before, LABELS[c], probability);
     before = ", ";
   }

@@ -63,7 +63,7 @@ async function replay() { // golden/raw, as ftkit_export.proof.golden wrote it
     let apart = 0;
     for (let j = 0; j < classes; j++) {
       const gap = Math.abs(answers[j] - expected[i * classes + j]) / (valued() ? model.readout.spreads[j] : 1);
-      apart = gap <= apart ? apart : gap; // NaN stays
+      apart = Number.isNaN(apart) || gap <= apart ? apart : gap; // NaN stays
     }
     if (!(apart <= Number(limit))) failed++;
     worst = Math.max(worst, Number.isNaN(apart) ? Infinity : apart / Number(limit));
