@@ -358,7 +358,7 @@ def _pairs_here(
         fed = feeds(session, image, condition.batch, condition.frame)
         batches.append(fed[0].shape[0] if fed[0].ndim else 1)
         calls.append(bound_call(session, condition, fed))
-    if len(set(batches)) > 1:
+    if len({condition.batch for condition in conditions}) == 1 and len(set(batches)) > 1:
         found = " and ".join(map(str, sorted(set(batches))))
         raise FtkitError(
             f"--against: expected files for one batch size, found {found}. Export both alike"

@@ -1,5 +1,6 @@
 """`ftkit bench`, its history and the pytest plugin, on the shared bundle."""
 
+import copy
 import json
 import os
 import signal
@@ -240,15 +241,14 @@ def test_cold_starts_under_other_conditions_are_other_series(
     measured: tuple[Result, Path], tmp_path: Path
 ) -> None:
     _, repository = measured
-    line = json.loads((repository / "ftkit-bench.jsonl").read_text().splitlines()[0])
+    before = json.loads((repository / "ftkit-bench.jsonl").read_text().splitlines()[0])
+    line, path = copy.deepcopy(before), tmp_path / "history.jsonl"
     for row in line["rows"]:
         row["provider"] = "cuda"
-    path = tmp_path / "history.jsonl"
-    path.write_text(json.dumps(line) + "\n")
-    (other,) = read_history(path)
-    assert not set(other["series"]) & set(
-        read_history(repository / "ftkit-bench.jsonl")[0]["series"]
-    )
+    path.write_text(json.dumps(before) + "\n" + json.dumps(line) + "\n")
+    here, other = (set(each["series"]) for each in read_history(path))
+    assert len(here) == len(other)
+    assert not here & other
 
 
 def test_sigterm_ends_the_process_that_measures(bundle: Path) -> None:

@@ -286,7 +286,8 @@ def test_a_late_finalist_is_judged_on_what_it_answered(
     run = open_run(out / told["pick"]["run"])
     labels = np.array([image.label for image in _images(run.data["data"])])
     right = held["logits"].argmax(1) == labels[held["rows"]]
-    assert (again["pick"]["run"], again["images"]) == (told["pick"]["run"], kept.sum())
+    assert (again["pick"]["run"], again["compared_on"]) == (told["pick"]["run"], kept.sum())
+    assert again["images"] == len(kept), "the others were scored on all"
     assert again["pick"]["figure"] == pytest.approx(right.mean())
 
 

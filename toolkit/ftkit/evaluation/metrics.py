@@ -366,19 +366,6 @@ def _temperature(logits: Array, labels: Array) -> float:
     )
 
 
-def least_nll(logits: Array, labels: Array) -> float:
-    """Mean NLL at the temperature that fits these very images best.
-
-    A model that is only too sure of itself is not the worse for it: its temperature is fitted later.
-    """
-
-    def loss(log_t: float) -> float:
-        return float(_nll(logits, labels, math.exp(log_t)).mean())
-
-    bounds = math.log(COLDEST), math.log(HOTTEST)
-    return float(minimize_scalar(loss, bounds=bounds, method="bounded").fun)
-
-
 def _nll(logits: Array, labels: Array, temperature: float) -> Array:
     """NLL of each image, (N,)."""
     losses: Array = -log_softmax(logits.astype(np.float64) / temperature, axis=1)[

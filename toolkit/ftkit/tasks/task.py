@@ -25,7 +25,6 @@ from sklearn.metrics import average_precision_score
 
 from ftkit.data.canvas import Canvases
 from ftkit.data.dataset import Images
-from ftkit.evaluation.metrics import least_nll
 from ftkit.recipe import Export, Recipe, Stage
 from ftkit.tasks.losses import (
     Batch,
@@ -33,6 +32,7 @@ from ftkit.tasks.losses import (
     class_weights,
     label_loss,
     label_weights,
+    least_nll,
     value_loss,
 )
 from ftkit_export.proof.decision import Comparison, difference, lost, paired
