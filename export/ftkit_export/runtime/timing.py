@@ -77,6 +77,8 @@ def feeds(session: Session, image: str | None, batch: int, frame: str = "") -> l
             f"--frame {frame}: expected a file that ftkit exported, which takes frames of any size, found another. "
             "Leave it out, or compare with figures of such a file"
         )
+    if not session.inputs:
+        raise FtkitError("model: expected inputs, found none. There is nothing to measure")
     first, *others = session.inputs
     # A batch that is asked for is that of the first; tables and the like may be fixed
     return [
