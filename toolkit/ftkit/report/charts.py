@@ -18,7 +18,7 @@ from ftkit.benchmark.history import AFTER, BEFORE, changes
 
 WIDTH = 460
 HEIGHT = 224
-LEFT = 46
+LEFT = 56  # room for six characters
 RIGHT = 12
 TOP = 12
 BOTTOM = 36
