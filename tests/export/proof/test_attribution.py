@@ -10,7 +10,9 @@ from conftest import ftkit
 from onnx import TensorProto, helper
 
 from ftkit_export.proof.attribution import explain
+from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.latency import Condition
+from ftkit_export.runtime.profiling import read_profile
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,14 @@ def test_the_gate_says_why(core: Path, bundle: Path, tmp_path: Path) -> None:
     told = json.loads((tmp_path / "gate.json").read_text())["why"]
     assert told["causes"][0]["blamed"]
     assert "<svg" in (tmp_path / "why.html").read_text()
+
+
+def test_a_loops_body_is_not_mistaken_for_other_operators(tmp_path: Path) -> None:
+    event = {"cat": "Node", "name": "loop_kernel_time", "dur": 9, "ts": 1}
+    told = {"op_name": "Loop", "provider": "CPUExecutionProvider", "node_index": "1"}
+    (tmp_path / "profile.json").write_text(json.dumps([{**event, "args": told}]))
+    with pytest.raises(FtkitError, match="without control flow, found Loop"):
+        read_profile(tmp_path / "profile.json", 1)
 
 
 def test_a_profile_of_one_file_adds_up(core: Path, bundle: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ftkit_export.proof.drift_reference import Seen, make_reference
-from ftkit_export.runtime.drift import DriftTest, Reference
+from ftkit_export.runtime.drift import SAMPLED, DriftTest, Reference, frame_statistics
 
 CLASSES = ["a", "b", "c"]
 
@@ -148,6 +148,18 @@ def test_frames_of_other_images_count_where_the_test_images_do_not_contradict_th
 
     darker = _with_frames(random, test - 40, others)  # a test split of another camera
     assert not _fed(DriftTest(darker), images).alarms
+
+
+def test_an_older_reference_keeps_its_text_and_its_frames_sampling() -> None:
+    reference = _reference(np.random.default_rng(4))
+    told = json.loads(reference.to_json())
+    assert told.pop("sampled") == reference.sampled == SAMPLED
+    text = json.dumps(told, indent=1, ensure_ascii=False) + "\n"
+    older = Reference.from_json(text)
+    assert older.sampled == 96
+    assert older.to_json() == text, "its hash is its name in a log"
+    frame = np.random.default_rng(5).integers(0, 256, (200, 200, 3), np.uint8)
+    assert not np.allclose(frame_statistics(frame, "rgb", 96), frame_statistics(frame, "rgb"))
 
 
 def test_a_damaged_reference_is_refused() -> None:

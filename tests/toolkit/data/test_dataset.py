@@ -44,6 +44,14 @@ def test_names_with_digits_that_are_no_numbers_are_sorted_as_text(tmp_path: Path
     assert len(read_images(_folder(tmp_path, **{"①": 5, "10²": 5, "9": 5})).classes) == 3
 
 
+def test_another_grouping_of_the_same_images_is_told_apart(tmp_path: Path) -> None:
+    """A search's finalist and a resumed run go by it."""
+    _folder(tmp_path, a=12, b=12)
+    found = {read_images(tmp_path, 0, by).grouping for by in ("", "[0-9]+", "[0-9]+[.]png")}
+    assert len(found) == 3
+    assert "" in found, "as before there were any"
+
+
 def test_hidden_folders_hold_no_images(tmp_path: Path) -> None:
     """Thumbnails that a file server keeps there would be near copies on the other side of a split."""
     _folder(tmp_path, a=6, b=6)

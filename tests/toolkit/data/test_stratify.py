@@ -36,6 +36,10 @@ def test_every_label_is_divided_as_the_images_are() -> None:
     assert (off * np.c_[targets == 1, targets == 0].sum(0)).max() <= 2
 
 
+def test_any_seed_divides() -> None:
+    assert set(divide(_labels(40), np.arange(40), (0.5, 0.5), seed=-1)) == {0, 1}
+
+
 def test_what_belongs_together_stays_together() -> None:
     targets = _labels(600)
     together = np.random.default_rng(3).integers(0, 60, 600)

@@ -220,6 +220,21 @@ def test_weights_come_from_a_file_and_must_fit(photos: Path, tmp_path: Path) -> 
     )
 
 
+def test_another_efficientnets_weights_and_a_size_that_is_not_taken_are_refused(
+    photos: Path, tmp_path: Path
+) -> None:
+    state = {"_blocks.0._se_reduce.weight": torch.zeros(1)}
+    safetensors.torch.save_file(state, tmp_path / "b0.safetensors")
+    other = ftkit(
+        "train", photos, "--out", tmp_path / "run", "--weights", tmp_path / "b0.safetensors"
+    )
+    assert (other.exit_code, "those of another EfficientNet" in other.stderr) == (2, True)
+    small = settings("backbone=vit_tiny_patch16_224", "weights=none", "preprocess.size=160")
+    unfit = ftkit("train", photos, "--out", tmp_path / "run", *small)
+    assert (unfit.exit_code, "for an image of 160 x 160 pixels" in unfit.stderr) == (2, True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_existing_run_folder_is_never_written_into(photos: Path, run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     result = ftkit("train", photos, "--out", run)
