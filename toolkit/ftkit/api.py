@@ -160,15 +160,16 @@ def export(run: Run | str | Path, options: ExportOptions) -> Exported:
     providers = parse_providers(",".join(options.providers))
     opened = run if isinstance(run, Run) else _opened(Path(run), options.data)
     folder = (opened.folder.parent if opened.so_far else opened.folder).resolve()
-    if not isinstance(run, Run) and (Path(run) / SEARCHED).is_file():
-        folder = Path(run).resolve()
+    searched = None if isinstance(run, Run) or not (Path(run) / SEARCHED).is_file() else Path(run)
+    if searched:
+        folder = searched.resolve()
     out = Path(options.out) if options.out else folder.with_name(f"{folder.name}-bundle")
     files = web_runtime(Path(options.runtime) if options.runtime else None) if options.web else None
 
     plan = opened.recipe
-    if not isinstance(run, Run) and (Path(run) / SEARCHED).is_file():
+    if searched:
         # Its budgets; the run may have been trained by an earlier search, with others
-        plan = replace(plan, export=load_recipe(str(run)).export)
+        plan = replace(plan, export=load_recipe(str(searched)).export)
     with Device.reached(options.on) if options.on else nullcontext() as device:
         limits = _limits(options, plan, device)
         extras = Extras(

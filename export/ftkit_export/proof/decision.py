@@ -177,7 +177,8 @@ def difference(
 def lost(
     images: int, looks: int = 1, *, name: str, unit: str = "points", most: float = 1.0
 ) -> Difference:
-    """The comparison of answers with some that are no numbers: everything is lost, surely."""
+    """The comparison of answers with some that are no numbers: everything is lost, surely. most: as in
+    `difference`."""
     return Difference(
         images=images,
         drop=most,

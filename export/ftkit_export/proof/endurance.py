@@ -6,10 +6,10 @@
 The course is cut into stretches of even speed: binary segmentation of the windows' mean times, a cut
 kept where both sides differ by 5 % and by far more than their noise. A first stretch that is slower
 than what follows is warm-up. Throttling begins with the first stretch, after a fast one, that is
-10 % slower than the fastest; it may come and go. A baseline, run in turn with the model, throttles alike: so its own
-course tells of the machine, and the ratio of both tells of the model. Throttling is looked for in
-mean times, which pauses of a processor (a CPU quota's, say) add to; the ratio is of medians, which
-leave out pauses that happened to fall on one of the two.
+10 % slower than the fastest; it may come and go. A baseline, run in turn with the model, throttles
+alike: so its own course tells of the machine, and the ratio of both tells of the model. Throttling is
+looked for in mean times, which pauses of a processor (a CPU quota's, say) add to; the ratio is of
+medians, which leave out pauses that happened to fall on one of the two.
 """
 
 from __future__ import annotations
@@ -259,10 +259,11 @@ def _slow(parts: Sequence[Stretch], fastest_ms: float) -> list[Stretch]:
 def _settled(windows: Sequence[Mapping[str, Any]], runs: Array) -> Sustained:
     """Of all runs of the first model in these windows. runs: how many each has, or in proportion.
 
-    A window tells its p50 and p95: half of its runs are taken as the one, and those between as even.
+    A window tells its p50 and p95 alone: its faster half is taken to last its p50, the slowest 5 % its
+    p95, and those between to lie evenly.
     """
     p50, p95 = (np.array([window[name][0] for window in windows]) for name in ("p50_ms", "p95_ms"))
-    above = np.clip((WITHIN - 0.5) / 0.45, 0, 1)
+    above = np.clip((WITHIN - 0.5) / (0.95 - 0.5), 0, 1)
     values = (p50[:, None] + (p95 - p50)[:, None] * above).ravel()
     weights = np.repeat(runs / len(WITHIN), len(WITHIN))
     order = np.argsort(values)

@@ -273,8 +273,9 @@ def frame_statistics(frame: Array, input_format: str, sampled: int = SAMPLED) ->
     """Brightness, contrast, sharpness, and red and blue relative to green, of a frame (H, W, C) uint8
     in the model's input format (preprocess.to_frame): (5,) float64, in grey levels.
 
-    Taken from about `sampled` rows and columns, in tens of microseconds. Sharpness: the mean difference between
-    neighbours in a row, relative to the contrast. Formats without colour planes have no red and blue.
+    Taken from about `sampled` rows and columns, in tens of microseconds. Sharpness: the mean difference
+    between neighbours in a row, relative to the contrast. Formats without colour planes have no red and
+    blue.
     """
     if input_format == "nv12":
         frame = frame[: frame.shape[0] * 2 // 3]

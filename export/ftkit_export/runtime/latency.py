@@ -349,15 +349,10 @@ def _model_of_cpu(info: Path) -> dict[str, str]:
     many have ("Intel(R) Xeon(R) Processor")."""
     if not info.is_file():
         return {}
-    kinds = dict.fromkeys(
-        " ".join(
-            value.strip()
-            for line in block.splitlines()
-            for name, _, value in [line.partition(":")]
-            if name.strip() in CPU_MODEL
-        )
-        for block in info.read_text().split("\n\n")
-    )
+    kinds = set()
+    for block in info.read_text().split("\n\n"):
+        fields = [line.partition(":") for line in block.splitlines()]
+        kinds.add(" ".join(value.strip() for name, _, value in fields if name.strip() in CPU_MODEL))
     found = ", ".join(filter(None, sorted(kinds)))
     return {"cpu_model": found} if found else {}
 

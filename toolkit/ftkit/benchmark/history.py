@@ -144,9 +144,12 @@ def _series(line: Mapping[str, Any]) -> dict[Series, float]:
         values[named(f"p50 of {condition}{more}{frames}")] = float(row["p50_ms"])
 
     for name, value in line["cold_ms"].items():
-        row = next(row for row in line["rows"] if row["variant"] == name)  # as the starts were
-        how = f"on {row['provider']}, {_threads(row)}{frames}"
-        values[named(f"cold start of {name} {how}")] = float(value)
+        how = ""
+        for row in line["rows"]:
+            if row["variant"] == name:  # the first, as the starts were
+                how = f" on {row['provider']}, {_threads(row)}{frames}"
+                break
+        values[named(f"cold start of {name}{how}")] = float(value)
     return values
 
 

@@ -352,7 +352,7 @@ def _contradicting(rows: Sequence[int], images: Sequence[Image], exact: bool) ->
     All of them or, for near duplicates with a majority label, those without it; label by label, and
     quantity by quantity, where they have several: one that is not known contradicts nothing.
     """
-    if images[rows[0]].targets if rows else ():
+    if rows and images[rows[0]].targets:
         return _contradicting_targets(rows, np.array([images[row].targets for row in rows]), exact)
     counts = Counter(images[row].said for row in rows)
     most = max(counts, key=lambda said: counts[said], default=None)
@@ -362,6 +362,7 @@ def _contradicting(rows: Sequence[int], images: Sequence[Image], exact: bool) ->
 
 
 def _contradicting_targets(rows: Sequence[int], targets: Array, exact: bool) -> list[int]:
+    """The same for targets (n, K) of these n rows; NaN where one is not known."""
     wrong = np.zeros(len(rows), bool)
     for column in targets.T:
         known = ~np.isnan(column)

@@ -112,8 +112,8 @@ def find_drift(bundle: Path, collected: Path) -> Drift:
 
     there = stored_test(collected, reference)
     forgotten = max(0, there.images - len(lines))
-    there_still = [bool(line["kept"]) and (collected / line["kept"]).is_file() for line in lines]
-    alarms = [_alarm(test, name, values, lines, there_still) for name in test.alarms]
+    has_picture = [bool(line["kept"]) and (collected / line["kept"]).is_file() for line in lines]
+    alarms = [_alarm(test, name, values, lines, has_picture) for name in test.alarms]
     if there.alarms:  # what the device found stands
         alarms += [_earlier(there, name) for name in there.alarms if name not in test.alarms]
 

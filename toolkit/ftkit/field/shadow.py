@@ -120,11 +120,9 @@ def _write(table: Path, kept: Sequence[dict[str, Any]], labels: dict[str, str]) 
     for line in kept:
         name = Path(line["kept"]).name
         writer.writerow((name, labels.get(name, ""), line["first"], line["second"]))
+    # Labels of bundles compared before, and of lines that the log no longer holds
     listed = {Path(line["kept"]).name for line in kept}
-    for (
-        name,
-        label,
-    ) in labels.items():  # of bundles compared before, or of lines that the log no longer holds
+    for name, label in labels.items():
         if name not in listed and label and (table.parent / name).is_file():
             writer.writerow((name, label, "", ""))
     write_atomically(table, text.getvalue().encode())

@@ -82,13 +82,9 @@ def losses_of(
     return None if losses[0] is None or losses[1] is None else (losses[0], losses[1])
 
 
-def losses_in_words(losses: tuple[float, float] | None) -> str:
-    """What decided; "" where the losses did not."""
-    return (
-        f"  so the loss decides: {losses[0]:.3f} without it, {losses[1]:.3f} with it"
-        if losses
-        else ""
-    )
+def losses_in_words(losses: tuple[float, float]) -> str:
+    """What decided."""
+    return f"  so the loss decides: {losses[0]:.3f} without it, {losses[1]:.3f} with it"
 
 
 def in_words(compared: Comparison, verdict: Verdict, limit: float) -> str:
@@ -286,9 +282,11 @@ class StageDecision:
 
     @property
     def left_open(self) -> str:
-        """What these images can settle, what it would take, and what decides instead; "" if nothing is
-        open."""
-        if self.compared is None or self.verdict != "open":
-            return ""
-        lines = [what_is_open(self.compared, self._limit), losses_in_words(self.losses)]
-        return "\n".join(line for line in lines if line)
+        """What these images can settle, what it would take, and what decides instead; "" where accuracy
+        decides."""
+        lines = []
+        if self.compared is not None and self.verdict == "open":
+            lines.append(what_is_open(self.compared, self._limit))
+        if self.losses:
+            lines.append(losses_in_words(self.losses))
+        return "\n".join(lines)

@@ -16,6 +16,7 @@ import torch
 from ftkit.training.closed_form import default_folds
 from ftkit.training.epochs import StageTraining, TrainingPart, check_frozen
 from ftkit.training.fold_decision import (
+    Verdict,
     in_words,
     losses_in_words,
     losses_of,
@@ -135,8 +136,7 @@ def _settle(training: StageTraining) -> StageResult:
     score = NEVER
     drift = None
     accuracy = 0.0
-    compared = None
-    losses = None
+    compared = verdict = losses = None
     answers: dict[str, torch.Tensor] = {}
     stood = run.tensors("val")
     if not training.broken or moving.best:
@@ -151,7 +151,7 @@ def _settle(training: StageTraining) -> StageResult:
     best = run.best or NEVER
     better = score > best
     if compared is not None:
-        verdict = verdict_of(compared, work.task.limit(work.recipe.export))
+        verdict = verdict_of(compared, _limit(work))
         both = (stood["logits"].numpy(), answers["logits"].numpy(), _val_labels(work))
         losses = losses_of(work.task, verdict, *both)
         better = losses[1] < losses[0] if losses else better
@@ -170,12 +170,15 @@ def _settle(training: StageTraining) -> StageResult:
         seconds=run.stage_spent,
         how=training.loader.how,
         kept=better,
-        verdict=_verdict(work, compared),
+        verdict="late" if run.late else verdict,
         gain=None if compared is None else (-compared.drop, -compared.high, -compared.low),
         losses=losses,
     )
 
-    _say_how_sure(work, stage.train, compared, losses)
+    if compared is not None and verdict is not None:
+        _say_how_sure(work, stage.train, compared, verdict)
+    if losses:
+        console.say(losses_in_words(losses))
     if not better:
         why = "out of time" if run.late else "no better than before on val"
         console.say(f"{stage.train}: {why}; its weights are left out")
@@ -209,21 +212,13 @@ def _val_labels(work: Work) -> Array:
     return labels
 
 
-def _verdict(work: Work, compared: Comparison | None) -> str | None:
-    """What the val images settle."""
-    if work.state.late:
-        return "late"
-    return None if compared is None else verdict_of(compared, work.task.limit(work.recipe.export))
+def _limit(work: Work) -> float:
+    return work.task.limit(work.recipe.export)
 
 
-def _say_how_sure(
-    work: Work, name: str, compared: Comparison | None, losses: tuple[float, float] | None
-) -> None:
-    """Print the gain with its bounds and, where it is open, what would settle it and what decides."""
-    if compared is None:
-        return
-    limit = work.task.limit(work.recipe.export)
-    verdict = verdict_of(compared, limit)
+def _say_how_sure(work: Work, name: str, compared: Comparison, verdict: Verdict) -> None:
+    """Print the gain with its bounds and, where it is open, what would settle it."""
+    limit = _limit(work)
     console.say(f"{name}: {in_words(compared, verdict, limit)}")
     if verdict == "open":
         console.say(what_is_open(compared, limit))
@@ -233,8 +228,6 @@ def _say_how_sure(
             console.say(f"  with val's images in train, folds would decide, on {count} images")
         elif not work.recipe.folds:
             console.say(f"  without --folds 0, folds would decide, on {count} images")
-        if losses:
-            console.say(losses_in_words(losses))
 
 
 def remember_pristine(work: Work, loader: Loader, held: Held) -> None:
