@@ -21,7 +21,8 @@ FLOORS = {
         ("cli",),
         ("__init__",),
         ("api",),
-        ("exporting", "searching", "field"),
+        ("searching", "field"),
+        ("exporting",),
         ("training",),
         ("report", "evaluation"),
         ("tasks",),
@@ -47,6 +48,9 @@ def _imported(tree: ast.AST, package: str) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
             parts = (node.module or "").split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            parts = [alias.name.split(".") for alias in node.names]
+            found |= {each[1] for each in parts if each[0] == package and len(each) > 1}
     return found
 
 

@@ -108,11 +108,12 @@ class SearchOptions:
       default from 96 to the backbone's own and one above.
     - p50_ms, p95_ms, size_mb, memory_mb: budgets of the whole file, on one thread.
     - max_drop: what may be lost against the most accurate network, as a share: of accuracy, of
-      macro-AP, or by how much the error may rise; by default the recipe's export.max_accuracy_drop, or
-      export.max_error_rise.
+      macro-AP, or by how much the error may rise. A budget where it is given; by default the recipe's
+      export.max_accuracy_drop, or export.max_error_rise, and the most accurate within the budgets where
+      none is as good.
     - timed: at most so many candidates are timed. finalists: at most so many are trained, each
       within `minutes`; 0: none.
-    - frame: size of the image that is timed, "640x480"; by default that of a training image.
+    - frame: size of the image that is timed, "640x480"; by default no more than one image in twenty is larger.
     - on: user@host (ssh), where candidates are timed. target: the processor they are for, if it is
       not this machine's: a folder is then left to time them there, and latency is what it printed.
     - device: auto, cpu or cuda, where features are computed and finalists trained.

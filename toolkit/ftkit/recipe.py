@@ -378,6 +378,42 @@ def resolve(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
+def as_python(recipe: Recipe) -> str:
+    """The recipe as the source of a recipe file, without the fields that have their default."""
+    classes: dict[str, set[str]] = {}
+
+    def written(value: Any, indent: str) -> str:
+        inner = indent + "    "
+        if dataclasses.is_dataclass(value):
+            kind = type(value)
+            classes.setdefault(kind.__module__, set()).add(kind.__name__)
+            fields = [
+                f"{inner}{each.name}={written(getattr(value, each.name), inner)},\n"
+                for each in dataclasses.fields(value)
+                if getattr(value, each.name) != _default(each)
+            ]
+            return (
+                f"{kind.__name__}(\n{''.join(fields)}{indent})" if fields else f"{kind.__name__}()"
+            )
+        if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+            items = "".join(f"{inner}{written(each, inner)},\n" for each in value)
+            return f"(\n{items}{indent})"
+        return repr(value)
+
+    body = f"recipe = {written(recipe, '')}\n"
+    imports = "".join(
+        f"from {module} import {', '.join(sorted(names))}\n"
+        for module, names in sorted(classes.items())
+    )
+    return f"{imports}\n{body}"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
 def restore(data: dict[str, Any]) -> Recipe:
     """Rebuild a recipe from `resolve`'s data.
 

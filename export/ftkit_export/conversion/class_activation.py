@@ -7,12 +7,14 @@ Of a class, a label, or a quantity: of whatever a logit stands for.
     heat, label = explain(image)                # (h, w) float32: contributions to the logit
     overlay(explain.seen(image), heat).save("why.png")
 
-The map is exact where the head is linear over averaged features: its mean, plus the head's bias, is
-the logit.
+The map is exact where the head is linear over features that are averaged over space, or of which the
+largest is taken (pooling mean+max, also of several depths): its mean, plus the head's bias, is the
+logit. What a maximum adds is put where it is.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
 
 
 FILE = "variants/explain.onnx"
+POOLS = {
+    "GlobalAveragePool": "mean",
+    "ReduceMean": "mean",
+    "GlobalMaxPool": "max",
+    "ReduceMax": "max",
+}
 THROUGH = ("Flatten", "Reshape", "Squeeze", "Identity", "Dropout")
 # Colour map at equal steps, from black through red and amber to pale yellow.
 HEAT = np.array(
@@ -39,10 +47,11 @@ HEAT = np.array(
 
 
 def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
-    """Add two outputs to the core form: `features` and `head`.
+    """Add outputs to the core form: feature maps (N, C, h, w), and `head`.
 
-    features: the last feature map (N, C, h, w). head: the weights (classes, C) that turn its
-    spatial averages into logits. None where there is anything else between the two.
+    The maps are named by how they are pooled, `features` where a single one is averaged, else
+    `mean/of/0`, `max/of/1`, ...; head: the weights (classes, sum of C) that turn what is pooled into logits, in that
+    order. None where there is anything else between maps and logits.
     """
     import onnx
     from onnx import helper, shape_inference
@@ -58,35 +67,51 @@ def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
     if last is None or last.op_type not in ("Gemm", "MatMul") or last.input[1] not in weights:
         return None
 
-    pool = makers.get(last.input[0])
-    while pool is not None and pool.op_type in THROUGH:
-        pool = makers.get(pool.input[0])
-    if pool is None or not _averages_over_space(pool, weights):
+    pools = _pooled(last.input[0], makers, weights)
+    if not pools:
         return None
 
     shapes = {item.name: item for item in shape_inference.infer_shapes(model).graph.value_info}
-    dims = [dim.dim_value for dim in shapes[pool.input[0]].type.tensor_type.shape.dim]
     outward = any(item.name == "transB" and item.i for item in last.attribute)
-    graph.node.append(helper.make_node("Identity", [pool.input[0]], ["features"], name="features"))
+    outputs = []
+    for number, (kind, value) in enumerate(pools):
+        name = f"{kind}/of/{number}" if len(pools) > 1 else "features"
+        dims = [dim.dim_value for dim in shapes[value].type.tensor_type.shape.dim]
+        graph.node.append(helper.make_node("Identity", [value], [name], name=name))
+        outputs.append((name, ["batch", *dims[1:]]))
     graph.node.append(
         helper.make_node(
             "Identity" if outward else "Transpose", [last.input[1]], ["head"], name="head"
         )
     )
-    classes = weights[last.input[1]].dims[0 if outward else 1]
-    for name, shape in (("features", ["batch", *dims[1:]]), ("head", [classes, dims[1]])):
-        graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    shape = list(weights[last.input[1]].dims)
+    outputs.append(("head", shape if outward else shape[::-1]))
+    for name, dims in outputs:
+        graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims))
 
     return model
 
 
-def _averages_over_space(node: onnx.NodeProto, weights: dict[str, onnx.TensorProto]) -> bool:
-    from onnx import numpy_helper
+def _pooled(
+    value: str, makers: dict[str, onnx.NodeProto], weights: dict[str, onnx.TensorProto]
+) -> list[tuple[str, str]]:
+    """("mean" or "max", feature map) of each part of a head's input, in order; none for anything else."""
+    node = makers.get(value)
+    while node is not None and node.op_type in THROUGH:
+        node = makers.get(node.input[0])
+    if node is None:
+        return []
+    if node.op_type == "Concat":
+        axis = next(item.i for item in node.attribute if item.name == "axis")
+        parts = [_pooled(each, makers, weights) for each in node.input]
+        return list(itertools.chain(*parts)) if axis in (1, -1) and all(parts) else []
+    kind = POOLS.get(node.op_type)
+    whole = node.op_type.startswith("Global") or _is_over_space(node, weights)
+    return [(kind, node.input[0])] if kind and whole else []
 
-    if node.op_type == "GlobalAveragePool":
-        return True
-    if node.op_type != "ReduceMean":
-        return False
+
+def _is_over_space(node: onnx.NodeProto, weights: dict[str, onnx.TensorProto]) -> bool:
+    from onnx import numpy_helper
 
     axes: list[int] = [
         value for item in node.attribute if item.name == "axes" for value in item.ints
@@ -99,15 +124,15 @@ def _averages_over_space(node: onnx.NodeProto, weights: dict[str, onnx.TensorPro
 class Explainer:
     """Class activation maps from a bundle's folder.
 
-    Raises FtkitError when the bundle has no file for them: its backbone has no linear head over
-    averaged features.
+    Raises FtkitError when the bundle has no file for them: its backbone has no linear head over pooled
+    features.
     """
 
     def __init__(self, bundle: str | Path):
         path = Path(bundle) / FILE
         if not path.is_file():
             raise FtkitError(
-                f"{bundle}: expected {FILE}, found none: its backbone has no linear head over averaged features, or an "
+                f"{bundle}: expected {FILE}, found none: its backbone has no linear head over pooled features, or an "
                 "older ftkit made it. Try efficientnet_lite0, resnet18 or resnet50"
             )
         self._session = Session(path)
@@ -126,9 +151,17 @@ class Explainer:
         label: the class to explain, by default the most likely.
         """
         pixels = self._preprocess.pixels(self._preprocess.canvas(image)[None])
-        logits, _, features, head = self._session.run(pixels)
+        logits, _, *maps, head = self._session.run(pixels)
         chosen = int(logits[0].argmax()) if label is None else label
-        return np.tensordot(head[chosen], features[0], 1), chosen
+        names = self._session.output_names[2:-1]
+        ends = np.cumsum([value.shape[1] for value in maps])[:-1]
+        parts = [
+            _contribution(name, value[0], own)
+            for name, value, own in zip(names, maps, np.split(head[chosen], ends), strict=True)
+        ]
+        finest = max((part.shape for part in parts), key=lambda shape: shape[0] * shape[1])
+        heat: Array = np.sum([_enlarged(part, finest) for part in parts], axis=0)
+        return heat, chosen
 
     def write(
         self,
@@ -158,6 +191,30 @@ class Explainer:
         folder.mkdir(parents=True, exist_ok=True)
         overlay(self.seen(image), self(image, label)[0]).save(place)
         return place
+
+
+def _contribution(name: str, value: Array, own: Array) -> Array:
+    """What a feature map (C, h, w) adds to a logit, (h, w): its mean is that. own: weights (C,)."""
+    if not name.startswith("max"):
+        added: Array = np.tensordot(own, value, 1)
+        return added
+    flat = value.reshape(len(value), -1)
+    places = flat.argmax(1)
+    heat = np.zeros(flat.shape[1], np.float32)
+    np.add.at(heat, places, own * flat[np.arange(len(flat)), places] * flat.shape[1])
+    spread: Array = heat.reshape(value.shape[1:])
+    return spread
+
+
+def _enlarged(heat: Array, shape: tuple[int, ...]) -> Array:
+    """A map at the size of a finer one, with the same mean."""
+    if heat.shape == shape:
+        return heat
+    size = shape[1], shape[0]
+    image = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    found: Array = np.asarray(image)
+    shifted: Array = found + (heat.mean() - found.mean())
+    return shifted
 
 
 def overlay(seen: Array, heat: Array) -> Image.Image:

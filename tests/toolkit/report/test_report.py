@@ -9,6 +9,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import ftkit as package
 from ftkit.exporting import web
+from ftkit.models.backbones import build
 from ftkit.report.build import load_pictures, write_report
 from ftkit.training.run import open_run
 from ftkit.training.tensorboard import tensorboard
 from ftkit_export.conversion.class_activation import Explainer, with_features
-from ftkit_export.conversion.convert import export_core
+from ftkit_export.conversion.convert import export_core, write
 from ftkit_export.runtime.predict import Classifier
 from ftkit_export.runtime.preprocess import decode
+from ftkit_export.runtime.session import Session
 
 
 @needs_browser
@@ -255,6 +258,28 @@ def test_a_heat_map_adds_up_to_the_logit(
     assert np.abs(picture[..., 0] - picture[..., 2]).max() > 40, "colour over a grey photograph"
 
 
+@pytest.mark.parametrize("cut", ["blocks.2", "blocks.0+blocks.1+blocks.3"])
+def test_a_heat_map_of_maxima_and_of_several_depths_adds_up_too(cut: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = build("efficientnet_lite0", 3, "none", cut=cut, pooling="mean+max")
+    core = export_core(backbone.model.eval(), 64).model
+    explained = with_features(core)
+    assert explained
+    (tmp_path / "variants").mkdir()
+    preprocess = backbone.preprocess.at(64)
+    metadata = {"preprocess": json.dumps(asdict(preprocess))}
+    write(explained, tmp_path / "variants" / "explain.onnx", metadata)
+    image = np.random.default_rng(0).integers(0, 255, (80, 90, 3), dtype=np.uint8)
+    pixels = preprocess.pixels(preprocess.canvas(image)[None])
+    logits = Session(core.SerializeToString()).run(pixels)[0]
+    bias = backbone.model.get_submodule(backbone.head).bias
+    explain = Explainer(tmp_path)
+    for label in range(3):
+        heat, _ = explain(image, label)
+        assert heat.mean() + bias[label].item() == pytest.approx(logits[0, label], abs=1e-4)
+        assert heat.std() > 0
+
+
 class Between(torch.nn.Module):
     """Like MobileNetV3: has a layer between the pooling and the head."""
 
@@ -277,7 +302,7 @@ def test_a_backbone_without_a_pooled_linear_head_says_so(tmp_path: Path, bundle:
     refused = ftkit("predict", tmp_path / "b", bundle / "golden" / "00.png", "--explain")
     assert (
         refused.exit_code,
-        "its backbone has no linear head over averaged" in refused.stderr,
+        "its backbone has no linear head over pooled" in refused.stderr,
     ) == (2, True)
 
 

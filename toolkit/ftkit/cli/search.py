@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from ftkit.cli.data import ADD, GROUP_BY, ROOT, TASK
 from ftkit.cli.gpus import DEVICE, GPUS, launch_again, require_gpus
 from ftkit.cli.options import MAX_PIXELS_OPTION, Command
 from ftkit_export.runtime.errors import FtkitError
+
+if TYPE_CHECKING:
+    from ftkit.searching.result import Found
 
 
 @click.command(cls=Command, short_help="Find the network that fits the images and the device.")
@@ -48,7 +51,8 @@ from ftkit_export.runtime.errors import FtkitError
     "--max-drop",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="What may be lost against the most accurate network.  [default: 0.01; of an error, 0.02]",
+    help="Budget: what may be lost against the most accurate network.  [default: 0.01; of an error, 0.02; the most "
+    "accurate within the other budgets where none is as good]",
 )
 @click.option("--backbones", metavar="A,B", help="[default: those whose weights are installed]")
 @click.option(
@@ -90,7 +94,9 @@ from ftkit_export.runtime.errors import FtkitError
     help="Change a field of the recipe. Repeatable.",
 )
 @click.option(
-    "--frame", metavar="WxH", help="Size of the timed image. [default: that of a training image]"
+    "--frame",
+    metavar="WxH",
+    help="Size of the timed image. [default: as large as 95 % of the images]",
 )
 @click.option("--on", metavar="USER@HOST", help="Time candidates there, over ssh.")
 @click.option(
@@ -148,14 +154,26 @@ def search(
     elif not options["quiet"]:
         click.echo("\n" + as_text(found))
         click.echo(f"report: {found.folder / 'report.html'}")
-        click.echo(f"next: {_next(data, found.folder, bool(found.choice.point.run))}")
+        click.echo(f"next: {_next(found, data)}")
     ctx.exit(1 if found.choice.missed else 0)
 
 
-def _next(data: Path, folder: Path, trained: bool) -> str:
-    if trained:
-        return f"ftkit export {shlex.quote(str(folder))}"
-    return f"ftkit train {shlex.quote(str(data))} --recipe {shlex.quote(str(folder))}"
+def _next(found: Found, data: Path) -> str:
+    """The command that goes on with the pick, on the same images and the same device."""
+    asked = found.options
+    if found.choice.point.run:
+        words = ["ftkit", "export", str(found.folder)]
+        words += ["--on", asked.on] if asked.on else []
+        return shlex.join(words)
+    words = ["ftkit", "train", str(data), "--recipe", str(found.folder)]
+    for option, value in (
+        ("--group-by", asked.group_by),
+        ("--root", asked.root),
+        ("--add", asked.add),
+        ("--seed", asked.seed),
+    ):
+        words += [option, str(value)] if value else []
+    return shlex.join(words)
 
 
 def _whole_numbers(text: str) -> list[int]:

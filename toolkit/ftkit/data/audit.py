@@ -161,9 +161,7 @@ def audit(
     flat = thumbs.std((1, 2)) < FLAT
     alike, near_groups = _alike(canvases, thumbs, flat)
 
-    with ThreadPoolExecutor(cores()) as pool:
-        facts = list(pool.map(_header, [image.path for image in kept]))
-
+    facts = _headers(canvases)
     squares = np.array([min(width, height) / max(width, height, 1) for _, width, height in facts])
     if fit != "crop":  # other fits keep the whole image
         squares[:] = 1.0
@@ -450,6 +448,17 @@ def _thumbnails(canvases: Canvases, progress: Callable[[int, int], None]) -> Arr
             progress(row + 1, len(thumbs))
 
     return thumbs
+
+
+def frame_of(canvases: Canvases) -> str:
+    """Size of the images, such as "640x480", that no more than one in twenty exceeds: what latencies are
+    measured at."""
+    return _frame([(width, height) for _, width, height in _headers(canvases)])
+
+
+def _headers(canvases: Canvases) -> list[tuple[str, int, int]]:
+    with ThreadPoolExecutor(cores()) as pool:
+        return list(pool.map(_header, [image.path for image in canvases.images.images]))
 
 
 def _header(path: Path) -> tuple[str, int, int]:

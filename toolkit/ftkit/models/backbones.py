@@ -194,6 +194,29 @@ def blocks(backbone: Backbone) -> list[str]:
     return [name for name, _ in model.named_children() if name != backbone.head.split(".")[0]]
 
 
+def pooled_blocks(backbone: Backbone, size: int) -> list[str]:
+    """The blocks whose output has space to pool over, first to last.
+
+    size: S of the input in pixels. Raises whatever the model raises for it.
+    """
+    found = []
+    hooks = []
+    for name in blocks(backbone):
+
+        def note(_: nn.Module, __: object, output: object, name: str = name) -> None:
+            if isinstance(output, torch.Tensor) and output.ndim in cuts.SPATIAL:
+                found.append(name)
+
+        hooks.append(backbone.model.get_submodule(name).register_forward_hook(note))
+    try:
+        with torch.inference_mode():
+            backbone.model.eval()(torch.zeros(1, 3, size, size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def features(
     net: nn.Module, head: nn.Module, inputs: Iterable[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,7 @@ from ftkit_export.runtime.errors import FtkitError, choices
 POOLINGS = ("mean", "mean+max")
 POOL = "pool"
 HEAD = "head"
+SPATIAL = (3, 4)  # dimensions of tokens, and of maps, with the images
 
 
 class Pool(nn.Module):

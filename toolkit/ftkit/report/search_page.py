@@ -21,6 +21,8 @@ RIGHT = 20
 TOP = 24
 BOTTOM = 46
 Scale = Callable[[float], float]  # a value -> its place in the drawing
+FAR = 0.15  # below the best accuracy or macro-AP
+MARGIN = 0.01
 MARKS = ("circle", "square", "diamond", "triangle")
 
 
@@ -79,6 +81,7 @@ def _table(points: Sequence[Mapping[str, Any]], unit: str) -> Table:
             console.with_unit(point["figure"], unit),
             console.interval(point["low"], point["high"]),
             "" if point["p50_ms"] is None else f"{point['p50_ms']:.2f}",
+            "" if point["core_ms"] is None else f"{point['core_ms']:.2f}",
             "" if point["size_bytes"] is None else f"{point['size_bytes'] / 1e6:.2f}",
             "" if point["peak_rss_bytes"] is None else f"{point['peak_rss_bytes'] / 1e6:.0f}",
             "" if point["cold_ms"] is None else f"{point['cold_ms']:.0f}",
@@ -91,6 +94,7 @@ def _table(points: Sequence[Mapping[str, Any]], unit: str) -> Table:
         "out of fold",
         "95 %",
         "p50 ms",
+        "of that the network",
         "MB",
         "memory, MB",
         "first answer, ms",
@@ -103,21 +107,17 @@ def front_chart(points: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) ->
     """The figure with its interval over p50 (log scale); a mark per backbone; filled: int8. Over
     multiplications where nothing was timed.
 
-    The front is a line, the pick is named, a budget in ms is a dashed line.
+    The front is a line with the input size at each of its marks, the pick is named, the budget of p50 is a
+    dashed line, and what exceeds any budget is faint.
     """
     costs = [_cost(point) for point in points]
     what = "latency (one thread)" if points[0]["p50_ms"] is not None else "multiplications"
-    limits = {name: limit for name, limit in told["budgets"].items() if name.endswith("_ms")}
+    limits = {name: limit for name, limit in told["budgets"].items() if name == "p50_ms"}
     xs = (
         math.log(min([*costs, *limits.values()]) * 0.9),
         math.log(max([*costs, *limits.values()]) * 1.1),
     )
-    figures = [point["figure"] for point in points]
-    if told["rising"]:
-        ys = max(0.0, min(figures) - 0.03), min(1.0, max(figures) + 0.03)
-    else:
-        room = 0.1 * max(figures) or 1.0
-        ys = max(0.0, min(figures) - room), max(figures) + room
+    ys = _range_of(points, rising=told["rising"])
 
     def x(value: float) -> float:
         return float(LEFT + (WIDTH - LEFT - RIGHT) * (math.log(value) - xs[0]) / (xs[1] - xs[0]))
@@ -136,6 +136,11 @@ def front_chart(points: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) ->
         )
 
     front = sorted((point for point in points if point["front"]), key=_cost)
+    for point in front:
+        parts.append(
+            f'<text x="{x(_cost(point)):.1f}" y="{y(point["figure"]) + 19:.1f}" text-anchor="middle">'
+            f"{point['size']}</text>"
+        )
     line = " ".join(f"{x(_cost(p)):.1f},{y(p['figure']):.1f}" for p in front)
     parts.append(f'<polyline points="{line}" fill="none" stroke="var(--one)" stroke-width="1.5"/>')
 
@@ -156,7 +161,10 @@ def front_chart(points: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) ->
     shapes = ", ".join(
         f"{escape(name)} a {MARKS[i % len(MARKS)]}" for i, name in enumerate(backbones)
     )
-    caption = f"filled: int8, open: fp32; {shapes}; the line: the front"
+    faint = "; faint: exceeds a budget" if any(point["over"] for point in points) else ""
+    caption = (
+        f"filled: int8, open: fp32; {shapes}; the line: the front, with its input sizes{faint}"
+    )
     metric, unit = told["metric"], told["unit"]
     named = f"{metric[0].upper()}{metric[1:]}{f', {unit},' if unit else ''}"
     title = escape(f"{named} out of fold over {what}")
@@ -164,6 +172,18 @@ def front_chart(points: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) ->
         f'<figure><figcaption>{title}: {caption}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'role="img" aria-label="{title}">{"".join(parts)}</svg></figure>'
     )
+
+
+def _range_of(points: Sequence[Mapping[str, Any]], *, rising: bool) -> tuple[float, float]:
+    """What the figure's axis shows: the intervals, but little of what is far worse than the best, whose
+    marks are then at the edge."""
+    figures = [point["figure"] for point in points]
+    lows = [each["figure"] if each["low"] is None else each["low"] for each in points]
+    highs = [each["figure"] if each["high"] is None else each["high"] for each in points]
+    if rising:
+        return max(min(lows), max(figures) - FAR, 0.0) - MARGIN, min(1.0, max(highs)) + MARGIN
+    best = min(figures)
+    return max(0.0, min(lows)) * 0.95, min(max(highs), 3 * best) * 1.05 or 1.0
 
 
 def _cost(point: Mapping[str, Any]) -> float:
@@ -224,8 +244,9 @@ def _mark(point: Mapping[str, Any], mark: str, at: float, y: Scale) -> str:
     told = f"{point['name']}: {point['figure']:.4g}, {_cost(point):.2f}"
     interval = (
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(point["low"]):.1f}" y2="{y(point["high"]):.1f}" '
-        f'stroke="{colour}" stroke-width="1" opacity="0.5"/>'
-        if point["front"] and point["low"] is not None and point["high"] is not None
+        f'stroke="{colour}" stroke-width="1" opacity="{0.5 if point["front"] else 0.25}"/>'
+        if point["low"] is not None and point["high"] is not None
         else ""
     )
-    return f"<g>{interval}{shape}<title>{escape(told)}</title></g>"
+    faint = ' opacity="0.35"' if point["over"] else ""
+    return f"<g{faint}>{interval}{shape}<title>{escape(told)}</title></g>"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from ftkit.models.backbones import Backbone, blocks, build
+from ftkit.models.backbones import Backbone, build, pooled_blocks
 from ftkit.models.cut import POOLINGS
 from ftkit.recipe import Recipe
 from ftkit_export.runtime.errors import FtkitError
@@ -70,8 +70,8 @@ def sizes_of(own: int) -> list[int]:
 
 def candidates(backbone: Backbone, size: int) -> list[Candidate]:
     """Every depth and pooling of one backbone at one input size, and several depths together."""
-    names = blocks(backbone)
     try:
+        names = pooled_blocks(backbone, size)
         counts = _multiplications(backbone, names, size)
     except Exception as error:  # a model's forward may raise anything
         raise UnfitSizeError(

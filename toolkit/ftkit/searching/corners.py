@@ -102,6 +102,11 @@ class Search:
         return self.decoded[wanted]
 
     @property
+    def timed_now(self) -> bool:
+        """Whether candidates are timed in this call: here, or on a device that is reached."""
+        return self.remote is not None or self.target == here()
+
+    @property
     def max_drop(self) -> float:
         """What may be lost against the best network: by default, what an export may lose."""
         asked = self.options.max_drop
@@ -153,10 +158,11 @@ def prepared(
             "train images"
         )
     backbones = {name: backbone_of(name, plan.weights) for name in names}
-    target = ranks.first(lambda: _target(options, remote))
+    # Of the first rank, which times
+    target, own = ranks.first(lambda: [_target(options, remote), here()])
     return Search(
         options=options,
-        plan=replace(plan, export=_to_hold(plan.export, options, target)),
+        plan=replace(plan, export=_to_hold(plan.export, options, target, own)),
         data=data,
         images=images,
         task=task,
@@ -193,14 +199,15 @@ def _target(options: SearchOptions, remote: Device | None) -> str:
     return target
 
 
-def _to_hold(export: Export, options: SearchOptions, target: str) -> Export:
-    """What the pick's export is held to: the budgets, frame and target of the search."""
+def _to_hold(export: Export, options: SearchOptions, target: str, own: str) -> Export:
+    """What the pick's export is held to: the budgets, frame and target of the search. own: the target
+    that the timing machine is."""
     asked = {
         name: getattr(options, name)
         for name in ("p50_ms", "p95_ms", "size_mb", "memory_mb", "frame")
         if getattr(options, name) is not None
     }
-    return replace(export, **asked, target=export.target if target == here() else target)
+    return replace(export, **asked, target=export.target if target == own else target)
 
 
 def _installed(name: str) -> bool:
@@ -341,8 +348,9 @@ def _corner(task: Search, corner: Corner, label: str, *, part: bool) -> list[Poi
 
     content = io.BytesIO()
     np.savez_compressed(content, **{point.candidate.name: point.evidence for point in points})  # type: ignore[arg-type]
-    known.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(known, content.getvalue())
+    with suppress(OSError, FtkitError):  # only a later search would read it
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, content.getvalue())
     return points
 
 
@@ -366,7 +374,8 @@ def near_front(points: Sequence[Point], most: int, within: Callable[[float], flo
     """Points to time: those that no candidate with as few multiplications beats by more than
     within(its score).
 
-    Where there are more than `most`: the best for their multiplications, evenly over the range.
+    Where there are more than `most`: the smallest, the most accurate, and between them the best for their
+    multiplications, evenly over the range.
     """
     ordered = sorted(points, key=lambda point: point.candidate.multiplications)
     near: list[tuple[float, Point]] = []
@@ -383,5 +392,6 @@ def near_front(points: Sequence[Point], most: int, within: Callable[[float], flo
         min(near[low:high], key=lambda item: (item[0], -item[1].score))[1]
         for low, high in pairwise(edges)
     ]
+    picked[0] = near[0][1]  # the smallest: where it is too slow, nothing meets the budget
     best_of_all = max(points, key=lambda point: point.score)
     return picked if best_of_all in picked else [*picked[:-1], best_of_all]

@@ -8,6 +8,7 @@ found[""]                  # (n, features): the whole network's embedding
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +20,12 @@ import torch
 from torch import nn
 
 from ftkit.data.canvas import Canvases
-from ftkit.models.backbones import Backbone, blocks
+from ftkit.models.backbones import Backbone, pooled_blocks
 from ftkit.models.cut import Pool, space_axes
 from ftkit.models.inference import PREFIX_BATCH, runner
 from ftkit.models.weights import fingerprint
-from ftkit.utils.cache_folder import cache_folder, publish, unpublished
+from ftkit.utils import console
+from ftkit.utils.cache_folder import cache_folder, clear_abandoned, publish, unpublished
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.preprocess import Preprocess
@@ -84,7 +86,7 @@ def features(
     preprocess: of the input size wanted. Rows that an earlier search computed are read. threads: on
     a CPU, 0 = all cores.
     """
-    names = blocks(backbone)
+    names = pooled_blocks(backbone, preprocess.size)
     place = entry(backbone, canvases, preprocess, rows, device)
     if found := _read(place, [*names, WHOLE], len(rows)):
         place.touch()
@@ -115,7 +117,11 @@ def features(
 
     whole = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
     made = dict(zip([*names, WHOLE], whole, strict=True))
-    _write(place, made)
+    try:
+        _write(place, made)
+    except OSError as error:
+        why = error.strerror or error
+        console.warn(f"features are not kept, a later search computes them again: {why}")
     return made
 
 
@@ -147,7 +153,11 @@ def _read(place: Path, names: Sequence[str], count: int) -> dict[str, Array] | N
 
 def _write(place: Path, made: dict[str, Array]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(place.parent)
     beside = unpublished(place)
-    for name, value in made.items():
-        np.save(beside / f"{name or 'whole'}.npy", value)
-    publish(beside, place)
+    try:
+        for name, value in made.items():
+            np.save(beside / f"{name or 'whole'}.npy", value)
+        publish(beside, place)
+    finally:  # what a full disk has of it
+        shutil.rmtree(beside, ignore_errors=True)

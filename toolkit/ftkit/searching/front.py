@@ -1,13 +1,13 @@
 """Which of the scored and timed networks to take.
 
     front = non_dominated(points)
-    choice = pick(points, budgets, max_drop=0.01, judge.compare)
+    choice = pick(points, budgets, 0.01, judge.compare, competed=250)
     choice.point, choice.against, choice.missed
 
 A point is better than another if it is at least as accurate (by the metric of the task) and at least as
 fast, and one of both is more so. The pick is the fastest that meets the budgets and surely loses no
-more than `max_drop` against the most accurate of all; the bounds hold for all points of the front
-together.
+more than `max_drop` against the most accurate of all. The bounds hold for all networks that competed
+for a place on the front: the luckiest of many looks better than it is.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ class Point:
     """A network in one precision.
 
     evidence: of each image, by a model that had not seen it, what networks are compared by
-    (judge.Judge). figure: accuracy, or the task's own metric, with low and high, its 95 % interval, None where
-    it is not known; rising: whether a higher figure is better. p50_ms, p95_ms: of the whole file, one thread; None: not
-    timed. size_bytes: of that file. peak_rss_bytes, cold_ms: of one process that opens and runs it,
-    the latter from a running interpreter to the first answer. trained: whether by stages, or a head in
-    closed form. run: of a trained one, its folder in the search.
+    (judge.Judge). figure: accuracy, or the task's own metric, with low and high, its 95 % interval, None
+    where it is not known; rising: whether a higher figure is better. p50_ms, p95_ms: of the whole file, one
+    thread, None where it was not timed; core_ms: p50 without preprocessing, of the front only.
+    size_bytes: of the file. peak_rss_bytes, cold_ms: of one process that opens and runs it, the latter
+    from a running interpreter to the first answer. trained: whether by stages, or a head in closed
+    form. run: of a trained one, its folder in the search.
     """
 
     candidate: Candidate
@@ -42,6 +43,7 @@ class Point:
     rising: bool = True
     p50_ms: float | None = None
     p95_ms: float | None = None
+    core_ms: float | None = None
     size_bytes: int | None = None
     peak_rss_bytes: int | None = None
     cold_ms: float | None = None
@@ -72,8 +74,9 @@ class Choice:
     """The pick, or the nearest to the budgets.
 
     against: the most accurate point, and the paired comparison with it (None for itself). missed:
-    budget -> by how much it is exceeded, as a factor; empty for a pick. open: faster points that
-    may lose as little, but it is not settled, with their comparison.
+    budget -> by how much it is exceeded, as a factor; empty for a pick. `max_drop` is one of them where
+    it was asked for, and all that meet the others surely lose more. open: faster points that may lose as
+    little, but it is not settled, with their comparison.
     """
 
     point: Point
@@ -121,13 +124,24 @@ def over(point: Point, budgets: Mapping[str, float]) -> dict[str, float]:
 
 
 def pick(
-    points: Sequence[Point], budgets: Mapping[str, float], max_drop: float, compare: Compare
+    points: Sequence[Point],
+    budgets: Mapping[str, float],
+    max_drop: float,
+    compare: Compare,
+    *,
+    competed: int = 1,
 ) -> Choice:
-    """Choose among timed points."""
+    """Choose among timed points.
+
+    budgets: as for `over`, and "max_drop" where it was asked for. competed: networks of which these
+    are the best.
+    """
+    asked = "max_drop" in budgets
+    budgets = {name: limit for name, limit in budgets.items() if name != "max_drop"}
     front = non_dominated(points)
     best = max(front, key=lambda point: point.score)
     meeting = non_dominated([point for point in points if not over(point, budgets)])
-    looks = max(1, len({*front, *meeting}) - 1)
+    looks = max(1, competed - 1, len({*front, *meeting}) - 1)
     if not meeting:
         nearest = min(_comparable(points), key=lambda point: max(over(point, budgets).values()))
         return Choice(
@@ -150,10 +164,14 @@ def pick(
             unsettled.append((point, compared))
 
     point = max(meeting, key=lambda point: point.score)
+    against = None if point is best else compare(best, point, looks)
+    lost = against is not None and against.verdict(max_drop) == "refused" and not unsettled
     return Choice(
         point=point,
         best=best,
-        against=None if point is best else compare(best, point, looks),
-        missed={},
+        against=against,
+        missed={"max_drop": against.drop / max_drop if max_drop else math.inf}
+        if asked and lost and against
+        else {},
         open=[(each, compared) for each, compared in unsettled if each is not point],
     )

@@ -1,6 +1,6 @@
 """The result of a search: as data, as text, and on disk.
 
-write(found, recipe)                 # search.json, recipe.json, report.html
+write(found, recipe)                 # search.json, recipe.json and .py, report.html
 print(as_text(found))
 """
 
@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ftkit.options import SearchOptions
-from ftkit.recipe import Recipe, resolve
+from ftkit.recipe import Recipe, as_python, resolve
 from ftkit.report.search_page import accepting, write_search
-from ftkit.searching.front import Choice, Point, non_dominated
+from ftkit.searching.front import Choice, Point, non_dominated, over
 from ftkit.searching.score import Dropped
 from ftkit.utils import console
 from ftkit_export.proof.decision import Comparison
@@ -26,13 +26,14 @@ from ftkit_export.runtime.latency import machine
 
 FOUND = "search.json"
 RECIPE = "recipe.json"
+READABLE = "recipe.py"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """The result of a search. points: trained, timed and other ones; scored: number of candidates.
-    target: the processor that they are for. max_drop: what the pick may lose; metric, unit: of the
-    figures."""
+    target: the processor that they are for; timed_on: the machine that timed them, None for none; frame:
+    size of the image it took. max_drop: what the pick may lose; metric, unit: of the figures."""
 
     folder: Path
     points: Sequence[Point]
@@ -42,6 +43,8 @@ class Found:
     scored: int
     seconds: float
     target: str
+    timed_on: Mapping[str, Any] | None
+    frame: str
     max_drop: float
     metric: str
     unit: str
@@ -53,16 +56,19 @@ class Found:
 
 
 def budgets_of(options: SearchOptions) -> dict[str, float]:
-    """Budgets that were asked for: name -> limit, in ms and MB."""
-    limits = {name: getattr(options, name) for name in ("p50_ms", "p95_ms", "size_mb", "memory_mb")}
+    """Budgets that were asked for: name -> limit, in ms and MB, and max_drop as a share."""
+    names = ("p50_ms", "p95_ms", "size_mb", "memory_mb", "max_drop")
+    limits = {name: getattr(options, name) for name in names}
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def write(found: Found, recipe: Recipe) -> None:
-    """search.json, recipe.json and report.html; the recipe trains what was picked."""
+    """search.json, recipe.json, the same as recipe.py for people, and report.html; the recipe trains what
+    was picked."""
     found.folder.mkdir(parents=True, exist_ok=True)
     told = as_json(found)
     write_atomically(found.folder / RECIPE, json.dumps(resolve(recipe), indent=1).encode())
+    write_atomically(found.folder / READABLE, as_python(recipe).encode())
     write_atomically(found.folder / FOUND, json.dumps(told, indent=1).encode())
     write_search(found.folder / "report.html", told)
 
@@ -71,9 +77,14 @@ def as_json(found: Found) -> dict[str, Any]:
     """The search as plain data: what search.json holds."""
     front = found.front
     choice = found.choice
+    figures = {
+        name: limit for name, limit in budgets_of(found.options).items() if name != "max_drop"
+    }
     return {
         "machine": machine(),
         "target": found.target,
+        "timed_on": found.timed_on,
+        "frame": found.frame,
         "seconds": round(found.seconds, 1),
         "scored": found.scored,
         "images": max(len(point.evidence) for point in found.points),
@@ -84,14 +95,22 @@ def as_json(found: Found) -> dict[str, Any]:
         "budgets": budgets_of(found.options),
         "max_drop": found.max_drop,
         "points": [
-            {**_point(point), "front": point in front, "pick": point is choice.point}
+            {
+                **_point(point),
+                "front": point in front,
+                "pick": point is choice.point,
+                "over": sorted(over(point, figures)) if point.p50_ms or point.size_bytes else [],
+            }
             for point in found.points
         ],
         "pick": {
             **_point(choice.point),
             "best": choice.best.name,
             "against_best": choice.against and asdict(choice.against),
-            "missed": dict(choice.missed),
+            "missed": {
+                name: factor if math.isfinite(factor) else None
+                for name, factor in choice.missed.items()
+            },
         },
         "open": [
             {**_point(point), "against_best": asdict(compared)} for point, compared in choice.open
@@ -113,6 +132,7 @@ def _point(point: Point) -> dict[str, Any]:
         "high": point.high,
         "p50_ms": point.p50_ms,
         "p95_ms": point.p95_ms,
+        "core_ms": point.core_ms,
         "size_bytes": point.size_bytes,
         "peak_rss_bytes": point.peak_rss_bytes,
         "cold_ms": point.cold_ms,
@@ -149,6 +169,13 @@ def as_text(found: Found) -> str:
 
 
 def _verdict(choice: Choice, max_drop: float) -> list[str]:
+    if "max_drop" in choice.missed and choice.against:
+        return _wrapped(
+            [
+                f"nothing meets the budgets; the nearest, {choice.point.name}, loses more than {100 * max_drop:g} "
+                f"against the most accurate, {choice.best.name}: {_lost(choice.against)}"
+            ]
+        )
     if choice.missed:
         over_by = ", ".join(
             f"{name} by {100 * (factor - 1):.0f} %" for name, factor in choice.missed.items()

@@ -22,7 +22,8 @@ from ftkit.benchmark.ssh import Device
 from ftkit.models.backbones import build
 from ftkit.models.inference import WithEmbedding
 from ftkit.searching.candidates import Candidate
-from ftkit.searching.front import Point
+from ftkit.searching.front import Point, non_dominated
+from ftkit.searching.int8 import FIRST_IN_FLOAT
 from ftkit.utils import console
 from ftkit_export.bundle.write import PACKAGE, runtime_files
 from ftkit_export.conversion.convert import core_for_timing, write
@@ -31,12 +32,11 @@ from ftkit_export.conversion.quantize import calibrate, heavy_nodes, int8
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import folder_beside
-from ftkit_export.runtime.latency import Condition, Start, measure_start, race, race_in_parts
+from ftkit_export.runtime.latency import Condition, Raced, Start, measure_start, race, race_in_parts
 from ftkit_export.runtime.preprocess import Preprocess
 from ftkit_export.runtime.readout import Readout
 from ftkit_export.runtime.targets import TARGETS
 
-FIRST_IN_FLOAT = 3  # operators: the fastest on lite0; an export measures it anew
 SCRIPT = "time_candidates.py"
 
 
@@ -64,7 +64,8 @@ class Timing:
 
 
 def timed_points(points: Sequence[Point], job: Timing) -> list[Point]:
-    """Each point twice, in fp32 and in int8 (where the target has it), with its times and size.
+    """Each point twice, in fp32 and in int8 (where the target has it), with its times and size; those of
+    the front also without preprocessing. A candidate that cannot be exported is left out, and said.
 
     int8 has fp32's answers here: a candidate's own are judged when it is trained and exported. Where
     the target is not at hand, the times are those that were brought (`brought`), and None for
@@ -75,25 +76,41 @@ def timed_points(points: Sequence[Point], job: Timing) -> list[Point]:
         folder = Path(scratch)
         files: dict[str, Path] = {}
         made: list[Point] = []
+        cores: dict[str, Path] = {}
         for number, point in enumerate(points):
             candidate = point.candidate
             preprocess = job.preprocess(candidate.backbone, candidate.size)
             # By which the timing knows what to feed
             metadata = {"preprocess": json.dumps(asdict(preprocess))}
-            for precision, form in _forms(candidate, preprocess, precisions, job).items():
+            try:
+                forms = _forms(candidate, preprocess, precisions, job)
+            except FtkitError as error:
+                console.warn(f"{candidate.name}: not timed: {error}")
+                continue
+            for precision, (form, core) in forms.items():
                 made.append(replace(point, precision=precision))
                 path = folder / f"{number}-{precision}.onnx"
                 files[made[-1].name] = path
+                cores[made[-1].name] = path.with_suffix(".core.onnx")
                 write(form, path, metadata)
+                write(core, cores[made[-1].name], metadata)
                 made[-1] = replace(made[-1], size_bytes=path.stat().st_size)
             progress(number + 1, 2 * len(points))
+        if not made:
+            raise FtkitError(
+                "search: expected a candidate that can be exported, found none. Try other --backbones"
+            )
 
         if job.for_device:
             _leave_for_device(job.for_device, files, job)
-            times = job.brought
-        else:
-            times = _times(files, job, progress)
-    return [replace(point, **times.get(point.name, {})) for point in made]
+            return [replace(point, **job.brought.get(point.name, {})) for point in made]
+
+        times = _times(files, job, progress)
+        timed = [replace(point, **times[point.name]) for point in made]
+        front = [point.name for point in non_dominated(timed)]
+        raced = _raced([cores[name] for name in front], job)
+        alone = {name: raced[cores[name]].p50_ms for name in front}
+        return [replace(point, core_ms=alone.get(point.name)) for point in timed]
 
 
 def _times(
@@ -101,14 +118,7 @@ def _times(
 ) -> dict[str, dict[str, Any]]:
     """Times and memory of every file, here or over ssh."""
     count = len(files)
-    raced = race_in_parts(
-        list(files.values()),
-        job.photograph,
-        provider=TARGETS[job.target].provider,
-        frame=job.frame,
-        run=job.device.race if job.device else race,
-        progress=lambda done, _: progress(count + done, 2 * count),
-    )
+    raced = _raced(list(files.values()), job, lambda done, _: progress(count + done, 2 * count))
     found = {}
     for name, path in files.items():
         start = _started(path, job)
@@ -119,6 +129,21 @@ def _times(
             "cold_ms": start.cold_ms,
         }
     return found
+
+
+def _raced(
+    files: Sequence[Path],
+    job: Timing,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[Path, Raced]:
+    return race_in_parts(
+        files,
+        job.photograph,
+        provider=TARGETS[job.target].provider,
+        frame=job.frame,
+        run=job.device.race if job.device else race,
+        progress=progress,
+    )
 
 
 def _leave_for_device(folder: Path, files: Mapping[str, Path], job: Timing) -> None:
@@ -187,8 +212,8 @@ def _started(path: Path, job: Timing) -> Start:
 
 def _forms(
     candidate: Candidate, preprocess: Preprocess, precisions: Sequence[str], job: Timing
-) -> dict[str, onnx.ModelProto]:
-    """The image form of a candidate in each precision."""
+) -> dict[str, tuple[onnx.ModelProto, onnx.ModelProto]]:
+    """The image form and the core form of a candidate in each precision."""
     backbone = build(
         candidate.backbone,
         job.outputs,
@@ -197,11 +222,11 @@ def _forms(
         pooling=candidate.pooling,
     )
     core = core_for_timing(WithEmbedding(backbone), candidate.size)
-    forms = {"fp32": image_form(core, preprocess, job.readout)}
+    forms = {"fp32": (image_form(core, preprocess, job.readout), core)}
     if "int8" in precisions:
         pixels = job.pixels(preprocess)
         ranges = calibrate(core, np.array_split(pixels, max(1, len(pixels) // 8)), preprocess)
         keep = heavy_nodes(core)[:FIRST_IN_FLOAT]
         quantized = int8(core, ranges, TARGETS[job.target], keep=keep)
-        forms["int8"] = image_form(quantized, preprocess, job.readout)
+        forms["int8"] = (image_form(quantized, preprocess, job.readout), quantized)
     return forms
