@@ -123,6 +123,7 @@ def updates(place: Path, kills: int, disks: int) -> str:
             child.kill()
         assert verify(device / "current").passed
         assert verify(device / "previous").passed
+        assert (device / "previous").resolve() != (device / "current").resolve()
         ends = int(read_manifest(device / "current")["version"])
         assert ends in (running, wanted)
         old += ends == running
@@ -130,7 +131,8 @@ def updates(place: Path, kills: int, disks: int) -> str:
 
     small = place / "disk"
     small.mkdir()
-    need = sum(path.stat().st_size for path in device.rglob("*") if path.is_file()) / 2e6
+    running = (device / "current").resolve()
+    need = sum(path.stat().st_size for path in running.rglob("*") if path.is_file()) / 1e6
     full = 0
     for number in range(disks):
         size = need * (1.05 + 0.9 * number / max(1, disks - 1))
@@ -149,8 +151,8 @@ def updates(place: Path, kills: int, disks: int) -> str:
         [
             f"- {kills} kills at random moments of an update ({lasts:.1f} s, checks of answers and speed left out): "
             f"all end on a bundle that verifies, {old} on the old one, {new} on the new.",
-            f"- {disks} disks with room for 1.05 to 1.95 bundles of {need:.0f} MB: {full} were too small; all end on a "
-            "bundle that verifies, the old one where the new did not fit.",
+            f"- {disks} disks with room for 1.05 to 1.95 bundles of {need:.0f} MB, where an update holds both: {full} "
+            "were too small; all end on a bundle that verifies, the old one where the new did not fit.",
         ]
     )
 

@@ -19,6 +19,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,10 +28,19 @@ from pathlib import Path
 from typing import Any
 
 from ftkit_export.bundle.archive import EPOCH, check_signature, extracted
+from ftkit_export.runtime.drift import least_images
 from ftkit_export.runtime.errors import BundleError, FtkitError
 from ftkit_export.runtime.files import flush, folder_beside, replacing
 from ftkit_export.runtime.latency import race
-from ftkit_export.runtime.verify import MANIFEST, SIGNATURE, check_files, read_manifest, sha256
+from ftkit_export.runtime.predict import read_reference
+from ftkit_export.runtime.verify import (
+    MANIFEST,
+    SIGNATURE,
+    check_files,
+    check_listed,
+    read_manifest,
+    sha256,
+)
 
 CURRENT = "current"
 PREVIOUS = "previous"
@@ -38,8 +48,9 @@ VERSIONS = "versions"
 PROBATION = "probation.json"
 FAILED = "failed.json"
 SLOWER = 0.1  # of the running bundle's time that a new one may take longer
-FRAMES = 100  # that a new bundle must answer before it is trusted
+FRAMES = 100  # that a new bundle must answer before it is trusted, at least
 SELF_CHECK_SECONDS = 600
+COUNTING_S = 2.0  # for which the lock may be held by a running bundle that counts its frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +107,7 @@ def _update(
         new = _fetched(source, beside, running, key)
         manifest = read_manifest(new)
         check_files(new, manifest["files"])
-        _require_newer(source, manifest, running, allow_downgrade)
+        _require_newer(source, manifest, current(into), allow_downgrade)
         if manifest["digest"] in failed(into) and not allow_downgrade:
             raise FtkitError(
                 f"{source}: expected a bundle that has not failed here, found one that was rolled back. Try "
@@ -117,12 +128,46 @@ def _update(
 
     replaced = running if running and running != folder.resolve() else None
     if replaced:
-        if probation(into) is None:  # else the one before it is the last that is proven
-            _point(into / PREVIOUS, replaced)
-        _write(into / PROBATION, {"version": folder.name, "frames": 0, "of": FRAMES})
-    _point(into / CURRENT, folder)
+        _switch(into, folder, replaced)
+    else:
+        _point(into / CURRENT, folder)
     _forget(into)
     return Update(folder=folder, version=version_of(manifest), replaced=replaced, ratio=ratio)
+
+
+def _switch(into: Path, folder: Path, replaced: Path) -> None:
+    """Make a new bundle run on probation.
+
+    What to go back to is written with its probation, so that it is known at any moment: the bundle
+    replaced or, where that has not proven itself, the one before it.
+    """
+    pending = probation(into)
+    back = (_previous(into) if pending else None) or replaced
+    told = {"version": folder.name, "frames": 0, "of": _frames(folder), "back": back.name}
+    if pending:  # it goes on, should the disk or the power fail now
+        told["pending"] = pending
+    _write(into / PROBATION, told)
+    _point(into / CURRENT, folder)
+    _point(into / PREVIOUS, back)
+
+
+def _frames(bundle: Path) -> int:
+    """Images that a new bundle must answer: enough for an alarm of its drift test, twice over."""
+    try:
+        reference = read_reference(bundle)
+    except BundleError:  # of a newer ftkit than this device's
+        reference = None
+    return max(FRAMES, 2 * least_images(reference)) if reference else FRAMES
+
+
+def _previous(into: Path) -> Path | None:
+    """The bundle to go back to; None where there is none."""
+    running = current(into)
+    link = into / PREVIOUS
+    named = (probation(into) or {}).get("back", "")
+    places: list[Path] = [link] if not named else [into / VERSIONS / named, link]
+    found = [place.resolve() for place in places if place.exists()]
+    return next((place for place in found if place != running), None)
 
 
 def current(into: Path) -> Path | None:
@@ -133,10 +178,10 @@ def current(into: Path) -> Path | None:
 
 def _whole(bundle: Path | None) -> Path | None:
     """The bundle, or None for one that was damaged since: it is neither a measure for the new one,
-    nor what to go back to."""
+    nor what to go back to. Other files beside its own do no harm."""
     if bundle:
         try:
-            check_files(bundle, read_manifest(bundle)["files"])
+            check_listed(bundle, read_manifest(bundle)["files"])
         except BundleError:
             return None
     return bundle
@@ -169,14 +214,14 @@ def rollback(into: Path, *, bad: bool = False, of: Path | None = None) -> Path:
         if of is not None and running and running != of:
             return running
         link = into / PREVIOUS
-        if not link.exists() or link.resolve() == running:
+        before = _whole(_previous(into))
+        if before is None:
             raise FtkitError(
-                f"{into}: expected a bundle to go back to, found none. Try an update with --allow-downgrade"
+                f"{into}: expected a whole bundle to go back to, found none. Try an update with --allow-downgrade"
             )
-        before = link.resolve()
         _point(into / CURRENT, before)
         if bad:
-            link.unlink()
+            link.unlink(missing_ok=True)
         elif running:
             _point(link, running)
         (into / PROBATION).unlink(missing_ok=True)
@@ -224,8 +269,10 @@ def _place(into: Path, manifest: dict[str, Any]) -> Path:
         if not folder.exists():
             return folder
         try:
-            check_files(folder, manifest["files"])
-            return folder
+            if read_manifest(folder)["digest"] == manifest["digest"]:
+                check_files(folder, manifest["files"])
+                return folder
+            number += 1
         except (
             BundleError
         ):  # damaged since; it may be the one that runs, and stays until it does not
@@ -237,7 +284,10 @@ def _require_newer(
 ) -> None:
     if running is None or allow_downgrade:
         return
-    here = version_of(read_manifest(running))
+    try:
+        here = version_of(read_manifest(running))
+    except BundleError:  # damaged since
+        return
     if version_of(manifest) < here:
         raise FtkitError(
             f"{source}: expected version {here} or newer, which runs here, found {version_of(manifest)}. Try "
@@ -306,6 +356,7 @@ def _write(path: Path, told: object) -> None:
 def _forget(into: Path) -> None:
     """Remove all versions but the running one and the one before."""
     kept = {link.resolve() for link in (into / CURRENT, into / PREVIOUS) if link.exists()}
+    kept |= {place for place in [_previous(into)] if place}
     for folder in (into / VERSIONS).iterdir():
         if folder.resolve() not in kept:
             shutil.rmtree(folder, ignore_errors=True)
@@ -315,16 +366,22 @@ def _forget(into: Path) -> None:
 def _locked(into: Path, wait: bool = False) -> Iterator[None]:
     """One update at a time. wait: until another has ended."""
     with (into / ".lock").open("w") as file:
-        try:
-            import fcntl
+        ends = time.monotonic() + COUNTING_S
+        while True:
+            try:
+                import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except ImportError:  # Windows
-            pass
-        except OSError:
-            raise FtkitError(
-                f"{into}: expected no other update at work, found one. Wait for it"
-            ) from None
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except ImportError:  # Windows
+                pass
+            except OSError:
+                if time.monotonic() < ends:
+                    time.sleep(0.05)
+                    continue
+                raise FtkitError(
+                    f"{into}: expected no other update at work, found one. Wait for it"
+                ) from None
+            break
         yield
 
 
@@ -356,21 +413,28 @@ def delta(old: Path, new: Path, out: Path) -> int:
 
 
 def probation(into: Path) -> dict[str, Any] | None:
-    """What a new bundle has still to show: {"version", "frames", "of"}; None where it is trusted."""
+    """What a new bundle has still to show, {"version", "frames", "of", "back"}; None where it is
+    trusted. back: the version to go back to."""
     try:
-        found: dict[str, Any] = json.loads((into / PROBATION).read_text())
+        found: dict[str, Any] | None = json.loads((into / PROBATION).read_text())
     except (OSError, ValueError):
         return None
     running = current(into)
-    return found if running and found.get("version") == running.name else None
+    while isinstance(found, dict):
+        if running and found.get("version") == running.name:
+            return found
+        found = found.get("pending")  # the update after it did not come to its end
+    return None
 
 
-def answered(into: Path, frames: int) -> None:
-    """Note how many frames the new bundle has answered; the last ends its probation."""
-    found = probation(into)
-    if found is None:
-        return
-    if frames >= found["of"]:
-        (into / PROBATION).unlink(missing_ok=True)
-    else:
-        _write(into / PROBATION, {**found, "frames": frames})
+def answered(into: Path, version: str, frames: int) -> None:
+    """Note how many frames a new bundle has answered; the last ends its probation. version: the name of its
+    folder; another one's frames do not count."""
+    with _locked(into, wait=True):
+        found = probation(into)
+        if found is None or found["version"] != version:
+            return
+        if frames >= found["of"]:
+            (into / PROBATION).unlink(missing_ok=True)
+        else:
+            _write(into / PROBATION, {**found, "frames": frames})

@@ -117,13 +117,7 @@ def classify_all(options: argparse.Namespace) -> None:
         )
     try:
         classify = _loaded(options, collector)
-        shadow = None
-        if options.shadow:
-            second = Classifier(options.shadow, provider=options.provider, threads=options.threads)
-            pair = " and ".join(
-                sha256(path)[:12] for path in (_file(BUNDLE), _file(options.shadow))
-            )
-            shadow = Shadow(second, pair, options.keep, options.shadow_every)
+        shadow = _shadow(options) if options.shadow else None
         for path in _paths(options):
             try:
                 answer = _classified(classify, path, options.raw)
@@ -161,6 +155,18 @@ def enroll_class(options: argparse.Namespace) -> int:
     print(enrolled.as_text())
     print(f"bundle: {enrolled.folder}")
     return {"passed": 0, "failed": 1, "inconclusive": 3}[enrolled.verdict]
+
+
+def _shadow(options: argparse.Namespace) -> Shadow | None:
+    """The second bundle; None, and a line on standard error, where it cannot be had: the first must
+    classify all the same."""
+    try:
+        second = Classifier(options.shadow, provider=options.provider, threads=options.threads)
+        pair = " and ".join(sha256(path)[:12] for path in (_file(BUNDLE), _file(options.shadow)))
+        return Shadow(second, pair, options.keep, options.shadow_every)
+    except (FtkitError, OSError) as error:
+        print(f"shadow: nothing is compared: {error}", file=sys.stderr)
+        return None
 
 
 def _loaded(options: argparse.Namespace, collector: Collector | None) -> AnyModel:

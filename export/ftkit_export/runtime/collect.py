@@ -8,7 +8,8 @@
     collected/log.jsonl, log.1.jsonl, ...       a line an image, never its pixels or its name
     collected/state.json                        counts, and the drift test
 
-Kept are pictures of low confidence, those unlike the training images, and a random share of all.
+Kept are a random share of all pictures, and of the others those of low confidence and those unlike the
+training images.
 Their number and bytes are bounded: within each reason a picture that arrives has the same chance to
 be there at the end as any other (reservoir sampling, Vitter 1985); where bytes run out, the oldest
 control pictures go first.
@@ -119,6 +120,8 @@ class Collector:
             ) from None
 
         self._seen.update(state.get("seen", {}))
+        for reason, kept in self._kept.items():  # the state may be lost
+            self._seen[reason] = max(self._seen[reason], len(kept))
         if reference:
             self.drift = _resumed(reference, state.get("drift"))
 
@@ -155,29 +158,31 @@ class Collector:
         return reason if name else ""
 
     def _reason(self, sighting: Sighting) -> str:
-        if sighting.foreign:
-            return "foreign"
-        if sighting.doubtful:
-            return "doubtful"
-        return "control" if self._random.random() < self._control else ""
+        if self._random.random() < self._control:  # of all, so that it stands for all
+            return "control"
+        return "foreign" if sighting.foreign else "doubtful" if sighting.doubtful else ""
 
     def _keep(self, reason: str, picture: Picture) -> str:
         """Store a picture if the reservoir takes it; return its name, or ""."""
         self._seen[reason] += 1
         kept = self._kept[reason]
         room = self._most // len(REASONS)
-        if len(kept) >= room:
-            if self._random.random() >= room / self._seen[reason]:
-                return ""
-            while len(kept) >= room:
-                self._remove(reason, self._random.choice(list(kept)))
+        if len(kept) >= room and self._random.random() >= room / self._seen[reason]:
+            return ""
 
-        content, suffix = picture()
-        if not self._make_room(reason, len(content)):
+        try:
+            content, suffix = picture()
+        except FileNotFoundError:  # whoever brought it has taken it away again
+            return ""
+        replaced = self._random.sample(sorted(kept), max(0, len(kept) - room + 1))
+        if not self._takes(reason, len(content), sum(kept[name] for name in replaced)):
             return ""
         if shutil.disk_usage(self.folder).free < SPARE_BYTES + len(content):
             self._stop(f"less than {SPARE_BYTES // 1_000_000} MB of disk are left")
             return ""
+        for name in replaced:
+            self._remove(reason, name)
+        self._make_room(len(content))
 
         self._last = max(self._last + 1, time.time_ns() // 1_000_000)
         name = f"{self._last}{suffix}"
@@ -195,30 +200,37 @@ class Collector:
     def _used(self) -> int:
         return sum(sum(kept.values()) for kept in self._kept.values())
 
-    def _make_room(self, reason: str, size: int) -> bool:
-        """Whether a picture of so many bytes is taken; others then make room for it.
+    @property
+    def _largest(self) -> str:
+        """The reason that has the most bytes, but for controls, which go first."""
+        return max(REASONS[:2], key=lambda each: sum(self._kept[each].values()))
 
-        The oldest control first; then a random one of the reason that has the most bytes. Where that
-        is the picture's own, it is taken with the chance that keeps the reason's sample fair.
+    def _takes(self, reason: str, size: int, freed: int) -> bool:
+        """Whether a picture of so many bytes is taken. freed: by pictures of its reason that it replaces.
+
+        Controls make room for others, not for each other beyond their number. Where a picture's own
+        reason has the most bytes, it is taken with the chance that keeps the reason's sample fair.
         """
-        if size > self._bytes:
+        control = sum(self._kept["control"].values())
+        others = self._used - control + size - (0 if reason == "control" else freed)
+        if size > self._bytes or (reason == "control" and others > self._bytes):
             return False
-        while self._used + size > self._bytes and self._kept["control"]:
-            self._remove("control", min(self._kept["control"]))
-        if self._used + size <= self._bytes:
+        own = sum(self._kept[reason].values())
+        if (
+            reason == "control"
+            or others <= self._bytes
+            or own < sum(self._kept[self._largest].values())
+        ):
             return True
-        if reason == "control":
-            return False
+        return self._random.random() < len(self._kept[reason]) / self._seen[reason]
 
-        largest = max(REASONS, key=lambda each: (sum(self._kept[each].values()), each == reason))
-        fair = len(self._kept[reason]) / self._seen[reason]
-        if largest == reason and self._random.random() >= fair:
-            return False
+    def _make_room(self, size: int) -> None:
+        """Remove the oldest control first; then a random picture of the reason that has the most bytes."""
+        while self._used + size > self._bytes and self._kept["control"]:
+            self._remove("control", min(self._kept["control"], key=lambda name: (len(name), name)))
         while self._used + size > self._bytes:
-            if not self._kept[largest]:  # then the other has less, and the picture is large
-                largest = next(each for each in REASONS if self._kept[each])
+            largest = self._largest
             self._remove(largest, self._random.choice(list(self._kept[largest])))
-        return True
 
     def _remove(self, reason: str, name: str) -> None:
         (self.folder / reason / name).unlink(missing_ok=True)

@@ -269,6 +269,15 @@ class DriftTest:
         self._since = np.array(state["since"], int)
 
 
+def least_images(reference: Reference) -> int:
+    """Images after which the test alarms where each shows all that is watched for."""
+    test = DriftTest(reference)
+    while not test.alarms and test.observations < LEAST:
+        test.images += reference.block
+        test._observe(1 - test._rate)
+    return test.images
+
+
 def frame_statistics(frame: Array, input_format: str, sampled: int = SAMPLED) -> Array:
     """Brightness, contrast, sharpness, and red and blue relative to green, of a frame (H, W, C) uint8
     in the model's input format (preprocess.to_frame): (5,) float64, in grey levels.

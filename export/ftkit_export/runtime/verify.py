@@ -193,24 +193,33 @@ def check_files(bundle: Path, files: dict[str, str]) -> None:
         name for name in present if not (name.startswith(f"{EVIDENCE}/") and name.endswith(".json"))
     }
     for name in sorted(set(files) - present):
-        raise BundleError(
-            f"{bundle / name}: expected this file, found it missing. Copy the bundle again"
-        )
-
+        raise _missing(bundle / name)
     for name in sorted(present - set(files)):
         raise BundleError(
             f"{bundle / name}: expected only files the manifest lists, found this one. Remove it"
         )
 
+    check_listed(bundle, files)
+
+
+def check_listed(bundle: Path, files: dict[str, str]) -> None:
+    """Check that every listed file is there and unchanged. Raises BundleError naming the first that is
+    not."""
     for name, digest in sorted(files.items()):
         if (bundle / name).is_symlink():
             raise BundleError(
                 f"{bundle / name}: expected a plain file, found a link. Copy the bundle again"
             )
+        if not (bundle / name).exists():
+            raise _missing(bundle / name)
         if sha256(bundle / name) != digest:
             raise BundleError(
                 f"{bundle / name}: expected sha256 {digest[:12]}…, found another. Copy the bundle again"
             )
+
+
+def _missing(path: Path) -> BundleError:
+    return BundleError(f"{path}: expected this file, found it missing. Copy the bundle again")
 
 
 def replay_golden(

@@ -18,6 +18,7 @@ from ftkit_export.runtime.preprocess import SUFFIXES
 
 LEDGER = ".taken"  # in the folder watched
 POLL_SECONDS = 0.5
+MOST_GONE = 1000  # lines of files that are gone, before the ledger is written without them
 
 
 def watch(folder: Path, waits: Callable[[], object] | None = None) -> Iterator[Path]:
@@ -59,6 +60,7 @@ class _Ledger:
     def __init__(self, folder: Path):
         self._folder = folder
         self._full = False
+        self._lines = 0
         self.taken = _read(folder)
         try:
             self._rewrite()  # without files that are gone
@@ -77,6 +79,10 @@ class _Ledger:
                 self._rewrite()
                 self._full = False
                 return
+            if self._lines > 2 * len(self.taken) + MOST_GONE:
+                self._rewrite()
+                return
+            self._lines += 1
             with (self._folder / LEDGER).open(
                 "a", encoding="utf-8", errors="surrogateescape"
             ) as file:
@@ -90,6 +96,7 @@ class _Ledger:
         with replacing(self._folder / LEDGER) as beside:
             text = "".join(f"{stamp} {name}\n" for name, stamp in self.taken.items())
             beside.write_text(text, "utf-8", errors="surrogateescape")
+        self._lines = len(self.taken)
 
     def _is_full(self, error: OSError) -> None:
         """Go on without the disk. Raises any other error."""

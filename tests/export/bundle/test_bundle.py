@@ -358,33 +358,6 @@ def test_what_a_killed_export_left_goes_and_what_a_living_one_builds_stays(tmp_p
     assert (left.exists(), built.exists(), mine.exists()) == (False, True, True)
 
 
-def test_a_failed_gate_exits_1_and_goes_to_failed(run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    result = ftkit(
-        "export",
-        run,
-        "--out",
-        out,
-        "--quick",
-        "--set",
-        "export.size_mb=1",
-        "--set",
-        "export.p95_ms=9999",
-        "--set",
-        "export.variants=fp32",
-    )
-    assert result.exit_code == 1
-    assert not out.exists()
-    assert "expected at most 1, found 1" in result.stderr
-    manifest = json.loads((tmp_path / "bundle.failed" / "manifest.json").read_text())
-    assert manifest["verdict"] == "failed"
-    verified = ftkit("verify", tmp_path / "bundle.failed")
-    assert (verified.exit_code, "sealed gate FAILED: size in MB (" in verified.stdout) == (1, True)
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle.failed"], (
-        "nothing half-built is left"
-    )
-
-
 def test_the_same_run_gives_the_same_bytes_but_for_timings(
     run: Path,
     bundle: Path,

@@ -97,7 +97,13 @@ def test_a_newer_bundle_is_switched_to_and_back(
     assert _version(device) == done.version == 2
     assert done.ratio
     assert done.ratio[1] < 1.5
-    update.answered(device, update.FRAMES)
+    on_probation = update.probation(device)
+    assert on_probation
+    update.answered(device, done.folder.name, on_probation["of"] - 1)
+    update.answered(device, "1-another", on_probation["of"])
+    assert update.probation(device)
+    update.answered(device, done.folder.name, on_probation["of"])
+    assert update.probation(device) is None
     update.update(make(3), device, key=keys[1], slower=0.5)
     assert len(list((device / "versions").iterdir())) == 2, "the last good one stays, no more"
 
@@ -174,6 +180,53 @@ def test_a_damaged_bundle_is_replaced_and_not_gone_back_to(
     assert _version(device) == 1
     with pytest.raises(FtkitError, match="go back to"):
         update.rollback(device)
+
+
+@pytest.mark.parametrize("at", ["current", "previous"])
+def test_a_disk_that_fills_up_between_two_steps_leaves_a_bundle_to_go_back_to(
+    device: Path, make: Make, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    two = update.update(make(2), device, key=keys[1], slower=0.5)
+    update.answered(device, two.folder.name, 10**6)
+    update.update(make(3), device, key=keys[1], slower=0.5)  # on probation; 2 is proven
+    point = update._point
+
+    def full(link: Path, folder: Path) -> None:
+        if link.name == at:
+            raise OSError(28, "No space left on device")
+        point(link, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(update, "_point", full)
+        with pytest.raises(FtkitError, match="No space left"):
+            update.update(make(4), device, key=keys[1], slower=0.5)
+    running = _version(device)
+    assert running == (3 if at == "current" else 4)
+    assert update.probation(device), "it has still to show what it had to"
+    assert update.rollback(device, bad=True).name.startswith("2-")
+    assert _version(device) == 2
+
+
+def test_a_file_beside_a_bundles_own_does_not_let_an_older_one_in(
+    device: Path, make: Make, keys: tuple[Path, Path]
+) -> None:
+    update.update(make(2), device, key=keys[1], slower=0.5)
+    stray = device / "current" / "device" / "__pycache__" / "classify.pyc"
+    stray.parent.mkdir()
+    stray.write_bytes(b"")
+    with pytest.raises(FtkitError, match="allow-downgrade"):
+        update.update(make(1), device, key=keys[1])
+    (device / "previous" / "model.onnx").write_bytes(b"")
+    with pytest.raises(FtkitError, match="a whole bundle to go back to"):
+        update.rollback(device)
+
+
+def test_a_manifest_that_was_damaged_is_not_what_is_installed_again(
+    device: Path, make: Make, keys: tuple[Path, Path]
+) -> None:
+    (device / "current" / "manifest.json").write_text("{")
+    update.update(make(1), device, key=keys[1])
+    assert _version(device) == 1
 
 
 def test_a_delta_holds_what_differs_and_installs_where_the_old_one_runs(

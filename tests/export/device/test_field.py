@@ -49,7 +49,14 @@ def test_a_device_collects_and_its_log_shows_drift(
     remarks = {"foreign": "foreign", "doubtful": "doubtful", "": "control"}
     for said, line in zip(told.stdout.splitlines(), lines, strict=True):
         remark = said.split("  ")[3] if said.count("  ") == 3 else ""
-        assert line["kept"] is None or line["kept"].split("/")[0] == remarks[remark]
+        reasons = (remarks[remark], "control")  # a control may be of any kind
+        assert line["kept"] is None or line["kept"].split("/")[0] in reasons
+    kinds = {
+        said.split("  ")[3] if said.count("  ") == 3 else ""
+        for said, line in zip(told.stdout.splitlines(), lines, strict=True)
+        if line["kept"] and line["kept"].startswith("control")
+    }
+    assert len(kinds) > 1, "controls stand for all that is seen"
     assert verify(bundle).passed, "nothing is written into the bundle"
 
     alike = ftkit("drift", bundle, kept)
@@ -78,6 +85,17 @@ def test_a_device_collects_and_its_log_shows_drift(
     again = ftkit("drift", bundle, kept, "--json", tmp_path / "drift.json")
     assert again.exit_code == 1
     assert gone not in (tmp_path / "drift.json").read_text()
+
+    log = (kept / "log.jsonl").read_text().splitlines(keepends=True)
+    (kept / "log.jsonl").write_text("".join(log[-20:]))  # the others were rotated away
+    late = ftkit("drift", bundle, kept, "--json", tmp_path / "late.json")
+    assert late.exit_code == 1, "twenty images alone do not tell"
+    told_late = json.loads((tmp_path / "late.json").read_text())
+    assert told_late["forgotten"] == 340
+    assert {alarm["since"] for alarm in told_late["alarms"]} == {
+        alarm["since"] for alarm in found["alarms"]
+    }
+    (kept / "log.jsonl").write_text("".join(log))
 
     check = _device(bundle, "--self-check", "--keep", kept)
     assert check.returncode == 0
@@ -164,6 +182,9 @@ def test_a_shadow_is_compared_and_its_labels_settle_which_is_better(
 
     first = ftkit("shadow", kept)
     assert first.exit_code == 3, first.output
+    missing = _device(bundle, photographs, "--keep", tmp_path / "x", "--shadow", tmp_path / "none")
+    assert (missing.returncode, missing.stdout) == (0, alone.stdout), "it classifies all the same"
+    assert "shadow: nothing is compared" in missing.stderr
     table = kept / "shadow" / "shadow.csv"
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))

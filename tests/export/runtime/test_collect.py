@@ -60,6 +60,7 @@ def test_bytes_are_bounded_and_the_oldest_control_goes_first(tmp_path: Path) -> 
     for _ in range(10):
         collector.offer(_sighting(), _picture)
     controls = sorted((tmp_path / "control").iterdir())
+    collector._control = 0.0
     collector.offer(_sighting(foreign=True), lambda: _picture(2000))
     assert sorted((tmp_path / "control").iterdir()) == controls[2:]
     for _ in range(50):
@@ -98,7 +99,56 @@ def test_a_restart_counts_on_and_clears_what_a_kill_left(tmp_path: Path) -> None
         again.offer(_sighting(), _picture)
     again.close()
     assert len(list((tmp_path / "control").iterdir())) == 10
-    assert json.loads((tmp_path / "state.json").read_text())["seen"]["control"] == 20
+    counted = json.loads((tmp_path / "state.json").read_text())["seen"]["control"]
+    assert counted == 25, "those that are there were seen, too"
+
+
+def test_nothing_is_removed_for_a_picture_that_is_not_taken(tmp_path: Path) -> None:
+    collector = Collector(tmp_path, control=0.0, megabytes=0.01, seed=0)
+    for _ in range(900):
+        collector.offer(_sighting(foreign=True), _picture)
+    collector._control = 1.0
+    collector._remove("foreign", next(iter(collector._kept["foreign"])))
+    assert collector.offer(_sighting(), lambda: _picture(500)) == "control"
+    (control,) = (tmp_path / "control").iterdir()
+    collector._control = 0.0
+    for _ in range(3):  # one in a hundred would be taken
+        assert collector.offer(_sighting(foreign=True), lambda: _picture(1001)) == ""
+    assert control.is_file()
+    collector._control = 1.0
+    assert collector.offer(_sighting(), lambda: _picture(5000)) == ""
+    assert control.is_file()
+    collector.close()
+
+
+def test_a_picture_of_a_full_sample_goes_only_for_one_that_is_taken(tmp_path: Path) -> None:
+    collector = Collector(tmp_path, control=0.0, most=30, megabytes=0.012, seed=0)
+    for _ in range(9):
+        collector.offer(_sighting(foreign=True), _picture)
+    collector.offer(_sighting(foreign=True), _picture)  # ten: the most
+    before = set((tmp_path / "foreign").iterdir())
+    assert len(before) == 10
+    collector._random.random = lambda: 0.0  # type: ignore[method-assign]  # every draw takes it
+    assert collector.offer(_sighting(foreign=True), lambda: _picture(20_000)) == ""
+    assert set((tmp_path / "foreign").iterdir()) == before
+    collector.offer(_sighting(foreign=True), lambda: _picture(2500))
+    kept = list((tmp_path / "foreign").iterdir())
+    assert len(kept) <= 10
+    assert sum(path.stat().st_size for path in kept) <= 12_000
+    collector.close()
+
+
+def test_a_picture_that_was_taken_away_is_passed_over(tmp_path: Path) -> None:
+    collector = Collector(tmp_path, control=1.0)
+
+    def gone() -> tuple[bytes, str]:
+        return (tmp_path / "gone.png").read_bytes(), ".png"
+
+    assert collector.offer(_sighting(), gone) == ""
+    assert collector.offer(_sighting(), _picture) == "control"
+    assert not collector.stopped
+    collector.close()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_the_log_rotates_and_the_oldest_goes(

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from ftkit_export.proof.drift_reference import Seen, make_reference
-from ftkit_export.runtime.drift import SAMPLED, DriftTest, Reference, frame_statistics
+from ftkit_export.runtime.drift import (
+    SAMPLED,
+    DriftTest,
+    Reference,
+    frame_statistics,
+    least_images,
+)
 
 CLASSES = ["a", "b", "c"]
 
@@ -172,3 +178,16 @@ def test_a_damaged_reference_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"event"):
             Reference.from_json(json.dumps({**told, **change}))
+
+
+def test_a_probation_lasts_until_drift_can_be_found_also_where_groups_count_as_one() -> None:
+    random = np.random.default_rng(8)
+    alone = _reference(random)
+    grouped = _reference(random, groups=[f"g{row // 40}" for row in range(800)])
+    for reference in (alone, grouped):
+        images = least_images(reference)
+        moved = _drawn(random, 2 * images)
+        moved[0] += 100.0  # beyond every image of the reference
+        moved[3] += 100.0
+        assert _fed(DriftTest(reference), moved).alarms
+    assert least_images(grouped) > 100 >= least_images(alone)

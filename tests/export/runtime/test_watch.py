@@ -92,3 +92,24 @@ def test_on_a_full_disk_images_are_taken_and_nothing_is_collected(
     collector = Collector(full_disk / "collected")
     assert "No space left" in collector.stopped
     collector.close()
+
+
+def test_the_ledger_stays_small_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ftkit_export.runtime.watch.MOST_GONE", 5)
+    numbers = iter(range(40))
+
+    def arrives() -> bool:
+        for path in tmp_path.glob("*.png"):  # the one before was taken
+            if path.name in (tmp_path / ".taken").read_text():
+                path.unlink()
+                if (number := next(numbers, None)) is None:
+                    return False
+                (tmp_path / f"{number:03d}.png").write_bytes(b"x")
+        return True
+
+    (tmp_path / "first.png").write_bytes(b"x")
+    taken = [path.name for path in watch(tmp_path, arrives)]
+    assert len(taken) == len(set(taken)) == 41
+    assert len((tmp_path / ".taken").read_text().splitlines()) <= 8

@@ -52,7 +52,7 @@ def drift(
 
     page = out or collected / "drift.html"
     told = {**dataclasses.asdict(found), "folder": str(found.folder)}
-    write_drift(page, {**told, "folder_uri": found.folder.resolve().as_uri()})
+    write_drift(page, told)
     write_json(as_json, told)
     if as_json != Path("-"):
         click.echo(as_text(found))

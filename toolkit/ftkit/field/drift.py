@@ -23,6 +23,7 @@ from ftkit_export.runtime.predict import REFERENCE, read_reference, require_sing
 
 COURSE = 60  # points of a course
 PICTURES = 3
+EARLIER = "as the device found"  # when images began to drift that the log no longer holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,9 @@ class Day:
 class Drift:
     """Verdict of the drift test on a log.
 
-    evidence: by stream, the most that its stake has ever been, 1 at the start; course: the stake
-    after each of `marks` images. forgotten: images that the device's test has seen, and the log no longer holds;
+    evidence: by stream, the most that its stake has ever been, 1 at the start (of the device's own test, what
+    it is now, or an alarm's); course: the stake after each of `marks` images of the log. forgotten:
+    images that the device's test has seen, and the log no longer holds;
     others: images in the log that another bundle answered.
     """
 
@@ -74,7 +76,8 @@ class Drift:
 
 
 def find_drift(bundle: Path, collected: Path) -> Drift:
-    """Run the test over the log of `collected`, from its first line.
+    """Run the test over the log of `collected`, from its first line; where the log no longer holds all
+    that the device has seen, take the device's own.
 
     Raises FtkitError for a bundle without a reference, a folder without a log, or a log of another
     bundle.
@@ -113,14 +116,23 @@ def find_drift(bundle: Path, collected: Path) -> Drift:
     there = stored_test(collected, reference)
     forgotten = max(0, there.images - len(lines))
     has_picture = [bool(line["kept"]) and (collected / line["kept"]).is_file() for line in lines]
-    alarms = [_alarm(test, name, values, lines, has_picture) for name in test.alarms]
-    if there.alarms:  # what the device found stands
-        alarms += [_earlier(there, name) for name in there.alarms if name not in test.alarms]
+    # A test that began anew wherever the log begins would be one test more for each rotation
+    whole = there if forgotten else test
+    alarms = [
+        _alarm(whole, name, values, lines, has_picture, before=forgotten) for name in whole.alarms
+    ]
+    # What the device found stands
+    alarms += [_earlier(there, name) for name in there.alarms if name not in whole.alarms]
+    if forgotten:  # of which the highest is not known, but for an alarm
+        highest = {
+            name: max(stake, ALARM if name in there.alarms else 0.0)
+            for name, stake in there.evidence.items()
+        }
 
     return Drift(
         folder=collected,
         reference=reference,
-        verdict=1 if alarms else test.verdict,
+        verdict=1 if alarms else whole.verdict,
         images=len(lines),
         first=_time(lines[0]),
         last=_time(lines[-1]),
@@ -165,9 +177,12 @@ def _alarm(
     values: Array,
     lines: Sequence[Mapping[str, Any]],
     has_picture: Sequence[bool],
+    before: int,
 ) -> Alarm:
+    """before: images that the test has seen and `lines` no longer has."""
     alarm = test.alarms[stream]
-    since = alarm["since"]
+    since = max(0, alarm["since"] - before)
+    known = alarm["since"] >= before
     event = test.reference.events[alarm["event"]]
     shown = values[:, test.reference.values.index(event.value)] * (1 if event.above else -1)
     kept = [number for number in range(since, len(lines)) if has_picture[number]]
@@ -175,8 +190,8 @@ def _alarm(
     return Alarm(
         stream=stream,
         what=alarm["what"],
-        since=since,
-        since_time=_time(lines[min(since, len(lines) - 1)]),
+        since=alarm["since"],
+        since_time=_time(lines[min(since, len(lines) - 1)]) if known else EARLIER,
         at=alarm["at"],
         pictures=[str(lines[number]["kept"]) for number in kept[:PICTURES]],
     )
@@ -188,7 +203,7 @@ def _earlier(test: DriftTest, stream: str) -> Alarm:
         stream=stream,
         what=alarm["what"],
         since=alarm["since"],
-        since_time="as the device found",
+        since_time=EARLIER,
         at=alarm["at"],
         pictures=(),
     )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.field.review import FOLDER, TABLE, Picture, read_labels, write_table
+from ftkit.report.pictures import for_browser
 from ftkit.utils.local_server import HOSTS, listening, names_this_machine
 from ftkit_export.bundle.enroll import FORBIDDEN
 from ftkit_export.runtime.errors import FtkitError
@@ -107,13 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not name.isdecimal() or int(name) >= len(pictures):
             self.send_error(404)
             return
-        path = self._labels.collected / pictures[int(name)].path
-        kind = {".png": "png", ".webp": "webp", ".bmp": "bmp", ".gif": "gif"}.get(
-            path.suffix, "jpeg"
-        )
         try:
-            self._send(path.read_bytes(), f"image/{kind}")
-        except OSError:
+            self._send(*for_browser(self._labels.collected / pictures[int(name)].path))
+        except (OSError, FtkitError):
             self.send_error(404)
 
     def do_POST(self) -> None:

@@ -166,6 +166,8 @@ def write_review(collected: Path, pictures: Sequence[Picture]) -> Path:
     table = folder / TABLE
     write_table(table, pictures, read_labels(table))
     each = ACROSS * DOWN
+    for sheet in folder.glob("sheet-*.jpg"):  # of a longer review, with numbers of its own
+        sheet.unlink()
     for number in range(math.ceil(len(pictures) / each)):
         part = pictures[number * each : (number + 1) * each]
         _sheet(folder / f"sheet-{number + 1}.jpg", collected, part, number * each)

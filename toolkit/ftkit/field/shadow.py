@@ -4,13 +4,16 @@ found = compare(Path("collected"))
 found.verdict        # "first", "second" or "open"
 
 Frames on which both gave one answer cannot tell them apart. Of the others a fair sample was kept:
-collected/shadow/shadow.csv lists them, with a column to fill in. The paired difference in accuracy
-over all frames compared has the interval of the int8 decision.
+collected/shadow/shadow.csv lists them in a random order, with a column to fill in, so that the first
+labelled stand for all. Labels come in bit by bit, and each time the question is asked again: the
+bounds hold for all these looks together (a confidence sequence: the evidence against a share of right
+answers is what a bet against it has won, Ville 1939, spread evenly over all alternatives).
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -19,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from ftkit.field.review import read_labels
-from ftkit_export.proof.decision import paired
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.runtime.errors import FtkitError
 from ftkit_export.runtime.files import write_atomically
 from ftkit_export.runtime.shadow import FOLDER, read_lines
 
 TABLE = "shadow.csv"
+ERROR = 0.05  # of the bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,7 @@ def compare(collected: Path) -> Comparison:
     low, high, _ = share_interval(differ)
     table = collected / FOLDER / TABLE
     kept = [line for line in lines if line["kept"] and (collected / line["kept"]).is_file()]
+    kept.sort(key=lambda line: hashlib.sha256(str(line["kept"]).encode()).digest())
     labels = read_labels(table)
     _write(table, kept, labels)
 
@@ -99,18 +104,38 @@ def compare(collected: Path) -> Comparison:
 def _gain(
     labelled: Sequence[dict[str, Any]], labels: dict[str, str], differing: int, frames: int
 ) -> tuple[tuple[float, float, float], int | None]:
-    """The paired gain over as many frames as the labelled ones stand for, and the labels it takes."""
+    """What the second bundle gains over all frames, with bounds that hold however often it is asked; and
+    the labels that would settle its sign at this rate."""
     truth = [labels[Path(line["kept"]).name] for line in labelled]
-    first = np.array([line["first"] == label for line, label in zip(labelled, truth, strict=True)])
-    second = np.array(
-        [line["second"] == label for line, label in zip(labelled, truth, strict=True)]
-    )
-    alike = round(frames * len(labelled) / differing) - len(labelled)
-    same = np.ones(max(0, alike), bool)
-    found = paired(np.r_[first, same], np.r_[second, same], looks=2)
-    enough = found.settled_by(0.0)
-    needed = None if enough is None else math.ceil(enough[0] * differing / frames)
-    return (-found.drop, -found.high, -found.low), needed
+    first = sum(line["first"] == label for line, label in zip(labelled, truth, strict=True))
+    second = sum(line["second"] == label for line, label in zip(labelled, truth, strict=True))
+    one_right = first + second
+    weight = differing / frames  # of all frames, those on which they differ
+    bounds = [
+        weight * share * (2 * second_right - 1)
+        for share in share_bounds(one_right, len(labelled), ERROR / 2)
+        for second_right in share_bounds(second, one_right, ERROR / 2)
+    ]
+    needed = None
+    for count in (math.ceil(one_right * 1.1**step) for step in range(100)):
+        if not one_right or second == first:
+            break
+        low, high = share_bounds(second * count / one_right, count, ERROR / 2)
+        if low > 0.5 or high < 0.5:
+            needed = math.ceil(count * len(labelled) / one_right)
+            break
+    return (weight * (second - first) / len(labelled), min(bounds), max(bounds)), needed
+
+
+def share_bounds(hits: float, of: float, error: float = ERROR) -> tuple[float, float]:
+    """Bounds of a share after `hits` of `of` draws, which hold for all numbers of draws together."""
+    shares = np.linspace(0.0005, 0.9995, 1000)
+    log_bet = special.betaln(hits + 1, of - hits + 1)
+    log_chance = hits * np.log(shares) + (of - hits) * np.log1p(-shares)
+    held = shares[log_bet - log_chance < math.log(1 / error)]
+    low = float(held[0]) if hits and len(held) else 0.0
+    high = float(held[-1]) if hits < of and len(held) else 1.0
+    return low, high
 
 
 def _write(table: Path, kept: Sequence[dict[str, Any]], labels: dict[str, str]) -> None:

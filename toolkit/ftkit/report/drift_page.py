@@ -9,6 +9,7 @@ from typing import Any
 
 from ftkit.report.charts import lines
 from ftkit.report.pages import Table, render
+from ftkit.report.pictures import picture_source
 from ftkit_export.runtime.files import write_atomically
 
 COLOURS = ("--one", "--two", "--good", "--faint", "--ink")
@@ -23,9 +24,15 @@ def write_drift(out: Path, told: Mapping[str, Any]) -> None:
     ]
     each = told["images"] / max(1, len(told["marks"]))
     classes = told["reference"]["classes"]
+    folder = Path(told["folder"]).resolve()
     page = render(
         "drift.html",
         told=told,
+        shown={
+            picture: picture_source(folder / picture)
+            for alarm in told["alarms"]
+            for picture in alarm["pictures"]
+        },
         chart=lines(
             "Evidence for drift (log10; an alarm at 2)",
             series,

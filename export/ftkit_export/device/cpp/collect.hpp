@@ -233,14 +233,14 @@ class Collector {
     try {
       for (const auto& reason : kReasons) fs::create_directories(folder_ / reason);
     } catch (const fs::filesystem_error& error) {
-      if (error.code() == std::errc::no_space_on_device) {  // the classifier must start all the same
+      if (is_full(error.code().value())) {  // the classifier must start all the same
         stop(error.code().message().c_str());
         return;
       }
       throw std::runtime_error(folder_.string() + ": expected a folder to collect in, found: " + error.code().message() + ". Try another --keep");
     }
     lock_ = ::open((folder_ / ".lock").c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0644);
-    if (lock_ < 0 && errno == ENOSPC) {
+    if (lock_ < 0 && is_full(errno)) {
       stop(std::strerror(errno));
       return;
     }
@@ -248,7 +248,7 @@ class Collector {
       throw std::runtime_error(folder_.string() + ": expected a folder that no other process collects in, found one in use. Try another --keep");
     for (const auto& reason : kReasons)
       for (const auto& entry : fs::directory_iterator(folder_ / reason))
-        if (entry.path().filename().string()[0] != '.') kept_[reason][entry.path().filename().string()] = fs::file_size(entry.path());
+        found(reason, entry.path());
     read_seen();
     for (auto& reason : kReasons) seen_[reason] = std::max<uint64_t>(seen_[reason], kept_[reason].size());
     end_torn_line();
@@ -267,7 +267,8 @@ class Collector {
   void offer(const Sighting& sighting, const std::function<std::pair<std::string, std::string>()>& picture) noexcept {
     if (stopped_) return;
     try {
-      const std::string reason = sighting.foreign ? "foreign" : sighting.doubtful ? "doubtful" : chance() < options_.control ? "control" : "";
+      // A control is drawn from all, so that it stands for all
+      const std::string reason = chance() < options_.control ? "control" : sighting.foreign ? "foreign" : sighting.doubtful ? "doubtful" : "";
       const std::string name = reason.empty() ? "" : keep(reason, picture);
       write_line(sighting, name.empty() ? "" : reason + "/" + name);
       if (!name.empty() || ++unsaved_ >= 100) save();
@@ -282,6 +283,21 @@ class Collector {
   static constexpr uint64_t kSpare = 100000000, kLogBytes = 8000000;  // left free on the disk; of one log file
   static constexpr int kLogs = 4;
   const std::array<std::string, 3> kReasons{"foreign", "doubtful", "control"};
+
+  static bool is_full(int error) { return error == ENOSPC || error == EDQUOT; }
+
+  // A file in the folder of a reason: a picture, or what a process left half written when it was killed.
+  void found(const std::string& reason, const fs::path& path) {
+    const std::string name = path.filename().string();
+    if (name[0] == '.') {
+      fs::remove(path);
+      return;
+    }
+    kept_[reason][name] = fs::file_size(path);
+    const std::string stem = path.stem().string();
+    if (!stem.empty() && stem.size() < 19 && stem.find_first_not_of("0123456789") == std::string::npos)
+      last_ = std::max<uint64_t>(last_, std::stoull(stem));  // the clock may have been set back since
+  }
 
   double chance() { return std::uniform_real_distribution<double>(0, 1)(random_); }
   std::string any(const std::map<std::string, uint64_t>& names) {
@@ -305,16 +321,16 @@ class Collector {
   std::string keep(const std::string& reason, const std::function<std::pair<std::string, std::string>()>& picture) {
     const uint64_t seen = ++seen_[reason];
     const size_t room = std::max<size_t>(1, options_.most / kReasons.size());
-    if (kept_[reason].size() >= room) {
-      if (chance() >= double(room) / double(seen)) return "";
-      while (kept_[reason].size() >= room) remove(reason, any(kept_[reason]));
-    }
+    if (kept_[reason].size() >= room && chance() >= double(room) / double(seen)) return "";
     const auto [content, suffix] = picture();
-    if (!make_room(reason, content.size())) return "";
+    const std::string replaced = kept_[reason].size() >= room ? any(kept_[reason]) : "";
+    if (!takes(reason, content.size(), replaced.empty() ? 0 : kept_[reason][replaced])) return "";
     if (fs::space(folder_).available < kSpare + content.size()) {
       stop("less than 100 MB of disk are left");
       return "";
     }
+    if (!replaced.empty()) remove(reason, replaced);
+    make_room(content.size());
     const uint64_t now = std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
     last_ = std::max(last_ + 1, now);
     const std::string name = std::to_string(last_) + suffix;
@@ -323,19 +339,24 @@ class Collector {
     return name;
   }
 
+  // The reason that has the most bytes, but for controls, which go first.
+  std::string largest() { return used("foreign") > used("doubtful") ? "foreign" : "doubtful"; }
+
+  // Whether a picture of so many bytes is taken. freed: by the picture of its reason that it replaces.
+  bool takes(const std::string& reason, uint64_t size, uint64_t freed) {
+    const uint64_t others = used("foreign") + used("doubtful") + size - (reason == "control" ? 0 : freed);
+    if (size > options_.bytes || (reason == "control" && others > options_.bytes)) return false;
+    if (reason == "control" || others <= options_.bytes || used(reason) < used(largest())) return true;
+    return chance() < double(kept_[reason].size()) / double(seen_[reason]);
+  }
+
   // The oldest control pictures make room first; then one of the reason that has the most bytes.
-  bool make_room(const std::string& reason, uint64_t size) {
-    if (size > options_.bytes) return false;
+  void make_room(uint64_t size) {
     while (used() + size > options_.bytes && !kept_["control"].empty()) remove("control", kept_["control"].begin()->first);
-    if (used() + size <= options_.bytes) return true;
-    if (reason == "control") return false;
-    std::string largest = used("foreign") == used("doubtful") ? reason : used("foreign") > used("doubtful") ? "foreign" : "doubtful";
-    if (largest == reason && chance() >= double(kept_[reason].size()) / double(seen_[reason])) return false;
     while (used() + size > options_.bytes) {
-      if (kept_[largest].empty()) largest = largest == "foreign" ? "doubtful" : "foreign";
-      remove(largest, any(kept_[largest]));
+      const std::string from = largest();
+      remove(from, any(kept_[from]));
     }
-    return true;
   }
 
   // Beside its place, fsynced, then renamed: a reader sees the old file or the new one.
@@ -368,7 +389,7 @@ class Collector {
                        ", \"kept\": " + (kept.empty() ? "null" : quoted(kept)) + "}\n";
     const fs::path log = folder_ / "log.jsonl";
     const int file = ::open(log.c_str(), O_CREAT | O_APPEND | O_WRONLY | O_CLOEXEC, 0644);
-    errno = ENOSPC;  // what a write that is cut short means
+    if (file >= 0) errno = ENOSPC;  // what a write that is cut short means
     const bool whole = file >= 0 && ::write(file, line.data(), line.size()) == ssize_t(line.size());
     const int why = errno;
     if (file >= 0) ::close(file);
