@@ -34,8 +34,7 @@ from ftkit.cli.demo import GROUP
 from ftkit.data.dataset import read_images
 from ftkit.data.strata import strata_of
 from ftkit.data.stratify import divide
-from ftkit.evaluation.metrics import precision_threshold
-from ftkit.evaluation.multilabel import RARE_STARTS, fit_labels
+from ftkit.evaluation.multilabel import fit_labels
 from ftkit.evaluation.regression import fit_values
 from ftkit.tasks.task import Regression
 from ftkit_export.proof.jackknife import jackknife
@@ -173,10 +172,8 @@ def _given(images: int, groups: int | None, seed: int) -> tuple[bool, float]:
     true, said, names = _world(images, groups, seed)
     said = true + (said - 0.8 * true) / 2  # a label as well recognised as the demo's
     own = (true > LABEL_FROM).astype(float)[:, None]
-    readout = fit_labels(6 * said[:, None] - 4, own, names, PRECISION)
+    readout, (proven,) = fit_labels(6 * said[:, None] - 4, own, names, PRECISION)
     threshold, temperature = readout.thresholds[0], readout.temperatures[0]
-    probabilities = sigmoid((6 * said - 4) / temperature)
-    _, proven = precision_threshold(probabilities, own[:, 0] == 1, PRECISION, names, RARE_STARTS)
     true, said, _ = _world(100_000, 4000 if groups else None, 10**6 + seed)
     said = true + (said - 0.8 * true) / 2
     given = sigmoid((6 * said - 4) / temperature) >= threshold

@@ -23,6 +23,7 @@ from ftkit_export.runtime.arrays import Array
 Task = Literal["single-label", "multi-label", "regression"]
 TASKS: tuple[Task, ...] = ("single-label", "multi-label", "regression")
 
+NEVER = 2.0  # the threshold of a label that is not said
 # Of a float32 softmax or sigmoid (exp, sum, quotient), whatever the size of the logits
 ROUNDING = 4 * float(np.finfo(np.float32).eps)
 # In a file's metadata, for other tasks than single-label
@@ -112,7 +113,7 @@ class OneClass(Readout):
 class Labels(Readout):
     """A sigmoid at a temperature for each label, which applies from its threshold on.
 
-    temperatures, thresholds (of the probability): one per label.
+    temperatures, thresholds (of the probability, or NEVER): one per label.
     """
 
     task: ClassVar[Task] = "multi-label"
@@ -145,8 +146,8 @@ class Labels(Readout):
     @property
     def cuts(self) -> Array:
         """Logits at the thresholds, (K,)."""
+        share = np.minimum(np.asarray(self.thresholds, np.float64), 1.0)
         with np.errstate(divide="ignore"):
-            share = np.asarray(self.thresholds, np.float64)
             cuts: Array = np.log(share / (1 - share)) * self.temperatures
         return cuts
 

@@ -144,6 +144,7 @@ def test_folds_divide_rare_labels_and_large_values_evenly(tmp_path: Path) -> Non
     [
         ("path,labels", ["a", "b"] + ["b"] * 8, "auto", "2 images with the label 'a'"),
         ("path,labels", ["a|b"] * 10, "auto", "2 images without the label 'a'"),
+        ("path,label", ["a|b", "a", "b"] * 4, "auto", "expected one class, found 'a|b'"),
         ("path,a,b", ["1,"] * 5 + ["0,"] * 5, "auto", "with known values of 'b'"),
         ("path,a,b", ["1,2"] * 10, "multi-label", "'labels'"),
         ("path,a,a", ["1,0"] * 10, "auto", "'a' twice"),
@@ -168,6 +169,12 @@ def test_folds_divide_rare_labels_and_large_values_evenly(tmp_path: Path) -> Non
             ["1,1,test", "0,0,train", "0,1,train"] * 3,
             "multi-label",
             "1 training images with the label 'a'",
+        ),
+        (
+            "path,a,b,split",
+            ["0,0,test", "0,1,train", "1,0,train"] * 4,
+            "multi-label",
+            "test images that have a label",
         ),
     ],
 )

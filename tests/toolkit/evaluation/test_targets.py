@@ -10,9 +10,11 @@ from sklearn.metrics import average_precision_score, f1_score
 from ftkit.evaluation.answers import require_numbers
 from ftkit.evaluation.multilabel import evaluate_labels, fit_labels
 from ftkit.evaluation.regression import evaluate_values, fit_values
+from ftkit.recipe import Stage
+from ftkit.tasks.losses import Batch, label_loss, label_weights
 from ftkit.tasks.task import MultiLabel, Regression, Task
 from ftkit_export.runtime.errors import FtkitError
-from ftkit_export.runtime.readout import Labels, sigmoid
+from ftkit_export.runtime.readout import NEVER, Labels, sigmoid
 
 NONE = [""] * 4000
 
@@ -45,7 +47,7 @@ def test_labels_are_judged_as_by_scikit_learn_on_what_is_known() -> None:
 
 def test_temperatures_and_thresholds_are_fitted_label_by_label() -> None:
     logits, targets = _labels(4000, 1)
-    readout = fit_labels(logits, targets, NONE)
+    readout, _ = fit_labels(logits, targets, NONE)
     assert np.allclose(readout.temperatures, 2.0, rtol=0.15), "logits were twice too large"
     for place, threshold in enumerate(readout.thresholds):
         known = ~np.isnan(targets[:, place])
@@ -56,7 +58,7 @@ def test_temperatures_and_thresholds_are_fitted_label_by_label() -> None:
 
 def test_a_threshold_lies_between_answers_not_on_one() -> None:
     logits, targets = _labels(200, 2)
-    readout = fit_labels(logits, targets, NONE[:200])
+    readout, _ = fit_labels(logits, targets, NONE[:200])
     wide = readout.answers(logits.astype(np.float64)) >= readout.thresholds
     narrow = readout.answers(logits.astype(np.float32)) >= np.float32(readout.thresholds)
     assert np.array_equal(wide, narrow)
@@ -136,7 +138,7 @@ def test_a_figure_in_a_large_unit_is_computed_again_alike() -> None:
 def test_a_precision_that_is_promised_holds_on_other_images() -> None:
     kept = 0
     for seed in range(20):
-        readout = fit_labels(*_labels(1000, seed), NONE[:1000], precision=0.8)
+        readout, _ = fit_labels(*_labels(1000, seed), NONE[:1000], precision=0.8)
         logits, targets = _labels(4000, seed + 100)
         said = readout.answers(logits) >= readout.thresholds
         known = ~np.isnan(targets[:, 0])
@@ -181,13 +183,69 @@ def test_the_precision_asked_for_a_rare_label_holds_on_new_images() -> None:
         strength = draw.normal(size=count)
         return (strength > 1.07).astype(float), 6 * (strength + 0.3 * draw.normal(size=count)) - 6
 
-    broken, given = 0, 0.0
+    broken, given, shown = 0, 0.0, 0
     for seed in range(40):
         own, logits = images(2000, seed)
-        readout = fit_labels(logits[:, None], own[:, None], [""] * len(own), precision=0.9)
+        readout, proven = fit_labels(logits[:, None], own[:, None], [""] * len(own), precision=0.9)
         own, logits = images(50_000, 1000 + seed)
         said = sigmoid(logits / readout.temperatures[0]) >= readout.thresholds[0]
         broken += own[said].mean() < 0.9
+        shown += proven[0]
         given += said[own == 1].mean() / 40
     assert broken <= 6, broken  # at a level of 5 %, seven of 40 come once in 300 times
     assert given > 0.5, given
+    assert shown >= 30, "and is said to be proven"
+
+
+def test_a_precision_that_no_threshold_reaches_leaves_the_label_unsaid() -> None:
+    draw = np.random.default_rng(0)
+    own = (draw.random((400, 1)) < 0.3).astype(float)
+    logits = 30 * draw.normal(size=(400, 1))  # which tell nothing
+    readout, proven = fit_labels(logits, own, NONE[:400], precision=0.99)
+    assert (readout.thresholds, proven) == ((NEVER,), [False])
+    sure = np.array([[1e4]], np.float32)
+    assert readout.answers(sure)[0, 0] == 1.0
+    assert not readout.decisions(sure).any()
+    assert not (readout.answers(sure) >= readout.thresholds).any()
+
+
+def test_intervals_promise_no_more_than_the_values_can_show() -> None:
+    task = Regression(means=(0.0,), spreads=(1.0,), units=("",))
+    errors = np.arange(1.0, 6.0)[:, None]
+    readout = fit_values(np.zeros((5, 1)), errors, task, 0.95)
+    assert readout.margins == (5.0,)
+    assert readout.share == pytest.approx(5 / 6)
+
+
+def test_a_label_of_one_group_alone_leaves_macro_ap_open() -> None:
+    """Without that group its precision is not known, and its error cannot be told from the others'."""
+    draw = np.random.default_rng(0)
+    groups = [f"g{row // 20}" for row in range(400)]
+    targets = (draw.random((400, 2)) < 0.3).astype(float)
+    targets[:, 1] = [row < 8 for row in range(400)]
+    logits = targets + draw.normal(size=(400, 2))
+    found = MultiLabel().interval(logits, targets, groups)
+    assert (found.low, found.high) == (0.0, 1.0)
+    worse = logits + draw.normal(scale=0.05, size=(400, 2))
+    compared = MultiLabel().compare(logits, worse, targets, groups, looks=1)
+    assert compared.verdict(0.01) == "inconclusive"
+
+
+def test_balance_leaves_a_label_s_probability_that_of_the_data() -> None:
+    """A label that one image in twenty has, and nothing tells: its best logit is that of 5 %."""
+    targets = torch.zeros(2000, 1)
+    targets[:100] = 1
+    logit = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logit], max_iter=100)
+    weights = label_weights(targets)
+    assert weights.tolist() == [19.0]
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        batch = Batch(inputs=(), targets=targets)
+        loss = label_loss(logit.expand(2000, 1), batch, Stage(), weights).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert float(logit.detach().sigmoid()) == pytest.approx(0.05, abs=1e-3)

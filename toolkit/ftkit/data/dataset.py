@@ -219,20 +219,25 @@ def _require_evidence(
 
 
 def require_trained(images: Images) -> None:
-    """Raise FtkitError unless the train split teaches each label or quantity, and each quantity is known
-    of some image of every split."""
+    """Raise FtkitError unless the train split teaches each label or quantity, each quantity is known of
+    some image of every split, and some image of every split has a label."""
     if images.task == "single-label":
         return
     own = np.array([image.targets for image in images.of("train")])
     where = (images.root, images.task, images.target_names)
     _require_evidence(*where, own, "training images", 1)
-    if images.task == "regression":
-        for split in ("val", "test"):
-            if images.of(split) and (missing := images.unjudged(split)):
-                raise FtkitError(
-                    f"{images.root}: expected {split} images with known values of {missing[0]!r}, found none. Fill "
-                    "some in, or remove the column"
-                )
+    for split in ("val", "test"):
+        missing = images.unjudged(split) if images.of(split) else ()
+        if images.task == "regression" and missing:
+            raise FtkitError(
+                f"{images.root}: expected {split} images with known values of {missing[0]!r}, found none. Fill "
+                "some in, or remove the column"
+            )
+        if images.task == "multi-label" and len(missing) == len(images.target_names):
+            raise FtkitError(
+                f"{images.root}: expected {split} images that have a label, found none in {len(images.of(split))}. "
+                "Move some there, or leave the splits to ftkit"
+            )
 
 
 def _ordered(images: Iterable[Image]) -> tuple[Image, ...]:

@@ -221,6 +221,12 @@ def _task_of(
     if task == "single-label" or (task == AUTO and "label" in columns):
         if "label" not in columns:
             raise _missing_column(path, "label", columns)
+        listed = [line for line in lines if "|" in line.fields.get("label", "")]
+        if task == AUTO and listed:
+            raise FtkitError(
+                f"{listed[0].where}: expected one class, found {listed[0].fields['label']!r}, which may be several "
+                "labels. Try --task multi-label, or --task single-label"
+            )
         return "single-label"
 
     values = {line.fields.get(name, "") for line in lines for name in others}

@@ -1,6 +1,6 @@
 """Metrics of multi-label models: average precision, thresholds and calibration, label by label.
 
-    readout = fit_labels(logits, targets, groups, precision=None)          # on val, or out of fold
+    readout, proven = fit_labels(logits, targets, groups)                  # on val, or out of fold
     metrics = evaluate_labels(readout, logits, targets, names, groups)
     metrics.macro_ap, metrics.labels[0].f1
 
@@ -30,7 +30,7 @@ from ftkit.tasks.task import MultiLabel, average_precisions, bounded
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.arrays import Array
-from ftkit_export.runtime.readout import Labels, sigmoid
+from ftkit_export.runtime.readout import NEVER, Labels, sigmoid
 
 # Where the search for a precision starts, as shares of all images: few may have the label at all
 RARE_STARTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -76,15 +76,16 @@ class MultiLabelMetrics:
 
 def fit_labels(
     logits: Array, targets: Array, groups: Sequence[str], precision: float | None = None
-) -> Labels:
-    """Fit each label's temperature and threshold.
+) -> tuple[Labels, list[bool]]:
+    """Fit each label's temperature and threshold; and whether that is proven to bring the precision.
 
     precision: None takes the threshold of the highest F1; a share takes the lowest threshold from
     which on so many of the images that are given the label have it, with 95 % confidence where these
-    images can show that.
+    images can show that, and NEVER where none does.
     """
     temperatures = []
     thresholds = []
+    held = []
     for place in range(targets.shape[1]):
         known = ~np.isnan(targets[:, place])
         own = targets[known, place]
@@ -92,8 +93,10 @@ def fit_labels(
         probabilities = sigmoid(logits[known, place].astype(np.float64) / temperature)
         named = [group for group, there in zip(groups, known, strict=True) if there]
         temperatures.append(temperature)
-        thresholds.append(_threshold(probabilities, own, named, precision))
-    return Labels(temperatures=tuple(temperatures), thresholds=tuple(thresholds))
+        threshold, proven = _threshold(probabilities, own, named, precision)
+        thresholds.append(threshold)
+        held.append(proven)
+    return Labels(temperatures=tuple(temperatures), thresholds=tuple(thresholds)), held
 
 
 def _temperature(logits: Array, own: Array) -> float:
@@ -111,16 +114,18 @@ def _temperature(logits: Array, own: Array) -> float:
 
 def _threshold(
     probabilities: Array, own: Array, groups: Sequence[str], precision: float | None
-) -> float:
+) -> tuple[float, bool]:
     if not own.any():
-        return 0.5
+        return (0.5 if precision is None else NEVER), False
     if precision is not None:
-        threshold, _ = precision_threshold(probabilities, own == 1, precision, groups, RARE_STARTS)
-        return 1.0 - 1e-9 if threshold is None else _below(threshold, probabilities)
+        threshold, proven = precision_threshold(
+            probabilities, own == 1, precision, groups, RARE_STARTS
+        )
+        return (NEVER if threshold is None else _below(threshold, probabilities)), proven
 
     precisions, recalls, thresholds = precision_recall_curve(own, probabilities)
     products = 2 * precisions * recalls / np.maximum(precisions + recalls, 1e-12)
-    return _below(float(thresholds[int(products[:-1].argmax())]), probabilities)
+    return _below(float(thresholds[int(products[:-1].argmax())]), probabilities), False
 
 
 def _below(threshold: float, probabilities: Array) -> float:

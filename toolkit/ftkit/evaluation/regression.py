@@ -20,6 +20,7 @@ import torch
 from scipy.stats import spearmanr
 
 from ftkit.tasks.task import Regression, bounded
+from ftkit.utils import console
 from ftkit_export.proof.intervals import share_interval
 from ftkit_export.proof.jackknife import jackknife
 from ftkit_export.runtime.arrays import Array
@@ -71,7 +72,14 @@ class RegressionMetrics:
 
 
 def fit_values(logits: Array, targets: Array, task: Regression, share: float) -> Values:
-    """Fit the intervals' half widths to held-out errors."""
+    """Fit the intervals' half widths to held-out errors. Where these are too few for intervals that hold so
+    many of the values, they are to hold as many as can be shown, which is said."""
+    fewest = int((~np.isnan(targets)).sum(0).min())
+    if share > (most := fewest / (fewest + 1)):
+        console.warn(
+            f"coverage: {fewest} held-out values show at most {most:.1%}, not {share:.1%}: intervals are to hold that"
+        )
+        share = most
     margins = [
         spread * _quantile(np.abs(logits[:, k] - targets[:, k]), share)
         for k, spread in enumerate(task.spreads)
@@ -87,11 +95,9 @@ def fit_values(logits: Array, targets: Array, task: Regression, share: float) ->
 
 def _quantile(errors: Array, share: float) -> float:
     """The error that the next one does not exceed with this probability, if it is exchangeable with
-    these; the largest where there are too few."""
+    these."""
     known = np.sort(errors[~np.isnan(errors)])
-    if not len(known):
-        return 0.0  # require_known has refused it
-    place = math.ceil((len(known) + 1) * share) - 1
+    place = math.ceil((len(known) + 1) * share - 1e-9) - 1
     return float(known[min(place, len(known) - 1)])
 
 

@@ -20,7 +20,7 @@ from ftkit.recipe import Recipe
 from ftkit.tasks.task import Regression, Task
 from ftkit_export.runtime.arrays import Array
 from ftkit_export.runtime.files import finite
-from ftkit_export.runtime.readout import Labels, Readout, Values, sigmoid
+from ftkit_export.runtime.readout import NEVER, Labels, Readout, Values, sigmoid
 
 WORST = 12
 POINTS = 500  # of the residual chart
@@ -60,7 +60,9 @@ def evaluate_targets(
 
     Returns what run.json says of it. metrics: by split, as metrics_of. answers: logits of test. mistakes:
     the worst answers there. reliability: of labels, before and after calibration. residuals: (true,
-    predicted) values of the first quantity. foreign, foreign_kept: as model.Evaluation.
+    predicted) values of the first quantity. precision: of thresholds that were to bring one, None of
+    others: which was wanted, and for each label whether it is "proven" with 95 % confidence, "observed"
+    alone, or "not reached", so that the label is never said. foreign, foreign_kept: as model.Evaluation.
     """
     every = task.targets(canvases).numpy()
     targets = {split: every[rows] for split, rows in outputs.rows.items()}
@@ -77,8 +79,13 @@ def evaluate_targets(
         }
     else:
         wanted = recipe.precision if recipe.thresholds == "precision" else None
-        readout = fit_labels(logits["val"], targets["val"], outputs.groups["val"], wanted)
+        readout, proven = fit_labels(logits["val"], targets["val"], outputs.groups["val"], wanted)
+        held = [
+            "not reached" if threshold == NEVER else "proven" if shown else "observed"
+            for threshold, shown in zip(readout.thresholds, proven, strict=True)
+        ]
         own = {
+            "precision": None if wanted is None else {"wanted": wanted, "labels": held},
             "mistakes": _wrong_labels(outputs, canvases, readout, targets["test"]),
             "reliability": {
                 "before": reliability_of_labels(sigmoid(test), targets["test"]),
@@ -112,7 +119,7 @@ def _wrong_labels(
 ) -> list[dict[str, Any]]:
     """The most confident wrong labels: how far the probability is beyond the threshold."""
     probabilities = readout.answers(outputs.logits["test"])
-    apart = probabilities - np.asarray(readout.thresholds)
+    apart = probabilities - np.minimum(readout.thresholds, 1.0)
     wrong = ~np.isnan(targets) & ((apart >= 0) != (targets == 1))
     order = np.argsort(-np.where(wrong, np.abs(apart), -1), axis=None, kind="stable")
     mistakes = []

@@ -26,7 +26,7 @@ from ftkit_export.runtime.predict import (
     load_model,
 )
 from ftkit_export.runtime.preprocess import to_frame
-from ftkit_export.runtime.readout import Labels, OneClass, Values
+from ftkit_export.runtime.readout import NEVER, Labels, OneClass, Values
 from ftkit_export.runtime.session import Session
 from ftkit_export.runtime.verify import read_manifest
 
@@ -90,7 +90,8 @@ def _read(model: AnyModel, answer: Prediction | MultiLabelPrediction | Regressio
     assert isinstance(readout, Labels)
     thresholds = dict(zip(model.labels, readout.thresholds, strict=True))
     return "sigmoid (applies from): " + ", ".join(
-        f"{label} {value:.3f} ({thresholds[label]:.3f})" for label, value in best
+        f"{label} {value:.3f} ({'never' if thresholds[label] == NEVER else f'{thresholds[label]:.3f}'})"
+        for label, value in best
     )
 
 

@@ -101,7 +101,7 @@ def _labels(run: Data, test: Data, judged: Sequence[tuple[str, Data]]) -> dict[s
             label["positives"],
             label["ap"],
             _range(label["ap_low"], label["ap_high"]),
-            threshold,
+            "never said" if threshold > 1 else threshold,
             label["f1"],
             label["precision"],
             label["recall"],
@@ -121,12 +121,17 @@ def _labels(run: Data, test: Data, judged: Sequence[tuple[str, Data]]) -> dict[s
         "recall",
         "ECE",
     )
+    outputs = Table(columns, by_label)
+    if precision := run.get("precision"):
+        shown = f"{precision['wanted']:.0%} precision"
+        labels = zip(by_label, precision["labels"], strict=True)
+        outputs = Table((*columns, shown), [(*row, held) for row, held in labels])
     named = {f"{when} calibration": run["reliability"][when] for when in ("before", "after")}
     temperatures = ", ".join(f"{value:.2f}" for value in run["readout"]["temperatures"])
     return {
         "figures": figures,
         "accuracy": Table(head, rows),
-        "outputs": Table(columns, by_label),
+        "outputs": outputs,
         "confidence": {
             "chart": charts.reliability_chart("Reliability of labels on held-out images", named),
             "text": f"Temperatures {temperatures} and thresholds were fitted {where_judged(run)}, for each label. "

@@ -91,15 +91,17 @@ def label_loss(
 ) -> torch.Tensor:
     """Mean binary cross-entropy of each image's known labels (n,), from logits (n, labels).
 
-    weights (labels,): of the images that have a label. A teacher says its probability of every label,
-    also of those that are not known.
+    weights (labels,): of the images that have a label. Their odds are taken off the answers again, so
+    that a probability remains one of the data as they are. A teacher says its probability of every
+    label, also of those that are not known.
     """
+    shifted = logits if weights is None else logits + weights.log()
 
     def hard(targets: torch.Tensor) -> torch.Tensor:
         known = ~targets.isnan()
         smooth = targets.nan_to_num() * (1 - stage.label_smoothing) + stage.label_smoothing / 2
         losses = F.binary_cross_entropy_with_logits(
-            logits, smooth, pos_weight=weights, reduction="none"
+            shifted, smooth, pos_weight=weights, reduction="none"
         )
         return _mean_of(losses, known)
 

@@ -59,13 +59,16 @@ class Figure:
 class Task(ABC):
     """What a model of these images learns. name: as recipe.task has it. metric: what its figure is;
     shown: what the trace has of a training step. rising: whether a higher figure is better. recalls:
-    whether its outputs have a recall."""
+    whether its outputs have a recall. balances: of a stage, that mean something; settings: of a recipe and
+    its export, that others do not take."""
 
     name: ClassVar[TaskName]
     metric: ClassVar[str]
     shown: ClassVar[str]
     rising: ClassVar[bool] = True
     recalls: ClassVar[bool] = True
+    balances: ClassVar[tuple[str, ...]] = ("none",)
+    settings: ClassVar[tuple[str, ...]]
 
     @property
     def size(self) -> float:
@@ -138,14 +141,17 @@ class Task(ABC):
     def require(self, recipe: Recipe) -> None:
         """Raise FtkitError for settings that mean nothing to the task."""
         for number, stage in enumerate(recipe.stages):
-            if stage.balance == "sample":
+            if stage.balance not in self.balances:
                 raise FtkitError(
-                    f"stages.{number}.balance: expected none or loss with task={self.name}, found sample. Leave it out"
+                    f"stages.{number}.balance: expected {' or '.join(self.balances)} with task={self.name}, found "
+                    f"{stage.balance}. Leave it out"
                 )
+        self.require_own("recipe", recipe, ("precision", "thresholds", "coverage"))
         self.require_export(recipe.export)
 
     def require_export(self, export: Export) -> None:
         """The same for the settings of an export."""
+        self.require_own("export", export, ("max_accuracy_drop", "max_error_rise"))
         for name, found in (
             ("qat_epochs", export.qat_epochs or None),
             ("min_recall", None if self.recalls else export.min_recall),
@@ -155,6 +161,17 @@ class Task(ABC):
                     f"export.{name}: expected none with task={self.name}, found {found}. Leave it out"
                 )
 
+    def require_own(self, where: str, settings: Recipe | Export, names: Sequence[str]) -> None:
+        """Raise FtkitError for one of these settings that was changed and is another task's."""
+        for name in names:
+            found = getattr(settings, name)
+            if name not in self.settings and found != getattr(type(settings), name):
+                place = name if where == "recipe" else f"{where}.{name}"
+                raise FtkitError(
+                    f"{place}: expected it as it is with task={self.name}, which it says nothing to, found {found}. "
+                    "Leave it out"
+                )
+
 
 class SingleLabel(Task):
     """One of several classes."""
@@ -162,6 +179,8 @@ class SingleLabel(Task):
     name: ClassVar[TaskName] = "single-label"
     metric: ClassVar[str] = "accuracy"
     shown: ClassVar[str] = "accuracy"
+    balances: ClassVar[tuple[str, ...]] = ("none", "loss", "sample")
+    settings: ClassVar[tuple[str, ...]] = ("precision", "max_accuracy_drop")
 
     def targets(self, canvases: Canvases) -> torch.Tensor:
         """As Task.targets."""
@@ -223,11 +242,9 @@ class SingleLabel(Task):
         compared = recalls.mean() if balanced else right.mean()
         return float(compared), self.mean_loss(logits, targets), float(right.mean())
 
-    def require(self, recipe: Recipe) -> None:
-        """As Task.require: every setting means something."""
-
     def require_export(self, export: Export) -> None:
-        """As Task.require_export: every setting means something."""
+        """As Task.require_export."""
+        self.require_own("export", export, ("max_accuracy_drop", "max_error_rise"))
 
     def _right(self, logits: Array, targets: Array) -> Array:
         right: Array = logits.argmax(1) == targets
@@ -243,6 +260,8 @@ class MultiLabel(Task):
     name: ClassVar[TaskName] = "multi-label"
     metric: ClassVar[str] = "macro-AP"
     shown: ClassVar[str] = "labels right"
+    balances: ClassVar[tuple[str, ...]] = ("none", "loss")
+    settings: ClassVar[tuple[str, ...]] = ("precision", "thresholds", "max_accuracy_drop")
 
     def targets(self, canvases: Canvases) -> torch.Tensor:
         """As Task.targets."""
@@ -267,20 +286,17 @@ class MultiLabel(Task):
     def figure(self, logits: Array, targets: Array) -> float:
         """As Task.figure: average precision, its mean over the labels that some image has; NaN for none,
         0 for what diverged."""
-        if not np.isfinite(logits).all():
-            return 0.0
-        found = average_precisions(logits, targets)
-        known = found[~np.isnan(found)]
-        return float(known.mean()) if len(known) else math.nan
+        return macro_precision(logits, targets, (targets == 1).any(0))
 
     def interval(self, logits: Array, targets: Array, groups: Sequence[str]) -> Figure:
         """As Task.interval."""
         return bounded(self.estimate(logits, targets, groups), 0.0, 1.0)
 
     def estimate(self, logits: Array, targets: Array, groups: Sequence[str]) -> Estimated:
-        """The metric with its error."""
+        """The metric with its error: unknown where all images that have a label are in one group."""
+        there = (targets == 1).any(0)
         return jackknife(
-            lambda rows: self.figure(logits[rows], targets[rows]),
+            lambda rows: macro_precision(logits[rows], targets[rows], there),
             len(targets),
             groups,
             one_image(targets),
@@ -299,9 +315,11 @@ class MultiLabel(Task):
         if not np.isfinite(after).all() and np.isfinite(before).all():
             return lost(len(targets), looks, name=name)
 
+        there = (targets == 1).any(0)
+
         def drop(rows: Array) -> float:
-            return self.figure(before[rows], targets[rows]) - self.figure(
-                after[rows], targets[rows]
+            return macro_precision(before[rows], targets[rows], there) - macro_precision(
+                after[rows], targets[rows], there
             )
 
         return difference(drop, len(targets), groups, looks, name=name, least=one_image(targets))
@@ -325,6 +343,7 @@ class Regression(Task):
     shown: ClassVar[str] = "mean absolute error"
     rising: ClassVar[bool] = False
     recalls: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ("coverage", "max_error_rise")
 
     means: tuple[float, ...]
     spreads: tuple[float, ...]
@@ -429,6 +448,15 @@ def average_precisions(scores: Array, targets: Array) -> Array:
         if own.any():
             found[place] = average_precision_score(own, scores[known, place])
     return found
+
+
+def macro_precision(scores: Array, targets: Array, there: Array) -> float:
+    """Mean of the average precisions of some labels, there (K,) bool; NaN where there is none of them, or no
+    image has one; 0 for what diverged."""
+    if not np.isfinite(scores).all():
+        return 0.0
+    found = average_precisions(scores, targets)[there]
+    return float(found.mean()) if len(found) else math.nan
 
 
 def one_image(targets: Array) -> float:

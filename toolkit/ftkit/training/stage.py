@@ -13,6 +13,7 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from ftkit.tasks.task import SINGLE_LABEL
 from ftkit.training.closed_form import default_folds
 from ftkit.training.epochs import StageTraining, TrainingPart, check_frozen
 from ftkit.training.fold_decision import (
@@ -145,7 +146,8 @@ def _settle(training: StageTraining) -> StageResult:
         accuracy = judged.accuracy
         drift = work.drift(judged.embedding)
         answers = _answers(judged)
-        if stood and not work.balanced and not run.late:
+        by_recall = work.balanced and work.task is SINGLE_LABEL
+        if stood and not by_recall and not run.late:
             compared = _compared(work, stood["logits"], answers["logits"])
 
     best = run.best or NEVER
