@@ -35,6 +35,9 @@ EQUAL = 50
 COURSES = 20
 COURSE_SECONDS = 20.0
 BEGINS = 8.0  # seconds until the cap
+NEAR_S = (
+    2.5  # by which throttling may be found sooner or later; the process takes up to one to begin
+)
 
 
 def _node(model: onnx.ModelProto, weights: str) -> onnx.NodeProto:
@@ -363,14 +366,17 @@ def sustained(bundle: Path, count: int) -> None:
             if throttle:
                 threading.Thread(target=_cap, args=(BEGINS, COURSE_SECONDS), daemon=True).start()
             course = run_on(candidate, baseline, image=image, seconds=COURSE_SECONDS)
-            expected = ("passed", True) if throttle else ("failed", False)
-            said = (course.verdict, course.throttled_s is not None)
-            right += said == expected
+            found = course.throttled_s
+            in_time = found is not None and abs(found - BEGINS) <= NEAR_S
+            told = course.verdict == "passed" and in_time
+            if not throttle:
+                told = course.verdict == "failed" and found is None
+            right += told
             after = "no throttling"
             if course.throttled_s is not None:
                 after = f"throttled after {course.throttled_s:.1f} s"
             print(
-                f"{'right' if said == expected else 'WRONG'}: {'a cap' if throttle else 'a slower file'}: "
+                f"{'right' if told else 'WRONG'}: {'a cap' if throttle else 'a slower file'}: "
                 f"{course.verdict}, {after}, ratio {course.ratio:.3f}; {'; '.join(course.why)}",
                 flush=True,
             )

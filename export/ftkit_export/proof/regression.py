@@ -316,21 +316,21 @@ def compare_sizes(candidate: int, baseline: int) -> Comparison:
 
 
 def compare_stored(
-    now: Callable[[], Sequence[Start]], then: Sequence[Start], *, same_machine: bool
+    now: Callable[[], Sequence[Start]], then: Sequence[Start], *, elsewhere: str = ""
 ) -> list[Comparison]:
     """Compare latency, cold start and memory with stored figures from another day.
 
-    now: measures (called again to confirm a failure). Without a control in the same job,
-    differences below 15 % of a time, or 10 % of memory, cannot be detected; on another machine,
-    every result is inconclusive.
+    now: measures (called again to confirm a failure). elsewhere: in which way the figures are of another
+    machine; "" for the same. Without a control in the same job, differences below 15 % of a time, or 10 %
+    of memory, cannot be detected; on another machine, every result is inconclusive.
     """
     first = list(now())
-    comparisons = [_stored(what, first, then, same_machine) for what in STORED_FIGURES]
+    comparisons = [_stored(what, first, then, elsewhere) for what in STORED_FIGURES]
     if any(item.verdict == "failed" for item in comparisons):
         second = list(now())
         for place, item in enumerate(comparisons):
             if item.verdict == "failed":
-                again = _stored(item.what, second, then, same_machine)
+                again = _stored(item.what, second, then, elsewhere)
                 comparisons[place] = (
                     again
                     if again.verdict == "failed"
@@ -351,9 +351,7 @@ STORED_FIGURES = {
 }
 
 
-def _stored(
-    what: str, now: Sequence[Start], then: Sequence[Start], same_machine: bool
-) -> Comparison:
+def _stored(what: str, now: Sequence[Start], then: Sequence[Start], elsewhere: str) -> Comparison:
     name, tolerance = STORED_FIGURES[what]
     one, other = (np.log([getattr(start, name) for start in starts]) for starts in (now, then))
     rng = np.random.default_rng(0)
@@ -372,17 +370,17 @@ def _stored(
     )
 
     outcome: Outcome = "inconclusive"
-    if same_machine and result.high <= 1 + tolerance:
+    if not elsewhere and result.high <= 1 + tolerance:
         outcome = "passed"
-    elif same_machine and result.low > 1 + result.margin:
+    elif not elsewhere and result.low > 1 + result.margin:
         outcome = "failed"
 
     reason = (
         f"{_reason(result, outcome, tolerance)}; from another day, so {tolerance:.0%} is the least that "
         "can be told"
     )
-    if not same_machine:
-        reason = "advisory: the baseline is from another machine"
+    if elsewhere:
+        reason = f"advisory: the baseline is from another machine ({elsewhere})"
 
     return Comparison(
         what=what,

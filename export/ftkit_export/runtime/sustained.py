@@ -8,6 +8,7 @@ Run by timing.py in a process of its own; `proof/endurance.py` reads the course.
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ def windows(conditions: Sequence[Condition], image: str | None, seconds: float) 
         session = open_session(condition, shared=not alone)
         fed = feeds(session, image, condition.batch, condition.frame)
         calls.append(bound_call(session, condition, fed))
+    system = _System()
     if not alone:
         pin(conditions)
     gc.disable()
@@ -48,7 +50,7 @@ def windows(conditions: Sequence[Condition], image: str | None, seconds: float) 
     length = max(SHORTEST_S, seconds / MOST_WINDOWS)
     begun = time.perf_counter()
     found = []
-    system = _System()
+    system.since_last()
     while (now := time.perf_counter()) - begun < seconds:
         times: list[list[float]] = []
         while len(times) < FEWEST_ROUNDS or time.perf_counter() - now < length:
@@ -76,6 +78,7 @@ class _System:
     """What the system says of its processors, from one call to the next."""
 
     def __init__(self) -> None:
+        self._own = processors()  # before this process is bound to some of them
         self._before = self._counters()
 
     def since_last(self) -> dict[str, float | None]:
@@ -87,7 +90,7 @@ class _System:
         }
         spent = passed["clock"] or 1.0
         return {
-            "mhz": _mean(_clocks()),
+            "mhz": _mean(_clocks(self._own)),
             "celsius": max(_temperatures(), default=None),
             "capped": None if passed["capped"] is None else passed["capped"] / spent,
             "stolen": None if passed["stolen"] is None else passed["stolen"] / spent,
@@ -118,9 +121,8 @@ def _numbers(paths: Iterable[Path]) -> list[float]:
     return found
 
 
-def _clocks() -> list[float]:
-    """Clock of each processor in MHz (Linux, cpufreq; else /proc/cpuinfo)."""
-    own = processors()
+def _clocks(own: Sequence[int]) -> list[float]:
+    """Clock of each of these processors in MHz (Linux, cpufreq; else /proc/cpuinfo)."""
     named = [CPUS / f"cpu{number}" / "cpufreq" / "scaling_cur_freq" for number in own]
     if found := _numbers(named):
         return [value / 1e3 for value in found]
@@ -165,7 +167,7 @@ def _stolen_seconds() -> float | None:
     """Seconds that the host of a virtual machine took, over all processors (Linux)."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        return float(fields[8]) / 100 / max(1, len(processors()))
+        return float(fields[8]) / 100 / (os.cpu_count() or 1)
     except (OSError, ValueError, IndexError):
         return None
 

@@ -180,11 +180,12 @@ def in_turn(
     """Time calls in interleaved rounds -> (rounds, calls) ms.
 
     Each round runs every call once; the order is rotated and reversed from round to round. warm_up:
-    minimum number of rounds, and of seconds. Ends early after `seconds`, but not before 3 rounds.
+    minimum number of rounds, and of seconds, cut short after `seconds`. Ends early after as many again, but
+    not before 3 rounds.
     """
     import numpy as np
 
-    warm(lambda: [call() for call in calls], *warm_up)
+    warm(lambda: [call() for call in calls], *warm_up, most=seconds)
     times = np.zeros((rounds, len(calls)))
 
     begun = time.perf_counter()
@@ -201,13 +202,16 @@ def in_turn(
     return times
 
 
-def warm(call: Callable[[], object], runs: int, seconds: float) -> None:
-    """Call it at least `runs` times, and for at least `seconds`."""
+def warm(call: Callable[[], object], runs: int, seconds: float, most: float = float("inf")) -> None:
+    """Call it at least `runs` times, and for at least `seconds`; but for no more than `most` seconds,
+    once called."""
     begun = time.perf_counter()
     count = 0
     while count < runs or time.perf_counter() - begun < seconds:
         call()
         count += 1
+        if time.perf_counter() - begun > most:
+            return
 
 
 def _timed(call: Callable[[], object], runs: int, seconds: float) -> Any:

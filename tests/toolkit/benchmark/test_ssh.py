@@ -70,7 +70,7 @@ def test_bench_over_ssh_brings_the_devices_figures_back_and_leaves_nothing(
     device: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "device.json"
-    monkeypatch.setattr("ftkit.benchmark.ssh.MAKE_FOLDER", f"mktemp -d -p {tmp_path}")
+    monkeypatch.setattr("ftkit.benchmark.ssh.PLACE", str(tmp_path))
     result = ftkit("bench", bundle, "--ssh", device, "--quick", "--threads", "1", "--json", out)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
@@ -90,17 +90,35 @@ def _processes_in(folder: Path) -> list[str]:
     return found
 
 
+def _bench_in(place: Path, bundle: Path, device: str) -> subprocess.Popen[str]:
+    """`ftkit bench --ssh`, whose folder on the device is made in `place`."""
+    script = (
+        f"import ftkit.benchmark.ssh as s; s.PLACE = {str(place)!r}; "
+        "from ftkit.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", script, "bench", bundle, "--ssh", device]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@needs_sshd
+def test_a_command_that_is_asked_to_end_as_it_makes_the_devices_folder_removes_it(
+    device: str, bundle: Path, tmp_path: Path
+) -> None:
+    process = _bench_in(tmp_path, bundle, device)
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.001)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (128 + signal.SIGTERM, "")
+    assert list(tmp_path.iterdir()) == []
+
+
 @needs_sshd
 def test_a_command_that_is_asked_to_end_leaves_nothing_on_the_device(
     device: str, bundle: Path, tmp_path: Path
 ) -> None:
     """As torchrun and schedulers do: SIGTERM, once more while the folder is removed, in a measurement."""
-    script = (
-        f"import ftkit.benchmark.ssh as s; s.MAKE_FOLDER = 'mktemp -d -p {tmp_path}'; "
-        "from ftkit.cli.main import main; main()"
-    )
-    command = [sys.executable, "-c", script, "bench", bundle, "--ssh", device]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = _bench_in(tmp_path, bundle, device)
     running: list[Path] = []
     while process.poll() is None and not running:
         running = [path for path in tmp_path.glob("*/running") if path.read_text()]
@@ -217,7 +235,7 @@ def test_a_search_times_its_candidates_on_the_device(
 ) -> None:
     there = tmp_path / "there"
     there.mkdir()
-    monkeypatch.setattr("ftkit.benchmark.ssh.MAKE_FOLDER", f"mktemp -d -p {there}")
+    monkeypatch.setattr("ftkit.benchmark.ssh.PLACE", str(there))
     # What is timed here would be found out
     monkeypatch.delattr("ftkit.searching.timing.race")
     monkeypatch.delattr("ftkit.searching.timing.measure_start")

@@ -258,11 +258,23 @@ def _stored(
     """
     row = stored["rows"][0]
     then = [Start(**start) for start in stored["starts"][row["variant"]]]
-    same = where["fingerprint"] == stored["machine"]["fingerprint"]
     return [
-        *compare_stored(now, then, same_machine=same),
+        *compare_stored(now, then, elsewhere=_differing(where, stored["machine"])),
         compare_sizes(size_bytes, row["size_bytes"]),
     ]
+
+
+def _differing(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
+    """In which way two machines differ, in words; "" for the same."""
+    if now["fingerprint"] == then["fingerprint"]:
+        return ""
+    names = [name for name in {**then, **now} if name != "fingerprint"]
+    found = [
+        f"{name}: {then.get(name, 'none')} before, {now.get(name, 'none')} now"
+        for name in names
+        if now.get(name) != then.get(name)
+    ]
+    return "; ".join(found) or "another fingerprint"
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:

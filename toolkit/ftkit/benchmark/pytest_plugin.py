@@ -15,6 +15,7 @@ are added to its extra_info.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,10 +145,13 @@ class LatencyFixture:
     ) -> list[Comparison]:
         """Run the regression gate: latency, cold start, memory, size.
 
-        Fails or skips the test as __call__ does.
+        Fails or skips the test as __call__ does; where latency fails on the CPU, the operators that make it
+        slower are named.
         """
         from ftkit.benchmark.budgets import compare_in_turn
+        from ftkit.benchmark.why import causes_text, explain_files
         from ftkit.options import BenchOptions
+        from ftkit_export.runtime.errors import FtkitError
 
         options = BenchOptions(
             providers=[provider], threads=[threads], max_slowdown=max_slowdown, seconds=seconds
@@ -158,9 +162,13 @@ class LatencyFixture:
         for outcome, then in (("failed", pytest.fail), ("inconclusive", pytest.skip)):
             for item in verdicts:
                 if item.verdict == outcome:
+                    why = ""
+                    if (item.what, outcome, provider) == ("latency", "failed", "cpu"):
+                        with suppress(FtkitError):  # the verdict stands without it
+                            why = "\n" + causes_text(explain_files(candidate, baseline, options))
                     then(
                         f"{item.what} {outcome}: {item.reason} (ratio {item.ratio:.3f} "
-                        f"[{item.low:.3f}, {item.high:.3f}], margin {item.margin:.1%})"
+                        f"[{item.low:.3f}, {item.high:.3f}], margin {item.margin:.1%}){why}"
                     )
 
         return verdicts

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -35,7 +36,7 @@ from ftkit_export.runtime.latency import Condition, Raced, Start
 from ftkit_export.runtime.measure import checked, find
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
-MAKE_FOLDER = "mktemp -d"
+PLACE = "${TMPDIR:-/tmp}"  # there
 CANVASES = "canvases.npy"
 RUNNING = "running"  # holds the number of the process that measures
 NEEDED = "numpy, onnxruntime and Pillow"
@@ -68,18 +69,23 @@ class Device:
 
     @staticmethod
     def _set_up(host: str, python: str) -> Iterator[Device]:
-        folder = _ssh(host, MAKE_FOLDER).decode(errors="replace").strip().rpartition("\n")[2]
-        # It is removed later: it must be a plain path from mktemp
-        if not re.fullmatch(r"/[\w./-]+", folder):
-            raise FtkitError(
-                f"{host}: expected the folder that mktemp -d makes, found {folder[:80]!r}. Check its login"
-            )
-
-        stop = ""
+        # Its name is known before it is made, so that it can be removed whenever this ends
+        name = f"ftkit-{secrets.token_hex(8)}"
+        made, stop = False, ""
         try:
+            make = f'cd "{PLACE}" && mkdir -m 700 {name} && cd {name} && pwd'
+            said = _ssh(host, f"sh -c {shlex.quote(make)}").decode(errors="replace")
+            made = True
+            folder = said.strip().rpartition("\n")[2]
+            if not re.fullmatch(r"/[\w./-]+", folder):  # it stands in commands
+                raise FtkitError(
+                    f"{host}: expected a plain path to its temporary folder, found {folder[:80]!r}. "
+                    "Check its login scripts and its TMPDIR"
+                )
+
             package = Path(ftkit_export.__file__).parent
             _send(
-                host, folder, {f"ftkit_export/{name}": package / name for name in runtime_files()}
+                host, folder, {f"ftkit_export/{each}": package / each for each in runtime_files()}
             )
             script = (
                 "import json, numpy, PIL; from ftkit_export.runtime.latency import machine; "
@@ -91,12 +97,14 @@ class Device:
             yield Device(host=host, folder=folder, python=python, target=target, machine=machine)
         except (KeyboardInterrupt, SystemExit):
             # Without a terminal, a command there goes on when its ssh ends
-            stop = f"kill $(cat {folder}/{RUNNING}) 2>/dev/null; "
+            made, stop = True, f"kill $(cat {name}/{RUNNING}) 2>/dev/null; "
             raise
         finally:
-            # Measurements count even if the connection is lost now
-            with when_asked_to_end(signal.SIG_IGN), suppress(FtkitError):
-                _ssh(host, f"sh -c {shlex.quote(f'{stop}rm -rf {folder}')}")
+            if made:
+                remove = f'cd "{PLACE}" && {{ {stop}rm -rf {name}; }}'
+                # Measurements count even if the connection is lost now
+                with when_asked_to_end(signal.SIG_IGN), suppress(FtkitError):
+                    _ssh(host, f"sh -c {shlex.quote(remove)}")
 
     def race(
         self,

@@ -17,6 +17,7 @@ from ftkit.options import BenchOptions
 from ftkit_export.runtime.errors import FtkitError
 
 if TYPE_CHECKING:
+    from ftkit.benchmark.budgets import Budget
     from ftkit_export.proof.attribution import Explanation, Profile
     from ftkit_export.proof.endurance import Course
     from ftkit_export.proof.regression import Comparison
@@ -157,7 +158,12 @@ def bench(
     if page:
         from ftkit.report.bench_page import write_bench_page
 
-        write_bench_page(page, model.name, measured.found)
+        remark = "" if measured.found else measured.text
+        judged = [
+            *measured.budgets,
+            *(judging.judge_bench(measured.figures, limits) if "rows" in measured.figures else []),
+        ]
+        write_bench_page(page, model.name, measured.found, measured.verdicts, remark, judged)
         echo(f"report: {page}")
     if save:
         echo(f"saved: {history.append_measurement(measured.figures, Path.cwd())}")
@@ -177,7 +183,7 @@ class BenchResult:
 
     figures: output of --json; without the tables' figures when only the gate was requested.
     verdicts: of the regression gate. frame: frame size that the gate compared at. found: what was
-    profiled, explained or sustained; text: the same for people; outcomes: its own verdicts.
+    profiled, explained or sustained; text: the same for people; outcomes: its own verdicts; budgets: of a course.
     """
 
     figures: dict[str, Any]
@@ -186,6 +192,7 @@ class BenchResult:
     found: Profile | Explanation | Course | None = None
     text: str = ""
     outcomes: Sequence[Outcome] = ()
+    budgets: Sequence[Budget] = ()
 
 
 def _measure_there(
@@ -257,7 +264,6 @@ def _against_file(
     from ftkit.benchmark.budgets import compare_in_turn
     from ftkit.benchmark.why import causes_text, explain_files
     from ftkit_export.runtime.measure import find
-    from ftkit_export.runtime.session import PROVIDERS
 
     figures = _figures(path, options, table, say)
     verdicts = compare_in_turn(path, baseline, options, say=say)
@@ -266,7 +272,7 @@ def _against_file(
         verdicts=verdicts,
         frame=find(path, options.image, options.frame).frame,
     )
-    slower = verdicts[0].verdict == "failed" and not PROVIDERS[options.providers[0]].gpu
+    slower = verdicts[0].verdict == "failed" and options.providers[0] == "cpu"
     if not (profile or slower):
         return measured
     say("operators, in turn")
@@ -326,6 +332,7 @@ def _sustained(
         figures={"machine": machine, "sustained": endurance.as_json(course)},
         found=course,
         text="\n".join(text),
+        budgets=judged,
         outcomes=[
             *(item.verdict for item in judged),
             *([course.verdict] if course.verdict else []),
@@ -458,6 +465,7 @@ def _check_courses(
 ) -> None:
     """The same for --profile, --sustained and --report."""
     from ftkit_export.proof.attribution import require_cpu
+    from ftkit_export.proof.endurance import SAME_PROCESS
 
     stored = bool(options.against) and _is_stored(options.against or "")
     _refuse(ctx, "--sustained", bool(sustained), "profile", "quick", "save", "seconds")
@@ -475,6 +483,16 @@ def _check_courses(
     if page and not (profile or sustained or options.against):
         raise FtkitError(
             "--report: expected --profile or --sustained with it, found neither. Try --profile"
+        )
+    if (
+        sustained
+        and options.against
+        and _given(ctx, "max_slowdown")
+        and options.max_slowdown < SAME_PROCESS
+    ):
+        raise FtkitError(
+            f"--max-slowdown: expected {SAME_PROCESS:g} or more with --sustained, since two sessions of one model in a "
+            f"process may differ by that, found {options.max_slowdown:g}. Try it without --sustained"
         )
     if profile:
         require_cpu(options.providers[0])

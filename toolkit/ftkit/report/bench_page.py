@@ -1,21 +1,23 @@
 """A page of `ftkit bench`: where the time goes, what makes a file slower, or its course over time.
 
-write_bench_page(Path("bench.html"), "my-model", found)
+write_bench_page(Path("bench.html"), "my-model", found, verdicts, "why: not found out: ...")
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from markupsafe import Markup
 
+from ftkit.benchmark.budgets import Budget, exit_code
 from ftkit.benchmark.endurance import throttled_text
 from ftkit.report import charts
 from ftkit.report.pages import Table, render
 from ftkit_export.proof.attribution import Explanation, Profile
 from ftkit_export.proof.endurance import Course
+from ftkit_export.proof.regression import Comparison
 from ftkit_export.runtime.files import write_atomically
 
 CHARTED = 16  # bars
@@ -29,8 +31,16 @@ class _Page:
     table: Table | None = None
 
 
-def write_bench_page(out: Path, name: str, found: Profile | Explanation | Course | None) -> None:
-    """Write the page. found: None where the gate passed and nothing was explained."""
+def write_bench_page(
+    out: Path,
+    name: str,
+    found: Profile | Explanation | Course | None,
+    verdicts: Sequence[Comparison] = (),
+    remark: str = "",
+    budgets: Sequence[Budget] = (),
+) -> None:
+    """Write the page. found: None where only the gate was asked, or its failure could not be explained, as
+    remark says. verdicts: of the gate; budgets: with their verdicts."""
     if isinstance(found, Profile):
         page = _profile(found)
     elif isinstance(found, Explanation):
@@ -38,12 +48,29 @@ def write_bench_page(out: Path, name: str, found: Profile | Explanation | Course
     elif isinstance(found, Course):
         page = _course(found)
     else:
+        outcome = exit_code([*(item.verdict for item in verdicts), *(b.verdict for b in budgets)])
         page = _Page(
-            heading="Not slower",
-            sentences=["The gate found nothing to explain. With --profile it does so anyway."],
+            heading={0: "Passed", 1: "Failed", 3: "Not settled"}[outcome],
+            sentences=[remark] if remark else [],
             charts=(),
         )
-    write_atomically(out, render("bench.html", name=name, page=page).encode())
+    page = replace(page, sentences=[*page.sentences, *map(_judged, budgets)])
+    gate = Table(
+        ("", "ratio", "95 %", "margin", "verdict", "why"),
+        [
+            (
+                item.what,
+                f"{item.ratio:.3f}",
+                f"{item.low:.3f} to {item.high:.3f}",
+                f"{item.margin:.0%}",
+                item.verdict,
+                item.reason,
+            )
+            for item in verdicts
+        ],
+        "The gate: this file over the baseline",
+    )
+    write_atomically(out, render("bench.html", name=name, page=page, gate=gate).encode())
 
 
 def _profile(found: Profile) -> _Page:
@@ -96,6 +123,11 @@ def _explanation(found: Explanation) -> _Page:
     )
 
 
+def _judged(budget: Budget) -> str:
+    found = ", ".join(f"{value:.2f}" for value in budget.values[:1]) or "nothing"
+    return f"Budget {budget.name} {budget.limit:g}: {budget.verdict}, found {found}."
+
+
 def _course(course: Course) -> _Page:
     ends = [window["until_s"] for window in course.windows]
     means = [window["mean_ms"][0] for window in course.windows]
@@ -117,5 +149,8 @@ def _course(course: Course) -> _Page:
         else f"{throttled_text(course).capitalize()}. " + "; ".join(course.why),
     ]
     if course.ratio is not None:
-        said.append(f"In turn with the baseline: {course.ratio:.3f} of its time.")
+        said.append(
+            f"In turn with the baseline: {course.ratio:.3f} [{course.ratio_low:.3f}, {course.ratio_high:.3f}] of its "
+            f"time: {course.verdict}."
+        )
     return _Page(heading="Its course over time", sentences=said, charts=drawn)
