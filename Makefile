@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest bench
 
 # On a machine with an NVIDIA GPU: its tests, then its figures into bench/gpu.md.
+gpu: export CUDA_DEVICE_ORDER := PCI_BUS_ID
 gpu: $(STAMP)
 	@$(BIN)/python -c "import torch, sys; torch.cuda.is_available() or sys.exit('error: make gpu: expected a GPU torch can use, found none. Try ftkit doctor')"
 	$(BIN)/python -m pytest -m gpu

@@ -66,6 +66,11 @@ def train(data: str | Path, options: TrainOptions) -> Run:
     from ftkit.training.run import claim, next_free, open_run
     from ftkit.training.train import train as run_training
 
+    if not options.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
+        raise FtkitError(
+            "--out: expected a folder, in which torchrun goes on after a failure, found none. Try --out RUN"
+        )
+
     # The ranks of one run must agree on its folder
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     new_folder = claim if alone else next_free

@@ -196,23 +196,26 @@ with joined("cpu") as (device, ranks):
 
 
 def test_ranks_of_another_mind_end_with_one_sentence(photos: Path, tmp_path: Path) -> None:
-    """For example a different seed on the second machine, or a folder missing on all."""
+    """A different seed on the second machine, or a time limit on one alone, which ends a stage there."""
     script = tmp_path / "each_its_own.py"
     script.write_text(
-        "import os, sys; from ftkit.cli.main import main; main([*sys.argv[1:], '--seed', os.environ['RANK']])"
+        "import os, sys; from ftkit.cli.main import main; rank = os.environ['RANK']; "
+        "own = ['--minutes', '9'] if 'minutes' in sys.argv[-1] and rank == '1' else []; "
+        "main([*sys.argv[1:-1], *own, *(['--seed', rank] if 'seed' in sys.argv[-1] else [])])"
     )
-    for data, said in (
-        (photos, "expected the same recipe, seed, images, labels and splits on every machine"),
-        (tmp_path / "none", "expected a folder of images or a CSV, found nothing there"),
+    for differ, said in (
+        ("seed", "expected the same recipe, seed, images, labels and splits on every machine"),
+        ("minutes", "--minutes: expected the same on every machine, found others"),
     ):
         command = [
             *TORCHRUN,
             str(script),
             "train",
-            str(data),
+            str(photos),
             "--out",
             str(tmp_path / "run"),
             *PLAN,
+            differ,
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode != 0

@@ -77,15 +77,6 @@ def test_the_frozen_part_is_the_pretrained_one_bit_for_bit(run: Path) -> None:
     assert all(torch.equal(trained[name], pretrained[name]) for name in frozen)
 
 
-def test_the_same_seed_gives_the_same_weights(photos: Path, run: Path, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    assert ftkit("train", photos, "--out", again, *settings(*TINY)).exit_code == 0
-    first, second = (
-        safetensors.torch.load_file(folder / "model.safetensors") for folder in (run, again)
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_live_training_works_where_nothing_can_be_cached(photos: Path, tmp_path: Path) -> None:
     """A torchvision backbone trained from scratch in full, with every augmentation on."""
     changes = [

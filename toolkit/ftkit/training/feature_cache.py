@@ -136,8 +136,9 @@ class Activations:
     """Cached values by name, each (items, ...): all views of the train images, then the val images.
 
     kind: dtype and backend, e.g. "float16 by onnxruntime". found: whether an earlier run had
-    computed them. copied: whether some are from an entry with fewer views. pass_s: seconds per
-    image in the run that computed them, with all ranks of its machine working. folder: the entry.
+    computed them. copied: whether some are from an entry with fewer views, or of this
+    machine alone. pass_s: seconds per image in the run that computed them, with all ranks of its machine
+    working. folder: the entry.
     """
 
     arrays: dict[str, Array]
@@ -176,8 +177,15 @@ def fill(
     rows, _ = views.jobs()[0]
     train = len(rows)
 
-    with torch.inference_mode():
-        sample = as_tuple(prefix(channels_last(views.pixels(rows, 0, 0))))
+    sample: tuple[Any, ...] = ()
+    reason = ""
+    try:
+        with torch.inference_mode():
+            sample = as_tuple(prefix(channels_last(views.pixels(rows, 0, 0))))
+    except torch.OutOfMemoryError:
+        reason = f"the GPU has too little memory for {views.chunk} images at once"
+    if reason := next(filter(None, ranks.gather(reason)), ""):
+        raise CannotCacheError(reason)
 
     if not all(
         isinstance(v, torch.Tensor) and v.ndim and len(v) == min(views.chunk, train) for v in sample
@@ -219,7 +227,7 @@ def fill(
         train_rows=train,
         views=opened.views,
         found=all(held),
-        copied=bool(fewer) and not all(held),
+        copied=(bool(fewer) or held[ranks.rank]) and not all(held),
         kind=opened.kind,
         pass_s=opened.pass_s,
         folder=place.entry(opened.views),

@@ -242,6 +242,7 @@ def _step_seconds(net: nn.Module, inputs: Tensors, compute: Compute) -> float:
     """Median seconds of forward and backward."""
     times = []
     for _ in range(WARM_UP + TIMED):
+        net.zero_grad(set_to_none=True)  # a training's step does not add to gradients
         _finish(compute)
         begun = time.perf_counter()
         with compute.autocast():

@@ -32,6 +32,7 @@ from ftkit.training.folded import look_first_folded
 from ftkit.training.folds import AUTO, Folds, make_folds, read_with_folds
 from ftkit.training.precision import Compute
 from ftkit.training.run import (
+    TENSORBOARD,
     create,
 )
 from ftkit.training.stage import look_first
@@ -210,7 +211,7 @@ def begin_or_resume(
     )
     log: Log = nowhere
     if request.options.tensorboard and ranks.main:  # only once there is a run that can be resumed
-        log = opened.enter_context(log_events(request.out / "tensorboard", run.lines))
+        log = opened.enter_context(log_events(request.out / TENSORBOARD, run.lines))
 
     folds = _folds(request, canvases, ranks)
 

@@ -47,6 +47,7 @@ RUN = "run.json"
 METRICS = "metrics.jsonl"
 WEIGHTS = "model.safetensors"
 OUT_OF_FOLD = "oof.npz"
+TENSORBOARD = "tensorboard"  # a folder; there before the first checkpoint
 FOLD_WEIGHTS = "folds.safetensors"
 SO_FAR = "so-far"  # of an interrupted run: what stood then, as a run of its own
 RUN_SCHEMA = 5  # of run.json
@@ -183,7 +184,9 @@ def create(out: Path) -> Path:
             f"{out}: expected a new folder, found one that another process trains in. Try another --out"
         )
 
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    if out.exists() and (
+        not out.is_dir() or any(path.name not in (LOCK, TENSORBOARD) for path in out.iterdir())
+    ):
         way = "--resume" if (out / "state").is_dir() else "another --out"
         raise FtkitError(
             f"{out}: expected a new folder, found one there already. Try {way}, or remove it"

@@ -209,7 +209,8 @@ class StageLoaders:
         activations = make()
         difference = self._difference(activations, prefix, names)
 
-        if difference and (activations.found or activations.copied):
+        # On any machine: all compute it again, or none
+        if difference and any(self.ranks.gather(activations.found or activations.copied)):
             console.warn(
                 f"cache: expected the values of a live pass, found that {difference}. Computing it again"
             )

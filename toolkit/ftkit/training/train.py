@@ -54,6 +54,7 @@ def train(recipe: Recipe, data: str | Path, out: Path, options: TrainOptions | N
             console.say(f"{out}: finished already")
             return out
 
+        _require_alike(options, ranks)
         if options.tensorboard:
             ranks.together(require_tensorboard)
 
@@ -84,6 +85,17 @@ def train(recipe: Recipe, data: str | Path, out: Path, options: TrainOptions | N
             raise precision.deterministic_or_say(error) or error from None
 
     return out
+
+
+def _require_alike(options: TrainOptions, ranks: Ranks) -> None:
+    """Raise FtkitError, on every rank, where options differ that decide what ranks wait for."""
+    names = ("minutes", "allow_leakage", "tensorboard", "deterministic")
+    every = ranks.gather({name: getattr(options, name) for name in names})
+    for name in names:
+        if len({each[name] for each in every}) > 1:
+            raise FtkitError(
+                f"--{name.replace('_', '-')}: expected the same on every machine, found others. Compare their commands"
+            )
 
 
 def _train(request: Request, stop: Stop, ranks: Ranks, opened: ExitStack) -> None:

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.overrides import TorchFunctionMode
 
 from ftkit.utils import console
@@ -41,6 +43,8 @@ TensorsByName = dict[str, torch.Tensor]
 # How long ranks wait for each other: one machine may decode while another has its canvases. A rank
 # that dies is noticed at once: its connections close, and torchrun ends the others.
 PATIENCE = timedelta(hours=12)
+# Until all have begun: one that fails before, on another machine, is not noticed by torchrun here
+JOINING = timedelta(minutes=10)
 # Without it, restarted ranks find the addresses of their predecessors (torch 2.14, rendezvous c10d)
 FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 
@@ -180,8 +184,16 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
         torch.cuda.set_device(device)
 
     try:
+        store, rank, world = next(iter(rendezvous("env://", timeout=JOINING)))
+        store.set(f"ftkit {rank}", "begun")
+        store.wait([f"ftkit {each}" for each in range(world)], JOINING)
+        store.set_timeout(PATIENCE)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=world,
+            timeout=PATIENCE,
         )
     except (ValueError, RuntimeError) as error:
         console.mute(False)
@@ -193,6 +205,7 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
 
     _inside = True
     try:
+        _require_one_kind(device, ranks)
         yield device, ranks
         dist.destroy_process_group()
     except FtkitError as error:
@@ -215,6 +228,18 @@ def joined(name: str) -> Iterator[tuple[torch.device, Ranks]]:
     finally:  # after a failure the group is not destroyed: NCCL would wait for lost ranks
         _inside = False
         console.mute(False)
+
+
+def _require_one_kind(device: torch.device, ranks: Ranks) -> None:
+    """Raise FtkitError, on every rank, unless all compute on the same kind of device: others would wait for
+    each other in different ways."""
+    kinds = ranks.gather(device.type)
+    if len(set(kinds)) > 1:
+        odd = next(rank for rank, kind in enumerate(kinds) if kind != kinds[0])
+        raise FtkitError(
+            f"--device: expected one kind of device on all ranks, found {kinds[0]} on rank 0 and {kinds[odd]} on rank "
+            f"{odd}. Try --device {kinds[0]}, or `ftkit doctor` there"
+        )
 
 
 def _tell(text: str) -> None:
