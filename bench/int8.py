@@ -66,12 +66,10 @@ def context_of(run_folder: str) -> tuple[Context, Core]:
     trace = Trace(model, run.preprocess.size)
     core = trace.core(model)
     parts = judged_parts(run, trace, core, canvases)
-    context = Context(
-        reference=Reference(model),
-        canvases=canvases,
-        preprocess=run.preprocess,
-        readout=run.readout,
-        task=run.task,
+    context = Context.of(
+        run,
+        Reference(model),
+        canvases,
         limits=Export(),
         target_name=here(),
         photograph=canvases.images.images[canvases.rows("test")[0]].path,

@@ -145,7 +145,7 @@ def _switch(into: Path, folder: Path, replaced: Path) -> None:
     back = (_previous(into) if pending else None) or replaced
     told = {"version": folder.name, "frames": 0, "of": _frames(folder), "back": back.name}
     if pending:  # it goes on, should the disk or the power fail now
-        told["pending"] = pending
+        told["pending"] = {name: pending[name] for name in pending if name != "pending"}
     _write(into / PROBATION, told)
     _point(into / CURRENT, folder)
     _point(into / PREVIOUS, back)
@@ -416,14 +416,14 @@ def probation(into: Path) -> dict[str, Any] | None:
     """What a new bundle has still to show, {"version", "frames", "of", "back"}; None where it is
     trusted. back: the version to go back to."""
     try:
-        found: dict[str, Any] | None = json.loads((into / PROBATION).read_text())
+        found: dict[str, Any] = json.loads((into / PROBATION).read_text())
     except (OSError, ValueError):
         return None
     running = current(into)
-    while isinstance(found, dict):
-        if running and found.get("version") == running.name:
-            return found
-        found = found.get("pending")  # the update after it did not come to its end
+    # Where the update after it did not come to its end, that of the running one
+    for each in (found, found.get("pending")):
+        if running and each and each.get("version") == running.name:
+            return dict(each)
     return None
 
 

@@ -49,9 +49,9 @@ HEAT = np.array(
 def with_features(core: onnx.ModelProto) -> onnx.ModelProto | None:
     """Add outputs to the core form: feature maps (N, C, h, w), and `head`.
 
-    The maps are named by how they are pooled, `features` where a single one is averaged, else
-    `mean/of/0`, `max/of/1`, ...; head: the weights (classes, sum of C) that turn what is pooled into logits, in that
-    order. None where there is anything else between maps and logits.
+    The maps are named by how they are pooled: `features` where a single one is averaged, else
+    `mean/of/0`, `max/of/1`, ... head: the weights (classes, sum of C) that turn what is pooled into
+    logits, in that order. None where there is anything else between maps and logits.
     """
     import onnx
     from onnx import helper, shape_inference

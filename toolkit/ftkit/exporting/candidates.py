@@ -23,6 +23,7 @@ from ftkit.benchmark.ssh import Device
 from ftkit.data.canvas import Canvases
 from ftkit.recipe import Export
 from ftkit.tasks.task import Task
+from ftkit.training.run import Run
 from ftkit.utils import console
 from ftkit_export.conversion.convert import write
 from ftkit_export.conversion.graph import image_form
@@ -83,6 +84,18 @@ class Context:
     folded: bool = False
     device: Device | None = None
     raced: dict[tuple[str, ...], dict[str, Raced]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Run, reference: Reference, canvases: Canvases, **given: Any) -> Context:
+        """Of a run, with its preprocessing, readout and task. given: the other fields."""
+        return cls(
+            reference=reference,
+            canvases=canvases,
+            preprocess=run.preprocess,
+            readout=run.readout,
+            task=run.task,
+            **given,
+        )
 
     @property
     def rows(self) -> Array:

@@ -365,12 +365,10 @@ def _prepare(
     rows = np.random.default_rng(0).permutation(picked)
     files = [canvases.images.images[row].path for row in rows]
     parts = judged_parts(run, trace, core, canvases)
-    context = Context(
-        reference=Reference(model),
-        canvases=canvases,
-        preprocess=run.preprocess,
-        readout=run.readout,
-        task=run.task,
+    context = Context.of(
+        run,
+        Reference(model),
+        canvases,
         limits=limits,
         photograph=files[0],
         frame=frame_of(limits, run),

@@ -200,21 +200,34 @@ def pooled_blocks(backbone: Backbone, size: int) -> list[str]:
     size: S of the input in pixels. Raises whatever the model raises for it.
     """
     found = []
-    hooks = []
-    for name in blocks(backbone):
 
-        def note(_: nn.Module, __: object, output: object, name: str = name) -> None:
-            if isinstance(output, torch.Tensor) and output.ndim in cuts.SPATIAL:
-                found.append(name)
+    def note(name: str, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.ndim in cuts.SPATIAL:
+            found.append(name)
 
-        hooks.append(backbone.model.get_submodule(name).register_forward_hook(note))
+    observe(backbone, size, [(name, partial(note, name)) for name in blocks(backbone)])
+    return found
+
+
+def observe(
+    backbone: Backbone, size: int, seen: Iterable[tuple[str, Callable[[Any], None]]]
+) -> None:
+    """Run one black image of `size` pixels through the network, in eval mode.
+
+    seen: (name of a module, called with its output as soon as it has run); of one module, in this order.
+    """
+    hooks = [
+        backbone.model.get_submodule(name).register_forward_hook(
+            lambda _, __, output, call=call: call(output)
+        )
+        for name, call in seen
+    ]
     try:
         with torch.inference_mode():
             backbone.model.eval()(torch.zeros(1, 3, size, size))
     finally:
         for hook in hooks:
             hook.remove()
-    return found
 
 
 def features(

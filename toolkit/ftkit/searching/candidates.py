@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from ftkit.models.backbones import Backbone, build, pooled_blocks
+from ftkit.models.backbones import Backbone, build, observe, pooled_blocks
 from ftkit.models.cut import POOLINGS
 from ftkit.recipe import Recipe
 from ftkit_export.runtime.errors import FtkitError
@@ -112,31 +113,21 @@ def _multiplications(backbone: Backbone, names: Sequence[str], size: int) -> dic
     """Multiplications of linear layers and convolutions up to each block's end; "": of all."""
     counts: dict[str, int] = {}
     total = 0
-    hooks = []
 
-    def count(module: nn.Module, _: object, output: torch.Tensor) -> None:
+    def count(weight: torch.Tensor, output: torch.Tensor) -> None:
         nonlocal total
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        places = output[0].numel() // weight.shape[0]
-        total += weight.numel() * places
+        total += weight.numel() * (output[0].numel() // weight.shape[0])
 
-    for module in backbone.model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            hooks.append(module.register_forward_hook(count))
-    for name in names:
+    def note(name: str, _: object) -> None:
+        counts[name] = total
 
-        def note(_: nn.Module, __: object, ___: object, name: str = name) -> None:
-            counts[name] = total
-
-        hooks.append(backbone.model.get_submodule(name).register_forward_hook(note))
-
-    try:
-        with torch.inference_mode():
-            backbone.model.eval()(torch.zeros(1, 3, size, size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = [
+        (name, partial(count, module.weight))
+        for name, module in backbone.model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    # A block that is a layer itself is counted before it is noted
+    observe(backbone, size, [*layers, *((name, partial(note, name)) for name in names)])
     counts[""] = total
     return counts
 

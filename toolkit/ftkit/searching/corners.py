@@ -372,12 +372,14 @@ def _answered(known: Path, space: Sequence[Candidate], judge: Judge) -> list[Poi
 
 def near_front(points: Sequence[Point], most: int, within: Callable[[float], float]) -> list[Point]:
     """Points to time: those that no candidate with as few multiplications beats by more than
-    within(its score).
+    within(its score); all of them where there are no more than `most`.
 
-    Where there are more than `most`: the smallest, the most accurate, and between them the best for their
+    Where more than `most` are near: the smallest, the most accurate, and between them the best for their
     multiplications, evenly over the range.
     """
     ordered = sorted(points, key=lambda point: point.candidate.multiplications)
+    if len(ordered) <= most:
+        return ordered
     near: list[tuple[float, Point]] = []
     best = -math.inf
     for point in ordered:

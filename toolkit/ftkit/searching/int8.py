@@ -45,12 +45,10 @@ def int8_answers(
     must be the target."""
     model = run.backbone().model
     trace = Trace(model, run.preprocess.size)
-    context = Context(
-        reference=Reference(model),
-        canvases=canvases,
-        preprocess=run.preprocess,
-        readout=run.readout,
-        task=run.task,
+    context = Context.of(
+        run,
+        Reference(model),
+        canvases,
         limits=limits,
         photograph=photograph,
         frame=frame,

@@ -151,9 +151,8 @@ class Standing:
                 console.say("nothing meets the budgets: no finalist is trained")
             names = []
         known = [name for name in names if is_finished(self.run_of(name))]
-        if (
-            not known
-        ):  # else what they bring is told at once, in place of an earlier search's result
+        # What those bring is told at once, in place of an earlier search's result
+        if not known:
             self.tell()
         return [*known, *(name for name in names if name not in known)]
 
